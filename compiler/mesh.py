@@ -1,0 +1,77 @@
+"""The device mesh: a named grid of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Named axes with their sizes; the first axis varies slowest over the ranks."""
+
+    axes: tuple[tuple[str, int], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.axes)
+
+    @property
+    def num_ranks(self) -> int:
+        return math.prod(size for _, size in self.axes)
+
+    def size(self, axes: str | Iterable[str]) -> int:
+        """The number of coordinates along `axes` taken together."""
+        if isinstance(axes, str):
+            axes = (axes,)
+        return math.prod(_sizes(self)[axis] for axis in axes)
+
+    def coords(self, rank: int) -> dict[str, int]:
+        """The coordinates of `rank`, by axis."""
+        found: dict[str, int] = {}
+        for name, size in reversed(self.axes):
+            rank, found[name] = divmod(rank, size)
+        return {name: found[name] for name in self.names}
+
+    def rank(self, coords: Mapping[str, int]) -> int:
+        """The rank at `coords`."""
+        number = 0
+        for name, size in self.axes:
+            number = number * size + coords[name]
+        return number
+
+    def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
+        """The ranks that differ from `rank` only along `axes`, the first of which varies slowest."""
+        here = self.coords(rank)
+        spans = [range(self.size(axis)) for axis in axes]
+        return tuple(
+            self.rank({**here, **dict(zip(axes, place, strict=True))})
+            for place in itertools.product(*spans)
+        )
+
+    def groups(self, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+        """Every group over `axes`, by its first rank."""
+        return _groups(self, axes)
+
+    def position(self, coords: Mapping[str, int], axes: Iterable[str]) -> int:
+        """The place of `coords` within its group over `axes`."""
+        number = 0
+        for axis in axes:
+            number = number * self.size(axis) + coords[axis]
+        return number
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={size}" for name, size in self.axes)
+
+
+@lru_cache(maxsize=256)
+def _sizes(mesh: Mesh) -> dict[str, int]:
+    return dict(mesh.axes)
+
+
+@lru_cache(maxsize=256)
+def _groups(mesh: Mesh, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(sorted({mesh.group(rank, axes) for rank in range(mesh.num_ranks)}))
