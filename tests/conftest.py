@@ -1,0 +1,42 @@
+"""Golden texts: what a person reads is compared with a file beside the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden texts")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)` compares `text` with `golden/<name>.txt` beside the test file.
+
+    A missing file fails, so that no text is golden before somebody has read it;
+    `--update-golden` writes it.
+    """
+    folder = request.path.parent / "golden"
+    update = request.config.getoption("--update-golden")
+
+    def compare(name: str, text: str) -> None:
+        __tracebackhide__ = True
+        path = folder / f"{name}.txt"
+        text = text if text.endswith("\n") else text + "\n"
+        if update:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            return
+        if not path.exists():
+            pytest.fail(f"no golden text {path.name}: read this, then --update-golden\n{text}")
+        expected = path.read_text(encoding="utf-8")
+        assert text == expected, f"{_shown(path)} differs: --update-golden if it should"
+
+    return compare
+
+
+def _shown(path: Path) -> str:
+    return "/".join(path.parts[-3:])

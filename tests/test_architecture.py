@@ -1,0 +1,173 @@
+"""What the folders promise: links, arrows, sizes, and what the package never does."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("dsl", "compiler", "passes", "runtime")
+ARROWS = {
+    "dsl": set(),
+    "compiler": {"dsl"},
+    "passes": {"compiler", "dsl"},
+    "runtime": {"compiler", "dsl"},
+}
+UNPICKLERS = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+
+
+def sources() -> list[Path]:
+    """The product's files, each once."""
+    found = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    return found + sorted((ROOT / "src" / "meshwright").glob("*.py"))
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of each import; `from a import b` gives both `a` and `a.b`."""
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            yield node.lineno, module
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def place(path: Path, line: int = 0) -> str:
+    return f"{path.relative_to(ROOT)}:{line}" if line else str(path.relative_to(ROOT))
+
+
+def wrong_arrow(folder: str, name: str) -> bool:
+    """Whether a file in `folder` may not import `name`."""
+    parts = name.split(".")
+    if parts[0] in FOLDERS or parts[0] == "":
+        return True  # a second copy of every class, or a relative import
+    if parts[0] != "meshwright":
+        return False
+    target = parts[1] if len(parts) > 1 else "meshwright"
+    return target not in ARROWS[folder] | {folder} and name != "meshwright"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_package_link_resolves_to_the_root_folder(folder: str) -> None:
+    link = ROOT / "src" / "meshwright" / folder
+    assert link.is_symlink()
+    assert not link.readlink().is_absolute()
+    assert link.resolve() == ROOT / folder
+    assert importlib.import_module(f"meshwright.{folder}").__name__ == f"meshwright.{folder}"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_importing_a_root_folder_by_its_bare_name_says_what_to_import(folder: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {folder}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert f"ImportError: `{folder}` is a folder of meshwright's sources" in done.stderr
+    assert f"import `meshwright.{folder}`" in done.stderr
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_follow_the_arrows_between_the_folders(folder: str) -> None:
+    wrong = [
+        f"{place(path, line)} imports {name}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in imported(path)
+        if wrong_arrow(folder, name)
+    ]
+    assert wrong == []
+
+
+def test_an_arrow_against_the_order_is_seen() -> None:
+    assert wrong_arrow("dsl", "meshwright.compiler.mesh")
+    assert wrong_arrow("compiler", "meshwright.passes")
+    assert wrong_arrow("passes", "runtime.executor")
+    assert not wrong_arrow("runtime", "meshwright.compiler.ir.Node")
+
+
+def test_the_plan_language_does_not_import_torch() -> None:
+    wrong = [
+        place(path, line)
+        for path in sorted((ROOT / "dsl").rglob("*.py"))
+        for line, name in imported(path)
+        if name.split(".")[0] == "torch"
+    ]
+    assert wrong == []
+
+
+def test_code_is_executed_in_one_place_only() -> None:
+    calls = {
+        place(path)
+        for path in sources()
+        for node in nodes(path)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("eval", "exec", "compile", "__import__")
+    }
+    assert calls <= {"compiler/codegen.py"}
+
+
+def test_nothing_unpickles() -> None:
+    found = [
+        f"{place(path, line)} imports {name}"
+        for path in sources()
+        for line, name in imported(path)
+        if name.split(".")[0] in UNPICKLERS
+    ]
+    loads = [
+        place(path, node.lineno)
+        for path in sources()
+        for node in nodes(path)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert found + loads == []
+
+
+def test_no_exception_handler_catches_everything() -> None:
+    found = [
+        place(path, node.lineno)
+        for path in sources()
+        for node in nodes(path)
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
+    ]
+    assert found == []
+
+
+def lengths(path: Path) -> Iterator[tuple[str, int]]:
+    for node in nodes(path):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            name = f"{place(path, node.lineno)} {node.name}"
+            yield name, node.end_lineno - node.lineno + 1
+
+
+def test_no_function_is_longer_than_fifty_lines_and_nine_in_ten_fit_in_twenty_five() -> None:
+    found = [entry for path in sources() for entry in lengths(path)]
+    assert [f"{name}: {length}" for name, length in found if length > 50] == []
+    short = sum(length <= 25 for _, length in found)
+    assert short >= 0.9 * len(found), f"{len(found) - short} of {len(found)} pass 25 lines"
+
+
+def test_no_file_has_more_than_five_hundred_lines_of_code() -> None:
+    def code_lines(path: Path) -> int:
+        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        return sum(bool(line) and not line.startswith("#") for line in lines)
+
+    sizes = {place(path): code_lines(path) for path in sources()}
+    assert {name: size for name, size in sizes.items() if size > 500} == {}
+
+
+def test_file_names_say_what_is_inside() -> None:
+    vague = {"utils.py", "util.py", "helpers.py", "misc.py", "common.py"}
+    assert [place(path) for path in sources() if path.name in vague] == []
