@@ -1,4 +1,4 @@
-"""Compile and train a little on the virtual mesh with the installed wheel, away from the sources."""
+"""Train a little on the virtual mesh with the installed wheel, away from the sources."""
 
 import sys
 from pathlib import Path
