@@ -1,0 +1,199 @@
+"""Emit placed nodes: each call is typed, placed by its rule, and its operands brought there.
+
+Both the partitioner and the differentiator write their graphs through an `Emitter`, so forward and
+backward obey the same rules and every change of layout is an explicit node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from meshwright.compiler.errors import PassError
+from meshwright.compiler.ir import (
+    GETITEM,
+    Arg,
+    Builder,
+    MeshOp,
+    Node,
+    NodeType,
+    Op,
+    Origin,
+    TensorType,
+    map_nodes,
+)
+from meshwright.compiler.layout import Layout
+from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.reshard import Step, steps
+from meshwright.compiler.rules.engine import place
+from meshwright.compiler.rules.notation import Call, Operand, Placement, Slot
+from meshwright.compiler.types import freeze, result_type
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """A change of layout that was inserted, and the call that asked for it."""
+
+    value: Node
+    user: Op
+    step: Step
+    node: Node
+    forced: bool
+    """Whether an operand whose layout the plan wrote left no other choice."""
+
+
+class Emitter:
+    """A builder that places what it emits."""
+
+    def __init__(self, builder: Builder, *, backward: bool = False) -> None:
+        self.builder, self.backward = builder, backward
+        self.explicit: set[Node] = set()
+        self.shared: set[Node] = set()
+        """Values with several users: a pending sum is reduced once for all of them."""
+        self.movements: list[Movement] = []
+        self._have: dict[Node, dict[Layout, Node]] = {}
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.builder.mesh
+
+    def call(
+        self,
+        op: Op,
+        args: tuple[Arg, ...],
+        kwargs: Mapping[str, Arg] | None = None,
+        *,
+        origin: Origin,
+        type: NodeType = None,
+        proposals: Mapping[Node, Layout] | None = None,
+        name: str = "",
+    ) -> Node:
+        """Emit `op` on these nodes, resharding operands as its cheapest placement asks."""
+        kwargs = dict(kwargs or {})
+        operands = [*_nodes(args), *(n for v in kwargs.values() for n in _nodes(v))]
+        if type is None:
+            type = result_type(op, args, kwargs)
+        asked = self._ask(op, args, kwargs, operands, type, proposals or {})
+        placement = place(asked)
+        forced = any(operand.explicit for operand in asked.operands)
+        brought = iter(
+            [
+                self.reshard(value, layout, origin, user=op, forced=forced)
+                for value, layout in zip(operands, placement.operands, strict=True)
+            ]
+        )
+        return self.builder.emit(
+            op,
+            map_nodes(args, lambda _: next(brought)),
+            {key: map_nodes(value, lambda _: next(brought)) for key, value in kwargs.items()},
+            type=type,
+            layout=self._layout(placement, type),
+            origin=origin,
+            requires_grad=not self.backward and any(n.requires_grad for n in operands),
+            name=name,
+        )
+
+    def item(self, source: Node, index: int, origin: Origin, *, name: str = "") -> Node:
+        """Emit one result of a node with several."""
+        assert isinstance(source.type, tuple) and isinstance(source.layout, tuple)
+        return self.builder.emit(
+            GETITEM,
+            (source, index),
+            type=source.type[index],
+            layout=source.layout[index],
+            origin=origin,
+            requires_grad=source.requires_grad,
+            name=name,
+        )
+
+    def reshard(
+        self,
+        value: Node,
+        target: Layout,
+        origin: Origin,
+        *,
+        user: Op = MeshOp("output"),
+        forced: bool = True,
+    ) -> Node:
+        """`value` in the layout `target`, by explicit collectives, each emitted once per value."""
+        target = target.canonical(self.mesh)
+        have = self._have.setdefault(value, {value.placed: value})
+        if target in have:
+            return have[target]
+        node = value
+        for step in steps(value.placed, target, self.mesh):
+            if step.target in have:
+                node = have[step.target]
+                continue
+            following = self._step(node, step, origin)
+            self.movements.append(Movement(value, user, step, following, forced))
+            node = have[step.target] = following
+        return node
+
+    def _step(self, value: Node, step: Step, origin: Origin) -> Node:
+        return self.builder.emit(
+            MeshOp(step.kind),
+            (value,),
+            {"axes": step.axes},
+            type=value.type,
+            layout=step.target,
+            origin=origin,
+            requires_grad=value.requires_grad,
+        )
+
+    def _ask(
+        self,
+        op: Op,
+        args: tuple[Arg, ...],
+        kwargs: Mapping[str, Arg],
+        operands: list[Node],
+        type: NodeType,
+        proposals: Mapping[Node, Layout],
+    ) -> Call:
+        numbers = iter(range(len(operands)))
+        slotted = freeze(map_nodes(args, lambda _: Slot(next(numbers))))
+        return Call(
+            op,
+            slotted,
+            tuple(
+                (key, freeze(map_nodes(value, lambda _: Slot(next(numbers)))))
+                for key, value in sorted(kwargs.items())
+            ),
+            tuple(self._operand(value, proposals) for value in operands),
+            type if isinstance(type, tuple) else (type,),
+            self.mesh,
+        )
+
+    def _operand(self, value: Node, proposals: Mapping[Node, Layout]) -> Operand:
+        return Operand(
+            value.tensor,
+            value.placed,
+            differentiable=value.requires_grad and not self.backward,
+            explicit=value in self.explicit,
+            available=frozenset(self._have.get(value, ())),
+            proposals=(proposals[value],) if value in proposals else (),
+            keep_partial=value not in self.shared,
+        )
+
+    def _layout(self, placement: Placement, type: NodeType) -> Layout | tuple[Layout | None, ...]:
+        layouts = tuple(
+            None if layout is None else layout.canonical(self.mesh) for layout in placement.results
+        )
+        if isinstance(type, tuple):
+            return layouts
+        if layouts[0] is None:
+            raise PassError("a rule gave no layout for a tensor result", help="report this")
+        return layouts[0]
+
+
+def _nodes(arg: Arg) -> Iterable[Node]:
+    if isinstance(arg, Node):
+        yield arg
+    elif isinstance(arg, (tuple, list)):
+        for item in arg:
+            yield from _nodes(item)
+
+
+def is_floating(type: NodeType) -> bool:
+    """Whether a value of this type can carry a gradient."""
+    return isinstance(type, TensorType) and (type.dtype.is_floating_point or type.dtype.is_complex)
