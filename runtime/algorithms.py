@@ -1,0 +1,93 @@
+"""Collectives in plain torch operators: on a list of every member's tensor, or on received parts.
+
+Reductions add in one order, given by the places in the group: every member gets the same bits,
+whichever transport and algorithm moved the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.collectives import Wire
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
+COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
+
+def combine(parts: Sequence[Tensor], reduce: str) -> Tensor:
+    """The sum, maximum or minimum of `parts`, a new tensor; half types round once at the end.
+
+    Neighbours are paired, then pairs, and so on: the order that recursive doubling has.
+    """
+    if len(parts) == 1:
+        return parts[0].clone()
+    dtype = parts[0].dtype
+    if len(parts) > 2 and reduce == "sum" and dtype in HALF_TYPES:
+        return combine([part.float() for part in parts], reduce).to(dtype)
+    operation = COMBINE[reduce]
+    level = list(parts)
+    while len(level) > 1:
+        odd = level[len(level) & ~1 :]
+        level = [operation(*pair) for pair in zip(level[::2], level[1::2], strict=False)] + odd
+    return level[0]
+
+
+def everyone(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What each member receives, from what each gave, in the order of the group.
+
+    No result shares memory with another or with an operand.
+    """
+    return _EVERYONE[wire.kind](wire, tensors)
+
+
+def _copies(tensor: Tensor, count: int) -> list[Tensor]:
+    return [tensor, *(tensor.clone() for _ in range(count - 1))]
+
+
+def _all_reduce(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return _copies(combine(tensors, wire.reduce), len(tensors))
+
+
+def _all_gather(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return _copies(torch.stack(tuple(tensors)), len(tensors))
+
+
+def _reduce_scatter(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [combine(parts, wire.reduce) for parts in zip(*map(torch.unbind, tensors), strict=True)]
+
+
+def _all_to_all(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.stack(parts) for parts in zip(*map(torch.unbind, tensors), strict=True)]
+
+
+def _permute(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:
+    size = len(tensors)
+    return [tensors[(place - wire.shift) % size].clone() for place in range(size)]
+
+
+def _broadcast(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensors[wire.root].clone() for _ in tensors]
+
+
+def _reduce(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:
+    results = [torch.zeros_like(tensor) for tensor in tensors]
+    results[wire.root] = combine(tensors, wire.reduce)
+    return results
+
+
+_EVERYONE: dict[str, Callable[[Wire, Sequence[Tensor]], list[Tensor]]] = {
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "permute": _permute,
+    "broadcast": _broadcast,
+    "reduce": _reduce,
+}

@@ -1,0 +1,75 @@
+"""Errors of a run: each names the rank, the axes, the node and the peers it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from meshwright.compiler.collectives import Wire
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on: what happened, where, and one line of help."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        rank: int | None = None,
+        peers: tuple[int, ...] = (),
+        where: Sequence[str] = (),
+        help: str = "",
+    ) -> None:
+        super().__init__(problem)
+        self.problem, self.rank, self.peers = problem, rank, peers
+        self.where, self.help = tuple(where), help
+
+    def __str__(self) -> str:
+        lines = [self.problem, *(f"  {line}" for line in self.where)]
+        if self.help:
+            lines.append(f"  help: {self.help}")
+        return "\n".join(lines)
+
+
+class MismatchError(RunError):
+    """Members of a group asked for different operations, or ran different programs."""
+
+
+class DeadlockError(RunError):
+    """No rank can go on, because each waits for another."""
+
+
+class PeerError(RunError):
+    """Another rank died, stalled, failed or finished while this one needed it."""
+
+
+def spell_ranks(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 0 and 2`, `ranks 0, 2 and 5`; long lists are cut after eight."""
+    listed = sorted(ranks)
+    shown = [str(rank) for rank in listed[:8]]
+    if len(listed) > len(shown):
+        shown.append(f"{len(listed) - len(shown)} more")
+    if len(shown) == 1:
+        return f"rank {shown[0]}"
+    return f"ranks {', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def verb(ranks: Iterable[int], single: str, several: str) -> str:
+    """`rank 1 waits`, `ranks 0 and 1 wait`: the ranks with the form of the verb that fits."""
+    listed = tuple(ranks)
+    return f"{spell_ranks(listed)} {single if len(listed) == 1 else several}"
+
+
+def spell_wire(wire: Wire, names: Sequence[str] = ()) -> str:
+    """An operation as errors name it: its node if `names` has it, kind, axes and options."""
+    axes = ", ".join(wire.axes)
+    text = f"{wire.kind} over `{axes}`"
+    if wire.kind in ("all_reduce", "reduce_scatter", "reduce") and wire.reduce != "sum":
+        text += f", {wire.reduce}"
+    if wire.kind == "permute":
+        text += f", shift {wire.shift}"
+    if wire.kind in ("broadcast", "reduce"):
+        text += f", root {wire.root}"
+    if wire.index < 0:
+        return text
+    node = f"`{names[wire.index]}`" if wire.index < len(names) else f"collective {wire.index}"
+    return f"{node} ({text})"
