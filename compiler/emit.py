@@ -52,6 +52,7 @@ class Emitter:
         """Values with several users: a pending sum is reduced once for all of them."""
         self.movements: list[Movement] = []
         self._have: dict[Node, dict[Layout, Node]] = {}
+        self._items: dict[tuple[Node, int], Node] = {}
 
     @property
     def mesh(self) -> Mesh:
@@ -66,6 +67,7 @@ class Emitter:
         origin: Origin,
         type: NodeType = None,
         proposals: Mapping[Node, Layout] | None = None,
+        requires_grad: bool = False,
         name: str = "",
     ) -> Node:
         """Emit `op` on these nodes, resharding operands as its cheapest placement asks."""
@@ -89,22 +91,30 @@ class Emitter:
             type=type,
             layout=self._layout(placement, type),
             origin=origin,
-            requires_grad=not self.backward and any(n.requires_grad for n in operands),
+            requires_grad=requires_grad,
             name=name,
         )
 
     def item(self, source: Node, index: int, origin: Origin, *, name: str = "") -> Node:
-        """Emit one result of a node with several."""
-        assert isinstance(source.type, tuple) and isinstance(source.layout, tuple)
-        return self.builder.emit(
-            GETITEM,
-            (source, index),
-            type=source.type[index],
-            layout=source.layout[index],
-            origin=origin,
-            requires_grad=source.requires_grad,
-            name=name,
-        )
+        """One result of a node with several; emitted once."""
+        if (source, index) not in self._items:
+            assert isinstance(source.type, tuple) and isinstance(source.layout, tuple)
+            self._items[source, index] = self.builder.emit(
+                GETITEM,
+                (source, index),
+                type=source.type[index],
+                layout=source.layout[index],
+                origin=origin,
+                requires_grad=source.requires_grad and is_floating(source.type[index]),
+                name=name,
+            )
+        return self._items[source, index]
+
+    def adopt(self, node: Node) -> None:
+        """Take over a node that is already placed."""
+        self.builder.adopt(node)
+        if node.op == GETITEM:
+            self._items[node.args[0], node.args[1]] = node
 
     def reshard(
         self,

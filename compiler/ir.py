@@ -198,6 +198,12 @@ class Builder:
         self.nodes.append(node)
         return node
 
+    def adopt(self, node: Node) -> None:
+        """Append a node as it is, its operands being in this builder already."""
+        name = self.unique(node.name)
+        assert name == node.name, name
+        self.nodes.append(node)
+
     def copy(self, node: Node, mapping: Mapping[Node, Node]) -> Node:
         """Append `node` with its operands replaced by `mapping`, which must hold each of them."""
         return self.emit(

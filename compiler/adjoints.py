@@ -1,0 +1,119 @@
+"""Adjoints written by hand: of collectives, from their types; of composites; of linear maps."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from meshwright.compiler.collectives import COLLECTIVES
+from meshwright.compiler.ir import MeshOp, Node
+from meshwright.compiler.vjp import Cotangents, VjpContext, adjoint
+
+aten = torch.ops.aten
+
+
+def collective_adjoint(context: VjpContext) -> Node:
+    """The adjoint of a collective takes the cotangent to the dual of its operand's layout."""
+    node = context.node
+    assert isinstance(node.op, MeshOp)
+    kwargs = dict(node.kwargs)
+    if "shift" in kwargs:
+        kwargs["shift"] = -kwargs["shift"]
+    return context.emitter.builder.emit(
+        MeshOp(COLLECTIVES[node.op.name].adjoint),
+        (context.grad,),
+        kwargs,
+        type=node.type,
+        layout=context.operands[0].placed.dual(),
+        origin=context.origin,
+    )
+
+
+@adjoint(aten.linear.default)
+def _linear(context: VjpContext) -> Cotangents:
+    """y = x w^T + b: dx = g w; dw = g^T x and db = sum g, over all rows."""
+    x, weight, *bias = context.operands
+    grad, rows = context.grad, math.prod(x.tensor.shape[:-1])
+    flat = context.call(aten.view.default, grad, (rows, weight.tensor.shape[0]))
+    dx = dweight = None
+    if x.requires_grad:
+        dx = context.call(aten.matmul.default, grad, weight)
+    if weight.requires_grad:
+        across = context.call(aten.view.default, x, (rows, x.tensor.shape[-1]))
+        dweight = context.call(aten.mm.default, context.call(aten.t.default, flat), across)
+    return (dx, dweight, *(_row_sum(context, flat) if b.requires_grad else None for b in bias))
+
+
+def _row_sum(context: VjpContext, flat: Node) -> Node:
+    return context.call(aten.sum.dim_IntList, flat, (0,))
+
+
+@adjoint(aten.mm.default)
+def _mm(context: VjpContext) -> Cotangents:
+    a, b = context.operands
+    return (
+        context.call(aten.mm.default, context.grad, context.call(aten.t.default, b))
+        if a.requires_grad
+        else None,
+        context.call(aten.mm.default, context.call(aten.t.default, a), context.grad)
+        if b.requires_grad
+        else None,
+    )
+
+
+@adjoint(MeshOp("embedding"))
+def _embedding(context: VjpContext) -> Cotangents:
+    weight, index = context.operands
+    padding_idx = context.arg(2)
+    return (
+        context.call(MeshOp("embedding_backward"), context.grad, index, weight, padding_idx),
+        None,
+    )
+
+
+@adjoint(MeshOp("cross_entropy"))
+def _cross_entropy(context: VjpContext) -> Cotangents:
+    logits, target, *weight = context.operands
+    _, _, class_weight, *options = context.node.args
+    grad = context.call(
+        MeshOp("cross_entropy_backward"),
+        *(context.grad, logits, target, context.results[1], class_weight, *options),
+    )
+    return (grad, None, *(None for _ in weight))
+
+
+@adjoint(MeshOp("norm"))
+def _norm(context: VjpContext) -> Cotangents:
+    x, weight, bias, _, kind = context.node.args
+    _, mean, rstd = context.results
+    grads = context.items(
+        context.call(
+            MeshOp("norm_backward"), context.grad, x, mean, rstd, weight, bias, kind
+        )
+    )
+    return tuple(
+        grad for grad, operand in zip(grads, (x, weight, bias), strict=True) if operand is not None
+    )
+
+
+@adjoint(MeshOp("attention"))
+def _attention(context: VjpContext) -> Cotangents:
+    q, k, v, bias, *options = context.node.args
+    out, lse = context.results
+    wants_bias = bias is not None and bias.requires_grad
+    grads = context.items(
+        context.call(
+            MeshOp("attention_backward"),
+            *(context.grad, q, k, v, out, lse, bias, *options, wants_bias),
+        )
+    )
+    return tuple(
+        grad for grad, operand in zip(grads, (q, k, v, bias), strict=True) if operand is not None
+    )
+
+
+@adjoint(MeshOp("dropout"))
+def _dropout(context: VjpContext) -> Cotangents:
+    """The same mask, drawn again from the same hash, on the cotangent."""
+    return (context.call(MeshOp("dropout"), context.grad, *context.node.args[1:]),)

@@ -1,0 +1,332 @@
+"""Replace operators by the few that rules, adjoints and kernels are written for.
+
+Before:  y = layer_norm(x, [64], w, b, 1e-5)
+         loss = cross_entropy_loss(logits, targets)
+After:   y, mean, rstd = mesh::norm(x, w, b, 1e-5, "layer")
+         rows, lse = mesh::cross_entropy(logits, targets, None, -100, 0.0, 96)
+         loss = div(sum(rows), sum(ne(targets, -100)))
+
+A mean is a sum and a count from here on: over a batch that is split, a mean of means is wrong.
+Requires: a captured graph. Ensures: no operator of the table below is left.
+Elsewhere: Megatron's and DTensor's loss-parallel functions, chosen by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.ir import (
+    GETITEM,
+    Arg,
+    Builder,
+    Graph,
+    MeshOp,
+    Node,
+    NodeType,
+    Op,
+    TensorType,
+    map_nodes,
+)
+from meshwright.compiler.types import result_type
+
+aten = torch.ops.aten
+
+
+class Rewriter:
+    """What one rewrite is written with: the node it replaces and a builder for the new ones."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self.mapping: dict[Node, Node] = {}
+        self.num_random = 0
+
+    def begin(self, node: Node) -> None:
+        """Turn to the next node to be replaced."""
+        self.node = node
+        self.args = map_nodes(node.args, self.mapping.__getitem__)
+        self.kwargs = {k: map_nodes(v, self.mapping.__getitem__) for k, v in node.kwargs.items()}
+
+    def option(self, position: int, name: str, default: Arg = None) -> Arg:
+        """An argument given by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
+        """Emit a node in place of the current one."""
+        type = type or result_type(op, args, kwargs)
+        return self.builder.emit(
+            op,
+            args,
+            kwargs,
+            type=type,
+            origin=self.node.origin,
+            requires_grad=self.node.requires_grad and _floating(type),
+        )
+
+    def random_id(self) -> int:
+        """A number for an operator that draws random numbers: its place in the model."""
+        self.num_random += 1
+        return self.num_random
+
+
+def _floating(type: NodeType) -> bool:
+    if isinstance(type, tuple):
+        return any(_floating(item) for item in type)
+    return isinstance(type, TensorType) and type.dtype.is_floating_point
+
+
+Rewrite = Callable[[Rewriter], "Node | None"]
+REWRITES: dict[Any, Rewrite] = {}
+"""By operator; a rewrite that returns nothing leaves its node as it is."""
+
+
+def rewrites(*ops: Any) -> Callable[[Rewrite], Rewrite]:
+    """Register the rewrite of these operators."""
+
+    def register(function: Rewrite) -> Rewrite:
+        for op in ops:
+            REWRITES[op] = function
+        return function
+
+    return register
+
+
+def normalise(graph: Graph) -> Graph:
+    """The graph with each operator of the table replaced."""
+    rewriter = Rewriter(Builder(graph.name, graph.mesh))
+    for node in graph.nodes:
+        rewriter.begin(node)
+        replacement = REWRITES[node.op](rewriter) if node.op in REWRITES else None
+        rewriter.mapping[node] = replacement or rewriter.builder.copy(node, rewriter.mapping)
+    return rewriter.builder.graph(
+        tuple((label, rewriter.mapping[node]) for label, node in graph.outputs)
+    )
+
+
+@rewrites(aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
+def _identity(rewriter: Rewriter) -> Node:
+    found: Node = rewriter.args[0]
+    return found
+
+
+@rewrites(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+def _cast(rewriter: Rewriter) -> Node:
+    x: Node = rewriter.args[0]
+    target = rewriter.node.tensor.dtype
+    if target == x.tensor.dtype:
+        return x
+    return rewriter.call(aten._to_copy.default, x, dtype=target)
+
+
+@rewrites(aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default, aten._unsafe_view.default)
+def _view(rewriter: Rewriter) -> Node:
+    return rewriter.call(aten.view.default, rewriter.args[0], rewriter.node.tensor.shape)
+
+
+@rewrites(aten.pad.default)
+def _pad(rewriter: Rewriter) -> Node | None:
+    if rewriter.option(2, "mode", "constant") != "constant":
+        return None
+    value = rewriter.option(3, "value")
+    return rewriter.call(
+        aten.constant_pad_nd.default,
+        rewriter.args[0],
+        rewriter.args[1],
+        0.0 if value is None else value,
+    )
+
+
+@rewrites(aten.embedding.default)
+def _embedding(rewriter: Rewriter) -> Node:
+    if rewriter.option(3, "scale_grad_by_freq", False) or rewriter.option(4, "sparse", False):
+        raise CaptureError(
+            f"`{rewriter.node.origin.module}` is an embedding with `scale_grad_by_freq` or `sparse`",
+            help="build the embedding without them",
+        )
+    weight, index = rewriter.args[:2]
+    return rewriter.call(MeshOp("embedding"), weight, index, rewriter.option(2, "padding_idx", -1))
+
+
+@rewrites(aten.dropout.default, aten.native_dropout.default)
+def _dropout(rewriter: Rewriter) -> Node:
+    x, p, train = rewriter.args[:3]
+    if not train or p == 0:
+        return _identity(rewriter)
+    return rewriter.call(MeshOp("dropout"), x, float(p), rewriter.random_id())
+
+
+@rewrites(aten.layer_norm.default)
+def _layer_norm(rewriter: Rewriter) -> Node:
+    eps = rewriter.option(4, "eps", 1e-5)
+    return _norm(rewriter, rewriter.option(3, "bias"), eps, "layer")
+
+
+@rewrites(aten.rms_norm.default)
+def _rms_norm(rewriter: Rewriter) -> Node:
+    eps = rewriter.option(3, "eps")
+    if eps is None:
+        eps = torch.finfo(rewriter.args[0].tensor.dtype).eps
+    return _norm(rewriter, None, eps, "rms")
+
+
+def _norm(rewriter: Rewriter, bias: Node | None, eps: float, kind: str) -> Node:
+    """Over several dimensions a norm is one over their product."""
+    x, shape, weight = rewriter.args[0], rewriter.args[1], rewriter.option(2, "weight")
+    full = x.tensor.shape
+    if len(shape) > 1:
+        size = math.prod(shape)
+        x = rewriter.call(aten.view.default, x, (*full[: -len(shape)], size))
+        weight, bias = (
+            None if p is None else rewriter.call(aten.view.default, p, (size,))
+            for p in (weight, bias)
+        )
+    norm = rewriter.call(MeshOp("norm"), x, weight, bias, eps, kind)
+    y = rewriter.call(GETITEM, norm, 0, type=x.type)
+    return y if len(shape) == 1 else rewriter.call(aten.view.default, y, full)
+
+
+@rewrites(aten.scaled_dot_product_attention.default)
+def _attention(rewriter: Rewriter) -> Node:
+    q, k, v = rewriter.args[:3]
+    bias = rewriter.option(3, "attn_mask")
+    dropout_p = float(rewriter.option(4, "dropout_p", 0.0))
+    full = rewriter.node.tensor.shape
+    q, k, v = (_four_dims(rewriter, x) for x in (q, k, v))
+    if bias is not None:
+        bias = _four_dims(rewriter, bias)
+    attention = rewriter.call(
+        MeshOp("attention"),
+        *(q, k, v, bias, rewriter.option(5, "is_causal", False)),
+        *(rewriter.option(6, "scale"), dropout_p, rewriter.random_id() if dropout_p else 0),
+    )
+    assert isinstance(attention.type, tuple)
+    out = rewriter.call(GETITEM, attention, 0, type=attention.type[0])
+    return out if len(full) == 4 else rewriter.call(aten.view.default, out, full)
+
+
+def _four_dims(rewriter: Rewriter, x: Node) -> Node:
+    """Attention's operands as [batch, heads, sequence, features]."""
+    shape = x.tensor.shape
+    if len(shape) == 4:
+        return x
+    if len(shape) < 4:
+        return rewriter.call(aten.view.default, x, (1,) * (4 - len(shape)) + shape)
+    return rewriter.call(aten.view.default, x, (math.prod(shape[:-3]), *shape[-3:]))
+
+
+@rewrites(aten.cross_entropy_loss.default)
+def _cross_entropy(rewriter: Rewriter) -> Node:
+    logits, target, weight = rewriter.args[0], rewriter.args[1], rewriter.option(2, "weight")
+    reduction = rewriter.option(3, "reduction", 1)
+    ignore, smoothing = (
+        rewriter.option(4, "ignore_index", -100), rewriter.option(5, "label_smoothing", 0.0)
+    )
+    last = len(logits.tensor.shape) - 1
+    if last > 1:
+        order = (0, *range(2, last + 1), 1)
+        logits = rewriter.call(aten.permute.default, logits, order)
+    if target.tensor.dtype.is_floating_point:
+        return _soft_cross_entropy(rewriter, logits, target, weight, reduction, smoothing)
+    result = rewriter.call(
+        MeshOp("cross_entropy"),
+        *(logits, target, weight, ignore, smoothing, logits.tensor.shape[-1]),
+    )
+    assert isinstance(result.type, tuple)
+    rows = rewriter.call(GETITEM, result, 0, type=result.type[0])
+    if reduction == 0:
+        return _to(rewriter, rows, logits.tensor.dtype)
+    total = rewriter.call(aten.sum.default, rows)
+    if reduction == 1:
+        total = rewriter.call(
+            aten.div.Tensor, total, _row_count(rewriter, target, weight, ignore, rows)
+        )
+    return _to(rewriter, total, logits.tensor.dtype)
+
+
+def _row_count(
+    rewriter: Rewriter, target: Node, weight: Node | None, ignore: int, rows: Node
+) -> Node:
+    """What a mean over labels divides by: how many are not ignored, or the sum of their weights."""
+    counted = rewriter.call(aten.ne.Scalar, target, ignore)
+    if weight is None:
+        return _to(rewriter, rewriter.call(aten.sum.default, counted), rows.tensor.dtype)
+    picked = rewriter.call(
+        aten.index.Tensor, weight, (rewriter.call(aten.mul.Tensor, target, counted),)
+    )
+    return rewriter.call(aten.sum.default, rewriter.call(aten.mul.Tensor, picked, counted))
+
+
+def _soft_cross_entropy(
+    rewriter: Rewriter,
+    logits: Node,
+    target: Node,
+    weight: Node | None,
+    reduction: int,
+    smoothing: float,
+) -> Node:
+    """Targets that are probabilities: -sum(target * weight * log_softmax(logits))."""
+    last = len(logits.tensor.shape) - 1
+    classes = logits.tensor.shape[-1]
+    if last > 1:
+        target = rewriter.call(aten.permute.default, target, (0, *range(2, last + 1), 1))
+    if smoothing:
+        target = rewriter.call(aten.mul.Tensor, target, 1 - smoothing)
+        target = rewriter.call(aten.add.Tensor, target, smoothing / classes)
+    if weight is not None:
+        target = rewriter.call(aten.mul.Tensor, target, weight)
+    logs = rewriter.call(aten._log_softmax.default, logits, last, False)
+    rows = rewriter.call(
+        aten.sum.dim_IntList, rewriter.call(aten.mul.Tensor, logs, target), (last,)
+    )
+    rows = rewriter.call(aten.neg.default, rows)
+    if reduction == 0:
+        return rows
+    total = rewriter.call(aten.sum.default, rows)
+    count = math.prod(logits.tensor.shape[:-1])
+    return total if reduction == 2 else rewriter.call(aten.div.Tensor, total, count)
+
+
+def _to(rewriter: Rewriter, x: Node, dtype: torch.dtype) -> Node:
+    if x.tensor.dtype == dtype:
+        return x
+    return rewriter.call(aten._to_copy.default, x, dtype=dtype)
+
+
+@rewrites(aten.mean.default)
+def _mean(rewriter: Rewriter) -> Node:
+    x = rewriter.args[0]
+    return _mean_of(rewriter, x, tuple(range(len(x.tensor.shape))), False)
+
+
+@rewrites(aten.mean.dim)
+def _mean_dim(rewriter: Rewriter) -> Node:
+    x, dims = rewriter.args[:2]
+    ndim = len(x.tensor.shape)
+    chosen = tuple(range(ndim)) if not dims else tuple(sorted(d % ndim for d in dims))
+    return _mean_of(rewriter, x, chosen, rewriter.option(2, "keepdim", False))
+
+
+def _mean_of(rewriter: Rewriter, x: Node, dims: tuple[int, ...], keepdim: bool) -> Node:
+    x = _to(rewriter, x, rewriter.node.tensor.dtype)
+    count = math.prod(x.tensor.shape[d] for d in dims)
+    total = rewriter.call(aten.sum.dim_IntList, x, dims, keepdim) if dims else x
+    return rewriter.call(aten.div.Tensor, total, count)
+
+
+@rewrites(aten.mse_loss.default)
+def _mse_loss(rewriter: Rewriter) -> Node:
+    x, target = rewriter.args[:2]
+    difference = rewriter.call(aten.sub.Tensor, x, target)
+    squares = rewriter.call(aten.mul.Tensor, difference, difference)
+    reduction = rewriter.option(2, "reduction", 1)
+    if reduction == 0:
+        return squares
+    total = rewriter.call(aten.sum.default, squares)
+    count = math.prod(squares.tensor.shape)
+    return total if reduction == 2 else rewriter.call(aten.div.Tensor, total, count)
