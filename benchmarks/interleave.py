@@ -1,0 +1,144 @@
+"""Timing peers against each other: alternating, in the same processes, on a watched machine.
+
+A wall time says little on a shared machine; the ratio of two times taken one after the other
+says more. So peers take turns within a round, each round gives one ratio for a pair, and what is
+reported is the median of those with the smallest and largest.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.gpt import Size, make_batch
+from benchmarks.peers import Peer, mean_over_ranks
+from benchmarks.peers.single import losses
+
+QUIET = 0.15
+"""Cores that others may use while a round counts as quiet."""
+PATIENCE = 20.0
+"""Seconds to wait for a quiet machine before a round."""
+TOLERANCE = 2e-5
+"""Relative difference to one process's loss; they are sums in another order, in float32."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Milliseconds a step of each peer, and how many cores others used meanwhile."""
+
+    times: dict[str, float]
+    others: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+
+
+class Machine:
+    """How busy others keep the machine, all ranks' own use taken off."""
+
+    def __init__(self) -> None:
+        self.wall, self.busy, self.own = time.perf_counter(), _busy(), time.process_time()
+
+    def others(self) -> float:
+        """Cores that other processes used since this was made; the same number on every rank."""
+        wall = time.perf_counter() - self.wall
+        own = torch.tensor(time.process_time() - self.own, dtype=torch.float64)
+        dist.all_reduce(own)
+        found = torch.tensor((_busy() - self.busy - own.item()) / wall, dtype=torch.float64)
+        dist.broadcast(found, 0)
+        return max(0.0, found.item())
+
+
+def _busy() -> float:
+    """Seconds of CPU time that all processes of the machine have used (0 where unknown)."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system = stat.read_text().split("\n", 1)[0].split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def await_quiet(patience: float = PATIENCE) -> None:
+    """Sleep until others leave the machine alone, or patience ends."""
+    end = time.monotonic() + patience
+    while True:
+        machine = Machine()
+        time.sleep(0.3)
+        late = torch.tensor(float(time.monotonic() > end))
+        dist.broadcast(late, 0)
+        if machine.others() < QUIET or late.item():
+            return
+
+
+def check(peers: Sequence[Peer], size: Size, steps: int = 3) -> dict[str, float]:
+    """Train each peer for some steps; the largest relative difference to one process's losses.
+
+    Raises `AssertionError` when a peer computes something else. Also warms every peer up.
+    """
+    expected = torch.zeros(steps, dtype=torch.float64)
+    if dist.get_rank() == 0:
+        expected.copy_(torch.tensor(losses(size, steps)))
+    dist.broadcast(expected, 0)
+    differences = {}
+    for peer in peers:
+        found = []
+        for step in range(steps):
+            loss = peer.step(*make_batch(size, seed=step))
+            found.append(mean_over_ranks(loss) if peer.loss_is_local else loss.double())
+        off = ((torch.stack(found) - expected).abs() / expected).max().item()
+        assert off < TOLERANCE, f"{peer.name}: losses {found} instead of {expected}"
+        differences[peer.name] = off
+    return differences
+
+
+def measure(peers: Sequence[Peer], size: Size, rounds: int, steps: int) -> list[Round]:
+    """Time `steps` steps of each peer in each round; who begins moves on by one each round."""
+    batch = make_batch(size)
+    found = []
+    for number in range(rounds):
+        await_quiet()
+        machine = Machine()
+        start = number % len(peers)
+        times = {peer.name: visit(peer, batch, steps) for peer in (*peers[start:], *peers[:start])}
+        found.append(Round({peer.name: times[peer.name] for peer in peers}, machine.others()))
+    return found
+
+
+def visit(peer: Peer, batch: tuple[Tensor, Tensor], steps: int) -> float:
+    """Milliseconds a step on the slowest rank."""
+    if steps > 1:
+        peer.step(*batch)  # its memory and caches are cold after the others' turns
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(steps):
+        peer.step(*batch)
+    elapsed = torch.tensor((time.perf_counter() - start) * 1e3 / steps)
+    dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
+    return elapsed.item()
+
+
+def counted(rounds: Sequence[Round]) -> list[Round]:
+    """The quiet rounds; all of them where fewer than three are."""
+    quiet = [taken for taken in rounds if taken.others < QUIET]
+    return quiet if len(quiet) >= 3 else list(rounds)
+
+
+def ratio(rounds: Sequence[Round], peer: str, reference: str) -> Ratio:
+    """The peer's time by the reference's, round by round."""
+    found = [taken.times[peer] / taken.times[reference] for taken in rounds]
+    return Ratio(statistics.median(found), min(found), max(found))

@@ -1,0 +1,97 @@
+"""Command line and processes of the benchmarks that compare peers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from benchmarks import report
+from benchmarks.gpt import SIZES, Size
+from benchmarks.interleave import check, measure
+from benchmarks.peers import Peer
+
+STEPS = {"tiny": 20, "base": 1}
+"""Steps that a peer takes at each of its turns."""
+ROUNDS = {"tiny": 15, "base": 7}
+Build = Callable[[Size, DeviceMesh, argparse.Namespace], Sequence[Peer]]
+Pairs = Callable[[Sequence[str]], Sequence[tuple[str, str]]]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--size", choices=(*SIZES, "both"), default="both")
+    found.add_argument("--rounds", type=int, default=0, help="turns a peer (default: by size)")
+    found.add_argument("--quick", action="store_true", help="one round of one step: does it run?")
+    found.add_argument("--only", default="", help="peers whose name contains this, by commas")
+    found.add_argument("--json", type=Path, help="write the results there")
+    found.add_argument("--worker", nargs=3, metavar=("MESH", "SIZE", "OUT"), help=argparse.SUPPRESS)
+    return found
+
+
+def main(module: str, meshes: Sequence[str], args: argparse.Namespace, argv: list[str]) -> None:
+    """Run `module` as a worker for each mesh and size, under torchrun; print and write results."""
+    results: dict[str, Any] = {}
+    for size in SIZES if args.size == "both" else (args.size,):
+        for mesh in meshes:
+            title = f"{size}, {mesh}"
+            results[title] = run_workers(module, mesh, size, argv)
+            print(report.table(title, results[title]), flush=True)
+    report.write(args.json, results)
+
+
+def run_workers(module: str, mesh: str, size: str, argv: list[str]) -> dict[str, Any]:
+    """Start one process a rank and return what rank 0 found."""
+    processes = 1
+    for axis in mesh.split(", "):
+        processes *= int(axis.split("=")[1])
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc-per-node={processes}", "-m", module]
+        worker = ["--worker", mesh, size, str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, *argv, *worker], check=True, env=environment)
+        return json.loads(out.read_text())
+
+
+def work(build: Build, pairs: Pairs, args: argparse.Namespace) -> None:
+    """One rank: build the peers, check their losses, time them; rank 0 writes the result."""
+    mesh_text, size_name, out = args.worker
+    size = SIZES[size_name]
+    torch.set_num_threads(1)
+    # The collectives' newer names are not in every torch that this runs on.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    with ranks(mesh_text) as mesh:
+        wanted = args.only.split(",")
+        peers = [p for p in build(size, mesh, args) if any(word in p.name for word in wanted)]
+        differences = check(peers, size)
+        rounds = 1 if args.quick else args.rounds or ROUNDS[size.name]
+        taken = measure(peers, size, rounds, 1 if args.quick else STEPS[size.name])
+        if dist.get_rank() == 0:
+            found = report.result(taken, differences, pairs([peer.name for peer in peers]))
+            Path(out).write_text(json.dumps(found))
+
+
+@contextmanager
+def ranks(mesh_text: str) -> Iterator[DeviceMesh]:
+    """The process group and torch's mesh for a text such as `dp=2, tp=2`."""
+    axes = dict(axis.split("=") for axis in mesh_text.split(", "))
+    dist.init_process_group("gloo")
+    try:
+        sizes = tuple(int(size) for size in axes.values())
+        yield init_device_mesh("cpu", sizes, mesh_dim_names=tuple(axes))
+    finally:
+        dist.destroy_process_group()  # without it half of the processes abort at exit

@@ -1,0 +1,51 @@
+"""Meshwright, through its public names only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+import meshwright as mw
+from benchmarks.gpt import ADAMW, Size, make_batch, make_model
+from benchmarks.peers import Peer
+
+TENSOR = """
+let     heads = {heads}
+columns blocks.*.qkv  over tp as (heads 3 hd)
+rows    blocks.*.proj over tp
+columns blocks.*.up   over tp
+rows    blocks.*.down over tp
+"""
+HEAD = {
+    "gathered": "vocab wte over tp\ncolumns head over tp\nshard head -> [{b}, s, v]\n",
+    "vocab": "vocab wte, head over tp\n",
+    "sequence": "vocab wte, head over tp\nsequence blocks.* over tp\n",
+}
+
+
+def plan_text(size: Size, mesh: DeviceMesh, feature: str) -> str:
+    """The plan for a mesh of dp, tp or both; `feature` matters where there is tp."""
+    names = mesh.mesh_dim_names or ()
+    sizes = ", ".join(f"{name}={mesh[name].size()}" for name in names)
+    text = f"mesh {sizes}\n"
+    if "dp" in names:
+        text += "data tokens, targets over dp\n"
+    if "tp" in names:
+        batch = "b@dp" if "dp" in names else "b"
+        text += (TENSOR + HEAD[feature]).format(heads=size.heads, b=batch)
+    return text
+
+
+def meshwright(size: Size, mesh: DeviceMesh, feature: str = "") -> Peer:
+    plan = mw.Plan.parse(plan_text(size, mesh, feature))
+    run = mw.compile(make_model(size), plan, example=make_batch(size)).launch()
+    optimizer = run.optimizer(torch.optim.AdamW, **ADAMW)
+
+    def step(tokens: Tensor, targets: Tensor) -> Tensor:
+        loss = run.step(tokens, targets)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return Peer("meshwright", feature, step)
