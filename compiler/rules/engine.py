@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout import Dim, Factor, Layout
+from meshwright.compiler.layout import Dim, Factor, Layout, dim_axes
+from meshwright.compiler.layout import whole as unsplit
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.reshard import cost as reshard_cost
 from meshwright.compiler.rules.lookup import rule_for
@@ -29,6 +30,9 @@ from meshwright.compiler.rules.notation import (
 
 EXPLICIT = 1e6
 """How many times dearer it is to use a value in another layout than the plan wrote for it."""
+
+PREFERRED = 0.5
+"""What a byte counts that brings a value to a layout which the plan asks for around it."""
 
 REDUNDANT = 1e-3
 """What computing one element more counts against one byte moved: enough to break ties."""
@@ -71,11 +75,14 @@ def placement_cost(call: Call, placement: Placement) -> float:
 
 def operand_cost(operand: Operand, layout: Layout, mesh: Mesh) -> float:
     """Bytes to bring one operand to `layout`, its adjoint included."""
+    layout = layout.canonical(mesh)
     if layout == operand.layout or layout in operand.available:
         return 0.0
     price = reshard_cost(
         operand.layout, layout, operand.type.dtype.itemsize, mesh, operand.differentiable
     )
+    if layout in operand.proposals:
+        price *= PREFERRED
     overridden = operand.explicit and layout.dims != operand.layout.dims
     return price * EXPLICIT + EXPLICIT if overridden else price
 
@@ -193,20 +200,6 @@ def _result(
         out,
         partial=tuple(sorted(partial.items())),
         varying=tuple(sorted(varying - split - set(partial))),
-    )
-
-
-@lru_cache(maxsize=4096)
-def unsplit(size: int) -> Dim:
-    """A dimension that no axis splits."""
-    return ((Factor(size),),)
-
-
-@lru_cache(maxsize=4096)
-def dim_axes(dim: Dim) -> tuple[str, ...]:
-    """The axes that split a dimension, each once."""
-    return tuple(
-        dict.fromkeys(axis for segment in dim for factor in segment for axis in factor.axes)
     )
 
 

@@ -1,0 +1,61 @@
+"""A program on its way through the passes: the graph, and what the plan has said about it so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from meshwright.compiler.capture import Captured
+from meshwright.compiler.emit import Movement
+from meshwright.compiler.ir import Graph, Node
+from meshwright.compiler.layout import Layout
+from meshwright.compiler.mesh import Mesh
+from meshwright.dsl import Plan, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A layout that a statement of the plan wrote."""
+
+    layout: Layout
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """A parameter stored with more entries than the model has: `dim` is `size` of `padded`."""
+
+    dim: int
+    size: int
+    padded: int
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Modules between whose split linears activations are split along the sequence."""
+
+    modules: frozenset[str]
+    axes: tuple[str, ...]
+    dim: int
+    span: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What passes take and return; none of them edits one in place."""
+
+    plan: Plan
+    mesh: Mesh
+    captured: Captured
+    graph: Graph
+    inputs: Mapping[str, Pin] = field(default_factory=dict)
+    """Layouts of parameters, buffers and arguments, by canonical name."""
+    values: Mapping[Node, Pin] = field(default_factory=dict)
+    """Layouts of activations, by the node that computes them."""
+    entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)
+    """By the first node inside a module: layouts of the values that enter there."""
+    regions: tuple[Region, ...] = ()
+    paddings: Mapping[str, Padding] = field(default_factory=dict)
+    """Parameters that are stored padded, by canonical name."""
+    movements: tuple[Movement, ...] = ()
+    """Every change of layout that partitioning inserted."""

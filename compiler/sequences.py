@@ -1,0 +1,87 @@
+"""Where activations are split along the sequence: the values that enter a region, and what a
+pending sum inside or beside it is best reduced to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from meshwright.compiler.draft import Region
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.ir import INPUT, Graph, Node, TensorType
+from meshwright.compiler.layout import Layout, cut, dim_axes
+from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.regroup import reshape
+
+
+class Sequences:
+    """The regions of a graph: `entries` maps a region's first node to the values that enter."""
+
+    def __init__(self, graph: Graph, regions: tuple[Region, ...], mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.entries: dict[Node, tuple[Node, ...]] = {}
+        self._axes: dict[tuple[int, int], tuple[str, ...]] = {}
+        """The splitting axes of activations, by their batch and sequence lengths."""
+        if regions:
+            self._scan(graph, regions)
+
+    def _scan(self, graph: Graph, regions: tuple[Region, ...]) -> None:
+        by_module = {module: region for region in regions for module in region.modules}
+        entered: set[str] = set()
+        for node in graph.nodes:
+            for module, _ in node.origin.modules:
+                if module in by_module and module not in entered:
+                    value = _activation(node, module)
+                    if value is not None:
+                        entered.add(module)
+                        self._enter(node, value, by_module[module])
+
+    def _enter(self, node: Node, value: Node, region: Region) -> None:
+        batch, length = value.tensor.shape[:2]
+        if region.dim == 1 and length % self.mesh.size(region.axes) == 0:
+            self._axes[batch, length] = region.axes
+            self.entries[node] = (*self.entries.get(node, ()), value)
+
+    def split(self, value: Node) -> Layout | None:
+        """The layout of `value` with its sequence split, or nothing where it has none to split."""
+        shape, layout = value.tensor.shape, value.placed
+        for (batch, length), axes in self._axes.items():
+            if len(shape) > 1 and shape[:2] == (batch, length):
+                return self._cut(layout, axes)
+            if shape and shape[0] == batch * length:
+                apart = (batch, length, *shape[1:])
+                try:
+                    found = self._cut(reshape(layout, apart, self.mesh), axes)
+                    return found and reshape(found, shape, self.mesh).canonical(self.mesh)
+                except LayoutError:
+                    return None
+        return None
+
+    def _cut(self, layout: Layout, axes: tuple[str, ...]) -> Layout | None:
+        layout = layout.drop_partial(axes).drop_varying(axes).drop_split(axes, self.mesh)
+        if dim_axes(layout.dims[1]):
+            return None
+        dims = (layout.dims[0], cut(layout.shape[1], *axes), *layout.dims[2:])
+        return layout.with_dims(dims).canonical(self.mesh)
+
+    def proposals(self, operands: Iterable[Node]) -> Mapping[Node, Layout]:
+        """For operands with a sum pending over a region's axes: their layout once split instead."""
+        found: dict[Node, Layout] = {}
+        if not self._axes:
+            return found
+        for value in operands:
+            if isinstance(value.type, TensorType) and value.placed.partial:
+                layout = self.split(value)
+                if layout is not None and set(layout.split_axes) & set(value.placed.partial_axes):
+                    found[value] = layout
+        return found
+
+
+def _activation(node: Node, module: str) -> Node | None:
+    """The first operand that comes from outside `module` and looks like `[batch, sequence, ...]`."""
+    for operand in node.operands():
+        outside = all(path != module for path, _ in operand.origin.modules)
+        weight = operand.op == INPUT and operand.args[0] != "argument"
+        if outside and not weight and isinstance(operand.type, TensorType):
+            if len(operand.tensor.shape) > 2 and operand.tensor.dtype.is_floating_point:
+                return operand
+    return None

@@ -1,0 +1,161 @@
+"""Give every node a layout, and make every change of layout an explicit collective.
+
+Before:  y: f32[8, 16]                  = mm(h, w2)          w2: [16@tp, 16], h: [8@dp, 16@tp]
+         z: f32[8, 16]                  = relu(y)
+After:   y: f32[8@dp, 16] partial(tp)   = mm(h, vary(w2, dp))
+         y1: f32[8@dp, 16]              = all_reduce(y, tp)
+         z: f32[8@dp, 16]               = relu(y1)
+
+Layouts flow forward from the parameters and inputs that the plan has pinned. Where operands
+disagree the rule engine takes the cheapest way, and the `vary` rule puts in what makes gradients
+right. Requires: pins that divide. Ensures: every node is placed as its rule allows; outputs whole.
+Elsewhere: Shardy's propagation and insert-explicit-reshards in one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from meshwright.compiler.draft import Draft, Pin
+from meshwright.compiler.emit import Emitter
+from meshwright.compiler.ir import (
+    GETITEM,
+    INPUT,
+    Arg,
+    Builder,
+    Node,
+    Op,
+    TensorType,
+    map_nodes,
+)
+from meshwright.compiler.layout import Layout, dim_axes, replicated
+from meshwright.compiler.sequences import Sequences
+
+aten = torch.ops.aten
+
+_VIEWS = {aten.view.default, aten.t.default, aten.transpose.int, aten.permute.default}
+"""Operators through which a parameter's layout stays the one the plan wrote."""
+
+
+def partition(draft: Draft) -> Draft:
+    """Place every node of `draft.graph`."""
+    return _Partitioner(draft).run()
+
+
+class _Partitioner:
+    def __init__(self, draft: Draft) -> None:
+        self.draft, self.graph = draft, draft.graph
+        self.emitter = Emitter(Builder(draft.graph.name, draft.mesh))
+        self.mapping: dict[Node, Node] = {}
+        self.users = draft.graph.users()
+        self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
+
+    def run(self) -> Draft:
+        for node in self.graph.nodes:
+            self._enter(node)
+            new = self._place(node)
+            if node in self.draft.values:
+                new = self._to(new, self.draft.values[node].layout, node)
+            self.mapping[node] = new
+            if len(self.users[node]) > 1 and isinstance(new.type, TensorType):
+                self.emitter.shared.add(new)
+        outputs = tuple((label, self._output(label, node)) for label, node in self.graph.outputs)
+        return replace(
+            self.draft,
+            graph=self.emitter.builder.graph(outputs),
+            movements=tuple(self.emitter.movements),
+        )
+
+    def _enter(self, node: Node) -> None:
+        """Bring what enters a module with this node to the layout that the plan wrote for it."""
+        for value, pin in self.draft.entering.get(node, ()):
+            self.mapping[value] = self._to(self.mapping[value], pin.layout, node)
+        for value in self.sequences.entries.get(node, ()):
+            layout = self.sequences.split(self.mapping[value])
+            if layout is not None:
+                self.mapping[value] = self._to(self.mapping[value], layout, node)
+
+    def _to(self, value: Node, layout: Layout, node: Node) -> Node:
+        """`value` in `layout`; its varying axes stay, since each use asks for its own."""
+        layout = layout.canonical(self.draft.mesh)
+        if value.placed.dims == layout.dims and value.placed.partial == layout.partial:
+            return value
+        return self.emitter.reshard(value, layout, node.origin)
+
+    def _place(self, node: Node) -> Node:
+        if node.op == INPUT:
+            return self._input(node)
+        if node.op == GETITEM:
+            source = self.mapping[node.args[0]]
+            return self.emitter.item(source, node.args[1], node.origin, name=node.name)
+        if node.op == torch.ops.mesh.layout.default:
+            return self.mapping[node.args[0]]
+        return self._biased(node) or self._call(node, node.op, node.args)
+
+    def _call(self, node: Node, op: Op, args: tuple[Arg, ...], type: TensorType | None = None) -> Node:
+        args = map_nodes(args, lambda n: self.mapping.get(n, n))
+        kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
+        operands = [self.mapping[n] for n in node.operands()]
+        new = self.emitter.call(
+            op,
+            args,
+            kwargs,
+            origin=node.origin,
+            type=type or node.type,
+            proposals=self.sequences.proposals(operands),
+            requires_grad=node.requires_grad,
+            name=node.name,
+        )
+        if op in _VIEWS and operands[0] in self.emitter.explicit:
+            self.emitter.explicit.add(new)
+        return new
+
+    def _biased(self, node: Node) -> Node | None:
+        """A linear map whose sum over input features stays pending gets its bias after the sum."""
+        if node.op == aten.linear.default and len(node.args) > 2 and node.args[2] is not None:
+            x, weight, bias = node.args
+            op, contracted = aten.linear.default, 1
+        elif node.op == aten.addmm.default and not node.kwargs:
+            bias, x, weight = node.args
+            op, contracted = aten.mm.default, 0
+        else:
+            return None
+        if not dim_axes(self.mapping[weight].placed.dims[contracted]):
+            return None
+        product = self._call(node, op, (x, weight))
+        proposals = self.sequences.proposals([product])
+        return self.emitter.call(
+            aten.add.Tensor,
+            (product, self.mapping[bias]),
+            origin=node.origin,
+            proposals=proposals,
+            requires_grad=node.requires_grad,
+        )
+
+    def _input(self, node: Node) -> Node:
+        pin = self.draft.inputs.get(node.args[1])
+        layout = pin.layout if pin else replicated(node.tensor.shape)
+        new = self.emitter.builder.emit(
+            INPUT,
+            node.args,
+            type=node.type,
+            layout=layout.canonical(self.draft.mesh),
+            origin=node.origin,
+            requires_grad=node.requires_grad,
+            name=node.name,
+        )
+        if pin:
+            self.emitter.explicit.add(new)
+        return new
+
+    def _output(self, label: str, node: Node) -> Node:
+        """Results are whole on every rank; a buffer's new value is laid out as the buffer."""
+        kind, _, name = label.partition(":")
+        pin: Pin | None = self.draft.inputs.get(name) if kind == "buffer" else None
+        layout = pin.layout if pin else replicated(node.tensor.shape)
+        value = self.mapping[node]
+        if value.placed.varying:
+            layout = layout.add_varying(value.placed.varying)
+        return self.emitter.reshard(value, layout, node.origin)
