@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
-from meshwright.compiler.layout import Dim, Factor, Layout, Segment, check_factor
+from meshwright.compiler.factors import Dim, Factor, Segment, check_factor
 from meshwright.compiler.mesh import Mesh
 
 
@@ -48,6 +48,21 @@ class Part(NamedTuple):
     def local_length(self) -> int:
         """How many of its elements each rank holds."""
         return self.length // math.prod(cut.size for cut in self.cuts)
+
+    def without(self, axes: frozenset[str]) -> Part:
+        """Not cut by `axes`; the other cuts stay."""
+        return Part(self.length, tuple(cut for cut in self.cuts if cut.axis not in axes))
+
+    def digits(self) -> list[tuple[int, str | None]]:
+        """(base, axis) of the digits of an index, major first; no axis for what lies between."""
+        found: list[tuple[int, str | None]] = []
+        bound = self.length
+        for cut in self.cuts:
+            if bound != cut.extent:
+                found.append((bound // cut.extent, None))
+            found.append((cut.size, cut.axis))
+            bound = cut.stride
+        return found if bound == 1 and found else [*found, (bound, None)]
 
 
 Parts = tuple[Part, ...]
@@ -120,24 +135,3 @@ def _segment_of(part: Part) -> Segment:
         axes, bound = (*axes, cut.axis), cut.stride
     factors.append(Factor(top, axes))
     return tuple(factors)
-
-
-def canonical_layout(layout: Layout, mesh: Mesh) -> Layout:
-    """See `Layout.canonical`."""
-    dims = tuple(dim_of(parts_of(dim, mesh)) for dim in layout.dims)
-    sizes = dict(mesh.axes)
-    partial = tuple(sorted(item for item in layout.partial if sizes[item[0]] > 1))
-    varying = tuple(sorted(axis for axis in layout.varying if sizes[axis] > 1))
-    same = dims == layout.dims and partial == layout.partial and varying == layout.varying
-    return layout if same else Layout(dims, partial, varying)
-
-
-def without_axes(layout: Layout, axes: frozenset[str], mesh: Mesh) -> Layout:
-    """See `Layout.drop_split`."""
-    return layout.with_dims(
-        dim_of(merged(_uncut(part, axes) for part in parts_of(dim, mesh))) for dim in layout.dims
-    )
-
-
-def _uncut(part: Part, axes: frozenset[str]) -> Part:
-    return Part(part.length, tuple(cut for cut in part.cuts if cut.axis not in axes))

@@ -9,29 +9,52 @@ equality, reshapes and changes of layout are all worked out on cuts (see `cuts.p
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from meshwright.compiler.cuts import Part, dim_of, merged, parts_of
 from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.factors import (
+    Dim,
+    Factor,
+    Segment,
+    check_axis,
+    concatenation,
+    cut,
+    dim_axes,
+    dim_size,
+    format_dim,
+    local_size,
+    product,
+    whole,
+)
 from meshwright.compiler.mesh import Mesh
 
-
-class Factor(NamedTuple):
-    """`size` elements, cut into equal blocks over `axes`, the first of which is the major one."""
-
-    size: int
-    axes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        if len(self.axes) > 1:
-            return f"{self.size}@({', '.join(self.axes)})"
-        return f"{self.size}@{self.axes[0]}" if self.axes else str(self.size)
-
-
-Segment = tuple[Factor, ...]
-Dim = tuple[Segment, ...]
+__all__ = [
+    "Dim",
+    "Factor",
+    "Layout",
+    "LayoutError",
+    "Segment",
+    "block_map",
+    "concatenation",
+    "cut",
+    "dim_axes",
+    "dim_size",
+    "format_dim",
+    "product",
+    "replicated",
+    "shard",
+    "split",
+    "unshard",
+    "whole",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +93,7 @@ class Layout:
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """What each rank holds. Raises LayoutError if a factor does not divide."""
-        return tuple(_local_size(dim, mesh) for dim in self.dims)
+        return tuple(local_size(dim, mesh) for dim in self.dims)
 
     def canonical(self, mesh: Mesh) -> Layout:
         """The one spelling of this layout on `mesh`: equal layouts have equal canonical forms.
@@ -80,10 +103,7 @@ class Layout:
         kept = self._canonical
         if kept is not None and (kept[0] is mesh or kept[0] == mesh):
             return kept[1]
-        # Imported here: cuts are made of layouts' factors.
-        from meshwright.compiler.cuts import canonical_layout
-
-        found = canonical_layout(self, mesh)
+        found = _canonical(self, mesh)
         object.__setattr__(found, "_canonical", (mesh, found))
         object.__setattr__(self, "_canonical", (mesh, found))
         return found
@@ -165,9 +185,9 @@ class Layout:
 
     def drop_split(self, axes: Iterable[str], mesh: Mesh) -> Layout:
         """Replicated over those of `axes` that cut a dim; the other cuts stay where they are."""
-        from meshwright.compiler.cuts import without_axes
-
-        return without_axes(self, frozenset(axes), mesh)
+        gone = frozenset(axes)
+        parts = (parts_of(dim, mesh) for dim in self.dims)
+        return self.with_dims(dim_of(merged(part.without(gone) for part in dim)) for dim in parts)
 
     def with_dims(self, dims: Iterable[Dim]) -> Layout:
         """Other dims, the same partial and varying axes."""
@@ -181,26 +201,6 @@ class Layout:
         if self.varying:
             text += f" varying({', '.join(self.varying)})"
         return text
-
-
-def whole(size: int) -> Dim:
-    """A dim that nothing cuts."""
-    return ((Factor(size),),)
-
-
-def cut(size: int, *axes: str) -> Dim:
-    """A dim in equal blocks over `axes`, the first of which is the major one."""
-    return ((Factor(size, axes),),)
-
-
-def product(*factors: Factor) -> Dim:
-    """A dim that is one product of factors, major to minor."""
-    return (factors,)
-
-
-def concatenation(*segments: Segment) -> Dim:
-    """A dim of segments one after the other; a rank holds its part of each."""
-    return segments
 
 
 def replicated(shape: Iterable[int]) -> Layout:
@@ -217,56 +217,15 @@ def split(shape: Iterable[int], axes: Mapping[int, str | tuple[str, ...]]) -> La
     return Layout(tuple(cut(size, *by_dim.get(i, ())) for i, size in enumerate(sizes)))
 
 
-def dim_size(dim: Dim) -> int:
-    """The global size of a dim."""
-    if len(dim) == 1 and len(dim[0]) == 1:
-        return dim[0][0].size
-    return sum(math.prod(factor.size for factor in segment) for segment in dim)
-
-
-def dim_axes(dim: Dim) -> tuple[str, ...]:
-    """The axes that cut a dim, each once, in order."""
-    if len(dim) == 1 and len(dim[0]) == 1:
-        return dim[0][0].axes
-    found = (axis for segment in dim for factor in segment for axis in factor.axes)
-    return tuple(dict.fromkeys(found))
-
-
-def format_dim(dim: Dim) -> str:
-    """`128@tp`, `3·12@tp·64`, or `(8@tp·64 | 2@tp·64)` for a concatenation."""
-    segments = ["·".join(str(factor) for factor in segment) or "1" for segment in dim]
-    return segments[0] if len(segments) == 1 else f"({' | '.join(segments)})"
-
-
-def _local_size(dim: Dim, mesh: Mesh) -> int:
-    return sum(math.prod(_local_factor(factor, mesh) for factor in segment) for segment in dim)
-
-
-def _local_factor(factor: Factor, mesh: Mesh) -> int:
-    if not factor.axes:
-        return factor.size
-    check_factor(factor, mesh)
-    return factor.size // mesh.size(factor.axes)
-
-
-def check_factor(factor: Factor, mesh: Mesh) -> None:
-    """Raises LayoutError unless the factor's axes are in `mesh` and divide its size."""
-    unknown = [axis for axis in factor.axes if axis not in mesh.names]
-    if unknown:
-        raise LayoutError(
-            f"`{factor}` names axis `{unknown[0]}`, which the mesh ({mesh}) does not have",
-            code="unknown-axis",
-            help=f"name one of {', '.join(f'`{name}`' for name in mesh.names)}",
-        )
-    ranks = mesh.size(factor.axes)
-    if factor.size % ranks:
-        below = factor.size - factor.size % ranks
-        sizes = [str(size) for size in (below, below + ranks) if size]
-        raise LayoutError(
-            f"`{factor}` does not divide: {factor.size} over {ranks} ranks",
-            code="does-not-divide",
-            help=f"use a size that {ranks} divides, such as {' or '.join(sizes)}",
-        )
+def _canonical(layout: Layout, mesh: Mesh) -> Layout:
+    dims = tuple(dim_of(parts_of(dim, mesh)) for dim in layout.dims)
+    sizes = dict(mesh.axes)
+    for axis in (*layout.partial_axes, *layout.varying):
+        check_axis(axis, mesh, str(layout))
+    partial = tuple(sorted(item for item in layout.partial if sizes[item[0]] > 1))
+    varying = tuple(sorted(axis for axis in layout.varying if sizes[axis] > 1))
+    same = dims == layout.dims and partial == layout.partial and varying == layout.varying
+    return layout if same else Layout(dims, partial, varying)
 
 
 def _check_axes(layout: Layout) -> None:
@@ -283,10 +242,11 @@ def _check_axes(layout: Layout) -> None:
     if used:
         _check_once(used, layout)
     if len({reduce for _, reduce in layout.partial}) > 1:
+        pending = ", ".join(f"{reduce} over {axis}" for axis, reduce in layout.partial)
         raise LayoutError(
             "pending reductions of two kinds do not commute",
             code="mixed-reductions",
-            culprit=str(layout.partial),
+            culprit=f"partial({pending})",
             help="reduce over one of the axes first",
         )
 
@@ -300,3 +260,120 @@ def _check_once(axes: list[str], layout: Layout) -> None:
         code="axis-twice",
         help=f"split one dim by `{twice}`, or name another axis for the second",
     )
+
+
+def shard(tensor: Tensor, layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Tensor:
+    """What the rank at `coords` holds of a global tensor: a view of it wherever that is possible.
+
+    Of a pending sum the first coordinate holds the value and the others zeros; of a pending max or
+    min every one holds the value.
+    """
+    for dim, spelling in enumerate(layout.dims):
+        parts = parts_of(spelling, mesh)
+        if len(parts) == 1:
+            tensor = _own(tensor, dim, parts[0], coords)
+        else:
+            pieces = torch.split_with_sizes(tensor, [part.length for part in parts], dim)
+            own = (
+                _own(piece, dim, part, coords) for piece, part in zip(pieces, parts, strict=True)
+            )
+            tensor = torch.cat(tuple(own), dim)
+    pending = layout.partial_axes if layout.reduction == "sum" else ()
+    if any(coords[axis] for axis in pending):
+        return torch.zeros_like(tensor)
+    return tensor
+
+
+def unshard(locals_by_rank: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Tensor:
+    """The global tensor of what the ranks hold, in rank order; pending reductions are applied.
+
+    Where the value is replicated or varying the first coordinate's copy is taken.
+    """
+    whole_tensor = locals_by_rank[0].new_empty(layout.shape)
+    parts = [parts_of(spelling, mesh) for spelling in layout.dims]
+    cutting = {cut.axis for dim in parts for part in dim for cut in part.cuts}
+    for coords in _coordinates(mesh, cutting):
+        pending = _coordinates(mesh, set(layout.partial_axes), coords)
+        held = [locals_by_rank[mesh.rank(place)] for place in pending]
+        _write(whole_tensor, parts, coords, combine(held, layout.reduction))
+    return whole_tensor
+
+
+def combine(tensors: Sequence[Tensor], reduce: str) -> Tensor:
+    """The elementwise "sum", "max" or "min" of tensors of one shape."""
+    if len(tensors) == 1:
+        return tensors[0]
+    stacked = torch.stack(tuple(tensors))
+    if reduce == "sum":
+        return stacked.sum(0, dtype=stacked.dtype)
+    return stacked.amax(0) if reduce == "max" else stacked.amin(0)
+
+
+def block_map(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Tensor:
+    """The global flat index of each element that the rank at `coords` holds."""
+    shape = layout.shape
+    indices = torch.arange(math.prod(shape)).view(shape)
+    return shard(indices, layout.drop_states(), mesh, coords)
+
+
+def _coordinates(
+    mesh: Mesh, axes: set[str], base: Mapping[str, int] | None = None
+) -> Iterator[dict[str, int]]:
+    """Every coordinate over `axes`, the other axes as in `base`, or 0."""
+    start = dict.fromkeys(mesh.names, 0) if base is None else dict(base)
+    names = [axis for axis in mesh.names if axis in axes]
+    for place in itertools.product(*(range(mesh.size(axis)) for axis in names)):
+        yield {**start, **dict(zip(names, place, strict=True))}
+
+
+def _own(tensor: Tensor, dim: int, part: Part, coords: Mapping[str, int]) -> Tensor:
+    """The rank's share of one dim that is one part."""
+    if not part.cuts:
+        return tensor
+    held = _select(tensor, dim, part, coords)
+    return held.reshape(*tensor.shape[:dim], part.local_length, *tensor.shape[dim + 1 :])
+
+
+def _select(tensor: Tensor, dim: int, part: Part, coords: Mapping[str, int]) -> Tensor:
+    """A view of the rank's share, with the dim unflattened into what lies between the cuts."""
+    digits = part.digits()
+    view = _unflatten(tensor, dim, [size for size, _ in digits])
+    place = dim
+    for _, axis in digits:
+        if axis is None:
+            place += 1
+        else:
+            view = view.select(place, coords[axis])
+    return view
+
+
+def _unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Always a view. (torch's own refuses an empty product.)"""
+    return tensor.view(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
+
+
+def _write(
+    target: Tensor, parts: Sequence[tuple[Part, ...]], coords: Mapping[str, int], held: Tensor
+) -> None:
+    """Copy what a rank holds to its places in the global tensor, segment by segment."""
+    for grid in itertools.product(*(_stretches(dim) for dim in parts)):
+        view, source = target, held
+        for dim, (start, local_start, part) in enumerate(grid):
+            view = view.narrow(dim, start, part.length)
+            source = source.narrow(dim, local_start, part.local_length)
+        for dim in reversed(range(len(grid))):
+            part = grid[dim][2]
+            if part.cuts:
+                view = _select(view, dim, part, coords)
+                between = [size for size, axis in part.digits() if axis is None]
+                source = _unflatten(source, dim, between)
+        view.copy_(source)
+
+
+def _stretches(parts: Iterable[Part]) -> list[tuple[int, int, Part]]:
+    """Each part with its first index, globally and on a rank."""
+    found, start, local_start = [], 0, 0
+    for part in parts:
+        found.append((start, local_start, part))
+        start, local_start = start + part.length, local_start + part.local_length
+    return found
