@@ -131,7 +131,7 @@ def _cross_entropy_backward(grad_rows: TensorType, logits: TensorType, *_: Arg) 
 
 @mesh_type("norm")
 def _norm(x: TensorType, *_: Arg) -> NodeType:
-    rows = TensorType((*x.shape[:-1], 1), statistic(x.dtype))
+    rows = TensorType(x.shape[:-1], statistic(x.dtype))
     return (x, rows, rows)
 
 
@@ -166,3 +166,28 @@ def _attention_backward(
     *rest: Arg,
 ) -> NodeType:
     return (q, k, v, bias if rest[-1] else None)
+
+
+@mesh_type("cross_entropy_combine")
+def _cross_entropy_combine(stats: TensorType, *_: Arg) -> NodeType:
+    rows = TensorType(stats.shape[2:], stats.dtype)
+    return (rows, rows)
+
+
+@mesh_type("norm_backward_sums")
+def _norm_backward_sums(grad: TensorType, x: TensorType, *_: Arg) -> NodeType:
+    return TensorType((2, *x.shape[:-1]), statistic(x.dtype))
+
+
+@mesh_type("norm_backward_apply")
+def _norm_backward_apply(
+    sums: TensorType,
+    grad: TensorType,
+    x: TensorType,
+    mean: TensorType,
+    rstd: TensorType,
+    weight: TensorType | None,
+    bias: TensorType | None,
+    *_: Arg,
+) -> NodeType:
+    return (x, weight, bias)

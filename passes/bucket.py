@@ -1,0 +1,121 @@
+"""Reduce gradients in buckets: one flat buffer, and one all-reduce, for many parameters.
+
+Before:  dw: f32[64, 16] = all_reduce(g1, dp);  db: f32[64] = all_reduce(g2, dp)
+After:   bucket:   f32[1088] partial(dp) = mesh::bucket(g1, g2)
+         reduced:  f32[1088]             = all_reduce(bucket, dp)
+         dw, db                          = mesh::bucket_item(reduced, 0), mesh::bucket_item(reduced, 1)
+
+A bucket holds gradients with equal axes and element type, in the order in which the backward makes
+them, so that its reduction starts as soon as the last is there. Gradients that need no reduction are
+laid out in flat buffers too: every parameter's gradient is a view of one, for the whole run.
+Elsewhere: DDP's buckets, found there by hooks at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from meshwright.compiler.ir import Builder, Graph, MeshOp, Node, Origin, TensorType
+from meshwright.compiler.layout import Layout, whole
+
+BUCKET_BYTES = 25 << 20
+"""The size at which a bucket is closed: large enough that latency does not count."""
+
+BUCKET, BUCKET_ITEM = MeshOp("bucket"), MeshOp("bucket_item")
+
+
+@dataclass
+class _Bucket:
+    axes: tuple[str, ...]
+    dtype: torch.dtype
+    gradients: list[tuple[str, Node, Node]] = field(default_factory=list)
+    """Label, the gradient before its reduction, and after."""
+    num_bytes: int = 0
+
+
+def bucket(graph: Graph, *, limit: int = BUCKET_BYTES) -> Graph:
+    """The graph with every `gradient:` output taken from a bucket."""
+    buckets = _collect(graph, limit)
+    closing: dict[Node, list[_Bucket]] = {}
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for found in buckets:
+        last = max((g for _, g, _ in found.gradients), key=order.__getitem__)
+        closing.setdefault(last, []).append(found)
+    builder = Builder(graph.name, graph.mesh)
+    outputs: dict[str, Node] = {}
+    mapping: dict[Node, Node] = {}
+    for node in graph.nodes:
+        mapping[node] = builder.copy(node, mapping)
+        for found in closing.get(node, ()):
+            outputs.update(_emit(builder, found, mapping))
+    return builder.graph(
+        tuple((label, outputs.get(label) or mapping[node]) for label, node in graph.outputs)
+    )
+
+
+def _collect(graph: Graph, limit: int) -> list[_Bucket]:
+    """The buckets, filled in the order of the backward."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    gradients = [
+        (label, _pending(node), node)
+        for label, node in graph.outputs
+        if label.startswith("gradient:")
+    ]
+    gradients.sort(key=lambda item: order[item[1]])
+    open_buckets: dict[tuple[tuple[str, ...], torch.dtype], _Bucket] = {}
+    buckets: list[_Bucket] = []
+    for label, before, after in gradients:
+        axes = after.kwargs["axes"] if after is not before else ()
+        key = (axes, after.tensor.dtype)
+        found = open_buckets.get(key)
+        if found is None or found.num_bytes >= limit:
+            found = open_buckets[key] = _Bucket(axes, after.tensor.dtype)
+            buckets.append(found)
+        found.gradients.append((label, before, after))
+        found.num_bytes += local_numel(before, graph) * after.tensor.dtype.itemsize
+    return buckets
+
+
+def _pending(gradient: Node) -> Node:
+    """The gradient before its all-reduce, or itself if it has none."""
+    reduced = gradient.op == MeshOp("all_reduce")
+    operand: Node = gradient.args[0] if reduced else gradient
+    return operand if not operand.op == BUCKET else gradient
+
+
+def local_numel(node: Node, graph: Graph) -> int:
+    """How many elements one rank holds of a node."""
+    return math.prod(node.placed.local_shape(graph.mesh))
+
+
+def _emit(builder: Builder, found: _Bucket, mapping: dict[Node, Node]) -> dict[str, Node]:
+    parts = tuple(mapping[before] for _, before, _ in found.gradients)
+    size = sum(math.prod(part.placed.local_shape(builder.mesh)) for part in parts)
+    origin = Origin(module="gradients", forward=parts[-1].origin.forward)
+    flat = Layout((whole(size),)).add_partial(found.axes)
+    value = builder.emit(
+        BUCKET, parts, type=TensorType((size,), found.dtype), layout=flat, origin=origin
+    )
+    if found.axes:
+        value = builder.emit(
+            MeshOp("all_reduce"),
+            (value,),
+            {"axes": found.axes},
+            type=value.type,
+            layout=flat.drop_partial(),
+            origin=origin,
+        )
+    return {
+        label: builder.emit(
+            BUCKET_ITEM,
+            (value, i),
+            type=after.type,
+            layout=after.layout,
+            origin=after.origin,
+            name=label.removeprefix("gradient:").replace(".", "_") + "_grad",
+        )
+        for i, (label, _, after) in enumerate(found.gradients)
+    }
