@@ -130,9 +130,9 @@ def _cross_entropy_backward(grad_rows: TensorType, logits: TensorType, *_: Arg) 
 
 
 @mesh_type("norm")
-def _norm(x: TensorType, *_: Arg) -> NodeType:
+def _norm(x: TensorType, *rest: Arg) -> NodeType:
     rows = TensorType(x.shape[:-1], statistic(x.dtype))
-    return (x, rows, rows)
+    return (x, rows if rest[-1] == "layer" else None, rows)
 
 
 @mesh_type("norm_backward")
