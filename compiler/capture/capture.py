@@ -1,0 +1,160 @@
+"""Capture a model: its forward, and what autograd would do with it, as one graph of global types.
+
+`torch.export` records the operators that ran. What it would lose (regions without gradients, custom
+functions, hooks) is put back or refused; what it adds (checks, copies, caches) is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from meshwright.compiler.annotate import capturing
+from meshwright.compiler.capture.aliases import NamedTensors, named_tensors
+from meshwright.compiler.capture.convert import Converter
+from meshwright.compiler.capture.fakes import Fakes
+from meshwright.compiler.capture.inputs import InputSpec, input_spec, split_example
+from meshwright.compiler.capture.mutation import functionalised
+from meshwright.compiler.capture.origin import line_of
+from meshwright.compiler.capture.outputs import Loss, Mode, Wrapper
+from meshwright.compiler.capture.regions import inline_regions
+from meshwright.compiler.capture.watch import watching
+from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.ir import Graph
+from meshwright.compiler.mesh import Mesh
+from meshwright.dsl.errors import MeshwrightError
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a graph. Tensors are the model's own; nothing was copied."""
+
+    graph: Graph
+    parameters: dict[str, Tensor]
+    """Each parameter once, under the first name it has in `model.named_parameters()`."""
+    buffers: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    """Tensors that the forward made out of Python numbers, or held outside its buffers."""
+    aliases: dict[str, str]
+    """Every name of a parameter or buffer to the name above."""
+    frozen: frozenset[str]
+    """The parameters that ask for no gradient."""
+    input_spec: InputSpec
+    mode: Mode = field(default="train")
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return self.input_spec.names
+
+    @property
+    def output_labels(self) -> tuple[str, ...]:
+        return tuple(label for label, _ in self.graph.outputs)
+
+
+def capture(
+    model: nn.Module,
+    example: Any,
+    mesh: Mesh,
+    *,
+    loss: Loss = None,
+    outputs: tuple[str, ...] = (),
+    mode: Mode = "train",
+    device: str | torch.device = "cpu",
+) -> Captured:
+    """Capture `model` called on `example`: a tuple, a dict of keywords, or `(tuple, dict)`.
+
+    `train` records the loss under the model's own training flags, `eval` the loss and `infer` every
+    output in its eval mode, both without gradients. `loss` is a path into the output or a function
+    of it; `outputs` are paths. `device` is what factories in the graph will allocate on.
+    The model is as it was afterwards. Raises `CaptureError`, and nothing else for what a model
+    can do wrong.
+    """
+    args, kwargs = split_example(example)
+    named = named_tensors(model)
+    with _only_capture_errors():
+        spec = input_spec(model, args, kwargs)
+        program, labels = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode)
+    converter = Converter(
+        program, named, spec, mesh, torch.device(device), differentiable=mode == "train"
+    )
+    return _captured(converter, converter.convert(labels), named, spec, mode)
+
+
+def _captured(
+    converter: Converter, graph: Graph, named: NamedTensors, spec: InputSpec, mode: Mode
+) -> Captured:
+    return Captured(
+        graph,
+        named.parameters,
+        named.buffers,
+        converter.constants,
+        named.aliases,
+        named.frozen,
+        spec,
+        mode,
+    )
+
+
+def _export(
+    model: nn.Module,
+    spec: InputSpec,
+    example: tuple[tuple[Any, ...], dict[str, Any]],
+    loss: Loss,
+    outputs: tuple[str, ...],
+    mode: Mode,
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """The functional exported program and the labels of what it returns."""
+    labels: list[tuple[str, ...]] = []
+    wrapper = Wrapper(model, spec.unflatten, loss, outputs, mode, labels.append)
+    fakes = Fakes()
+    tensors = tuple(fakes.like(t) for t in spec.flatten(*example))
+    with ExitStack() as stack:
+        stack.enter_context(_training_flags(model, evaluating=mode != "train"))
+        stack.enter_context(watching(model, differentiable=mode == "train"))
+        stack.enter_context(fakes.standing_in(model))
+        stack.enter_context(torch.set_grad_enabled(mode == "train"))
+        stack.enter_context(capturing())
+        program = torch.export.export(wrapper, tensors, strict=False)
+    stopped = inline_regions(program.graph_module)
+    return functionalised(program, stopped), labels[-1]
+
+
+@contextmanager
+def _training_flags(model: nn.Module, *, evaluating: bool) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        if evaluating:
+            model.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+class _only_capture_errors:
+    """Turns whatever a model or export raises into a `CaptureError` with the user's line."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception) or isinstance(error, MeshwrightError):
+            return
+        raise CaptureError(
+            f"{type(error).__name__}: {_first_line(error)}",
+            code="export",
+            culprit=line_of(error),
+            help="make this line traceable by torch.export",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")

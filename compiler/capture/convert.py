@@ -1,0 +1,225 @@
+"""From a functional exported program to a `Graph`: names, types, origins, gradients."""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from meshwright.compiler.capture.aliases import NamedTensors
+from meshwright.compiler.capture.inputs import InputSpec, type_of
+from meshwright.compiler.capture.origin import origin_of
+from meshwright.compiler.capture.simplify import simplify
+from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.ir import GETITEM, INPUT, Builder, Graph, Node, NodeType, TensorType
+from meshwright.compiler.mesh import Mesh
+
+_aten = torch.ops.aten
+
+_STOPS = {
+    _aten.detach.default,
+    *(getattr(_aten, name).default for name in ("zeros_like", "ones_like", "empty_like")),
+    *(getattr(_aten, name).default for name in ("full_like", "rand_like", "randn_like")),
+    *(getattr(_aten, name).default for name in ("new_zeros", "new_ones", "new_full", "new_empty")),
+}
+"""Operators whose result does not depend on their operand's values, or that stop gradients."""
+_FIRST_ONLY = {_aten._native_batch_norm_legit_functional.default}
+"""Operators of which only the first result is differentiable."""
+
+
+class Converter:
+    """One conversion; `convert` is its only entry."""
+
+    def __init__(
+        self,
+        program: ExportedProgram,
+        named: NamedTensors,
+        inputs: InputSpec,
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        differentiable: bool,
+    ) -> None:
+        self.program, self.named, self.inputs = program, named, inputs
+        self.device, self.differentiable = device, differentiable
+        self.builder = Builder("model", mesh)
+        self.env: dict[fx.Node, Node] = {}
+        self.by_target: dict[tuple[str, str], Node] = {}
+        self.constants: dict[str, Tensor] = {}
+
+    def convert(self, labels: tuple[str, ...]) -> Graph:
+        """The graph, whose returned values are called `labels`."""
+        live = _live(self.program.graph)
+        self._inputs()
+        for node in self.program.graph.nodes:
+            if node.op == "call_function" and node in live:
+                self.env[node] = self._call(node)
+        return self.builder.graph(tuple(self._outputs(labels)))
+
+    def _inputs(self) -> None:
+        for name, tensor in self.named.parameters.items():
+            wanted = self.differentiable and tensor.requires_grad
+            self._input("parameter", name, type_of(tensor), requires_grad=wanted)
+        for name, tensor in self.named.buffers.items():
+            self._input("buffer", name, type_of(tensor))
+        for name, type in self.inputs.types.items():
+            self._input("argument", name, type)
+        placeholders = self.program.graph.find_nodes(op="placeholder")
+        arguments = iter(self.inputs.types)
+        for node, spec in zip(placeholders, self.program.graph_signature.input_specs, strict=True):
+            self.env[node] = self._placeholder(node, spec, arguments)
+
+    def _placeholder(self, node: fx.Node, spec: Any, arguments: Any) -> Node:
+        if spec.kind is InputKind.USER_INPUT:
+            return self.by_target["argument", next(arguments)]
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            return self._constant(node, spec.target)
+        name = self.named.aliases[spec.target.removeprefix("model.")]
+        kind = "parameter" if name in self.named.parameters else "buffer"
+        return self.by_target[kind, name]
+
+    def _constant(self, node: fx.Node, target: str) -> Node:
+        name = target.removeprefix("model.")
+        self.constants[name] = self.program.constants[target].detach()
+        return self._input("constant", name, type_of(self.constants[name]))
+
+    def _input(
+        self, kind: str, name: str, type: TensorType, *, requires_grad: bool = False
+    ) -> Node:
+        stem = re.sub(r"\W", "_", name)
+        node = self.builder.emit(
+            INPUT, (kind, name), type=type, requires_grad=requires_grad, name=stem
+        )
+        self.by_target[kind, name] = node
+        return node
+
+    def _call(self, node: fx.Node) -> Node:
+        type = _type(node)
+        args = self._arguments(node.args)
+        kwargs = {key: self._arguments(value) for key, value in node.kwargs.items()}
+        origin = origin_of(node)
+        if node.target is operator.getitem:
+            if args[0].op is _aten.dropout.default:
+                dropped: Node = args[0]
+                return dropped
+            op: Any = GETITEM
+        elif _is_whole_dropout(node):
+            op, type = _aten.dropout.default, args[0].type
+        elif isinstance(node.target, torch._ops.OpOverload):
+            simpler = simplify(node.target, args, kwargs, type)
+            if isinstance(simpler, Node):
+                return simpler
+            op, args, kwargs = simpler
+        else:
+            _refuse_dynamic(node)
+        grad = _is_differentiable(op, args, type) and _any_grad(args, kwargs)
+        return self.builder.emit(
+            op, args, kwargs, type=type, origin=origin, requires_grad=grad, name=_stem(node, op)
+        )
+
+    def _arguments(self, value: Any) -> Any:
+        """Arguments with our nodes, plain containers and the device that is compiled for."""
+        if isinstance(value, fx.Node):
+            return self.env[value]
+        if isinstance(value, tuple):
+            return tuple(self._arguments(item) for item in value)
+        if isinstance(value, list):
+            return [self._arguments(item) for item in value]
+        if isinstance(value, torch.device):
+            return self.device
+        return value
+
+    def _outputs(self, labels: tuple[str, ...]) -> list[tuple[str, Node]]:
+        returned: Any = self.program.graph.output_node().args[0]
+        remaining = iter(labels)
+        found: list[tuple[str, Node]] = []
+        updates: list[tuple[str, Node]] = []
+        specs = self.program.graph_signature.output_specs
+        for node, spec in zip(returned, specs, strict=True):
+            if spec.kind is OutputKind.USER_OUTPUT:
+                found.append((next(remaining), self.env[node]))
+            elif spec.kind is OutputKind.BUFFER_MUTATION:
+                name = self.named.aliases[str(spec.target).removeprefix("model.")]
+                updates.append((f"buffer:{name}", self.env[node]))
+            elif spec.kind is OutputKind.PARAMETER_MUTATION:
+                _refuse_parameter_write(str(spec.target).removeprefix("model."))
+        return found + updates
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that some output needs: no asserts, no profiler marks, no dead code."""
+    live: set[fx.Node] = set()
+    stack = [graph.output_node()]
+    while stack:
+        node = stack.pop()
+        if node not in live:
+            live.add(node)
+            stack.extend(node.all_input_nodes)
+    return live
+
+
+def _type(node: fx.Node) -> NodeType:
+    """The type of what a node returns; data-dependent sizes are refused."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return _tensor_type(node, value)
+    if isinstance(value, (tuple, list)):
+        return tuple(_tensor_type(node, v) if isinstance(v, Tensor) else None for v in value)
+    return _refuse_dynamic(node)
+
+
+def _tensor_type(node: fx.Node, value: Tensor) -> TensorType:
+    if not all(isinstance(size, int) for size in value.shape):
+        _refuse_dynamic(node)
+    return TensorType(tuple(value.shape), value.dtype)
+
+
+def _refuse_dynamic(node: fx.Node) -> NoReturn:
+    raise CaptureError(
+        f"`{node.target}` turns the values of a tensor into a size or a number",
+        code="data dependent",
+        culprit=origin_of(node).source,
+        help="keep sizes fixed: use torch.where, a mask or a capacity instead",
+    )
+
+
+def _is_whole_dropout(node: fx.Node) -> bool:
+    """Whether this is what functionalising makes of `dropout`: nobody uses its mask."""
+    if node.target is not _aten.native_dropout.default:
+        return False
+    return all(user.args[1] == 0 for user in node.users if user.target is operator.getitem)
+
+
+def _refuse_parameter_write(name: str) -> None:
+    raise CaptureError(
+        f"the forward writes to parameter `{name}`",
+        code="parameter write",
+        help="update it after the step, or make it a buffer",
+    )
+
+
+def _is_differentiable(op: Any, args: tuple[Any, ...], type: NodeType) -> bool:
+    if op in _STOPS:
+        return False
+    if op is GETITEM and args[0].op in _FIRST_ONLY and args[1] > 0:
+        return False
+    types = type if isinstance(type, tuple) else (type,)
+    return any(t and (t.dtype.is_floating_point or t.dtype.is_complex) for t in types)
+
+
+def _any_grad(args: Any, kwargs: dict[str, Any]) -> bool:
+    probe = Node("", GETITEM, args, kwargs, None)
+    return any(operand.requires_grad for operand in probe.operands())
+
+
+def _stem(node: fx.Node, op: Any) -> str:
+    """A name for one result of several, `split_0`; otherwise the operator's own will do."""
+    if op is not GETITEM:
+        return ""
+    source, index = node.args
+    return f"{re.sub(r'_[0-9]+$', '', str(source))}_{index}"

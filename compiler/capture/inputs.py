@@ -1,0 +1,169 @@
+"""Name a model's inputs, and flatten the arguments of a call to the tensors that a graph takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.ir import TensorType
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The inputs of one captured call, by name, in the order of the graph's arguments.
+
+    Positional and keyword arguments are one thing here: both are bound to the parameters of the
+    model's `forward` first. What is not a tensor is part of the program, and must not change.
+    """
+
+    signature: inspect.Signature
+    tree: pytree.TreeSpec
+    leaves: tuple[str, ...]
+    """The names of all leaves, tensors and others."""
+    types: dict[str, TensorType]
+    """The tensors, in the order of the graph's arguments."""
+    constants: dict[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.types)
+
+    def flatten(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        types: Mapping[str, TensorType] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """The tensors of a call in graph order.
+
+        `types` replaces the expected types, for a caller that holds only some rows of the batch.
+        Raises `CaptureError` that names every input that is missing, extra or different.
+        """
+        given = dict(named_leaves(self.signature, args, kwargs)[0])
+        differences = [*self._differences(given, types or self.types)]
+        if differences:
+            raise CaptureError(
+                "the inputs differ from those that were compiled: " + "; ".join(differences),
+                help="pass inputs like the example's, or compile for these too",
+            )
+        return tuple(given[name] for name in self.types)
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> Arguments:
+        """The arguments of `forward` with these tensors in their places."""
+        found = dict(zip(self.types, tensors, strict=True))
+        leaves = [found[n] if n in found else self.constants[n] for n in self.leaves]
+        bound = inspect.BoundArguments(
+            self.signature,
+            pytree.tree_unflatten(leaves, self.tree),
+        )
+        return bound.args, bound.kwargs
+
+    def _differences(self, given: dict[str, Any], types: Mapping[str, TensorType]) -> list[str]:
+        found = [f"`{name}` is missing" for name in types if given.get(name) is None]
+        for name, value in given.items():
+            if isinstance(value, Tensor):
+                found += _tensor_difference(name, value, types.get(name))
+            elif name in types:
+                found += [f"`{name}` is {value!r}, not a tensor"] * (value is not None)
+            elif not _same(value, self.constants.get(name)):
+                found.append(f"`{name}` is {value!r}, not {self.constants.get(name)!r}")
+        found += [
+            f"`{name}` is missing: it was {value!r}"
+            for name, value in self.constants.items()
+            if name not in given and value is not None
+        ]
+        return found
+
+
+def input_spec(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputSpec:
+    """Read the names and types of an example off `model`'s signature."""
+    signature = inspect.signature(model.forward)
+    leaves, tree = named_leaves(signature, args, kwargs)
+    types = {n: type_of(value) for n, value in leaves if isinstance(value, Tensor)}
+    constants = {name: value for name, value in leaves if name not in types}
+    return InputSpec(signature, tree, tuple(name for name, _ in leaves), types, constants)
+
+
+def split_example(example: Any) -> Arguments:
+    """An example as `(args, kwargs)`: it is a tuple, a dict of keywords, or a pair of both."""
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if not isinstance(example, (tuple, list)):
+        raise CaptureError(
+            f"the example is a `{type(example).__name__}`",
+            help="pass a tuple of positional inputs, a dict of keywords, or `(tuple, dict)`",
+        )
+    if len(example) == 2 and isinstance(example[0], tuple) and isinstance(example[1], Mapping):
+        return tuple(example[0]), dict(example[1])
+    return tuple(example), {}
+
+
+def bind(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments by the names of the parameters of `forward`."""
+    try:
+        return dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise CaptureError(
+            f"these inputs do not fit `forward{_short(signature)}`: {error}",
+            help="pass the inputs that `forward` takes",
+        ) from error
+
+
+def named_leaves(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
+    """Every leaf with its dotted name: `tokens`, `batch.x`, `args.0`; `**kwargs` adds no prefix."""
+    leaves, tree = pytree.tree_flatten_with_path(bind(signature, args, kwargs))
+    free = [n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
+    prefix = f"{free[0]}." if free else "\0"
+    return [(_name(path).removeprefix(prefix), leaf) for path, leaf in leaves], tree
+
+
+def type_of(tensor: Tensor) -> TensorType:
+    return TensorType(tuple(tensor.shape), tensor.dtype)
+
+
+def spell(type: TensorType) -> str:
+    return f"{str(type.dtype).removeprefix('torch.')}{list(type.shape)}"
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(_key(entry) for entry in path)
+
+
+def _key(entry: Any) -> str:
+    if isinstance(entry, pytree.SequenceKey):
+        return str(entry.idx)
+    if isinstance(entry, pytree.MappingKey):
+        return str(entry.key)
+    if isinstance(entry, pytree.GetAttrKey):
+        return entry.name
+    return str(entry)
+
+
+def _tensor_difference(name: str, value: Tensor, expected: TensorType | None) -> list[str]:
+    if expected is None:
+        return [f"`{name}` is extra"]
+    if type_of(value) != expected:
+        return [f"`{name}` is {spell(type_of(value))}, not {spell(expected)}"]
+    return []
+
+
+def _same(value: Any, constant: Any) -> bool:
+    return value is constant or (type(value) is type(constant) and bool(value == constant))
+
+
+def _short(signature: inspect.Signature) -> str:
+    return f"({', '.join(signature.parameters)})"

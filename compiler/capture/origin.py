@@ -1,0 +1,74 @@
+"""Where a node of the exported program comes from, in the user's own words."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import fx
+
+from meshwright.compiler.ir import Origin
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).resolve().parents[2])
+_LINK = str(Path(__file__).absolute().parents[2])
+_FOREIGN = (_TORCH, "<")
+
+
+def is_user(filename: str) -> bool:
+    """Whether a frame of this file is the user's: not torch's, not ours, not generated."""
+    if filename.startswith(_FOREIGN):
+        return False
+    return not any(
+        filename.startswith(f"{root}/{folder}/")
+        for root in (_OURS, _LINK)
+        for folder in ("compiler", "passes", "runtime", "dsl")
+    )
+
+
+@lru_cache(maxsize=4096)
+def innermost_line(stack_trace: str) -> str:
+    """`file.py:123`, the last frame of a printed stack that is the user's, or nothing."""
+    for filename, line in reversed(_FRAME.findall(stack_trace)):
+        if is_user(filename):
+            return f"{Path(filename).name}:{line}"
+    return ""
+
+
+def line_of(error: BaseException) -> str:
+    """The user's innermost line in an exception's traceback, or in that of its first cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        line = innermost_line("".join(traceback.format_tb(cause.__traceback__)))
+        if line:
+            return line
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
+def current_line() -> str:
+    """The user's innermost line on the stack of the caller."""
+    return innermost_line("".join(traceback.format_stack()))
+
+
+def origin_of(node: fx.Node) -> Origin:
+    """The module, its class and the source line of one exported node; the wrapper is left out."""
+    stack = node.meta.get("nn_module_stack") or {}
+    modules = _frames(tuple(stack.values()))
+    module, module_type = modules[-1] if modules else ("", "")
+    source = innermost_line(node.meta.get("stack_trace") or "")
+    return Origin(module=module, module_type=module_type, source=source, modules=modules)
+
+
+@lru_cache(maxsize=4096)
+def _frames(stack: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """The entries inside the wrapper, by their paths in the user's model."""
+    found = []
+    for path, kind in stack[1:]:
+        _, _, inside = re.sub(r"@\d+", "", path).partition(".")
+        found.append((inside, kind.rpartition(".")[2]))
+    return tuple(found)

@@ -1,0 +1,145 @@
+"""Pick the loss and the outputs asked for out of whatever a model returns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor, nn
+
+from meshwright.compiler.errors import CaptureError
+
+Mode: TypeAlias = Literal["train", "eval", "infer"]
+Loss: TypeAlias = "str | Callable[[Any], Tensor] | None"
+
+
+class Wrapper(nn.Module):
+    """Calls the model on flat tensors and returns flat tensors, so that caches stop nothing.
+
+    `record` is told the labels of what comes out, in order; export puts attributes back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        call: Callable[[Sequence[Tensor]], tuple[tuple[Any, ...], dict[str, Any]]],
+        loss: Loss,
+        outputs: tuple[str, ...],
+        mode: Mode,
+        record: Callable[[tuple[str, ...]], None],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.call, self.loss, self.outputs, self.mode = call, loss, outputs, mode
+        self.record = record
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = self.call(tensors)
+        found = dict(self.select(self.model(*args, **kwargs)))
+        self.record(tuple(found))
+        return tuple(found.values())
+
+    def select(self, output: Any) -> Iterator[tuple[str, Tensor]]:
+        """The labels and values that the graph returns."""
+        if self.mode != "infer":
+            yield "loss", pick_loss(output, self.loss)
+        held = dict(tensors_of(output))
+        wanted = self.outputs or (tuple(held) if self.mode == "infer" else ())
+        if self.mode == "infer" and not held:
+            raise CaptureError(
+                f"the model returns no tensor: {describe(output)}",
+                help="return a tensor, or a tuple, dict or dataclass of tensors",
+            )
+        for path in wanted:
+            yield _label(path), _at(held, path, output)
+
+
+def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in tuples, mappings and dataclasses, by its path; `` for a lone tensor."""
+    prefix = f"{path}." if path else ""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from tensors_of(value, f"{prefix}{key}")
+    elif isinstance(output, tuple) and hasattr(output, "_fields"):
+        for key, value in zip(output._fields, output, strict=True):
+            yield from tensors_of(value, f"{prefix}{key}")
+    elif isinstance(output, (tuple, list)):
+        for index, value in enumerate(output):
+            yield from tensors_of(value, f"{prefix}{index}")
+    elif dataclasses.is_dataclass(output):
+        for key in dataclasses.fields(output):
+            yield from tensors_of(getattr(output, key.name), f"{prefix}{key.name}")
+
+
+def pick_loss(output: Any, loss: Loss) -> Tensor:
+    """The scalar to differentiate; `CaptureError` where there is none, or more than one."""
+    held = dict(tensors_of(output))
+    if callable(loss):
+        value = loss(output)
+        if not isinstance(value, Tensor):
+            raise CaptureError(
+                f"the `loss` function returned {describe(value)}, not a tensor",
+                help="return one scalar tensor from it",
+            )
+    elif isinstance(loss, str):
+        value = _at(held, loss, output)
+    else:
+        value = _default_loss(held, output)
+    if value.dim() or not value.is_floating_point():
+        raise CaptureError(
+            f"the loss is {describe(value)}, not one floating-point number",
+            help="reduce it: pass `loss=lambda output: ...` that returns a 0-d tensor",
+        )
+    return value
+
+
+def describe(output: Any) -> str:
+    """What an output holds, in a line: `a dict of logits: f32[4, 10]`."""
+    if isinstance(output, Tensor):
+        return f"`{_type(output)}`"
+    held = [f"`{path}: {_type(value)}`" for path, value in tensors_of(output)]
+    more = f", and {len(held) - 8} more" if len(held) > 8 else ""
+    return f"`{type(output).__name__}` of {', '.join(held[:8]) or 'no tensors'}{more}"
+
+
+def _default_loss(held: dict[str, Tensor], output: Any) -> Tensor:
+    if "loss" in held:
+        return held["loss"]
+    scalars = [path for path, value in held.items() if _is_scalar(value)]
+    if len(scalars) == 1:
+        return held[scalars[0]]
+    if scalars:
+        raise CaptureError(
+            f"the model returns {len(scalars)} scalars and none is called `loss`: "
+            + ", ".join(f"`{path}`" for path in scalars),
+            help=f'choose one: pass `loss="{scalars[0]}"`, or a function of the output',
+        )
+    raise CaptureError(
+        f"the model returns no scalar to use as the loss: {describe(output)}",
+        help="give it its labels, or pass `loss=` a function of the output",
+    )
+
+
+def _at(held: dict[str, Tensor], path: str, output: Any) -> Tensor:
+    key = "" if path == "output" and "" in held else path
+    if key not in held:
+        raise CaptureError(
+            f"the model's output has no tensor `{path}`: it is {describe(output)}",
+            help="name one of those",
+        )
+    return held[key]
+
+
+def _label(path: str) -> str:
+    return f"output:{path}" if path not in ("", "output") else "output"
+
+
+def _is_scalar(value: Tensor) -> bool:
+    return value.dim() == 0 and value.is_floating_point()
+
+
+def _type(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

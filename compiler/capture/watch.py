@@ -1,0 +1,129 @@
+"""Refuse, by name, what export would lose silently.
+
+Export records the operators that ran. What only autograd would have seen leaves no trace in them:
+the backward of a custom `autograd.Function`, a tensor's or a module's backward hook. Each was seen
+giving a wrong gradient without a word, so they are watched for while the model is traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from meshwright.compiler import custom
+from meshwright.compiler.capture.origin import current_line
+from meshwright.compiler.errors import CaptureError
+
+
+@contextmanager
+def watching(model: nn.Module, *, differentiable: bool) -> Iterator[None]:
+    """Trace `model` inside this; without gradients only `inference_mode` needs a watch."""
+    with ExitStack() as stack:
+        for owner, name, replacement in _INFERENCE:
+            stack.enter_context(_replaced(owner, name, replacement))
+        if differentiable:
+            refuse_hooks(model)
+            for owner, name, replacement in _WATCHED:
+                stack.enter_context(_replaced(owner, name, replacement))
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    original = owner.__dict__[name]
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise if a backward hook is already on a parameter or a module."""
+    for name, parameter in model.named_parameters():
+        post = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if parameter._backward_hooks or post:
+            _refuse_hook(f"parameter `{name}` has a gradient hook")
+    for name, module in model.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            kind = type(module).__name__
+            _refuse_hook(f"module `{name}` ({kind}) has a backward hook")
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    if function is CheckpointFunction:
+        # Recomputation changes no value; which values to keep is the plan's to say.
+        run, _, *inputs = args
+        return run(*inputs)
+    if function.__module__.startswith("torch."):
+        return _ORIGINAL_APPLY.__func__(function, *args, **kwargs)
+    registered = custom.registered(function)
+    if registered is not None:
+        return registered(*args, **kwargs)
+    raise CaptureError(
+        f"`{function.__qualname__}` is a custom autograd.Function, whose backward would be lost",
+        code="function",
+        culprit=current_line(),
+        help=f"register it: `mw.custom({function.__qualname__}, rule=..., vjp=...)`, "
+        "or write it as a torch.library operator with `register_autograd`",
+    )
+
+
+def _hook(name: str) -> Callable[..., NoReturn]:
+    def refuse(tensor: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse_hook(f"`{name}` is called in the forward", current_line())
+
+    return refuse
+
+
+def _refuse_hook(what: str, line: str = "") -> NoReturn:
+    raise CaptureError(
+        f"{what}, which would be lost",
+        code="hook",
+        culprit=line,
+        help="remove the hook, or act on the gradients after the step",
+    )
+
+
+def _refuse_grad(*args: Any, **kwargs: Any) -> NoReturn:
+    raise CaptureError(
+        "the forward asks autograd for a gradient",
+        code="gradient",
+        culprit=current_line(),
+        help="write that gradient out as part of the forward",
+    )
+
+
+def _enter_inference(self: Any) -> None:
+    """Export knows `no_grad` and forgets `inference_mode`; for gradients they are the same."""
+    self.meshwright_previous = torch.is_grad_enabled()
+    if self.mode:
+        torch._C._set_grad_enabled(False)
+
+
+def _exit_inference(self: Any, *error: object) -> None:
+    torch._C._set_grad_enabled(self.meshwright_previous)
+
+
+_ORIGINAL_APPLY: Any = torch.autograd.Function.__dict__["apply"]
+_INFERENCE: tuple[tuple[Any, str, Any], ...] = (
+    (torch.inference_mode, "__enter__", _enter_inference),
+    (torch.inference_mode, "__exit__", _exit_inference),
+)
+_WATCHED: tuple[tuple[Any, str, Any], ...] = (
+    (torch.autograd.Function, "apply", classmethod(_apply)),
+    (torch.Tensor, "register_hook", _hook("register_hook")),
+    (
+        torch.Tensor,
+        "register_post_accumulate_grad_hook",
+        _hook("register_post_accumulate_grad_hook"),
+    ),
+    (torch.autograd.graph, "register_multi_grad_hook", _hook("register_multi_grad_hook")),
+    (torch.autograd, "grad", _refuse_grad),
+    (torch.autograd, "backward", _refuse_grad),
+)

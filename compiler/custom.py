@@ -1,0 +1,185 @@
+"""Registered operators: what the compiler is told about code that it cannot look into.
+
+    round_ste = custom(RoundSTE, rule="... -> ...", vjp=lambda grads, inputs, outputs: (grads[0],))
+
+A custom `autograd.Function`, or a plain function of tensors, becomes one operator of torch's
+library, `meshwright_custom::<name>`, with a rule as in the rules table and a hand-written vjp.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.errors import CaptureError
+
+NAMESPACE = "meshwright_custom"
+Vjp: TypeAlias = "Callable[[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]], Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class CustomOp:
+    """What is known of one operator.
+
+    `vjp(grads, inputs, outputs)` takes one cotangent an output, all arguments of the call (those
+    that are not tensors too) and the outputs; it returns one value an argument, None where there
+    is no gradient, or a lone tensor for the first argument. It is traced: use torch operators.
+    """
+
+    name: str
+    rule: str
+    vjp: Vjp
+
+
+REGISTRY: dict[torch._ops.OpOverload, CustomOp] = {}
+"""Every operator that was made so far; one appears when its function is first called."""
+
+
+@dataclass(slots=True)
+class Registered:
+    """A function with its rule and vjp; a call is one operator, made for its kinds of arguments."""
+
+    name: str
+    function: Callable[..., Any]
+    known: CustomOp
+    overloads: dict[tuple[str, ...], Callable[..., Any]] = field(default_factory=dict)
+
+    def __call__(self, *args: Any) -> Any:
+        kinds = tuple(_kind(value, self.name) for value in args)
+        if kinds not in self.overloads:
+            self.overloads[kinds] = self._define(kinds, args)
+        return self.overloads[kinds](*args)
+
+    def _define(self, kinds: tuple[str, ...], args: tuple[Any, ...]) -> Callable[..., Any]:
+        single, count = _num_outputs(self.function, args)
+        returns = "Tensor" if single else f"({', '.join(['Tensor'] * count)})"
+        taken = ", ".join(f"{kind} a{place}" for place, kind in enumerate(kinds))
+        name = f"{self.name}_{len(self.overloads)}" if self.overloads else self.name
+        defined = torch.library.custom_op(
+            f"{NAMESPACE}::{name}",
+            functools.partial(_without_aliases, self.function),
+            mutates_args=(),
+            schema=f"({taken}) -> {returns}",
+        )
+        defined.register_fake(functools.partial(_without_aliases, self.function))
+        defined.register_autograd(
+            functools.partial(_backward, self.known.vjp), setup_context=_setup_context
+        )
+        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+        REGISTRY[overload] = self.known
+        return defined
+
+
+_FUNCTIONS: dict[type[torch.autograd.Function], Registered] = {}
+_NAMES: dict[str, int] = {}
+
+
+def custom(
+    function: Callable[..., Any] | type[torch.autograd.Function], *, rule: str, vjp: Vjp
+) -> Any:
+    """Register `function` and return what a model should call.
+
+    For an `autograd.Function` that is the class itself: its `apply` becomes the operator when
+    a model is captured, and stays what it was elsewhere. For a plain function it is a new
+    function with the same arguments, which is differentiated by `vjp` everywhere.
+    """
+    name = _unique(function.__name__)
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
+        _FUNCTIONS[function] = Registered(name, _forward_of(function), CustomOp(name, rule, vjp))
+        return function
+    return Registered(name, function, CustomOp(name, rule, vjp))
+
+
+def registered(function: type[torch.autograd.Function]) -> Registered | None:
+    """What `custom` was told about this class."""
+    return _FUNCTIONS.get(function)
+
+
+def _unique(stem: str) -> str:
+    stem = re.sub(r"\W", "_", stem).strip("_") or "function"
+    _NAMES[stem] = count = _NAMES.get(stem, -1) + 1
+    return f"{stem}__{count}" if count else stem
+
+
+def _forward_of(function: Any) -> Callable[..., Any]:
+    """`forward` without the context; one that reads its context back is not supported."""
+    if function.setup_context is not torch.autograd.Function.setup_context:
+        return function.forward  # type: ignore[no-any-return]  # a class of the user's
+
+    @functools.wraps(function.forward)
+    def run(*args: Any) -> Any:
+        return function.forward(_Context(needs_input_grad=(True,) * len(args)), *args)
+
+    return run
+
+
+class _Context(SimpleNamespace):
+    """Takes what a `forward` hands its context; nothing reads it back."""
+
+    def save_for_backward(self, *tensors: Any) -> None: ...
+    def save_for_forward(self, *tensors: Any) -> None: ...
+    def mark_dirty(self, *tensors: Any) -> None: ...
+    def mark_non_differentiable(self, *tensors: Any) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def _without_aliases(function: Callable[..., Any], *args: Any) -> Any:
+    """An operator of torch's library may not return its operands or views of them."""
+    result = function(*args)
+    if isinstance(result, Tensor):
+        return result.clone()
+    return tuple(value.clone() for value in result)
+
+
+def _num_outputs(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, int]:
+    with torch.no_grad():
+        result = function(*args)
+    return isinstance(result, Tensor), 1 if isinstance(result, Tensor) else len(result)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    outputs = (output,) if isinstance(output, Tensor) else tuple(output)
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.rest = tuple(None if isinstance(value, Tensor) else (value,) for value in inputs)
+    ctx.save_for_backward(*tensors, *outputs)
+
+
+def _backward(vjp: Vjp, ctx: Any, *grads: Any) -> Any:
+    saved = iter(ctx.saved_tensors)
+    inputs = tuple(next(saved) if rest is None else rest[0] for rest in ctx.rest)
+    flat: Sequence[Any] = grads[0] if isinstance(grads[0], (tuple, list)) else grads
+    result = vjp(tuple(flat), inputs, tuple(saved))
+    return result if isinstance(result, tuple) else (result, *[None] * (len(inputs) - 1))
+
+
+def _kind(value: Any, name: str) -> str:
+    """The schema type of an argument."""
+    for kind, types in _KINDS:
+        if isinstance(value, types):
+            return kind
+    if value is None:
+        return "Tensor?"
+    if isinstance(value, (tuple, list)) and value:
+        inner = {_kind(item, name) for item in value}
+        if len(inner) == 1:
+            return f"{inner.pop()}[]"
+    raise CaptureError(
+        f"`{name}` is given a `{type(value).__name__}`, which no operator can take",
+        help="pass tensors, numbers, strings, or lists of one of those",
+    )
+
+
+_KINDS: tuple[tuple[str, type], ...] = (
+    ("Tensor", Tensor),
+    ("bool", bool),
+    ("int", int),
+    ("float", float),
+    ("str", str),
+)
