@@ -14,29 +14,30 @@ from torch import Tensor
 from meshwright.compiler.collectives import Wire
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
-COMBINE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+COMBINE: dict[str, Callable[..., Tensor]] = {
     "sum": torch.add,
     "max": torch.maximum,
     "min": torch.minimum,
 }
 
 
-def combine(parts: Sequence[Tensor], reduce: str) -> Tensor:
-    """The sum, maximum or minimum of `parts`, a new tensor; half types round once at the end.
+def combine(parts: Sequence[Tensor], reduce: str, out: Tensor | None = None) -> Tensor:
+    """The sum, maximum or minimum of `parts` in `out`, or a new tensor; half types round once.
 
     Neighbours are paired, then pairs, and so on: the order that recursive doubling has.
     """
-    if len(parts) == 1:
-        return parts[0].clone()
     dtype = parts[0].dtype
     if len(parts) > 2 and reduce == "sum" and dtype in HALF_TYPES:
-        return combine([part.float() for part in parts], reduce).to(dtype)
+        total = combine([part.float() for part in parts], reduce)
+        return total.to(dtype) if out is None else out.copy_(total)
     operation = COMBINE[reduce]
     level = list(parts)
-    while len(level) > 1:
+    while len(level) > 2:
         odd = level[len(level) & ~1 :]
         level = [operation(*pair) for pair in zip(level[::2], level[1::2], strict=False)] + odd
-    return level[0]
+    if len(level) == 1:
+        return level[0].clone() if out is None else out.copy_(level[0])
+    return operation(*level) if out is None else operation(*level, out=out)
 
 
 def everyone(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:

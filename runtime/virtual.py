@@ -109,7 +109,7 @@ class _Driver:
             value = None
             if type(request) is tuple:
                 handle = _Handle(rank)
-                self.give(handle, *request)
+                self.give(handle, request[0], request[1])
             elif type(request) is Start:
                 handle = inbox[rank] = _Handle(rank)
                 self.give(handle, request.wire, request.tensor)

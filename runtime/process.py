@@ -1,0 +1,297 @@
+"""The process mesh: this process is one rank, and runs one generator against its peers.
+
+Nothing here pickles: tensors travel as bytes over Gloo or NCCL, everything else as short texts in
+the store that the ranks meet at.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from meshwright.compiler.collectives import Start, Wire
+from meshwright.compiler.mesh import Mesh
+from meshwright.runtime.algorithms import everyone
+from meshwright.runtime.digest import check_digests, check_world
+from meshwright.runtime.errors import RunError
+from meshwright.runtime.gloo import GlooGroup
+from meshwright.runtime.nccl import NcclGroup
+from meshwright.runtime.watch import Watch, linger, meet
+
+_RENDEZVOUS_SECONDS = 600.0
+_COLLECTIVE_SECONDS = 30 * 24 * 3600.0
+"""A limit on one collective would be one on its slowest member's compute: the watch ends runs."""
+_BACKEND_WORDS = ("gloo", "nccl", "connection", "timed out", "socket")
+
+
+class _Lane:
+    """One set of axes on this rank: its group (none if it is alone) and how many were begun."""
+
+    __slots__ = ("group", "label", "order")
+
+    def __init__(self, group: GlooGroup | NcclGroup | None, label: str) -> None:
+        self.group, self.label, self.order = group, label, 0
+
+
+class Handle:
+    """A started collective; keeps what it was lent until it is waited for."""
+
+    __slots__ = ("finish", "label", "order", "wire", "works")
+
+    def __init__(
+        self, label: str, order: int, wire: Wire, works: list[Any], finish: Callable[[], Tensor]
+    ) -> None:
+        self.label, self.order, self.wire = label, order, wire
+        self.works, self.finish = works, finish
+
+
+class ProcessTransport:
+    """This rank's end of a mesh of processes.
+
+    Reads torchrun's environment variables (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`), or
+    joins the default process group where the caller made one. Made by every rank in the same order.
+    Groups of axes are made on first use, or beforehand by `prepare`.
+
+    `period` is the seconds between heartbeats, `patience` those without one after which a peer that
+    this rank waits for counts as stalled. Raises `RunError` where the world's size is not the
+    mesh's, and on any collective `PeerError` or `DeadlockError` once it can no longer complete.
+    """
+
+    _made = 0
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device | str = "cpu",
+        *,
+        period: float = 1.0,
+        patience: float = 5.0,
+    ) -> None:
+        self.mesh, self.device = mesh, torch.device(device)
+        check_world(mesh, _world_size())
+        self.rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
+        self.store = PrefixStore(f"meshwright/{ProcessTransport._made}", _connect())
+        ProcessTransport._made += 1
+        self.lanes: dict[tuple[str, ...], _Lane] = {}
+        self.watch = self._start_watch(period, patience)
+        self._closed = False
+        atexit.register(self.close)
+
+    def _start_watch(self, period: float, patience: float) -> Watch:
+        num_ranks = self.mesh.num_ranks
+        peers = [rank for rank in range(num_ranks) if rank != self.rank]
+        if num_ranks > 64:
+            # The store serves one request a rank and period: past this, only those one waits for.
+            near = {r for axis in self.mesh.names for r in self.mesh.group(self.rank, (axis,))}
+            peers = sorted(near - {self.rank})
+        own: Any = self.store.clone()  # type: ignore[attr-defined]  # missing in torch's stub
+        own.set_timeout(timedelta(seconds=patience))
+        watch = Watch(own, self.rank, peers, period=period, patience=patience)
+        meet(self.store, watch, num_ranks)
+        watch.start()
+        return watch
+
+    def run(self, program: Generator[Any, Any, Any], names: Sequence[str] = ()) -> Any:
+        """Drive this rank's generator to its end; returns what it returned.
+
+        `names[i]` is the node of the collective with index i, for errors. An exception of the
+        program's own is told to the other ranks before it goes on.
+        """
+        self.watch.names = names
+        send = program.send
+        value: Any = None
+        try:
+            while True:
+                request, value = send(value), None
+                kind = type(request)
+                if kind is tuple:
+                    value = self.collective(*request)
+                elif kind is Start:
+                    donate = getattr(request, "donate", False)
+                    value = self.start(request.wire, request.tensor, donate)
+                else:
+                    value = self.wait(request.handle)
+                del request
+        except StopIteration as stop:
+            return stop.value
+        except RunError:
+            raise
+        except BaseException as error:
+            self.watch.publish_failure(_first_line(error))
+            raise
+
+    def collective(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Tensor:
+        """This rank's result; with `donate` its operand may be overwritten and returned."""
+        lane = self.lanes.get(wire.axes) or self._lane(wire.axes)
+        group, watch = lane.group, self.watch
+        if group is None or not tensor.numel():
+            return _alone(wire, tensor, 1 if group is None else group.size)
+        if watch.failure is not None:
+            raise watch.failure
+        order = lane.order
+        lane.order = watch.counts[lane.label] = order + 1
+        watch.waits = (lane.label, order, wire)
+        try:
+            works, finish = group.begin(wire, tensor, False, donate)
+            for work in works:
+                work.wait()
+            result = finish()
+        except RuntimeError as error:
+            raise self._ours(error) from error
+        watch.waits = None
+        return result
+
+    def start(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Handle:
+        """Begin a collective; until its wait the operand must stay as it is."""
+        lane = self.lanes.get(wire.axes) or self._lane(wire.axes)
+        group, watch = lane.group, self.watch
+        if group is None or not tensor.numel():
+            result = _alone(wire, tensor, 1 if group is None else group.size)
+            return Handle(lane.label, -1, wire, [], lambda: result)
+        if watch.failure is not None:
+            raise watch.failure
+        order = lane.order
+        lane.order = watch.counts[lane.label] = order + 1
+        try:
+            works, finish = group.begin(wire, tensor, True, donate)
+        except RuntimeError as error:
+            watch.waits = (lane.label, order, wire)
+            raise self._ours(error) from error
+        return Handle(lane.label, order, wire, works, finish)
+
+    def wait(self, handle: Handle) -> Tensor:
+        """The result of a started collective; each handle is waited for once."""
+        watch = self.watch
+        watch.waits = (handle.label, handle.order, handle.wire)
+        try:
+            for work in handle.works:
+                work.wait()
+            result = handle.finish()
+        except RuntimeError as error:
+            raise self._ours(error) from error
+        watch.waits = None
+        handle.works, handle.finish = [], _taken
+        return result
+
+    def prepare(self, axes_sets: Sequence[tuple[str, ...]]) -> None:
+        """Connect the groups over each of `axes_sets`, given in one order on all ranks."""
+        for axes in axes_sets:
+            if axes not in self.lanes:
+                self._lane(axes)
+
+    def check_same_program(self, digest: str) -> None:
+        """Compare a SHA-256 in hexadecimal over all ranks; raises `MismatchError` on every one."""
+        own = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8).to(self.device)
+        every = self.collective(Wire("all_gather", self.mesh.names), own)
+        check_digests([bytes(row).hex() for row in every.tolist()], self.rank)
+
+    def close(self) -> None:
+        """Leave the mesh: say how it ended, stay while others need this process, free the groups.
+
+        Runs by itself when the interpreter exits.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        state, problem = self._last_state()
+        self.watch.stop(state, problem)
+        # The store may be gone already, with the process that held it.
+        with contextlib.suppress(RuntimeError):
+            if self.watch.peers and state != "lost":
+                linger(self.store, self.watch, self.watch.patience)
+        for lane in self.lanes.values():
+            if lane.group is not None:
+                lane.group.close()
+        self.lanes.clear()
+
+    def _last_state(self) -> tuple[str, str]:
+        if self.watch.state != "running":
+            return self.watch.state, self.watch.problem
+        # Set by the interpreter when an exception has ended the script.
+        error = getattr(sys, "last_value", None)
+        if error is not None:
+            return "failed", _first_line(error)
+        return "finished", ""
+
+    def _lane(self, axes: tuple[str, ...]) -> _Lane:
+        label = ",".join(axes)
+        members = self.mesh.group(self.rank, axes)
+        group: GlooGroup | NcclGroup | None = None
+        if len(members) > 1:
+            make = NcclGroup if self.device.type == "cuda" else GlooGroup
+            store = PrefixStore(f"{label}/{members[0]}", self.store)
+            group = make(store, members, self.rank, _COLLECTIVE_SECONDS)
+            self.watch.cuts.append(group.cut)
+        self.watch.members[label] = partial(self.mesh.group, axes=axes)
+        lane = self.lanes[axes] = _Lane(group, label)
+        return lane
+
+    def _ours(self, error: RuntimeError) -> RuntimeError:
+        """The error to raise for one that came out of a backend."""
+        if self.watch.failure is None:
+            text = str(error).lower()
+            if isinstance(error, RunError) or not any(word in text for word in _BACKEND_WORDS):
+                self.watch.waits = None
+                return error
+        ours = self.watch.explain(error)
+        self.watch.waits = None
+        return ours
+
+
+def _alone(wire: Wire, tensor: Tensor, size: int) -> Tensor:
+    """The result where nothing has to move: a group of one, or a tensor without elements."""
+    if size == 1:
+        return everyone(wire, [tensor])[0]
+    if wire.kind == "all_gather":
+        return tensor.new_empty((size, *tensor.shape))
+    return tensor.new_empty(tensor.shape[1:] if wire.kind == "reduce_scatter" else tensor.shape)
+
+
+def _taken() -> Tensor:
+    raise RunError("a started collective was waited for twice")
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _world_size() -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+_store: Store | None = None
+
+
+def _connect() -> Store:
+    """The store that all ranks meet at, one connection a process."""
+    global _store
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    if _store is None:
+        environment = os.environ
+        agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        tcp = TCPStore(
+            environment["MASTER_ADDR"],
+            int(environment["MASTER_PORT"]),
+            int(environment["WORLD_SIZE"]),
+            environment["RANK"] == "0" and not agent,
+            timedelta(seconds=_RENDEZVOUS_SECONDS),
+            wait_for_workers=False,
+        )
+        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _store = PrefixStore(f"attempt/{attempt}", tcp)
+    return _store

@@ -1,0 +1,319 @@
+"""The heartbeat: what every rank is doing, through the store, so that no rank waits in vain.
+
+One thread publishes and reads once a second; a second one judges, so that a store that hangs is
+noticed too. Computing is never limited: a rank is only judged while another waits for it, by a
+heartbeat that stops, or by waiting that goes round in a circle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch._C._distributed_c10d import Store
+
+from meshwright.compiler.collectives import Wire
+from meshwright.runtime.errors import DeadlockError, PeerError, RunError, spell_wire, verb
+
+Waits = tuple[str, int, Wire]
+"""What a rank waits for: the label of a group of axes, the place in its order, the operation."""
+
+
+@dataclass(slots=True)
+class Beat:
+    """One rank's last heartbeat; `changed` is the local time at which it last moved."""
+
+    number: int = -1
+    state: str = "running"
+    label: str = ""
+    order: int = -1
+    doing: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    problem: str = ""
+    changed: float = 0.0
+
+    @property
+    def waits(self) -> bool:
+        return self.state == "running" and bool(self.label)
+
+
+class Watch:
+    """This rank's heartbeat and its view of the others'.
+
+    The main thread writes `waits` and `counts` around its collectives; nothing else of it is
+    needed, so a collective pays two assignments. `cut` ends whatever the main thread waits in.
+    """
+
+    def __init__(
+        self, store: Store, rank: int, peers: Sequence[int], *, period: float, patience: float
+    ) -> None:
+        self.store, self.rank, self.peers = store, rank, tuple(peers)
+        self.period, self.patience = period, patience
+        self.waits: Waits | None = None
+        self.counts: dict[str, int] = {}
+        self.names: Sequence[str] = ()
+        self.members: dict[str, Callable[[int], tuple[int, ...]]] = {}
+        self.cuts: list[Callable[[], None]] = []
+        self.beats: dict[int, Beat] = {}
+        self.failure: RunError | None = None
+        self.failed = threading.Event()
+        self.state, self.problem = "running", ""
+        self._number = 0
+        self._closed_at = 0.0
+        self._answered = time.monotonic()
+        self._circle: tuple[Any, int] = (None, 0)
+        self._stopping, self._hurry = threading.Event(), threading.Event()
+        self._threads = [
+            threading.Thread(target=self._publish_and_read, name="heartbeat", daemon=True),
+            threading.Thread(target=self._judge, name="heartbeat judge", daemon=True),
+        ]
+
+    def start(self) -> None:
+        """Begin once every rank has published its first beat (the caller meets them before)."""
+        now = self._answered = time.monotonic()
+        self.beats = {peer: Beat(changed=now) for peer in self.peers}
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, state: str, problem: str = "") -> None:
+        """Publish the last state, "finished", "failed" or "lost", and end both threads."""
+        if self._stopping.is_set():
+            return
+        self.state, self.problem = state, problem
+        self._stopping.set()
+        self._hurry.set()
+        for thread in self._threads:
+            thread.join(timeout=self.patience)
+
+    def publish_failure(self, problem: str) -> None:
+        """Tell the others that this rank raised, at once."""
+        self.state, self.problem = "failed", problem
+        self._hurry.set()
+
+    def explain(self, error: RuntimeError) -> RunError:
+        """Ours for a backend's error: waits until the others' heartbeats tell what happened."""
+        if not self.failure:
+            self._closed_at = time.monotonic()
+            self._hurry.set()
+            self.failed.wait(self.patience + 2 * self.period)
+        if self.failure:
+            return self.failure
+        peers = self._blockers(self.rank) or self.peers
+        reason = str(error).partition("\n")[0]
+        return PeerError(
+            f"the connection to {verb(peers, 'broke', 'broke')}: {reason}",
+            rank=self.rank,
+            peers=tuple(peers),
+            where=self._where(()),
+        )
+
+    def beat(self) -> str:
+        """What this rank publishes."""
+        waits = self.waits
+        self._number += 1
+        return json.dumps(
+            {
+                "number": self._number,
+                "state": self.state,
+                "label": waits[0] if waits else "",
+                "order": waits[1] if waits else -1,
+                "doing": spell_wire(waits[2], self.names) if waits else "",
+                "counts": dict(self.counts),
+                "problem": self.problem,
+            }
+        )
+
+    def _publish_and_read(self) -> None:
+        keys = [f"beat/{peer}" for peer in self.peers]
+        while True:
+            last = self._stopping.is_set()
+            begin = time.monotonic()
+            try:
+                self.store.set(f"beat/{self.rank}", self.beat())
+                if last:
+                    return
+                self._read(self.store.multi_get(keys) if keys else [])
+            except RuntimeError:
+                return
+            slept = time.monotonic() - begin
+            if slept > 2 * self.period:
+                self._forgive(slept)
+            hurry = bool(self._closed_at)
+            self._hurry.wait(self.period / 5 if hurry else self.period)
+            self._hurry.clear()
+
+    def _read(self, values: Sequence[bytes]) -> None:
+        now = time.monotonic()
+        for peer, value in zip(self.peers, values, strict=True):
+            content = json.loads(value)
+            if content["number"] != self.beats[peer].number:
+                self.beats[peer] = Beat(**content, changed=now)
+        self._answered = now
+
+    def _forgive(self, gap: float) -> None:
+        """This process itself stood still: that is not the others' silence."""
+        for beat in self.beats.values():
+            beat.changed += gap
+
+    def _judge(self) -> None:
+        last = time.monotonic()
+        while not self._stopping.wait(self.period / 4):
+            now = time.monotonic()
+            if now - last > 2 * self.period:
+                self._forgive(now - last)
+                self._answered += now - last
+            last = now
+            if self.waits is None and not self._closed_at:
+                continue
+            error = self.failure or self.examine(now)
+            if error is not None:
+                self._end(error)
+                return
+
+    def _end(self, error: RunError) -> None:
+        """Make the main thread raise `error`; where it cannot be reached, end the process."""
+        waits = self.waits
+        self.failure = error
+        self.state, self.problem = "lost", error.problem
+        self._hurry.set()
+        self.failed.set()
+        for cut in self.cuts:
+            cut()
+        if waits is None:
+            return
+        self._stopping.wait(2 * self.period)
+        if self.waits is waits and not self._stopping.is_set():
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def examine(self, now: float) -> RunError | None:
+        """Why this rank waits in vain, if it does; the nearest cause first."""
+        if now - self._answered > self.patience:
+            return self._error("the store that the ranks meet at does not answer", ())
+        for peer, beat in self.beats.items():
+            if beat.state == "failed":
+                return self._error(f"rank {peer} failed: {beat.problem}", (peer,))
+        blockers = self._blockers(self.rank)
+        return (
+            self._silent(blockers)
+            or self._finished(blockers)
+            or self._in_circle()
+            or self._relayed()
+        )
+
+    def _silent(self, blockers: Sequence[int]) -> RunError | None:
+        closed = self._closed_at
+        limit = 2.5 * self.period if closed else self.patience
+        silent = [
+            peer
+            for peer, beat in self.beats.items()
+            if beat.state == "running" and self._answered - beat.changed > limit
+        ]
+        if not silent:
+            return None
+        what = "died" if closed else "does not answer" if len(silent) == 1 else "do not answer"
+        if not closed:
+            what += f": no heartbeat for {limit:.0f} s"
+        elif set(blockers).isdisjoint(silent):
+            what += ", and a connection broke"
+        return self._error(verb(silent, what, what), tuple(silent))
+
+    def _finished(self, blockers: Sequence[int]) -> RunError | None:
+        done = [peer for peer in blockers if self._beat(peer).state == "finished"]
+        if not done:
+            return None
+        return self._error(
+            f"{verb(done, 'has', 'have')} finished while rank {self.rank} waits", tuple(done)
+        )
+
+    def _relayed(self) -> RunError | None:
+        for peer, beat in self.beats.items():
+            if beat.state == "lost":
+                return self._error(f"rank {peer} stopped: {beat.problem}", (peer,))
+        return None
+
+    def _in_circle(self) -> RunError | None:
+        """Whether nobody that this rank waits for, at any remove, computes or moves bytes."""
+        reached: dict[int, tuple[str, int]] = {}
+        stack = [self.rank]
+        while stack:
+            rank = stack.pop()
+            beat = self._beat(rank)
+            blockers = self._blockers(rank)
+            if not beat.waits or not blockers:
+                return None
+            reached[rank] = (beat.label, beat.order)
+            stack += [peer for peer in blockers if peer not in reached]
+        seen, times = self._circle
+        self._circle = (reached, times + 1 if seen == reached else 1)
+        if self._circle[1] * self.period / 4 < 3 * self.period:
+            return None
+        where = [f"rank {rank} waits in {self._beat(rank).doing}" for rank in sorted(reached)]
+        return DeadlockError(
+            "no rank can go on: each waits for another",
+            rank=self.rank,
+            peers=tuple(sorted(set(reached) - {self.rank})),
+            where=where,
+        )
+
+    def _beat(self, rank: int) -> Beat:
+        waits = self.waits
+        if rank != self.rank:
+            return self.beats.get(rank, Beat())
+        if waits is None:
+            return Beat()
+        doing = spell_wire(waits[2], self.names)
+        return Beat(label=waits[0], order=waits[1], doing=doing, counts=self.counts)
+
+    def _blockers(self, rank: int) -> list[int]:
+        """The members of the group that `rank` waits in who have not come to that collective."""
+        beat = self._beat(rank)
+        if not beat.waits or beat.label not in self.members:
+            return []
+        return [
+            member
+            for member in self.members[beat.label](rank)
+            if member != rank and self._beat(member).counts.get(beat.label, 0) <= beat.order
+        ]
+
+    def _error(self, problem: str, peers: tuple[int, ...]) -> PeerError:
+        return PeerError(problem, rank=self.rank, peers=peers, where=self._where(peers))
+
+    def _where(self, peers: Sequence[int]) -> list[str]:
+        lines = []
+        if self.waits is not None:
+            lines.append(f"rank {self.rank} waits in {spell_wire(self.waits[2], self.names)}")
+        for peer in peers:
+            beat = self._beat(peer)
+            place = f"in {beat.doing}" if beat.waits else "outside collectives"
+            lines.append(f"rank {peer} was last seen {place}")
+        return lines
+
+
+def meet(store: Store, watch: Watch, num_ranks: int) -> None:
+    """Publish the first beat and wait for that of every other rank."""
+    store.set(f"beat/{watch.rank}", watch.beat())
+    store.wait([f"beat/{rank}" for rank in range(num_ranks)])
+
+
+def linger(store: Store, watch: Watch, seconds: float) -> None:
+    """Stay until no other rank runs any more, or for as long as none of them moves.
+
+    The store of the run may be this process's, and others may still need its last bytes.
+    """
+    keys = [f"beat/{peer}" for peer in watch.peers]
+    before: dict[int, bytes] = {}
+    moved = time.monotonic()
+    while time.monotonic() - moved < seconds:
+        values = dict(zip(watch.peers, store.multi_get(keys), strict=True))
+        if all(json.loads(value)["state"] != "running" for value in values.values()):
+            return
+        if values != before:
+            before, moved = values, time.monotonic()
+        time.sleep(0.05)
