@@ -1,0 +1,108 @@
+"""Graphs as text: one node a line, global shapes with `@axis`, the module as a trailing comment."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from meshwright.compiler.ir import GETITEM, INPUT, Graph, MeshOp, Node, Op, TensorType, op_stem
+from meshwright.compiler.layout import Layout, replicated
+
+_WIDEST = 64
+"""Columns that names and types are padded to, at the most."""
+
+_DTYPES = {
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """`f32` for `torch.float32`."""
+    return _DTYPES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def type_text(type: TensorType, layout: Layout | None, graph: Graph, *, local: bool = False) -> str:
+    """`f32[8@dp, 16] partial(tp)`, or what one rank holds: `f32[4, 16] partial(tp)`."""
+    layout = layout or replicated(type.shape)
+    if local:
+        layout = replicated(layout.local_shape(graph.mesh)).add_partial(layout.partial_axes)
+    return f"{dtype_text(type.dtype)}{layout}"
+
+
+def node_type_text(node: Node, graph: Graph, *, local: bool = False) -> str:
+    """The type of a node, or of each result of a node with several."""
+    if isinstance(node.type, TensorType):
+        layout = node.layout
+        assert not isinstance(layout, tuple)
+        return type_text(node.type, layout, graph, local=local)
+    if isinstance(node.type, tuple):
+        layouts = node.layout if isinstance(node.layout, tuple) else (None,) * len(node.type)
+        parts = (
+            "-" if type is None else type_text(type, layout, graph, local=local)
+            for type, layout in zip(node.type, layouts, strict=True)
+        )
+        return f"({', '.join(parts)})"
+    return "()"
+
+
+def op_text(op: Op) -> str:
+    """The operator as it is printed: torch's own without a prefix."""
+    return str(op) if isinstance(op, MeshOp) and op.name not in _PLAIN else op_stem(op)
+
+
+_PLAIN = {
+    "input", "saved", "vary", "all_reduce", "all_gather", "all_gather_replicated",
+    "reduce_scatter", "slice", "narrow", "pad", "all_to_all", "permute", "broadcast", "reduce",
+}  # fmt: skip
+
+
+def call_text(node: Node) -> str:
+    """The right-hand side of a node's line."""
+    if node.op == INPUT:
+        return f"input({node.args[0]} {node.args[1]})"
+    if node.op == GETITEM:
+        return f"{node.args[0].name}[{node.args[1]}]"
+    parts = [arg_text(arg) for arg in node.args]
+    for key, value in node.kwargs.items():
+        if isinstance(node.op, MeshOp) and key == "axes":
+            parts += value
+        elif key not in ("device", "pin_memory", "layout"):
+            parts.append(f"{key}={arg_text(value)}")
+    return f"{op_text(node.op)}({', '.join(parts)})"
+
+
+def arg_text(arg: Any) -> str:
+    """An argument as it is printed: nodes by name."""
+    if isinstance(arg, Node):
+        return arg.name
+    if isinstance(arg, (tuple, list)):
+        return f"[{', '.join(map(arg_text, arg))}]"
+    if isinstance(arg, torch.dtype):
+        return dtype_text(arg)
+    if isinstance(arg, float) and math.isfinite(arg) and arg == int(arg) and abs(arg) < 1e15:
+        return f"{arg:.1f}"
+    return str(arg)
+
+
+def graph_text(graph: Graph, *, local: bool = False) -> str:
+    """The whole graph, deterministic: the same program prints the same text."""
+    lines = [f"graph {graph.name}  mesh {graph.mesh}"]
+    heads = [f"{node.name}: {node_type_text(node, graph, local=local)}" for node in graph.nodes]
+    width = min(_WIDEST, max((len(head) for head in heads), default=0))
+    for node, head in zip(graph.nodes, heads, strict=True):
+        line = f"  {head:<{width}} = {call_text(node)}"
+        lines.append(f"{line}  # {where}" if (where := node.origin.module) else line)
+    for label, node in graph.outputs:
+        lines.append(f"  return {label} = {node.name}")
+    return "\n".join(lines)

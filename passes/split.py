@@ -1,0 +1,124 @@
+"""Split the joint graph of a step into its forward and its backward.
+
+Before:  step:      h = f(x); loss = g(h); dh = g'(h); dx = f'(x, dh)
+After:   forward:   h = f(x); loss = g(h)               -> loss, saved 0: h
+         backward:  h = saved(0); dh = g'(h); ...       -> gradients
+
+What the backward takes from the forward is saved, but for what costs nothing to have again: views of
+parameters, and gathers of stored-split parameters and of sequence-split inputs, of which the shard
+is saved and gathered again. Saved values are handed over in the order in which the backward pops
+them. Requires: backward nodes name their forward node. Ensures: no node is in both graphs' work.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from meshwright.compiler.ir import INPUT, Builder, Graph, MeshOp, Node
+
+aten = torch.ops.aten
+
+SAVED = MeshOp("saved")
+"""A value handed over by the forward; `args` is its number."""
+
+_VIEWS = {
+    aten.view.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.unsqueeze.default,
+    aten._to_copy.default,
+    MeshOp("vary"),
+}
+_GATHERS = {MeshOp("all_gather"), MeshOp("all_gather_replicated")}
+
+
+def split(graph: Graph, *, regather: frozenset[str]) -> tuple[Graph, Graph]:
+    """The forward and the backward of a joint graph.
+
+    `regather` are the axes over which a gathered activation is gathered again rather than kept.
+    """
+    return _Splitter(graph, regather).run()
+
+
+def is_backward(node: Node) -> bool:
+    """Whether a node of a joint graph belongs to the backward."""
+    return bool(node.origin.forward)
+
+
+class _Splitter:
+    def __init__(self, graph: Graph, regather: frozenset[str]) -> None:
+        self.graph, self.regather = graph, regather
+        self.forward = Builder("stage0.forward", graph.mesh)
+        self.backward = Builder("stage0.backward", graph.mesh)
+        self.ahead: dict[Node, Node] = {}
+        self.mapping: dict[Node, Node] = {}
+        self.saved: dict[Node, Node] = {}
+        self._cheap: dict[Node, bool] = {}
+
+    def run(self) -> tuple[Graph, Graph]:
+        for node in self.graph.nodes:
+            if not is_backward(node):
+                self.ahead[node] = self.forward.copy(node, self.ahead)
+            if node.op == INPUT:
+                self.mapping[node] = self.backward.copy(node, {})
+        for node in self.graph.nodes:
+            if is_backward(node):
+                for operand in node.operands():
+                    self._bring(operand)
+                self.mapping[node] = self.backward.copy(node, self.mapping)
+        return self._forward_graph(), self._backward_graph()
+
+    def _bring(self, node: Node) -> None:
+        """Make a forward value available in the backward: computed again, or saved."""
+        if node in self.mapping:
+            return
+        if self._again(node):
+            for operand in node.operands():
+                self._bring(operand)
+            self.mapping[node] = self.backward.copy(node, self.mapping)
+        else:
+            number = len(self.saved)
+            self.saved[node] = self.mapping[node] = self.backward.emit(
+                SAVED,
+                (number,),
+                type=node.type,
+                layout=node.layout,
+                origin=node.origin,
+                name=node.name,
+            )
+
+    def _again(self, node: Node) -> bool:
+        """Whether the backward computes a value again instead of saving it."""
+        if node not in self._cheap:
+            self._cheap[node] = self._is_gather(node) or (
+                node.op in _VIEWS
+                and all(n.op == INPUT or self._again(n) for n in node.operands())
+            ) or node.op == MeshOp("vary")
+        return self._cheap[node]
+
+    def _is_gather(self, node: Node) -> bool:
+        if node.op not in _GATHERS:
+            return False
+        (operand,) = node.args
+        stored = operand.op == INPUT and operand.args[0] == "parameter"
+        return stored or bool(self.regather & set(node.kwargs["axes"]))
+
+    def _forward_graph(self) -> Graph:
+        results = [
+            (label, self.ahead[node])
+            for label, node in self.graph.outputs
+            if not label.startswith("gradient:")
+        ]
+        # The backward pops from the end, so what it needs first is saved last.
+        kept = [(f"saved:{i}", self.ahead[node]) for i, node in enumerate(self.saved)]
+        return self.forward.graph((*results, *reversed(kept)))
+
+    def _backward_graph(self) -> Graph:
+        return self.backward.graph(
+            tuple(
+                (label, self.mapping[node])
+                for label, node in self.graph.outputs
+                if label.startswith("gradient:")
+            )
+        )
