@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -35,7 +36,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--size", choices=(*SIZES, "both"), default="both")
     found.add_argument("--rounds", type=int, default=0, help="turns a peer (default: by size)")
     found.add_argument("--quick", action="store_true", help="one round of one step: does it run?")
-    found.add_argument("--only", default="", help="peers whose name contains this, by commas")
     found.add_argument("--json", type=Path, help="write the results there")
     found.add_argument("--worker", nargs=3, metavar=("MESH", "SIZE", "OUT"), help=argparse.SUPPRESS)
     return found
@@ -75,14 +75,19 @@ def work(build: Build, pairs: Pairs, args: argparse.Namespace) -> None:
     # The collectives' newer names are not in every torch that this runs on.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     with ranks(mesh_text) as mesh:
-        wanted = args.only.split(",")
-        peers = [p for p in build(size, mesh, args) if any(word in p.name for word in wanted)]
-        differences = check(peers, size)
-        rounds = 1 if args.quick else args.rounds or ROUNDS[size.name]
-        taken = measure(peers, size, rounds, 1 if args.quick else STEPS[size.name])
+        found = compare(build(size, mesh, args), pairs, size, args)
         if dist.get_rank() == 0:
-            found = report.result(taken, differences, pairs([peer.name for peer in peers]))
             Path(out).write_text(json.dumps(found))
+
+
+def compare(
+    peers: Sequence[Peer], pairs: Pairs, size: Size, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Check every peer's losses, then time them in turns."""
+    differences = check(peers, size)
+    rounds = 1 if args.quick else args.rounds or ROUNDS[size.name]
+    taken = measure(peers, size, rounds, 1 if args.quick else STEPS[size.name])
+    return report.result(taken, differences, pairs([peer.name for peer in peers]))
 
 
 @contextmanager
@@ -94,4 +99,7 @@ def ranks(mesh_text: str) -> Iterator[DeviceMesh]:
         sizes = tuple(int(size) for size in axes.values())
         yield init_device_mesh("cpu", sizes, mesh_dim_names=tuple(axes))
     finally:
-        dist.destroy_process_group()  # without it half of the processes abort at exit
+        # Without this, or with a DDP still alive, about half of the processes abort at exit:
+        # Gloo's threads outlive the interpreter.
+        gc.collect()
+        dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""Each benchmark runs, and every peer computes the single process's losses (checked in the run)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.interleave import Round, counted, ratio
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(module: str, folder: Path, *options: str) -> dict[str, Any]:
+    out = folder / "out.json"
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", module, "--quick", "--json", str(out), *options]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())["results"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tp=2", "dp=2, tp=2"])
+def test_tensor_parallel_peers_all_compute_the_same_losses(mesh: str, tmp_path: Path) -> None:
+    found = run("benchmarks.tensor_parallel", tmp_path, "--size", "tiny", "--mesh", mesh)
+    result = found[f"tiny, {mesh}"]
+    assert len(result["milliseconds"]) == 9
+    assert len(result["ratios"]) == 9
+    assert max(result["loss_difference"].values()) < 5e-6
+
+
+@pytest.mark.slow
+def test_data_parallel_peers_all_compute_the_same_losses(tmp_path: Path) -> None:
+    result = run("benchmarks.data_parallel", tmp_path, "--size", "tiny")["tiny, dp=2"]
+    assert list(result["milliseconds"]) == ["ddp", "flat", "meshwright"]
+    assert max(result["loss_difference"].values()) < 5e-6
+
+
+@pytest.mark.slow
+def test_compile_time_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
+    found = run("benchmarks.compile_time", tmp_path)
+    assert found["dp=2, tp=2"]["ranks"] == 4
+    assert found["dp=2, tp=2"]["nodes"] > 100
+
+
+def test_a_ratio_is_the_median_over_rounds_and_busy_rounds_do_not_count() -> None:
+    rounds = [
+        Round({"a": a, "b": 2.0}, others=others)
+        for a, others in [(1.0, 0.0), (3.0, 0.0), (2.0, 0.1), (90.0, 1.5)]
+    ]
+    found = ratio(counted(rounds), "a", "b")
+    assert (found.median, found.low, found.high) == (1.0, 0.5, 1.5)
+    assert counted(rounds[2:]) == rounds[2:]
