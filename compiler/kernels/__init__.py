@@ -1,0 +1,1 @@
+"""Local kernels of the composite operators: pure functions on one rank's tensors."""

@@ -1,0 +1,268 @@
+"""Cross entropy by rows, with the classes whole or split over ranks.
+
+With the classes split, each rank calls `cross_entropy_stats` on its columns; the small statistics
+of all ranks, stacked, go to `cross_entropy_combine`; `cross_entropy_backward` needs only the
+log-sum-exp. Nothing the size of the logits is made but the gradient itself: rows go through scratch
+that stays in cache. The vocabulary-parallel loss is Megatron-LM's (Shoeybi et al., 2019).
+
+Throughout: `logits[rows, v_local]` are the columns from the global class `offset` on, columns at or
+beyond `num_classes` are padding of any content, `target[rows]` are global class numbers, and rows
+whose target is `ignore_index` have loss and gradient 0. `weight[num_classes]` is the whole vector
+of class weights. Results by row are float32, or float64 for float64 logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.kernels.blocks import accumulation_dtype, row_blocks, shapes_only
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    num_classes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(loss[rows], lse[rows])` where every class is here, unreduced."""
+    classes = logits.shape[1] if num_classes is None else num_classes
+    stats = cross_entropy_stats(
+        logits,
+        target,
+        num_classes=classes,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        weight=weight,
+    )
+    return cross_entropy_combine(
+        stats.unsqueeze(0),
+        target,
+        num_classes=classes,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        weight=weight,
+    )
+
+
+def cross_entropy_stats(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    num_classes: int,
+    offset: int = 0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """What the loss needs of these columns: `stats[k, rows]`, k = 2, or 3 with label smoothing.
+
+    They are the log-sum-exp of the columns, the target's logit where it is here (else 0), and the
+    (weighted) sum of the logits. A target that is no class is an `IndexError` on a CPU.
+    """
+    kind = accumulation_dtype(logits.dtype)
+    num_stats = 3 if label_smoothing else 2
+    stats = torch.empty(num_stats, logits.shape[0], dtype=kind, device=logits.device)
+    if shapes_only(logits):
+        return stats
+    _check_targets(target, num_classes, ignore_index)
+    valid = _valid_columns(logits, offset, num_classes)
+    if not valid:
+        stats.zero_()[0].fill_(-torch.inf)
+        return stats
+    columns = logits.narrow(1, 0, valid)
+    log_sum_exp(columns, out=stats[0])
+    local, here = _local_targets(target, offset, valid, ignore_index)
+    picked = columns.gather(1, local.unsqueeze(1)).squeeze(1)
+    stats[1] = picked.masked_fill_(~here, 0)
+    if label_smoothing:
+        stats[2] = _weighted_sum(columns, weight, offset, kind)
+    return stats
+
+
+def cross_entropy_combine(
+    stats: Tensor,
+    target: Tensor,
+    *,
+    num_classes: int,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`(loss[rows], lse[rows])` from the statistics `stats[n, k, rows]` of all n ranks."""
+    lse = stats[0, 0] if stats.shape[0] == 1 else stats[:, 0].logsumexp(0)
+    loss = lse - stats[:, 1].sum(0)
+    if weight is not None:
+        loss *= cross_entropy_row_weights(target, weight, ignore_index, loss.dtype)
+    if label_smoothing:
+        total = num_classes if weight is None else weight.sum(dtype=loss.dtype)
+        spread = (lse * total).sub_(stats[:, 2].sum(0))
+        loss = loss.mul_(1 - label_smoothing).add_(spread, alpha=label_smoothing / num_classes)
+    return loss.masked_fill_(target == ignore_index, 0), lse
+
+
+def cross_entropy_row_weights(
+    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> Tensor:
+    """Each row's weight in the mean: its target's class weight (else 1), and 0 if ignored."""
+    ignored = target == ignore_index
+    if weight is None:
+        return ignored.logical_not_().to(dtype)
+    return weight.to(dtype)[target.masked_fill(ignored, 0)].masked_fill_(ignored, 0)
+
+
+def cross_entropy_backward(
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    grad_rows: Tensor,
+    *,
+    num_classes: int,
+    offset: int = 0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of these columns, `[rows, v_local]`, from `grad_rows[rows]`, that of each loss.
+
+    `lse[rows]` is over all ranks' columns. `out`, the only buffer of the size of the logits, may be
+    the logits themselves. Padding columns get 0.
+    """
+    grad = torch.empty_like(logits) if out is None else out
+    if shapes_only(logits):
+        return grad
+    valid = _valid_columns(logits, offset, num_classes)
+    grad.narrow(1, valid, logits.shape[1] - valid).zero_()
+    if not valid:
+        return grad
+    rows = grad_rows.to(lse.dtype).masked_fill(target == ignore_index, 0)
+    hit = rows * (1 - label_smoothing)
+    if weight is not None:
+        hit *= cross_entropy_row_weights(target, weight, ignore_index, hit.dtype)
+    local, here = _local_targets(target, offset, valid, ignore_index)
+    smooth = _smoothing_terms(rows, weight, num_classes, label_smoothing, offset, valid)
+    scale = hit if smooth is None else hit + smooth[0]
+    _softmax_gradient(
+        logits.narrow(1, 0, valid),
+        grad.narrow(1, 0, valid),
+        lse=None if valid == num_classes else lse.unsqueeze(1),
+        scale=scale.unsqueeze(1),
+        hit=hit.masked_fill(~here, 0).neg_().unsqueeze(1),
+        target=local.unsqueeze(1),
+        spread=None if smooth is None else smooth[1],
+    )
+    return grad
+
+
+def log_sum_exp(columns: Tensor, *, out: Tensor) -> None:
+    """Write the log-sum-exp of each row of `columns[rows, v]` to `out[rows]`, of the stats' type.
+
+    torch's own takes four passes over a buffer of that size; `log_softmax` is one pass, and
+    `max(z) - max(log_softmax(z))` is the log-sum-exp.
+    """
+    scratch: Tensor | None = None
+    for block in row_blocks(columns):
+        logits = columns[block].to(out.dtype)
+        if scratch is None or scratch.shape != logits.shape:
+            scratch = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        torch.ops.aten._log_softmax.out(logits, 1, False, out=scratch)
+        largest = logits.amax(1)
+        lse = largest - scratch.amax(1)
+        out[block] = lse.masked_fill_(largest == -torch.inf, -torch.inf)
+
+
+def _softmax_gradient(
+    logits: Tensor,
+    grad: Tensor,
+    *,
+    lse: Tensor | None,
+    scale: Tensor,
+    hit: Tensor,
+    target: Tensor,
+    spread: tuple[Tensor, Tensor | None] | None,
+) -> None:
+    """Write `softmax * scale + hit at target - spread`, by blocks of rows, to `grad`.
+
+    With `lse` None the softmax is over the given columns (one pass instead of two).
+    """
+    direct = grad.dtype == scale.dtype and grad.is_contiguous()
+    for block in row_blocks(logits):
+        rows = logits[block].to(scale.dtype)
+        into = grad[block] if direct else torch.empty_like(rows)
+        if lse is None:
+            torch.ops.aten._softmax.out(rows, 1, False, out=into)
+        else:
+            torch.sub(rows, lse[block], out=into).exp_()
+        into.mul_(scale[block])
+        if spread is not None:
+            _subtract_outer(into, spread[0][block], spread[1])
+        into.scatter_add_(1, target[block], hit[block])
+        if not direct:
+            grad[block] = into
+
+
+def _subtract_outer(into: Tensor, rows: Tensor, columns: Tensor | None) -> None:
+    if columns is None:
+        into.sub_(rows)
+    else:
+        into.addcmul_(rows, columns, value=-1)
+
+
+def _smoothing_terms(
+    rows: Tensor,
+    weight: Tensor | None,
+    num_classes: int,
+    label_smoothing: float,
+    offset: int,
+    valid: int,
+) -> tuple[Tensor, tuple[Tensor, Tensor | None]] | None:
+    """What smoothing adds to a row's scale, and the outer product that it takes from the row."""
+    if not label_smoothing:
+        return None
+    share = rows * (label_smoothing / num_classes)
+    if weight is None:
+        return share * num_classes, (share.unsqueeze(1), None)
+    weights = weight.to(rows.dtype)
+    columns = weights.narrow(0, offset, valid).unsqueeze(0)
+    return share * weights.sum(), (share.unsqueeze(1), columns)
+
+
+def _weighted_sum(
+    columns: Tensor, weight: Tensor | None, offset: int, dtype: torch.dtype
+) -> Tensor:
+    """The sum of each row, each column times its class weight if there are any."""
+    if weight is None:
+        return columns.sum(1, dtype=dtype)
+    weights = weight.to(dtype).narrow(0, offset, columns.shape[1])
+    total = torch.empty(columns.shape[0], dtype=dtype, device=columns.device)
+    for block in row_blocks(columns):
+        total[block] = columns[block].to(dtype) @ weights
+    return total
+
+
+def _valid_columns(logits: Tensor, offset: int, num_classes: int) -> int:
+    """How many of these columns are classes; the rest are padding."""
+    return max(0, min(logits.shape[1], num_classes - offset))
+
+
+def _local_targets(
+    target: Tensor, offset: int, valid: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Each row's target as a column here (0 if it is not), and whether it is."""
+    local = target - offset
+    here = (local >= 0).logical_and_(local < valid).logical_and_(target != ignore_index)
+    return local.masked_fill_(~here, 0), here
+
+
+def _check_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Refuse a target that is no class. Not on other devices, where looking would wait for them."""
+    if target.device.type != "cpu":
+        return
+    wrong = (target < 0).logical_or_(target >= num_classes).logical_and_(target != ignore_index)
+    if wrong.any():
+        found = int(target[wrong][0])
+        raise IndexError(f"target {found} is not one of {num_classes} classes")

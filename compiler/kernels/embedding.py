@@ -1,0 +1,65 @@
+"""Embedding lookup in a table whose rows may be split over ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def embedding(weight: Tensor, index: Tensor, *, offset: int = -1) -> Tensor:
+    """The rows of `weight[v_local, d]` that `index[...]` names: `[..., d]`.
+
+    `offset` is the global number of the first row held here; rows held elsewhere read as zeros, so
+    that the sum over ranks is the lookup. A negative `offset` means that every row is here; an
+    index outside the table is then an `IndexError`.
+    """
+    if offset < 0:
+        return F.embedding(index, weight)
+    local = index - offset
+    elsewhere = (local < 0).logical_or_(local >= weight.shape[0])
+    found = F.embedding(local.masked_fill_(elsewhere, 0), weight)
+    return found.masked_fill_(elsewhere.unsqueeze(-1), 0)
+
+
+def embedding_backward(
+    grad: Tensor,
+    index: Tensor,
+    num_rows: int,
+    *,
+    offset: int = -1,
+    padding_idx: int = -1,
+    into: Tensor | None = None,
+) -> Tensor:
+    """The gradient `[num_rows, d]` of the `num_rows` rows held here, from `grad[..., d]`.
+
+    `offset` is as in `embedding`. The row `padding_idx` (global; negative means none) gets no
+    gradient. With `into`, the gradient is added to that buffer, which is returned.
+    """
+    local, skipped = _rows_here(index, num_rows, offset, padding_idx)
+    if into is None:
+        result: Tensor = torch.ops.aten.embedding_dense_backward(
+            grad, local, num_rows, skipped, False
+        )
+        return result
+    flat = local.reshape(-1)
+    rows = grad.reshape(-1, grad.shape[-1])
+    if skipped >= 0:
+        away = flat == skipped
+        flat, rows = flat.masked_fill(away, 0), rows.masked_fill(away.unsqueeze(-1), 0)
+    return into.index_add_(0, flat, rows.to(into.dtype))
+
+
+def _rows_here(index: Tensor, num_rows: int, offset: int, padding_idx: int) -> tuple[Tensor, int]:
+    """Local row numbers, and the one number among them that gets no gradient (-1: none does).
+
+    Rows held elsewhere and the padding row share the number `num_rows`, just past the table: the
+    backward kernel compares with the skipped number before it touches the table.
+    """
+    if offset < 0:
+        return index, padding_idx
+    local = index - offset
+    away = (local < 0).logical_or_(local >= num_rows)
+    if padding_idx >= 0:
+        away.logical_or_(index == padding_idx)
+    return local.masked_fill_(away, num_rows), num_rows

@@ -1,0 +1,67 @@
+"""Embedding lookup and its gradient, whole and split by rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from meshwright.compiler.kernels.embedding import embedding, embedding_backward
+
+ROWS, WIDTH = 12, 5
+
+
+def _example() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    weight = torch.randn(ROWS, WIDTH, dtype=torch.float64)
+    index = torch.randint(0, ROWS, (3, 7))
+    index[0, :3] = 4
+    return weight, index, torch.randn(3, 7, WIDTH, dtype=torch.float64)
+
+
+def _reference_grad(weight: Tensor, index: Tensor, grad: Tensor, padding: int) -> Tensor:
+    leaf = weight.clone().requires_grad_()
+    padding_idx = None if padding < 0 else padding
+    F.embedding(index, leaf, padding_idx=padding_idx).backward(grad)
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_lookups_of_row_shards_sum_to_the_whole_lookup(ranks: int) -> None:
+    weight, index, _ = _example()
+    parts = weight.chunk(ranks)
+    found = sum(embedding(part, index, offset=rank * len(part)) for rank, part in enumerate(parts))
+    torch.testing.assert_close(found, F.embedding(index, weight))
+
+
+def test_a_whole_table_is_a_plain_lookup() -> None:
+    weight, index, _ = _example()
+    torch.testing.assert_close(embedding(weight, index), F.embedding(index, weight))
+    with pytest.raises(IndexError):
+        embedding(weight, torch.tensor([ROWS]))
+
+
+def test_a_nan_row_held_here_does_not_leak_into_rows_held_elsewhere() -> None:
+    weight = torch.full((2, WIDTH), torch.nan)
+    assert not embedding(weight, torch.tensor([5, 9]), offset=2).any()
+
+
+@pytest.mark.parametrize("padding", [-1, 0, 4, 11])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_gradients_of_row_shards_concatenate_to_the_whole_gradient(
+    ranks: int, padding: int, accumulate: bool
+) -> None:
+    weight, index, grad = _example()
+    expected = _reference_grad(weight, index, grad, padding)
+    local = ROWS // ranks
+    found = []
+    for rank in range(ranks):
+        into = torch.ones(local, WIDTH, dtype=torch.float64) if accumulate else None
+        offset = rank * local if ranks > 1 else -1
+        got = embedding_backward(grad, index, local, offset=offset, padding_idx=padding, into=into)
+        assert not accumulate or got is into
+        found.append(got - 1 if accumulate else got)
+    torch.testing.assert_close(torch.cat(found), expected)
