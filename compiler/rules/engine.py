@@ -78,9 +78,12 @@ def operand_cost(operand: Operand, layout: Layout, mesh: Mesh) -> float:
     layout = layout.canonical(mesh)
     if layout == operand.layout or layout in operand.available:
         return 0.0
-    price = reshard_cost(
-        operand.layout, layout, operand.type.dtype.itemsize, mesh, operand.differentiable
-    )
+    try:
+        price = reshard_cost(
+            operand.layout, layout, operand.type.dtype.itemsize, mesh, operand.differentiable
+        )
+    except LayoutError:
+        return math.inf
     if layout in operand.proposals:
         price *= PREFERRED
     overridden = operand.explicit and layout.dims != operand.layout.dims
