@@ -119,7 +119,7 @@ class _Generator:
             if node.op != INPUT:
                 self._node(node)
         self._return()
-        body = _with_frees(self.lines, set(inputs))
+        body = _with_frees(_joined(self.lines), set(inputs))
         source = "def run(_inputs, _saved):\n" + "".join(f"    {line}\n" for line in body)
         if "yield" not in source:
             source += "    yield\n"
@@ -333,6 +333,22 @@ def _bound_step(step: Any) -> Callable[[RankContext], Any]:
         return lambda tensor: apply_all((step,), tensor, coords, mesh)
 
     return recipe
+
+
+_STARTED = re.compile(r"(\w+) = yield _Start\((\w+), (.+), (True|False)\)")
+
+
+def _joined(lines: list[str]) -> list[str]:
+    """The lines, with a start that is waited for at once made one synchronous collective."""
+    result: list[str] = []
+    for line in lines:
+        started = _STARTED.fullmatch(result[-1]) if result else None
+        if started and line.endswith(f" = yield _Wait({started[1]})"):
+            target = line.partition(" = ")[0]
+            result[-1] = f"{target} = yield {started[2]}, {started[3]}, {started[4]}"
+        else:
+            result.append(line)
+    return result
 
 
 def _with_frees(lines: list[str], kept: set[str]) -> list[str]:
