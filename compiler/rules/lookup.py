@@ -1,28 +1,56 @@
-"""Find the rule of an operator: a row of the table, a function, or what its kind implies."""
+"""Find the rule of an operator: a function, a row of the table, or what its kind implies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeAlias
+from functools import lru_cache
 
-import torch
+from meshwright.compiler import custom
+from meshwright.compiler.ir import MeshOp, Op
+from meshwright.compiler.rules import products, reductions, views
+from meshwright.compiler.rules.notation import Call, Rule, Spec, row
+from meshwright.compiler.rules.pointwise import POINTWISE, is_pointwise, pointwise
+from meshwright.compiler.rules.registry import FUNCTIONS
+from meshwright.compiler.rules.table import TABLE
 
-from meshwright.compiler.ir import Op
-from meshwright.compiler.rules.notation import Call, Placement, Spec
-
-Rule: TypeAlias = Callable[[Call], "Spec | Iterable[Placement]"]
-
-FUNCTIONS: dict[Op, Rule] = {}
-"""The rules that need more than a line, by operator; filled by `rule`."""
+__all__ = ["has_rule", "products", "reductions", "replicate", "rule_for", "views"]
 
 
-def rule(*ops: Op) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of these operators."""
+def rule_for(op: Op) -> Rule:
+    """The rule of an operator; one that has none runs whole on every rank."""
+    return _known(op) or _registered(op) or replicate
 
-    def register(function: Rule) -> Rule:
-        for op in ops:
-            assert op not in FUNCTIONS, op
-            FUNCTIONS[op] = function
-        return function
 
-    return register
+def has_rule(op: Op) -> bool:
+    """Whether anything is known of the operator, so that it need not run whole on every rank."""
+    return rule_for(op) is not replicate
+
+
+@lru_cache(maxsize=4096)
+def _known(op: Op) -> Rule | None:
+    if op in FUNCTIONS:
+        return FUNCTIONS[op]
+    if op in TABLE:
+        return TABLE[op]
+    if op in POINTWISE:
+        return POINTWISE[op]
+    return pointwise(op) if is_pointwise(op) else None
+
+
+def _registered(op: Op) -> Rule | None:
+    if isinstance(op, MeshOp) or op not in custom.REGISTRY:
+        return None
+    return row(custom.REGISTRY[op].rule)
+
+
+def replicate(call: Call) -> Spec:
+    """Everything whole on every rank."""
+    operands = tuple(
+        tuple(f"{i}.{dim}" for dim in range(len(operand.type.shape)))
+        for i, operand in enumerate(call.operands)
+    )
+    results = tuple(
+        None if type is None else tuple(f"r.{dim}" for dim in range(len(type.shape)))
+        for type in call.results
+    )
+    whole = frozenset(letter for letters in operands for letter in letters)
+    return Spec(operands, results, whole=whole)

@@ -2,28 +2,35 @@
 
 A row names every dimension of every operand and result, as an einsum does:
 
-    linear   "... i, o i, o? -> ... o"       a letter that no result has is contracted: split, it leaves
-                                             the result partial
+    linear   "... i, o i, o? -> ... o"       a letter that a result lacks is contracted: split, it
+                                             leaves that result partial
     softmax  "... n! -> ... n"               `!`: must be whole on a rank
-    norm     "... n~, n?, n? -> ... n, ..."  `~`: the operator itself finishes what splitting it leaves
+    norm     "... n~, n?, n? -> ... n, ..."  `~`: the operator itself finishes what a split leaves
              "o?"                            the operand may be absent
+             "... 1"                         a dimension of size 1
 
-`...` stands for leading dimensions, aligned at the right as in broadcasting.
+`...` stands for leading dimensions, aligned at the right as in broadcasting; `...!` for leading
+dimensions that must be whole. The terms are the tensor arguments of the operator's schema, in order
+(of a mesh operator: its first arguments).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeAlias
 
-from meshwright.compiler.ir import Arg, Op, TensorType
-from meshwright.compiler.layout import Layout
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.ir import Arg, MeshOp, Op, TensorType
+from meshwright.compiler.layout import Dim, Layout
 from meshwright.compiler.mesh import Mesh
 
 Letters: TypeAlias = tuple[str, ...]
 """One name per dimension; an empty name is a dimension of size 1 that is broadcast."""
+
+Group: TypeAlias = frozenset[int]
+"""Operands whose pending sums may stay pending together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,8 @@ class Operand:
     """Layouts worth trying for a value whose pending sum must be reduced here."""
     keep_partial: bool = True
     """Whether a pending sum may stay pending; not where several users would each reduce it."""
+    zero: bool = False
+    """Whether the value is known to be all zeros, which is a pending sum over any axis as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +69,17 @@ class Call:
     operands: tuple[Operand, ...]
     results: tuple[TensorType | None, ...]
     mesh: Mesh
+    wanted: tuple[Layout, ...] = ()
+    """Layouts that a user of the result asks for: tried where the operands leave a choice."""
 
     def arg(self, position: int, default: Arg = None) -> Arg:
-        """The positional argument, or `default` if the call leaves it out."""
-        return self.args[position] if position < len(self.args) else default
+        """An argument by its place in the schema, given in place or by name, or `default`."""
+        if position < len(self.args):
+            return self.args[position]
+        if self.kwargs and not isinstance(self.op, MeshOp):
+            name = self.op._schema.arguments[position].name
+            return dict(self.kwargs).get(name, default)
+        return default
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,52 +90,185 @@ class Placement:
     results: tuple[Layout | None, ...]
 
 
+Dims: TypeAlias = Mapping[str, Dim]
+"""How each letter is split."""
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """A rule for one call: letters for each dimension, and where pending sums may pass.
 
-    `whole` letters are never split; `inner` ones may be, and leave nothing pending. `linear` lists groups of operands: a sum may stay pending where all operands of one group, and
-    no other operand, have it pending.
+    `whole` letters are never split; `inner` ones may be, and leave nothing pending. `linear` lists
+    groups of operands: a sum may stay pending where all operands of one group, and no other
+    operand, have it pending. Of `shape_only` operands the values do not matter. `derived` letters
+    are not chosen: `bind` works them out, and any letter that only results have, from those that
+    are; it raises LayoutError for a choice that the operator can not run on. `offers` are ways to
+    split a letter that no operand shows.
     """
 
     operands: tuple[Letters, ...]
     results: tuple[Letters | None, ...]
     whole: frozenset[str] = frozenset()
     inner: frozenset[str] = frozenset()
-    linear: tuple[frozenset[int], ...] = ()
+    linear: tuple[Group, ...] = ()
     reduce: str = "sum"
+    shape_only: frozenset[int] = frozenset()
+    derived: frozenset[str] = frozenset()
+    bind: Callable[[Dims], Dims] | None = None
+    offers: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
+    """Letters that only results have, and that may be split as `Call.wanted` asks."""
+
+
+Rule: TypeAlias = Callable[[Call], "Spec | Iterable[Placement]"]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Terms:
     """A parsed line of the table."""
 
     operands: tuple[tuple[str, ...], ...]
     results: tuple[tuple[str, ...], ...]
-    optional: frozenset[int]
     whole: frozenset[str]
     inner: frozenset[str]
 
 
 @lru_cache(maxsize=1024)
-def parse_row(text: str) -> Row:
+def parse_row(text: str) -> Terms:
     """Read one line of the notation."""
     left, right = text.split("->")
-    terms = [term.split() for term in left.split(",")]
-    optional = frozenset(i for i, term in enumerate(terms) if any("?" in w for w in term))
     words = text.replace("->", " ").replace(",", " ").split()
-    operands = tuple(tuple(word.strip("!?~") for word in term) for term in terms)
-    results = tuple(tuple(word.strip("!~") for word in term.split()) for term in right.split(","))
-    whole, inner = (
-        frozenset(word.strip("!?~") for word in words if mark in word) for mark in "!~"
+    operands, results = (
+        tuple(tuple(word.strip("!?~") for word in term.split()) for term in side.split(","))
+        for side in (left, right)
     )
-    return Row(operands, results, optional, whole, inner)
+    whole, inner = (frozenset(word.strip("!?~") for word in words if mark in word) for mark in "!~")
+    return Terms(operands, results, whole, inner)
 
 
-def expand(row: Row, present: Sequence[int], call: Call) -> Spec:
-    """The row's letters for the shapes of one call; `present` are the row's terms that it passes."""
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A rule in one line.
+
+    `linear` says in which terms pending sums pass: "each" by itself, "all" together, or groups of
+    terms (absent ones are left out), or a function of the call that gives those groups. `reduce` is
+    the operator's own reduction over contracted letters. While the term `added` is present nothing
+    is contracted: it would be added once a rank.
+    """
+
+    text: str
+    linear: str | tuple[tuple[int, ...], ...] | Callable[[Call], tuple[tuple[int, ...], ...]] = ()
+    reduce: str = "sum"
+    shape_only: tuple[int, ...] = ()
+    added: int | None = None
+
+    def __call__(self, call: Call) -> Spec:
+        terms = parse_row(self.text)
+        present = present_terms(call)
+        operands, results = expand(terms, present, call)
+        places = {term: i for i, term in enumerate(present)}
+        whole = {
+            letter
+            for letters in (*operands, *results)
+            for letter in letters or ()
+            if letter in terms.whole or (letter.startswith(".") and "..." in terms.whole)
+        }
+        if self.added in places or (self.reduce != "sum" and differentiable(call)):
+            # Only a pending sum has an adjoint.
+            whole |= contracted_letters(operands, results) - terms.inner
+        return Spec(
+            operands,
+            results,
+            frozenset(whole),
+            terms.inner,
+            self._groups(call, places),
+            self.reduce,
+            frozenset(places[term] for term in self.shape_only if term in places),
+        )
+
+    def _groups(self, call: Call, places: Mapping[int, int]) -> tuple[Group, ...]:
+        """The linear groups of the operands that the call has."""
+        linear = self.linear(call) if callable(self.linear) else self.linear
+        if linear == "each":
+            return tuple(frozenset({i}) for i in places.values())
+        if linear == "all":
+            return () if has_number(call) else (frozenset(places.values()),)
+        groups = (
+            frozenset(places[int(term)] for term in group if int(term) in places)
+            for group in linear
+        )
+        return tuple(dict.fromkeys(group for group in groups if group))
+
+
+def row(
+    text: str,
+    linear: str | tuple[tuple[int, ...], ...] | Callable[[Call], tuple[tuple[int, ...], ...]] = (),
+    **options: Arg,
+) -> Row:
+    """A rule in one line."""
+    return Row(text, linear, **options)
+
+
+def differentiable(call: Call) -> bool:
+    """Whether a gradient flows through any operand of the call."""
+    return any(operand.differentiable for operand in call.operands) and any(
+        result is not None and result.dtype.is_floating_point for result in call.results
+    )
+
+
+def contracted_letters(
+    operands: Iterable[Letters], results: Iterable[Letters | None]
+) -> frozenset[str]:
+    """The letters of operands that some result lacks."""
+    found: set[str] = set()
+    taken = {letter for letters in operands for letter in letters if letter}
+    for result in results:
+        if result is not None:
+            found |= taken - set(result)
+    return frozenset(found)
+
+
+@lru_cache(maxsize=4096)
+def tensor_arguments(op: Op) -> tuple[tuple[int, str], ...]:
+    """Place and name of the arguments that an operator's schema says are tensors."""
+    if isinstance(op, MeshOp):
+        return tuple((i, "") for i in range(16))
+    return tuple(
+        (i, argument.name)
+        for i, argument in enumerate(op._schema.arguments)
+        if str(argument.type).startswith(("Tensor", "Optional[Tensor"))
+        and "List" not in str(argument.type)
+    )
+
+
+def present_terms(call: Call) -> tuple[int, ...]:
+    """For each operand, the number of the term it is given for."""
+    found: dict[int, int] = {}
+    named = dict(call.kwargs)
+    for term, (place, name) in enumerate(tensor_arguments(call.op)):
+        value = call.args[place] if place < len(call.args) else named.get(name)
+        if isinstance(value, Slot):
+            found[value.index] = term
+    return tuple(found[i] for i in range(len(call.operands)))
+
+
+def has_number(call: Call) -> bool:
+    """Whether a number is given where the schema has a tensor: `x + 1`."""
+    return any(
+        isinstance(call.args[place], (int, float, complex))
+        for place, _ in tensor_arguments(call.op)
+        if place < len(call.args)
+    )
+
+
+def expand(
+    terms: Terms, present: Sequence[int], call: Call
+) -> tuple[tuple[Letters, ...], tuple[Letters | None, ...]]:
+    """The row's letters for the shapes of one call; `present` are the terms that it passes."""
+    if len(call.results) > len(terms.results) or max(present, default=-1) >= len(terms.operands):
+        raise _mismatch(call, "operands or results")
     operands = tuple(
-        _letters(row.operands[term], operand.type)
+        _letters(terms.operands[term], operand.type, call)
         for term, operand in zip(present, call.operands, strict=True)
     )
     sizes = letter_sizes(operands, call)
@@ -128,22 +277,34 @@ def expand(row: Row, present: Sequence[int], call: Call) -> Spec:
         for letters, operand in zip(operands, call.operands, strict=True)
     )
     results = tuple(
-        None if result is None else _letters(term, result)
-        for term, result in zip(row.results, call.results, strict=False)
+        None if result is None else _letters(term, result, call)
+        for term, result in zip(terms.results, call.results, strict=False)
     )
-    return Spec(operands, results, row.whole, row.inner)
+    return operands, results
 
 
-def _letters(term: tuple[str, ...], type: TensorType) -> Letters:
+def _letters(term: tuple[str, ...], type: TensorType, call: Call) -> Letters:
     if "..." not in term:
-        assert len(term) == len(type.shape), (term, type)
-        return term
+        if len(term) != len(type.shape):
+            raise _mismatch(call, "dims")
+        return tuple("" if letter == "1" else letter for letter in term)
     place = term.index("...")
     leading = len(type.shape) - (len(term) - 1)
+    if leading < 0:
+        raise _mismatch(call, "dims")
     return (
-        *term[:place],
+        *("" if letter == "1" else letter for letter in term[:place]),
         *(f".{leading - 1 - i}" for i in range(leading)),
-        *term[place + 1 :],
+        *("" if letter == "1" else letter for letter in term[place + 1 :]),
+    )
+
+
+def _mismatch(call: Call, what: str) -> LayoutError:
+    shapes = ", ".join(str(list(operand.type.shape)) for operand in call.operands)
+    return LayoutError(
+        f"the rule of `{call.op}` names other {what} than {shapes}",
+        code="rule-mismatch",
+        help="write one letter for each dim of each tensor in the operator's rule",
     )
 
 
@@ -152,13 +313,29 @@ def letter_sizes(operands: Iterable[Letters], call: Call) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for letters, operand in zip(operands, call.operands, strict=True):
         for letter, size in zip(letters, operand.type.shape, strict=True):
-            sizes[letter] = max(size, sizes.get(letter, 1))
+            if letter:
+                sizes[letter] = size if size != 1 else sizes.get(letter, 1)
     return sizes
 
 
-def broadcast_letters(letters: Letters, type: TensorType, sizes: dict[str, int]) -> Letters:
+def broadcast_letters(letters: Letters, type: TensorType, sizes: Mapping[str, int]) -> Letters:
     """The letters with those of broadcast dimensions made empty."""
     return tuple(
         "" if size == 1 and sizes.get(letter, 1) != 1 else letter
         for letter, size in zip(letters, type.shape, strict=True)
     )
+
+
+def numbered(prefix: str, count: int) -> Letters:
+    """`count` letters of their own: `x0 x1 x2`."""
+    return tuple(f"{prefix}{i}" for i in range(count))
+
+
+def dim_index(dim: int, rank: int) -> int:
+    """A dim counted from the front."""
+    return dim % rank if rank else 0
+
+
+def one_linear_group(call: Call) -> tuple[Group, ...]:
+    """All operands together."""
+    return (frozenset(range(len(call.operands))),) if call.operands else ()

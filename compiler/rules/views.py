@@ -1,0 +1,134 @@
+"""Rules of operators that only rename, regroup or broadcast dims: they never communicate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from meshwright.compiler.ir import Arg
+from meshwright.compiler.layout import Layout
+from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.regroup import reshape
+from meshwright.compiler.rules.notation import Call, Dims, Letters, Spec, dim_index, numbered
+from meshwright.compiler.rules.registry import rule
+
+aten = torch.ops.aten
+
+_LINEAR = (frozenset({0}),)
+
+
+@rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten._reshape_copy.default,
+    aten.view_copy.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.ravel.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)
+def _reshape(call: Call) -> Spec:
+    """Any change of shape that keeps the order of elements."""
+    (operand,), (result,) = call.operands, call.results
+    assert result is not None
+    old = numbered("x", len(operand.type.shape))
+    new = numbered("r", len(result.shape))
+    bind = partial(_regroup, old, new, result.shape, call.mesh)
+    return Spec((old,), (new,), linear=_LINEAR, bind=bind)
+
+
+def _regroup(old: Letters, new: Letters, shape: tuple[int, ...], mesh: Mesh, dims: Dims) -> Dims:
+    layout = Layout(tuple(dims[letter] for letter in old))
+    return dict(zip(new, reshape(layout, shape, mesh).dims, strict=True))
+
+
+@rule(aten.view_as.default, aten.reshape_as.default)
+def _reshape_as(call: Call) -> Spec:
+    """The second operand lends its local shape: it must be split as the result is."""
+    (operand, _), (result,) = call.operands, call.results
+    assert result is not None
+    old = numbered("x", len(operand.type.shape))
+    new = numbered("r", len(result.shape))
+    return Spec(
+        (old, new),
+        (new,),
+        linear=_LINEAR,
+        shape_only=frozenset({1}),
+        derived=frozenset(new),
+        bind=partial(_regroup, old, new, result.shape, call.mesh),
+    )
+
+
+def _permuted(call: Call, order: Sequence[int]) -> Spec:
+    letters = numbered("x", len(order))
+    return Spec((letters,), (tuple(letters[i] for i in order),), linear=_LINEAR)
+
+
+@rule(aten.permute.default, aten.permute_copy.default)
+def _permute(call: Call) -> Spec:
+    rank = len(call.operands[0].type.shape)
+    return _permuted(call, [dim_index(i, rank) for i in call.arg(1)])
+
+
+@rule(aten.transpose.int, aten.swapaxes.default, aten.transpose_copy.int)
+def _transpose(call: Call) -> Spec:
+    rank = len(call.operands[0].type.shape)
+    order = list(range(rank))
+    if rank:
+        a, b = (dim_index(call.arg(place), rank) for place in (1, 2))
+        order[a], order[b] = b, a
+    return _permuted(call, order)
+
+
+@rule(aten.t.default, aten.numpy_T.default, aten.t_copy.default)
+def _reversed(call: Call) -> Spec:
+    return _permuted(call, range(len(call.operands[0].type.shape))[::-1])
+
+
+@rule(aten.mT.default, aten.adjoint.default, aten.matrix_H.default)
+def _matrix_transpose(call: Call) -> Spec:
+    rank = len(call.operands[0].type.shape)
+    return _permuted(call, [*range(rank - 2), rank - 1, rank - 2])
+
+
+@rule(aten.movedim.intlist, aten.movedim.int)
+def _movedim(call: Call) -> Spec:
+    rank = len(call.operands[0].type.shape)
+    sources, targets = (_as_dims(call.arg(place), rank) for place in (1, 2))
+    rest = iter(i for i in range(rank) if i not in sources)
+    moved = dict(zip(targets, sources, strict=True))
+    return _permuted(call, [moved[i] if i in moved else next(rest) for i in range(rank)])
+
+
+def _as_dims(dims: Arg, rank: int) -> list[int]:
+    return [dim_index(d, rank) for d in (dims if isinstance(dims, tuple) else (dims,))]
+
+
+@rule(aten.expand.default, aten.broadcast_to.default, aten.expand_copy.default)
+def _expand(call: Call) -> Spec:
+    """Dims that grow are split only if the user of the result asks for it."""
+    (operand,), (result,) = call.operands, call.results
+    assert result is not None
+    new = numbered("r", len(result.shape))
+    offset = len(new) - len(operand.type.shape)
+    old = tuple(
+        new[offset + i] if size == result.shape[offset + i] else ""
+        for i, size in enumerate(operand.type.shape)
+    )
+    return Spec((old,), (new,), linear=_LINEAR, free=frozenset(new) - frozenset(old))
+
+
+@rule(aten.as_strided.default, aten.unfold.default, aten.diagonal.default)
+def _whole(call: Call) -> Spec:
+    """Strided windows: each rank needs all of the operand."""
+    (operand,), (result,) = call.operands, call.results
+    assert result is not None
+    old = numbered("x", len(operand.type.shape))
+    new = numbered("r", len(result.shape))
+    return Spec((old,), (new,), whole=frozenset(old), linear=_LINEAR)
