@@ -142,11 +142,14 @@ def plan_transfer(
         return Transfer((), None, ())
     row = COLLECTIVES[kind]
     _check_states(row, axes, source, target)
-    before = after = ()
+    before: tuple[LocalStep, ...] = ()
+    after: tuple[LocalStep, ...] = ()
     if row.source == "one" or row.target == "one":
         _check_block(kind, source, target, mesh)
     else:
-        dims = stretches(source.dims, target.dims, axes, mesh)
+        # A permutation of whole blocks leaves every cut where it is.
+        moved = () if kind == "permute" else axes
+        dims = stretches(source.dims, target.dims, moved, mesh)
         if kind in _BEFORE:
             before = local_steps(_BEFORE[kind], dims, axes, mesh)
         if kind in _AFTER:

@@ -348,8 +348,8 @@ def _select(tensor: Tensor, dim: int, part: Part, coords: Mapping[str, int]) -> 
 
 
 def _unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """Always a view. (torch's own refuses an empty product.)"""
-    return tensor.view(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
+    """Always a view. (torch's `unflatten` refuses an empty product.)"""
+    return tensor.view((*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :]))
 
 
 def _write(
