@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 # Elements of one block. On a CPU a block and its scratch fit the second-level cache (measured:
 # 64 Ki to 256 Ki elements are within 5% of each other); elsewhere launches are what costs.
 CPU_BLOCK = 1 << 17
-DEVICE_BLOCK = 1 << 26
+DEVICE_BLOCK = 1 << 24
 
 
 def shapes_only(tensor: Tensor) -> bool:

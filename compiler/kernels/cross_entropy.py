@@ -14,6 +14,7 @@ of class weights. Results by row are float32, or float64 for float64 logits.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from meshwright.compiler.kernels.blocks import accumulation_dtype, row_blocks, shapes_only
@@ -29,23 +30,25 @@ def cross_entropy(
     num_classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(loss[rows], lse[rows])` where every class is here, unreduced."""
+    kind = accumulation_dtype(logits.dtype)
     classes = logits.shape[1] if num_classes is None else num_classes
-    stats = cross_entropy_stats(
-        logits,
-        target,
-        num_classes=classes,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        weight=weight,
-    )
-    return cross_entropy_combine(
-        stats.unsqueeze(0),
-        target,
-        num_classes=classes,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        weight=weight,
-    )
+    loss, lse = torch.empty(2, logits.shape[0], dtype=kind, device=logits.device)
+    weights = None if weight is None else weight.to(kind)
+    columns = logits.narrow(1, 0, classes)
+    scratch: Tensor | None = None
+    for block in () if shapes_only(logits) else row_blocks(columns):
+        rows = columns[block].to(kind)
+        scratch = log_softmax = _log_softmax(rows, scratch)
+        picked = F.nll_loss(
+            log_softmax, target[block], weights, ignore_index=ignore_index, reduction="none"
+        )
+        torch.sub(rows.amax(1), log_softmax.amax(1), out=lse[block])
+        if label_smoothing:
+            spread = log_softmax.sum(1) if weights is None else log_softmax @ weights
+            spread.masked_fill_(target[block] == ignore_index, 0)
+            picked.mul_(1 - label_smoothing).sub_(spread, alpha=label_smoothing / classes)
+        loss[block] = picked
+    return loss, lse
 
 
 def cross_entropy_stats(
@@ -75,9 +78,9 @@ def cross_entropy_stats(
         return stats
     columns = logits.narrow(1, 0, valid)
     log_sum_exp(columns, out=stats[0])
-    local, here = _local_targets(target, offset, valid, ignore_index)
-    picked = columns.gather(1, local.unsqueeze(1)).squeeze(1)
-    stats[1] = picked.masked_fill_(~here, 0)
+    column, elsewhere = _column(target, offset, valid)
+    picked = columns.gather(1, column.unsqueeze(1)).squeeze(1)
+    stats[1] = picked.masked_fill_(elsewhere, 0)
     if label_smoothing:
         stats[2] = _weighted_sum(columns, weight, offset, kind)
     return stats
@@ -140,10 +143,10 @@ def cross_entropy_backward(
     if not valid:
         return grad
     rows = grad_rows.to(lse.dtype).masked_fill(target == ignore_index, 0)
-    hit = rows * (1 - label_smoothing)
+    hit = rows * (1 - label_smoothing) if label_smoothing else rows
     if weight is not None:
-        hit *= cross_entropy_row_weights(target, weight, ignore_index, hit.dtype)
-    local, here = _local_targets(target, offset, valid, ignore_index)
+        hit = hit * cross_entropy_row_weights(target, weight, ignore_index, hit.dtype)
+    column, elsewhere = _column(target, offset, valid)
     smooth = _smoothing_terms(rows, weight, num_classes, label_smoothing, offset, valid)
     scale = hit if smooth is None else hit + smooth[0]
     _softmax_gradient(
@@ -151,8 +154,8 @@ def cross_entropy_backward(
         grad.narrow(1, 0, valid),
         lse=None if valid == num_classes else lse.unsqueeze(1),
         scale=scale.unsqueeze(1),
-        hit=hit.masked_fill(~here, 0).neg_().unsqueeze(1),
-        target=local.unsqueeze(1),
+        hit=hit.masked_fill(elsewhere, 0).neg_().unsqueeze(1),
+        target=column.unsqueeze(1),
         spread=None if smooth is None else smooth[1],
     )
     return grad
@@ -167,12 +170,18 @@ def log_sum_exp(columns: Tensor, *, out: Tensor) -> None:
     scratch: Tensor | None = None
     for block in row_blocks(columns):
         logits = columns[block].to(out.dtype)
-        if scratch is None or scratch.shape != logits.shape:
-            scratch = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        torch.ops.aten._log_softmax.out(logits, 1, False, out=scratch)
+        scratch = _log_softmax(logits, scratch)
         largest = logits.amax(1)
         lse = largest - scratch.amax(1)
         out[block] = lse.masked_fill_(largest == -torch.inf, -torch.inf)
+
+
+def _log_softmax(rows: Tensor, scratch: Tensor | None) -> Tensor:
+    """In `scratch` if it fits: a fresh buffer for every block would cost as much as the result."""
+    if scratch is None or scratch.shape != rows.shape:
+        scratch = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    torch.ops.aten._log_softmax.out(rows, 1, False, out=scratch)
+    return scratch
 
 
 def _softmax_gradient(
@@ -249,13 +258,11 @@ def _valid_columns(logits: Tensor, offset: int, num_classes: int) -> int:
     return max(0, min(logits.shape[1], num_classes - offset))
 
 
-def _local_targets(
-    target: Tensor, offset: int, valid: int, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Each row's target as a column here (0 if it is not), and whether it is."""
-    local = target - offset
-    here = (local >= 0).logical_and_(local < valid).logical_and_(target != ignore_index)
-    return local.masked_fill_(~here, 0), here
+def _column(target: Tensor, offset: int, valid: int) -> tuple[Tensor, Tensor]:
+    """Each target as a column here (any if elsewhere), and whether it is elsewhere."""
+    local = target - offset if offset else target
+    column = local.clamp(0, valid - 1)
+    return column, column != local
 
 
 def _check_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -17,9 +17,9 @@ def embedding(weight: Tensor, index: Tensor, *, offset: int = -1) -> Tensor:
     if offset < 0:
         return F.embedding(index, weight)
     local = index - offset
-    elsewhere = (local < 0).logical_or_(local >= weight.shape[0])
-    found = F.embedding(local.masked_fill_(elsewhere, 0), weight)
-    return found.masked_fill_(elsewhere.unsqueeze(-1), 0)
+    row = local.clamp(0, weight.shape[0] - 1)
+    elsewhere = row.ne(local).unsqueeze(-1)
+    return F.embedding(row, weight).masked_fill_(elsewhere, 0)
 
 
 def embedding_backward(
