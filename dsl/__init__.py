@@ -1,7 +1,7 @@
-"""The plan language: text to typed statements and back.
+"""The plan language: text to `Plan`, and back.
 
-Grammar, parser, statements with their spans, canonical formatter, Python builder, and the
-errors that every later stage raises. Imports nothing else of Meshwright and nothing of torch.
+Read in this order: grammar.lark (the language), statements.py (what a plan says), selectors.py and
+layouts.py (the two notations in it), plan.py (the rest put together).
 """
 
 if __name__ == "dsl":
@@ -9,3 +9,87 @@ if __name__ == "dsl":
         "`dsl` is a folder of meshwright's sources: import `meshwright.dsl`, "
         "or a second copy of every class would load"
     )
+
+from meshwright.dsl.builder import PlanBuilder
+from meshwright.dsl.errors import CODES, MeshwrightError, PlanError
+from meshwright.dsl.layouts import DimTemplate, FactorTemplate, LayoutTemplate
+from meshwright.dsl.plan import Plan
+from meshwright.dsl.resolve import nothing_matches, resolve
+from meshwright.dsl.selectors import Selector
+from meshwright.dsl.solve import Dim, Factor, Segment, solve, solve_columns
+from meshwright.dsl.source import Source, Span
+from meshwright.dsl.statements import (
+    STATEMENTS,
+    Accumulate,
+    Allow,
+    Axes,
+    Checkpoint,
+    Columns,
+    Context,
+    Data,
+    Expect,
+    Experts,
+    Let,
+    Memory,
+    MeshStatement,
+    Offload,
+    Precision,
+    Rows,
+    Sequence,
+    Shard,
+    Share,
+    Spread,
+    Stages,
+    Statement,
+    Summa,
+    Targeted,
+    Vocab,
+    Zero,
+)  # fmt: skip
+
+__all__ = [
+    "CODES",
+    "STATEMENTS",
+    "Accumulate",
+    "Allow",
+    "Axes",
+    "Checkpoint",
+    "Columns",
+    "Context",
+    "Data",
+    "Dim",
+    "DimTemplate",
+    "Expect",
+    "Experts",
+    "Factor",
+    "FactorTemplate",
+    "LayoutTemplate",
+    "Let",
+    "Memory",
+    "MeshStatement",
+    "MeshwrightError",
+    "Offload",
+    "Plan",
+    "PlanBuilder",
+    "PlanError",
+    "Precision",
+    "Rows",
+    "Segment",
+    "Selector",
+    "Sequence",
+    "Shard",
+    "Share",
+    "Source",
+    "Span",
+    "Spread",
+    "Stages",
+    "Statement",
+    "Summa",
+    "Targeted",
+    "Vocab",
+    "Zero",
+    "nothing_matches",
+    "resolve",
+    "solve",
+    "solve_columns",
+]

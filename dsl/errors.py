@@ -1,7 +1,151 @@
-"""The exception that every error of Meshwright is."""
+"""What can be wrong with a plan: one exception that carries data, one table, one renderer."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from meshwright.dsl.source import Span
+
+CODES = {
+    "P100": "something stands where the language does not expect it",
+    "P101": "a verb that does not exist",
+    "P102": "a statement that stops too early",
+    "P103": "a bracket that is never closed",
+    "P104": "a trailing comma before an unrelated line, or before nothing",
+    "P105": "a word of the language where a name is due",
+    "P106": "a number is due, or the number cannot be used here",
+    "P107": "a product written without its `*`",
+    "P108": "a text too long or nested too deeply",
+    "P109": "a selector that cannot be read",
+    "P110": "an option that the verb does not have",
+    "P111": "a value that the option does not take",
+    "P112": "an option or a part that is missing",
+    "P113": "a plan file that cannot be read",
+    "P114": "a statement that has no place in a module's `__plan__`",
+    "P120": "a name that no `let` binds",
+    "P121": "`let` names defined by each other",
+    "P122": "a division by zero",
+    "P201": "an axis that the mesh does not have",
+    "P202": "an axis used twice",
+    "P203": "a size that does not divide over its axes",
+    "P204": "sizes that are not determined",
+    "P205": "sizes that contradict the tensor's shape",
+    "P206": "a layout with the wrong number of dimensions",
+    "P207": "a composite that names no factor to split",
+    "P301": "two statements that contradict each other",
+    "P302": "a name bound twice",
+    "P303": "gradient accumulation asked for twice",
+    "P304": "a number of stages that is not that of the mesh",
+    "P305": "two selectors, neither more specific, for one name",
+    "P401": "a selector that matches nothing",
+    "P501": "a statement that cannot be carried out for this model",
+}
+"""Every code and its meaning. Codes are stable: new ones are added, none is reused."""
+
+_LONGEST_LINE = 160
 
 
 class MeshwrightError(Exception):
     """The base of every error that Meshwright raises on purpose."""
+
+
+class PlanError(MeshwrightError):
+    """The plan is wrong, in itself or for this model. `str(error)` is the rendered text.
+
+    `spans` are the places at fault, the first one the culprit; `subject` are lines naming what
+    of the model is involved; `help` begins with a verb and works when followed.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        spans: Iterable[Span | None] = (),
+        subject: str | Iterable[str] = (),
+        help: str = "",
+    ) -> None:
+        assert code in CODES, code
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.spans = tuple(span for span in spans if span is not None)
+        self.subject = (subject,) if isinstance(subject, str) else tuple(subject)
+        self.help = help
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def about(self, *subject: str) -> PlanError:
+        """The same error with lines that say what of the model it is about."""
+        return PlanError(
+            self.code,
+            self.message,
+            spans=self.spans,
+            subject=self.subject + subject,
+            help=self.help,
+        )
+
+
+def render(error: PlanError) -> str:
+    """The text of an error: message, places with carets, subject lines, help."""
+    lines = [f"error[{error.code}]: {printable(error.message)}"]
+    margin = max((len(str(span.line)) for span in error.spans), default=1)
+    for span in error.spans:
+        lines += _excerpt(span, margin)
+    lines += [f"  {printable(line)}" for line in error.subject if line]
+    if error.help:
+        lines.append(f"  help: {printable(error.help)}")
+    return "\n".join(lines)
+
+
+def _excerpt(span: Span, margin: int) -> list[str]:
+    text = printable(span.source.line(span.line))
+    first = max(0, span.column - _LONGEST_LINE // 2) if len(text) > _LONGEST_LINE else 0
+    shown = text[first : first + _LONGEST_LINE]
+    width = max(1, min(span.end - span.column, len(shown) - (span.column - 1 - first)))
+    return [
+        f"  --> {printable(span.place)}",
+        f"  {span.line:>{margin}} | {shown}".rstrip(),
+        f"  {'':>{margin}} | {' ' * (span.column - 1 - first)}{'^' * width}",
+    ]
+
+
+def printable(text: str) -> str:
+    """`text` with what a terminal cannot show in one cell replaced."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _stand_in(char) for char in text)
+
+
+def _stand_in(char: str) -> str:
+    return " " if char in "\t\r\n\f" else "\N{REPLACEMENT CHARACTER}"
+
+
+def quoted(text: str, longest: int = 40) -> str:
+    """`text` in backticks, cut when it is long."""
+    text = printable(text)
+    return f"`{text}`" if len(text) <= longest else f"`{text[: longest - 3]}...`"
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
+    """The choices that look most like `word`, the best first; none when none is close."""
+    return difflib.get_close_matches(word[:80], list(choices), n=count, cutoff=0.55)
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A help line for a misspelt word: the nearest choice, or all of them."""
+    choices = list(choices)
+    close = nearest(word, choices)
+    return f"write `{close[0]}`" if close else f"use {either(choices)}"
+
+
+def either(words: Iterable[str]) -> str:
+    """`a`, `b` or `c`."""
+    names = [f"`{word}`" for word in words]
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")

@@ -1,0 +1,148 @@
+"""Plans in Python: the same objects, checked where they are written.
+
+    plan = (
+        Plan.build(mesh={"dp": 2, "tp": 2})
+        .data("tokens", "targets", over="dp")
+        .columns("blocks.*.up", over="tp")
+        .rows("blocks.*.down", over="tp")
+        .plan()
+    )
+
+Each method writes one statement of the language, which is read at once; so a mistake is a
+`PlanError` at the line that made it, and nothing can be said here that a text could not say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+from meshwright.dsl.errors import PlanError, quoted
+from meshwright.dsl.layouts import LayoutTemplate, format_axes
+from meshwright.dsl.plan import Plan
+
+if TYPE_CHECKING:
+    from typing import Self
+
+AxisNames: TypeAlias = "str | Iterable[str]"
+Option: TypeAlias = "str | int | float | bool | Iterable[str] | None"
+
+
+class PlanBuilder:
+    """Collects statements; `plan()` puts them together. Options are keywords, lists for lists."""
+
+    def __init__(self, mesh: Mapping[str, int] | None, name: str) -> None:
+        self._name = name
+        self._lines: list[str] = []
+        if mesh:
+            self._add("mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.items()))
+
+    def plan(self) -> Plan:
+        """The plan of all statements so far."""
+        return Plan.parse("".join(f"{line}\n" for line in self._lines), self._name)
+
+    def axes(self, **groups: AxisNames) -> Self:
+        pairs = (f"{name} = {_axes(members)}" for name, members in groups.items())
+        return self._add("axes", ", ".join(pairs))
+
+    def let(self, **sizes: int | str) -> Self:
+        """Sizes: numbers, or expressions as text such as `"4*d"`."""
+        return self._add("let", ", ".join(f"{name} = {size}" for name, size in sizes.items()))
+
+    def data(self, *inputs: str, over: AxisNames, dim: int | None = None) -> Self:
+        return self._spread("data", inputs, over, dim=dim)
+
+    def shard(self, *targets: str, layout: str | LayoutTemplate, of: str = "tensor") -> Self:
+        """`of` is `tensor`, `output` (`->`) or `input` (`<-`)."""
+        arrow = {"output": "->", "input": "<-"}.get(of, "")
+        return self._add("shard", ", ".join(targets), arrow, str(layout))
+
+    def columns(self, *targets: str, over: AxisNames, factors: str = "") -> Self:
+        """`factors` is what follows `as`: `"(3 heads hd)"`."""
+        place = f"over {_axes(over)}"
+        return self._add("columns", ", ".join(targets), place, f"as {factors}" if factors else "")
+
+    def rows(self, *targets: str, over: AxisNames) -> Self:
+        return self._spread("rows", targets, over)
+
+    def vocab(self, *targets: str, over: AxisNames) -> Self:
+        return self._spread("vocab", targets, over)
+
+    def sequence(self, *targets: str, over: AxisNames) -> Self:
+        return self._spread("sequence", targets, over)
+
+    def context(self, *targets: str, over: AxisNames, method: str | None = None) -> Self:
+        return self._spread("context", targets, over, method=method)
+
+    def summa(self, *targets: str, over: AxisNames, depth: str | None = None) -> Self:
+        return self._spread("summa", targets, over, depth=depth)
+
+    def experts(self, *targets: str, over: AxisNames, **options: Option) -> Self:
+        return self._spread("experts", targets, over, **options)
+
+    def zero(self, level: int, *targets: str, over: AxisNames) -> Self:
+        return self._add("zero", str(level), ", ".join(targets), f"over {_axes(over)}")
+
+    def stages(
+        self, *at: str, count: int | None = None, over: AxisNames, **options: Option
+    ) -> Self:
+        """Before each module of `at`, or `count` of them."""
+        where = f"at {', '.join(at)}" if at else str(count)
+        return self._add("stages", where, f"over {_axes(over)}", _options(options))
+
+    def accumulate(self, count: int) -> Self:
+        return self._add("accumulate", str(count))
+
+    def memory(self, *, budget: str | int) -> Self:
+        return self._add("memory", _options({"budget": budget}))
+
+    def checkpoint(self, *targets: str, **options: Option) -> Self:
+        return self._add("checkpoint", ", ".join(targets), _options(options))
+
+    def offload(self, what: str, *targets: str, **options: Option) -> Self:
+        return self._add("offload", what, ", ".join(targets), _options(options))
+
+    def share(self, *targets: str) -> Self:
+        return self._add("share", ", ".join(targets))
+
+    def precision(self, dtype: str, **options: Option) -> Self:
+        return self._add("precision", dtype, _options(options))
+
+    def expect(self, contract: str, *, per: str | Iterable[str] = ()) -> Self:
+        """`contract` is what follows the verb: `"all_reduce[tp] == 0"`."""
+        targets = [per] if isinstance(per, str) else list(per)
+        return self._add("expect", contract, f"per {', '.join(targets)}" if targets else "")
+
+    def allow(self, what: str, *targets: str) -> Self:
+        return self._add("allow", what, ", ".join(targets))
+
+    def _spread(
+        self, verb: str, targets: Iterable[str], over: AxisNames, **options: Option
+    ) -> Self:
+        return self._add(verb, ", ".join(targets), f"over {_axes(over)}", _options(options))
+
+    def _add(self, *parts: str) -> Self:
+        line = " ".join(filter(None, parts))
+        if "\n" in line or "#" in line:
+            raise PlanError(
+                "P100", f"{quoted(line)} is more than one statement", help="remove what follows it"
+            )
+        Plan.parse("".join(f"{each}\n" for each in [*self._lines, line]), self._name)
+        self._lines.append(line)
+        return self
+
+
+def _axes(axes: AxisNames) -> str:
+    return axes if isinstance(axes, str) else format_axes(tuple(axes))
+
+
+def _options(options: Mapping[str, Option]) -> str:
+    return " ".join(f"{key}={_value(value)}" for key, value in options.items() if value is not None)
+
+
+def _value(value: Option) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None or isinstance(value, (str, int, float)):
+        return str(value)
+    return f"[{', '.join(value)}]"

@@ -1,0 +1,151 @@
+"""What no plan may say, whatever the model: parts that are missing, statements that contradict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from math import prod
+
+from meshwright.dsl import statements as s
+from meshwright.dsl.errors import PlanError, plural
+from meshwright.dsl.names import axis_twice
+
+ONLY_ONE = (s.Precision, s.Memory, s.Accumulate, s.Stages)
+"""Verbs that speak of the whole run, and so only once."""
+
+PLACING = (s.Columns, s.Rows, s.Vocab, s.Summa)
+"""Verbs that each say all about how a module is split; two of them on one target contradict."""
+
+
+def check(statements: Iterable[s.Statement], mesh: Mapping[str, int]) -> None:
+    """Raise the first mistake that these statements hold, alone or together."""
+    statements = tuple(statements)
+    for statement in statements:
+        for look in _ALONE.get(type(statement), ()):
+            look(statement)
+    _check_contradictions(statements)
+    _check_microbatches(statements)
+    _check_stages(statements, mesh)
+
+
+def _check_contradictions(statements: Iterable[s.Statement]) -> None:
+    said: dict[Hashable, s.Statement] = {}
+    for statement in statements:
+        for key in subjects(statement):
+            other = said.setdefault(key, statement)
+            if other is not statement and not same_content(other, statement):
+                raise contradiction(other, statement)
+
+
+def subjects(statement: s.Statement) -> Iterator[Hashable]:
+    """What a statement speaks of: two that share a subject must say the same of it."""
+    if isinstance(statement, ONLY_ONE):
+        yield statement.verb
+    elif isinstance(statement, s.Targeted) and not isinstance(statement, (s.Expect, s.Allow)):
+        about = "placing" if isinstance(statement, PLACING) else statement.verb
+        more = tuple(getattr(statement, name, None) for name in ("of", "dim", "what"))
+        for target in statement.targets or (None,):
+            yield about, more, statement.scope, target
+
+
+def same_content(first: s.Statement, second: s.Statement) -> bool:
+    """Whether two statements say the same of their targets."""
+    if isinstance(first, s.Targeted) and isinstance(second, s.Targeted):
+        return replace(first, targets=()) == replace(second, targets=())
+    return first == second
+
+
+def contradiction(first: s.Statement, second: s.Statement) -> PlanError:
+    """Two statements about the same thing say different things; shows both."""
+    if first.verb == second.verb:
+        message = f"two `{first.verb}` statements contradict each other"
+    else:
+        message = f"`{first.verb}` and `{second.verb}` contradict each other"
+    spans = [first.span, second.span]
+    return PlanError("P301", message, spans=spans, help="keep one of the two")
+
+
+def _check_microbatches(statements: Iterable[s.Statement]) -> None:
+    accumulate = next((each for each in statements if isinstance(each, s.Accumulate)), None)
+    stages = next((each for each in statements if isinstance(each, s.Stages)), None)
+    if accumulate and stages and stages.microbatches is not None:
+        raise PlanError(
+            "P303",
+            "`accumulate` and `microbatches=` both divide the batch",
+            spans=[accumulate.span, stages.at("microbatches")],
+            help="remove `accumulate`: a pipeline's microbatches are accumulated",
+        )
+
+
+def _check_stages(statements: Iterable[s.Statement], mesh: Mapping[str, int]) -> None:
+    for stages in (each for each in statements if isinstance(each, s.Stages)):
+        if stages.count is None and not all(target.is_name for target in stages.targets):
+            continue  # a pattern may match any number of modules
+        wanted = prod(mesh.get(axis, 1) for axis in stages.over) * stages.virtual
+        if stages.num_stages != wanted:
+            raise stage_count(stages, stages.num_stages, mesh)
+
+
+def stage_count(stages: s.Stages, count: int, mesh: Mapping[str, int]) -> PlanError:
+    """There are `count` stages, and the mesh has room for another number."""
+    sizes = ", ".join(f"{axis}={mesh.get(axis, 1)}" for axis in stages.over)
+    times = f" times virtual={stages.virtual}" if stages.virtual > 1 else ""
+    wanted = prod(mesh.get(axis, 1) for axis in stages.over) * stages.virtual
+    boundaries = f"name {plural(wanted - 1, 'boundary').replace('boundarys', 'boundaries')}"
+    return PlanError(
+        "P304",
+        f"there are {count} stages, but {sizes}{times} makes {wanted}",
+        spans=[stages.span],
+        help=f"write `stages {wanted}`" if stages.count is not None else f"{boundaries} after `at`",
+    )
+
+
+def _check_memory(memory: s.Memory) -> None:
+    if not memory.budget:
+        raise _missing(memory, "`memory` has no budget", "add one, such as `budget=60GiB`")
+
+
+def _check_checkpoint(checkpoint: s.Checkpoint) -> None:
+    if not checkpoint.targets and checkpoint.budget is None:
+        help = "add a selector, or a budget such as `budget=40GiB`"
+        raise _missing(checkpoint, "`checkpoint` says neither what nor how much", help)
+
+
+def _check_summa(summa: s.Summa) -> None:
+    if len(summa.over) != 2:
+        help = "write `over (row, col)` with two axes of the mesh"
+        raise _missing(summa, f"`summa` needs two axes, not {len(summa.over)}", help, "over")
+    if summa.depth in summa.over:
+        raise axis_twice(str(summa.depth), [summa.at("depth"), summa.at("over")])
+
+
+def _check_experts(experts: s.Experts) -> None:
+    if experts.dropless and experts.capacity is not None:
+        raise _either(experts, "capacity", "dropless")
+
+
+def _check_offload(offload: s.Offload) -> None:
+    if offload.fraction is not None and offload.budget is not None:
+        raise _either(offload, "fraction", "budget")
+
+
+def _missing(statement: s.Statement, message: str, help: str, part: str = "") -> PlanError:
+    return PlanError("P112", message, spans=[statement.at(part)], help=help)
+
+
+def _either(statement: s.Statement, first: str, second: str) -> PlanError:
+    return PlanError(
+        "P301",
+        f"`{first}=` and `{second}=` contradict each other",
+        spans=[statement.at(first), statement.at(second)],
+        help="keep one of the two",
+    )
+
+
+_ALONE: dict[type[s.Statement], tuple[Callable[..., None], ...]] = {
+    s.Memory: (_check_memory,),
+    s.Checkpoint: (_check_checkpoint,),
+    s.Summa: (_check_summa,),
+    s.Experts: (_check_experts,),
+    s.Offload: (_check_offload,),
+}

@@ -1,0 +1,143 @@
+"""Parse trees of values to values; expressions become sympy terms, node by node.
+
+sympy never sees text: `sympify` would execute it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import sympy
+from lark import Token, Transformer, Tree, v_args
+from lark.exceptions import VisitError
+from lark.tree import Meta
+
+from meshwright.dsl.errors import PlanError
+from meshwright.dsl.source import Source, Span, token_span, tree_span
+from meshwright.dsl.values import Items, Number, Quoted, Value, Word, parse_bytes, symbol_of
+
+_MOST_TERMS = 64
+_LONGEST_NUMBER = 24
+_LARGEST_EXPONENT = 30
+
+Sizing: TypeAlias = tuple[Token, Value]
+
+
+@v_args(meta=True)
+class ValueReader(Transformer[Token, object]):
+    """Reads what needs no names: numbers, words, strings, lists, ranges and expressions."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self.source = source
+
+    def read(self, tree: Tree[Token]) -> Any:
+        """What the tree says; its mistakes come out as they are, not wrapped by lark."""
+        try:
+            return self.transform(tree)
+        except VisitError as error:
+            if isinstance(error.orig_exc, PlanError):
+                raise error.orig_exc from None
+            raise
+
+    def _span(self, meta: Meta) -> Span:
+        return tree_span(self.source, meta)
+
+    def sizing(self, meta: Meta, parts: list[object]) -> Sizing:
+        key, value = parts
+        assert isinstance(key, Token)
+        return key, self._value(value)
+
+    def _value(self, part: object) -> Value:
+        """A value that the grammar may still hold as a string's token."""
+        if isinstance(part, Token):
+            return Quoted(part[1:-1], token_span(self.source, part))
+        assert isinstance(part, (Word, Number, Quoted, Items)), part
+        return part
+
+    def items(self, meta: Meta, parts: list[object]) -> Items:
+        values = (self._value(part) for part in parts if part is not None)
+        return Items(tuple(values), self._span(meta))
+
+    def range(self, meta: Meta, parts: list[object]) -> Items:
+        return Items(tuple(map(self._value, parts)), self._span(meta), is_range=True)
+
+    def expression(self, meta: Meta, parts: list[object]) -> Value:
+        return self._fold(meta, parts, " ")
+
+    def term(self, meta: Meta, parts: list[object]) -> Value:
+        return self._fold(meta, parts, "")
+
+    def unary(self, meta: Meta, parts: list[object]) -> Value:
+        minus, operand = parts
+        value = self._value(operand)
+        if minus is None:
+            return value
+        return Number(-symbolic(value), f"-{value.text}", self._span(meta))
+
+    def atom(self, meta: Meta, parts: list[object]) -> Value:
+        (part,) = parts
+        if not isinstance(part, Token):
+            value = self._value(part)
+            return Number(symbolic(value), f"({value.text})", self._span(meta))
+        span = token_span(self.source, part)
+        if part.type in ("WORD", "DIGIT_WORD"):
+            return Word(str(part), span)
+        return Number(_literal(part, span), str(part), span)
+
+    def _fold(self, meta: Meta, parts: list[object], space: str) -> Value:
+        first, *rest = parts
+        if not rest:
+            return self._value(first)
+        if len(rest) > 2 * _MOST_TERMS:
+            raise PlanError(
+                "P108",
+                f"an expression has more than {_MOST_TERMS} terms",
+                spans=[self._span(meta)],
+                help="give parts of it names with `let`",
+            )
+        values = [self._value(part) for part in parts[::2]]
+        signs = [str(sign) for sign in parts[1::2]]
+        text = values[0].text + "".join(
+            f"{space}{sign}{space}{value.text}"
+            for sign, value in zip(signs, values[1:], strict=True)
+        )
+        return Number(
+            _combine(signs, [symbolic(value) for value in values]), text, self._span(meta)
+        )
+
+
+def symbolic(value: Value) -> sympy.Expr:
+    """A word or an expression as a sympy term."""
+    if isinstance(value, Word):
+        return symbol_of(value)
+    assert isinstance(value, Number), value
+    return value.expression
+
+
+def _combine(signs: Sequence[str], terms: Sequence[sympy.Expr]) -> sympy.Expr:
+    total = terms[0]
+    for sign, term in zip(signs, terms[1:], strict=True):
+        if sign == "+":
+            total = total + term
+        elif sign == "-":
+            total = total - term
+        elif sign == "*":
+            total = total * term
+        else:
+            total = total / term
+    return total
+
+
+def _literal(token: Token, span: Span) -> sympy.Rational:
+    exponent = token.lower().partition("e")[2].lstrip("+-")
+    if len(token) > _LONGEST_NUMBER or (
+        token.type == "NUMBER" and exponent and int(exponent) > _LARGEST_EXPONENT
+    ):
+        raise PlanError(
+            "P106", "the number is too large", spans=[span], help="use numbers below 2**63"
+        )
+    number = parse_bytes(token) if token.type == "SIZE" else Fraction(token)
+    return sympy.Rational(number.numerator, number.denominator)

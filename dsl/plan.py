@@ -1,0 +1,153 @@
+"""A plan: statements, the names they use, and the text they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import sympy
+from lark import Token
+
+from meshwright.dsl import statements as s
+from meshwright.dsl.arrange import arrange
+from meshwright.dsl.check import check
+from meshwright.dsl.errors import PlanError
+from meshwright.dsl.layout_reader import LayoutReader
+from meshwright.dsl.layouts import LayoutTemplate
+from meshwright.dsl.names import Names, collect
+from meshwright.dsl.parser import parse_part, parse_plan
+from meshwright.dsl.printer import align
+from meshwright.dsl.reader import Reader
+from meshwright.dsl.resolve import resolve
+from meshwright.dsl.scopes import fragment
+from meshwright.dsl.solve import Dim, solve, solve_columns
+from meshwright.dsl.source import Source, Span
+
+if TYPE_CHECKING:
+    from meshwright.dsl.builder import PlanBuilder
+
+_S = TypeVar("_S", bound=s.Statement)
+_T = TypeVar("_T", bound=s.Targeted)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a model runs on a mesh. Two plans are equal when they say the same, in any order."""
+
+    statements: tuple[s.Statement, ...] = ()
+    source: Source = field(default_factory=lambda: Source("<plan>", ""))
+    names: Names = field(default_factory=Names, repr=False)
+    comments: tuple[Token, ...] = field(default=(), repr=False)
+
+    @staticmethod
+    def parse(text: str, name: str = "<plan>") -> Plan:
+        """Read a plan. Raises `PlanError`, and nothing else, for any text; `name` is for errors."""
+        source = Source(name, text)
+        trees, comments = parse_plan(source)
+        names = collect(trees, source)
+        reader = Reader(source, names)
+        statements = tuple(reader.read(tree) for tree in trees)
+        check(statements, names.mesh)
+        return Plan(statements, source, names, tuple(comments))
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan file in UTF-8; errors call it by its file name."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise PlanError(
+                "P113", f"cannot read `{path}`: {reason}", help="check the path of the plan"
+            ) from None
+        return Plan.parse(text, path.name)
+
+    @staticmethod
+    def build(mesh: Mapping[str, int] | None = None, name: str = "<built plan>") -> PlanBuilder:
+        """Begin a plan in Python; see `PlanBuilder`."""
+        from meshwright.dsl.builder import PlanBuilder
+
+        return PlanBuilder(mesh, name)
+
+    @property
+    def mesh(self) -> tuple[tuple[str, int], ...]:
+        """The axes and their sizes; the first varies slowest over the ranks."""
+        return tuple(self.names.mesh.items())
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """The named groups of axes."""
+        return self.names.groups
+
+    @property
+    def lets(self) -> dict[str, int | sympy.Rational]:
+        """The sizes that `let` binds: integers, or exact fractions."""
+        return {k: int(v) if v.q == 1 else v for k, v in self.names.sizes.items()}
+
+    def of(self, verb: type[_S]) -> tuple[_S, ...]:
+        """The statements of one verb, in the order of the text."""
+        return tuple(each for each in self.statements if isinstance(each, verb))
+
+    def resolve(self, verb: type[_T], names: Collection[str]) -> dict[str, _T]:
+        """For each of a model's names, the statement of this verb that holds for it, if any."""
+        return resolve(self.of(verb), names)
+
+    def layout(self, text: str) -> LayoutTemplate:
+        """Read a layout alone, such as `[b@dp, s, d]`, with this plan's axes."""
+        source = Source("<layout>", text)
+        layout: LayoutTemplate = LayoutReader(source, self.names).read(parse_part(source, "layout"))
+        return layout
+
+    def dims(
+        self, layout: LayoutTemplate, shape: Sequence[int], tensor: str = ""
+    ) -> tuple[Dim, ...]:
+        """The factors of each dim of a tensor of this shape; see `solve`."""
+        return solve(layout, shape, dict(self.mesh), tensor)
+
+    def columns_dim(self, columns: s.Columns, size: int, tensor: str = "") -> Dim:
+        """The factors of a column-parallel linear's output features; see `solve_columns`."""
+        return solve_columns(columns, size, dict(self.mesh), tensor)
+
+    def merged(self, paths: str | Iterable[str], text: str, name: str = "__plan__") -> Plan:
+        """This plan with the fragment that the class of the modules at `paths` carries.
+
+        The fragment's selectors are relative to the module. Where it and the plan's own
+        statements of a verb speak of one name, the plan's hold (`resolve`); so do its `let`s.
+        """
+        paths = [paths] if isinstance(paths, str) else list(paths)
+        added = fragment(Source(name, text), paths, self.names)
+        statements = (*self.statements, *added)
+        check(statements, self.names.mesh)
+        return replace(self, statements=statements)
+
+    def error(
+        self,
+        code: str,
+        message: str,
+        at: s.Statement | Span | Iterable[s.Statement | Span | None] | None = None,
+        *,
+        subject: str | Iterable[str] = (),
+        help: str = "",
+    ) -> PlanError:
+        """An error about these statements or places, for whoever finds it later."""
+        places = [at] if at is None or isinstance(at, (s.Statement, Span)) else list(at)
+        spans = [each.span if isinstance(each, s.Statement) else each for each in places]
+        return PlanError(code, message, spans=spans, subject=subject, help=help)
+
+    def format(self) -> str:
+        """The canonical text: aligned, comments and paragraphs kept; it parses to an equal plan."""
+        return align(arrange(self.statements, self.comments, self.source))
+
+    def __str__(self) -> str:
+        return self.format()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return False
+        return frozenset(self.statements) == frozenset(other.statements)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.statements))

@@ -1,0 +1,102 @@
+"""Statements against the names of a model: which one speaks of which name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import TypeVar
+
+from meshwright.dsl.check import same_content
+from meshwright.dsl.errors import PlanError, either, nearest, printable, quoted
+from meshwright.dsl.selectors import Selector, more_specific
+from meshwright.dsl.statements import Targeted
+
+_T = TypeVar("_T", bound=Targeted)
+
+_EVERYTHING = Selector("**")
+
+
+def resolve(statements: Iterable[_T], names: Collection[str]) -> dict[str, _T]:
+    """The statement that holds for each name, for statements of one verb.
+
+    The plan's own win over those that a module's class carries, an outer module's over an inner
+    one's; among equals the more specific selector wins. A statement without targets speaks of
+    everything. Raises `PlanError` for a selector that matches nothing, and for a tie.
+    """
+    found: dict[str, list[tuple[_T, Selector]]] = {}
+    for statement, selector in _selectors(statements):
+        matched = selector.match(names)
+        if not matched and statement.targets:
+            raise nothing_matches(selector, names)
+        for name in matched:
+            found.setdefault(name, []).append((statement, selector))
+    return {name: _winner(name, found[name]) for name in names if name in found}
+
+
+def nothing_matches(selector: Selector, names: Collection[str]) -> PlanError:
+    """The error for a selector without a match; its help names the nearest names."""
+    suggestions = list(dict.fromkeys(_patterns(selector, names))) or nearest(
+        selector.text, names, 3
+    )
+    if suggestions:
+        help = f"write {either(suggestions[:3])}"
+    else:
+        shown = [printable(name) for name in list(names)[:3] if name]
+        help = "use names of the model" + (f", such as {either(shown)}" if shown else "")
+    return PlanError(
+        "P401", f"{quoted(selector.text)} matches nothing", spans=[selector.span], help=help
+    )
+
+
+def _selectors(statements: Iterable[_T]) -> Iterator[tuple[_T, Selector]]:
+    for statement in statements:
+        for selector in statement.targets or (_EVERYTHING,):
+            yield statement, selector
+
+
+def _winner(name: str, candidates: list[tuple[_T, Selector]]) -> _T:
+    if len(candidates) > 1:
+        outermost = min(_depth(statement) for statement, _ in candidates)
+        candidates = [each for each in candidates if _depth(each[0]) == outermost]
+    best, best_selector = candidates[0]
+    for statement, selector in candidates[1:]:
+        if more_specific(_ranks(selector, name), _ranks(best_selector, name)):
+            best, best_selector = statement, selector
+    for statement, selector in candidates:
+        undecided = not more_specific(_ranks(best_selector, name), _ranks(selector, name))
+        if undecided and not same_content(statement, best):
+            raise _tie(name, (best, best_selector), (statement, selector))
+    return best
+
+
+def _ranks(selector: Selector, name: str) -> tuple[int, ...]:
+    ranks = selector.ranks(name)
+    assert ranks is not None, (selector, name)
+    return ranks
+
+
+def _depth(statement: Targeted) -> int:
+    """How far in the module lies that carries a statement; the plan itself is outermost."""
+    if statement.scope is None:
+        return 0
+    return 1 + len(statement.scope.split(".")) if statement.scope else 1
+
+
+def _tie(name: str, first: tuple[_T, Selector], second: tuple[_T, Selector]) -> PlanError:
+    (one, selector), (other, other_selector) = first, second
+    return PlanError(
+        "P305",
+        f"two `{one.verb}` statements speak of `{name}`, and neither selector is more specific",
+        spans=[selector.span or one.span, other_selector.span or other.span],
+        help=f"add a statement for `{name}` itself, or narrow one of the selectors",
+    )
+
+
+def _patterns(selector: Selector, names: Collection[str]) -> Iterator[str]:
+    """Selectors that match, and differ from this one in one segment."""
+    segments = [segment.text for segment in selector.segments]
+    known = sorted({part for name in names for part in name.split(".")})
+    for i in reversed(range(len(segments))):
+        for word in nearest(segments[i], known, 2):
+            text = ".".join([*segments[:i], word, *segments[i + 1 :]])
+            if word != segments[i] and any(Selector(text).matches(name) for name in names):
+                yield text

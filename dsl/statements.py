@@ -1,0 +1,291 @@
+"""The statements of the language: one frozen dataclass a verb.
+
+Two statements are equal when they say the same, wherever and however they are written: spans and
+spellings (a `let` name or a group's name that stood for a value) do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, ClassVar
+
+import sympy
+
+from meshwright.dsl.layouts import DimTemplate, LayoutTemplate
+from meshwright.dsl.selectors import Selector
+from meshwright.dsl.source import Span
+from meshwright.dsl.values import AxisName, ByteSize, Choice, Count, Flag, Kind, Ratio, Words
+
+DTYPES = ("bf16", "fp16", "fp32", "fp64")
+COUNTED = (
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute", "broadcast", "reduce",
+    "send", "recv",
+)  # fmt: skip
+METRICS = (*COUNTED, "bytes", "peak_memory")
+OFFLOADED = ("activations", "parameters", "optimizer")
+ALLOWED = ("replicate", "local")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipe")
+
+
+def option(kind: Kind, default: Any = None) -> Any:
+    """A field that is written `name=value`, as its kind reads it."""
+    return field(default=default, metadata={"kind": kind})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """What every statement has: its place, its parts' places, and how its values were spelt.
+
+    `scope` is the path of the module whose class carries the statement, `None` for the plan's own.
+    """
+
+    verb: ClassVar[str]
+    span: Span | None = field(default=None, compare=False, repr=False)
+    parts: Mapping[str, Span] = field(default_factory=dict, compare=False, repr=False)
+    spelling: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    scope: str | None = field(default=None, compare=False)
+
+    def at(self, part: str) -> Span | None:
+        """The place of a part (`over`, `as`, an option's name), else of the whole statement."""
+        return self.parts.get(part, self.span)
+
+    @classmethod
+    def options(cls) -> Iterator[Field[Any]]:
+        """The fields that are written `name=value`."""
+        return (each for each in fields(cls) if "kind" in each.metadata)
+
+    def says(self, name: str) -> bool:
+        """Whether the option `name` was written, or differs from its default."""
+        each = next(each for each in self.options() if each.name == name)
+        return name in self.parts or getattr(self, name) not in (each.default, MISSING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targeted(Statement):
+    """A statement about what its selectors match."""
+
+    targets: tuple[Selector, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread(Targeted):
+    """A statement about targets `over` mesh axes, the first of them major."""
+
+    over: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshStatement(Statement):
+    """`mesh dp=2, tp=4`: the first axis varies slowest over the ranks."""
+
+    verb = "mesh"
+    axes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes(Statement):
+    """`axes model = (row, col)`: names for groups of axes."""
+
+    verb = "axes"
+    groups: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Let(Statement):
+    """`let d = 768, f = 4*d`: named sizes; the values are exact."""
+
+    verb = "let"
+    values: tuple[tuple[str, sympy.Rational], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision(Statement):
+    """`precision bf16 master=fp32 keep=[softmax, norm]`."""
+
+    verb = "precision"
+    dtype: str
+    master: str | None = option(Choice(DTYPES))
+    keep: tuple[str, ...] = option(Words(), ())
+    dropout: str = option(Choice(("hash", "native")), "hash")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory(Statement):
+    """`memory budget=60GiB`; the budget is in bytes, per rank."""
+
+    verb = "memory"
+    budget: int = option(ByteSize(), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accumulate(Statement):
+    """`accumulate 4`: that many microbatches one after the other."""
+
+    verb = "accumulate"
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Spread):
+    """`data X, ... over dp`: inputs split along their batch dimension."""
+
+    verb = "data"
+    dim: int = option(Count(0), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard(Targeted):
+    """`shard SEL LAYOUT`; `of` is `tensor` (a parameter, buffer or input), or a module's
+    `output` (`->`) or `input` (`<-`)."""
+
+    verb = "shard"
+    layout: LayoutTemplate
+    of: str = "tensor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns(Spread):
+    """`columns SEL over tp as (3 heads hd)`; `factors` names those of a fused output."""
+
+    verb = "columns"
+    factors: DimTemplate | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows(Spread):
+    """`rows SEL over tp`: linears with split input features."""
+
+    verb = "rows"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocab(Spread):
+    """`vocab SEL over tp`: embedding, head and loss split over the vocabulary."""
+
+    verb = "vocab"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence(Spread):
+    """`sequence SEL over tp`: activations split along the sequence between split linears."""
+
+    verb = "sequence"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context(Spread):
+    """`context SEL over cp method=ring`: attention over a split sequence."""
+
+    verb = "context"
+    method: str = option(Choice(("ring", "ulysses")), "ring")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summa(Spread):
+    """`summa SEL over (row, col)`; `depth` names the third axis of 2.5-D."""
+
+    verb = "summa"
+    depth: str | None = option(AxisName())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts(Spread):
+    """`experts SEL over ep count=8`; without `count`, the model already has them."""
+
+    verb = "experts"
+    count: int | None = option(Count())
+    route: str | None = option(Choice(("topk", "switch", "expert_choice", "prototype")))
+    top: int | None = option(Count())
+    capacity: float | None = option(Ratio())
+    dropless: bool = option(Flag(), False)
+    balance: str | None = option(Choice(("aux", "bias")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero(Spread):
+    """`zero 2 over dp`: 1 splits optimizer state, 2 gradients too, 3 parameters too."""
+
+    verb = "zero"
+    level: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages(Spread):
+    """`stages at blocks.6 over pp`, where `targets` each begin a stage, or `stages 4`."""
+
+    verb = "stages"
+    count: int | None = None
+    schedule: str = option(Choice(SCHEDULES, path=True), "1f1b")
+    microbatches: int | None = option(Count())
+    virtual: int = option(Count(), 1)
+    balance: str | None = option(Choice(("flops", "parameters", "memory")))
+
+    @property
+    def num_stages(self) -> int:
+        """How many stages it makes, where every target matches one module."""
+        return self.count if self.count is not None else len(self.targets) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Targeted):
+    """`checkpoint SEL keep=[sdpa]`, or `checkpoint budget=40GiB`; the budget is in bytes."""
+
+    verb = "checkpoint"
+    keep: tuple[str, ...] = option(Words(), ())
+    budget: int | None = option(ByteSize())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offload(Targeted):
+    """`offload optimizer`: `what` is kept in host memory; no target means all of it."""
+
+    verb = "offload"
+    what: str
+    fraction: float | None = option(Ratio(0.0, 1.0))
+    budget: int | None = option(ByteSize())
+    prefetch: int | None = option(Count(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share(Targeted):
+    """`share SEL`: the selected layers use one layer's parameters."""
+
+    verb = "share"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expect(Targeted):
+    """`expect all_reduce[tp] == 0 per blocks.*`.
+
+    `window` is `forward`, `backward`, `step`, or empty: forward plus backward of one microbatch.
+    Without axes every axis counts; `bound` of `bytes` and `peak_memory` is in bytes.
+    """
+
+    verb = "expect"
+    metric: str
+    axes: tuple[str, ...] = ()
+    comparison: str
+    bound: int | float
+    window: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allow(Targeted):
+    """`allow replicate SEL` or `allow local SEL`: accept what is otherwise an error there."""
+
+    verb = "allow"
+    what: str
+
+
+STATEMENTS: dict[str, type[Statement]] = {
+    each.verb: each
+    for each in (
+        MeshStatement, Axes, Let, Precision, Memory, Accumulate,
+        Data, Shard, Columns, Rows, Vocab, Sequence, Context, Summa, Experts,
+        Zero, Stages, Checkpoint, Offload, Share, Expect, Allow,
+    )
+}  # fmt: skip
+"""Every verb and its statement, in the order in which the language is taught."""
+
+CONNECTIVES = ("over", "as", "at", "per")
