@@ -6,10 +6,8 @@ functions, hooks) is put back or refused; what it adds (checks, copies, caches) 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,16 +18,17 @@ from meshwright.compiler.annotate import capturing
 from meshwright.compiler.capture.aliases import NamedTensors, named_tensors
 from meshwright.compiler.capture.convert import Converter
 from meshwright.compiler.capture.fakes import Fakes
+from meshwright.compiler.capture.foreign import only_capture_errors, quiet
 from meshwright.compiler.capture.inputs import InputSpec, input_spec, split_example
+from meshwright.compiler.capture.modes import translated_modes
 from meshwright.compiler.capture.mutation import functionalised
-from meshwright.compiler.capture.origin import line_of
 from meshwright.compiler.capture.outputs import Loss, Mode, Wrapper
 from meshwright.compiler.capture.regions import inline_regions
+from meshwright.compiler.capture.state import put_back
+from meshwright.compiler.capture.stops import stop_gradients
 from meshwright.compiler.capture.watch import watching
-from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.ir import Graph
 from meshwright.compiler.mesh import Mesh
-from meshwright.dsl.errors import MeshwrightError
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def capture(
     """
     args, kwargs = split_example(example)
     named = named_tensors(model)
-    with _only_capture_errors():
+    with only_capture_errors():
         spec = input_spec(model, args, kwargs)
         program, labels = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode)
     converter = Converter(
@@ -116,45 +115,16 @@ def _export(
     fakes = Fakes()
     tensors = tuple(fakes.like(t) for t in spec.flatten(*example))
     with ExitStack() as stack:
-        stack.enter_context(_training_flags(model, evaluating=mode != "train"))
-        stack.enter_context(watching(model, differentiable=mode == "train"))
+        stack.enter_context(put_back(model, evaluating=mode != "train"))
+        if mode == "train":
+            stack.enter_context(watching(model))
         stack.enter_context(fakes.standing_in(model))
         stack.enter_context(torch.set_grad_enabled(mode == "train"))
+        stack.enter_context(translated_modes())
         stack.enter_context(capturing())
+        stack.enter_context(quiet())
         program = torch.export.export(wrapper, tensors, strict=False)
     stopped = inline_regions(program.graph_module)
-    return functionalised(program, stopped), labels[-1]
-
-
-@contextmanager
-def _training_flags(model: nn.Module, *, evaluating: bool) -> Iterator[None]:
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        if evaluating:
-            model.eval()
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-class _only_capture_errors:
-    """Turns whatever a model or export raises into a `CaptureError` with the user's line."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        if not isinstance(error, Exception) or isinstance(error, MeshwrightError):
-            return
-        raise CaptureError(
-            f"{type(error).__name__}: {_first_line(error)}",
-            code="export",
-            culprit=line_of(error),
-            help="make this line traceable by torch.export",
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")
+    stop_gradients(program.graph, stopped)
+    program = functionalised(program, stopped)
+    return program, labels[-1]

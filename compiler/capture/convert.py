@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -85,7 +86,10 @@ class Converter:
 
     def _constant(self, node: fx.Node, target: str) -> Node:
         name = target.removeprefix("model.")
-        self.constants[name] = self.program.constants[target].detach()
+        tensor = self.program.constants[target]
+        if isinstance(tensor, FakeTensor):
+            _refuse_untraced(node)
+        self.constants[name] = tensor.detach()
         return self._input("constant", name, type_of(self.constants[name]))
 
     def _input(
@@ -193,6 +197,16 @@ def _is_whole_dropout(node: fx.Node) -> bool:
     if node.target is not _aten.native_dropout.default:
         return False
     return all(user.args[1] == 0 for user in node.users if user.target is operator.getitem)
+
+
+def _refuse_untraced(node: fx.Node) -> NoReturn:
+    user = next(iter(node.users), node)
+    raise CaptureError(
+        f"`{user.target}` uses a tensor that was computed where export cannot see",
+        code="untraced",
+        culprit=origin_of(user).source,
+        help="compute it with torch operators on the inputs, parameters and buffers",
+    )
 
 
 def _refuse_parameter_write(name: str) -> None:

@@ -35,22 +35,16 @@ class Fakes:
 
     @contextmanager
     def standing_in(self, model: nn.Module) -> Iterator[None]:
-        """While this is open, the model holds stand-ins, tied as its own tensors are."""
+        """Let the model hold stand-ins, tied as its own tensors are; `put_back` undoes it."""
         made: dict[int, Tensor] = {}
-        swapped: list[tuple[dict[str, Any], str, Tensor]] = []
-        try:
-            for module in model.modules():
-                tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-                for table in tables:
-                    for name, tensor in table.items():
-                        if tensor is None:
-                            continue
-                        if id(tensor) not in made:
-                            made[id(tensor)] = self.like(tensor)
-                        swapped.append((table, name, tensor))
-                        table[name] = made[id(tensor)]
-            with tracing(TracingContext(self.mode)):
-                yield
-        finally:
-            for table, name, tensor in swapped:
-                table[name] = tensor
+        for module in model.modules():
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in made:
+                        made[id(tensor)] = self.like(tensor)
+                    table[name] = made[id(tensor)]
+        with tracing(TracingContext(self.mode)):
+            yield

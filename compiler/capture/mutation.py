@@ -10,6 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from meshwright.compiler.capture.origin import origin_of
+from meshwright.compiler.capture.stops import has_history
 from meshwright.compiler.errors import CaptureError
 
 _aten = torch.ops.aten
@@ -62,7 +63,7 @@ def _refuse_hidden_write(node: fx.Node, stopped: set[fx.Node]) -> None:
     for operand in written_operands(node):
         base, hidden = _alias_root(operand, stopped)
         hidden = hidden or node in stopped
-        if hidden and wants_gradient(base):
+        if hidden and has_history(base):
             raise CaptureError(
                 f"`{node.target}` changes a value that needs a gradient where autograd cannot see",
                 code="hidden write",
@@ -103,12 +104,3 @@ def _alias_root(node: fx.Node, stopped: set[fx.Node]) -> tuple[fx.Node, bool]:
 def _returns_alias(target: Any) -> bool:
     arguments, returns = target._schema.arguments, target._schema.returns
     return bool(arguments) and bool(arguments[0].alias_info) and any(r.alias_info for r in returns)
-
-
-def wants_gradient(node: fx.Node) -> bool:
-    """Whether autograd recorded a history for this value while it was traced."""
-    meta = node.meta.get("tensor_meta")
-    if meta is None:
-        value = node.meta.get("val")
-        return isinstance(value, torch.Tensor) and value.requires_grad
-    return bool(getattr(meta, "requires_grad", False))

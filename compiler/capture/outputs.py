@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from meshwright.compiler.capture.state import StateBefore
 from meshwright.compiler.errors import CaptureError
 
 Mode: TypeAlias = Literal["train", "eval", "infer"]
@@ -36,7 +37,9 @@ class Wrapper(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.call(tensors)
+        before = StateBefore(self.model)
         found = dict(self.select(self.model(*args, **kwargs)))
+        found |= {f"buffer:{name}": tensor for name, tensor in before.assigned()}
         self.record(tuple(found))
         return tuple(found.values())
 

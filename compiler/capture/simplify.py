@@ -55,6 +55,8 @@ def simplify(op: Op, args: tuple[Arg, ...], kwargs: Mapping[str, Arg], type: Any
     """The node that this call equals, or the call in its one spelling."""
     if op is _aten.cat.default:
         return _simplify_cat(args, kwargs)
+    if op is _aten.copy.default and isinstance(args[1], Node) and isinstance(type, TensorType):
+        return _simplify_copy(args[1], type) or (op, args, dict(kwargs))
     source = args[0] if args else None
     if isinstance(source, Node) and isinstance(type, TensorType):
         if _is_identity(op, args, source, type):
@@ -83,6 +85,17 @@ def _simplify_cat(args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> Node | Ca
     if len(kept) == 1 and len({part.tensor.dtype for part in args[0]}) == 1:
         return kept[0]  # type: ignore[no-any-return]  # arguments are not typed
     return _aten.cat.default, (kept, *args[1:]), dict(kwargs)
+
+
+def _simplify_copy(source: Node, type: TensorType) -> Node | Call | None:
+    """`copy(x, source)` is `source` in the shape and type of `x`; it has no derivative itself."""
+    if source.type == type:
+        return source
+    if source.tensor.shape == type.shape:
+        return CAST, (source, type.dtype), {}
+    if source.tensor.dtype == type.dtype:
+        return _aten.expand.default, (source, list(type.shape)), {}
+    return None
 
 
 def _is_noise(key: str, value: Arg) -> bool:

@@ -16,31 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from meshwright.compiler import custom
+from meshwright.compiler.capture.modes import replaced
 from meshwright.compiler.capture.origin import current_line
 from meshwright.compiler.errors import CaptureError
 
 
 @contextmanager
-def watching(model: nn.Module, *, differentiable: bool) -> Iterator[None]:
-    """Trace `model` inside this; without gradients only `inference_mode` needs a watch."""
+def watching(model: nn.Module) -> Iterator[None]:
+    """Trace `model` inside this if its gradients are wanted."""
+    refuse_hooks(model)
     with ExitStack() as stack:
-        for owner, name, replacement in _INFERENCE:
-            stack.enter_context(_replaced(owner, name, replacement))
-        if differentiable:
-            refuse_hooks(model)
-            for owner, name, replacement in _WATCHED:
-                stack.enter_context(_replaced(owner, name, replacement))
+        for owner, name, replacement in _WATCHED:
+            stack.enter_context(replaced(owner, name, replacement))
         yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    original = owner.__dict__[name]
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def refuse_hooks(model: nn.Module) -> None:
@@ -53,6 +41,8 @@ def refuse_hooks(model: nn.Module) -> None:
         if module._backward_hooks or module._backward_pre_hooks:
             kind = type(module).__name__
             _refuse_hook(f"module `{name}` ({kind}) has a backward hook")
+    if torch.nn.modules.module._global_backward_hooks:
+        _refuse_hook("every module has a global backward hook")
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
@@ -99,22 +89,7 @@ def _refuse_grad(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _enter_inference(self: Any) -> None:
-    """Export knows `no_grad` and forgets `inference_mode`; for gradients they are the same."""
-    self.meshwright_previous = torch.is_grad_enabled()
-    if self.mode:
-        torch._C._set_grad_enabled(False)
-
-
-def _exit_inference(self: Any, *error: object) -> None:
-    torch._C._set_grad_enabled(self.meshwright_previous)
-
-
 _ORIGINAL_APPLY: Any = torch.autograd.Function.__dict__["apply"]
-_INFERENCE: tuple[tuple[Any, str, Any], ...] = (
-    (torch.inference_mode, "__enter__", _enter_inference),
-    (torch.inference_mode, "__exit__", _exit_inference),
-)
 _WATCHED: tuple[tuple[Any, str, Any], ...] = (
     (torch.autograd.Function, "apply", classmethod(_apply)),
     (torch.Tensor, "register_hook", _hook("register_hook")),

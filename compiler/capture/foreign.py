@@ -1,0 +1,97 @@
+"""Turn what a model or `torch.export` raises into one error with the user's line and a way out."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from types import TracebackType
+
+from meshwright.compiler.capture.origin import line_of
+from meshwright.compiler.errors import CaptureError
+from meshwright.dsl.errors import MeshwrightError
+
+_CHATTY = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+
+_KNOWN = (
+    (
+        ("GuardOnDataDependentSymNode", "data-dependent", "Could not guard"),
+        "data dependent",
+        "the forward decides by the value of a tensor",
+        "use torch.where or a mask, or decide outside of the model",
+    ),
+    (
+        ("is mutated in the forward method",),
+        "assignment",
+        "the forward writes to a tensor that is neither an input nor a buffer",
+        "register it as a buffer",
+    ),
+    (
+        (".numpy()", "numpy"),
+        "numpy",
+        "the forward leaves torch for numpy",
+        "write it with torch operators",
+    ),
+    (
+        ("Cannot copy out of meta tensor", "meta device"),
+        "meta",
+        "the forward reads a tensor that has no memory",
+        "make it a buffer or a parameter, or build it on the device of the inputs",
+    ),
+    (
+        ("Expected all tensors to be on the same device", "Unhandled FakeTensor Device"),
+        "device",
+        "the forward names a device of its own",
+        "take the device from a tensor: `device=x.device`",
+    ),
+)
+"""What the text or type of an error holds, then our code, problem and help."""
+
+
+class only_capture_errors:
+    """A context out of which no other exception comes than those that Meshwright means."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, MeshwrightError):
+            raise _translated(error) from error
+
+
+def _translated(error: Exception) -> CaptureError:
+    text = f"{type(error).__name__}: {_first_line(error)}"
+    for signs, code, problem, help in _KNOWN:
+        if any(sign in text for sign in signs):
+            return CaptureError(problem, code=code, culprit=line_of(error), help=help)
+    return CaptureError(
+        f"the forward cannot be traced: {text}",
+        code="export",
+        culprit=line_of(error),
+        help="check that the model runs on the example, and that this line needs only torch",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "no message")
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep export from printing half-made graphs; what the model itself prints is shown."""
+    loggers = [logging.getLogger(name) for name in _CHATTY]
+    levels = [logger.level for logger in loggers]
+    said = io.StringIO()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with redirect_stderr(said):
+            yield
+        sys.stderr.write(said.getvalue())
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

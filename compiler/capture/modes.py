@@ -1,0 +1,94 @@
+"""Say in another way what export would forget: modes and shortcuts that leave no operator.
+
+`inference_mode` is traced as `no_grad`, which it equals for gradients; `x.data` as `x.detach()`;
+an autocast that is off as nothing (export loses a `no_grad` inside it), one that is on is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.capture.origin import current_line, is_user
+from meshwright.compiler.errors import CaptureError
+
+
+@contextmanager
+def translated_modes() -> Iterator[None]:
+    """Trace a model inside this."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        for owner, name, replacement in _TRANSLATED:
+            stack.enter_context(replaced(owner, name, replacement))
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    """While this is open, `owner.name` is something else; it may have been inherited before."""
+    own = name in owner.__dict__
+    original = owner.__dict__.get(name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+def _enter_inference(self: Any) -> None:
+    self.meshwright_previous = torch.is_grad_enabled()
+    if self.mode:
+        torch._C._set_grad_enabled(False)
+
+
+def _exit_inference(self: Any, *error: object) -> None:
+    torch._C._set_grad_enabled(self.meshwright_previous)
+
+
+def _enter_autocast(self: Any) -> Any:
+    if self._enabled:
+        raise CaptureError(
+            f'the forward opens `torch.autocast("{self.device}")`',
+            code="autocast",
+            culprit=current_line(),
+            help="remove it, and ask for mixed precision in the plan: `precision bf16`",
+        )
+    return self
+
+
+def _exit_autocast(self: Any, *error: object) -> None: ...
+
+
+def _data(tensor: Tensor) -> Tensor:
+    if is_user(sys._getframe(1).f_code.co_filename):
+        return tensor.detach()
+    return _ORIGINAL_DATA.__get__(tensor)  # type: ignore[no-any-return]  # a C descriptor
+
+
+def _set_data(tensor: Tensor, value: Tensor) -> None:
+    if is_user(sys._getframe(1).f_code.co_filename):
+        raise CaptureError(
+            "the forward assigns to `.data` of a tensor",
+            code="hidden write",
+            culprit=current_line(),
+            help="compute a new tensor, or copy into a buffer under `torch.no_grad()`",
+        )
+    _ORIGINAL_DATA.__set__(tensor, value)
+
+
+_ORIGINAL_DATA: Any = torch._C.TensorBase.__dict__["data"]
+_TRANSLATED: tuple[tuple[Any, str, Any], ...] = (
+    (torch.inference_mode, "__enter__", _enter_inference),
+    (torch.inference_mode, "__exit__", _exit_inference),
+    (torch.autocast, "__enter__", _enter_autocast),
+    (torch.autocast, "__exit__", _exit_autocast),
+    (torch.Tensor, "data", property(_data, _set_data)),
+)

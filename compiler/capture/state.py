@@ -1,0 +1,78 @@
+"""What a forward leaves in its model: buffers it assigns are outputs, the rest is put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from meshwright.compiler.errors import CaptureError
+
+
+class StateBefore:
+    """The tensors that a model holds before its forward runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.buffers = dict(model.named_buffers(remove_duplicate=False))
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.attributes = dict(_tensor_attributes(model))
+
+    def assigned(self) -> Iterator[tuple[str, Tensor]]:
+        """The buffers that were assigned since, by name; export itself would lose them.
+
+        Raises `CaptureError` where another tensor was: the next step would not see it.
+        """
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if self.parameters.get(name) is not parameter:
+                _refuse(f"parameter `{name}`")
+        now = dict(_tensor_attributes(self.model))
+        for name, tensor in self.attributes.items():
+            if now.get(name) is not tensor:
+                _refuse(f"tensor `{name}`")
+        for name, tensor in self.model.named_buffers(remove_duplicate=False):
+            before = self.buffers.get(name)
+            if before is None or before is tensor:
+                continue
+            if (before.shape, before.dtype) != (tensor.shape, tensor.dtype):
+                _refuse(f"buffer `{name}` with another shape or type")
+            yield name, tensor
+
+
+@contextmanager
+def put_back(model: nn.Module, *, evaluating: bool) -> Iterator[None]:
+    """Run a forward inside this: attributes and training flags are afterwards what they were.
+
+    With `evaluating` the model is in its eval mode meanwhile.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    tables = [(table, dict(table)) for module, _ in before for table in _tables(module)]
+    try:
+        if evaluating:
+            model.eval()
+        yield
+    finally:
+        for held, original in [*((vars(module), kept) for module, kept in before), *tables]:
+            held.clear()
+            held.update(original)
+
+
+def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return (module._parameters, module._buffers, module._modules)
+
+
+def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield f"{path}.{key}".lstrip("."), value
+
+
+def _refuse(what: str) -> None:
+    raise CaptureError(
+        f"the forward assigns {what}, which the next step would not see",
+        code="assignment",
+        help="register it as a buffer of fixed shape and type",
+    )
