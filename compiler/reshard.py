@@ -1,4 +1,9 @@
-"""From any layout to any other: the cheapest chain of collectives, and its cost in bytes."""
+"""From any layout to any other: a short chain of collectives, and its cost in bytes.
+
+The chain shrinks the tensor first and grows it last, and takes as many axes at once as it can. It
+sends the least that is possible between the layouts that plans ask for; where axes must change
+places in one another's way, up to a third more than the best chain (a test holds that bound).
+"""
 
 from __future__ import annotations
 
@@ -39,8 +44,8 @@ class Step:
 
 # The kind of step that takes an axis from one state towards another.
 _TOWARDS = {
-    ("replicated", "split"): "slice",
     ("varying", "split"): "narrow",
+    ("replicated", "split"): "slice",
     ("partial", "split"): "reduce_scatter",
     ("split", "split"): "all_to_all",
     # From a pending max or min to a pending sum.
