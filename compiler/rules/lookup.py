@@ -6,13 +6,23 @@ from functools import lru_cache
 
 from meshwright.compiler import custom
 from meshwright.compiler.ir import MeshOp, Op
-from meshwright.compiler.rules import products, reductions, views
+from meshwright.compiler.rules import (
+    attention,
+    convolution,
+    factories,
+    indexing,
+    products,
+    reductions,
+    slices,
+    views,
+)
 from meshwright.compiler.rules.notation import Call, Rule, Spec, row
 from meshwright.compiler.rules.pointwise import POINTWISE, is_pointwise, pointwise
 from meshwright.compiler.rules.registry import FUNCTIONS
 from meshwright.compiler.rules.table import TABLE
 
-__all__ = ["has_rule", "products", "reductions", "replicate", "rule_for", "views"]
+_MODULES = (attention, convolution, factories, indexing, products, reductions, slices, views)
+"""Imported for the functions that they register."""
 
 
 def rule_for(op: Op) -> Rule:

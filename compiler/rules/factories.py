@@ -1,0 +1,75 @@
+"""Rules of operators that make tensors of a given shape, and which of them make zeros."""
+
+from __future__ import annotations
+
+import torch
+
+from meshwright.compiler.ir import Arg, Op
+from meshwright.compiler.rules.notation import Call, Spec, numbered
+from meshwright.compiler.rules.registry import rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.empty.memory_format,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.new_empty.default,
+)
+def _constant(call: Call) -> Spec:
+    """The same everywhere: replicated, or split as the user asks; an operand lends its type only."""
+    return _made(call, free=True)
+
+
+@rule(
+    aten.arange.default,
+    aten.arange.start,
+    aten.arange.start_step,
+    aten.linspace.default,
+    aten.scalar_tensor.default,
+    aten.eye.default,
+    aten.eye.m,
+    aten.tril_indices.default,
+    aten.triu_indices.default,
+)
+def _sequence(call: Call) -> Spec:
+    """Different at each index: made whole."""
+    return _made(call, free=False)
+
+
+def _made(call: Call, *, free: bool) -> Spec:
+    operands = tuple(numbered("x", len(operand.type.shape)) for operand in call.operands)
+    (result,) = call.results
+    assert result is not None
+    letters = numbered("r", len(result.shape))
+    ignored = frozenset(letter for operand in operands for letter in operand)
+    return Spec(
+        operands,
+        (letters,),
+        inner=ignored,
+        shape_only=frozenset(range(len(operands))),
+        free=frozenset(letters) if free else frozenset(),
+    )
+
+
+_ZEROS = frozenset({aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default})
+_FILLED = {
+    aten.full.default: 1,
+    aten.full_like.default: 1,
+    aten.new_full.default: 2,
+    aten.scalar_tensor.default: 0,
+    aten.fill.Scalar: 1,
+}
+
+
+def makes_zeros(op: Op, args: tuple[Arg, ...]) -> bool:
+    """Whether a call gives nothing but zeros: what `Operand.zero` says of its user's operand."""
+    if op in _ZEROS:
+        return True
+    place = _FILLED.get(op)
+    return place is not None and isinstance(args[place], (int, float)) and args[place] == 0
