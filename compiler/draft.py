@@ -10,15 +10,16 @@ from meshwright.compiler.emit import Movement
 from meshwright.compiler.ir import Graph, Node
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.mesh import Mesh
-from meshwright.dsl import Plan, Span
+from meshwright.dsl.plan import Plan
+from meshwright.dsl.statements import Statement
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A layout that a statement of the plan wrote."""
+    """A layout that statements of the plan wrote, each some of its dims."""
 
     layout: Layout
-    span: Span
+    statements: tuple[Statement, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,8 @@ class Region:
     modules: frozenset[str]
     axes: tuple[str, ...]
     dim: int
-    span: Span
+    statement: Statement
+    keep_gathered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class Draft:
     mesh: Mesh
     captured: Captured
     graph: Graph
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Every module of the model but the root: qualified name to class name."""
     inputs: Mapping[str, Pin] = field(default_factory=dict)
     """Layouts of parameters, buffers and arguments, by canonical name."""
     values: Mapping[Node, Pin] = field(default_factory=dict)

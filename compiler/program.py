@@ -24,7 +24,7 @@ from meshwright.compiler.text import graph_text
 if TYPE_CHECKING:
     from torch import nn
 
-    from meshwright.dsl import Plan
+    from meshwright.dsl.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,21 +25,11 @@ class Sequences:
             self._scan(graph, regions)
 
     def _scan(self, graph: Graph, regions: tuple[Region, ...]) -> None:
-        by_module = {module: region for region in regions for module in region.modules}
-        entered: set[str] = set()
-        for node in graph.nodes:
-            for module, _ in node.origin.modules:
-                if module in by_module and module not in entered:
-                    value = _activation(node, module)
-                    if value is not None:
-                        entered.add(module)
-                        self._enter(node, value, by_module[module])
-
-    def _enter(self, node: Node, value: Node, region: Region) -> None:
-        batch, length = value.tensor.shape[:2]
-        if region.dim == 1 and length % self.mesh.size(region.axes) == 0:
-            self._axes[batch, length] = region.axes
-            self.entries[node] = (*self.entries.get(node, ()), value)
+        for region in regions:
+            for node, value in entered_activations(graph, region.modules).values():
+                batch, length = value.tensor.shape[:2]
+                self._axes[batch, length] = region.axes
+                self.entries[node] = (*self.entries.get(node, ()), value)
 
     def split(self, value: Node) -> Layout | None:
         """The layout of `value` with its sequence split, or nothing where it has none to split."""
@@ -74,6 +64,20 @@ class Sequences:
                 if layout is not None and set(layout.split_axes) & set(value.placed.partial_axes):
                     found[value] = layout
         return found
+
+
+def entered_activations(
+    graph: Graph, modules: frozenset[str]
+) -> dict[str, tuple[Node, Node]]:
+    """By module: the first node inside that takes an activation from outside, and that value."""
+    found: dict[str, tuple[Node, Node]] = {}
+    for node in graph.nodes:
+        for module, _ in node.origin.modules:
+            if module in modules and module not in found:
+                value = _activation(node, module)
+                if value is not None:
+                    found[module] = (node, value)
+    return found
 
 
 def _activation(node: Node, module: str) -> Node | None:

@@ -1,0 +1,99 @@
+"""Find the linear maps and tables of a module: which parameter, and which of its dims is what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from meshwright.compiler.ir import INPUT, Graph, MeshOp, Node
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A product with a parameter: `features` is the weight's dim of output features (of a table:
+    its rows), `inputs` that of input features; `biases` are parameters added to the result."""
+
+    weight: Node
+    features: int
+    inputs: int
+    biases: tuple[Node, ...] = ()
+
+
+def linears(graph: Graph) -> dict[str, list[Linear]]:
+    """The linear maps of every module that calls one itself."""
+    found: dict[str, list[Linear]] = {}
+    users = graph.users()
+    for node in graph.nodes:
+        linear = _linear(node)
+        if linear is not None and linear not in found.setdefault(node.origin.module, []):
+            found[node.origin.module].append(_with_added_bias(linear, node, users))
+    return {module: each for module, each in found.items() if each}
+
+
+def tables(graph: Graph) -> dict[str, list[Linear]]:
+    """The lookup tables of every module that looks something up itself."""
+    found: dict[str, list[Linear]] = {}
+    for node in graph.nodes:
+        if node.op == MeshOp("embedding") and (source := _parameter(node.args[0])):
+            found.setdefault(node.origin.module, []).append(Linear(source[0], 0, 1))
+    return found
+
+
+def _linear(node: Node) -> Linear | None:
+    """The product that a node is, if its second factor is a parameter."""
+    if node.op == aten.linear.default:
+        biases = tuple(arg for arg in node.args[2:3] if isinstance(arg, Node) and arg.op == INPUT)
+        return _product(node.args[1], 0, 1, biases)
+    if node.op == aten.addmm.default:
+        biases = (node.args[0],) if node.args[0].op == INPUT else ()
+        return _product(node.args[2], 1, 0, biases)
+    if node.op in (aten.mm.default, aten.matmul.default):
+        weight = node.args[1]
+        return _product(weight, 1, 0, ()) if len(weight.tensor.shape) == 2 else None
+    if node.op == aten.conv2d.default or node.op == aten.convolution.default:
+        biases = tuple(arg for arg in node.args[2:3] if isinstance(arg, Node) and arg.op == INPUT)
+        return _product(node.args[1], 0, 1, biases)
+    return None
+
+
+def _product(
+    weight: Node, features: int, inputs: int, biases: tuple[Node, ...]
+) -> Linear | None:
+    source = _parameter(weight)
+    if source is None:
+        return None
+    parameter, swapped = source
+    return Linear(parameter, inputs, features, biases) if swapped else Linear(
+        parameter, features, inputs, biases
+    )
+
+
+def _parameter(node: Node) -> tuple[Node, bool] | None:
+    """The parameter behind casts and transposes, and whether its two dims are swapped."""
+    swapped = False
+    while node.op != INPUT:
+        if node.op in (aten.t.default, aten.transpose.int, aten.permute.default):
+            swapped = not swapped
+        elif node.op != aten._to_copy.default:
+            return None
+        node = node.args[0]
+    return (node, swapped) if node.args[0] == "parameter" else None
+
+
+def _with_added_bias(linear: Linear, node: Node, users: dict[Node, list[Node]]) -> Linear:
+    """The linear with a parameter that its module adds to the product afterwards."""
+    size = linear.weight.tensor.shape[linear.features]
+    added: list[Node] = []
+    for user in users[node]:
+        if user.op == aten.add.Tensor and user.origin.module == node.origin.module:
+            added += [
+                operand
+                for operand in user.operands()
+                if operand.op == INPUT
+                and operand.args[0] == "parameter"
+                and operand.tensor.shape == (size,)
+            ]
+    return Linear(linear.weight, linear.features, linear.inputs, linear.biases + tuple(added))

@@ -1,0 +1,32 @@
+"""Split linears by output features.
+
+Before:  y: f32[8, 16, 2304]          = linear(x, w, b)      w: [2304, 768], b: [2304]
+After:   y: f32[8, 16, 3·12@tp·64]    = linear(x, w, b)      w: [3·12@tp·64, 768], b: [3·12@tp·64]
+
+`as (3 heads hd)` names the factors of a fused output, the first named of which is split.
+Requires: a module that multiplies by a parameter. Ensures: weight and bias are pinned.
+Elsewhere: Megatron's ColumnParallelLinear, DTensor's ColwiseParallel.
+"""
+
+from __future__ import annotations
+
+from meshwright.compiler.draft import Draft
+from meshwright.compiler.linears import linears
+from meshwright.compiler.pins import pin, tensor_text, to_dim
+from meshwright.compiler.targets import modules_of, of_module
+from meshwright.dsl.statements import Columns
+
+
+def columns(draft: Draft) -> Draft:
+    """Pin the weights and biases of every linear under a `columns` statement."""
+    if not draft.plan.of(Columns):
+        return draft
+    found = linears(draft.graph)
+    for module, statement in draft.plan.resolve(Columns, modules_of(draft)).items():
+        for linear in of_module(found, module, statement, draft, "a linear"):
+            size = linear.weight.tensor.shape[linear.features]
+            dim = to_dim(draft.plan.columns_dim(statement, size, f"{tensor_text(linear.weight)}"))
+            draft = pin(draft, linear.weight, {linear.features: dim}, statement)
+            for bias in linear.biases:
+                draft = pin(draft, bias, {0: dim}, statement)
+    return draft

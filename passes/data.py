@@ -1,0 +1,82 @@
+"""Split the batch of the inputs under `data`.
+
+Before:  tokens: i64[8, 16] = input(argument tokens)
+After:   tokens: i64[8@dp, 16] = input(argument tokens)
+
+Gradients are reduced over the axis by the `vary` rule alone: a parameter that meets a split value is
+varying, and its cotangent partial. Requires: nothing. Ensures: each input with the batch's size is
+split or named in `shard`.
+Elsewhere: DDP, DistributedSampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from meshwright.compiler.draft import Draft
+from meshwright.compiler.ir import Node
+from meshwright.compiler.layout import cut
+from meshwright.compiler.pins import pin, tensor_text
+from meshwright.dsl.statements import Data, Shard
+
+
+def data(draft: Draft) -> Draft:
+    """Pin every input that a `data` statement names."""
+    arguments = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == "argument"}
+    if not draft.plan.of(Data):
+        return draft
+    found = draft.plan.resolve(Data, list(arguments))
+    for name, statement in found.items():
+        draft = _split(draft, arguments[name], statement)
+    _check_complete(draft, arguments, found)
+    return draft
+
+
+def _split(draft: Draft, node: Node, statement: Data) -> Draft:
+    shape, ranks = node.tensor.shape, draft.mesh.size(statement.over)
+    if statement.dim >= len(shape):
+        raise draft.plan.error(
+            "P206",
+            f"`{node.args[1]}` has no dim {statement.dim}",
+            statement.at("dim"),
+            subject=f"{tensor_text(node)}{list(shape)}",
+            help=f"use a dim below {len(shape)}",
+        )
+    size = shape[statement.dim]
+    if size % ranks:
+        over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
+        raise draft.plan.error(
+            "P203",
+            f"cannot split a batch of {size} over {over}",
+            statement.at("over"),
+            subject=f"{tensor_text(node)}{list(shape)}",
+            help=f"use a batch of {size - size % ranks or ranks} or {size - size % ranks + ranks}",
+        )
+    return pin(draft, node, {statement.dim: cut(size, *statement.over)}, statement)
+
+
+def _check_complete(
+    draft: Draft, arguments: Mapping[str, Node], found: Mapping[str, Data]
+) -> None:
+    """An input with the batch's size that stays whole is more often forgotten than meant."""
+    sizes = {arguments[name].tensor.shape[s.dim]: s for name, s in found.items()}
+    sharded = {
+        name
+        for statement in draft.plan.of(Shard)
+        for target in statement.targets
+        for name in target.match(list(arguments))
+    }
+    for name, node in arguments.items():
+        shape = node.tensor.shape
+        if name in found or name in sharded or not shape or shape[0] not in sizes:
+            continue
+        statement = sizes[shape[0]]
+        over = ", ".join(statement.over)
+        raise draft.plan.error(
+            "P501",
+            f"the input `{name}` has the batch's size and is not under `data`",
+            statement,
+            subject=f"{tensor_text(node)}{list(shape)}",
+            help=f"write `data {', '.join([*found, name])} over {over}`, "
+            f"or `shard {name} [...]` to keep it whole",
+        )

@@ -1,0 +1,35 @@
+"""Split linears by input features.
+
+Before:  y: f32[8, 16, 768]             = linear(x, w, b)    w: [768, 3072], x: [8, 16, 3072@tp]
+After:   y: f32[8, 16, 768] partial(tp) = linear(x, w)       w: [768, 3072@tp]
+         y1: f32[8, 16, 768]            = all_reduce(y, tp)
+         y2: f32[8, 16, 768]            = add(y1, b)
+
+The bias is added once, after the sum. Where what comes in is made of factors (heads), the weight's
+input features take the same factors. Requires: a module that multiplies by a parameter.
+Ensures: the weight is pinned; biases stay whole.
+Elsewhere: Megatron's RowParallelLinear, DTensor's RowwiseParallel.
+"""
+
+from __future__ import annotations
+
+from meshwright.compiler.draft import Draft
+from meshwright.compiler.layout import cut
+from meshwright.compiler.linears import linears
+from meshwright.compiler.pins import pin, tensor_text
+from meshwright.compiler.targets import check_divides, modules_of, of_module
+from meshwright.dsl.statements import Rows
+
+
+def rows(draft: Draft) -> Draft:
+    """Pin the weight of every linear under a `rows` statement."""
+    if not draft.plan.of(Rows):
+        return draft
+    found = linears(draft.graph)
+    for module, statement in draft.plan.resolve(Rows, modules_of(draft)).items():
+        for linear in of_module(found, module, statement, draft, "a linear"):
+            size = linear.weight.tensor.shape[linear.inputs]
+            check_divides(draft, size, statement, tensor_text(linear.weight), "input features")
+            dims = {linear.inputs: cut(size, *statement.over)}
+            draft = pin(draft, linear.weight, dims, statement)
+    return draft

@@ -1,0 +1,61 @@
+"""Split activations along the sequence, between the split linears of a region.
+
+Before:  x: f32[8, 16, 768];           h = mesh::norm(x, w, b); y = linear(h, up@tp)
+After:   x: f32[8, 16@tp, 768];        h = mesh::norm(x, w, b)
+         h1: f32[8, 16, 768] varying(tp) = all_gather(h, tp);   y = linear(h1, up@tp)
+
+What enters a region is split, and sums that row-parallel linears leave pending are scattered instead
+of reduced; gathers before column-parallel linears follow from the layouts, and their adjoints too.
+Requires: sequences that divide. Ensures: the regions that the partitioner reads.
+Elsewhere: Megatron's sequence parallelism (Korthikanti et al., 2205.05198).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from meshwright.compiler.draft import Draft, Region
+from meshwright.compiler.sequences import entered_activations
+from meshwright.compiler.targets import modules_of
+from meshwright.dsl.statements import Sequence
+
+
+def sequence(draft: Draft) -> Draft:
+    """Make one region of the modules of each `sequence` statement."""
+    if not draft.plan.of(Sequence):
+        return draft
+    found = draft.plan.resolve(Sequence, modules_of(draft))
+    by_statement: dict[int, tuple[Sequence, set[str]]] = {}
+    for module, statement in found.items():
+        by_statement.setdefault(id(statement), (statement, set()))[1].add(module)
+    for statement, modules in by_statement.values():
+        _check(draft, frozenset(modules), statement)
+        region = Region(frozenset(modules), statement.over, 1, statement)
+        draft = replace(draft, regions=(*draft.regions, region))
+    return draft
+
+
+def _check(draft: Draft, modules: frozenset[str], statement: Sequence) -> None:
+    """Every region has an activation that enters it, and its sequence divides."""
+    entered = entered_activations(draft.graph, modules)
+    for module in sorted(modules - set(entered)):
+        raise draft.plan.error(
+            "P501",
+            f"no activation `[batch, sequence, ...]` enters `{module}`",
+            statement,
+            help="name modules that take one, such as whole blocks",
+        )
+    for module, (_, value) in entered.items():
+        length, ranks = value.tensor.shape[1], draft.mesh.size(statement.over)
+        if length % ranks:
+            over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
+            usable = [str(n) for n in range(2, ranks + 1) if length % n == 0]
+            raise draft.plan.error(
+                "P203",
+                f"cannot split a sequence of {length} over {over}",
+                statement.at("over"),
+                subject=f"what enters {module}: {list(value.tensor.shape)}",
+                help=f"use a sequence of {length - length % ranks or ranks} or "
+                f"{length - length % ranks + ranks}"
+                + (f", or an axis of {' or '.join(usable)}" if usable else ""),
+            )

@@ -1,0 +1,56 @@
+"""Split embeddings and output heads over the vocabulary.
+
+Before:  h: f32[8, 16, 768] = mesh::embedding(w, tokens)             w: [50257, 768]
+After:   h: f32[8, 16, 768] partial(tp) = mesh::embedding(w, tokens)  w: [50258@tp, 768]
+
+The lookup is masked to the rows held here; logits stay split into the loss. A vocabulary that does
+not divide is stored padded (see `pad`). Requires: modules with a lookup or a linear.
+Ensures: their tables are pinned, and padded where needed.
+Elsewhere: Megatron's VocabParallelEmbedding and vocab-parallel cross-entropy, DTensor's loss_parallel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from meshwright.compiler.draft import Draft, Padding, Pin
+from meshwright.compiler.ir import Node
+from meshwright.compiler.layout import Layout, cut, whole
+from meshwright.compiler.linears import linears, tables
+from meshwright.compiler.pins import contradiction, with_pin
+from meshwright.compiler.targets import modules_of, of_module
+from meshwright.dsl.statements import Vocab
+
+
+def vocab(draft: Draft) -> Draft:
+    """Pin every table under a `vocab` statement by its vocabulary dim."""
+    if not draft.plan.of(Vocab):
+        return draft
+    found = linears(draft.graph)
+    for module, each in tables(draft.graph).items():
+        found[module] = [*found.get(module, ()), *each]
+    for module, statement in draft.plan.resolve(Vocab, modules_of(draft)).items():
+        for table in of_module(found, module, statement, draft, "an embedding or a linear"):
+            draft = _split(draft, table.weight, table.features, statement)
+            for bias in table.biases:
+                draft = _split(draft, bias, 0, statement)
+    return draft
+
+
+def _split(draft: Draft, node: Node, dim: int, statement: Vocab) -> Draft:
+    name, shape = node.args[1], node.tensor.shape
+    ranks = draft.mesh.size(statement.over)
+    rows = -(-shape[dim] // ranks) * ranks
+    layout = Layout(
+        tuple(
+            cut(rows, *statement.over) if i == dim else whole(size)
+            for i, size in enumerate(shape)
+        )
+    )
+    before = draft.inputs.get(name)
+    if before is not None and not before.layout.equals(layout, draft.mesh):
+        raise contradiction(draft, node, before.statements, statement)
+    draft = with_pin(draft, name, Pin(layout, (statement,)))
+    if rows == shape[dim]:
+        return draft
+    return replace(draft, paddings={**draft.paddings, name: Padding(dim, shape[dim], rows)})
