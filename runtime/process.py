@@ -97,7 +97,7 @@ class ProcessTransport:
             peers = sorted(near - {self.rank})
         own: Any = self.store.clone()  # type: ignore[attr-defined]  # missing in torch's stub
         own.set_timeout(timedelta(seconds=patience))
-        watch = Watch(own, self.rank, peers, period=period, patience=patience)
+        watch = Watch(own, self.rank, peers, _host(), period=period, patience=patience)
         meet(self.store, watch, num_ranks)
         watch.start()
         return watch
@@ -118,8 +118,7 @@ class ProcessTransport:
                 if kind is tuple:
                     value = self.collective(*request)
                 elif kind is Start:
-                    donate = getattr(request, "donate", False)
-                    value = self.start(request.wire, request.tensor, donate)
+                    value = self.start(request.wire, request.tensor, request.donate)
                 else:
                     value = self.wait(request.handle)
                 del request
@@ -148,7 +147,7 @@ class ProcessTransport:
                 work.wait()
             result = finish()
         except RuntimeError as error:
-            raise self._ours(error) from error
+            raise self._ours(error) from None
         watch.waits = None
         return result
 
@@ -167,7 +166,7 @@ class ProcessTransport:
             works, finish = group.begin(wire, tensor, True, donate)
         except RuntimeError as error:
             watch.waits = (lane.label, order, wire)
-            raise self._ours(error) from error
+            raise self._ours(error) from None
         return Handle(lane.label, order, wire, works, finish)
 
     def wait(self, handle: Handle) -> Tensor:
@@ -179,7 +178,7 @@ class ProcessTransport:
                 work.wait()
             result = handle.finish()
         except RuntimeError as error:
-            raise self._ours(error) from error
+            raise self._ours(error) from None
         watch.waits = None
         handle.works, handle.finish = [], _taken
         return result
@@ -273,6 +272,11 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _host() -> int | None:
+    """The rank whose process holds the store; none where torchrun's agent does."""
+    return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+
+
 _store: Store | None = None
 
 
@@ -283,12 +287,11 @@ def _connect() -> Store:
         return dist.distributed_c10d._get_default_store()
     if _store is None:
         environment = os.environ
-        agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         tcp = TCPStore(
             environment["MASTER_ADDR"],
             int(environment["MASTER_PORT"]),
             int(environment["WORLD_SIZE"]),
-            environment["RANK"] == "0" and not agent,
+            environment["RANK"] == str(_host()),
             timedelta(seconds=_RENDEZVOUS_SECONDS),
             wait_for_workers=False,
         )

@@ -19,10 +19,22 @@ from typing import Any
 from torch._C._distributed_c10d import Store
 
 from meshwright.compiler.collectives import Wire
-from meshwright.runtime.errors import DeadlockError, PeerError, RunError, spell_wire, verb
+from meshwright.runtime.errors import (
+    DeadlockError,
+    PeerError,
+    RunError,
+    spell_ranks,
+    spell_wire,
+    verb,
+)
 
 Waits = tuple[str, int, Wire]
 """What a rank waits for: the label of a group of axes, the place in its order, the operation."""
+
+_READ_OUTPUT = "read the end of its output; the system's log names what was killed for its memory"
+_READ_TRACEBACK = "read its own traceback"
+_LOOK_AT_PROCESS = "look whether its process is stopped, or its machine out of reach"
+_RUN_SAME_STEPS = "run the same number of steps on every rank"
 
 
 @dataclass(slots=True)
@@ -36,6 +48,7 @@ class Beat:
     doing: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     problem: str = ""
+    circle: list[str] = field(default_factory=list)
     changed: float = 0.0
 
     @property
@@ -47,13 +60,21 @@ class Watch:
     """This rank's heartbeat and its view of the others'.
 
     The main thread writes `waits` and `counts` around its collectives; nothing else of it is
-    needed, so a collective pays two assignments. `cut` ends whatever the main thread waits in.
+    needed, so a collective pays two assignments. `cuts` end whatever the main thread waits in.
+    `host` is the rank whose process holds the store, if a rank's does.
     """
 
     def __init__(
-        self, store: Store, rank: int, peers: Sequence[int], *, period: float, patience: float
+        self,
+        store: Store,
+        rank: int,
+        peers: Sequence[int],
+        host: int | None,
+        *,
+        period: float,
+        patience: float,
     ) -> None:
-        self.store, self.rank, self.peers = store, rank, tuple(peers)
+        self.store, self.rank, self.peers, self.host = store, rank, tuple(peers), host
         self.period, self.patience = period, patience
         self.waits: Waits | None = None
         self.counts: dict[str, int] = {}
@@ -68,6 +89,7 @@ class Watch:
         self._closed_at = 0.0
         self._answered = time.monotonic()
         self._circle: tuple[Any, int] = (None, 0)
+        self._told_circle: list[str] = []
         self._stopping, self._hurry = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(target=self._publish_and_read, name="heartbeat", daemon=True),
@@ -126,6 +148,7 @@ class Watch:
                 "doing": spell_wire(waits[2], self.names) if waits else "",
                 "counts": dict(self.counts),
                 "problem": self.problem,
+                "circle": self._told_circle,
             }
         )
 
@@ -181,6 +204,8 @@ class Watch:
         waits = self.waits
         self.failure = error
         self.state, self.problem = "lost", error.problem
+        if isinstance(error, DeadlockError):
+            self._told_circle = list(error.where)
         self._hurry.set()
         self.failed.set()
         for cut in self.cuts:
@@ -195,19 +220,17 @@ class Watch:
     def examine(self, now: float) -> RunError | None:
         """Why this rank waits in vain, if it does; the nearest cause first."""
         if now - self._answered > self.patience:
-            return self._error("the store that the ranks meet at does not answer", ())
+            if self.host is None:
+                return self._error("the store that the ranks meet at does not answer", [])
+            what = f"rank {self.host}, which keeps the store of the run, does not answer"
+            return self._error(what, [self.host], _LOOK_AT_PROCESS)
         for peer, beat in self.beats.items():
             if beat.state == "failed":
-                return self._error(f"rank {peer} failed: {beat.problem}", (peer,))
+                return self._error(f"rank {peer} failed: {beat.problem}", [peer], _READ_TRACEBACK)
         blockers = self._blockers(self.rank)
-        return (
-            self._silent(blockers)
-            or self._finished(blockers)
-            or self._in_circle()
-            or self._relayed()
-        )
+        return self._silent() or self._finished(blockers) or self._in_circle() or self._relayed()
 
-    def _silent(self, blockers: Sequence[int]) -> RunError | None:
+    def _silent(self) -> RunError | None:
         closed = self._closed_at
         limit = 2.5 * self.period if closed else self.patience
         silent = [
@@ -217,25 +240,25 @@ class Watch:
         ]
         if not silent:
             return None
-        what = "died" if closed else "does not answer" if len(silent) == 1 else "do not answer"
-        if not closed:
-            what += f": no heartbeat for {limit:.0f} s"
-        elif set(blockers).isdisjoint(silent):
-            what += ", and a connection broke"
-        return self._error(verb(silent, what, what), tuple(silent))
+        group = self.members[self.waits[0]](self.rank) if self.waits else ()
+        if closed and not set(group).isdisjoint(silent):
+            return self._error(f"{spell_ranks(silent)} died", silent, _READ_OUTPUT)
+        what = verb(silent, "does not answer", "do not answer")
+        return self._error(f"{what}: no heartbeat for {limit:.0f} s", silent, _LOOK_AT_PROCESS)
 
     def _finished(self, blockers: Sequence[int]) -> RunError | None:
         done = [peer for peer in blockers if self._beat(peer).state == "finished"]
         if not done:
             return None
-        return self._error(
-            f"{verb(done, 'has', 'have')} finished while rank {self.rank} waits", tuple(done)
-        )
+        what = verb(done, "has finished", "have finished")
+        return self._error(f"{what} while rank {self.rank} waits", done, _RUN_SAME_STEPS)
 
     def _relayed(self) -> RunError | None:
         for peer, beat in self.beats.items():
+            if beat.circle:
+                return self._deadlock(beat.circle)
             if beat.state == "lost":
-                return self._error(f"rank {peer} stopped: {beat.problem}", (peer,))
+                return self._error(f"rank {peer} stopped: {beat.problem}", [peer])
         return None
 
     def _in_circle(self) -> RunError | None:
@@ -254,12 +277,17 @@ class Watch:
         self._circle = (reached, times + 1 if seen == reached else 1)
         if self._circle[1] * self.period / 4 < 3 * self.period:
             return None
-        where = [f"rank {rank} waits in {self._beat(rank).doing}" for rank in sorted(reached)]
+        return self._deadlock(
+            [f"rank {rank} waits in {self._beat(rank).doing}" for rank in sorted(reached)]
+        )
+
+    def _deadlock(self, where: Sequence[str]) -> RunError:
         return DeadlockError(
             "no rank can go on: each waits for another",
             rank=self.rank,
-            peers=tuple(sorted(set(reached) - {self.rank})),
+            peers=self.peers,
             where=where,
+            help="give every rank of a group its collectives in one order",
         )
 
     def _beat(self, rank: int) -> Beat:
@@ -282,8 +310,9 @@ class Watch:
             if member != rank and self._beat(member).counts.get(beat.label, 0) <= beat.order
         ]
 
-    def _error(self, problem: str, peers: tuple[int, ...]) -> PeerError:
-        return PeerError(problem, rank=self.rank, peers=peers, where=self._where(peers))
+    def _error(self, problem: str, peers: Sequence[int], help: str = "") -> PeerError:
+        where = self._where(peers)
+        return PeerError(problem, rank=self.rank, peers=tuple(peers), where=where, help=help)
 
     def _where(self, peers: Sequence[int]) -> list[str]:
         lines = []

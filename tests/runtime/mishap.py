@@ -1,0 +1,87 @@
+"""One rank of `test_watch.py`: sums round after round, until what the scenario says happens."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Generator
+from typing import Any
+
+import torch
+
+from meshwright.compiler.collectives import Wire
+from meshwright.compiler.mesh import Mesh
+from meshwright.runtime.process import ProcessTransport
+
+NAMES = ("hidden_sum", "loss_sum")
+ROW, COLUMN = Wire("all_reduce", ("tp",), index=0), Wire("all_reduce", ("dp",), index=1)
+MESH = Mesh((("dp", int(os.environ["WORLD_SIZE"]) // 2), ("tp", 2)))
+PATIENCE = 2.0
+Program = Generator[Any, Any, Any]
+
+
+def train(rounds: int, size: int = 8) -> Program:
+    value = torch.ones(size)
+    for _ in range(rounds):
+        value = yield ROW, value / 2
+        value = yield COLUMN, value
+    return value
+
+
+def fails() -> Program:
+    yield from train(20)
+    raise ZeroDivisionError("the loss scale is 0")
+
+
+def signalled(number: signal.Signals) -> Program:
+    yield from train(20)
+    os.kill(os.getpid(), number)
+    yield from train(20)
+
+
+def slow() -> Program:
+    yield from train(20)
+    time.sleep(2 * PATIENCE)
+    begin = time.monotonic()
+    while time.monotonic() - begin < PATIENCE:
+        sum(range(1000))
+    yield from train(20)
+
+
+def turned() -> Program:
+    yield from train(20)
+    value = torch.ones(8)
+    yield COLUMN, value
+    yield ROW, value
+
+
+SCENARIOS = {
+    "dies": lambda: signalled(signal.SIGKILL),
+    "stands still": lambda: signalled(signal.SIGSTOP),
+    "fails": fails,
+    "finishes": lambda: train(20),
+    "hangs in a backend": lambda: signalled(signal.SIGSTOP),
+    "is slow": slow,
+    "turns round": turned,
+}
+
+
+def main(culprits: str, scenario: str) -> None:
+    torch.set_num_threads(1)
+    transport = ProcessTransport(MESH, period=0.4, patience=PATIENCE)
+    own = str(transport.rank) in culprits.split(",")
+    digest = "ab" if scenario == "compiles differently" and own else "cd"
+    transport.check_same_program(digest * 32)
+    if scenario == "hangs in a backend":
+        # What a backend that cannot be interrupted looks like.
+        transport.prepare([("tp",), ("dp",)])
+        transport.watch.cuts.clear()
+    program = SCENARIOS[scenario]() if own and scenario in SCENARIOS else train(40)
+    transport.run(program, NAMES)
+    print("trained")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])

@@ -1,0 +1,51 @@
+"""Start real processes for a test: one rank each, with torchrun's environment variables."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(script: Path, num_ranks: int, *args: str) -> list[subprocess.Popen[str]]:
+    """The processes, by rank; their standard error goes to standard output."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num_ranks),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), *args],
+            env=environment | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list[str]:
+    """What each process printed; those that still run after `seconds` are killed and say so."""
+    deadline = time.monotonic() + seconds
+    outputs = []
+    for process in processes:
+        try:
+            output, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output = process.communicate()[0] + f"\nstill ran after {seconds} s"
+        outputs.append(output)
+    return outputs
