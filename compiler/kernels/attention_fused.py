@@ -213,7 +213,7 @@ def _aligned_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     t = k.shape[2]
     added = added.expand(*added.shape[:3], t)
     if t % 16 or added.stride(-1) != 1:
-        added = F.pad(added, (0, -t % 16))[..., :t]
+        added = F.pad(added, (0, -t % 16)).narrow(-1, 0, t)
     return added.expand(*q.shape[:3], t)
 
 

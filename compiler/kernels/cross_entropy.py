@@ -96,13 +96,14 @@ def cross_entropy_combine(
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(loss[rows], lse[rows])` from the statistics `stats[n, k, rows]` of all n ranks."""
-    lse = stats[0, 0] if stats.shape[0] == 1 else stats[:, 0].logsumexp(0)
-    loss = lse - stats[:, 1].sum(0)
+    lses, picked, *sums = stats.unbind(1)
+    lse = lses.logsumexp(0)
+    loss = lse - picked.sum(0)
     if weight is not None:
         loss *= cross_entropy_row_weights(target, weight, ignore_index, loss.dtype)
     if label_smoothing:
         total = num_classes if weight is None else weight.sum(dtype=loss.dtype)
-        spread = (lse * total).sub_(stats[:, 2].sum(0))
+        spread = (lse * total).sub_(sums[0].sum(0))
         loss = loss.mul_(1 - label_smoothing).add_(spread, alpha=label_smoothing / num_classes)
     return loss.masked_fill_(target == ignore_index, 0), lse
 
@@ -114,7 +115,8 @@ def cross_entropy_row_weights(
     ignored = target == ignore_index
     if weight is None:
         return ignored.logical_not_().to(dtype)
-    return weight.to(dtype)[target.masked_fill(ignored, 0)].masked_fill_(ignored, 0)
+    chosen = weight.to(dtype).index_select(0, target.masked_fill(ignored, 0))
+    return chosen.masked_fill_(ignored, 0)
 
 
 def cross_entropy_backward(

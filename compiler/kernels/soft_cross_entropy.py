@@ -50,9 +50,9 @@ def soft_cross_entropy_combine(stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     `total` is the sum of the shares over all classes.
     """
-    lse = stats[:, 0].logsumexp(0)
-    total = stats[:, 2].sum(0)
-    return (lse * total).sub_(stats[:, 1].sum(0)), lse, total
+    lses, products, shares = stats.unbind(1)
+    lse, total = lses.logsumexp(0), shares.sum(0)
+    return (lse * total).sub_(products.sum(0)), lse, total
 
 
 def soft_cross_entropy_backward(

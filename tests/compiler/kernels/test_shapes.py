@@ -1,4 +1,8 @@
-"""Every kernel gives the same shapes, types and strides on fake tensors as on real ones."""
+"""Every kernel gives the same shapes, types and strides on fake tensors as on real ones.
+
+Fake CUDA tensors too: a program for GPUs is compiled where there are none. Indexing them with
+brackets fails there, so kernels use methods until they know that they have data.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,8 @@ from meshwright.compiler.kernels.attention import attention, attention_backward
 from meshwright.compiler.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_backward,
+    cross_entropy_combine,
+    cross_entropy_row_weights,
     cross_entropy_stats,
 )
 from meshwright.compiler.kernels.dropout import RandomIndex, dropout
@@ -22,11 +28,18 @@ from meshwright.compiler.kernels.embedding import embedding, embedding_backward
 from meshwright.compiler.kernels.norm import (
     layer_norm,
     layer_norm_backward,
+    norm_apply,
+    norm_backward_apply,
     norm_backward_sums,
     norm_combine,
     norm_stats,
     rms_norm,
     rms_norm_backward,
+)
+from meshwright.compiler.kernels.soft_cross_entropy import (
+    soft_cross_entropy_backward,
+    soft_cross_entropy_combine,
+    soft_cross_entropy_stats,
 )
 
 
@@ -40,7 +53,7 @@ def _describe(results: Any) -> list[tuple[Any, ...]]:
 
 
 def _embedding(x: Tensor, index: Tensor) -> Any:
-    weight = x[0]
+    weight = x.select(0, 0)
     out = embedding(weight, index, offset=3)
     return out, embedding_backward(out, index, weight.shape[0], offset=3, padding_idx=1)
 
@@ -49,17 +62,35 @@ def _cross_entropy(x: Tensor, index: Tensor) -> Any:
     logits, target = x.flatten(0, 1), index.flatten()
     loss, lse = cross_entropy(logits, target, label_smoothing=0.1)
     grad = cross_entropy_backward(logits, target, lse, loss, num_classes=8)
-    return loss, lse, grad, cross_entropy_stats(logits, target, num_classes=16, offset=8)
+    stats = cross_entropy_stats(
+        logits, target, num_classes=16, offset=8, label_smoothing=0.1, weight=None
+    )
+    both = torch.stack([stats, stats])
+    combined = cross_entropy_combine(both, target, num_classes=16, label_smoothing=0.1)
+    weight = logits.flatten().narrow(0, 0, 8)
+    rows = cross_entropy_row_weights(target, weight, -100, torch.float32)
+    return loss, lse, grad, stats, combined, rows
+
+
+def _soft_cross_entropy(x: Tensor, index: Tensor) -> Any:
+    logits = x.flatten(0, 1)
+    stats = soft_cross_entropy_stats(logits, logits, num_classes=8)
+    loss, lse, total = soft_cross_entropy_combine(stats.unsqueeze(0))
+    grad = soft_cross_entropy_backward(logits, logits, lse, total, loss, num_classes=8)
+    return loss, lse, total, grad
 
 
 def _norm(x: Tensor, index: Tensor) -> Any:
-    weight = x[0, 0]
+    weight = x.select(0, 0).select(0, 0)
     y, mean, rstd = layer_norm(x, weight, weight, 1e-5)
     whole = layer_norm_backward(y, x, mean, rstd, weight, weight)
     z, scale = rms_norm(x, weight, 1e-5)
     mean, rstd = norm_combine(norm_stats(x).unsqueeze(0), 8, 1e-5)
     sums = norm_backward_sums(y, x, mean, rstd, weight)
-    return y, whole, z, scale, rms_norm_backward(z, x, scale, weight), mean, rstd, sums
+    split = norm_backward_apply(
+        norm_apply(x, mean, rstd, weight, weight), x, mean, rstd, weight, sums, 8
+    )
+    return y, whole, z, scale, rms_norm_backward(z, x, scale, weight), mean, rstd, sums, split
 
 
 def _dropout(x: Tensor, index: Tensor) -> Any:
@@ -77,11 +108,47 @@ def _attention(dropout_p: float) -> Callable[[Tensor, Tensor], Any]:
     return run
 
 
+RUNS = [_embedding, _cross_entropy, _soft_cross_entropy, _norm, _dropout]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_fake_cuda_tensors_need_no_cuda(run: Callable[[Tensor, Tensor], Any]) -> None:
+    x, index = torch.randn(3, 5, 8), torch.randint(0, 5, (3, 5))
+    expected = _describe(run(x, index))
+    with FakeTensorMode():
+        found = run(
+            torch.empty(3, 5, 8, device="cuda"),
+            torch.empty(3, 5, dtype=torch.int64, device="cuda"),
+        )
+    assert {leaf.device.type for leaf in tree_leaves(found) if leaf is not None} == {"cuda"}
+    assert _describe(found) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv_heads", [2, 8])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_attention_on_fake_cuda_tensors_needs_no_cuda(
+    dtype: torch.dtype, kv_heads: int, biased: bool, dropout_p: float
+) -> None:
+    with FakeTensorMode():
+        q = torch.empty(2, 8, 33, 64, dtype=dtype, device="cuda")
+        k = torch.empty(2, kv_heads, 33, 64, dtype=dtype, device="cuda")
+        bias = torch.empty(1, 8, 33, 33, dtype=dtype, device="cuda") if biased else None
+        index = RandomIndex(1, 2, 3, (2, 8, 33, 33), (0, 0, 0, 0))
+        drop: dict[str, Any] = {"dropout_p": dropout_p, "index": index}
+        out, lse = attention(q, k, k, bias, **drop)
+        grads = attention_backward(out, q, k, k, out, lse, bias, need_bias_grad=biased, **drop)
+    assert out.shape == q.shape
+    shapes = [None if grad is None else grad.shape for grad in grads]
+    assert shapes == [q.shape, k.shape, k.shape, bias.shape if bias is not None else None]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "run",
-    [_embedding, _cross_entropy, _norm, _dropout, _attention(0.0), _attention(0.1)],
-    ids=["embedding", "cross_entropy", "norm", "dropout", "attention", "attention_dropout"],
+    [*RUNS, _attention(0.0), _attention(0.1)],
+    ids=[*(run.__name__ for run in RUNS), "attention", "attention_dropout"],
 )
 def test_fake_results_look_like_real_ones(
     run: Callable[[Tensor, Tensor], Any], dtype: torch.dtype
