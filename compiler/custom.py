@@ -9,6 +9,7 @@ library, `meshwright_custom::<name>`, with a rule as in the rules table and a ha
 from __future__ import annotations
 
 import functools
+import keyword
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -104,6 +105,7 @@ def registered(function: type[torch.autograd.Function]) -> Registered | None:
 
 def _unique(stem: str) -> str:
     stem = re.sub(r"\W", "_", stem).strip("_") or "function"
+    stem = f"{stem}_" if keyword.iskeyword(stem) else stem
     _NAMES[stem] = count = _NAMES.get(stem, -1) + 1
     return f"{stem}__{count}" if count else stem
 

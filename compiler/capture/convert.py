@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -60,7 +62,16 @@ class Converter:
         for node in self.program.graph.nodes:
             if node.op == "call_function" and node in live:
                 self.env[node] = self._call(node)
-        return self.builder.graph(tuple(self._outputs(labels)))
+        return self._without_unused_constants(self.builder.graph(tuple(self._outputs(labels))))
+
+    def _without_unused_constants(self, graph: Graph) -> Graph:
+        """Simplifying leaves some behind: the empty tensors that caches start with."""
+        used = {operand for node in graph.nodes for operand in node.operands()}
+        used |= {node for _, node in graph.outputs}
+        idle = {n for n in graph.inputs if n.args[0] == "constant" and n not in used}
+        for node in idle:
+            del self.constants[node.args[1]]
+        return replace(graph, nodes=tuple(node for node in graph.nodes if node not in idle))
 
     def _inputs(self) -> None:
         for name, tensor in self.named.parameters.items():
@@ -95,9 +106,8 @@ class Converter:
     def _input(
         self, kind: str, name: str, type: TensorType, *, requires_grad: bool = False
     ) -> Node:
-        stem = re.sub(r"\W", "_", name)
         node = self.builder.emit(
-            INPUT, (kind, name), type=type, requires_grad=requires_grad, name=stem
+            INPUT, (kind, name), type=type, requires_grad=requires_grad, name=_identifier(name)
         )
         self.by_target[kind, name] = node
         return node
@@ -229,6 +239,12 @@ def _is_differentiable(op: Any, args: tuple[Any, ...], type: NodeType) -> bool:
 def _any_grad(args: Any, kwargs: dict[str, Any]) -> bool:
     probe = Node("", GETITEM, args, kwargs, None)
     return any(operand.requires_grad for operand in probe.operands())
+
+
+def _identifier(name: str) -> str:
+    """`blocks_0_up_weight`: a name that generated code can use as it is."""
+    stem = re.sub(r"\W", "_", name)
+    return stem if stem.isidentifier() and not keyword.iskeyword(stem) else f"_{stem}"
 
 
 def _stem(node: fx.Node, op: Any) -> str:

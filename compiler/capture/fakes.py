@@ -27,8 +27,10 @@ class Fakes:
 
     def like(self, tensor: Tensor) -> Tensor:
         """A new tensor of the same shape, strides and type that shares memory with nothing."""
-        with self.mode, torch.device("cpu"):
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        with self.mode:
+            fake = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+            )
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake.requires_grad_(tensor.requires_grad)

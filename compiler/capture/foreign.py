@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from types import TracebackType
 
-from meshwright.compiler.capture.origin import line_of
+from meshwright.compiler.capture.origin import line_of, raised_by_user
 from meshwright.compiler.errors import CaptureError
 from meshwright.dsl.errors import MeshwrightError
 
@@ -67,6 +67,13 @@ def _translated(error: Exception) -> CaptureError:
     for signs, code, problem, help in _KNOWN:
         if any(sign in text for sign in signs):
             return CaptureError(problem, code=code, culprit=line_of(error), help=help)
+    if raised_by_user(error):
+        return CaptureError(
+            f"the forward raised `{text}`",
+            code="raised",
+            culprit=line_of(error),
+            help="make the model run on the example in eager mode first",
+        )
     return CaptureError(
         f"the forward cannot be traced: {text}",
         code="export",

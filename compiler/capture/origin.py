@@ -50,6 +50,12 @@ def line_of(error: BaseException) -> str:
     return ""
 
 
+def raised_by_user(error: BaseException) -> bool:
+    """Whether the user's own code raised this, and not something that it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and is_user(frames[-1].filename)
+
+
 def current_line() -> str:
     """The user's innermost line on the stack of the caller."""
     return innermost_line("".join(traceback.format_stack()))

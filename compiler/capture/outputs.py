@@ -51,7 +51,7 @@ class Wrapper(nn.Module):
         wanted = self.outputs or (tuple(held) if self.mode == "infer" else ())
         if self.mode == "infer" and not held:
             raise CaptureError(
-                f"the model returns no tensor: {describe(output)}",
+                f"the model returns no tensor but {describe(output)}",
                 help="return a tensor, or a tuple, dict or dataclass of tensors",
             )
         for path in wanted:
@@ -104,8 +104,10 @@ def describe(output: Any) -> str:
     if isinstance(output, Tensor):
         return f"`{_type(output)}`"
     held = [f"`{path}: {_type(value)}`" for path, value in tensors_of(output)]
+    if not held:
+        return f"`{type(output).__name__}`"
     more = f", and {len(held) - 8} more" if len(held) > 8 else ""
-    return f"`{type(output).__name__}` of {', '.join(held[:8]) or 'no tensors'}{more}"
+    return f"`{type(output).__name__}` of {', '.join(held[:8])}{more}"
 
 
 def _default_loss(held: dict[str, Tensor], output: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,8 +28,45 @@ def run(captured: Captured, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     for node in captured.graph.nodes:
         values[node] = _value(node, values, tensors)
         for value, type in zip(_many(values[node]), _many(node.type), strict=True):
-            assert type is None or (tuple(value.shape), value.dtype) == (type.shape, type.dtype)
+            assert (tuple(value.shape), value.dtype) == (type.shape, type.dtype), node.name
     return {label: values[node] for label, node in captured.graph.outputs}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
+    """The gradients of `loss` by parameter; None where it does not depend on one."""
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+def check_equal_to_eager(
+    model: nn.Module,
+    example: Any,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    tolerance: float = 1e-12,
+) -> Captured:
+    """Capture `model`; its graph must give eager mode's loss, gradients and new buffers."""
+    args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    captured = capture(model, example, MESH, loss=loss)
+    torch.manual_seed(7)
+    outputs = run(captured, *args, **kwargs)
+    found = gradients(model, outputs["loss"])
+    torch.manual_seed(7)
+    returned = model(*args, **kwargs)
+    expected = loss(returned) if loss else returned
+    near = {"rtol": tolerance, "atol": tolerance}
+    torch.testing.assert_close(outputs["loss"], expected, **near)
+    for name, gradient in gradients(model, expected).items():
+        assert (gradient is None) == (found[name] is None), name
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, **near)
+    after = dict(model.named_buffers())
+    for name, buffer in after.items():
+        torch.testing.assert_close(outputs.get(f"buffer:{name}", before.get(name, buffer)), buffer)
+    model.load_state_dict(before)
+    return captured
 
 
 def _value(node: Node, values: dict[Node, Any], tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
@@ -46,42 +83,3 @@ def _value(node: Node, values: dict[Node, Any], tensors: Mapping[str, Mapping[st
 
 def _many(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
-    """The gradients of `loss` by parameter."""
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
-    return dict(zip(wanted, found, strict=True))
-
-
-def check_equal_to_eager(
-    model: nn.Module, example: Any, *, loss: Any = lambda out: out, tolerance: float = 1e-12
-) -> Captured:
-    """Capture `model`; its graph must give eager mode's loss and gradients, None where it has none."""
-    args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
-    captured = capture(model, example, MESH, loss=loss)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    torch.manual_seed(7)
-    outputs = run(captured, *args, **kwargs)
-    theirs = gradients(model, outputs["loss"])
-    torch.manual_seed(7)
-    expected = loss(model(*args, **kwargs))
-    torch.testing.assert_close(outputs["loss"], expected, rtol=tolerance, atol=tolerance)
-    for name, gradient in gradients(model, expected).items():
-        assert (gradient is None) == (theirs[name] is None), name
-        if gradient is not None:
-            torch.testing.assert_close(theirs[name], gradient, rtol=tolerance, atol=tolerance)
-    for label, value in outputs.items():
-        kind, _, name = label.partition(":")
-        if kind == "buffer":
-            torch.testing.assert_close(value, dict(model.named_buffers())[name])
-    model.load_state_dict(state)
-    _check_requires_grad(captured)
-    return captured
-
-
-def _check_requires_grad(captured: Captured) -> None:
-    """Where a node says that no parameter feeds it, it must be so: its operands have no gradient."""
-    for label, node in captured.graph.outputs:
-        assert node.requires_grad or label != "loss" or not captured.parameters
