@@ -19,7 +19,6 @@ from meshwright.compiler.rules.notation import (
     Dims,
     Group,
     Letters,
-    Slot,
     Spec,
     broadcast_letters,
 )

@@ -64,13 +64,19 @@ def placement_cost(call: Call, placement: Placement) -> float:
 
 
 def operand_cost(operand: Operand, layout: Layout, mesh: Mesh) -> float:
-    """Bytes to bring one operand to `layout`, its adjoint included."""
+    """Bytes to bring one operand to `layout`, its adjoint included.
+
+    What `vary` costs in the backward does not count: reducing a parameter's gradient is the price
+    of splitting the work at all, and weighing it here would undo data parallelism.
+    """
     layout = layout.canonical(mesh)
     if layout == operand.layout or layout in operand.available:
         return 0.0
+    free = [axis for axis in layout.varying if operand.layout.state(axis) == "replicated"]
+    moved = layout.drop_varying(free)
     try:
         price = reshard_cost(
-            operand.layout, layout, operand.type.dtype.itemsize, mesh, operand.differentiable
+            operand.layout, moved, operand.type.dtype.itemsize, mesh, operand.differentiable
         )
     except LayoutError:
         return math.inf

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from meshwright.compiler.ir import Arg, Op
+from meshwright.compiler.ir import Arg, MeshOp, Op
 from meshwright.compiler.rules.notation import Call, Spec, numbered
 from meshwright.compiler.rules.registry import rule
 
@@ -22,7 +22,7 @@ aten = torch.ops.aten
     aten.new_empty.default,
 )
 def _constant(call: Call) -> Spec:
-    """The same everywhere: replicated, or split as the user asks; an operand lends its type only."""
+    """The same everywhere: replicated, or split as a user asks; an operand lends its type only."""
     return _made(call, free=True)
 
 
@@ -71,5 +71,5 @@ def makes_zeros(op: Op, args: tuple[Arg, ...]) -> bool:
     """Whether a call gives nothing but zeros: what `Operand.zero` says of its user's operand."""
     if op in _ZEROS:
         return True
-    place = _FILLED.get(op)
+    place = None if isinstance(op, MeshOp) else _FILLED.get(op)
     return place is not None and isinstance(args[place], (int, float)) and args[place] == 0

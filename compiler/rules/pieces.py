@@ -14,7 +14,7 @@ from meshwright.compiler.mesh import Mesh
 
 
 def slice_dim(dim: Dim, start: int, stop: int, mesh: Mesh) -> Dim:
-    """The elements from `start` up to `stop`: a slice that consists of whole periods of the cuts."""
+    """The elements from `start` up to `stop`, which must be whole periods of the cuts."""
     if not dim_axes(dim):
         return whole(stop - start)
     found: list[Part] = []

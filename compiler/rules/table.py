@@ -63,6 +63,11 @@ NORMS: dict[Op, Row] = {
     aten.native_batch_norm_backward.default: row(
         "b! c ...!, b c ..., c?, c?, c?, c?, c? -> b c ..., c, c", _FIRST
     ),
+    aten.group_norm.default: row("b c! ...!, c?, c? -> b c ..."),
+    aten.native_group_norm.default: row("b c! ...!, c?, c? -> b c ..., b g, b g"),
+    aten.native_group_norm_backward.default: row(
+        "b c! ...!, b c ..., b g!, b g, c? -> b c ..., c, c", _FIRST
+    ),
 }
 
 TABLE: dict[Op, Row] = {**CONTRACTIONS, **WHOLE_LAST, **EMBEDDINGS, **COMPOSITES, **NORMS}
