@@ -29,7 +29,7 @@ from meshwright.compiler.ir import GETITEM, INPUT, Arg, Graph, MeshOp, Node
 from meshwright.compiler.ledger import moves, transfer_key
 from meshwright.compiler.local_steps import Permute, Reshape, apply_all
 from meshwright.compiler.mesh import Mesh
-from meshwright.compiler.rules.local import local_call
+from meshwright.compiler.rules.local import local_args
 
 aten = torch.ops.aten
 
@@ -176,7 +176,9 @@ class _Generator:
     def _torch(self, node: Node) -> None:
         """A call of torch on local sizes, written into a bucket where that is all it is for."""
         assert not isinstance(node.op, MeshOp), node.op
-        args, kwargs = local_call(node, self.mesh)
+        results = node.layout if isinstance(node.layout, tuple) else (node.placed,)
+        operands = [operand.placed for operand in node.operands()]
+        args, kwargs = local_args(node.op, node.args, node.kwargs, operands, results, self.mesh)
         if node.op in FAST:
             function = self._fixed(*FAST[node.op])
         else:

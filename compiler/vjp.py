@@ -153,18 +153,18 @@ def trace(
     leaves = [i for i, want in enumerate(wanted) if want]
 
     def joint(tensors: list[torch.Tensor], cotangents: list[torch.Tensor]) -> Any:
-        tensors = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
-        with torch.enable_grad():
+        def forward(*chosen: torch.Tensor) -> Any:
+            every = dict(enumerate(tensors)) | dict(zip(leaves, chosen, strict=True))
             result = op(
-                *(_fill(arg, tensors) for arg in args),
-                **{key: _fill(value, tensors) for key, value in kwargs},
+                *(_fill(arg, every) for arg in args),
+                **{key: _fill(value, every) for key, value in kwargs},
             )
-        results = list(result) if isinstance(result, (tuple, list)) else [result]
-        given = [r for r, grad in zip(results, grads, strict=True) if grad is not None]
-        found = torch.autograd.grad(
-            given, [tensors[i] for i in leaves], cotangents, allow_unused=True
-        )
-        return [r.detach() if isinstance(r, torch.Tensor) else r for r in results], list(found)
+            results = list(result) if isinstance(result, (tuple, list)) else [result]
+            given = [r for r, grad in zip(results, grads, strict=True) if grad is not None]
+            return tuple(given), results
+
+        _, pull, results = torch.func.vjp(forward, *(tensors[i] for i in leaves), has_aux=True)
+        return (*results, *pull(tuple(cotangents)))
 
     with fake_mode():
         tensors = [fake_tensor(type) for type in operands]
@@ -173,7 +173,7 @@ def trace(
     return _read(op, graph.graph, len(operands), wanted, grads)
 
 
-def _fill(arg: Arg, tensors: list[torch.Tensor]) -> Arg:
+def _fill(arg: Arg, tensors: dict[int, torch.Tensor]) -> Arg:
     if isinstance(arg, Slot):
         return tensors[arg.index]
     if isinstance(arg, tuple):
@@ -220,7 +220,8 @@ def _read(
             Ref("operand", i) if i < num_operands else Ref("grad", given[i - num_operands])
         )
     (output,) = (node for node in graph.nodes if node.op == "output")
-    results, found = output.args[0]
+    (returned,) = output.args
+    results, found = returned[: len(grads)], returned[len(grads) :]
     for i, result in enumerate(results):
         if isinstance(result, torch.fx.Node):
             values.setdefault(_unaliased(result), Ref("result", i))

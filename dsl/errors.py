@@ -40,6 +40,7 @@ CODES = {
     "P305": "two selectors, neither more specific, for one name",
     "P401": "a selector that matches nothing",
     "P501": "a statement that cannot be carried out for this model",
+    "P502": "a contract that the compiled program does not hold to",
 }
 """Every code and its meaning. Codes are stable: new ones are added, none is reused."""
 

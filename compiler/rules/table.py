@@ -42,11 +42,11 @@ COMPOSITES: dict[Op, Row] = {
     # A split v is a masked lookup, whose misses are zeros: partial.
     MeshOp("embedding"): row("v d, ... -> ... d", _FIRST),
     MeshOp("embedding_backward"): row("... d, ..., v d -> v d", _FIRST, shape_only=(2,)),
-    MeshOp("cross_entropy"): row("... v~, ..., v? -> ..., ..."),
-    MeshOp("cross_entropy_backward"): row("..., ... v~, ..., ..., v? -> ... v", _FIRST),
-    MeshOp("norm"): row("... n~, n?, n? -> ... n, ... 1, ... 1"),
+    MeshOp("cross_entropy"): row("... v~, ..., c!? -> ..., ..."),
+    MeshOp("cross_entropy_backward"): row("..., ... v~, ..., ..., c!? -> ... v", _FIRST),
+    MeshOp("norm"): row("... n~, n?, n? -> ... n, ..., ..."),
     MeshOp("norm_backward"): row(
-        "... n~, ... n, ... 1, ... 1, n?, n? -> ... n, n, n", _FIRST, shape_only=(5,)
+        "... n~, ... n, ...?, ..., n?, n? -> ... n, n, n", _FIRST, shape_only=(5,)
     ),
     MeshOp("dropout"): row("... -> ..."),
 }

@@ -1,0 +1,66 @@
+"""Refuse gathers that no statement of the plan asked for, unless they are small or allowed."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from meshwright.compiler.collectives import COLLECTIVES
+from meshwright.compiler.draft import Draft
+from meshwright.compiler.emit import Movement
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.ir import MeshOp
+from meshwright.compiler.rules.lookup import has_rule
+from meshwright.compiler.targets import modules_of
+from meshwright.compiler.text import op_text
+from meshwright.dsl.statements import Allow
+
+LIMIT = 64 << 10
+"""Bytes a rank and step that implicit gathers may move together."""
+
+_GATHERING = ("all_gather", "all_gather_replicated", "all_to_all")
+
+
+def check_replication(draft: Draft) -> None:
+    """Raises `LayoutError` naming the largest implicit gather where they move too much together."""
+    allowed = draft.plan.resolve(Allow, ["", *modules_of(draft)]) if draft.plan.of(Allow) else {}
+    implicit = [m for m in draft.movements if is_implicit(m) and not _is_allowed(m, set(allowed))]
+    total = sum(moved_bytes(m, draft) for m in implicit)
+    limit = int(os.environ.get("MESHWRIGHT_IMPLICIT_BYTES", LIMIT))
+    if total <= limit:
+        return
+    worst = max(implicit, key=lambda m: moved_bytes(m, draft))
+    why = "has no rule" if not has_rule(worst.user) else "needs whole what is split"
+    where = worst.node.origin
+    raise LayoutError(
+        f"`{op_text(worst.user)}` in `{where.module or 'the model'}` {why}: gathering "
+        f"`{worst.value.name}` from `{worst.step.source}` to `{worst.step.target}` was not asked for",
+        code="implicit-gather",
+        culprit=f"{where.source}; {len(implicit)} such gathers move {total} bytes a step",
+        help=f"write `allow replicate {where.module or '**'}`, or lay the value out with `shard`",
+    )
+
+
+def is_implicit(movement: Movement) -> bool:
+    """Whether a movement gathers, and nothing that the plan wrote made it the only way."""
+    return movement.step.kind in _GATHERING and not movement.forced
+
+
+def _is_allowed(movement: Movement, allowed: set[str]) -> bool:
+    return bool(allowed & {path for path, _ in movement.node.origin.modules})
+
+
+def moved_bytes(movement: Movement, draft: Draft) -> int:
+    """The bytes a rank sends for a movement and, where it is differentiated, its adjoint."""
+    from meshwright.compiler.reshard import cost
+
+    value = movement.value
+    assert isinstance(movement.node.op, MeshOp) and movement.node.op.name in COLLECTIVES
+    price = cost(
+        movement.step.source,
+        movement.step.target,
+        value.tensor.dtype.itemsize,
+        draft.mesh,
+        value.requires_grad,
+    )
+    return math.ceil(price)

@@ -1,0 +1,144 @@
+"""Compile: the list of passes, in order. Read it as the table of contents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.inputs import split_example
+from meshwright.compiler.check import check
+from meshwright.compiler.differentiate import differentiate
+from meshwright.compiler.draft import Draft
+from meshwright.compiler.ir import Graph
+from meshwright.compiler.layout import Layout, replicated
+from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.program import Program, Step, Stored
+from meshwright.dsl.plan import Plan
+from meshwright.passes.allow import check_replication
+from meshwright.passes.bucket import bucket
+from meshwright.passes.columns import columns
+from meshwright.passes.data import data
+from meshwright.passes.expect import check_contracts
+from meshwright.passes.fragments import with_fragments
+from meshwright.passes.lower import lower
+from meshwright.passes.normalise import normalise
+from meshwright.passes.overlap import overlap
+from meshwright.passes.pad import pad
+from meshwright.passes.partition import partition
+from meshwright.passes.rows import rows
+from meshwright.passes.sequence import sequence
+from meshwright.passes.shard import shard
+from meshwright.passes.split import split
+from meshwright.passes.supported import check_supported
+from meshwright.passes.vocab import vocab
+
+PLACING: tuple[Callable[[Draft], Draft], ...] = (
+    data,
+    columns,
+    rows,
+    vocab,
+    shard,
+    pad,
+    sequence,
+    partition,
+)
+"""Each carries out what the plan says of layouts; the last places every node."""
+
+
+def compile(
+    model: nn.Module,
+    plan: Plan,
+    example: Any,
+    *,
+    loss: Any = None,
+    outputs: tuple[str, ...] | list[str] = (),
+    mode: str = "train",
+    device: str | torch.device | None = None,
+    launcher: Callable[..., Any],
+) -> Program:
+    """Compile `model` under `plan`; see `meshwright.compile`."""
+    target = torch.device(device or default_device())
+    plan = with_fragments(plan, model)
+    check_supported(plan)
+    mesh = Mesh(plan.mesh)
+    capturing: Any = {"loss": loss, "outputs": tuple(outputs), "mode": mode, "device": target}
+    captured = capture(model, example, mesh, **capturing)
+    modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
+    draft = Draft(plan, mesh, captured, normalise(captured.graph), modules)
+    for each in PLACING:
+        draft = each(draft)
+        check(draft.graph, each.__name__)
+    check_replication(draft)
+    step = _step(draft)
+
+    def recompile(*, example: Any, mode: str) -> Program:
+        args, kwargs = split_example(example)
+        return compile(
+            model, plan, (args, kwargs), loss=loss, outputs=outputs, mode=mode, device=target,
+            launcher=launcher,
+        )  # fmt: skip
+
+    program = Program(
+        plan=plan,
+        mesh=mesh,
+        captured=captured,
+        step=step,
+        parameters=_stored(draft, "parameter", captured.parameters),
+        buffers=_stored(draft, "buffer", captured.buffers),
+        movements=draft.movements,
+        device=target,
+        model=model,
+        recompile=recompile,
+        launcher=launcher,
+    )
+    check_contracts(program)
+    return program
+
+
+def _step(draft: Draft) -> Step:
+    """The graphs that run: forward and backward in training, the forward alone otherwise."""
+    if draft.captured.mode != "train" or not _trains(draft.graph):
+        forward = overlap(lower(draft.graph))
+        return Step(replace(forward, name="stage0.forward"))
+    joint = bucket(lower(differentiate(draft.graph)))
+    regather = frozenset(
+        axis for region in draft.regions if not region.keep_gathered for axis in region.axes
+    )
+    forward, backward = split(joint, regather=regather)
+    return Step(overlap(forward), overlap(backward))
+
+
+def _trains(graph: Graph) -> bool:
+    return any(label == "loss" and node.requires_grad for label, node in graph.outputs)
+
+
+def _stored(
+    draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, Stored]:
+    """How ranks hold these tensors; those that the graph does not use are whole."""
+    nodes = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == kind}
+    found: dict[str, Stored] = {}
+    for name, tensor in tensors.items():
+        node = nodes.get(name)
+        shape = tuple(tensor.shape)
+        layout: Layout = node.placed if node is not None else replicated(shape)
+        padding = draft.paddings.get(name)
+        type = _type(tensor)
+        found[name] = Stored(name, type, layout, tensor.requires_grad, padding)
+    return found
+
+
+def _type(tensor: torch.Tensor) -> Any:
+    from meshwright.compiler.ir import TensorType
+
+    return TensorType(tuple(tensor.shape), tensor.dtype)
+
+
+def default_device() -> str:
+    """Where `launch` would run here."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

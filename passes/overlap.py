@@ -1,0 +1,61 @@
+"""Start collectives as early as their operands allow, and wait for them as late as their users do.
+
+Before:  count = sum(ne(targets, -100)) ... loss = div(total, all_reduce(count, dp))
+After:   count = sum(ne(targets, -100));  n = all_reduce(count, dp) ... loss = div(total, n)
+
+A collective moves to just behind its operand; what it takes of integers and inputs alone moves to the
+front of the graph. Generated code starts it there and waits before the first user. The order of
+collectives is the graph's, the same on every rank. Requires: a placed graph. Ensures: the same nodes.
+Elsewhere: DDP's hooks, Inductor's reordering for compute and communication overlap.
+"""
+
+from __future__ import annotations
+
+from meshwright.compiler.ir import INPUT, Graph, MeshOp, Node
+from meshwright.compiler.ledger import moves
+
+
+def overlap(graph: Graph) -> Graph:
+    """The same nodes in an order that overlaps communication with computation."""
+    early = _ready_from_start(graph)
+    order = [node for node in graph.nodes if node.op == INPUT]
+    placed = set(order)
+    followers: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        if moves(node):
+            followers.setdefault(node.args[0], []).append(node)
+
+    def put(node: Node) -> None:
+        if node in placed:
+            return
+        placed.add(node)
+        order.append(node)
+        for follower in followers.get(node, ()):
+            put(follower)
+
+    for node in order[:]:
+        for follower in followers.get(node, ()):
+            put(follower)
+    for node in graph.nodes:
+        if node in early:
+            put(node)
+    for node in graph.nodes:
+        put(node)
+    return Graph(graph.name, graph.mesh, tuple(order), graph.outputs)
+
+
+def _ready_from_start(graph: Graph) -> set[Node]:
+    """What collectives need that depends on no parameter: it is computed before all else."""
+    light: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == INPUT:
+            if node.args[0] != "parameter":
+                light.add(node)
+        elif node.op != MeshOp("saved") and all(n in light for n in node.operands()):
+            light.add(node)
+    wanted: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node in light and (moves(node) or node in wanted):
+            wanted.add(node)
+            wanted.update(n for n in node.operands() if n in light)
+    return {node for node in wanted if node.op != INPUT}

@@ -1,0 +1,155 @@
+"""Lay out parameters, buffers, inputs and activations as `shard` statements and marks write.
+
+Before:  w: f32[64, 16] = input(parameter up.weight)         shard up.weight [f@tp, d]
+After:   w: f32[64@tp, 16] = input(parameter up.weight)
+
+A `shard` of a parameter takes the place of what `columns`, `rows` and `vocab` said of it. `-> LAYOUT`
+is a module's output, `<- LAYOUT` its input; `meshwright.layout(x, "...")` in a forward marks one value.
+Requires: names of tensors or modules. Ensures: pins for the partitioner.
+Elsewhere: JAX's with_sharding_constraint, DTensor's distribute_tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from meshwright.compiler.annotate import LAYOUT
+from meshwright.compiler.draft import Draft, Pin
+from meshwright.compiler.ir import INPUT, Node, TensorType
+from meshwright.compiler.layout import Layout
+from meshwright.compiler.pins import contradiction, tensor_text, to_dim, with_pin
+from meshwright.compiler.targets import modules_of, tensors_of
+from meshwright.dsl.errors import PlanError
+from meshwright.dsl.layouts import LayoutTemplate
+from meshwright.dsl.statements import Columns, Rows, Shard, Statement, Vocab
+
+
+def shard(draft: Draft) -> Draft:
+    """Pin what every `shard` statement and every mark speaks of."""
+    statements = draft.plan.of(Shard)
+    draft = _tensors(draft, [s for s in statements if s.of == "tensor"])
+    draft = _outputs(draft, [s for s in statements if s.of == "output"])
+    draft = _inputs(draft, [s for s in statements if s.of == "input"])
+    return _marks(draft)
+
+
+def _resolve(draft: Draft, statements: list[Shard], names: list[str]) -> dict[str, Shard]:
+    from meshwright.dsl.resolve import resolve
+
+    return resolve(statements, names) if statements else {}
+
+
+def _tensors(draft: Draft, statements: list[Shard]) -> Draft:
+    nodes = {node.args[1]: node for node in draft.graph.inputs}
+    done: dict[str, Shard] = {}
+    for name, statement in _resolve(draft, statements, tensors_of(draft)).items():
+        own = draft.captured.aliases.get(name, name)
+        if own not in nodes:
+            continue
+        node = nodes[own]
+        layout = _layout(draft, statement.layout, node.tensor.shape, f"{tensor_text(node)}")
+        if own in done and not draft.inputs[own].layout.equals(layout, draft.mesh):
+            raise contradiction(draft, node, (done[own],), statement)
+        draft = with_pin(draft, own, Pin(layout, (*_before(draft, own), statement)))
+        draft = replace(draft, paddings={k: v for k, v in draft.paddings.items() if k != own})
+        done[own] = statement
+    return draft
+
+
+def _before(draft: Draft, name: str) -> tuple[Statement, ...]:
+    """The statements that a `shard` refines."""
+    pin = draft.inputs.get(name)
+    statements = pin.statements if pin else ()
+    return tuple(s for s in statements if isinstance(s, (Columns, Rows, Vocab)))
+
+
+def _layout(
+    draft: Draft, template: LayoutTemplate, shape: tuple[int, ...], what: str
+) -> Layout:
+    dims = tuple(to_dim(dim) for dim in draft.plan.dims(template, shape, what))
+    return Layout(dims, partial=tuple(sorted(template.partial)))
+
+
+def _outputs(draft: Draft, statements: list[Shard]) -> Draft:
+    resolved = _resolve(draft, statements, modules_of(draft))
+    results = module_results(draft, set(resolved))
+    values = dict(draft.values)
+    for module, statement in resolved.items():
+        node = results.get(module)
+        if node is None:
+            raise draft.plan.error(
+                "P501",
+                f"`{module}` gives no tensor that is used outside of it",
+                statement,
+                help="name a module with one output that the model uses",
+            )
+        layout = _layout(draft, statement.layout, node.tensor.shape, f"output of {module}: ")
+        values[node] = Pin(layout, (statement,))
+    return replace(draft, values=values)
+
+
+def module_results(draft: Draft, modules: set[str]) -> dict[str, Node]:
+    """By module: the last tensor computed inside that something outside uses."""
+    found: dict[str, Node] = {}
+    users = draft.graph.users()
+    returned = {node for _, node in draft.graph.outputs}
+    for node in draft.graph.nodes:
+        if not isinstance(node.type, TensorType) or node.op == INPUT:
+            continue
+        for module, _ in node.origin.modules:
+            if module in modules and (
+                node in returned
+                or any(all(path != module for path, _ in u.origin.modules) for u in users[node])
+            ):
+                found[module] = node
+    return found
+
+
+def _inputs(draft: Draft, statements: list[Shard]) -> Draft:
+    resolved = _resolve(draft, statements, modules_of(draft))
+    entering = dict(draft.entering)
+    seen: set[str] = set()
+    for node in draft.graph.nodes:
+        for module, _ in node.origin.modules:
+            statement = resolved.get(module)
+            value = _entering(node, module)
+            if statement is None or module in seen or value is None:
+                continue
+            seen.add(module)
+            what = f"input of {module}: "
+            layout = _layout(draft, statement.layout, value.tensor.shape, what)
+            pin = Pin(layout, (statement,))
+            entering[node] = (*entering.get(node, ()), (value, pin))
+    for module in resolved.keys() - seen:
+        raise draft.plan.error(
+            "P501",
+            f"no tensor enters `{module}`",
+            resolved[module],
+            help="name a module that takes a tensor",
+        )
+    return replace(draft, entering=entering)
+
+
+def _entering(node: Node, module: str) -> Node | None:
+    """The first operand that comes from outside `module` and is no weight."""
+    for operand in node.operands():
+        weight = operand.op == INPUT and operand.args[0] != "argument"
+        outside = all(path != module for path, _ in operand.origin.modules)
+        if outside and not weight and isinstance(operand.type, TensorType):
+            return operand
+    return None
+
+
+def _marks(draft: Draft) -> Draft:
+    """What `meshwright.layout(x, "...")` left in the graph."""
+    values = dict(draft.values)
+    for node in draft.graph.nodes:
+        if node.op == LAYOUT:
+            text = node.args[1]
+            try:
+                template = draft.plan.layout(text)
+                layout = _layout(draft, template, node.tensor.shape, f"{node.origin.module}: ")
+            except PlanError as error:
+                raise error.about(f"marked at {node.origin.source}") from None
+            values[node] = Pin(layout, ())
+    return replace(draft, values=values)

@@ -1,0 +1,42 @@
+"""Refuse the statements whose passes this version does not have."""
+
+from __future__ import annotations
+
+from meshwright.dsl.plan import Plan
+from meshwright.dsl.statements import (
+    Allow,
+    Axes,
+    Columns,
+    Data,
+    Expect,
+    Let,
+    MeshStatement,
+    Rows,
+    Sequence,
+    Shard,
+    Statement,
+    Vocab,
+)
+
+CARRIED_OUT: tuple[type[Statement], ...] = (
+    MeshStatement, Axes, Let, Data, Shard, Columns, Rows, Vocab, Sequence, Expect, Allow,
+)  # fmt: skip
+
+
+def check_supported(plan: Plan) -> None:
+    """Raises `PlanError` at the first statement that cannot be carried out, and without a mesh."""
+    if not plan.mesh:
+        raise plan.error(
+            "P112", "the plan has no mesh", help="write `mesh dp=2, tp=2`, with the axes you want"
+        )
+    for statement in plan.statements:
+        local = isinstance(statement, Allow) and statement.what == "local"
+        if local or not isinstance(statement, CARRIED_OUT):
+            verb = f"allow {statement.what}" if isinstance(statement, Allow) else statement.verb
+            known = ", ".join(f"`{each.verb}`" for each in CARRIED_OUT)
+            raise plan.error(
+                "P501",
+                f"`{verb}` is part of the language, but this version has no pass for it",
+                statement,
+                help=f"remove the statement; what can be compiled today is {known}",
+            )
