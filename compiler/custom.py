@@ -9,6 +9,7 @@ library, `meshwright_custom::<name>`, with a rule as in the rules table and a ha
 from __future__ import annotations
 
 import functools
+import inspect
 import keyword
 import re
 from collections.abc import Callable, Sequence
@@ -50,9 +51,15 @@ class Registered:
     name: str
     function: Callable[..., Any]
     known: CustomOp
+    signature: inspect.Signature | None
+    """How keyword arguments become positional; None for a function in C, which takes none."""
     overloads: dict[tuple[str, ...], Callable[..., Any]] = field(default_factory=dict)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.signature is not None:
+            bound = self.signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            args = (*bound.args, *bound.kwargs.values())
         kinds = tuple(_kind(value, self.name) for value in args)
         if kinds not in self.overloads:
             self.overloads[kinds] = self._define(kinds, args)
@@ -93,9 +100,11 @@ def custom(
     """
     name = _unique(function.__name__)
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
-        _FUNCTIONS[function] = Registered(name, _forward_of(function), CustomOp(name, rule, vjp))
+        run, taken = _forward_of(function)
+        _FUNCTIONS[function] = Registered(name, run, CustomOp(name, rule, vjp), taken)
         return function
-    return Registered(name, function, CustomOp(name, rule, vjp))
+    signature = None if inspect.isbuiltin(function) else inspect.signature(function)
+    return Registered(name, function, CustomOp(name, rule, vjp), signature)
 
 
 def registered(function: type[torch.autograd.Function]) -> Registered | None:
@@ -110,16 +119,17 @@ def _unique(stem: str) -> str:
     return f"{stem}__{count}" if count else stem
 
 
-def _forward_of(function: Any) -> Callable[..., Any]:
-    """`forward` without the context; one that reads its context back is not supported."""
+def _forward_of(function: Any) -> tuple[Callable[..., Any], inspect.Signature]:
+    """`forward` without the context, and the arguments that `apply` takes."""
+    signature = inspect.signature(function.forward)
     if function.setup_context is not torch.autograd.Function.setup_context:
-        return function.forward  # type: ignore[no-any-return]  # a class of the user's
+        return function.forward, signature
 
-    @functools.wraps(function.forward)
     def run(*args: Any) -> Any:
         return function.forward(_Context(needs_input_grad=(True,) * len(args)), *args)
 
-    return run
+    _, *parameters = signature.parameters.values()
+    return run, signature.replace(parameters=parameters)
 
 
 class _Context(SimpleNamespace):
