@@ -14,9 +14,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from meshwright.compiler import kernels
 from meshwright.compiler.ir import MeshOp, Node
-from meshwright.compiler.kernels.dropout import Coords, RandomIndex
+from meshwright.compiler.kernels import attention as attention_kernels
+from meshwright.compiler.kernels import cross_entropy as loss_kernels
+from meshwright.compiler.kernels import embedding as table_kernels
+from meshwright.compiler.kernels import norm as norm_kernels
+from meshwright.compiler.kernels.dropout import Coords, RandomIndex, dropout
 from meshwright.compiler.layout import Dim, Layout, block_map, dim_axes
 from meshwright.compiler.mesh import Mesh
 
@@ -101,7 +104,7 @@ def _embedding(binding: Binding) -> Local:
     offset = _offset(binding, binding.operand(0).placed.dims[0])
 
     def embedding(weight: Tensor, index: Tensor) -> Tensor:
-        return kernels.embedding(weight, index, offset=offset)
+        return table_kernels.embedding(weight, index, offset=offset)
 
     return embedding
 
@@ -112,7 +115,7 @@ def _embedding_backward(binding: Binding) -> Local:
     padding_idx = binding.node.args[3]
 
     def backward(grad: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-        return kernels.embedding_backward(
+        return table_kernels.embedding_backward(
             grad, index, weight.shape[0], offset=offset, padding_idx=padding_idx
         )
 
@@ -131,7 +134,7 @@ def _cross_entropy(binding: Binding) -> Local:
     def cross_entropy(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         logits, target, weight = binding.spread(tensors)[:3]
         assert logits is not None and target is not None
-        rows, lse = kernels.cross_entropy(
+        rows, lse = loss_kernels.cross_entropy(
             logits.reshape(-1, logits.shape[-1]), target.reshape(-1), weight=weight, **options
         )
         return rows.view(target.shape), lse.view(target.shape)
@@ -147,7 +150,7 @@ def _cross_entropy_stats(binding: Binding) -> Local:
     def stats(*tensors: Tensor) -> Tensor:
         logits, target, weight = binding.spread(tensors)[:3]
         assert logits is not None and target is not None
-        found = kernels.cross_entropy_stats(
+        found = loss_kernels.cross_entropy_stats(
             logits.reshape(-1, logits.shape[-1]),
             target.reshape(-1),
             offset=offset,
@@ -166,7 +169,7 @@ def _cross_entropy_combine(binding: Binding) -> Local:
     def combine(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         stats, target, weight = binding.spread(tensors)[:3]
         assert stats is not None and target is not None
-        rows, lse = kernels.cross_entropy_combine(
+        rows, lse = loss_kernels.cross_entropy_combine(
             stats.reshape(*stats.shape[:2], -1), target.reshape(-1), weight=weight, **options
         )
         return rows.view(target.shape), lse.view(target.shape)
@@ -182,7 +185,7 @@ def _cross_entropy_backward(binding: Binding) -> Local:
     def backward(*tensors: Tensor) -> Tensor:
         grad, logits, target, lse, weight = binding.spread(tensors)[:5]
         assert grad is not None and logits is not None and target is not None and lse is not None
-        found = kernels.cross_entropy_backward(
+        found = loss_kernels.cross_entropy_backward(
             logits.reshape(-1, logits.shape[-1]),
             target.reshape(-1),
             lse.reshape(-1),
@@ -203,12 +206,12 @@ def _norm(binding: Binding) -> Local:
     def layer(*tensors: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = binding.spread(tensors)[:3]
         assert x is not None
-        return kernels.layer_norm(x, weight, bias, eps)
+        return norm_kernels.layer_norm(x, weight, bias, eps)
 
     def rms(*tensors: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = binding.spread(tensors)[:2]
         assert x is not None
-        y, rstd = kernels.rms_norm(x, weight, eps)
+        y, rstd = norm_kernels.rms_norm(x, weight, eps)
         return y, None, rstd
 
     return layer if kind == "layer" else rms
@@ -223,8 +226,8 @@ def _norm_backward(binding: Binding) -> Local:
         assert grad is not None and x is not None and rstd is not None
         if kind == "layer":
             assert mean is not None
-            return kernels.layer_norm_backward(grad, x, mean, rstd, weight, bias)
-        return (*kernels.rms_norm_backward(grad, x, rstd, weight), None)
+            return norm_kernels.layer_norm_backward(grad, x, mean, rstd, weight, bias)
+        return (*norm_kernels.rms_norm_backward(grad, x, rstd, weight), None)
 
     return backward
 
@@ -232,8 +235,8 @@ def _norm_backward(binding: Binding) -> Local:
 @binds("norm_stats")
 def _norm_stats(binding: Binding) -> Local:
     if binding.node.args[1] == "layer":
-        return lambda x: kernels.norm_stats(x).unsqueeze(0)
-    return lambda x: kernels.rms_stats(x)[None, None]
+        return lambda x: norm_kernels.norm_stats(x).unsqueeze(0)
+    return lambda x: norm_kernels.rms_stats(x)[None, None]
 
 
 @binds("norm_finish")
@@ -246,10 +249,10 @@ def _norm_finish(binding: Binding) -> Local:
         assert x is not None and stats is not None
         mean, rstd = None, None
         if kind == "layer":
-            mean, rstd = kernels.norm_combine(stats, x.shape[-1], eps)
+            mean, rstd = norm_kernels.norm_combine(stats, x.shape[-1], eps)
         else:
-            rstd = kernels.rms_combine(stats[:, 0], size, eps)
-        return kernels.norm_apply(x, mean, rstd, weight, bias), mean, rstd
+            rstd = norm_kernels.rms_combine(stats[:, 0], size, eps)
+        return norm_kernels.norm_apply(x, mean, rstd, weight, bias), mean, rstd
 
     return finish
 
@@ -259,7 +262,7 @@ def _norm_backward_sums(binding: Binding) -> Local:
     def sums(*tensors: Tensor) -> Tensor:
         grad, x, mean, rstd, weight = binding.spread(tensors)[:5]
         assert grad is not None and x is not None and rstd is not None
-        return kernels.norm_backward_sums(grad, x, mean, rstd, weight)
+        return norm_kernels.norm_backward_sums(grad, x, mean, rstd, weight)
 
     return sums
 
@@ -272,7 +275,7 @@ def _norm_backward_apply(binding: Binding) -> Local:
         sums, grad, x, mean, rstd, weight, bias = binding.spread(tensors)[:7]
         assert sums is not None and grad is not None and x is not None and rstd is not None
         needs = (True, weight is not None, bias is not None)
-        return kernels.norm_backward_apply(grad, x, mean, rstd, weight, sums, size, needs)
+        return norm_kernels.norm_backward_apply(grad, x, mean, rstd, weight, sums, size, needs)
 
     return apply
 
@@ -301,7 +304,7 @@ def _attention(binding: Binding) -> Local:
     options = _attention_options(binding, 4, binding.operand(0), binding.operand(1))
 
     def attention(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.attention(*tensors, **options())
+        return attention_kernels.attention(*tensors, **options())
 
     return attention
 
@@ -312,7 +315,7 @@ def _attention_backward(binding: Binding) -> Local:
     need_bias_grad = binding.node.args[11]
 
     def backward(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-        return kernels.attention_backward(*tensors, need_bias_grad=need_bias_grad, **options())
+        return attention_kernels.attention_backward(*tensors, need_bias_grad=need_bias_grad, **options())
 
     return backward
 
@@ -321,4 +324,4 @@ def _attention_backward(binding: Binding) -> Local:
 def _dropout(binding: Binding) -> Local:
     x, p, op_id = binding.node.args
     index = _random(binding, op_id, x.tensor.shape, x.placed.dims)
-    return lambda tensor: kernels.dropout(tensor, p, index())
+    return lambda tensor: dropout(tensor, p, index())

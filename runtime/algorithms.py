@@ -34,10 +34,15 @@ def combine(parts: Sequence[Tensor], reduce: str, out: Tensor | None = None) -> 
     level = list(parts)
     while len(level) > 2:
         odd = level[len(level) & ~1 :]
-        level = [operation(*pair) for pair in zip(level[::2], level[1::2], strict=False)] + odd
+        # From the second round on the left of a pair is a buffer of this function's own.
+        own = len(level) < len(parts)
+        pairs = zip(level[::2], level[1::2], strict=False)
+        level = [operation(a, b, out=a if own else None) for a, b in pairs] + odd
     if len(level) == 1:
         return level[0].clone() if out is None else out.copy_(level[0])
-    return operation(*level) if out is None else operation(*level, out=out)
+    if out is None and len(parts) > 2:
+        out = level[0]
+    return operation(*level, out=out)
 
 
 def everyone(wire: Wire, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -340,7 +340,7 @@ _DOUBLING = (4, 8, 16)
 ALGORITHMS: tuple[Row, ...] = (
     Row("all_reduce", (2,), MIB, _exchange_and_reduce_in_scratch, alone=True),
     Row("all_reduce", _DOUBLING, 512 * KIB, _double, alone=True),
-    Row("all_reduce", (2, 3, 4), math.inf, _scatter_and_gather, alone=True),
+    Row("all_reduce", (2, 3, 4), 8 * MIB, _scatter_and_gather, alone=True),
     Row("all_reduce", _ANY, 256 * KIB, _exchange_and_reduce),
     Row("all_reduce", (), math.inf, _native_all_reduce),
     Row("all_gather", _ANY, math.inf, _direct_all_gather),

@@ -27,6 +27,7 @@ from meshwright.runtime.digest import check_digests, check_world
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.gloo import GlooGroup
 from meshwright.runtime.nccl import NcclGroup
+from meshwright.runtime.termination import Termination
 from meshwright.runtime.watch import Watch, linger, meet
 
 _RENDEZVOUS_SECONDS = 600.0
@@ -85,6 +86,7 @@ class ProcessTransport:
         ProcessTransport._made += 1
         self.lanes: dict[tuple[str, ...], _Lane] = {}
         self.watch = self._start_watch(period, patience)
+        self.termination = Termination(self.watch)
         self._closed = False
         atexit.register(self.close)
 
@@ -206,6 +208,7 @@ class ProcessTransport:
         atexit.unregister(self.close)
         state, problem = self._last_state()
         self.watch.stop(state, problem)
+        self.termination.close()
         # The store may be gone already, with the process that held it.
         with contextlib.suppress(RuntimeError):
             if self.watch.peers and state != "lost":

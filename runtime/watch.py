@@ -86,7 +86,9 @@ class Watch:
         self.failed = threading.Event()
         self.state, self.problem = "running", ""
         self._number = 0
+        self.signals: Callable[[], bool] = bool
         self._closed_at = 0.0
+        self._told_at = 0.0
         self._answered = time.monotonic()
         self._circle: tuple[Any, int] = (None, 0)
         self._told_circle: list[str] = []
@@ -116,6 +118,11 @@ class Watch:
     def publish_failure(self, problem: str) -> None:
         """Tell the others that this rank raised, at once."""
         self.state, self.problem = "failed", problem
+        self._hurry.set()
+
+    def told_to_stop(self) -> None:
+        """Another process wants this one to end: find out why it waits, then end it."""
+        self._told_at = self._closed_at = time.monotonic()
         self._hurry.set()
 
     def explain(self, error: RuntimeError) -> RunError:
@@ -192,6 +199,10 @@ class Watch:
                 self._forgive(now - last)
                 self._answered += now - last
             last = now
+            if not self._told_at and self.signals():
+                self.told_to_stop()
+            if self._told_at and now - self._told_at > self.patience + 2 * self.period:
+                self._exit(self._error("it was told to stop (SIGTERM)", self._blockers(self.rank)))
             if self.waits is None and not self._closed_at:
                 continue
             error = self.failure or self.examine(now)
@@ -214,8 +225,12 @@ class Watch:
             return
         self._stopping.wait(2 * self.period)
         if self.waits is waits and not self._stopping.is_set():
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
+            self._exit(error)
+
+    def _exit(self, error: RunError) -> None:
+        """End the process under a main thread that cannot be reached."""
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
 
     def examine(self, now: float) -> RunError | None:
         """Why this rank waits in vain, if it does; the nearest cause first."""

@@ -1,0 +1,62 @@
+"""SIGTERM, which torchrun sends to the other ranks as soon as one has died.
+
+By itself it would end them before they can say which rank they have lost, and in what.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+from meshwright.runtime.watch import Watch
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Termination:
+    """A handler of SIGTERM for as long as a transport is open.
+
+    A rank that waits for others is given the time to find out why; any other exits at once. A main
+    thread inside a backend runs no handler, so the number of the signal also goes through a pipe
+    that the watch reads. Does nothing where the script has its own handler.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+        self.installed = False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            return
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        watch.signals = self._arrived
+        self.installed = True
+
+    def close(self) -> None:
+        """Put back what was there before."""
+        if not self.installed or threading.current_thread() is not threading.main_thread():
+            return
+        self.installed = False
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(self._before)
+        os.close(self._read)
+        os.close(self._write)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.watch.waits is None:
+            self.watch.publish_failure("it was told to stop (SIGTERM)")
+            sys.exit(EXIT_CODE)
+        self.watch.told_to_stop()
+
+    def _arrived(self) -> bool:
+        try:
+            return signal.SIGTERM in os.read(self._read, 64)
+        except BlockingIOError:
+            return False
