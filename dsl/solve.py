@@ -225,7 +225,7 @@ def _cannot_split(solver: _Solver, factor: FactorTemplate, size: int, ranks: int
 def _usable(factor: FactorTemplate, size: int) -> str:
     """The sizes that the axes could have instead."""
     usable = [n for n in range(2, min(size, _LARGEST_TRIED) + 1) if size % n == 0]
-    if not usable:
+    if usable in ([], [size]):
         return "leave it whole"
     *most, last = map(str, usable[:_MOST_SHOWN])
     sizes = f"{', '.join(most)} or {last}" if most else last

@@ -18,6 +18,10 @@ from meshwright.dsl.source import Source, Span, make_span, token_span
 from meshwright.dsl.statements import CONNECTIVES, STATEMENTS
 
 TERMINALS = {
+    "OVER": "`over` and a mesh axis",
+    "AT": "`at` and a module",
+    "PER": "`per` and a selector",
+    "AS": "`as (3 heads hd)`",
     "NUMBER": "a number or an expression",
     "SELECTOR": "a name or pattern such as `blocks.*.up`",
     "WORD": "a word",
@@ -139,6 +143,8 @@ def _advice(found: str, span: Span, last: Token) -> str:
         return f'put a name that has a dash in quotes: `"{name}"`'
     if found.startswith("'"):
         return "use double quotes"
+    if found.startswith("{"):
+        return "close the choice with `}`: `{q,k,v}_proj`"
     if found == '"':
         return 'close the string with `"` on the same line'
     if found.startswith("*") and last.type == "STAR":
@@ -154,8 +160,7 @@ def _expected(accepts: Collection[str]) -> str:
     """A help line that names what would fit."""
     implied = {each for name in _IMPLIED if name in accepts for each in _IMPLIED[name]}
     fits = set(accepts) - implied
-    names = [f"`{word}`" for word in CONNECTIVES if word.upper() in fits]
-    names += [text for name, text in TERMINALS.items() if name in fits]
+    names = [text for name, text in TERMINALS.items() if name in fits]
     if {verb.upper() for verb in STATEMENTS} <= fits:
         names = ["a verb such as `columns`"]
     if not names:

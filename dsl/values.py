@@ -90,7 +90,7 @@ class Count:
         if number.q != 1 or number < self.low:
             at_least = f"write a whole number, {self.low} or more"
             raise PlanError(
-                "P111", f"{value.text} is {_not_a_count(number)}", spans=[value.span], help=at_least
+                "P111", _not_a_count(value.text, number), spans=[value.span], help=at_least
             )
         return int(number)
 
@@ -274,8 +274,9 @@ def symbol_of(word: Word) -> sympy.Symbol:
     return sympy.Symbol(word.text)
 
 
-def _not_a_count(number: sympy.Rational) -> str:
-    return f"{number}, not a whole number" if number.q != 1 else "too small"
+def _not_a_count(text: str, number: sympy.Rational) -> str:
+    is_number = "" if text == str(number) else f" is {number}, which"
+    return f"`{text}`{is_number} is {'too small' if number.q == 1 else 'not a whole number'}"
 
 
 def format_bytes(count: int) -> str:

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+
+from meshwright.dsl import Plan, PlanError
+
+
+def test_a_built_plan_equals_the_text_that_says_the_same() -> None:
+    built = (
+        Plan.build(mesh={"dp": 2, "tp": 2, "pp": 2})
+        .axes(model=("dp", "tp"))
+        .let(heads=12, f="4*heads")
+        .data("tokens", "targets", over="dp", dim=0)
+        .shard("wte.weight", layout="[v@tp, d]")
+        .shard("blocks.*", layout="[b@dp, ...] partial(tp)", of="output")
+        .columns("blocks.*.qkv", over="tp", factors="(3 heads hd)")
+        .rows("blocks.*.proj", over=["tp"])
+        .vocab("wte", "head", over="model")
+        .sequence("blocks.*", over="tp")
+        .context("blocks.*.attn", over="dp", method="ulysses")
+        .summa("mlp", over=("dp", "tp"), depth="pp")
+        .experts("moe", over="dp", count=8, capacity=1.25, route="switch")
+        .zero(2, over="dp")
+        .stages("blocks.6", over="pp", schedule="zb", microbatches=8)
+        .memory(budget="60GiB")
+        .checkpoint("blocks.*", keep=["sdpa"])
+        .offload("optimizer")
+        .share("blocks.*")
+        .precision("bf16", keep=["norm"])
+        .expect("all_reduce[tp] == 0", per="blocks.*")
+        .allow("replicate", "blocks.*.rope")
+        .plan()
+    )
+    text = """
+        mesh dp=2, tp=2, pp=2
+        axes model = (dp, tp)
+        let heads = 12, f = 48
+        data tokens, targets over dp
+        shard wte.weight [v@tp, d]
+        shard blocks.* -> [b@dp, ...] partial(tp)
+        columns blocks.*.qkv over tp as (3 heads hd)
+        rows blocks.*.proj over tp
+        vocab wte, head over (dp, tp)
+        sequence blocks.* over tp
+        context blocks.*.attn over dp method=ulysses
+        summa mlp over (dp, tp) depth=pp
+        experts moe over dp count=8 route=switch capacity=1.25
+        zero 2 over dp
+        stages at blocks.6 over pp schedule=zb microbatches=8
+        memory budget=60GiB
+        checkpoint blocks.* keep=[sdpa]
+        offload optimizer
+        share blocks.*
+        precision bf16 keep=[norm]
+        expect all_reduce[tp] == 0 per blocks.*
+        allow replicate blocks.*.rope
+    """
+    assert built == Plan.parse(text)
+
+
+def test_a_mistake_is_an_error_where_it_is_made() -> None:
+    builder = Plan.build(mesh={"dp": 2})
+    with pytest.raises(PlanError, match="P201"):
+        builder.rows("a", over="tp")
+    assert builder.rows("a", over="dp").plan() == Plan.parse("mesh dp=2\nrows a over dp")
+
+
+def test_one_call_cannot_smuggle_in_a_second_statement() -> None:
+    with pytest.raises(PlanError, match="more than one statement"):
+        Plan.build(mesh={"dp": 2}).share("a\nshare b")
