@@ -2,7 +2,7 @@
 
 A send or receive runs in the calling thread, one of Gloo's collectives in a thread of its pool:
 two hand-overs more, some 100 microseconds. The table below holds what was measured with two and
-four processes on two cores, torch 2.13, loopback; the benchmark is `benchmarks/transport.py`.
+four processes on two cores, torch 2.13, loopback.
 """
 
 from __future__ import annotations

@@ -273,7 +273,8 @@ class Watch:
             if beat.circle:
                 return self._deadlock(beat.circle)
             if beat.state == "lost":
-                return self._error(f"rank {peer} stopped: {beat.problem}", [peer])
+                where = [*self._where([]), f"rank {peer} says so, and has stopped"]
+                return PeerError(beat.problem, rank=self.rank, peers=(peer,), where=where)
         return None
 
     def _in_circle(self) -> RunError | None:

@@ -13,14 +13,18 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
+def environment() -> dict[str, str]:
+    """This process's, with the package importable and one thread a process."""
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
 def start(script: Path, num_ranks: int, *args: str) -> list[subprocess.Popen[str]]:
     """The processes, by rank; their standard error goes to standard output."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
+    common = environment() | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(num_ranks),
@@ -28,7 +32,7 @@ def start(script: Path, num_ranks: int, *args: str) -> list[subprocess.Popen[str
     return [
         subprocess.Popen(
             [sys.executable, str(script), *args],
-            env=environment | {"RANK": str(rank)},
+            env=common | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from meshwright.compiler.collectives import Start, Wait, Wire
 from meshwright.compiler.mesh import Mesh
+from meshwright.runtime.algorithms import combine
 from meshwright.runtime.errors import DeadlockError, MismatchError
 from meshwright.runtime.virtual import run_virtual
 
@@ -113,6 +114,18 @@ def test_half_types_round_once() -> None:
     given = [torch.tensor(value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0, 1.0)]
     results = on_every_rank(mesh, Wire("all_reduce", ("tp",)), given)
     assert [float(result) for result in results] == [260.0] * 4
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+@pytest.mark.parametrize("reduce", ["sum", "max", "min"])
+def test_any_number_of_parts_is_combined_and_left_as_it_was(count: int, reduce: str) -> None:
+    parts = [torch.randint(-9, 9, (5,)) for _ in range(count)]
+    before = torch.stack(parts)
+    expected = {"sum": before.sum(0), "max": before.amax(0), "min": before.amin(0)}[reduce]
+    assert torch.equal(combine(parts, reduce), expected)
+    assert torch.equal(torch.stack(parts), before)
+    assert combine(parts, reduce, out=parts[-1]) is parts[-1]
+    assert torch.equal(parts[-1], expected)
 
 
 def test_an_operand_is_freed_once_it_is_given() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.runtime.processes import finish, start
+from tests.runtime.processes import environment, finish, start
 
 MISHAP = Path(__file__).with_name("mishap.py")
 SECONDS = 30.0
@@ -81,3 +83,15 @@ def test_a_long_computation_is_no_stall() -> None:
     processes = start(MISHAP, 2, "1", "is slow")
     assert finish(processes, SECONDS) == ["trained\n"] * 2
     assert [process.returncode for process in processes] == [0, 0]
+
+
+def test_under_torchrun_the_dead_rank_is_named_before_the_others_are_stopped() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    process = subprocess.run(
+        [*command, "--nproc-per-node", "2", str(MISHAP), "1", "dies"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(),
+    )
+    assert f"PeerError: rank 1 died\n  rank 0 waits in {ROW}" in process.stderr
