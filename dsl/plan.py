@@ -91,9 +91,20 @@ class Plan:
         """The statements of one verb, in the order of the text."""
         return tuple(each for each in self.statements if isinstance(each, verb))
 
-    def resolve(self, verb: type[_T], names: Collection[str]) -> dict[str, _T]:
-        """For each of a model's names, the statement of this verb that holds for it, if any."""
-        return resolve(self.of(verb), names)
+    def resolve(self, verb: type[_T], names: Collection[str], **fields: object) -> dict[str, _T]:
+        """For each of a model's names, the statement of this verb that holds for it, if any.
+
+        `fields` narrow the verb to what does not compete: `of="output"` for `Shard`, `dim=1` for
+        `Data`, `what="local"` for `Allow`.
+        """
+        return resolve(
+            (
+                each
+                for each in self.of(verb)
+                if all(getattr(each, name) == value for name, value in fields.items())
+            ),
+            names,
+        )
 
     def layout(self, text: str) -> LayoutTemplate:
         """Read a layout alone, such as `[b@dp, s, d]`, with this plan's axes."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meshwright.dsl import CODES, Columns, Plan, PlanError, Shard
+from meshwright.dsl import Columns, Plan, PlanError, Shard
 
 Golden = Callable[[str, str], None]
 
@@ -166,9 +166,3 @@ def test_an_unreadable_file_is_a_plan_error(tmp_path: Path) -> None:
 
 def test_a_text_without_end_is_refused_before_it_is_read() -> None:
     assert "P108" in error_of(lambda: Plan.parse("#" * 300_000))
-
-
-def test_every_code_is_documented() -> None:
-    page = Path(__file__).parents[2] / "docs" / "plan-language.md"
-    text = page.read_text(encoding="utf-8")
-    assert [code for code in CODES if code not in text] == []

@@ -1,0 +1,43 @@
+"""The page that teaches the language says nothing that the language does not do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from meshwright.dsl import CODES, STATEMENTS, Plan
+
+PAGE = (Path(__file__).parents[2] / "docs" / "plan-language.md").read_text(encoding="utf-8")
+HEAD = "mesh dp=2, tp=2, row=2, col=2, pp=2, cp=2, ep=2, z=2\n"
+
+
+PLANS = [
+    text
+    for language, text in re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.M | re.S)
+    if not language and not text.startswith("error[")
+]
+
+
+def test_every_code_is_on_the_page() -> None:
+    rows = [f"| {code} | {meaning} |" for code, meaning in CODES.items()]
+    assert [row for row in rows if row not in PAGE] == []
+
+
+def test_every_verb_is_on_the_page() -> None:
+    assert [verb for verb in STATEMENTS if f"| `{verb} " not in PAGE] == []
+
+
+@pytest.mark.parametrize("block", PLANS)
+def test_every_plan_on_the_page_is_right(block: str) -> None:
+    groups = "" if "axes model" in block else "axes model = (row, col)\n"
+    plan = Plan.parse(block if block.startswith("mesh") else HEAD + groups + block)
+    assert Plan.parse(plan.format()) == plan
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\| `(\w+ [^`]*)` \|", PAGE, re.M))
+def test_every_statement_in_a_table_is_right(line: str) -> None:
+    text = line.replace("SEL", "blocks.*").replace("LAYOUT", "[b@dp, d]")
+    head = "" if line.startswith("mesh") else HEAD
+    assert Plan.parse(head + text).statements
