@@ -82,5 +82,5 @@ def operand_cost(operand: Operand, layout: Layout, mesh: Mesh) -> float:
         return math.inf
     if layout in operand.proposals:
         price *= PREFERRED
-    overridden = operand.explicit and layout.dims != operand.layout.dims
+    overridden = operand.explicit and _loses_split(operand.layout, layout)
     return price * EXPLICIT + EXPLICIT if overridden else price
