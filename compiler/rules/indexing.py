@@ -59,7 +59,7 @@ def _index_put(call: Call) -> Spec:
     last = len(call.operands) - 1
     rank = len(call.operands[last].type.shape)
     operands = _broadcast(call, (letters, *terms, result[len(result) - rank :]))
-    adds_to_zeros = bool(call.arg(3, False)) and call.operands[0].zero
+    adds_to_zeros = bool(call.arg(3, False)) and call.operands[0].any_sum
     closed = looked_up if adds_to_zeros else looked_up | (set(result) - set(letters))
     return Spec(operands, (letters,), whole=closed, linear=(frozenset({0, last}),))
 
@@ -98,7 +98,7 @@ def _scatter_add(call: Call) -> Spec:
     if rank and shapes[1][dim] == shapes[2][dim]:
         source = (*source[:dim], index[dim], *source[dim + 1 :])
     closed = {x[dim], source[dim]} if rank else set()
-    if call.operands[0].zero and index[dim : dim + 1] == source[dim : dim + 1]:
+    if call.operands[0].any_sum and index[dim : dim + 1] == source[dim : dim + 1]:
         closed -= set(index[dim : dim + 1])
     elif rank:
         closed |= {index[dim]}
@@ -135,7 +135,7 @@ def _index_add(call: Call) -> Spec:
     letters = numbered("x", len(call.operands[0].type.shape))
     dim = dim_index(call.arg(1), len(letters))
     source = (*letters[:dim], "j", *letters[dim + 1 :])
-    closed = {letters[dim]} if call.operands[0].zero else {letters[dim], "j"}
+    closed = {letters[dim]} if call.operands[0].any_sum else {letters[dim], "j"}
     return Spec(
         (letters, ("j",), source),
         (letters,),

@@ -49,7 +49,15 @@ class Operand:
     keep_partial: bool = True
     """Whether a pending sum may stay pending; not where several users would each reduce it."""
     zero: bool = False
-    """Whether the value is known to be all zeros, which is a pending sum over any axis as it is."""
+    """Whether the value is known to be all zeros."""
+
+    @property
+    def any_sum(self) -> bool:
+        """Whether the value is a pending sum over any axis as it is: zeros.
+
+        Not if they have a cotangent: not typed as pending, it would be counted once a rank.
+        """
+        return self.zero and not self.differentiable
 
 
 @dataclass(frozen=True, slots=True)

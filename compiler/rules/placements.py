@@ -165,7 +165,7 @@ def _kept_partials(spec: Spec, call: Call, used: frozenset[str]) -> set[tuple[in
         for axis, reduce in operand.layout.partial:
             if axis not in used and reduce == "sum" and operand.keep_partial:
                 pending.setdefault(axis, set()).add(i)
-    zeros = {i for i, operand in enumerate(call.operands) if operand.zero}
+    zeros = {i for i, operand in enumerate(call.operands) if operand.any_sum}
     kept: set[tuple[int, str]] = set()
     for axis, holders in pending.items():
         group = next((g for g in spec.linear if g <= holders | zeros and g & holders), frozenset())

@@ -28,7 +28,7 @@ def is_pointwise(op: Op) -> bool:
     return not isinstance(op, MeshOp) and torch.Tag.pointwise in op.tags
 
 
-def _cast(call: Call) -> Groups:
+def cast_linear(call: Call) -> Groups:
     """A sum passes a cast between floating types, which rounds each summand for itself."""
     result = call.results[0]
     both = (call.operands[0].type.dtype, None if result is None else result.dtype)
@@ -78,14 +78,10 @@ LINEAR: dict[Op, Arg] = {
     aten.lift_fresh_copy.default: _ONE,
     aten.lift_fresh.default: _ONE,
     LAYOUT: _ONE,
-    aten._to_copy.default: _cast,
-    aten.to.dtype: _cast,
-    aten.to.device: _cast,
-    aten.to.dtype_layout: _cast,
-    aten.to.other: _cast,
-    aten.type_as.default: _cast,
-    aten._conj.default: _ONE,
-    aten.real.default: _ONE,
+    aten._to_copy.default: cast_linear,
+    aten.to.dtype: cast_linear,
+    aten.to.device: cast_linear,
+    aten.to.dtype_layout: cast_linear,
     aten.where.self: ((1, 2),),
     aten.where.ScalarOther: _filled,
     aten.where.ScalarSelf: _filled,

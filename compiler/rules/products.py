@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from meshwright.compiler.rules.notation import Call, Letters, Spec, broadcast_letters, letter_sizes
@@ -24,6 +26,16 @@ def _matmul(call: Call) -> Spec:
 def _batch(count: int) -> Letters:
     """Letters of leading dims, aligned at the right."""
     return tuple(f".{count - 1 - i}" for i in range(max(count, 0)))
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def _added_product(call: Call) -> Spec:
+    """`addmm(bias, x, y)`: with k split, the broadcast bias would be added once a rank."""
+    batch = ("b",) if len(call.operands[1].type.shape) == 3 else ()
+    result = (*batch, "m", "n")
+    bias = result[len(result) - len(call.operands[0].type.shape) :]
+    found = _product(call, (bias, (*batch, "m", "k"), (*batch, "k", "n")), result)
+    return replace(found, whole=frozenset("k"), linear=(frozenset({0, 1}), frozenset({0, 2})))
 
 
 @rule(aten.einsum.default)

@@ -137,7 +137,6 @@ ALONG: dict[Op, Rule] = {
     aten.argsort.stable: _along(2),
     aten.flip.default: _along(1, linear="0"),
     aten.roll.default: _along(2, linear="0", default=None),
-    aten.renorm.default: _along(2),
 }
 
 

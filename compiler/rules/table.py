@@ -22,8 +22,6 @@ CONTRACTIONS: dict[Op, Row] = {
     aten.mv.default: row("m k, k -> m", "each"),
     aten.dot.default: row("k, k -> ", "each"),
     aten.outer.default: row("m, n -> m n", "each"),
-    aten.addmm.default: row("... n, m k, k n -> m n", ((0, 1), (0, 2)), added=0),
-    aten.baddbmm.default: row("... n, b m k, b k n -> b m n", ((0, 1), (0, 2)), added=0),
     aten.addmv.default: row("m, m k, k -> m", ((0, 1), (0, 2)), added=0),
 }
 

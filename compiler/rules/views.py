@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 
+from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.ir import Arg
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.regroup import reshape
 from meshwright.compiler.rules.notation import Call, Dims, Letters, Spec, dim_index, numbered
+from meshwright.compiler.rules.pointwise import cast_linear
 from meshwright.compiler.rules.registry import rule
 
 aten = torch.ops.aten
@@ -28,7 +31,6 @@ _LINEAR = (frozenset({0}),)
     aten.flatten.using_ints,
     aten.unflatten.int,
     aten.ravel.default,
-    aten.squeeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unsqueeze.default,
@@ -46,6 +48,43 @@ def _reshape(call: Call) -> Spec:
 def _regroup(old: Letters, new: Letters, shape: tuple[int, ...], mesh: Mesh, dims: Dims) -> Dims:
     layout = Layout(tuple(dims[letter] for letter in old))
     return dict(zip(new, reshape(layout, shape, mesh).dims, strict=True))
+
+
+@rule(aten.squeeze.default)
+def _squeeze(call: Call) -> Spec:
+    """A dim must not become one of size 1 by being split: it would go too."""
+    spec = _reshape(call)
+    assert isinstance(spec, Spec)
+    assert spec.bind is not None
+    return replace(spec, bind=partial(_keep_dims, spec.bind, call.mesh))
+
+
+def _keep_dims(bind: Callable[[Dims], Dims], mesh: Mesh, dims: Dims) -> Dims:
+    layout = Layout(tuple(dims.values()))
+    for size, local in zip(layout.shape, layout.local_shape(mesh), strict=True):
+        if local == 1 != size:
+            raise LayoutError(
+                f"`{layout}` has a dim of size 1 on each rank, which `squeeze` would remove",
+                code="squeezed-dim",
+                help="name the dim to squeeze",
+            )
+    return bind(dims)
+
+
+@rule(aten.to.other, aten.type_as.default)
+def _cast_like(call: Call) -> Spec:
+    """The second operand lends only its element type."""
+    first, other = (
+        numbered(prefix, len(operand.type.shape))
+        for prefix, operand in zip("xo", call.operands, strict=True)
+    )
+    return Spec(
+        (first, other),
+        (first,),
+        inner=frozenset(other),
+        linear=tuple(map(frozenset, cast_linear(call))),
+        shape_only=frozenset({1}),
+    )
 
 
 @rule(aten.view_as.default, aten.reshape_as.default)
