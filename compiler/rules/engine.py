@@ -84,3 +84,8 @@ def operand_cost(operand: Operand, layout: Layout, mesh: Mesh) -> float:
         price *= PREFERRED
     overridden = operand.explicit and _loses_split(operand.layout, layout)
     return price * EXPLICIT + EXPLICIT if overridden else price
+
+
+def _loses_split(written: Layout, used: Layout) -> bool:
+    """Whether a split that the plan wrote is undone or moved; splitting further is not that."""
+    return any(written.split_dim(axis) != used.split_dim(axis) for axis in written.split_axes)
