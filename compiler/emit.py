@@ -6,9 +6,10 @@ backward obey the same rules and every change of layout is an explicit node.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from meshwright.compiler.calls import call_operands, make_call
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.ir import (
     GETITEM,
@@ -26,8 +27,8 @@ from meshwright.compiler.layout import Layout
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.reshard import Step, steps
 from meshwright.compiler.rules.engine import place
-from meshwright.compiler.rules.notation import Call, Operand, Placement, Slot
-from meshwright.compiler.types import freeze, result_type
+from meshwright.compiler.rules.notation import Operand, Placement
+from meshwright.compiler.types import result_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +72,13 @@ class Emitter:
         name: str = "",
     ) -> Node:
         """Emit `op` on these nodes, resharding operands as its cheapest placement asks."""
-        kwargs = dict(kwargs or {})
-        operands = [*_nodes(args), *(n for v in kwargs.values() for n in _nodes(v))]
+        kwargs = {key: (kwargs or {})[key] for key in sorted(kwargs or {})}
+        operands = call_operands(args, kwargs)
         if type is None:
             type = result_type(op, args, kwargs)
-        asked = self._ask(op, args, kwargs, operands, type, proposals or {})
+        asked = make_call(
+            op, args, kwargs, type, self.mesh, lambda node: self._operand(node, proposals or {})
+        )
         placement = place(asked)
         forced = any(operand.explicit for operand in asked.operands)
         brought = iter(
@@ -151,29 +154,6 @@ class Emitter:
             requires_grad=value.requires_grad,
         )
 
-    def _ask(
-        self,
-        op: Op,
-        args: tuple[Arg, ...],
-        kwargs: Mapping[str, Arg],
-        operands: list[Node],
-        type: NodeType,
-        proposals: Mapping[Node, Layout],
-    ) -> Call:
-        numbers = iter(range(len(operands)))
-        slotted = freeze(map_nodes(args, lambda _: Slot(next(numbers))))
-        return Call(
-            op,
-            slotted,
-            tuple(
-                (key, freeze(map_nodes(value, lambda _: Slot(next(numbers)))))
-                for key, value in sorted(kwargs.items())
-            ),
-            tuple(self._operand(value, proposals) for value in operands),
-            type if isinstance(type, tuple) else (type,),
-            self.mesh,
-        )
-
     def _operand(self, value: Node, proposals: Mapping[Node, Layout]) -> Operand:
         return Operand(
             value.tensor,
@@ -194,14 +174,6 @@ class Emitter:
         if layouts[0] is None:
             raise PassError("a rule gave no layout for a tensor result", help="report this")
         return layouts[0]
-
-
-def _nodes(arg: Arg) -> Iterable[Node]:
-    if isinstance(arg, Node):
-        yield arg
-    elif isinstance(arg, (tuple, list)):
-        for item in arg:
-            yield from _nodes(item)
 
 
 def is_floating(type: NodeType) -> bool:

@@ -35,6 +35,7 @@ from meshwright.passes.sequence import sequence
 from meshwright.passes.shard import shard
 from meshwright.passes.split import split
 from meshwright.passes.supported import check_supported
+from meshwright.passes.vary import vary
 from meshwright.passes.vocab import vocab
 
 PLACING: tuple[Callable[[Draft], Draft], ...] = (
@@ -105,7 +106,12 @@ def _step(draft: Draft) -> Step:
     if draft.captured.mode != "train" or not _trains(draft.graph):
         forward = overlap(lower(draft.graph))
         return Step(replace(forward, name="stage0.forward"))
-    joint = bucket(lower(differentiate(draft.graph)))
+    forward = vary(draft.graph)
+    check(forward, "vary")
+    joint = differentiate(forward)
+    check(joint, "differentiate")
+    joint = bucket(lower(joint))
+    check(joint, "bucket")
     regather = frozenset(
         axis for region in draft.regions if not region.keep_gathered for axis in region.axes
     )

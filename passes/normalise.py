@@ -31,6 +31,7 @@ from meshwright.compiler.ir import (
     Op,
     TensorType,
     map_nodes,
+    nodes_in,
 )
 from meshwright.compiler.types import result_type
 
@@ -66,7 +67,9 @@ class Rewriter:
             kwargs,
             type=type,
             origin=self.node.origin,
-            requires_grad=self.node.requires_grad and _floating(type),
+            requires_grad=self.node.requires_grad
+            and _floating(type)
+            and any(operand.requires_grad for operand in nodes_in((args, *kwargs.values()))),
         )
 
     def random_id(self) -> int:
