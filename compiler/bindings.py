@@ -181,17 +181,20 @@ def _cross_entropy_combine(binding: Binding) -> Local:
 def _cross_entropy_backward(binding: Binding) -> Local:
     options = _loss_options(binding, 5)
     offset = max(0, _offset(binding, binding.operand(1).placed.dims[-1]))
+    overwrite = binding.node.kwargs.get("overwrite", False)
 
     def backward(*tensors: Tensor) -> Tensor:
         grad, logits, target, lse, weight = binding.spread(tensors)[:5]
         assert grad is not None and logits is not None and target is not None and lse is not None
+        flat = logits.reshape(-1, logits.shape[-1])
         found = loss_kernels.cross_entropy_backward(
-            logits.reshape(-1, logits.shape[-1]),
+            flat,
             target.reshape(-1),
             lse.reshape(-1),
             grad.reshape(-1),
             offset=offset,
             weight=weight,
+            out=flat if overwrite and flat.is_contiguous() else None,
             **options,
         )
         return found.view(logits.shape)

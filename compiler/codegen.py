@@ -36,7 +36,7 @@ aten = torch.ops.aten
 RankFunction: TypeAlias = Callable[[Sequence[Any], list[Any]], Generator[Any, Any, Any]]
 """`(inputs, saved)` to a generator that returns `(outputs, saved values)`."""
 
-_OUT = {aten.mm.default, aten.sum.dim_IntList}
+_OUT = {aten.mm.default, aten.sum.dim_IntList, aten.add.Tensor}
 """Operators that can write straight into a bucket."""
 
 _FRESH = {
@@ -103,13 +103,12 @@ class _Generator:
         self.waiting: dict[str, list[str]] = {}
         """By variable that is still to come: the lines that wait for it."""
         self.shared: dict[Any, str] = {}
-        self.slots = {
-            part: (node, i)
-            for node in graph.nodes
-            if node.op == MeshOp("bucket")
-            for i, part in enumerate(node.args)
-            if part.op in _OUT and len(self.users[part]) == 1 and node.args.count(part) == 1
-        }
+        self.slots: dict[Node, list[tuple[Node, int]]] = {}
+        """The places in buckets that a node's value goes to."""
+        for node in graph.nodes:
+            if node.op == MeshOp("bucket"):
+                for i, part in enumerate(node.args):
+                    self.slots.setdefault(part, []).append((node, i))
 
     def run(self) -> Code:
         inputs = [self._name(node) for node in self.graph.inputs]
@@ -118,6 +117,8 @@ class _Generator:
         for node in self.graph.nodes:
             if node.op != INPUT:
                 self._node(node)
+            if node in self.slots and not self._writes_into_bucket(node):
+                self._copy_into_buckets(node)
         self._return()
         body = _with_frees(_joined(self.lines), set(inputs))
         source = "def run(_inputs, _saved):\n" + "".join(f"    {line}\n" for line in body)
@@ -190,9 +191,8 @@ class _Generator:
         ):
             self.constants.setdefault("_device", lambda c: c.device)
             parts.append("device=_device")
-        if node in self.slots:
-            bucket, i = self.slots[node]
-            parts.append(f"out={self._view(bucket, i)}")
+        if self._writes_into_bucket(node):
+            parts.append(f"out={self._view(*self.slots[node][0])}")
         self.lines.append(f"{self._name(node)} = {function}({', '.join(parts)})")
 
     def _value(self, node: Node) -> str:
@@ -223,11 +223,18 @@ class _Generator:
         self.constants[name] = lambda c: c.buckets[bucket.name][index + 1]
         return name
 
+    def _writes_into_bucket(self, node: Node) -> bool:
+        """Whether a gradient is computed where it is kept."""
+        places = self.slots.get(node, ())
+        return node.op in _OUT and len(places) == 1 and len(self.users[node]) == 1
+
+    def _copy_into_buckets(self, node: Node) -> None:
+        """Copy a gradient at once, so that its own memory is free again."""
+        for bucket, i in self.slots[node]:
+            self.lines.append(f"{self._view(bucket, i)}.copy_({self._value(node)})")
+
     def _bucket(self, node: Node) -> None:
-        """Fill a flat buffer: what was not written into it is copied."""
-        for i, part in enumerate(node.args):
-            if part not in self.slots:
-                self.lines.append(f"{self._view(node, i)}.copy_({self._value(part)})")
+        """A flat buffer that is full by now."""
         flat = f"_{node.name}_flat"
         self.constants[flat] = lambda c: c.buckets[node.name][0]
         self.lines.append(f"{self._name(node)} = {flat}")

@@ -12,9 +12,12 @@ them. Requires: backward nodes name their forward node. Ensures: no node is in b
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from meshwright.compiler.ir import INPUT, Builder, Graph, MeshOp, Node
+from meshwright.compiler.memory import storage
 
 aten = torch.ops.aten
 
@@ -67,6 +70,7 @@ class _Splitter:
                 for operand in node.operands():
                     self._bring(operand)
                 self.mapping[node] = self.backward.copy(node, self.mapping)
+        self._overwrite_logits()
         return self._forward_graph(), self._backward_graph()
 
     def _bring(self, node: Node) -> None:
@@ -103,6 +107,18 @@ class _Splitter:
         (operand,) = node.args
         stored = operand.op == INPUT and operand.args[0] == "parameter"
         return stored or bool(self.regather & set(node.kwargs["axes"]))
+
+    def _overwrite_logits(self) -> None:
+        """Let the loss write its gradient over the logits, where nothing else will read them."""
+        readers = Counter(n for node in self.backward.nodes for n in set(node.operands()))
+        kept = Counter(storage(node) for node in self.saved)
+        kept.update({storage(node) for _, node in self.graph.outputs})
+        handed = {new: old for old, new in self.saved.items()}
+        for node in self.backward.nodes:
+            if node.op == MeshOp("cross_entropy_backward"):
+                logits = node.args[1]
+                if logits in handed and readers[logits] == 1 == kept[storage(handed[logits])]:
+                    node.kwargs["overwrite"] = True
 
     def _forward_graph(self) -> Graph:
         results = [
