@@ -43,16 +43,14 @@ def _sequence(call: Call) -> Spec:
 
 
 def _made(call: Call, *, free: bool) -> Spec:
-    operands = tuple(numbered("x", len(operand.type.shape)) for operand in call.operands)
+    operands = tuple(("",) * len(operand.type.shape) for operand in call.operands)
     (result,) = call.results
     assert result is not None
     letters = numbered("r", len(result.shape))
-    ignored = frozenset(letter for operand in operands for letter in operand)
     return Spec(
         operands,
         (letters,),
-        inner=ignored,
-        shape_only=frozenset(range(len(operands))),
+        ignored=frozenset(range(len(operands))),
         free=frozenset(letters) if free else frozenset(),
     )
 

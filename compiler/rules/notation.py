@@ -120,12 +120,14 @@ class Spec:
     inner: frozenset[str] = frozenset()
     linear: tuple[Group, ...] = ()
     reduce: str = "sum"
-    shape_only: frozenset[int] = frozenset()
+    shape_only: Group = frozenset()
     derived: frozenset[str] = frozenset()
     bind: Callable[[Dims], Dims] | None = None
     offers: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
     free: frozenset[str] = frozenset()
     """Letters that only results have, and that may be split as `Call.wanted` asks."""
+    ignored: Group = frozenset()
+    """Operands of which not even the shape on a rank matters: they stay as they are."""
 
 
 Rule: TypeAlias = Callable[[Call], "Spec | Iterable[Placement]"]

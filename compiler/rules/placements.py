@@ -121,10 +121,12 @@ def without_axes(dim: Dim, axes: frozenset[str]) -> Dim:
 def _placement(spec: Spec, call: Call, dims: Dims, used: frozenset[str]) -> Placement:
     kept = _kept_partials(spec, call, used)
     layouts = [
-        _operand_layout(i, letters, operand, dims, kept, i in spec.shape_only)
+        operand.layout
+        if i in spec.ignored
+        else _operand_layout(i, letters, operand, dims, kept, i in spec.shape_only)
         for i, (letters, operand) in enumerate(zip(spec.operands, call.operands, strict=True))
     ]
-    required = vary_operands(layouts, call, used, spec.shape_only)
+    required = vary_operands(layouts, call, spec, used)
     results = tuple(
         None
         if letters is None or type is None
@@ -176,18 +178,21 @@ def _kept_partials(spec: Spec, call: Call, used: frozenset[str]) -> set[tuple[in
 def vary_operands(
     layouts: list[Layout],
     call: Call,
-    used: frozenset[str] = frozenset(),
-    shape_only: frozenset[int] = frozenset(),
+    spec: Spec,
+    used: frozenset[str],
 ) -> tuple[Layout, ...]:
     """Apply the `vary` rule to the layouts chosen for the operands."""
     active = set(used)
     for i, layout in enumerate(layouts):
-        active.update(layout.split_axes if i in shape_only else layout.axes_used)
+        if i not in spec.ignored:
+            active.update(layout.split_axes if i in spec.shape_only else layout.axes_used)
     if not differentiable(call):
         return tuple(layouts)
     return tuple(
         layout.add_varying(active - set(layout.axes_used))
-        if operand.differentiable and i not in shape_only and active - set(layout.axes_used)
+        if operand.differentiable
+        and i not in spec.shape_only | spec.ignored
+        and active - set(layout.axes_used)
         else layout
         for i, (layout, operand) in enumerate(zip(layouts, call.operands, strict=True))
     )
@@ -210,7 +215,7 @@ def _result(
     partial = dict.fromkeys(sorted(contracted), spec.reduce)
     varying: set[str] = set()
     for i, layout in enumerate(operands):
-        if i not in spec.shape_only:
+        if i not in spec.shape_only | spec.ignored:
             partial.update(layout.partial)
             varying.update(layout.varying)
     return Layout(

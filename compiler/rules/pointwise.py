@@ -120,7 +120,22 @@ VALUELESS: dict[Op, Arg] = {
 }
 """Elementwise operators that look only at the shape of one operand."""
 
+UNTAGGED: tuple[Op, ...] = (
+    aten.__and__.Tensor,
+    aten.__and__.Scalar,
+    aten.__or__.Tensor,
+    aten.__or__.Scalar,
+    aten.__xor__.Tensor,
+    aten.__xor__.Scalar,
+    aten.__lshift__.Tensor,
+    aten.__rshift__.Tensor,
+    aten.isclose.default,
+    aten.nan_to_num.default,
+)
+"""Elementwise operators that torch does not say are."""
+
 POINTWISE: dict[Op, Row] = {
+    **{op: pointwise(op) for op in UNTAGGED},
     **{op: pointwise(op, linear) for op, linear in LINEAR.items()},
     **{op: pointwise(op, **options) for op, options in VALUELESS.items()},
 }

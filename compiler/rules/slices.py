@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.ir import Arg
-from meshwright.compiler.layout import Dim, dim_axes
+from meshwright.compiler.layout import Dim, Layout, dim_axes
 from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.regroup import reshape
 from meshwright.compiler.rules.notation import (
     Call,
     Dims,
@@ -275,11 +277,12 @@ def _repeat_interleave(call: Call) -> Spec:
     """k copies of each element of a dim are a trailing factor of k."""
     rank = len(call.operands[0].type.shape)
     letters, count, dim = numbered("x", rank), call.arg(1), call.arg(2)
-    if dim is None:
-        return Spec((letters,), (("r",),), whole=frozenset(letters), linear=_LINEAR)
-    place = dim_index(dim, rank)
+    result = ("r",) if dim is None else _with(letters, dim_index(dim, rank), "r")
 
     def bind(dims: Dims) -> Dims:
-        return {"r": interleave_dim(dims[letters[place]], count, call.mesh)}
+        layout = Layout(tuple(dims[letter] for letter in letters))
+        if dim is None:
+            layout = reshape(layout, (math.prod(layout.shape),), call.mesh)
+        return {"r": interleave_dim(layout.dims[dim or 0], count, call.mesh)}
 
-    return Spec((letters,), (_with(letters, place, "r"),), linear=_LINEAR, bind=bind)
+    return Spec((letters,), (result,), linear=_LINEAR, bind=bind)

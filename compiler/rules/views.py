@@ -74,16 +74,13 @@ def _keep_dims(bind: Callable[[Dims], Dims], mesh: Mesh, dims: Dims) -> Dims:
 @rule(aten.to.other, aten.type_as.default)
 def _cast_like(call: Call) -> Spec:
     """The second operand lends only its element type."""
-    first, other = (
-        numbered(prefix, len(operand.type.shape))
-        for prefix, operand in zip("xo", call.operands, strict=True)
-    )
+    first, other = (operand.type.shape for operand in call.operands)
+    letters = numbered("x", len(first))
     return Spec(
-        (first, other),
-        (first,),
-        inner=frozenset(other),
+        (letters, ("",) * len(other)),
+        (letters,),
         linear=tuple(map(frozenset, cast_linear(call))),
-        shape_only=frozenset({1}),
+        ignored=frozenset({1}),
     )
 
 
@@ -163,7 +160,16 @@ def _expand(call: Call) -> Spec:
     return Spec((old,), (new,), linear=_LINEAR, free=frozenset(new) - frozenset(old))
 
 
-@rule(aten.as_strided.default, aten.unfold.default, aten.diagonal.default)
+@rule(aten.unfold.default)
+def _unfold(call: Call) -> Spec:
+    """Windows along a dim, which is whole; what is in a window becomes the last dim."""
+    letters = numbered("x", len(call.operands[0].type.shape))
+    dim = dim_index(call.arg(1), len(letters))
+    result = (*letters[:dim], "n", *letters[dim + 1 :], "w")
+    return Spec((letters,), (result,), whole=frozenset({letters[dim]}), linear=_LINEAR)
+
+
+@rule(aten.as_strided.default, aten.diagonal.default)
 def _whole(call: Call) -> Spec:
     """Strided windows: each rank needs all of the operand."""
     (operand,), (result,) = call.operands, call.results

@@ -21,7 +21,9 @@ def embedding_backward(
     grad: Tensor, index: Tensor, weight_like: Tensor, padding_idx: int | None
 ) -> Tensor:
     place = -1 if padding_idx is None else padding_idx
-    return torch.ops.aten.embedding_dense_backward(grad, index, len(weight_like), place, False)
+    kept = (index != place).unsqueeze(-1)
+    rows = (grad * kept).flatten(0, -2)
+    return torch.zeros_like(weight_like).index_add(0, index.flatten(), rows)
 
 
 def cross_entropy(
@@ -83,7 +85,7 @@ def norm_backward(
     return (
         dx,
         None if weight is None else (grad * normal).sum(rows),
-        None if bias_like is None else grad.sum(rows),
+        None if bias_like is None else torch.zeros_like(bias_like).copy_(grad.sum(rows)),
     )
 
 
@@ -115,13 +117,19 @@ def attention_backward(
     bias: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor | None, ...]:
-    """Linear in `grad`; `out` and `lse` are what the forward gave."""
-    inputs = [None if t is None else t.detach().requires_grad_() for t in (q, k, v, bias)]
-    wanted = [t for t in inputs if t is not None]
-    with torch.enable_grad():
-        found = torch.autograd.grad(attention(*inputs, *rest)[0], wanted, grad)  # type: ignore[arg-type]
-    grads = (*found, None)[:4]
-    return (grads[0] * lse.unsqueeze(-1), *grads[1:])
+    """From the output and log-sum-exp of the forward, without a causal mask; linear in `grad`."""
+    *_, scale, _, _, wants_bias = rest
+    scale = scale or 1 / math.sqrt(q.shape[-1])
+    repeats = q.shape[1] // k.shape[1]
+    keys, values = (t.repeat_interleave(repeats, 1) for t in (k, v))
+    scores = q @ keys.transpose(-1, -2) * scale
+    weights = ((scores if bias is None else scores + bias) - lse.unsqueeze(-1)).exp()
+    dweights = grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
+    dscores = weights * dweights
+    dk, dv = dscores.transpose(-1, -2) @ q * scale, weights.transpose(-1, -2) @ grad
+    dk, dv = (t.unflatten(1, (-1, repeats)).sum(2) for t in (dk, dv))
+    dbias = dscores.sum_to_size(bias.shape) if bias is not None and wants_bias else None
+    return dscores @ keys * scale, dk, dv, dbias
 
 
 def attention_backward_sample(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Sample:
