@@ -16,7 +16,7 @@ from lark.tree import Meta
 
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.source import Source, Span, token_span, tree_span
-from meshwright.dsl.values import Items, Number, Quoted, Value, Word, parse_bytes, symbol_of
+from meshwright.dsl.values import Items, Number, Quoted, Value, Word, parse_bytes, symbolic
 
 _MOST_TERMS = 64
 _LONGEST_NUMBER = 24
@@ -107,14 +107,6 @@ class ValueReader(Transformer[Token, object]):
         return Number(
             _combine(signs, [symbolic(value) for value in values]), text, self._span(meta)
         )
-
-
-def symbolic(value: Value) -> sympy.Expr:
-    """A word or an expression as a sympy term."""
-    if isinstance(value, Word):
-        return symbol_of(value)
-    assert isinstance(value, Number), value
-    return value.expression
 
 
 def _combine(signs: Sequence[str], terms: Sequence[sympy.Expr]) -> sympy.Expr:

@@ -16,11 +16,12 @@ from lark.tree import Meta
 from meshwright.dsl import statements as s
 from meshwright.dsl.errors import PlanError, did_you_mean, quoted
 from meshwright.dsl.expressions import Sizing
+from meshwright.dsl.kinds import AxisName, Choice, Count, Kind
 from meshwright.dsl.layout_reader import AxisList, LayoutReader
 from meshwright.dsl.layouts import DimTemplate, LayoutTemplate
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.source import Span, token_span, tree_span
-from meshwright.dsl.values import AxisName, Choice, Count, Kind, Value, Word, evaluate
+from meshwright.dsl.values import Value, Word, evaluate
 
 _S = TypeVar("_S", bound=s.Statement)
 _Parts: TypeAlias = list[Any]  # what the grammar's rule lists, in its order; None where left out

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import sympy
 
+from meshwright.dsl.kinds import AxisName, ByteSize, Choice, Count, Flag, Kind, Ratio, Words
 from meshwright.dsl.layouts import DimTemplate, LayoutTemplate
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.source import Span
-from meshwright.dsl.values import AxisName, ByteSize, Choice, Count, Flag, Kind, Ratio, Words
 
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 COUNTED = (

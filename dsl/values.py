@@ -1,20 +1,16 @@
-"""Values of options: as they are written, and the kinds that an option may ask for.
-
-A `Kind` turns a written value into a typed one and back into text, or says why it cannot.
-"""
+"""Values as they are written, and the numbers that they stand for."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Protocol, TypeAlias
+from typing import TypeAlias
 
 import sympy
 
-from meshwright.dsl.errors import PlanError, did_you_mean, either, quoted
+from meshwright.dsl.errors import PlanError, nearest, quoted
 from meshwright.dsl.source import Span
 
 UNITS = {
@@ -55,7 +51,7 @@ class Quoted:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """A list in brackets, or a range `[0:6]`, which no verb takes yet."""
+    """A list in brackets, or a range `[0:6]`, which no option takes yet."""
 
     values: tuple[Value, ...]
     span: Span = field(compare=False, repr=False)
@@ -71,212 +67,44 @@ Value: TypeAlias = "Word | Number | Quoted | Items"
 Sizes: TypeAlias = Mapping[str, "sympy.Rational"]
 
 
-class Kind(Protocol):
-    """What an option takes. `read` raises `PlanError`; `write` gives text that reads back."""
-
-    def read(self, value: Value, sizes: Sizes) -> Any: ...
-
-    def write(self, value: Any) -> str: ...
-
-
-@dataclass(frozen=True)
-class Count:
-    """A whole number, at least `low`."""
-
-    low: int = 1
-
-    def read(self, value: Value, sizes: Sizes) -> int:
-        number = evaluate(value, sizes)
-        if number.q != 1 or number < self.low:
-            at_least = f"write a whole number, {self.low} or more"
-            raise PlanError(
-                "P111", _not_a_count(value.text, number), spans=[value.span], help=at_least
-            )
-        return int(number)
-
-    def write(self, value: int) -> str:
-        return str(value)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A number above `low`, up to `high`."""
-
-    low: float = 0.0
-    high: float = math.inf
-
-    def read(self, value: Value, sizes: Sizes) -> float:
-        number = float(evaluate(value, sizes))
-        if not self.low < number <= self.high:
-            limit = f" and at most {self.high:g}" if self.high < math.inf else ""
-            raise PlanError(
-                "P111",
-                f"{value.text} is out of range",
-                spans=[value.span],
-                help=f"write a number above {self.low:g}{limit}",
-            )
-        return number
-
-    def write(self, value: float) -> str:
-        return repr(value)
-
-
-@dataclass(frozen=True)
-class ByteSize:
-    """A number of bytes, written with a unit: `60GiB`."""
-
-    def read(self, value: Value, sizes: Sizes) -> int:
-        number = evaluate(value, sizes)
-        if number.q != 1 or number < 1:
-            raise PlanError(
-                "P111",
-                f"{value.text} is no number of bytes",
-                spans=[value.span],
-                help="write a size with a unit, such as `60GiB`",
-            )
-        return int(number)
-
-    def write(self, value: int) -> str:
-        return format_bytes(value)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One of a few words; with `path`, or a string that names a file."""
-
-    words: tuple[str, ...]
-    path: bool = False
-
-    def read(self, value: Value, sizes: Sizes) -> str:
-        if isinstance(value, Word) and value.text in self.words:
-            return value.text
-        if self.path and isinstance(value, Quoted) and value.value:
-            return value.text
-        raise PlanError(
-            "P111",
-            f"{quoted(value.text)} is not a choice here",
-            spans=[value.span],
-            help=did_you_mean(value.text, self.words),
-        )
-
-    def write(self, value: str) -> str:
-        return value
-
-
-@dataclass(frozen=True)
-class Flag:
-    """`true` or `false`."""
-
-    def read(self, value: Value, sizes: Sizes) -> bool:
-        if isinstance(value, Word) and value.text in ("true", "false"):
-            return value.text == "true"
-        raise PlanError(
-            "P111",
-            f"{quoted(value.text)} is not a yes or no",
-            spans=[value.span],
-            help=f"use {either(['true', 'false'])}",
-        )
-
-    def write(self, value: bool) -> str:
-        return "true" if value else "false"
-
-
-@dataclass(frozen=True)
-class Words:
-    """A list of words: `[sdpa, norm]`; one alone needs no brackets."""
-
-    def read(self, value: Value, sizes: Sizes) -> tuple[str, ...]:
-        items = value.values if isinstance(value, Items) and not value.is_range else (value,)
-        for item in items:
-            if not isinstance(item, Word):
-                raise PlanError(
-                    "P111",
-                    f"{quoted(item.text)} is not a word",
-                    spans=[item.span],
-                    help="write a list of words, such as `[sdpa, norm]`",
-                )
-        return tuple(item.text for item in items)
-
-    def write(self, value: tuple[str, ...]) -> str:
-        return f"[{', '.join(value)}]"
-
-
-@dataclass(frozen=True)
-class AxisName:
-    """The name of a mesh axis, checked against the mesh with the statement's other axes."""
-
-    def read(self, value: Value, sizes: Sizes) -> str:
-        if isinstance(value, Word) and not value.text[0].isdigit():
-            return value.text
-        raise PlanError(
-            "P111",
-            f"{quoted(value.text)} is not an axis",
-            spans=[value.span],
-            help="write the name of a mesh axis",
-        )
-
-    def write(self, value: str) -> str:
-        return value
-
-
 def evaluate(value: Value, sizes: Sizes) -> sympy.Rational:
     """The number that a value stands for, with `let` names replaced by their sizes."""
-    if isinstance(value, Word):
-        value = Number(symbol_of(value), value.text, value.span)
-    if not isinstance(value, Number):
-        raise PlanError(
-            "P106",
-            f"{quoted(value.text)} is not a number",
-            spans=[value.span],
-            help="write a number or an expression",
-        )
-    unbound = sorted(s.name for s in value.expression.free_symbols if s.name not in sizes)
-    if unbound:
-        raise unbound_name(unbound[0], value.span, sizes)
-    number = value.expression.subs(
-        {symbol: sizes[symbol.name] for symbol in value.expression.free_symbols}
-    )
+    if not isinstance(value, (Word, Number)):
+        raise wrong_value(value, "is not a number", "write a number or an expression", "P106")
+    expression = symbolic(value)
+    for name in sorted(symbol.name for symbol in expression.free_symbols):
+        if name not in sizes:
+            raise unbound_name(name, value.span, sizes)
+    number = expression.subs({symbol: sizes[symbol.name] for symbol in expression.free_symbols})
     if not isinstance(number, sympy.Rational):
-        raise PlanError(
-            "P122",
-            f"{quoted(value.text)} divides by zero",
-            spans=[value.span],
-            help="change the divisor to a number other than 0",
-        )
+        help = "change the divisor to a number other than 0"
+        raise wrong_value(value, "divides by zero", help, "P122")
     if max(abs(number.p), number.q) > LARGEST:
-        raise PlanError(
-            "P106",
-            f"{quoted(value.text)} is too large",
-            spans=[value.span],
-            help="use numbers below 2**63",
-        )
+        raise wrong_value(value, "is too large", "use numbers below 2**63", "P106")
     return number
 
 
-def unbound_name(name: str, span: Span, sizes: Sizes) -> PlanError:
+def symbolic(value: Value) -> sympy.Expr:
+    """A word or an expression as a sympy term over `let` names."""
+    if isinstance(value, Number):
+        return value.expression
+    assert isinstance(value, Word), value
+    if match := re.fullmatch(r"([0-9]+)([^\W\d]\w*)", value.text):
+        raise wrong_value(value, "is no number", f"write `{match[1]}*{match[2]}`", "P107")
+    return sympy.Symbol(value.text)
+
+
+def wrong_value(value: Value, what: str, help: str, code: str = "P111") -> PlanError:
+    """The error that a value is or does something wrong: `what` goes on after its text."""
+    return PlanError(code, f"{quoted(value.text)} {what}", spans=[value.span], help=help)
+
+
+def unbound_name(name: str, span: Span, bound: Mapping[str, object]) -> PlanError:
     """A word where a number is due, which no `let` binds."""
-    close = did_you_mean(name, sizes) if sizes else ""
-    help = close if close.startswith("write") else f"bind it: `let {name} = ...`"
-    return PlanError(
-        "P120", f"{quoted(name)} is no number: no `let` binds it", spans=[span], help=help
-    )
-
-
-def symbol_of(word: Word) -> sympy.Symbol:
-    match = re.fullmatch(r"([0-9]+)([^\W\d]\w*)", word.text)
-    if match:
-        raise PlanError(
-            "P107",
-            f"{quoted(word.text)} is no number",
-            spans=[word.span],
-            help=f"write `{match[1]}*{match[2]}`",
-        )
-    return sympy.Symbol(word.text)
-
-
-def _not_a_count(text: str, number: sympy.Rational) -> str:
-    is_number = "" if text == str(number) else f" is {number}, which"
-    return f"`{text}`{is_number} is {'too small' if number.q == 1 else 'not a whole number'}"
+    close = nearest(name, bound)
+    help = f"write `{close[0]}`" if close else f"bind it: `let {name} = ...`"
+    message = f"{quoted(name)} is no number: no `let` binds it"
+    return PlanError("P120", message, spans=[span], help=help)
 
 
 def format_bytes(count: int) -> str:

@@ -34,6 +34,7 @@ PARSING = {
     "division-by-zero": "let a = 1/(2 - 2)",
     "string-for-a-number": 'let a = "2"',
     "number-too-large": "let a = 123456789012345678901234567890",
+    "exponent-too-large": "let a = 1e999999999",
     "product-too-large": "let a = 4000000000*4000000000",
     "count-not-whole": "accumulate 5/2",
     "count-too-small": "accumulate 0",
@@ -112,6 +113,7 @@ SOLVING = {
     "does-not-make-the-size": ("mesh tp=2\nlet heads = 5\nshard w [(3 heads@tp hd), d]", (24, 6)),
     "two-sizes-for-one-name": ("mesh tp=2\nshard w [d@tp, d]", (24, 6)),
     "literal-mismatch": ("mesh tp=2\nshard w [(3 8@tp)]", (25,)),
+    "rest-does-not-divide": ("mesh tp=2\nshard w [(3 heads@tp hd)]", (25,)),
     "number-of-dims": ("mesh tp=2\nshard w [d@tp]", (24, 6)),
     "too-many-dims": ("mesh tp=2\nshard w [..., a, d@tp]", (24,)),
 }  # fmt: skip

@@ -81,7 +81,16 @@ def test_every_statement_is_printed(golden: Callable[[str, str], None]) -> None:
     golden("format-every-statement", Plan.parse(EVERY_STATEMENT).format())
 
 
-@pytest.mark.parametrize("text", [GPT, EVERY_STATEMENT, "", "\n\n# only a comment", "mesh dp=2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        GPT,
+        EVERY_STATEMENT,
+        "",
+        "\n\n# only a comment",
+        "mesh a=2\nrows b over a\ncolumns c over a as (f)",
+    ],
+)
 def test_what_is_printed_reads_back_equal_and_prints_alike(text: str) -> None:
     plan = Plan.parse(text)
     printed = plan.format()
@@ -119,6 +128,10 @@ def test_two_spellings_of_one_plan_are_equal(first: str, second: str) -> None:
     lets = [Plan.parse(head + text) for text in (first, second)]
     ours, theirs = ([s for s in plan.statements if s.verb != "let"] for plan in lets)
     assert set(ours) == set(theirs)
+
+
+def test_order_never_matters() -> None:
+    assert Plan.parse("share a\naccumulate 2") == Plan.parse("accumulate 2\nshare a")
 
 
 def test_two_plans_that_differ_are_not_equal() -> None:

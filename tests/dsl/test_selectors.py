@@ -32,6 +32,8 @@ MATCHES = [
     ("*.2.*.[0:1]", []),
     ("blocks.0.attn.*_pro", []),
     ("blocks.0.attn.q*p*j", ["blocks.0.attn.q_proj"]),
+    ("w*te", ["wte"]),
+    ("wt*te", []),
     ('"layer-1".fc', ["layer-1.fc"]),
     ('"over"', ["over"]),
     ('""', [""]),
