@@ -31,6 +31,9 @@ from meshwright.compiler.rules.notation import Operand, Placement
 from meshwright.compiler.types import result_type
 
 
+_GATHERING = ("all_gather", "all_gather_replicated", "all_to_all")
+
+
 @dataclass(frozen=True, slots=True)
 class Movement:
     """A change of layout that was inserted, and the call that asked for it."""
@@ -41,6 +44,11 @@ class Movement:
     node: Node
     forced: bool
     """Whether an operand whose layout the plan wrote left no other choice."""
+
+    @property
+    def implicit(self) -> bool:
+        """Whether it gathers, and nothing that the plan wrote made that the only way."""
+        return self.step.kind in _GATHERING and not self.forced
 
 
 class Emitter:

@@ -49,7 +49,8 @@ class Origin:
     module: str = ""
     module_type: str = ""
     source: str = ""
-    plan_line: int = 0
+    plan_line: str = ""
+    """`gpt.plan:6`: the statement behind an input's layout or a collective."""
     forward: str = ""
     modules: tuple[tuple[str, str], ...] = ()
     """The stack of (path, class) from the root to the innermost module."""

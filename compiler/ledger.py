@@ -31,7 +31,7 @@ class Moved:
     type: str
     module: str
     modules: tuple[str, ...]
-    plan_line: int
+    plan_line: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,10 @@ def _graph_items(graph: Graph) -> Iterator[Moved]:
 
 def moves(node: Node) -> bool:
     """Whether a node is a collective that moves bytes."""
-    return isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES and (
-        COLLECTIVES[node.op.name].moves
+    return (
+        isinstance(node.op, MeshOp)
+        and node.op.name in COLLECTIVES
+        and (COLLECTIVES[node.op.name].moves)
     )
 
 
@@ -110,9 +112,7 @@ def _moved(node: Node, graph: Graph, phase: str) -> Moved:
     source: Node = node.args[0]
     kwargs = {key: value for key, value in node.kwargs.items() if key != "axes"}
     axes = node.kwargs["axes"]
-    wire = plan_transfer(
-        node.op.name, axes, source.placed, node.placed, graph.mesh, **kwargs
-    ).wire
+    wire = plan_transfer(node.op.name, axes, source.placed, node.placed, graph.mesh, **kwargs).wire
     numel = math.prod(source.placed.local_shape(graph.mesh))
     size = 0 if wire is None else bytes_sent(wire, numel, source.tensor.dtype.itemsize, graph.mesh)
     return Moved(

@@ -19,6 +19,18 @@ def to_dim(solved: SolvedDim) -> Dim:
     return tuple(tuple(Factor(size, axes) for size, axes in segment) for segment in solved)
 
 
+def plan_line(statement: Statement) -> str:
+    """Where a statement stands, `gpt.plan:6`; nothing where it was not read from a text."""
+    span = statement.span
+    return f"{span.source.name}:{span.line}" if span is not None else ""
+
+
+def pin_lines(pin: Pin | None) -> str:
+    """The places of all statements behind a pin."""
+    places = (plan_line(statement) for statement in pin.statements) if pin else ()
+    return ", ".join(dict.fromkeys(filter(None, places)))
+
+
 def tensor_text(node: Node) -> str:
     """`blocks.0.up.weight: f32`, before the shape, in errors."""
     return f"{node.args[1]}: {dtype_text(node.tensor.dtype)}"
@@ -50,9 +62,7 @@ def with_pin(draft: Draft, name: str, pin: Pin) -> Draft:
     return replace(draft, inputs={**draft.inputs, name: pin})
 
 
-def _merge(
-    old: Dim, new: Dim, draft: Draft, node: Node, before: Pin, statement: Statement
-) -> Dim:
+def _merge(old: Dim, new: Dim, draft: Draft, node: Node, before: Pin, statement: Statement) -> Dim:
     if not dim_axes(old) or not dim_axes(new):
         return new if dim_axes(new) else old
     if Layout((old,)).equals(Layout((new,)), draft.mesh):

@@ -36,6 +36,8 @@ class Stored:
     layout: Layout
     requires_grad: bool
     padding: Padding | None = None
+    plan_line: str = ""
+    """The places of the statements behind the layout."""
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
@@ -156,5 +158,3 @@ class GraphText:
 
     def __str__(self) -> str:
         return self.text()
-
-

@@ -18,13 +18,11 @@ from meshwright.dsl.statements import Allow
 LIMIT = 64 << 10
 """Bytes a rank and step that implicit gathers may move together."""
 
-_GATHERING = ("all_gather", "all_gather_replicated", "all_to_all")
-
 
 def check_replication(draft: Draft) -> None:
     """Raises `LayoutError` naming the largest implicit gather where they move too much together."""
     allowed = draft.plan.resolve(Allow, ["", *modules_of(draft)]) if draft.plan.of(Allow) else {}
-    implicit = [m for m in draft.movements if is_implicit(m) and not _is_allowed(m, set(allowed))]
+    implicit = [m for m in draft.movements if m.implicit and not _is_allowed(m, set(allowed))]
     total = sum(moved_bytes(m, draft) for m in implicit)
     limit = int(os.environ.get("MESHWRIGHT_IMPLICIT_BYTES", LIMIT))
     if total <= limit:
@@ -34,16 +32,12 @@ def check_replication(draft: Draft) -> None:
     where = worst.node.origin
     raise LayoutError(
         f"`{op_text(worst.user)}` in `{where.module or 'the model'}` {why}: gathering "
-        f"`{worst.value.name}` from `{worst.step.source}` to `{worst.step.target}` was not asked for",
+        f"`{worst.value.name}` from `{worst.step.source}` to `{worst.step.target}` was not asked "
+        "for",
         code="implicit-gather",
         culprit=f"{where.source}; {len(implicit)} such gathers move {total} bytes a step",
         help=f"write `allow replicate {where.module or '**'}`, or lay the value out with `shard`",
     )
-
-
-def is_implicit(movement: Movement) -> bool:
-    """Whether a movement gathers, and nothing that the plan wrote made it the only way."""
-    return movement.step.kind in _GATHERING and not movement.forced
 
 
 def _is_allowed(movement: Movement, allowed: set[str]) -> bool:

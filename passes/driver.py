@@ -17,9 +17,11 @@ from meshwright.compiler.draft import Draft
 from meshwright.compiler.ir import Graph
 from meshwright.compiler.layout import Layout, replicated
 from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.pins import pin_lines
 from meshwright.compiler.program import Program, Step, Stored
 from meshwright.dsl.plan import Plan
 from meshwright.passes.allow import check_replication
+from meshwright.passes.attribute import attribute
 from meshwright.passes.bucket import bucket
 from meshwright.passes.columns import columns
 from meshwright.passes.data import data
@@ -104,7 +106,7 @@ def compile(
 def _step(draft: Draft) -> Step:
     """The graphs that run: forward and backward in training, the forward alone otherwise."""
     if draft.captured.mode != "train" or not _trains(draft.graph):
-        forward = overlap(lower(draft.graph))
+        forward = overlap(attribute(lower(draft.graph), draft))
         return Step(replace(forward, name="stage0.forward"))
     forward = vary(draft.graph)
     check(forward, "vary")
@@ -112,6 +114,7 @@ def _step(draft: Draft) -> Step:
     check(joint, "differentiate")
     joint = bucket(lower(joint))
     check(joint, "bucket")
+    joint = attribute(joint, draft)
     regather = frozenset(
         axis for region in draft.regions if not region.keep_gathered for axis in region.axes
     )
@@ -123,9 +126,7 @@ def _trains(graph: Graph) -> bool:
     return any(label == "loss" and node.requires_grad for label, node in graph.outputs)
 
 
-def _stored(
-    draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]
-) -> dict[str, Stored]:
+def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
     """How ranks hold these tensors; those that the graph does not use are whole."""
     nodes = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == kind}
     found: dict[str, Stored] = {}
@@ -135,7 +136,8 @@ def _stored(
         layout: Layout = node.placed if node is not None else replicated(shape)
         padding = draft.paddings.get(name)
         type = _type(tensor)
-        found[name] = Stored(name, type, layout, tensor.requires_grad, padding)
+        line = pin_lines(draft.inputs.get(name))
+        found[name] = Stored(name, type, layout, tensor.requires_grad, padding, line)
     return found
 
 

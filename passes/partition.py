@@ -31,6 +31,7 @@ from meshwright.compiler.ir import (
     map_nodes,
 )
 from meshwright.compiler.layout import Layout, dim_axes, replicated
+from meshwright.compiler.pins import pin_lines
 from meshwright.compiler.sequences import Sequences
 
 aten = torch.ops.aten
@@ -57,7 +58,8 @@ class _Partitioner:
             self._enter(node)
             new = self._place(node)
             if node in self.draft.values:
-                new = self._to(new, self.draft.values[node].layout, node)
+                pin = self.draft.values[node]
+                new = self._to(new, pin.layout, node, pin_lines(pin))
             self.mapping[node] = new
             if len(self.users[node]) > 1 and isinstance(new.type, TensorType):
                 self.emitter.shared.add(new)
@@ -71,18 +73,20 @@ class _Partitioner:
     def _enter(self, node: Node) -> None:
         """Bring what enters a module with this node to the layout that the plan wrote for it."""
         for value, pin in self.draft.entering.get(node, ()):
-            self.mapping[value] = self._to(self.mapping[value], pin.layout, node)
+            new = self._to(self.mapping[value], pin.layout, node, pin_lines(pin))
+            self.mapping[value] = new
         for value in self.sequences.entries.get(node, ()):
             layout = self.sequences.split(self.mapping[value])
             if layout is not None:
                 self.mapping[value] = self._to(self.mapping[value], layout, node)
 
-    def _to(self, value: Node, layout: Layout, node: Node) -> Node:
-        """`value` in `layout`; its varying axes stay, since each use asks for its own."""
+    def _to(self, value: Node, layout: Layout, node: Node, line: str = "") -> Node:
+        """`value` in `layout`, because of a line of the plan; its varying axes stay, since each use
+        asks for its own."""
         layout = layout.canonical(self.draft.mesh)
         if value.placed.dims == layout.dims and value.placed.partial == layout.partial:
             return value
-        return self.emitter.reshard(value, layout, node.origin)
+        return self.emitter.reshard(value, layout, replace(node.origin, plan_line=line))
 
     def _place(self, node: Node) -> Node:
         if node.op == INPUT:
@@ -94,7 +98,9 @@ class _Partitioner:
             return self.mapping[node.args[0]]
         return self._biased(node) or self._call(node, node.op, node.args)
 
-    def _call(self, node: Node, op: Op, args: tuple[Arg, ...], type: TensorType | None = None) -> Node:
+    def _call(
+        self, node: Node, op: Op, args: tuple[Arg, ...], type: TensorType | None = None
+    ) -> Node:
         args = map_nodes(args, lambda n: self.mapping.get(n, n))
         kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
         operands = [self.mapping[n] for n in node.operands()]

@@ -1,0 +1,139 @@
+"""Name the line of the plan behind every input that it lays out and every collective.
+
+Before:  w: f32[16, 64@tp] = input(parameter down.weight)
+         y: f32[8, 16] partial(tp) = linear(x, w)
+         y1: f32[8, 16] = all_reduce(y, tp)
+After:   the same nodes; the origin of each says `gpt.plan:5`, where `rows down over tp` stands
+
+A value is split, partial or varying over an axis because of an operand that is, weights before
+activations; a collective is there because of what it moves. What is brought to another value's
+layout is there because of that value, a split of the sequence because of its `sequence` statement,
+and an adjoint because of the collective that it belongs to.
+Requires: a graph that no later pass adds collectives to. Ensures: only `plan_line` has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from meshwright.compiler.collectives import COLLECTIVES
+from meshwright.compiler.draft import Draft
+from meshwright.compiler.functions import IDENTITIES
+from meshwright.compiler.ir import INPUT, Builder, Graph, MeshOp, Node
+from meshwright.compiler.layout import Layout
+from meshwright.compiler.pins import pin_lines, plan_line
+from meshwright.compiler.views import is_view
+from meshwright.dsl.statements import Spread
+
+_SPLITTING = ("reduce_scatter", "slice")
+
+
+def attribute(graph: Graph, draft: Draft) -> Graph:
+    """`graph` with `plan_line` set on inputs, on what pinned weights feed and on collectives."""
+    lines = _Lines(graph, draft).found
+    builder = Builder(graph.name, graph.mesh)
+    mapping: dict[Node, Node] = {}
+    for node in graph.nodes:
+        new = builder.copy(node, mapping)
+        if node in lines:
+            new.origin = replace(new.origin, plan_line=lines[node])
+        mapping[node] = new
+    return builder.graph(tuple((label, mapping[node]) for label, node in graph.outputs))
+
+
+class _Lines:
+    """`found` is the line of each node; `axes` why a node is not replicated on an axis; `weights`
+    the line behind each parameter, whatever collectives and views it has been through."""
+
+    def __init__(self, graph: Graph, draft: Draft) -> None:
+        self.draft = draft
+        self.found: dict[Node, str] = {}
+        self.axes: dict[Node, dict[str, str]] = {}
+        self.forward: dict[str, Node] = {}
+        self.weights: dict[Node, str] = {}
+        self.regions = {
+            axis: plan_line(region.statement) for region in draft.regions for axis in region.axes
+        }
+        for node in graph.nodes:
+            self._visit(node)
+        for node in filter(_is_collective, graph.nodes):
+            self._name(node)
+
+    def _visit(self, node: Node) -> None:
+        self.forward.setdefault(node.name, node)
+        self.axes[node] = {}
+        if node.op == INPUT:
+            self._input(node)
+            return
+        operands = sorted(dict.fromkeys(node.operands()), key=lambda n: n not in self.weights)
+        for axis in _axes_used(node):
+            line = next((line for n in operands if (line := self.axes[n].get(axis))), "")
+            if line:
+                self._explain(node, axis, line)
+        if _is_collective(node):
+            self.axes[node].update(self._asked(node))
+        if operands and operands[0] in self.weights and _keeps(node):
+            self.weights[node] = self.weights[operands[0]]
+        elif line := _joined(self.weights.get(n, "") for n in operands):
+            self.found[node] = line
+
+    def _input(self, node: Node) -> None:
+        pin = self.draft.inputs.get(str(node.args[1]))
+        if pin is None:
+            return
+        self.found[node] = pin_lines(pin)
+        if node.args[0] != "argument":
+            self.weights[node] = self.found[node]
+        for axis in pin.layout.axes_used:
+            chosen = [s for s in pin.statements if not isinstance(s, Spread) or axis in s.over]
+            self.axes[node][axis] = plan_line((chosen or list(pin.statements))[-1])
+
+    def _explain(self, node: Node, axis: str, line: str) -> None:
+        """What was brought to the state of another value has that value's line."""
+        pending = [node]
+        while pending:
+            each = pending.pop()
+            if axis in _axes_used(each) and not self.axes[each].get(axis):
+                self.axes[each][axis] = line
+                pending += each.operands()
+
+    def _asked(self, node: Node) -> dict[str, str]:
+        """Lines that hold whatever is moved: of the adjoint, of a layout that the plan wrote."""
+        assert isinstance(node.op, MeshOp)
+        axes: tuple[str, ...] = node.kwargs["axes"]
+        other = self.forward.get(node.origin.forward)
+        if node.origin.forward and other is not None and _is_collective(other):
+            found = {**self.axes[other.args[0]], **self.axes[other]}
+            return {axis: found[axis] for axis in axes if found.get(axis)}
+        if node.origin.plan_line and not node.origin.forward:
+            return dict.fromkeys(axes, node.origin.plan_line)
+        if node.op.name in _SPLITTING:
+            return {axis: self.regions[axis] for axis in axes if axis in self.regions}
+        return {}
+
+    def _name(self, node: Node) -> None:
+        found = {**self.axes[node.args[0]], **self.axes[node]}
+        line = _joined(found.get(axis, "") for axis in node.kwargs["axes"])
+        if line:
+            self.found[node] = line
+
+
+def _is_collective(node: Node) -> bool:
+    return isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES
+
+
+def _keeps(node: Node) -> bool:
+    """Whether a weight is the same weight after this node."""
+    return _is_collective(node) or node.op in IDENTITIES or is_view(node.op)
+
+
+def _axes_used(node: Node) -> Iterable[str]:
+    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
+    return dict.fromkeys(
+        axis for layout in layouts if isinstance(layout, Layout) for axis in layout.axes_used
+    )
+
+
+def _joined(lines: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(filter(None, lines)))
