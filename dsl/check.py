@@ -7,7 +7,7 @@ from dataclasses import replace
 from math import prod
 
 from meshwright.dsl import statements as s
-from meshwright.dsl.errors import PlanError, plural
+from meshwright.dsl.errors import PlanError
 from meshwright.dsl.names import axis_twice
 
 ONLY_ONE = (s.Precision, s.Memory, s.Accumulate, s.Stages)
@@ -91,12 +91,17 @@ def stage_count(stages: s.Stages, count: int, mesh: Mapping[str, int]) -> PlanEr
     sizes = ", ".join(f"{axis}={mesh.get(axis, 1)}" for axis in stages.over)
     times = f" times virtual={stages.virtual}" if stages.virtual > 1 else ""
     wanted = prod(mesh.get(axis, 1) for axis in stages.over) * stages.virtual
-    boundaries = f"name {plural(wanted - 1, 'boundary').replace('boundarys', 'boundaries')}"
+    if stages.count is not None:
+        help = f"write `stages {wanted}`"
+    elif wanted == 1:
+        help = "remove the statement, or give the axis more ranks"
+    else:
+        help = f"name {wanted - 1} {'module' if wanted == 2 else 'modules'} after `at`"
     return PlanError(
         "P304",
         f"there are {count} stages, but {sizes}{times} makes {wanted}",
         spans=[stages.span],
-        help=f"write `stages {wanted}`" if stages.count is not None else f"{boundaries} after `at`",
+        help=help,
     )
 
 

@@ -116,7 +116,7 @@ def mutated(text: str, random: random.Random) -> str:
     return text
 
 
-def read(text: str) -> Plan | None:
+def checked(text: str) -> Plan | None:
     """The plan, or `None` for an error that renders; any other exception is a failed test."""
     try:
         return Plan.parse(text)
@@ -143,7 +143,7 @@ def test_only_plan_errors_come_out_and_what_is_read_reads_back_equal() -> None:
     def check(text: str, seed: int) -> None:
         choices = random.Random(seed)
         for candidate in [text, *(mutated(text, choices) for _ in range(MUTANTS))]:
-            plan = read(candidate)
+            plan = checked(candidate)
             seen["wrong" if plan is None else "right"] += 1
             if plan is not None:
                 printed = plan.format()
@@ -158,4 +158,4 @@ def test_only_plan_errors_come_out_and_what_is_read_reads_back_equal() -> None:
 @settings(max_examples=300, deadline=None, database=None, derandomize=True)
 @given(st.text(max_size=40))
 def test_only_plan_errors_come_out_of_any_text(text: str) -> None:
-    read(text)
+    checked(text)
