@@ -88,9 +88,7 @@ def _norm(context: VjpContext) -> Cotangents:
     x, weight, bias, _, kind = context.node.args
     _, mean, rstd = context.results
     grads = context.items(
-        context.call(
-            MeshOp("norm_backward"), context.grad, x, mean, rstd, weight, bias, kind
-        )
+        context.call(MeshOp("norm_backward"), context.grad, x, mean, rstd, weight, bias, kind)
     )
     return tuple(
         grad for grad, operand in zip(grads, (x, weight, bias), strict=True) if operand is not None

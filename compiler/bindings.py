@@ -318,7 +318,9 @@ def _attention_backward(binding: Binding) -> Local:
     need_bias_grad = binding.node.args[11]
 
     def backward(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-        return attention_kernels.attention_backward(*tensors, need_bias_grad=need_bias_grad, **options())
+        return attention_kernels.attention_backward(
+            *tensors, need_bias_grad=need_bias_grad, **options()
+        )
 
     return backward
 

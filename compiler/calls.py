@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from meshwright.compiler.ir import Arg, Node, NodeType, Op, map_nodes, nodes_in
+from meshwright.compiler.layout import Layout
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.rules.notation import Call, Operand, Slot
 from meshwright.compiler.types import freeze
@@ -22,8 +23,9 @@ def make_call(
     type: NodeType,
     mesh: Mesh,
     operand: Callable[[Node], Operand],
+    wanted: tuple[Layout, ...] = (),
 ) -> Call:
-    """The call of `op` on these nodes, each seen as `operand` says."""
+    """The call of `op` on these nodes, each seen as `operand` says; see `Call.wanted`."""
     numbers = iter(range(len(call_operands(args, kwargs))))
     slotted = freeze(map_nodes(args, lambda _: Slot(next(numbers))))
     named = tuple(
@@ -32,4 +34,4 @@ def make_call(
     )
     results = type if isinstance(type, tuple) else (type,)
     operands = tuple(operand(node) for node in call_operands(args, kwargs))
-    return Call(op, slotted, named, operands, results, mesh)
+    return Call(op, slotted, named, operands, results, mesh, wanted)

@@ -14,6 +14,7 @@ from meshwright.compiler.errors import LayoutError, PassError
 from meshwright.compiler.ir import GETITEM, INPUT, Graph, MeshOp, Node
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.rules.engine import candidates
+from meshwright.compiler.rules.factories import makes_zeros
 from meshwright.compiler.rules.notation import Call, Operand
 
 _FRAME = {
@@ -77,7 +78,13 @@ def _check_placed(node: Node, graph: Graph, after: str) -> None:
         node.kwargs,
         node.type,
         graph.mesh,
-        lambda n: Operand(n.tensor, n.placed, differentiable=n.requires_grad and node.requires_grad),
+        lambda n: Operand(
+            n.tensor,
+            n.placed,
+            differentiable=n.requires_grad and node.requires_grad,
+            zero=makes_zeros(n.op, n.args),
+        ),
+        tuple(layout for layout in layouts[:1] if layout is not None),
     )
     if not _allowed(call, layouts):
         given = ", ".join(str(operand.layout) for operand in call.operands)

@@ -27,6 +27,7 @@ from meshwright.compiler.layout import Layout
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.reshard import Step, steps
 from meshwright.compiler.rules.engine import place
+from meshwright.compiler.rules.factories import makes_zeros
 from meshwright.compiler.rules.notation import Operand, Placement
 from meshwright.compiler.types import result_type
 
@@ -76,6 +77,7 @@ class Emitter:
         origin: Origin,
         type: NodeType = None,
         proposals: Mapping[Node, Layout] | None = None,
+        wanted: tuple[Layout, ...] = (),
         requires_grad: bool = False,
         name: str = "",
     ) -> Node:
@@ -85,7 +87,13 @@ class Emitter:
         if type is None:
             type = result_type(op, args, kwargs)
         asked = make_call(
-            op, args, kwargs, type, self.mesh, lambda node: self._operand(node, proposals or {})
+            op,
+            args,
+            kwargs,
+            type,
+            self.mesh,
+            lambda node: self._operand(node, proposals or {}),
+            wanted,
         )
         placement = place(asked)
         forced = any(operand.explicit for operand in asked.operands)
@@ -171,6 +179,7 @@ class Emitter:
             available=frozenset(self._have.get(value, ())),
             proposals=(proposals[value],) if value in proposals else (),
             keep_partial=value not in self.shared,
+            zero=makes_zeros(value.op, value.args),
         )
 
     def _layout(self, placement: Placement, type: NodeType) -> Layout | tuple[Layout | None, ...]:

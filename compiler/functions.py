@@ -50,7 +50,5 @@ FAST: dict[Op, tuple[str, Callable[..., Any]]] = {
     },
 }  # fmt: skip
 
-IDENTITIES: frozenset[Op] = frozenset(
-    {aten.detach.default, aten.alias.default, MeshOp("vary")}
-)
+IDENTITIES: frozenset[Op] = frozenset({aten.detach.default, aten.alias.default, MeshOp("vary")})
 """Operators that do nothing when a graph runs: no autograd is there to see them."""

@@ -59,15 +59,15 @@ def _linear(node: Node) -> Linear | None:
     return None
 
 
-def _product(
-    weight: Node, features: int, inputs: int, biases: tuple[Node, ...]
-) -> Linear | None:
+def _product(weight: Node, features: int, inputs: int, biases: tuple[Node, ...]) -> Linear | None:
     source = _parameter(weight)
     if source is None:
         return None
     parameter, swapped = source
-    return Linear(parameter, inputs, features, biases) if swapped else Linear(
-        parameter, features, inputs, biases
+    return (
+        Linear(parameter, inputs, features, biases)
+        if swapped
+        else Linear(parameter, features, inputs, biases)
     )
 
 

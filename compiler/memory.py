@@ -80,9 +80,7 @@ def storage(node: Node) -> Node:
 
 def _saved(graph: Graph) -> dict[str, int]:
     """Bytes of each storage that the forward hands to the backward."""
-    owners = {
-        storage(node) for label, node in graph.outputs if label.startswith("saved:")
-    }
+    owners = {storage(node) for label, node in graph.outputs if label.startswith("saved:")}
     return {node.name: node_bytes(node, graph) for node in owners if node.op != INPUT}
 
 

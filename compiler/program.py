@@ -24,6 +24,7 @@ from meshwright.compiler.text import graph_text
 if TYPE_CHECKING:
     from torch import nn
 
+    from meshwright.compiler.explain import Explanation
     from meshwright.dsl.plan import Plan
 
 
@@ -128,6 +129,21 @@ class Program:
         from meshwright.compiler.show import show
 
         show(self, local=local)
+
+    def to_json(self) -> dict[str, object]:
+        """What `show` prints, and every collective, as plain dictionaries and lists."""
+        from meshwright.compiler.summary import summarise
+
+        return {**summarise(self).to_json(), "collectives": self.comm().to_json()}
+
+    def explain(self, name: str) -> Explanation:
+        """Why a module, parameter or input is laid out as it is, and what moves because of it.
+
+        It prints as text. Raises `PlanError` for a name that the model does not have.
+        """
+        from meshwright.compiler.explain import explain
+
+        return explain(self, name)
 
     def launch(self, **options: Any) -> Any:
         """Start a run: under torchrun this process is one rank; otherwise every rank runs here.

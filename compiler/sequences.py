@@ -66,9 +66,7 @@ class Sequences:
         return found
 
 
-def entered_activations(
-    graph: Graph, modules: frozenset[str]
-) -> dict[str, tuple[Node, Node]]:
+def entered_activations(graph: Graph, modules: frozenset[str]) -> dict[str, tuple[Node, Node]]:
     """By module: the first node inside that takes an activation from outside, and that value."""
     found: dict[str, tuple[Node, Node]] = {}
     for node in graph.nodes:

@@ -37,9 +37,7 @@ def of_module(
     return found[module]
 
 
-def check_divides(
-    draft: Draft, size: int, statement: Spread, tensor: str, what: str
-) -> None:
+def check_divides(draft: Draft, size: int, statement: Spread, tensor: str, what: str) -> None:
     """Raises `PlanError` where `size` does not divide over the statement's axes."""
     ranks = draft.mesh.size(statement.over)
     if size % ranks == 0:

@@ -16,7 +16,9 @@ from meshwright.compiler.ir import Arg, MeshOp, Node, NodeType, Op, TensorType, 
 def result_type(op: Op, args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> NodeType:
     """The type, or tuple of types, that `op` gives on these arguments."""
     typed = map_nodes(args, lambda node: node.tensor)
-    typed_kwargs = {key: map_nodes(value, lambda node: node.tensor) for key, value in kwargs.items()}
+    typed_kwargs = {
+        key: map_nodes(value, lambda node: node.tensor) for key, value in kwargs.items()
+    }
     if isinstance(op, MeshOp):
         return _mesh_type(op, typed)
     return _torch_type(op, freeze(typed), tuple((k, freeze(v)) for k, v in typed_kwargs.items()))

@@ -16,9 +16,11 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
 
+from meshwright.compiler.custom import REGISTRY, CustomOp
 from meshwright.compiler.emit import Emitter
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.ir import Arg, MeshOp, Node, NodeType, Op, Origin, TensorType, map_nodes
+from meshwright.compiler.layout import Layout
 from meshwright.compiler.rules.notation import Slot
 from meshwright.compiler.types import _thaw, fake_mode, fake_tensor, freeze, type_of
 
@@ -50,9 +52,18 @@ class VjpContext:
         """A positional argument of the forward call."""
         return self.node.args[position] if position < len(self.node.args) else default
 
-    def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
-        """Emit one backward call."""
-        return self.emitter.call(op, args, kwargs, origin=self.origin, type=type)
+    def call(
+        self,
+        op: Op,
+        *args: Arg,
+        type: NodeType = None,
+        wanted: tuple[Layout, ...] = (),
+        **kwargs: Arg,
+    ) -> Node:
+        """Emit one backward call; `wanted` is the layout that its result should have."""
+        return self.emitter.call(
+            op, args, kwargs, origin=self.origin, type=type, wanted=wanted
+        )
 
     def items(self, source: Node) -> list[Node | None]:
         """The results of a call with several."""
@@ -150,30 +161,79 @@ def trace(
     grads: tuple[TensorType | None, ...],
 ) -> Trace:
     """The instructions of the vjp of `op`; `args` hold `Slot`s for the operands."""
-    leaves = [i for i, want in enumerate(wanted) if want]
+    known = REGISTRY.get(op)
+    pull = _registered_pull(known) if known else _autograd_pull
 
     def joint(tensors: list[torch.Tensor], cotangents: list[torch.Tensor]) -> Any:
-        def forward(*chosen: torch.Tensor) -> Any:
-            every = dict(enumerate(tensors)) | dict(zip(leaves, chosen, strict=True))
-            result = op(
-                *(_fill(arg, every) for arg in args),
-                **{key: _fill(value, every) for key, value in kwargs},
-            )
-            results = list(result) if isinstance(result, (tuple, list)) else [result]
-            given = [r for r, grad in zip(results, grads, strict=True) if grad is not None]
-            return tuple(given), results
-
-        _, pull, results = torch.func.vjp(forward, *(tensors[i] for i in leaves), has_aux=True)
-        return (*results, *pull(tuple(cotangents)))
+        given = iter(cotangents)
+        placed = [None if grad is None else next(given) for grad in grads]
+        return pull(lambda every: _run(op, args, kwargs, every), tensors, wanted, placed)
 
     with fake_mode():
         tensors = [fake_tensor(type) for type in operands]
         given = [fake_tensor(type) for type in grads if type is not None]
-        graph = make_fx(functionalize(joint, remove="mutations_and_views"))(tensors, given)
+        # Autograd first, on its own: functorch refuses what torch.library differentiates.
+        traced = make_fx(joint)(tensors, given)
+        graph = make_fx(functionalize(traced, remove="mutations_and_views"))(tensors, given)
     return _read(op, graph.graph, len(operands), wanted, grads)
 
 
-def _fill(arg: Arg, tensors: dict[int, torch.Tensor]) -> Arg:
+def _run(
+    op: Any, args: tuple[Arg, ...], kwargs: tuple[tuple[str, Arg], ...], tensors: list[torch.Tensor]
+) -> Any:
+    """`op` with tensors in the slots; also its arguments, for a registered vjp."""
+    filled = tuple(_fill(arg, tensors) for arg in args)
+    return filled, op(*filled, **{key: _fill(value, tensors) for key, value in kwargs})
+
+
+def _autograd_pull(
+    run: Callable[[list[torch.Tensor]], Any],
+    tensors: list[torch.Tensor],
+    wanted: tuple[bool, ...],
+    grads: list[torch.Tensor | None],
+) -> tuple[Any, ...]:
+    """The results, then the cotangents of the wanted tensors, by autograd."""
+    leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+    with torch.enable_grad():
+        _, result = run(leaves)
+    results = list(result) if isinstance(result, (tuple, list)) else [result]
+    found = torch.autograd.grad(
+        [r for r, grad in zip(results, grads, strict=True) if grad is not None],
+        [leaf for leaf, want in zip(leaves, wanted, strict=True) if want],
+        [grad for grad in grads if grad is not None],
+        allow_unused=True,
+    )
+    return (*(r.detach() if isinstance(r, torch.Tensor) else r for r in results), *found)
+
+
+def _registered_pull(known: CustomOp) -> Callable[..., tuple[Any, ...]]:
+    """As `_autograd_pull`, by the vjp that the user registered."""
+
+    def pull(
+        run: Callable[[list[torch.Tensor]], Any],
+        tensors: list[torch.Tensor],
+        wanted: tuple[bool, ...],
+        grads: list[torch.Tensor | None],
+    ) -> tuple[Any, ...]:
+        args, result = run(tensors)
+        results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        cotangents = tuple(
+            torch.zeros_like(r) if grad is None else grad
+            for r, grad in zip(results, grads, strict=True)
+        )
+        found = known.vjp(cotangents, args, results)
+        found = (found,) if isinstance(found, torch.Tensor) else tuple(found)
+        of_tensors = [g for g, arg in zip(found, args, strict=False) if _is_tensor(arg)]
+        return (*results, *(g for g, want in zip(of_tensors, wanted, strict=False) if want))
+
+    return pull
+
+
+def _is_tensor(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor)
+
+
+def _fill(arg: Arg, tensors: list[torch.Tensor]) -> Arg:
     if isinstance(arg, Slot):
         return tensors[arg.index]
     if isinstance(arg, tuple):
@@ -182,7 +242,7 @@ def _fill(arg: Arg, tensors: dict[int, torch.Tensor]) -> Arg:
 
 
 _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
-_VIEWS = {
+_VIEWS: dict[Any, Any] = {
     aten.view_copy.default: aten.view.default,
     aten._unsafe_view.default: aten.view.default,
     aten._reshape_copy.default: aten.view.default,
@@ -227,9 +287,7 @@ def _read(
             values.setdefault(_unaliased(result), Ref("result", i))
     reader = _Reader(op, values)
     outputs = iter([None if node is None else reader.value(node) for node in found])
-    return Trace(
-        tuple(reader.steps), tuple(next(outputs) if want else None for want in wanted)
-    )
+    return Trace(tuple(reader.steps), tuple(next(outputs) if want else None for want in wanted))
 
 
 def _unaliased(node: torch.fx.Node) -> torch.fx.Node:
@@ -289,9 +347,9 @@ def _replay(trace: Trace, context: VjpContext) -> Cotangents:
     def resolve(ref: Ref) -> Node:
         if ref.kind == "step":
             return emitted[ref.index]
-        source = {
-            "operand": context.operands, "result": context.results, "grad": context.grads
-        }[ref.kind]
+        source = {"operand": context.operands, "result": context.results, "grad": context.grads}[
+            ref.kind
+        ]
         found = source[ref.index]
         assert found is not None, (context.node.name, ref)
         return found
@@ -301,11 +359,17 @@ def _replay(trace: Trace, context: VjpContext) -> Cotangents:
             return resolve(arg)
         return [fill(item) for item in arg] if isinstance(arg, tuple) else arg
 
-    for step in trace.steps:
+    duals = {
+        ref.index: (operand.placed.dual(),)
+        for ref, operand in zip(trace.outputs, context.operands, strict=True)
+        if ref is not None and ref.kind == "step"
+    }
+    for i, step in enumerate(trace.steps):
         args = tuple(fill(arg) for arg in step.args)
         if step.op == MeshOp("getitem"):
             emitted.append(context.emitter.item(args[0], args[1], context.origin))
             continue
         kwargs = {key: fill(value) for key, value in step.kwargs}
-        emitted.append(context.call(step.op, *args, type=step.type, **kwargs))
+        wanted = duals.get(i, ())
+        emitted.append(context.call(step.op, *args, type=step.type, wanted=wanted, **kwargs))
     return [None if ref is None else resolve(ref) for ref in trace.outputs]

@@ -127,7 +127,9 @@ def _cast(rewriter: Rewriter) -> Node:
     return rewriter.call(aten._to_copy.default, x, dtype=target)
 
 
-@rewrites(aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default, aten._unsafe_view.default)
+@rewrites(
+    aten.flatten.using_ints, aten.unflatten.int, aten.reshape.default, aten._unsafe_view.default
+)
 def _view(rewriter: Rewriter) -> Node:
     return rewriter.call(aten.view.default, rewriter.args[0], rewriter.node.tensor.shape)
 
@@ -228,7 +230,8 @@ def _cross_entropy(rewriter: Rewriter) -> Node:
     logits, target, weight = rewriter.args[0], rewriter.args[1], rewriter.option(2, "weight")
     reduction = rewriter.option(3, "reduction", 1)
     ignore, smoothing = (
-        rewriter.option(4, "ignore_index", -100), rewriter.option(5, "label_smoothing", 0.0)
+        rewriter.option(4, "ignore_index", -100),
+        rewriter.option(5, "label_smoothing", 0.0),
     )
     last = len(logits.tensor.shape) - 1
     if last > 1:

@@ -95,10 +95,14 @@ class _Splitter:
     def _again(self, node: Node) -> bool:
         """Whether the backward computes a value again instead of saving it."""
         if node not in self._cheap:
-            self._cheap[node] = self._is_gather(node) or (
-                node.op in _VIEWS
-                and all(n.op == INPUT or self._again(n) for n in node.operands())
-            ) or node.op == MeshOp("vary")
+            self._cheap[node] = (
+                self._is_gather(node)
+                or (
+                    node.op in _VIEWS
+                    and all(n.op == INPUT or self._again(n) for n in node.operands())
+                )
+                or node.op == MeshOp("vary")
+            )
         return self._cheap[node]
 
     def _is_gather(self, node: Node) -> bool:
