@@ -74,7 +74,8 @@ def explain(program: Program, name: str) -> Explanation:
     own = program.captured.aliases.get(name, name)
     if name in modules:
         kind = modules[name]
-        shown = {key: each for key, each in tensors.items() if key.rpartition(".")[0] == name}
+        names = {**{key: key for key in tensors}, **program.captured.aliases}
+        shown = {own: tensors[own] for key, own in names.items() if key.rpartition(".")[0] == name}
     elif own in tensors:
         kind, shown = "tensor", {own: tensors[own]}
     else:
@@ -84,22 +85,25 @@ def explain(program: Program, name: str) -> Explanation:
             help=did_you_mean(name, [*filter(None, modules), *tensors]),
         )
     reduced = _moved_for(program, set(shown))
-    moved = program.comm().where(lambda item: name in item.modules or item.value in reduced)
+    moved = program.comm().where(
+        lambda item: name in item.modules or (item.phase, item.value) in reduced
+    )
     texts = statement_texts(program.plan)
     return Explanation(name or "the model", kind, tuple(shown.values()), moved.moved, texts)
 
 
-def _moved_for(program: Program, names: set[str]) -> set[str]:
-    """The collectives that take these tensors as they are, or that reduce their gradients."""
-    found: set[str] = set()
+def _moved_for(program: Program, names: set[str]) -> set[tuple[str, str]]:
+    """(phase, node) of collectives that take these tensors as they are or reduce their gradients."""
+    found: set[tuple[str, str]] = set()
     for graph in program.graphs().values():
+        phase = graph.name.rpartition(".")[2]
         for node in graph.nodes:
             source = next(node.operands(), None)
             if source is not None and source.op == INPUT and source.args[1] in names:
-                found.add(node.name)
+                found.add((phase, node.name))
         for label, node in graph.outputs:
             if label.partition(":")[2] in names and label.startswith("gradient:"):
-                found.update(operand.name for operand in node.operands())
+                found.update((phase, operand.name) for operand in node.operands())
     return found
 
 

@@ -151,7 +151,7 @@ def _where(modules: Sequence[str]) -> str:
 
 
 def _short(places: str) -> str:
-    """The lines alone, where the plan's name says nothing new: `gpt.plan:2, gpt.plan:9` is `2, 9`."""
+    """The lines alone where the plan's name says nothing new: `2, 9` for `a.plan:2, a.plan:9`."""
     return ", ".join(
         place if "__plan__" in place else place.rpartition(":")[2]
         for place in places.split(", ")
