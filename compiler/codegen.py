@@ -1,4 +1,4 @@
-"""Generate the Python of a graph: a generator that yields where a collective starts or is waited for.
+"""Generate the Python of a graph: a generator that yields where a collective starts or is awaited.
 
     def forward(_inputs, _saved):
         tokens, w, b = _inputs
@@ -68,7 +68,7 @@ class RankContext:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Generated source, the recipes for the names it uses, and its wires with their nodes' names."""
+    """Generated source, recipes for the names it uses, and its wires with their nodes' names."""
 
     name: str
     source: str
@@ -246,10 +246,11 @@ class _Generator:
         return self._view(bucket, node.args[1])
 
     def _collective(self, node: Node) -> None:
+        assert isinstance(node.op, MeshOp)
         options = {key: value for key, value in node.kwargs.items() if key != "axes"}
         source: Node = node.args[0]
         transfer = plan_transfer(
-            node.op.name,  # type: ignore[union-attr]
+            node.op.name,
             node.kwargs["axes"],
             source.placed,
             node.placed,

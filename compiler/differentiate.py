@@ -16,7 +16,7 @@ from meshwright.compiler.collectives import COLLECTIVES
 from meshwright.compiler.emit import Emitter
 from meshwright.compiler.ir import GETITEM, INPUT, Builder, Graph, MeshOp, Node, Origin
 from meshwright.compiler.layout import Layout
-from meshwright.compiler.vjp import VjpContext, cotangents
+from meshwright.compiler.vjp import Cotangents, VjpContext, cotangents
 
 aten = torch.ops.aten
 
@@ -76,9 +76,9 @@ class _Differentiator:
         )
         context = VjpContext(self.emitter, node, self._results(node), grads, origin)
         if isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES:
-            found = [collective_adjoint(context)]
+            found: Cotangents = [collective_adjoint(context)]
         else:
-            found = list(cotangents(context))
+            found = cotangents(context)
         for operand, grad in zip(context.operands, found, strict=True):
             if grad is not None and operand.requires_grad:
                 self._add(operand, 0, grad, origin)

@@ -1,4 +1,4 @@
-"""A program on its way through the passes: the graph, and what the plan has said about it so far."""
+"""A program on its way through the passes: the graph, and what the plan has said of it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,6 @@ from meshwright.compiler.rules.factories import makes_zeros
 from meshwright.compiler.rules.notation import Operand, Placement
 from meshwright.compiler.types import result_type
 
-
 _GATHERING = ("all_gather", "all_gather_replicated", "all_to_all")
 
 

@@ -1,5 +1,5 @@
-"""The functions that generated code calls for an operator: Python's own bindings, where they are the
-operator exactly, cost a third less a call than its overload."""
+"""The functions that generated code calls for an operator: Python's own bindings, where they are
+the operator exactly, cost a third less a call than its overload."""
 
 from __future__ import annotations
 

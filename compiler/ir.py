@@ -127,7 +127,8 @@ def map_nodes(arg: Arg, function: Callable[[Node], Arg]) -> Arg:
 class Graph:
     """Nodes in an order in which they can run; `outputs` are (label, node) pairs.
 
-    Labels: `loss`, `output:<path>`, `buffer:<name>` (its new value), `gradient:<name>`, `saved:<i>`.
+    Labels: `loss`, `output:<path>`, `buffer:<name>` (its new value), `gradient:<name>` and
+    `saved:<i>`.
     """
 
     name: str

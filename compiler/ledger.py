@@ -1,4 +1,4 @@
-"""The ledger of what moves: every collective of a program, with its bytes and where it comes from."""
+"""The ledger of what moves: every collective of a program, with its bytes and its origin."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _saved(graph: Graph) -> dict[str, int]:
 
 
 def liveness_peak(graph: Graph, saved: Mapping[str, int]) -> int:
-    """The most bytes alive at once while `graph` runs, inputs not counted, `saved` popped as used."""
+    """The most bytes alive at once while `graph` runs, inputs not counted, `saved` as popped."""
     last: dict[Node, int] = {}
     for i, node in enumerate(graph.nodes):
         last[storage(node)] = i

@@ -44,7 +44,7 @@ class Mesh:
         return number
 
     def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
-        """The ranks that differ from `rank` only along `axes`, the first of which varies slowest."""
+        """The ranks that differ from `rank` only along `axes`, the first the slowest."""
         here = self.coords(rank)
         spans = [range(self.size(axis)) for axis in axes]
         return tuple(

@@ -46,13 +46,13 @@ def pin(draft: Draft, node: Node, dims: dict[int, Dim], statement: Statement) ->
     own = tuple(dims.get(i, whole(size)) for i, size in enumerate(node.tensor.shape))
     before = draft.inputs.get(name)
     if before is None:
-        merged, statements = own, (statement,)
+        merged = own
     else:
         merged = tuple(
             _merge(old, new, draft, node, before, statement)
             for old, new in zip(before.layout.dims, own, strict=True)
         )
-        statements = (*before.statements, statement)
+    statements = (*(before.statements if before else ()), statement)
     _check_axes(merged, draft, node, statements)
     return with_pin(draft, name, Pin(Layout(merged), statements))
 

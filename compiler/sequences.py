@@ -79,11 +79,12 @@ def entered_activations(graph: Graph, modules: frozenset[str]) -> dict[str, tupl
 
 
 def _activation(node: Node, module: str) -> Node | None:
-    """The first operand that comes from outside `module` and looks like `[batch, sequence, ...]`."""
+    """The first operand from outside `module` that looks like `[batch, sequence, ...]`."""
     for operand in node.operands():
+        type = operand.type
         outside = all(path != module for path, _ in operand.origin.modules)
         weight = operand.op == INPUT and operand.args[0] != "argument"
-        if outside and not weight and isinstance(operand.type, TensorType):
-            if len(operand.tensor.shape) > 2 and operand.tensor.dtype.is_floating_point:
-                return operand
+        floating = isinstance(type, TensorType) and type.dtype.is_floating_point
+        if outside and not weight and floating and len(operand.tensor.shape) > 2:
+            return operand
     return None

@@ -1,4 +1,4 @@
-"""The global type of an operator's results: torch's own shape functions, and ours for composites."""
+"""The global type of an operator's results: torch's own shape functions, ours for composites."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright.compiler.errors import PassError
-from meshwright.compiler.ir import Arg, MeshOp, Node, NodeType, Op, TensorType, map_nodes
+from meshwright.compiler.ir import Arg, MeshOp, NodeType, Op, TensorType, map_nodes
 
 
 def result_type(op: Op, args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> NodeType:

@@ -1,4 +1,4 @@
-"""Which operators give a view of their first operand: no memory of their own, and nothing to compute."""
+"""Which operators give a view of their first operand: no memory and no work of their own."""
 
 from __future__ import annotations
 

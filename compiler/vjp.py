@@ -1,8 +1,8 @@
 """The vector-Jacobian product of one call, as a few instructions at global shapes.
 
 A composite, and an operator whose trace would be wasteful, has its adjoint in a table
-(`compiler/adjoints.py`). Any other is traced through autograd on fake tensors, once per operator and
-argument types: layouts play no part, so that a hundred equal layers on any mesh cost one trace.
+(`compiler/adjoints.py`). Any other is traced through autograd on fake tensors, once per operator
+and argument types: layouts play no part, so that a hundred equal layers on any mesh cost one trace.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from meshwright.compiler.custom import REGISTRY, CustomOp
 from meshwright.compiler.emit import Emitter
@@ -22,7 +22,7 @@ from meshwright.compiler.errors import PassError
 from meshwright.compiler.ir import Arg, MeshOp, Node, NodeType, Op, Origin, TensorType, map_nodes
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.rules.notation import Slot
-from meshwright.compiler.types import _thaw, fake_mode, fake_tensor, freeze, type_of
+from meshwright.compiler.types import fake_mode, fake_tensor, freeze, type_of
 
 aten = torch.ops.aten
 
@@ -61,9 +61,7 @@ class VjpContext:
         **kwargs: Arg,
     ) -> Node:
         """Emit one backward call; `wanted` is the layout that its result should have."""
-        return self.emitter.call(
-            op, args, kwargs, origin=self.origin, type=type, wanted=wanted
-        )
+        return self.emitter.call(op, args, kwargs, origin=self.origin, type=type, wanted=wanted)
 
     def items(self, source: Node) -> list[Node | None]:
         """The results of a call with several."""
@@ -291,7 +289,7 @@ def _read(
 
 
 def _unaliased(node: torch.fx.Node) -> torch.fx.Node:
-    target = _VIEWS.get(node.target, node.target)
+    target: Any = _VIEWS.get(node.target, node.target)
     while target in _ALIASES:
         node = node.args[0]  # type: ignore[assignment]
         target = _VIEWS.get(node.target, node.target)

@@ -3,11 +3,11 @@
 Before:  dw: f32[64, 16] = all_reduce(g1, dp);  db: f32[64] = all_reduce(g2, dp)
 After:   bucket:   f32[1088] partial(dp) = mesh::bucket(g1, g2)
          reduced:  f32[1088]             = all_reduce(bucket, dp)
-         dw, db                          = mesh::bucket_item(reduced, 0), mesh::bucket_item(reduced, 1)
+         dw: f32[64, 16]           = mesh::bucket_item(reduced, 0);  db: likewise, 1
 
 A bucket holds gradients with equal axes and element type, in the order in which the backward makes
-them, so that its reduction starts as soon as the last is there. Gradients that need no reduction are
-laid out in flat buffers too: every parameter's gradient is a view of one, for the whole run.
+them, so that its reduction starts as soon as the last is there. Gradients that need no reduction
+are laid out in flat buffers too: every parameter's gradient is a view of one, for the whole run.
 Elsewhere: DDP's buckets, found there by hooks at run time.
 """
 
@@ -83,7 +83,7 @@ def _pending(gradient: Node) -> Node:
     """The gradient before its all-reduce, or itself if it has none."""
     reduced = gradient.op == MeshOp("all_reduce")
     operand: Node = gradient.args[0] if reduced else gradient
-    return operand if not operand.op == BUCKET else gradient
+    return operand if operand.op != BUCKET else gradient
 
 
 def local_numel(node: Node, graph: Graph) -> int:

@@ -3,9 +3,9 @@
 Before:  tokens: i64[8, 16] = input(argument tokens)
 After:   tokens: i64[8@dp, 16] = input(argument tokens)
 
-Gradients are reduced over the axis by the `vary` rule alone: a parameter that meets a split value is
-varying, and its cotangent partial. Requires: nothing. Ensures: each input with the batch's size is
-split or named in `shard`.
+Gradients are reduced over the axis by the `vary` rule alone: a parameter that meets a split value
+is varying, and its cotangent partial. Requires: nothing. Ensures: each input with the batch's
+size is split or named in `shard`.
 Elsewhere: DDP, DistributedSampler.
 """
 
@@ -55,9 +55,7 @@ def _split(draft: Draft, node: Node, statement: Data) -> Draft:
     return pin(draft, node, {statement.dim: cut(size, *statement.over)}, statement)
 
 
-def _check_complete(
-    draft: Draft, arguments: Mapping[str, Node], found: Mapping[str, Data]
-) -> None:
+def _check_complete(draft: Draft, arguments: Mapping[str, Node], found: Mapping[str, Data]) -> None:
     """An input with the batch's size that stays whole is more often forgotten than meant."""
     sizes = {arguments[name].tensor.shape[s.dim]: s for name, s in found.items()}
     sharded = {

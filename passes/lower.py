@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from meshwright.compiler.ir import Arg, Builder, Graph, MeshOp, Node, TensorType
+from meshwright.compiler.ir import Arg, Builder, Graph, MeshOp, Node, NodeType, TensorType
 from meshwright.compiler.layout import Layout, cut, dim_axes, whole
 from meshwright.compiler.types import result_type, statistic
 
@@ -29,7 +29,7 @@ class Lowering:
         name: str,
         *args: Arg,
         layout: Layout | tuple[Layout | None, ...],
-        type: TensorType | tuple[TensorType | None, ...] | None = None,
+        type: NodeType = None,
         **kwargs: Arg,
     ) -> Node:
         """Emit one step or collective in place of the composite."""
@@ -64,7 +64,8 @@ def lower(graph: Graph) -> Graph:
 
 def _special(node: Node) -> Node:
     """The operand whose last dim a composite reduces over."""
-    found: Node = node.args[_OPERAND[node.op.name]]  # type: ignore[union-attr]
+    assert isinstance(node.op, MeshOp)
+    found: Node = node.args[_OPERAND[node.op.name]]
     return found
 
 
@@ -110,13 +111,13 @@ def _norm(lowering: Lowering, axes: tuple[str, ...]) -> Node:
     return lowering.emit(
         "norm_finish",
         *(x, _gathered(lowering, stats, axes), weight, bias, eps, kind),
-        type=lowering.node.type,  # type: ignore[arg-type]
+        type=lowering.node.type,
         layout=lowering.layouts,
     )
 
 
 def _norm_backward(lowering: Lowering, axes: tuple[str, ...]) -> Node:
-    grad, x, mean, rstd, weight, bias, kind = lowering.args
+    rstd, kind = lowering.args[3], lowering.args[6]
     rows = rstd.placed
     pending = rows.with_dims((whole(2), *rows.dims)).add_partial(axes)
     sums = lowering.emit("norm_backward_sums", *lowering.args[:5], kind, layout=pending)

@@ -151,7 +151,7 @@ def _pad(rewriter: Rewriter) -> Node | None:
 def _embedding(rewriter: Rewriter) -> Node:
     if rewriter.option(3, "scale_grad_by_freq", False) or rewriter.option(4, "sparse", False):
         raise CaptureError(
-            f"`{rewriter.node.origin.module}` is an embedding with `scale_grad_by_freq` or `sparse`",
+            f"the embedding `{rewriter.node.origin.module}` has `scale_grad_by_freq` or `sparse`",
             help="build the embedding without them",
         )
     weight, index = rewriter.args[:2]
@@ -162,7 +162,8 @@ def _embedding(rewriter: Rewriter) -> Node:
 def _dropout(rewriter: Rewriter) -> Node:
     x, p, train = rewriter.args[:3]
     if not train or p == 0:
-        return _identity(rewriter)
+        unchanged: Node = x
+        return unchanged
     return rewriter.call(MeshOp("dropout"), x, float(p), rewriter.random_id())
 
 

@@ -3,9 +3,10 @@
 Before:  count = sum(ne(targets, -100)) ... loss = div(total, all_reduce(count, dp))
 After:   count = sum(ne(targets, -100));  n = all_reduce(count, dp) ... loss = div(total, n)
 
-A collective moves to just behind its operand; what it takes of integers and inputs alone moves to the
-front of the graph. Generated code starts it there and waits before the first user. The order of
-collectives is the graph's, the same on every rank. Requires: a placed graph. Ensures: the same nodes.
+A collective moves to just behind its operand; what it takes of integers and inputs alone moves to
+the front of the graph. Generated code starts it there and waits before the first user. The order of
+collectives is the graph's, the same on every rank. Requires: a placed graph.
+Ensures: the same nodes.
 Elsewhere: DDP's hooks, Inductor's reordering for compute and communication overlap.
 """
 

@@ -4,9 +4,9 @@ Before:  x: f32[8, 16, 768];           h = mesh::norm(x, w, b); y = linear(h, up
 After:   x: f32[8, 16@tp, 768];        h = mesh::norm(x, w, b)
          h1: f32[8, 16, 768] varying(tp) = all_gather(h, tp);   y = linear(h1, up@tp)
 
-What enters a region is split, and sums that row-parallel linears leave pending are scattered instead
-of reduced; gathers before column-parallel linears follow from the layouts, and their adjoints too.
-Requires: sequences that divide. Ensures: the regions that the partitioner reads.
+What enters a region is split, and sums that row-parallel linears leave pending are scattered
+instead of reduced; gathers before column-parallel linears follow from the layouts, and
+their adjoints too. Requires: sequences that divide. Ensures: the regions that the partitioner reads.
 Elsewhere: Megatron's sequence parallelism (Korthikanti et al., 2205.05198).
 """
 

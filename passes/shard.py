@@ -3,8 +3,9 @@
 Before:  w: f32[64, 16] = input(parameter up.weight)         shard up.weight [f@tp, d]
 After:   w: f32[64@tp, 16] = input(parameter up.weight)
 
-A `shard` of a parameter takes the place of what `columns`, `rows` and `vocab` said of it. `-> LAYOUT`
-is a module's output, `<- LAYOUT` its input; `meshwright.layout(x, "...")` in a forward marks one value.
+A `shard` of a parameter takes the place of what `columns`, `rows` and `vocab` said of it. `->
+LAYOUT` is a module's output, `<- LAYOUT` its input; `meshwright.layout(x, "...")` in a forward
+marks one value.
 Requires: names of tensors or modules. Ensures: pins for the partitioner.
 Elsewhere: JAX's with_sharding_constraint, DTensor's distribute_tensor.
 """
@@ -63,9 +64,7 @@ def _before(draft: Draft, name: str) -> tuple[Statement, ...]:
     return tuple(s for s in statements if isinstance(s, (Columns, Rows, Vocab)))
 
 
-def _layout(
-    draft: Draft, template: LayoutTemplate, shape: tuple[int, ...], what: str
-) -> Layout:
+def _layout(draft: Draft, template: LayoutTemplate, shape: tuple[int, ...], what: str) -> Layout:
     dims = tuple(to_dim(dim) for dim in draft.plan.dims(template, shape, what))
     return Layout(dims, partial=tuple(sorted(template.partial)))
 

@@ -6,8 +6,8 @@ After:   p = mesh::embedding(vary(wpe, dp), arange);  x1 = add(x, p)
          w1 = vary(w, dp);  y = linear(h, vary(w1, tp));  e = mesh::embedding(w1, tokens)
 
 A value made of parameters alone is varied at the parameters, where its gradient joins the others in
-a bucket, unless the parameters are much the larger. Where one value is varied over two nested sets of
-axes, the larger is made from the smaller: their cotangents are summed before the last reduction.
+a bucket, unless the parameters are much the larger. Where one value is varied over two nested sets
+of axes, the larger is made from the smaller: their cotangents are summed before the last reduction.
 Requires: a placed graph, not yet differentiated. Ensures: the same values, each placed by its rule.
 """
 
@@ -57,8 +57,8 @@ def _hoisted(graph: Graph) -> Graph:
 
 
 def _chain(node: Node, graph: Graph, users: Mapping[Node, list[Node]]) -> _Chain | None:
-    """The chain behind a `vary` node, if it may be hoisted: nothing else uses it, and it is not much
-    smaller than its parameters."""
+    """The chain behind a `vary` node, if it may be hoisted: nothing else uses it, and it is not
+    much smaller than its parameters."""
     if node.op != VARY or node.args[0].op == INPUT:
         return None
     axes: tuple[str, ...] = node.kwargs["axes"]

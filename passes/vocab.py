@@ -6,7 +6,7 @@ After:   h: f32[8, 16, 768] partial(tp) = mesh::embedding(w, tokens)  w: [50258@
 The lookup is masked to the rows held here; logits stay split into the loss. A vocabulary that does
 not divide is stored padded (see `pad`). Requires: modules with a lookup or a linear.
 Ensures: their tables are pinned, and padded where needed.
-Elsewhere: Megatron's VocabParallelEmbedding and vocab-parallel cross-entropy, DTensor's loss_parallel.
+Elsewhere: Megatron's VocabParallelEmbedding and parallel loss, DTensor's loss_parallel.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def _split(draft: Draft, node: Node, dim: int, statement: Vocab) -> Draft:
     rows = -(-shape[dim] // ranks) * ranks
     layout = Layout(
         tuple(
-            cut(rows, *statement.over) if i == dim else whole(size)
-            for i, size in enumerate(shape)
+            cut(rows, *statement.over) if i == dim else whole(size) for i, size in enumerate(shape)
         )
     )
     before = draft.inputs.get(name)
