@@ -13,7 +13,7 @@ import torch
 
 from meshwright.compiler.adjoints import collective_adjoint
 from meshwright.compiler.collectives import COLLECTIVES
-from meshwright.compiler.emit import Emitter
+from meshwright.compiler.emit import Emitter, Movement
 from meshwright.compiler.ir import GETITEM, INPUT, Builder, Graph, MeshOp, Node, Origin
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.vjp import Cotangents, VjpContext, cotangents
@@ -21,22 +21,27 @@ from meshwright.compiler.vjp import Cotangents, VjpContext, cotangents
 aten = torch.ops.aten
 
 
-def differentiate(graph: Graph) -> Graph:
+def differentiate(
+    graph: Graph, explicit: frozenset[str] = frozenset()
+) -> tuple[Graph, tuple[Movement, ...]]:
     """The joint graph: the nodes of `graph`, then its backward; one `gradient:` output for each
-    parameter that the loss depends on.
+    parameter that the loss depends on. And the changes of layout that operators of the backward
+    asked for; `explicit` are the inputs that the plan laid out.
 
     Requires: a scalar output `loss`; every node placed. Ensures: each gradient has the dual layout
     of its parameter's.
     """
-    return _Differentiator(graph).run()
+    differentiator = _Differentiator(graph, explicit)
+    return differentiator.run(), tuple(differentiator.emitter.movements)
 
 
 class _Differentiator:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, explicit: frozenset[str]) -> None:
         self.graph = graph
         self.emitter = Emitter(Builder(graph.name, graph.mesh), backward=True)
         for node in graph.nodes:
             self.emitter.adopt(node)
+        self.emitter.explicit = {n for n in graph.inputs if n.args[1] in explicit}
         self.pending: dict[tuple[Node, int], list[Node]] = {}
 
     def run(self) -> Graph:

@@ -47,8 +47,15 @@ class Movement:
 
     @property
     def implicit(self) -> bool:
-        """Whether it gathers, and nothing that the plan wrote made that the only way."""
-        return self.step.kind in _GATHERING and not self.forced
+        """Whether it or its adjoint gathers, and nothing that the plan wrote made that the only
+        way."""
+        gathers = self.step.kind in _GATHERING
+        return not self.forced and (gathers or (self.step.kind == "slice" and self.gathers_back))
+
+    @property
+    def gathers_back(self) -> bool:
+        """Whether the adjoint of a slice, a gather, will be there."""
+        return self.value.requires_grad
 
 
 class Emitter:
@@ -57,6 +64,8 @@ class Emitter:
     def __init__(self, builder: Builder, *, backward: bool = False) -> None:
         self.builder, self.backward = builder, backward
         self.explicit: set[Node] = set()
+        self.planned: frozenset[str] = frozenset()
+        """Axes over which the plan asks for activations to be split and gathered."""
         self.shared: set[Node] = set()
         """Values with several users: a pending sum is reduced once for all of them."""
         self.movements: list[Movement] = []
@@ -95,10 +104,9 @@ class Emitter:
             wanted,
         )
         placement = place(asked)
-        forced = any(operand.explicit for operand in asked.operands)
         brought = iter(
             [
-                self.reshard(value, layout, origin, user=op, forced=forced)
+                self.reshard(value, layout, origin, user=op, forced=self._forced(value, operands))
                 for value, layout in zip(operands, placement.operands, strict=True)
             ]
         )
@@ -141,9 +149,12 @@ class Emitter:
         origin: Origin,
         *,
         user: Op = MeshOp("output"),
-        forced: bool = True,
+        forced: frozenset[str] | None = None,
     ) -> Node:
-        """`value` in the layout `target`, by explicit collectives, each emitted once per value."""
+        """`value` in the layout `target`, by explicit collectives, each emitted once per value.
+
+        `forced` are the axes over which the plan left no choice; by default every one.
+        """
         target = target.canonical(self.mesh)
         have = self._have.setdefault(value, {value.placed: value})
         if target in have:
@@ -154,9 +165,15 @@ class Emitter:
                 node = have[step.target]
                 continue
             following = self._step(node, step, origin)
-            self.movements.append(Movement(value, user, step, following, forced))
+            planned = forced is None or bool(forced & set(step.axes))
+            self.movements.append(Movement(value, user, step, following, planned))
             node = have[step.target] = following
         return node
+
+    def _forced(self, value: Node, operands: list[Node]) -> frozenset[str]:
+        """The axes that the plan splits other operands over, or sequences: `value` has to yield."""
+        others = {n for n in operands if n in self.explicit and n is not value}
+        return self.planned.union(*(n.placed.split_axes for n in others))
 
     def _step(self, value: Node, step: Step, origin: Origin) -> Node:
         return self.builder.emit(

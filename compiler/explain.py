@@ -93,7 +93,7 @@ def explain(program: Program, name: str) -> Explanation:
 
 
 def _moved_for(program: Program, names: set[str]) -> set[tuple[str, str]]:
-    """(phase, node) of collectives that take these tensors as they are or reduce their gradients."""
+    """(phase, node) of collectives that take these tensors or reduce their gradients."""
     found: set[tuple[str, str]] = set()
     for graph in program.graphs().values():
         phase = graph.name.rpartition(".")[2]

@@ -68,8 +68,8 @@ class PlanBuilder:
     def vocab(self, *targets: str, over: AxisNames) -> Self:
         return self._spread("vocab", targets, over)
 
-    def sequence(self, *targets: str, over: AxisNames) -> Self:
-        return self._spread("sequence", targets, over)
+    def sequence(self, *targets: str, over: AxisNames, keep: Option | None = None) -> Self:
+        return self._spread("sequence", targets, over, keep=keep)
 
     def context(self, *targets: str, over: AxisNames, method: str | None = None) -> Self:
         return self._spread("context", targets, over, method=method)

@@ -111,7 +111,9 @@ class Flag:
 
 @dataclass(frozen=True)
 class Words:
-    """A list of words: `[sdpa, norm]`; one alone needs no brackets."""
+    """A list of words: `[sdpa, norm]`; one alone needs no brackets. Of `choices`, if there are any."""
+
+    choices: tuple[str, ...] = ()
 
     def read(self, value: Value, sizes: Sizes) -> tuple[str, ...]:
         items = value.values if isinstance(value, Items) and not value.is_range else (value,)
@@ -119,6 +121,8 @@ class Words:
             if not isinstance(item, Word):
                 help = "write a list of words, such as `[sdpa, norm]`"
                 raise wrong_value(item, "is not a word", help)
+            if self.choices and item.text not in self.choices:
+                raise wrong_value(item, "is not a choice", did_you_mean(item.text, self.choices))
         return tuple(item.text for item in items)
 
     def write(self, value: tuple[str, ...]) -> str:

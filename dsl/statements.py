@@ -168,9 +168,13 @@ class Vocab(Spread):
 
 @dataclass(frozen=True, kw_only=True)
 class Sequence(Spread):
-    """`sequence SEL over tp`: activations split along the sequence between split linears."""
+    """`sequence SEL over tp`: activations split along the sequence between split linears.
+
+    `keep=[all_gather]` saves gathered inputs for the backward, which otherwise gathers them again.
+    """
 
     verb = "sequence"
+    keep: tuple[str, ...] = option(Words(("all_gather",)), ())
 
 
 @dataclass(frozen=True, kw_only=True)

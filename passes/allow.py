@@ -28,16 +28,25 @@ def check_replication(draft: Draft) -> None:
     if total <= limit:
         return
     worst = max(implicit, key=lambda m: moved_bytes(m, draft))
-    why = "has no rule" if not has_rule(worst.user) else "needs whole what is split"
+    what = "splitting" if worst.step.kind == "slice" else "gathering"
     where = worst.node.origin
     raise LayoutError(
-        f"`{op_text(worst.user)}` in `{where.module or 'the model'}` {why}: gathering "
+        f"`{op_text(worst.user)}` in `{where.module or 'the model'}` {_why(worst)}: {what} "
         f"`{worst.value.name}` from `{worst.step.source}` to `{worst.step.target}` was not asked "
         "for",
         code="implicit-gather",
         culprit=f"{where.source}; {len(implicit)} such gathers move {total} bytes a step",
         help=f"write `allow replicate {where.module or '**'}`, or lay the value out with `shard`",
     )
+
+
+def _why(movement: Movement) -> str:
+    """What makes an operator ask for the movement."""
+    if not has_rule(movement.user):
+        return "has no rule and runs whole on every rank"
+    if movement.step.kind == "slice":
+        return "takes part of a whole value, whose gradient is then gathered"
+    return "needs whole what is split"
 
 
 def _is_allowed(movement: Movement, allowed: set[str]) -> bool:

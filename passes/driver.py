@@ -33,7 +33,7 @@ from meshwright.passes.overlap import overlap
 from meshwright.passes.pad import pad
 from meshwright.passes.partition import partition
 from meshwright.passes.rows import rows
-from meshwright.passes.sequence import sequence
+from meshwright.passes.sequence import gathers_again, sequence
 from meshwright.passes.shard import shard
 from meshwright.passes.split import split
 from meshwright.passes.supported import check_supported
@@ -76,8 +76,8 @@ def compile(
     for each in PLACING:
         draft = each(draft)
         check(draft.graph, each.__name__)
+    draft, step = _step(draft)
     check_replication(draft)
-    step = _step(draft)
 
     def recompile(*, example: Any, mode: str) -> Program:
         args, kwargs = split_example(example)
@@ -103,23 +103,21 @@ def compile(
     return program
 
 
-def _step(draft: Draft) -> Step:
+def _step(draft: Draft) -> tuple[Draft, Step]:
     """The graphs that run: forward and backward in training, the forward alone otherwise."""
     if draft.captured.mode != "train" or not _trains(draft.graph):
         forward = overlap(attribute(lower(draft.graph), draft))
-        return Step(replace(forward, name="stage0.forward"))
+        return draft, Step(replace(forward, name="stage0.forward"))
     forward = vary(draft.graph)
     check(forward, "vary")
-    joint = differentiate(forward)
+    joint, moved = differentiate(forward, frozenset(draft.inputs))
+    draft = replace(draft, movements=(*draft.movements, *moved))
     check(joint, "differentiate")
     joint = bucket(lower(joint))
     check(joint, "bucket")
     joint = attribute(joint, draft)
-    regather = frozenset(
-        axis for region in draft.regions if not region.keep_gathered for axis in region.axes
-    )
-    forward, backward = split(joint, regather=regather)
-    return Step(overlap(forward), overlap(backward))
+    forward, backward = split(joint, regather=lambda node: gathers_again(draft.regions, node))
+    return draft, Step(overlap(forward), overlap(backward))
 
 
 def _trains(graph: Graph) -> bool:

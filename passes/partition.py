@@ -52,6 +52,7 @@ class _Partitioner:
         self.mapping: dict[Node, Node] = {}
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
+        self.emitter.planned = frozenset(a for region in draft.regions for a in region.axes)
 
     def run(self) -> Draft:
         for node in self.graph.nodes:

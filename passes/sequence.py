@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.compiler.draft import Draft, Region
+from meshwright.compiler.ir import Node
 from meshwright.compiler.sequences import entered_activations
 from meshwright.compiler.targets import modules_of
 from meshwright.dsl.statements import Sequence
@@ -30,9 +31,20 @@ def sequence(draft: Draft) -> Draft:
         by_statement.setdefault(id(statement), (statement, set()))[1].add(module)
     for statement, modules in by_statement.values():
         _check(draft, frozenset(modules), statement)
-        region = Region(frozenset(modules), statement.over, 1, statement)
+        keeps = "all_gather" in statement.keep
+        region = Region(frozenset(modules), statement.over, 1, statement, keeps)
         draft = replace(draft, regions=(*draft.regions, region))
     return draft
+
+
+def gathers_again(regions: tuple[Region, ...], node: Node) -> bool:
+    """Whether the backward gathers an activation again, its shard being what is saved.
+
+    It does for sequences that are split, unless the region says `keep=[all_gather]`.
+    """
+    modules = {path for path, _ in node.origin.modules}
+    around = [region for region in regions if set(region.axes) & set(node.kwargs["axes"])]
+    return bool(around) and not any(r.keep_gathered and r.modules & modules for r in around)
 
 
 def _check(draft: Draft, modules: frozenset[str], statement: Sequence) -> None:

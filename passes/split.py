@@ -13,6 +13,7 @@ them. Requires: backward nodes name their forward node. Ensures: no node is in b
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
@@ -36,10 +37,10 @@ _VIEWS = {
 _GATHERS = {MeshOp("all_gather"), MeshOp("all_gather_replicated")}
 
 
-def split(graph: Graph, *, regather: frozenset[str]) -> tuple[Graph, Graph]:
+def split(graph: Graph, *, regather: Callable[[Node], bool]) -> tuple[Graph, Graph]:
     """The forward and the backward of a joint graph.
 
-    `regather` are the axes over which a gathered activation is gathered again rather than kept.
+    `regather` says of a gathered activation whether it is gathered again rather than kept.
     """
     return _Splitter(graph, regather).run()
 
@@ -50,7 +51,7 @@ def is_backward(node: Node) -> bool:
 
 
 class _Splitter:
-    def __init__(self, graph: Graph, regather: frozenset[str]) -> None:
+    def __init__(self, graph: Graph, regather: Callable[[Node], bool]) -> None:
         self.graph, self.regather = graph, regather
         self.forward = Builder("stage0.forward", graph.mesh)
         self.backward = Builder("stage0.backward", graph.mesh)
@@ -110,7 +111,7 @@ class _Splitter:
             return False
         (operand,) = node.args
         stored = operand.op == INPUT and operand.args[0] == "parameter"
-        return stored or bool(self.regather & set(node.kwargs["axes"]))
+        return stored or self.regather(node)
 
     def _overwrite_logits(self) -> None:
         """Let the loss write its gradient over the logits, where nothing else will read them."""
