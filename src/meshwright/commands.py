@@ -1,0 +1,191 @@
+"""What the commands do. Each takes its arguments and returns an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from meshwright.compiler.graph_data import graph_data
+from meshwright.compiler.ir import Graph
+from meshwright.compiler.program import Program
+from meshwright.compiler.show import show_text, size_text
+from meshwright.compiler.text import graph_text
+from meshwright.dsl.errors import did_you_mean, plural
+from meshwright.dsl.plan import Plan
+from meshwright.models import CommandError, UsageError, load_model
+from meshwright.passes import driver
+from meshwright.runtime.run import launch
+
+
+def check(arguments: Namespace) -> int:
+    """Read the plan and, with a model, compile it."""
+    plan = Plan.load(arguments.plan)
+    program = _compiled(arguments, plan) if arguments.model else None
+    if arguments.json:
+        _print_json(_checked(plan, program))
+        return 0
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh)
+    where = f"mesh {mesh}" if mesh else "no mesh"
+    print(f"{plan.source.name}: {plural(len(plan.statements), 'statement')}, {where}")
+    if program is not None:
+        comm, peak = program.comm(), size_text(program.memory().peak)
+        moved = f"{plural(len(comm), 'collective')} of {size_text(comm.total_bytes())} a rank"
+        print(f"{type(program.model).__name__}: compiles; {moved} and step, peak memory {peak}")
+    return 0
+
+
+def _checked(plan: Plan, program: Program | None) -> dict[str, object]:
+    found: dict[str, object] = {
+        "plan": plan.source.name,
+        "statements": len(plan.statements),
+        "mesh": dict(plan.mesh),
+    }
+    if program is not None:
+        found["model"] = type(program.model).__name__
+        found["counts"] = program.comm().counts()
+        found["bytes_by_axis"] = program.comm().bytes_by_axis()
+        found["memory"] = program.memory().to_json()
+    return found
+
+
+def show(arguments: Namespace) -> int:
+    """Print a compiled program's tables."""
+    program = _compiled(arguments)
+    if arguments.json:
+        _print_json(program.to_json())
+    elif sys.stdout.isatty():
+        program.show(local=arguments.local)
+    else:
+        print(show_text(program, local=arguments.local))
+    return 0
+
+
+def graph(arguments: Namespace) -> int:
+    """Print graphs, or those of their nodes that belong to one module."""
+    program = _compiled(arguments)
+    graphs = _chosen(program, arguments.name)
+    if arguments.module:
+        graphs = [_part(each, arguments.module, program) for each in graphs]
+    if arguments.json:
+        _print_json({each.name: graph_data(each, local=arguments.local) for each in graphs})
+    else:
+        print("\n\n".join(graph_text(each, local=arguments.local) for each in graphs))
+    return 0
+
+
+def _chosen(program: Program, name: str | None) -> list[Graph]:
+    graphs = program.graphs()
+    if name is None:
+        return list(graphs.values())
+    if name not in graphs:
+        raise CommandError(f"there is no graph `{name}`", help=did_you_mean(name, graphs))
+    return [graphs[name]]
+
+
+def _part(graph: Graph, module: str, program: Program) -> Graph:
+    known = [name for name, _ in program.model.named_modules() if name]
+    if module not in known:
+        raise CommandError(f"there is no module `{module}`", help=did_you_mean(module, known))
+    nodes = tuple(
+        node for node in graph.nodes if any(path == module for path, _ in node.origin.modules)
+    )
+    return replace(graph, nodes=nodes, outputs=())
+
+
+def explain(arguments: Namespace) -> int:
+    """Print what is said of one module, parameter or input."""
+    explanation = _compiled(arguments).explain(arguments.name)
+    if arguments.json:
+        _print_json(explanation.to_json())
+    else:
+        print(explanation)
+    return 0
+
+
+def fmt(arguments: Namespace) -> int:
+    """Print, check or write the canonical form of plans."""
+    plans = {path: Plan.load(path) for path in arguments.plans}
+    formatted = {path: plan.format() for path, plan in plans.items()}
+    changed = [path for path in plans if formatted[path] != plans[path].source.text]
+    if arguments.write:
+        for path in changed:
+            Path(path).write_text(formatted[path], encoding="utf-8")
+    if arguments.json:
+        _print_json(
+            [
+                {"plan": path, "changed": path in changed, "text": text}
+                for path, text in formatted.items()
+            ]
+        )
+    elif arguments.check or arguments.write:
+        for path in changed:
+            print(f"{path}: {'written' if arguments.write else 'not in canonical form'}")
+    else:
+        print("\n".join(formatted.values()), end="")
+    return 1 if arguments.check and changed else 0
+
+
+def run(arguments: Namespace) -> int:
+    """Start a script under torchrun, one process a rank; its exit code."""
+    return _spawn(*_script(arguments.script, arguments.processes))
+
+
+def _spawn(script: Sequence[str], processes: int) -> int:
+    """What torchrun's exit code is for a script, or for `-m` and a module, and its arguments."""
+    environment = dict(os.environ)
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", *script]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _script(words: Iterable[str], processes: str | None) -> tuple[list[str], int]:
+    """The script with its own arguments, and the number of processes, wherever it was written."""
+    script: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--":
+            script += rest
+        elif word == "--processes":
+            processes = next(rest, "")
+        elif word.startswith("--processes="):
+            processes = word.partition("=")[2]
+        else:
+            script.append(word)
+    if not script:
+        raise UsageError("there is no script to run", help="write `meshwright run train.py`")
+    if processes is None or not processes.isdecimal() or int(processes) < 1:
+        said = "is missing" if processes is None else f"is `{processes}`, not a number of processes"
+        raise UsageError(f"`--processes` {said}", help="write `--processes 4` for four ranks")
+    if not Path(script[0]).is_file():
+        raise CommandError(f"there is no file `{script[0]}`", help="check the path of the script")
+    return script, int(processes)
+
+
+def demo(arguments: Namespace) -> int:
+    """Train the demo's model; see `meshwright.demo`."""
+    from meshwright import demo as demonstration
+
+    if arguments.processes:
+        options = ["--json"] if arguments.json else []
+        words = ["-m", "meshwright", "demo", f"--steps={arguments.steps}", *options]
+        return _spawn(words, arguments.processes)
+    return demonstration.run(arguments.steps or demonstration.STEPS, as_json=arguments.json)
+
+
+def _compiled(arguments: Namespace, plan: Plan | None = None) -> Program:
+    plan = plan or Plan.load(arguments.plan)
+    model, example = load_model(arguments.model)
+    options = {"mode": arguments.mode, "device": arguments.device}
+    return driver.compile(model, plan, example, launcher=launch, **options)
+
+
+def _print_json(data: object) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False))

@@ -1,0 +1,88 @@
+"""The demo: a GPT trained on a mesh of four ranks beside the same GPT in one process.
+
+Alone, every rank runs in this process. Under `meshwright run` or torchrun each is one of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.console import Console
+
+from meshwright.compiler.program import Program
+from meshwright.demo import report
+from meshwright.demo.corpus import Corpus
+from meshwright.demo.model import GPT, LENGTH, PLAN
+from meshwright.dsl.plan import Plan
+from meshwright.passes import driver
+from meshwright.runtime.run import launch
+from meshwright.runtime.transport import under_torchrun
+
+STEPS = 60
+BATCH = 16
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The losses of one step: of the mesh, and of the model alone in one process."""
+
+    step: int
+    mesh: float
+    single: float
+
+    @property
+    def difference(self) -> float:
+        return abs(self.mesh - self.single)
+
+
+def run(steps: int = STEPS, *, as_json: bool = False, console: Console | None = None) -> int:
+    """Compile, show, train and compare; returns an exit code."""
+    started = time.perf_counter()
+    console = console or Console(quiet=as_json or not _is_first())
+    torch.manual_seed(0)
+    model, corpus = GPT(), Corpus()
+    report.opening(console, model, corpus)
+    example = corpus.batch(BATCH, LENGTH)
+    compiled = time.perf_counter()
+    program = driver.compile(model, Plan.parse(PLAN, "gpt.plan"), example, launcher=launch)
+    report.program(console, program, seconds=time.perf_counter() - compiled)
+    losses = train(program, model, corpus, steps, console)
+    report.ending(console, losses, seconds=time.perf_counter() - started)
+    if as_json and _is_first():
+        worst = max(loss.difference for loss in losses)
+        found = {"losses": [asdict(loss) for loss in losses], "largest_difference": worst}
+        json.dump({**found, "program": program.to_json()}, sys.stdout, indent=2)
+        print()
+    return 0
+
+
+def train(program: Program, model: GPT, corpus: Corpus, steps: int, console: Console) -> list[Loss]:
+    """Both trainings, step by step on the same batches, from the same weights."""
+    mesh = launch(program)
+    optimizer = mesh.optimizer(torch.optim.AdamW, lr=LEARNING_RATE)
+    single = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    losses: list[Loss] = []
+    with report.Training(console, steps) as shown:
+        for step in range(1, steps + 1):
+            batch = corpus.batch(BATCH, LENGTH)
+            parallel = mesh.step(*batch)
+            optimizer.step()
+            optimizer.zero_grad()
+            alone = model(*batch)
+            alone.backward()
+            single.step()
+            single.zero_grad()
+            losses.append(Loss(step, parallel.item(), alone.item()))
+            shown.add(losses[-1])
+    return losses
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that prints."""
+    return not under_torchrun() or os.environ["RANK"] == "0"

@@ -1,0 +1,90 @@
+"""Find the model of a command: `path/to/file.py:function` or `package.module:function`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from meshwright.compiler.errors import CompilerError
+from meshwright.dsl.errors import did_you_mean
+
+
+class CommandError(CompilerError):
+    """A command cannot do what it was asked."""
+
+
+class UsageError(CommandError):
+    """A command was not written as it should be."""
+
+
+def load_model(spec: str) -> tuple[nn.Module, Any]:
+    """The model and its example: what the function named by `spec` returns.
+
+    Raises `UsageError` for what names no function, `CommandError` for a file, module or function
+    that is not there and for a function that returns anything else. What the user's own code raises
+    passes through.
+    """
+    where, _, name = spec.rpartition(":")
+    if not where or not name.isidentifier():
+        raise UsageError(
+            f"`{spec}` names no function", help="write `path/to/file.py:function` for the model"
+        )
+    module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where)
+    returned = _function(module, name, where)()
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise CommandError(
+            f"`{spec}` returns {_kind(returned)}, not a model and its example",
+            help="return `(model, example)`, the example being a tuple or a dict of inputs",
+        )
+    model, example = returned
+    if not isinstance(model, nn.Module):
+        raise CommandError(
+            f"`{spec}` returns {_kind(model)} where the model is due", help="return an `nn.Module`"
+        )
+    return model, example
+
+
+def _function(module: ModuleType, name: str, where: str) -> Callable[[], Any]:
+    found = getattr(module, name, None)
+    if callable(found):
+        function: Callable[[], Any] = found
+        return function
+    own = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+    raise CommandError(f"`{where}` has no function `{name}`", help=did_you_mean(name, own))
+
+
+def _from_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise CommandError(f"there is no file `{path}`", help="check the path of the model")
+    name = f"meshwright_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and the like look their module up; what stands beside a script is importable.
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _from_package(name: str) -> ModuleType:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise CommandError(
+            f"there is no module `{name}`", help="check its name, or write the path of a file"
+        ) from None
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else f"`{type(value).__name__}`"
