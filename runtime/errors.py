@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from meshwright.compiler.collectives import Wire
+from meshwright.dsl.errors import MeshwrightError
 
 
-class RunError(RuntimeError):
+class RunError(MeshwrightError, RuntimeError):
     """A run that cannot go on: what happened, where, and one line of help."""
 
     def __init__(

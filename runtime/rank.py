@@ -1,9 +1,9 @@
-"""What one rank holds: its shards, its flat gradient buffers, and its copy of the generated code."""
+"""What one rank holds: its shards, its flat gradient buffers, and its copies of generated code."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -12,138 +12,169 @@ from torch import Tensor, nn
 from meshwright.compiler.bindings import RandomState
 from meshwright.compiler.codegen import Pending, RankContext
 from meshwright.compiler.collectives import Wait
-from meshwright.compiler.ir import Graph
+from meshwright.compiler.errors import PassError
+from meshwright.compiler.ir import Graph, MeshOp, Node
 from meshwright.compiler.layout import shard
-from meshwright.compiler.local_steps import apply_all
-from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.program import Program, Stored
-from meshwright.compiler.reshard import steps
 
 RankProgram = Generator[Any, Any, Any]
+Values = Callable[[Stored], Tensor]
+"""The global value of a parameter or buffer."""
 
 
 class RankState:
     """The tensors of one rank, shared by every program that runs on it."""
 
-    def __init__(
-        self, program: Program, rank: int, values: Callable[[Stored], Tensor], seed: int
-    ) -> None:
-        self.mesh, self.device = program.mesh, program.device
+    def __init__(self, program: Program, rank: int, values: Values) -> None:
+        self.mesh, self.device, self.rank = program.mesh, _indexed(program.device), rank
         self.coords = program.mesh.coords(rank)
-        self.random = RandomState(seed)
+        self.random = RandomState()
         self.parameters: dict[str, nn.Parameter] = {}
         self.tensors: dict[tuple[str, str], Tensor] = {}
         """What graphs take as inputs, by kind and name; without autograd."""
-        self.grad_views: dict[str, Tensor] = {}
-        self.buckets: dict[str, tuple[Tensor, ...]] = {}
-        for stored in program.parameters.values():
-            self._hold(stored, values(stored))
+        self.stored: dict[tuple[str, str], Stored] = {}
+        self._buckets: dict[Any, tuple[Tensor, ...]] = {}
+        for name, stored in program.parameters.items():
+            local = self._hold("parameter", stored, values)
+            self.parameters[name] = nn.Parameter(local, requires_grad=stored.requires_grad)
         for stored in program.buffers.values():
-            self.tensors["buffer", stored.name] = self.local(values(stored), stored)
-        self._make_buckets(program)
+            self._hold("buffer", stored, values)
 
-    def _hold(self, stored: Stored, value: Tensor) -> None:
-        local = self.local(value, stored)
-        self.tensors["parameter", stored.name] = local
-        self.parameters[stored.name] = nn.Parameter(local, requires_grad=stored.requires_grad)
+    def _hold(self, kind: str, stored: Stored, values: Values) -> Tensor:
+        local = self.local(values(stored), stored)
+        self.stored[kind, stored.name] = stored
+        self.tensors[kind, stored.name] = local
+        return local
 
     def local(self, value: Tensor, stored: Stored) -> Tensor:
         """This rank's part of a global tensor, in memory of its own."""
         part = shard(padded(value.detach(), stored), stored.layout, self.mesh, self.coords)
-        return part.to(self.device).clone(memory_format=torch.contiguous_format)
+        return part.to(self.device, stored.type.dtype).clone(memory_format=torch.contiguous_format)
 
-    def replicated(self, program: Program) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-        """Every parameter and buffer here that other ranks hold too, with the axes they are along."""
-        for kind, every in (("parameter", program.parameters), ("buffer", program.buffers)):
-            for stored in every.values():
-                split = stored.layout.split_axes
-                axes = tuple(a for a, n in self.mesh.axes if a not in split and n > 1)
-                if axes:
-                    yield self.tensors[kind, stored.name], axes
-
-    def _make_buckets(self, program: Program) -> None:
-        """One flat buffer a bucket; every trained parameter's gradient is a view of one."""
-        graph = program.step.backward
-        if graph is None:
-            return
-        owner = {
-            (node.args[0].name if node.args[0].op.name == "bucket" else node.args[0].args[0].name,
-             node.args[1]): label.removeprefix("gradient:")
-            for label, node in graph.outputs
-        }  # fmt: skip
-        for name, node in program.buckets().items():
-            flat = torch.zeros(node.tensor.shape, dtype=node.tensor.dtype, device=self.device)
-            views, offset = [], 0
-            for i, part in enumerate(node.args):
-                shape = part.placed.local_shape(self.mesh)
-                views.append(flat.narrow(0, offset, math.prod(shape)).view(shape))
-                offset += math.prod(shape)
-                self.grad_views[owner[name, i]] = views[-1]
-            self.buckets[name] = (flat, *views)
-
-    def context(self) -> RankContext:
-        """What generated code is linked with."""
-        return RankContext(self.mesh, self.coords, self.device, self.random, self.buckets)
+    def flat_buffer(self, owners: tuple[str, ...], node: Node) -> tuple[Tensor, ...]:
+        """The flat buffer of a bucket and its views, shared by programs that fill it alike."""
+        shapes = tuple(part.placed.local_shape(self.mesh) for part in node.args)
+        key = (owners, shapes, node.tensor.dtype)
+        if key not in self._buckets:
+            sizes = [math.prod(shape) for shape in shapes]
+            flat = torch.zeros(sum(sizes), dtype=node.tensor.dtype, device=self.device)
+            parts = flat.split_with_sizes(sizes)
+            views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            self._buckets[key] = (flat, *views)
+        return self._buckets[key]
 
 
 class RankStep:
     """One program linked for one rank."""
 
     def __init__(self, program: Program, state: RankState) -> None:
-        self.program, self.state = program, state
-        context = state.context()
-        for name, value in program.captured.constants.items():
-            state.tensors["constant", name] = value.detach().to(state.device)
+        self.state, step = state, program.step
+        self.constants = {
+            name: value.detach().to(state.device)
+            for name, value in program.captured.constants.items()
+        }
+        buckets = {
+            name: state.flat_buffer(owners, node)
+            for name, (owners, node) in _owners(program).items()
+        }
+        self.buckets = [
+            _Bucket(flat, [state.parameters[name] for name in owners], views)
+            for (owners, _), (flat, *views) in zip(
+                _owners(program).values(), buckets.values(), strict=True
+            )
+        ]
+        context = RankContext(state.mesh, state.coords, state.device, state.random, buckets)
         self.functions = [code.link(context) for code in program.code]
-        self.labels = [
-            label
-            for label, _ in program.step.forward.outputs
-            if not label.startswith("saved:")
-        ]
+        self.labels = [label for label, _ in step.forward.outputs if not label.startswith("saved:")]
+        self.written = [label for label in self.labels if label.startswith("buffer:")]
+        places = {node.args[1]: i for i, node in enumerate(program.inputs())}
+        self.inputs = [_Inputs(graph, self, places) for graph in step.graphs.values()]
 
-    def inputs(self, graph: Graph, arguments: Mapping[str, Tensor]) -> list[Tensor]:
-        """The values of a graph's inputs, in order."""
-        tensors = self.state.tensors
-        return [
-            arguments[node.args[1]] if node.args[0] == "argument" else tensors[node.args]
-            for node in graph.inputs
-        ]
+    def tensor(self, node: Node) -> Tensor:
+        """What this rank holds of a parameter, buffer or constant, in the layout of `node`."""
+        state, (kind, name) = self.state, node.args
+        if kind == "constant":
+            return shard(self.constants[name], node.placed, state.mesh, state.coords)
+        held, layout = state.tensors[kind, name], state.stored[kind, name].layout
+        if layout.equals(node.placed, state.mesh):
+            return held
+        if layout.split_axes or layout.shape != node.placed.shape:
+            raise PassError(
+                f"`{name}` is held as `{layout}`, and this program wants `{node.placed}`",
+                help="report this: a program for other inputs placed a weight elsewhere",
+            )
+        return shard(held, node.placed, state.mesh, state.coords)
 
-    def run(self, arguments: Mapping[str, Tensor]) -> RankProgram:
+    def run(self, arguments: Sequence[Tensor]) -> RankProgram:
         """One step: forward, backward where there is one, then what is still under way.
 
-        Returns the outputs by label; gradients are in the flat buffers.
+        `arguments` are the local parts of the inputs, in the program's order. Returns the outputs
+        by label; gradients are in the flat buffers.
         """
-        step = self.program.step
-        outputs, saved = yield from self.functions[0](self.inputs(step.forward, arguments), [])
-        if step.backward is not None:
-            kept = self._kept_gradients()
-            yield from self.functions[1](self.inputs(step.backward, arguments), saved)
-            self._give_gradients(kept)
+        outputs, saved = yield from self.functions[0](self.inputs[0](arguments), [])
+        if len(self.functions) > 1:
+            kept = [bucket.keep() for bucket in self.buckets]
+            yield from self.functions[1](self.inputs[1](arguments), saved)
+            for bucket, gradients in zip(self.buckets, kept, strict=True):
+                bucket.give(gradients)
         results: dict[str, Tensor] = {}
         for label, value in zip(self.labels, outputs, strict=True):
             results[label] = (yield Wait(value.handle)) if type(value) is Pending else value
-        self._store_buffers(results)
-        return results
-
-    def _kept_gradients(self) -> dict[str, Tensor]:
-        """Copies of gradients that this step must add to."""
-        return {
-            name: parameter.grad.clone()
-            for name, parameter in self.state.parameters.items()
-            if parameter.grad is not None
-        }
-
-    def _give_gradients(self, kept: Mapping[str, Tensor]) -> None:
-        for name, view in self.state.grad_views.items():
-            if name in kept:
-                view.add_(kept[name])
-            self.state.parameters[name].grad = view
-
-    def _store_buffers(self, results: dict[str, Tensor]) -> None:
-        for label in [label for label in results if label.startswith("buffer:")]:
+        for label in self.written:
             name = label.removeprefix("buffer:")
             self.state.tensors["buffer", name].copy_(results.pop(label))
+        return results
+
+
+class _Inputs:
+    """The values of a graph's inputs: all but the arguments are known beforehand."""
+
+    def __init__(self, graph: Graph, step: RankStep, places: dict[str, int]) -> None:
+        self.known: list[Any] = []
+        self.arguments: list[tuple[int, int]] = []
+        for i, node in enumerate(graph.inputs):
+            if node.args[0] == "argument":
+                self.known.append(None)
+                self.arguments.append((i, places[node.args[1]]))
+            else:
+                self.known.append(step.tensor(node))
+
+    def __call__(self, arguments: Sequence[Tensor]) -> list[Tensor]:
+        tensors = self.known.copy()
+        for place, argument in self.arguments:
+            tensors[place] = arguments[argument]
+        return tensors
+
+
+class _Bucket:
+    """A flat buffer that a step overwrites, and the parameters whose gradients its views are."""
+
+    def __init__(self, flat: Tensor, parameters: list[nn.Parameter], views: list[Tensor]) -> None:
+        self.flat, self.pairs = flat, list(zip(parameters, views, strict=True))
+
+    def keep(self) -> Tensor | list[tuple[Tensor, Tensor]] | None:
+        """Gradients to add to, safe from being overwritten: all as one buffer, or one by one."""
+        gradients = [parameter.grad for parameter, _ in self.pairs]
+        if not any(gradient is not None for gradient in gradients):
+            return None
+        pairs = zip(gradients, self.pairs, strict=True)
+        if all(gradient is view for gradient, (_, view) in pairs):
+            return self.flat.clone()
+        return [
+            (view, gradient.clone())
+            for gradient, (_, view) in zip(gradients, self.pairs, strict=True)
+            if gradient is not None
+        ]
+
+    def give(self, kept: Tensor | list[tuple[Tensor, Tensor]] | None) -> None:
+        """Add what was kept, and let the parameters have their gradients."""
+        if isinstance(kept, Tensor):
+            self.flat.add_(kept)
+            return
+        for view, gradient in kept or ():
+            view.add_(gradient)
+        for parameter, view in self.pairs:
+            parameter.grad = view
 
 
 def padded(value: Tensor, stored: Stored) -> Tensor:
@@ -155,23 +186,24 @@ def padded(value: Tensor, stored: Stored) -> Tensor:
     return torch.cat([value, value.new_zeros(shape)], stored.padding.dim)
 
 
-def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
-    """The global tensor, without padding, from every rank's part."""
-    whole = stored.layout.drop_split(stored.layout.split_axes, state.mesh)
-    for step in steps(stored.layout, whole, state.mesh):
-        transfer = step.transfer(state.mesh)
-        local = apply_all(transfer.before, local, state.coords, state.mesh)
-        if transfer.wire is not None:
-            local = yield transfer.wire, local
-        local = apply_all(transfer.after, local, state.coords, state.mesh)
-    if stored.padding is not None:
-        local = local.narrow(stored.padding.dim, 0, stored.padding.size)
-    return local.reshape(stored.type.shape)
+def _owners(program: Program) -> dict[str, tuple[tuple[str, ...], Node]]:
+    """By bucket node: the parameters whose gradients it holds, in order, and the node."""
+    graph = program.step.backward
+    if graph is None:
+        return {}
+    names: dict[tuple[str, int], str] = {}
+    for label, node in graph.outputs:
+        source: Node = node.args[0]
+        bucket = source if source.op == MeshOp("bucket") else source.args[0]
+        names[bucket.name, node.args[1]] = label.removeprefix("gradient:")
+    return {
+        name: (tuple(names[name, i] for i in range(len(node.args))), node)
+        for name, node in program.buckets().items()
+    }
 
 
-def gathered_all(locals: Sequence[tuple[Tensor, Stored]], state: RankState) -> RankProgram:
-    """Several global tensors, one after the other."""
-    found: list[Tensor] = []
-    for local, stored in locals:
-        found.append((yield from gathered(local, stored, state)))
-    return found
+def _indexed(device: torch.device) -> torch.device:
+    """The device with its number, so that it equals that of the tensors on it."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

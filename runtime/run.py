@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from meshwright.compiler.collectives import Wire
-from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.ir import TensorType
-from meshwright.compiler.layout import shard
 from meshwright.compiler.program import Program, Stored
+from meshwright.runtime import checkpoint
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.rank import RankProgram, RankState, RankStep, gathered_all
-from meshwright.runtime.start import same_weights
+from meshwright.runtime.gather import gathered_all
+from meshwright.runtime.inputs import Cut, Inputs, data_axes
+from meshwright.runtime.norms import gradients_of, total_norm
+from meshwright.runtime.optimizer import Groups, check_elementwise, grouped
+from meshwright.runtime.rank import RankProgram, RankState, RankStep
+from meshwright.runtime.start import executable_digest, same_start
 from meshwright.runtime.transport import ProcessMesh, Transport, VirtualMesh, under_torchrun
+from meshwright.runtime.weights import (
+    check_state,
+    name_in,
+    shapes_of,
+    state_names,
+    stored_tensors,
+    values_of,
+)
 
-_NOT_ELEMENTWISE = ("Muon", "Adafactor", "LBFGS", "Shampoo", "LAMB", "LARS")
-"""Optimizers whose update of an element looks at its whole tensor: wrong on a part of one."""
+
+@dataclass(frozen=True, slots=True)
+class _Linked:
+    """A program with its code linked for the ranks in this process."""
+
+    program: Program
+    inputs: Inputs
+    ranks: list[tuple[RankStep, list[Cut]]]
+    wire_names: tuple[str, ...]
 
 
 class Run:
@@ -29,7 +47,8 @@ class Run:
 
     `step` takes the global batch, the same on every rank, adds to the gradients of `parameters()`
     and returns the loss, a 0-d tensor, without waiting for the device. The model that was compiled
-    is not touched; `copy_to` writes trained values back.
+    is not touched; `copy_to` writes trained values back. Every rank calls the same methods in the
+    same order. Ends with `close`, at the end of a `with`, or with the interpreter.
     """
 
     def __init__(
@@ -42,27 +61,39 @@ class Run:
     ) -> None:
         """Hold the shards of the model's weights, or of `state_dict`, and link the code.
 
-        `seed` keys dropout. `new_shapes="compile"` lets `step` compile for input signatures other
-        than the example's. Raises `RunError` where there are no weights to hold, where the number
-        of processes is not the mesh's, or where ranks compiled different programs.
+        All ranks start from the weights and the `seed` of rank 0; `seed` keys dropout.
+        `new_shapes="compile"` lets `step` compile for input signatures other than the example's.
+        Raises `RunError` where there are no weights to hold, where the number of processes is not
+        the mesh's, or where ranks compiled different programs.
         """
         if new_shapes not in ("error", "compile"):
-            raise ValueError(f"`new_shapes` is {new_shapes!r}: use 'error' or 'compile'")
+            raise RunError(
+                f"`new_shapes` is {new_shapes!r}",
+                help='write `new_shapes="compile"` or leave it out',
+            )
+        if state_dict is not None:
+            shapes = shapes_of(state_dict, "`state_dict`")
+            check_state(program, shapes, "`state_dict`", complete=False)
         self.program, self.mesh, self.new_shapes = program, program.mesh, new_shapes
+        values = values_of(program, state_dict)
+        for _, stored in stored_tensors(program):
+            values(stored)
         self.transport: Transport = (
             ProcessMesh(program.mesh, program.device)
             if under_torchrun()
             else VirtualMesh(program.mesh)
         )
+        self.transport.check_same_program(executable_digest(program))
+        self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
+        for state in self.states:
+            state.random.seed = seed
         if isinstance(self.transport, ProcessMesh):
-            self.transport.process.check_same_program(program.digest)
-        values = _values(program, state_dict)
-        self.states = [RankState(program, r, values, seed) for r in self.transport.ranks]
-        self._programs: dict[Any, tuple[Program, list[RankStep]]] = {}
-        self._signatures: dict[Any, Program] = {_signature(program): program}
-        self._link(program)
-        if isinstance(self.transport, ProcessMesh):
-            self._run([same_weights(state, program) for state in self.states])
+            self._run([same_start(state, program, values) for state in self.states])
+        self._signatures: dict[Any, _Linked] = {}
+        self._launched = self._link(program)
+        self._latest = {program.mode: self._launched}
+        self._rows: tuple[Inputs, list[Cut]] | None = None
+        self._closed = False
 
     # -- training -----------------------------------------------------------------------------
 
@@ -70,142 +101,153 @@ class Run:
         """Forward and backward of one global batch; gradients are added to `.grad`.
 
         Returns the loss, or `(loss, *outputs)` where the program was compiled with `outputs`.
-        Raises `CaptureError` for inputs unlike the example's.
+        Gradients are views of buffers that the next step overwrites once they were set to None.
+        Raises `RunError` for inputs unlike the example's, unless `new_shapes` says to compile.
         """
-        program = self._program_for(args, kwargs, "train")
-        return self._results(self._train(program, program.captured.input_spec.flatten(args, kwargs)))
+        linked, tensors = self._find("train", args, kwargs)
+        return self._train(linked, linked.ranks, tensors)
 
     def step_local(self, *args: Any, **kwargs: Any) -> Any:
         """As `step`, given only the rows `data_slice(n)` of the inputs under `data`."""
-        spec, types = self.program.captured.input_spec, self._local_types()
-        return self._results(self._train(self.program, spec.flatten(args, kwargs, types), types))
+        if isinstance(self.transport, VirtualMesh):
+            return self.step(*args, **kwargs)
+        self._check_usable("train")
+        if self._rows is None:
+            inputs = Inputs(self.program, rows=True)
+            self._rows = inputs, inputs.cuts(self.states[0].coords, self.states[0].device)
+        inputs, cuts = self._rows
+        help = "pass the rows `data_slice(n)` of a batch like the example's"
+        tensors = inputs.flatten(args, kwargs, help)
+        return self._train(self._launched, [(self._launched.ranks[0][0], cuts)], tensors)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss in the model's eval mode, with the same weights and no gradients."""
-        program = self._program_for(args, kwargs, "eval")
-        tensors = program.captured.input_spec.flatten(args, kwargs)
-        return self._results(self._execute(program, tensors))
+        """The loss in the model's eval mode, with the same weights and no gradients.
+
+        Captured at first use, and for each new input signature. With `outputs`, as `step`.
+        """
+        linked, tensors = self._find("eval", args, kwargs)
+        return _results(self._execute(linked, linked.ranks, tensors))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs in its eval mode: a tensor, or a dictionary by path."""
-        program = self._program_for(args, kwargs, "infer")
-        found = self._execute(program, program.captured.input_spec.flatten(args, kwargs))
+        linked, tensors = self._find("infer", args, kwargs)
+        found = self._execute(linked, linked.ranks, tensors)
         named = {label.partition(":")[2]: value for label, value in found.items()}
-        return next(iter(named.values())) if list(named) in ([""], ["output"]) else named
+        return named[""] if list(named) == [""] else named
 
     def _train(
         self,
-        program: Program,
+        linked: _Linked,
+        ranks: Sequence[tuple[RankStep, list[Cut]]],
         tensors: Sequence[Tensor],
-        local_types: Mapping[str, TensorType] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> Any:
         for state in self.states:
             state.random.step += 1
-        return self._execute(program, tensors, sharded=local_types is not None)
+        return _results(self._execute(linked, ranks, tensors))
 
     def _execute(
-        self, program: Program, tensors: Sequence[Tensor], *, sharded: bool = False
+        self,
+        linked: _Linked,
+        ranks: Sequence[tuple[RankStep, list[Cut]]],
+        tensors: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        ranks = self._link(program)
-        nodes = program.inputs()
-        programs: list[RankProgram] = []
-        for rank in ranks:
-            state = rank.state
-            arguments = {
-                node.args[1]: (
-                    tensor
-                    if sharded and not isinstance(self.transport, VirtualMesh)
-                    else shard(tensor, node.placed, self.mesh, state.coords)
-                ).to(state.device)
-                for node, tensor in zip(nodes, tensors, strict=True)
-            }
-            programs.append(rank.run(arguments))
-        names = [name for code in program.code for name in code.wire_names]
-        found: dict[str, Tensor] = self._run(programs, names)[0]
+        programs = [
+            step.run([cut(tensor) for cut, tensor in zip(cuts, tensors, strict=True)])
+            for step, cuts in ranks
+        ]
+        found: dict[str, Tensor] = self._run(programs, linked.wire_names)[0]
         return found
 
     def _run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
+        device = self.program.device.type
         with torch.no_grad():
-            return self.transport.run(programs, names)
-
-    def _results(self, found: Mapping[str, Tensor]) -> Any:
-        loss, *outputs = found.values()
-        return (loss, *outputs) if outputs else loss
+            if not torch.is_autocast_enabled(device):
+                return self.transport.run(programs, names)
+            # The types are those of the graph; autocast would change them behind its back.
+            with torch.autocast(device, enabled=False):
+                return self.transport.run(programs, names)
 
     # -- programs by input signature ----------------------------------------------------------
 
-    def _program_for(self, args: Any, kwargs: Any, mode: str) -> Program:
-        spec = self.program.captured.input_spec
+    def _find(
+        self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[_Linked, Sequence[Tensor]]:
+        """The program for these inputs, compiled if that is allowed, and the inputs in order."""
+        latest = self._latest.get(mode)
+        tensors = latest.inputs.match(args, kwargs) if latest is not None else None
+        if latest is not None and tensors is not None and not self._closed:
+            return latest, tensors
+        self._check_usable(mode)
         if mode == self.program.mode:
             try:
-                spec.flatten(args, kwargs)
-                return self.program
-            except CaptureError:
+                return self._launched, self._launched.inputs.flatten(args, kwargs, _LIKE_EXAMPLE)
+            except RunError:
                 if mode == "train" and self.new_shapes == "error":
                     raise
-        types = tuple(
-            (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
-            for leaf in torch.utils._pytree.tree_leaves((args, dict(sorted(kwargs.items()))))
-        )
-        key = (mode, tuple(sorted(kwargs)), types)
+        linked = self._latest[mode] = self._compiled(mode, args, kwargs)
+        return linked, linked.inputs.flatten(args, kwargs, _LIKE_EXAMPLE)
+
+    def _check_usable(self, mode: str) -> None:
+        if self._closed:
+            raise RunError("this run is closed", help="launch the program again")
+        if mode == "train" and self.program.mode != mode:
+            raise RunError(
+                f"the program was compiled with `mode={self.program.mode!r}`: it has no gradients",
+                help=f"compile it with `mode={mode!r}`",
+            )
+
+    def _compiled(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Linked:
+        """The program for inputs like these, from the cache or compiled now, on every rank."""
+        key = (mode, *_signature(args, kwargs))
         if key not in self._signatures:
-            self._signatures[key] = self.program.recompile(example=(args, kwargs), mode=mode)
+            program = self.program.recompile(example=(args, kwargs), mode=mode)
+            self.transport.check_same_program(executable_digest(program))
+            self._signatures[key] = self._link(program)
         return self._signatures[key]
 
-    def _link(self, program: Program) -> list[RankStep]:
-        key = id(program)
-        if key not in self._programs:
-            self._programs[key] = (program, [RankStep(program, state) for state in self.states])
-        return self._programs[key][1]
+    def _link(self, program: Program) -> _Linked:
+        inputs = Inputs(program)
+        ranks = [
+            (RankStep(program, state), inputs.cuts(state.coords, state.device))
+            for state in self.states
+        ]
+        names = tuple(name for code in program.code for name in code.wire_names)
+        return _Linked(program, inputs, ranks, names)
 
     # -- data ---------------------------------------------------------------------------------
-
-    @property
-    def _data_axes(self) -> tuple[str, ...]:
-        for node in self.program.inputs():
-            if node.placed.split_axes:
-                return node.placed.split_axes
-        return ()
 
     @property
     def data_ranks(self) -> int:
         """How many parts the batch is read in: 1 where every rank is in this process."""
         if isinstance(self.transport, VirtualMesh):
             return 1
-        return self.mesh.size(self._data_axes)
+        return self.mesh.size(data_axes(self.program))
 
     @property
     def data_rank(self) -> int:
         """Which of those parts this process reads."""
         if isinstance(self.transport, VirtualMesh):
             return 0
-        return self.mesh.position(self.states[0].coords, self._data_axes)
+        return self.mesh.position(self.states[0].coords, data_axes(self.program))
 
     def data_slice(self, num_rows: int) -> slice:
         """The rows of a global batch of `num_rows` that `step_local` takes here."""
         rows, rest = divmod(num_rows, self.data_ranks)
-        if rest:
+        if rest or num_rows < 1:
+            lower = num_rows - rest
+            sizes = f"{lower} or {lower + self.data_ranks}" if lower > 0 else f"{self.data_ranks}"
             raise RunError(
                 f"a batch of {num_rows} rows does not divide over {self.data_ranks} ranks",
-                help=f"use a batch of {num_rows - rest} or {num_rows - rest + self.data_ranks}",
+                help=f"use a batch of {sizes}",
             )
         return slice(self.data_rank * rows, (self.data_rank + 1) * rows)
-
-    def _local_types(self) -> dict[str, TensorType]:
-        whole = isinstance(self.transport, VirtualMesh)
-        return {
-            node.args[1]: node.tensor
-            if whole
-            else TensorType(node.placed.local_shape(self.mesh), node.tensor.dtype)
-            for node in self.program.inputs()
-        }
 
     # -- parameters ---------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The local shards; on the virtual mesh those of every rank, one rank after the other."""
-        for state in self.states:
-            yield from state.parameters.values()
+        for _, parameter in self.named_parameters():
+            yield parameter
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The local shards with the model's names; on the virtual mesh names repeat by rank."""
@@ -216,64 +258,51 @@ class Run:
         self,
         kind: Callable[..., torch.optim.Optimizer],
         *,
-        groups: Sequence[Mapping[str, Any]] = (),
+        groups: Groups = (),
         **options: Any,
     ) -> torch.optim.Optimizer:
         """A `torch.optim` optimizer over the local shards: `run.optimizer(AdamW, lr=3e-4)`.
 
-        `groups` are its parameter groups, whose `"params"` are globs over names; the first that
-        matches counts. Raises `RunError` for classes that look at whole tensors (Muon, Adafactor,
-        LBFGS) where a parameter is split.
+        `groups` are its parameter groups, whose `"params"` are selectors as in plans; the first
+        that matches counts, and a last group has the rest. Raises `RunError` for classes that look
+        at whole tensors (Muon, Adafactor, LBFGS) where a parameter is split.
         """
-        self._check_elementwise(kind)
-        trained = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
-        chosen: list[list[nn.Parameter]] = [[] for _ in range(len(groups) + 1)]
-        for name, parameter in trained:
-            chosen[_group(name, groups)].append(parameter)
-        listed = [
-            {**group, "params": parameters}
-            for group, parameters in zip((*groups, {}), chosen, strict=True)
-            if parameters
-        ]
-        return kind(listed, **options)
-
-    def _check_elementwise(self, kind: Any) -> None:
-        name = getattr(kind, "__name__", str(kind))
-        split = [s.name for s in self.program.parameters.values() if s.layout.split_axes]
-        if split and name in _NOT_ELEMENTWISE:
+        check_elementwise(kind, self.program, options)
+        aliases = self.program.captured.aliases
+        named = {alias: own for alias, own in aliases.items() if own in self.program.parameters}
+        listed = grouped(self.named_parameters(), groups, named)
+        if not listed:
             raise RunError(
-                f"`{name}` looks at whole tensors, and `{split[0]}` is split",
-                where=(f"layout: {self.program.parameters[split[0]].layout}",),
-                help="use an elementwise optimizer such as AdamW or SGD",
+                "no parameter asks for a gradient: there is nothing to optimize",
+                help="set `requires_grad` on a parameter before `compile`",
             )
+        return kind(listed, **options)
 
     def gradients(self) -> dict[str, Tensor]:
         """Global gradients under every name of each parameter; those without one are left out."""
-        return self._gather(
-            [s for s in self.program.parameters.values() if s.requires_grad],
-            lambda state, stored: state.parameters[stored.name].grad,
-        )
+        trained = [s for s in self.program.parameters.values() if s.requires_grad]
+        return self._gather(trained, lambda state, s: state.parameters[s.name].grad)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Global parameters and buffers under the model's own names."""
-        keys = set(self.program.model.state_dict(keep_vars=True))
-        stored = [*self.program.parameters.values(), *self.program.buffers.values()]
-        kinds = dict.fromkeys(self.program.parameters, "parameter")
-        found = self._gather(
-            stored, lambda state, s: state.tensors[kinds.get(s.name, "buffer"), s.name]
-        )
-        return {name: value for name, value in found.items() if name in keys}
+        found = self._everything()
+        return {name: found[name] for name in state_names(self.program)}
+
+    def _everything(self) -> dict[str, Tensor]:
+        kinds = {stored.name: kind for kind, stored in stored_tensors(self.program)}
+        stored = [stored for _, stored in stored_tensors(self.program)]
+        return self._gather(stored, lambda state, s: state.tensors[kinds[s.name], s.name])
 
     def _gather(
         self, stored: Sequence[Stored], value: Callable[[RankState, Stored], Tensor | None]
     ) -> dict[str, Tensor]:
         present = [s for s in stored if value(self.states[0], s) is not None]
-        programs = [
-            gathered_all([(_given(value(state, s)), s) for s in present], state)
-            for state in self.states
-        ]
+        programs = []
+        for state in self.states:
+            held = [(value(state, s), s) for s in present]
+            programs.append(gathered_all([(t, s) for t, s in held if t is not None], state))
         tensors = self._run(programs)[0]
-        found = {s.name: tensor.clone() for s, tensor in zip(present, tensors, strict=True)}
+        found = {s.name: tensor for s, tensor in zip(present, tensors, strict=True)}
         aliases = self.program.captured.aliases
         return {alias: found[name] for alias, name in aliases.items() if name in found}
 
@@ -282,48 +311,92 @@ class Run:
 
         Raises `RunError` naming what is missing, unknown or of another shape.
         """
-        _check_names(self.program, state_dict)
-        values = _values(self.program, state_dict)
-        for state in self.states:
-            for kind, every in (
-                ("parameter", self.program.parameters),
-                ("buffer", self.program.buffers),
-            ):
-                for stored in every.values():
-                    if _name_in(self.program, stored.name, state_dict) is not None:
-                        local = state.local(values(stored), stored)
-                        with torch.no_grad():
-                            state.tensors[kind, stored.name].copy_(local)
+        check_state(self.program, shapes_of(state_dict, "the state"), "the state")
+        for kind, stored in stored_tensors(self.program):
+            name = name_in(self.program, stored.name, state_dict)
+            if name is not None:
+                for state in self.states:
+                    local = state.local(state_dict[name], stored)
+                    state.tensors[kind, stored.name].copy_(local)
 
     def copy_to(self, model: nn.Module) -> None:
-        """Write the trained values into `model`, an ordinary copy of the one compiled."""
-        model.load_state_dict(self.state_dict())
+        """Write the trained values into `model`, an ordinary copy of the one compiled.
+
+        Raises `RunError` for a model with other names or shapes, or without values of its own.
+        """
+        targets = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+        check_state(self.program, shapes, "this model")
+        for name, tensor in targets.items():
+            if tensor.device.type == "meta":
+                raise RunError(
+                    f"`{name}` of this model is on the meta device and holds no values",
+                    help='make room first: `model.to_empty(device="cpu")`',
+                )
+        found = self._everything()
+        with torch.no_grad():
+            for name, tensor in targets.items():
+                tensor.copy_(found[name])
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scale all gradients so that their global norm is at most `max_norm`; the norm before."""
-        totals = self._run([self._norm(state, float(norm_type)) for state in self.states])
-        for state, total in zip(self.states, totals, strict=True):
-            scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(_grads(state), scale)
-        found: Tensor = totals[0]
-        return found
+        """Scale all gradients so that their global norm is at most `max_norm`; the norm before.
 
-    def _norm(self, state: RankState, p: float) -> RankProgram:
-        """The norm of all gradients, each element counted once however many ranks hold it."""
-        parts: list[Tensor] = []
-        for name, stored in self.program.parameters.items():
-            grad = state.parameters[name].grad
-            if grad is not None:
-                norm = torch.linalg.vector_norm(grad, p).double()
-                copies = self.mesh.num_ranks // self.mesh.size(stored.layout.split_axes)
-                parts.append(norm if math.isinf(p) else norm**p / copies)
-        if not parts:
-            return torch.zeros(())
-        stacked = torch.stack(parts)
-        local = stacked.amax() if math.isinf(p) else stacked.sum()
-        reduce = "max" if math.isinf(p) else "sum"
-        total: Tensor = yield Wire("all_reduce", self.mesh.names, reduce), local
-        return total if math.isinf(p) else total ** (1 / p)
+        Pad entries and copies on several ranks count once, as in the whole model.
+        """
+        if not norm_type > 0:
+            raise RunError(
+                f"`norm_type` is {norm_type}", help='use a positive number, or `float("inf")`'
+            )
+        programs = [total_norm(state, self.program, float(norm_type)) for state in self.states]
+        totals: list[Tensor] = self._run(programs)
+        for state, total in zip(self.states, totals, strict=True):
+            if gradients := gradients_of(state):
+                torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
+        return totals[0]
+
+    # -- checkpoints and the end --------------------------------------------------------------
+
+    def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write a checkpoint into the folder `path`, which every rank must reach.
+
+        Each rank writes the parts it owns; the one before stays until the new one is whole. With
+        `optimizer`, its state and its groups' options too. Raises `RunError`.
+        """
+        programs = checkpoint.save(self.program, self.states, Path(path), optimizer)
+        self._run(programs)
+
+    def load(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Read a checkpoint that any plan for this model wrote; nothing in it is executed.
+
+        Raises `RunError` where it is damaged, incomplete or of another model.
+        """
+        checkpoint.load(self.program, self.states, Path(path), optimizer)
+
+    def close(self) -> None:
+        """Leave the mesh. Afterwards the run can not be used."""
+        if not self._closed:
+            self._closed = True
+            self.transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None and not self._closed:
+            self._closed = True
+            self.transport.close(f"{type(error).__name__}: {error}".partition("\n")[0])
+        self.close()
+
+
+_LIKE_EXAMPLE = 'pass inputs like the example\'s, or launch with `new_shapes="compile"`'
 
 
 def launch(program: Program, **options: Any) -> Run:
@@ -331,71 +404,16 @@ def launch(program: Program, **options: Any) -> Run:
     return Run(program, **options)
 
 
-def _signature(program: Program) -> Any:
-    return (program.mode, id(program))
+def _results(found: Mapping[str, Tensor]) -> Any:
+    loss, *outputs = found.values()
+    return (loss, *outputs) if outputs else loss
 
 
-def _given(value: Tensor | None) -> Tensor:
-    assert value is not None
-    return value
-
-
-def _grads(state: RankState) -> list[Tensor]:
-    return [p.grad for p in state.parameters.values() if p.grad is not None]
-
-
-def _group(name: str, groups: Sequence[Mapping[str, Any]]) -> int:
-    for i, group in enumerate(groups):
-        if any(fnmatch.fnmatchcase(name, glob) for glob in group["params"]):
-            return i
-    return len(groups)
-
-
-def _name_in(program: Program, name: str, state_dict: Mapping[str, Tensor]) -> str | None:
-    """The name under which `state_dict` has a tensor: its own, or an alias."""
-    aliases = [alias for alias, own in program.captured.aliases.items() if own == name]
-    return next((alias for alias in (name, *aliases) if alias in state_dict), None)
-
-
-def _values(
-    program: Program, state_dict: Mapping[str, Tensor] | None
-) -> Callable[[Stored], Tensor]:
-    captured = program.captured
-
-    def value(stored: Stored) -> Tensor:
-        if state_dict is not None:
-            name = _name_in(program, stored.name, state_dict)
-            if name is not None:
-                return state_dict[name]
-        found = captured.parameters.get(stored.name)
-        found = captured.buffers[stored.name] if found is None else found
-        if found.device.type == "meta":
-            raise RunError(
-                f"`{stored.name}` is on the meta device: it has no values to start from",
-                help="pass `launch(state_dict=...)`, or build the model on a real device",
-            )
-        return found
-
-    return value
-
-
-def _check_names(program: Program, state_dict: Mapping[str, Tensor]) -> None:
-    aliases = program.captured.aliases
-    wanted = set(program.model.state_dict(keep_vars=True))
-    problems = [f"`{name}` is unknown" for name in state_dict if name not in aliases]
-    problems += [
-        f"`{name}` is missing"
-        for name in sorted(wanted)
-        if name in aliases and _name_in(program, aliases[name], state_dict) is None
-    ]
-    for name, tensor in state_dict.items():
-        if name in aliases:
-            own = aliases[name]
-            stored = program.parameters.get(own) or program.buffers[own]
-            if tuple(tensor.shape) != stored.type.shape:
-                problems.append(f"`{name}` is {list(tensor.shape)}, not {list(stored.type.shape)}")
-    if problems:
-        raise RunError(
-            "the state does not fit the model: " + "; ".join(problems[:8]),
-            help="pass what `state_dict()` of the same model gives",
-        )
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides which program runs: the structure, and each leaf's type or value."""
+    leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    types = tuple(
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in leaves
+    )
+    return str(tree), types

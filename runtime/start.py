@@ -1,38 +1,52 @@
-"""What ranks agree on before the first step: the same weights, wherever each got them."""
+"""What ranks agree on before the first step: program, seed, and weights, wherever each got them."""
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meshwright.compiler.collectives import Wire
 from meshwright.compiler.program import Program
-from meshwright.runtime.rank import RankProgram, RankState
+from meshwright.runtime.rank import RankProgram, RankState, Values
+from meshwright.runtime.weights import stored_tensors
 
 _WORDS = 1 << 20
 
 
-def same_weights(state: RankState, program: Program) -> RankProgram:
-    """Give every rank that holds a part the value of the group's first rank, as DDP does.
+def executable_digest(program: Program) -> str:
+    """A hash of all that ranks must have in common: the program, and what runs it."""
+    parts = (program.digest, program.mode, torch.__version__)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    Each process built its own model; without a common seed their values differ. Checksums are
-    compared first, so that equal weights cost one small collective a set of axes.
+
+def same_start(state: RankState, program: Program, values: Values) -> RankProgram:
+    """Give every rank the seed and the weights of rank 0, as DDP does.
+
+    Each process built its own model; without a common seed their values differ. Checksums of the
+    global values are compared first, so that equal ones cost one small collective.
     """
-    by_axes: dict[tuple[str, ...], list[Tensor]] = {}
-    for tensor, axes in state.replicated(program):
-        by_axes.setdefault(axes, []).append(tensor)
-    for axes, tensors in sorted(by_axes.items()):
-        sums = torch.stack([checksum(tensor) for tensor in tensors])
-        every = yield Wire("all_gather", axes), sums
-        for i, tensor in enumerate(tensors):
-            if (every[:, i] != every[0, i]).any():
-                tensor.copy_((yield Wire("broadcast", axes), tensor.contiguous()))
+    every_axis = state.mesh.names
+    seed = torch.tensor([state.random.seed], dtype=torch.int64, device=state.device)
+    state.random.seed = int((yield Wire("broadcast", every_axis), seed))
+    listed = list(stored_tensors(program))
+    if not listed:
+        return
+    sums = torch.stack([checksum(values(stored)).to(state.device) for _, stored in listed])
+    every = yield Wire("all_gather", every_axis), sums
+    different = (every != every[0]).any(0).tolist()
+    for (kind, stored), differs in zip(listed, different, strict=True):
+        if differs:
+            value = values(stored).to(state.device, stored.type.dtype).contiguous()
+            value = yield Wire("broadcast", every_axis), value
+            state.tensors[kind, stored.name].copy_(state.local(value, stored))
 
 
 def checksum(tensor: Tensor) -> Tensor:
     """A 64-bit sum over a tensor's bytes that depends on their order."""
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    data = torch.nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
+    data = nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, len(data), _WORDS):
         part = data[start : start + _WORDS]

@@ -24,29 +24,56 @@ class Transport(Protocol):
         """What each generator returned; `names[i]` is the node of collective i, for errors."""
         ...
 
+    def check_same_program(self, digest: str) -> None:
+        """Raise `MismatchError` on every rank unless all give the same digest."""
+        ...
+
+    def close(self, problem: str = "") -> None:
+        """Leave the mesh; a `problem` is told to the other ranks."""
+        ...
+
 
 class VirtualMesh:
     """Every rank of the mesh in this process."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.mesh, self.ranks = mesh, tuple(range(mesh.num_ranks))
+        self.mesh = mesh
+        self.ranks: tuple[int, ...] = tuple(range(mesh.num_ranks))
 
     def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
         """Drive all ranks to their ends."""
         return run_virtual(programs, self.mesh, names)
+
+    def check_same_program(self, digest: str) -> None:
+        """There is one program here."""
+
+    def close(self, problem: str = "") -> None:
+        """There is nothing to leave."""
 
 
 class ProcessMesh:
     """This process is one rank, among those that torchrun started."""
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.process = ProcessTransport(mesh, device)
-        self.ranks = (self.process.rank,)
+        self.ranks: tuple[int, ...] = (self.process.rank,)
 
     def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
         """Drive this rank to its end."""
         (program,) = programs
         return [self.process.run(program, names)]
+
+    def check_same_program(self, digest: str) -> None:
+        """Compare digests over all ranks."""
+        self.process.check_same_program(digest)
+
+    def close(self, problem: str = "") -> None:
+        """Say how this rank ended, and free its groups."""
+        if problem:
+            self.process.watch.publish_failure(problem)
+        self.process.close()
 
 
 def under_torchrun() -> bool:

@@ -1,0 +1,37 @@
+"""Global tensors out of every rank's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from meshwright.compiler.local_steps import apply_all
+from meshwright.compiler.program import Stored
+from meshwright.compiler.reshard import steps
+from meshwright.runtime.rank import RankProgram, RankState
+
+
+def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
+    """The global tensor, without padding and in memory of its own, from every rank's part."""
+    own = local
+    whole = stored.layout.drop_split(stored.layout.split_axes, state.mesh)
+    for step in steps(stored.layout, whole, state.mesh):
+        transfer = step.transfer(state.mesh)
+        local = apply_all(transfer.before, local, state.coords, state.mesh)
+        if transfer.wire is not None:
+            local = yield transfer.wire, local.contiguous()
+        local = apply_all(transfer.after, local, state.coords, state.mesh)
+    if stored.padding is not None:
+        local = local.narrow(stored.padding.dim, 0, stored.padding.size)
+    local = local.reshape(stored.type.shape).contiguous()
+    shared = local.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
+    return local.clone() if shared else local
+
+
+def gathered_all(locals: Sequence[tuple[Tensor, Stored]], state: RankState) -> RankProgram:
+    """Several global tensors, one after the other."""
+    found: list[Tensor] = []
+    for local, stored in locals:
+        found.append((yield from gathered(local, stored, state)))
+    return found

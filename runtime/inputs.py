@@ -1,0 +1,141 @@
+"""The inputs of a program: check those of a call, and cut each to a rank's part."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.ir import TensorType
+from meshwright.compiler.layout import Dim, Layout, block_map, dim_axes, shard, whole
+from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.program import Program
+from meshwright.dsl.statements import Data
+from meshwright.runtime.errors import RunError
+
+Cut = Callable[[Tensor], Tensor]
+
+
+class Inputs:
+    """What a program takes, in the order of its graph's arguments.
+
+    With `rows` a caller holds only its own rows: what `data` splits is local already.
+    """
+
+    def __init__(self, program: Program, *, rows: bool = False) -> None:
+        self.mesh, self.spec = program.mesh, program.captured.input_spec
+        self.layouts = [node.placed for node in program.inputs()]
+        self.types = dict(self.spec.types)
+        if rows:
+            for i, node in enumerate(program.inputs()):
+                taken, left = _rows(node.args[1], node.placed, program)
+                self.types[node.args[1]] = TensorType(taken, node.tensor.dtype)
+                self.layouts[i] = left
+        self._expected = [(type.shape, type.dtype) for type in self.types.values()]
+        self._positional, self._keyword = _plain(program)
+
+    def match(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Tensor] | None:
+        """The tensors of a call, if it passes plain tensors of the expected types by position or
+        all by name: the usual case, at a tenth of the cost of binding the call."""
+        if not kwargs and self._positional:
+            given = args
+        elif not args and self._keyword:
+            given = tuple(kwargs[name] for name in self.types if name in kwargs)
+            if len(kwargs) != len(given):
+                return None
+        else:
+            return None
+        if len(given) != len(self._expected):
+            return None
+        for tensor, (shape, dtype) in zip(given, self._expected, strict=True):
+            if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != dtype:
+                return None
+        return given
+
+    def flatten(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], help: str
+    ) -> Sequence[Tensor]:
+        """The tensors of a call. Raises `RunError` that names every input that differs."""
+        found = self.match(args, kwargs)
+        if found is not None:
+            return found
+        try:
+            return self.spec.flatten(args, kwargs, self.types)
+        except CaptureError as error:
+            raise RunError(error.problem, help=help) from None
+
+    def cuts(self, coords: Mapping[str, int], device: torch.device) -> list[Cut]:
+        """For each input, what takes a rank's part of it, on its device."""
+        return [_on(device, _cut(layout, self.mesh, coords)) for layout in self.layouts]
+
+
+def data_axes(program: Program) -> tuple[str, ...]:
+    """The axes over which `data` splits the batch. Raises `RunError` where inputs disagree."""
+    found = list(dict.fromkeys(statement.over for statement in program.plan.of(Data)))
+    if len(found) > 1:
+        texts = [f"({', '.join(axes)})" for axes in found]
+        raise RunError(
+            f"inputs are split over different axes: {' and '.join(texts)}",
+            help="pass the global batch to `step` instead",
+        )
+    return tuple(a for a in found[0] if program.mesh.size(a) > 1) if found else ()
+
+
+def _rows(name: str, layout: Layout, program: Program) -> tuple[tuple[int, ...], Layout]:
+    """The shape that a caller holds of its own rows, and how ranks cut that further."""
+    data, mesh = set(data_axes(program)), program.mesh
+    dims: list[Dim] = []
+    taken: list[int] = []
+    for dim, size in zip(layout.dims, layout.shape, strict=True):
+        own = data & set(dim_axes(dim))
+        if own and set(dim_axes(dim)) - data:
+            raise RunError(
+                f"one dim of `{name}` is split by `data` and by other axes: `{layout}`",
+                help="pass the global batch to `step` instead",
+            )
+        taken.append(size // mesh.size(own))
+        dims.append(whole(taken[-1]) if own else dim)
+    return tuple(taken), Layout(tuple(dims))
+
+
+def _plain(program: Program) -> tuple[bool, bool]:
+    """Whether the inputs are all tensors that can be given by position, or by name."""
+    spec = program.captured.input_spec
+    parameters = spec.signature.parameters
+    if spec.constants or any(name not in parameters for name in spec.types):
+        return False, False
+    kinds = [parameters[name].kind for name in spec.types]
+    both = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    positional = tuple(spec.types) == tuple(parameters)[: len(kinds)] and all(
+        kind in (both, inspect.Parameter.POSITIONAL_ONLY) for kind in kinds
+    )
+    return positional, all(kind in (both, inspect.Parameter.KEYWORD_ONLY) for kind in kinds)
+
+
+def _cut(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Cut:
+    """What takes a rank's part: a slice of one dim where that is all it is."""
+    split = [i for i, dim in enumerate(layout.dims) if dim_axes(dim)]
+    if not split:
+        return _same
+    if len(split) == 1:
+        index = block_map(Layout((layout.dims[split[0]],)), mesh, coords)
+        first, length = int(index[0]), len(index)
+        if torch.equal(index, torch.arange(first, first + length)):
+            return lambda tensor: tensor.narrow(split[0], first, length)
+    return lambda tensor: shard(tensor, layout, mesh, coords)
+
+
+def _on(device: torch.device, cut: Cut) -> Cut:
+    def take(tensor: Tensor) -> Tensor:
+        part = cut(tensor)
+        return part if part.device == device else part.to(device)
+
+    return take
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,44 @@
+"""The norm of all gradients, each element counted once however many ranks hold it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.collectives import Wire
+from meshwright.compiler.program import Program
+from meshwright.runtime.rank import RankProgram, RankState
+
+
+def gradients_of(state: RankState) -> list[Tensor]:
+    """The gradients that this rank's parameters have."""
+    return [p.grad for p in state.parameters.values() if p.grad is not None]
+
+
+def total_norm(state: RankState, program: Program, p: float) -> RankProgram:
+    """The `p`-norm over all gradients, a 0-d float64 tensor, by one all-reduce over the mesh."""
+    mesh = program.mesh
+    gradients = gradients_of(state)
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=state.device)
+    copies = [
+        mesh.num_ranks // mesh.size(program.parameters[name].layout.split_axes)
+        for name, parameter in state.parameters.items()
+        if parameter.grad is not None
+    ]
+    norms = torch.stack([_norm(g, p) for g in gradients])
+    if math.isinf(p):
+        most: Tensor = yield Wire("all_reduce", mesh.names, "max"), norms.amax()
+        return most
+    weights = torch.tensor(copies, dtype=torch.float64).to(state.device)
+    total: Tensor = yield Wire("all_reduce", mesh.names), (norms**p / weights).sum()
+    return total ** (1 / p)
+
+
+def _norm(gradient: Tensor, p: float) -> Tensor:
+    """Half types would overflow in a power."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(gradient, p, dtype=wide)
+    return norm.double()

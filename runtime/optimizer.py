@@ -1,0 +1,96 @@
+"""Optimizers over local shards: groups by name, and which classes do with a part of a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from meshwright.compiler.program import Program
+from meshwright.dsl.resolve import nothing_matches
+from meshwright.dsl.selectors import Selector
+from meshwright.runtime.errors import RunError
+
+Groups = Sequence[Mapping[str, Any]]
+
+_WHOLE_TENSORS = ("Muon", "Adafactor", "LBFGS", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Lars")
+"""Optimizers whose update of an element looks at its whole tensor, or at all tensors."""
+
+
+def check_elementwise(
+    kind: Callable[..., Any], program: Program, options: Mapping[str, Any]
+) -> None:
+    """Raise `RunError` if a parameter is split and `kind` looks at more than single elements.
+
+    Classes that torch does not have are tried out: on halves of a tensor they must do what they do
+    on the whole.
+    """
+    split = [s for s in program.parameters.values() if s.requires_grad and s.layout.split_axes]
+    if not split:
+        return
+    classes = kind.__mro__ if isinstance(kind, type) else ()
+    known = any(each.__name__ in _WHOLE_TENSORS for each in classes)
+    torchs = getattr(kind, "__module__", "").startswith("torch.optim")
+    if known or not (torchs or _same_on_halves(kind, options)):
+        name = getattr(kind, "__name__", None) or repr(kind)
+        raise RunError(
+            f"`{name}` does not update elements one by one, and `{split[0].name}` is split",
+            where=(f"`{split[0].name}`: `{split[0].layout}` on `{program.mesh}`",),
+            help="use an elementwise optimizer such as AdamW or SGD",
+        )
+
+
+def _same_on_halves(kind: Callable[..., Any], options: Mapping[str, Any]) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    value, *gradients = torch.randn(4, 4, 6, generator=generator, dtype=torch.float64).unbind()
+    whole, halves = nn.Parameter(value.clone()), [nn.Parameter(h.clone()) for h in value.chunk(2)]
+    optimizers = (kind([whole], **options), kind(halves, **options))
+    for gradient in gradients:
+        whole.grad = gradient.clone()
+        for half, part in zip(halves, gradient.chunk(2), strict=True):
+            half.grad = part.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    return torch.allclose(whole, torch.cat(list(halves)), rtol=1e-9, atol=1e-12)
+
+
+def grouped(
+    parameters: Iterable[tuple[str, nn.Parameter]], groups: Groups, aliases: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Parameter groups for a torch optimizer. The `"params"` of `groups` are selectors; the first
+    group that matches a parameter has it, and the rest are in a group of their own.
+
+    Raises `PlanError` for a selector that matches nothing, `RunError` for a group without `params`.
+    """
+    names = list(aliases)
+    chosen: dict[str, int] = {}
+    for i, group in enumerate(groups):
+        for text in _selectors(group):
+            selector = Selector(text)
+            matched = selector.match(names)
+            if not matched:
+                raise nothing_matches(selector, names)
+            for name in matched:
+                chosen.setdefault(aliases[name], i)
+    members: list[list[nn.Parameter]] = [[] for _ in range(len(groups) + 1)]
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            members[chosen.get(name, len(groups))].append(parameter)
+    return [
+        {**group, "params": listed}
+        for group, listed in zip((*groups, {}), members, strict=True)
+        if listed
+    ]
+
+
+def _selectors(group: Mapping[str, Any]) -> list[str]:
+    found = group.get("params")
+    texts = [found] if isinstance(found, str) else found
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
+        raise RunError(
+            f"a parameter group's `params` is {found!r}",
+            help='write names or selectors, as in `groups=[{"params": ["**.bias"], "lr": 1e-4}]`',
+        )
+    return list(texts)

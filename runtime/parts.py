@@ -1,0 +1,122 @@
+"""Parts of tensors: who owns which, what one holds, and how one plan's parts fill another's.
+
+A layout cuts each dim by itself, so a part is the outer product of index lists, one a dim.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.layout import Layout, block_map
+from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.program import Stored
+from meshwright.runtime.manifest import Manifest
+from meshwright.runtime.rank import RankState
+from meshwright.runtime.safe import Shards
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of a checkpoint and what this rank holds of it; `shape` is without padding."""
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Layout
+    tensor: Tensor
+
+    @staticmethod
+    def of(stored: Stored, tensor: Tensor, name: str = "") -> Entry:
+        """A parameter or buffer, or something of its shape under another name."""
+        return Entry(name or stored.name, stored.type.shape, stored.layout, tensor)
+
+    def owners(self, place: int, mesh: Mesh) -> tuple[int, ...]:
+        """The rank that writes each part; copies take turns by the entry's place in the list."""
+        found = []
+        others = tuple(a for a in mesh.names if a not in self.layout.split_axes)
+        for coords in part_coords(self.layout, mesh):
+            copies = mesh.group(mesh.rank(coords), others)
+            found.append(copies[place % len(copies)])
+        return tuple(found)
+
+
+def part_coords(layout: Layout, mesh: Mesh) -> Iterator[dict[str, int]]:
+    """The coordinates of the first rank that holds each part, the mesh's first axis major."""
+    axes = [axis for axis in mesh.names if axis in layout.split_axes]
+    origin = dict.fromkeys(mesh.names, 0)
+    for place in itertools.product(*(range(mesh.size(axis)) for axis in axes)):
+        yield {**origin, **dict(zip(axes, place, strict=True))}
+
+
+def indices(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> list[Tensor]:
+    """For each dim, the global indices that the rank at `coords` holds, padding included."""
+    return [block_map(Layout((dim,)), mesh, coords) for dim in layout.dims]
+
+
+def own_parts(entries: Sequence[Entry], state: RankState) -> dict[str, Tensor]:
+    """What this rank writes: the parts that it owns, with padding cut off."""
+    found: dict[str, Tensor] = {}
+    for place, entry in enumerate(entries):
+        if state.rank in entry.owners(place, state.mesh):
+            found[entry.name] = _true_entries(entry, state)
+    return found
+
+
+def _true_entries(entry: Entry, state: RankState) -> Tensor:
+    tensor = entry.tensor.detach()
+    if entry.shape == entry.layout.shape:
+        return tensor
+    held = indices(entry.layout, state.mesh, state.coords)
+    for dim, (index, size) in enumerate(zip(held, entry.shape, strict=True)):
+        if (index >= size).any():
+            kept = (index < size).nonzero().squeeze(1)
+            tensor = tensor.index_select(dim, kept.to(tensor.device))
+    return tensor
+
+
+def read_into(
+    entry: Entry, name: str, manifest: Manifest, shards: Shards, state: RankState
+) -> None:
+    """Fill what this rank holds of `entry` from the parts of the tensor saved as `name`."""
+    saved = manifest.tensors[name]
+    wanted = indices(entry.layout, state.mesh, state.coords)
+    for owner, coords in zip(saved.owners, part_coords(saved.layout, manifest.mesh), strict=True):
+        given = indices(saved.layout, manifest.mesh, coords)
+        given = [index[index < size] for index, size in zip(given, saved.shape, strict=True)]
+        places = [_common(w, g) for w, g in zip(wanted, given, strict=True)]
+        if all(len(mine) for mine, _ in places):
+            part = shards.part(owner, name, tuple(len(index) for index in given))
+            _copy(entry.tensor.detach(), part, places)
+
+
+def _common(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    """Where indices in both lists, which are sorted, stand in the one and in the other."""
+    if not len(given):
+        return given, given
+    places = torch.searchsorted(given, wanted).clamp(max=len(given) - 1)
+    mine = (given[places] == wanted).nonzero().squeeze(1)
+    return mine, places[mine]
+
+
+def _copy(target: Tensor, part: Tensor, places: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for dim, (mine, theirs) in enumerate(places):
+        if len(theirs) != part.shape[dim]:
+            part = part.index_select(dim, theirs)
+        if _consecutive(mine):
+            target = target.narrow(dim, int(mine[0]), len(mine))
+    if all(_consecutive(mine) for mine, _ in places):
+        target.copy_(part)
+        return
+    index = []
+    for dim, (mine, _) in enumerate(places):
+        own = torch.arange(len(mine)) if _consecutive(mine) else mine
+        index.append(own.view(-1, *[1] * (part.dim() - dim - 1)).to(target.device))
+    target[tuple(index)] = part.to(target.device, target.dtype)
+
+
+def _consecutive(index: Tensor) -> bool:
+    return int(index[-1]) - int(index[0]) == len(index) - 1

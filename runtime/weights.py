@@ -1,0 +1,96 @@
+"""Where the values of parameters and buffers come from: the model, or a dictionary by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from meshwright.compiler.program import Program, Stored
+from meshwright.runtime.errors import RunError
+from meshwright.runtime.rank import Values
+
+
+def stored_tensors(program: Program) -> Iterator[tuple[str, Stored]]:
+    """Every parameter and buffer with its kind, in one order on all ranks."""
+    for stored in program.parameters.values():
+        yield "parameter", stored
+    for stored in program.buffers.values():
+        yield "buffer", stored
+
+
+def state_names(program: Program) -> list[str]:
+    """The names in the model's `state_dict()`: all aliases, without buffers it does not keep."""
+    aliases = program.captured.aliases
+    return [name for name in program.model.state_dict(keep_vars=True) if name in aliases]
+
+
+def name_in(program: Program, name: str, given: Mapping[str, object]) -> str | None:
+    """The name under which `given` has a tensor: its own, or an alias."""
+    if name in given:
+        return name
+    aliases = program.captured.aliases
+    return next((alias for alias, own in aliases.items() if own == name and alias in given), None)
+
+
+def values_of(program: Program, state_dict: Mapping[str, Tensor] | None) -> Values:
+    """The global values: those of `state_dict` where it has them, else the model's own."""
+    captured = program.captured
+
+    def value(stored: Stored) -> Tensor:
+        name = None if state_dict is None else name_in(program, stored.name, state_dict)
+        if state_dict is not None and name is not None:
+            return state_dict[name].detach()
+        found = captured.parameters.get(stored.name)
+        found = captured.buffers[stored.name] if found is None else found
+        if found.device.type == "meta":
+            raise RunError(
+                f"`{stored.name}` is on the meta device: it has no values to start from",
+                help="pass `launch(state_dict=...)` that has it, or build the model elsewhere",
+            )
+        return found.detach()
+
+    return value
+
+
+def check_state(
+    program: Program, shapes: Mapping[str, tuple[int, ...]], where: str, *, complete: bool = True
+) -> None:
+    """Raise `RunError` that names what is missing (if it must be `complete`), unknown or of
+    another shape."""
+    aliases = program.captured.aliases
+    problems = [f"`{name}` is unknown" for name in shapes if name not in aliases]
+    if complete:
+        problems += [
+            f"`{name}` is missing"
+            for name in state_names(program)
+            if name_in(program, aliases[name], shapes) is None
+        ]
+    for name, shape in shapes.items():
+        if name in aliases:
+            own = aliases[name]
+            stored = program.parameters.get(own) or program.buffers[own]
+            if shape != stored.type.shape:
+                problems.append(f"`{name}` is {list(shape)}, not {list(stored.type.shape)}")
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise RunError(
+            f"{where} does not fit the model: {'; '.join(problems[:6])}{more}",
+            help="use one that `state_dict()` or `save` of the same model gave",
+        )
+
+
+def shapes_of(state_dict: Mapping[str, Tensor], where: str) -> dict[str, tuple[int, ...]]:
+    """The shapes in a dictionary that a user gave. Raises `RunError` for anything but tensors."""
+    if not isinstance(state_dict, Mapping):
+        raise RunError(
+            f"{where} is a `{type(state_dict).__name__}`",
+            help="pass a dictionary from names to tensors",
+        )
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise RunError(
+                f"`{name}` in {where} is a `{type(tensor).__name__}`, not a tensor",
+                help="pass a dictionary from names to tensors",
+            )
+    return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
