@@ -118,6 +118,19 @@ def _identity(rewriter: Rewriter) -> Node:
     return found
 
 
+@rewrites(GETITEM)
+def _broadcast(rewriter: Rewriter) -> Node | None:
+    """One of several values brought to a common shape is its own expansion, where it has any."""
+    source, index = rewriter.args
+    if source.op != aten.broadcast_tensors.default:
+        return None
+    value: Node = source.args[0][index]
+    shape = rewriter.node.tensor.shape
+    if value.tensor.shape == shape:
+        return value
+    return rewriter.call(aten.expand.default, value, shape)
+
+
 @rewrites(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
 def _cast(rewriter: Rewriter) -> Node:
     x: Node = rewriter.args[0]
