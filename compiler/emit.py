@@ -13,6 +13,7 @@ from meshwright.compiler.calls import call_operands, make_call
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.ir import (
     GETITEM,
+    INPUT,
     Arg,
     Builder,
     MeshOp,
@@ -54,8 +55,12 @@ class Movement:
 
     @property
     def gathers_back(self) -> bool:
-        """Whether the adjoint of a slice, a gather, will be there."""
-        return self.value.requires_grad
+        """Whether the adjoint of a slice, a gather, will be there.
+
+        That of a parameter's slice gathers a gradient, as whatever splits the parameter's work has
+        to.
+        """
+        return self.value.requires_grad and self.value.op != INPUT
 
 
 class Emitter:

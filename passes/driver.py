@@ -27,6 +27,7 @@ from meshwright.passes.columns import columns
 from meshwright.passes.data import data
 from meshwright.passes.expect import check_contracts
 from meshwright.passes.fragments import with_fragments
+from meshwright.passes.hoist import hoist
 from meshwright.passes.lower import lower
 from meshwright.passes.normalise import normalise
 from meshwright.passes.overlap import overlap
@@ -49,8 +50,9 @@ PLACING: tuple[Callable[[Draft], Draft], ...] = (
     pad,
     sequence,
     partition,
+    hoist,
 )
-"""Each carries out what the plan says of layouts; the last places every node."""
+"""Each carries out what the plan says of layouts; the last two place every node."""
 
 
 def compile(

@@ -99,7 +99,7 @@ def _cross_entropy(lowering: Lowering, axes: tuple[str, ...]) -> Node:
 
 def _norm(lowering: Lowering, axes: tuple[str, ...]) -> Node:
     x, weight, bias, eps, kind = lowering.args
-    rows = lowering.layouts[1]
+    rows = lowering.layouts[2]
     assert rows is not None
     n, k = lowering.builder.mesh.size(axes), 2 if kind == "layer" else 1
     stats = lowering.emit(

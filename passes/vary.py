@@ -132,19 +132,23 @@ def _chained(graph: Graph) -> Graph:
     """Of one value's `vary` nodes over nested sets of axes, each is made from the one before; those
     over the same axes are one."""
     wanted: dict[Node, dict[frozenset[str], Node]] = {}
+    varied: dict[Node, tuple[Node, frozenset[str]]] = {}
     for node in graph.nodes:
         if node.op == VARY:
-            wanted.setdefault(node.args[0], {}).setdefault(frozenset(node.kwargs["axes"]), node)
+            value, before = varied.get(node.args[0], (node.args[0], frozenset()))
+            axes = before | set(node.kwargs["axes"])
+            varied[node] = value, axes
+            wanted.setdefault(value, {}).setdefault(axes, node)
     builder = Builder(graph.name, graph.mesh)
     mapping: dict[Node, Node] = {}
     made: dict[tuple[Node, frozenset[str]], Node] = {}
     for node in graph.nodes:
         if node.op == VARY:
-            mapping[node] = made[node.args[0], frozenset(node.kwargs["axes"])]
+            mapping[node] = made[varied[node]]
             continue
         mapping[node] = builder.copy(node, mapping)
         for axes, first in sorted(wanted.get(node, {}).items(), key=lambda item: len(item[0])):
-            inner = [other for source, other in made if source is node and other < axes]
+            inner = [other for value, other in made if value is node and other < axes]
             base = max(inner, key=len, default=frozenset())
             source = made[node, base] if base else mapping[node]
             rest = tuple(axis for axis in graph.mesh.names if axis in axes - base)

@@ -67,9 +67,8 @@ def _options(letter: str, size: int, spec: Spec, call: Call) -> list[Dim]:
     for letters, operand in zip(spec.operands, call.operands, strict=True):
         for layout in (operand.layout, *operand.proposals):
             _add_dims(letter, letters, layout, found)
-    if letter in spec.free:
-        for result, layout in zip(spec.results, call.wanted, strict=False):
-            _add_dims(letter, result or (), layout, found)
+    for result, layout in zip(spec.results, call.wanted, strict=False):
+        _add_dims(letter, result or (), layout, found)
     found.update(dict.fromkeys(spec.offers.get(letter, ())))
     return list(found)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.ir import Arg
-from meshwright.compiler.layout import Layout
+from meshwright.compiler.layout import Dim, Layout, dim_axes
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.regroup import reshape
 from meshwright.compiler.rules.notation import Call, Dims, Letters, Spec, dim_index, numbered
@@ -42,7 +42,19 @@ def _reshape(call: Call) -> Spec:
     old = numbered("x", len(operand.type.shape))
     new = numbered("r", len(result.shape))
     bind = partial(_regroup, old, new, result.shape, call.mesh)
-    return Spec((old,), (new,), linear=_LINEAR, bind=bind)
+    return Spec((old,), (new,), linear=_LINEAR, bind=bind, offers=_asked_for(call, old))
+
+
+def _asked_for(call: Call, old: Letters) -> Mapping[str, tuple[Dim, ...]]:
+    """The operand as a view of what is wanted of the result."""
+    offers: dict[str, tuple[Dim, ...]] = {}
+    for layout in call.wanted:
+        try:
+            viewed = reshape(layout, call.operands[0].type.shape, call.mesh)
+        except LayoutError:
+            continue
+        offers.update((x, (dim,)) for x, dim in zip(old, viewed.dims, strict=True) if dim_axes(dim))
+    return offers
 
 
 def _regroup(old: Letters, new: Letters, shape: tuple[int, ...], mesh: Mesh, dims: Dims) -> Dims:

@@ -1,0 +1,207 @@
+"""Slice what a call takes instead of what it gives.
+
+Before:  p: f32[8, 16, 64]    = mesh::embedding(w, ids)
+         p1: f32[8@dp, 16, 64] = slice(p, dp)
+After:   ids1: i64[8@dp, 16]   = slice(ids, dp)
+         p: f32[8@dp, 16, 64]  = mesh::embedding(vary(w, dp), ids1)
+
+Layouts flow forward, so what is made of parameters and constants alone (positions, masks) is
+whole until it meets something split. Sliced there, its cotangent would be gathered, and every rank
+would compute all of it; sliced at its source it is one more partial gradient of a parameter. A
+slice moves up as far as that sends no more bytes, through values of which nobody needs the rest.
+Requires: a placed graph, not yet differentiated. Ensures: the same values, placed by their rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+from meshwright.compiler.calls import call_operands, make_call
+from meshwright.compiler.collectives import COLLECTIVES
+from meshwright.compiler.draft import Draft
+from meshwright.compiler.emit import Emitter
+from meshwright.compiler.ir import (
+    GETITEM,
+    INPUT,
+    Builder,
+    MeshOp,
+    Node,
+    TensorType,
+    map_nodes,
+)
+from meshwright.compiler.layout import Layout
+from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.reshard import cost, steps
+from meshwright.compiler.rules.engine import candidates
+from meshwright.compiler.rules.notation import Call, Operand, Placement
+
+SLICE = MeshOp("slice")
+_FREE = {"slice", "vary"}
+"""The changes of layout that a hoisted call may ask of its operands."""
+
+
+def hoist(draft: Draft) -> Draft:
+    """`draft` with the slices of its graph as early as that sends no more bytes."""
+    if all(node.op != SLICE for node in draft.graph.nodes):
+        return draft
+    return _Hoister(draft).run()
+
+
+class _Hoister:
+    def __init__(self, draft: Draft) -> None:
+        self.draft, self.graph, self.mesh = draft, draft.graph, draft.mesh
+        self.users = self.graph.users()
+        self.returned = {node for _, node in self.graph.outputs}
+        self.placements: dict[Node, Placement] = {}
+        """How a call could run that gives no more than the slice its users want."""
+        self.wanted: dict[Node, Layout] = {}
+
+    def run(self) -> Draft:
+        for node in reversed(self.graph.nodes):
+            self._consider(node)
+        chosen = self._chosen()
+        return self._emitted(chosen) if chosen else self.draft
+
+    def _consider(self, node: Node) -> None:
+        """Note how a call could give just what all its users want, if they want one slice of it."""
+        frame = node.op in (INPUT, GETITEM) or _is_collective(node)
+        if frame or node in self.returned or not isinstance(node.type, TensorType):
+            return
+        asked = {self._asked(user, node) for user in self.users[node]}
+        (layout,) = asked if len(asked) == 1 else (None,)
+        if layout is None or layout == node.placed:
+            return
+        placement = narrowed(_call(node, self.mesh, layout), layout)
+        if placement is not None:
+            self.placements[node], self.wanted[node] = placement, layout
+
+    def _asked(self, user: Node, value: Node) -> Layout | None:
+        """The slice of `value` that one user wants, or None if it wants all of it, or several."""
+        if user.op == SLICE:
+            return user.placed
+        if user not in self.placements:
+            return None
+        operands = call_operands(user.args, user.kwargs)
+        layouts = self.placements[user].operands
+        asked = {layout for n, layout in zip(operands, layouts, strict=True) if n is value}
+        if len(asked) > 1:
+            return None
+        (layout,) = asked
+        layout = layout.canonical(self.mesh)
+        return layout.drop_varying(set(layout.varying) - set(value.placed.varying))
+
+    def _chosen(self) -> set[Node]:
+        """The calls to run on slices: where that costs no more, and no user needs the rest."""
+        price: dict[Node, float] = {}
+        for node in self.graph.nodes:
+            if node in self.placements:
+                price[node] = self._price(node, price)
+        chosen: set[Node] = set()
+        for node in reversed(self.graph.nodes):
+            worthwhile = node in price and price[node] <= self._sliced(node, self.wanted[node])
+            if worthwhile and all(u.op == SLICE or u in chosen for u in self.users[node]):
+                chosen.add(node)
+        return chosen
+
+    def _price(self, node: Node, price: Mapping[Node, float]) -> float:
+        """The bytes that the operands of a narrowed call cost, each the cheaper of two ways."""
+        total = 0.0
+        operands = call_operands(node.args, node.kwargs)
+        for operand, layout in zip(operands, self.placements[node].operands, strict=True):
+            here = self._sliced(operand, layout)
+            total += min(here, price.get(operand, here))
+        return total
+
+    def _sliced(self, value: Node, layout: Layout) -> float:
+        """The bytes of slicing a value, adjoint included; `vary` is the price of a split."""
+        layout = layout.canonical(self.mesh)
+        layout = layout.drop_varying(set(layout.varying) - set(value.placed.varying))
+        size = value.tensor.dtype.itemsize
+        return cost(value.placed, layout, size, self.mesh, value.requires_grad)
+
+    def _emitted(self, chosen: set[Node]) -> Draft:
+        emitter = Emitter(Builder(self.graph.name, self.mesh))
+        mapping: dict[Node, Node] = {}
+        planned = self._planned(chosen)
+        for node in self.graph.nodes:
+            if node in chosen:
+                mapping[node] = self._narrow(node, emitter, mapping, planned[node])
+            elif node.op == SLICE and node.args[0] in chosen:
+                mapping[node] = mapping[node.args[0]]
+            else:
+                mapping[node] = emitter.builder.copy(node, mapping)
+        outputs = tuple((label, mapping[node]) for label, node in self.graph.outputs)
+        kept = (m for m in self.draft.movements if m.node.op != SLICE or m.value not in chosen)
+        return replace(
+            self.draft,
+            graph=emitter.builder.graph(outputs),
+            movements=(*kept, *emitter.movements),
+        )
+
+    def _planned(self, chosen: set[Node]) -> dict[Node, frozenset[str]]:
+        """By chosen call: the axes over which the plan asked for a slice that it takes over."""
+        axes = {m.node: frozenset(m.step.axes) for m in self.draft.movements if m.forced}
+        found: dict[Node, frozenset[str]] = {}
+        for node in reversed(self.graph.nodes):
+            if node in chosen:
+                users = self.users[node]
+                found[node] = frozenset().union(*(found.get(u, axes.get(u, ())) for u in users))
+        return found
+
+    def _narrow(
+        self, node: Node, emitter: Emitter, mapping: Mapping[Node, Node], planned: frozenset[str]
+    ) -> Node:
+        operands = call_operands(node.args, node.kwargs)
+        brought = {
+            operand: emitter.reshard(
+                mapping[operand], layout, node.origin, user=node.op, forced=planned
+            )
+            for operand, layout in zip(operands, self.placements[node].operands, strict=True)
+        }
+        return emitter.builder.emit(
+            node.op,
+            map_nodes(node.args, brought.__getitem__),
+            {key: map_nodes(value, brought.__getitem__) for key, value in node.kwargs.items()},
+            type=node.type,
+            layout=self.wanted[node],
+            origin=node.origin,
+            requires_grad=node.requires_grad,
+            name=node.name,
+        )
+
+
+def _is_collective(node: Node) -> bool:
+    return isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES
+
+
+def _call(node: Node, mesh: Mesh, wanted: Layout) -> Call:
+    def operand(value: Node) -> Operand:
+        return Operand(value.tensor, value.placed, differentiable=value.requires_grad)
+
+    return make_call(node.op, node.args, node.kwargs, node.type, mesh, operand, (wanted,))
+
+
+@lru_cache(maxsize=4096)
+def narrowed(call: Call, wanted: Layout) -> Placement | None:
+    """The cheapest placement that gives `wanted` on slices of the operands, if there is any."""
+    best: tuple[float, Placement] | None = None
+    for placement in candidates(call):
+        (result,) = placement.results
+        if result is None or result.canonical(call.mesh) != wanted:
+            continue
+        price = 0.0
+        for operand, layout in zip(call.operands, placement.operands, strict=True):
+            taken = steps(operand.layout, layout, call.mesh)
+            if any(step.kind not in _FREE for step in taken):
+                break
+            size = operand.type.dtype.itemsize
+            moved = [step for step in taken if step.kind == "slice"]
+            price += sum(
+                cost(s.source, s.target, size, call.mesh, operand.differentiable) for s in moved
+            )
+        else:
+            if best is None or price < best[0]:
+                best = price, placement
+    return best[1] if best else None

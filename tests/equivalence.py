@@ -1,0 +1,139 @@
+"""Train a model twice, compiled under a plan and as it is, and compare all that training gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import meshwright
+from meshwright.compiler.program import Program
+
+Example = tuple[Any, ...] | dict[str, Any]
+
+_ADAM = {"lr": 1e-3, "weight_decay": 0.01}
+
+
+def check_equal(
+    model: nn.Module,
+    example: Example | Callable[[], Example],
+    plan: str,
+    *,
+    tolerance: float = 1e-10,
+    steps: int = 3,
+    outputs: Sequence[str] = (),
+    loss: Any = None,
+    accumulate: int = 1,
+    dtype: torch.dtype = torch.float64,
+) -> Program:
+    """Assert that loss, outputs, every gradient, parameters and buffers equal eager's.
+
+    `example` is a batch, or a function that makes one for each step. `loss` and `outputs` are as
+    in `meshwright.compile`; gradients of `accumulate` batches are summed before each of `steps`
+    updates by AdamW. The programs run on the virtual mesh. Returns the compiled program.
+    """
+    model = model.to(dtype)
+    batches = [_batch(example) for _ in range(steps * accumulate)]
+    reference = copy.deepcopy(model)
+    program = meshwright.compile(
+        model, meshwright.Plan.parse(plan), example=batches[0], loss=loss, outputs=outputs
+    )
+    run = program.launch()
+    optimizer = run.optimizer(torch.optim.AdamW, **_ADAM)
+    expected_optimizer = torch.optim.AdamW(
+        [p for p in reference.parameters() if p.requires_grad], **_ADAM
+    )
+    compare = Comparison(tolerance)
+    for number, batch in enumerate(batches):
+        found = run.step(**batch) if isinstance(batch, dict) else run.step(*batch)
+        results = found if isinstance(found, tuple) else (found,)
+        wanted = expected_results(reference, batch, loss, outputs)
+        wanted[0].backward()
+        for name, ours, theirs in zip(("loss", *outputs), results, wanted, strict=True):
+            compare(f"{name} of step {number}", ours, theirs)
+        if (number + 1) % accumulate == 0:
+            compare.gradients(run.gradients(), reference, f"step {number}")
+            for each in (optimizer, expected_optimizer):
+                each.step()
+                each.zero_grad()
+    state = run.state_dict()
+    assert set(state) == set(reference.state_dict())
+    for name, value in reference.state_dict().items():
+        compare(f"{name} after {steps} steps", state[name], value)
+    compare.report()
+    return program
+
+
+class Comparison:
+    """Collects what differs, so that a failure names everything that does."""
+
+    def __init__(self, tolerance: float) -> None:
+        self.tolerance = tolerance
+        self.wrong: list[str] = []
+        self.worst = 0.0
+
+    def __call__(self, name: str, ours: Tensor, theirs: Tensor) -> None:
+        if tuple(ours.shape) != tuple(theirs.shape):
+            self.wrong.append(f"{name}: {tuple(ours.shape)}, not {tuple(theirs.shape)}")
+            return
+        if theirs.numel() == 0:
+            return
+        difference = (ours.detach().double() - theirs.detach().double()).abs().max().item()
+        both_nan = ours.isnan().any() and ours.isnan().equal(theirs.isnan())
+        if not difference <= self.tolerance and not both_nan:
+            self.wrong.append(f"{name}: differs by {difference:.1e}")
+        self.worst = max(self.worst, difference)
+
+    def gradients(self, ours: Mapping[str, Tensor], reference: nn.Module, when: str) -> None:
+        """Those of every name of every parameter; one that has none must have none here."""
+        named = dict(reference.named_parameters(remove_duplicate=False))
+        theirs = {name: p.grad for name, p in named.items() if p.grad is not None}
+        if set(ours) != set(theirs):
+            self.wrong.append(f"gradients of {sorted(set(ours) ^ set(theirs))} on one side only")
+        for name in set(ours) & set(theirs):
+            self(f"gradient of {name}, {when}", ours[name], theirs[name])
+
+    def report(self) -> None:
+        __tracebackhide__ = True
+        assert not self.wrong, "\n".join(self.wrong[:20])
+
+
+def expected_results(
+    reference: nn.Module, batch: Example, loss: Any, outputs: Sequence[str]
+) -> list[Tensor]:
+    """What eager mode gives for the loss and each of the outputs."""
+    output = reference(**batch) if isinstance(batch, dict) else reference(*batch)
+    if callable(loss):
+        scalar = loss(output)
+    elif isinstance(output, Tensor):
+        scalar = output
+    else:
+        scalar = _at(output, loss or "loss")
+    return [scalar, *(_at(output, path) for path in outputs)]
+
+
+def _at(output: Any, path: str) -> Any:
+    for part in path.split("."):
+        if isinstance(output, Mapping):
+            output = output[part]
+        elif part.isdigit():
+            output = output[int(part)]
+        else:
+            output = getattr(output, part)
+    return output
+
+
+def _batch(example: Example | Callable[[], Example]) -> Example:
+    return example() if callable(example) else example
+
+
+def implicit_gathers(program: Program) -> list[str]:
+    """The gathers that no statement of the plan asked for, as text."""
+    return [
+        f"{m.value.name}: {m.step.source} -> {m.step.target} for {m.user} in {m.node.origin.module}"
+        for m in program.movements
+        if m.implicit
+    ]
