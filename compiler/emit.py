@@ -7,7 +7,7 @@ backward obey the same rules and every change of layout is an explicit node.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshwright.compiler.calls import call_operands, make_call
 from meshwright.compiler.errors import PassError
@@ -169,7 +169,7 @@ class Emitter:
             if step.target in have:
                 node = have[step.target]
                 continue
-            following = self._step(node, step, origin)
+            following = self._step(node, step, _reducing(value, origin))
             planned = forced is None or bool(forced & set(step.axes))
             self.movements.append(Movement(value, user, step, following, planned))
             node = have[step.target] = following
@@ -212,6 +212,21 @@ class Emitter:
         if layouts[0] is None:
             raise PassError("a rule gave no layout for a tensor result", help="report this")
         return layouts[0]
+
+
+def _reducing(value: Node, origin: Origin) -> Origin:
+    """Where a change of layout belongs: a pending sum is reduced by the module that left it, any
+    other value moved for the module that wants it."""
+    if not value.placed.partial:
+        return origin
+    own = value.origin
+    return replace(
+        origin,
+        module=own.module,
+        module_type=own.module_type,
+        modules=own.modules,
+        source=own.source,
+    )
 
 
 def is_floating(type: NodeType) -> bool:
