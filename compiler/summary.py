@@ -121,7 +121,8 @@ def _stored(program: Program, local: bool) -> Iterable[Held]:
         for stored in tensors.values():
             type = TensorType(stored.padded_shape, stored.type.dtype)
             text = type_text(type, stored.layout, program.step.forward, local=local)
-            groups.setdefault((text, _note(stored), stored.plan_line), []).append(stored)
+            note = "buffer" if kind == "buffer" else _note(stored)
+            groups.setdefault((text, note, stored.plan_line), []).append(stored)
         order = {name: i for i, name in enumerate(tensors)}
         folded = [
             (order[names[0]], Held(kind, selector, len(names), text, size, note, line))
@@ -136,8 +137,7 @@ def _note(stored: Stored) -> str:
     padding = stored.padding
     if padding is not None:
         return f"{padding.size} padded to {padding.padded}"
-    floating = stored.type.dtype.is_floating_point
-    return "" if stored.requires_grad or not floating else "frozen"
+    return "" if stored.requires_grad else "frozen"
 
 
 def _bytes(stored: Stored, program: Program) -> int:

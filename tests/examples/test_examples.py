@@ -1,0 +1,32 @@
+"""Every example runs and learns, and its plan is in canonical form."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import meshwright as mw
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_an_example_learns_on_the_virtual_mesh(name: str) -> None:
+    losses = load(name).main(steps=12)
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("plan", sorted(EXAMPLES.glob("*.plan")), ids=lambda path: path.stem)
+def test_the_plan_of_an_example_is_in_canonical_form(plan: Path) -> None:
+    assert mw.Plan.load(plan).format() == plan.read_text(encoding="utf-8")
