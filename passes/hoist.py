@@ -28,6 +28,7 @@ from meshwright.compiler.ir import (
     Builder,
     MeshOp,
     Node,
+    Origin,
     TensorType,
     map_nodes,
 )
@@ -37,7 +38,7 @@ from meshwright.compiler.reshard import cost, steps
 from meshwright.compiler.rules.engine import candidates
 from meshwright.compiler.rules.notation import Call, Operand, Placement
 
-SLICE = MeshOp("slice")
+SLICE, ALL_REDUCE = MeshOp("slice"), MeshOp("all_reduce")
 _FREE = {"slice", "vary"}
 """The changes of layout that a hoisted call may ask of its operands."""
 
@@ -124,10 +125,13 @@ class _Hoister:
     def _emitted(self, chosen: set[Node]) -> Draft:
         emitter = Emitter(Builder(self.graph.name, self.mesh))
         mapping: dict[Node, Node] = {}
-        planned = self._planned(chosen)
+        planned, lines = self._planned(chosen), self._lines(chosen)
         for node in self.graph.nodes:
             if node in chosen:
-                mapping[node] = self._narrow(node, emitter, mapping, planned[node])
+                origin = replace(node.origin, plan_line=lines[node])
+                sources = {n: self._unreduced(n, chosen) for n in node.operands()}
+                brought = {n: mapping[source] for n, source in sources.items()}
+                mapping[node] = self._narrow(node, emitter, brought, origin, planned[node])
             elif node.op == SLICE and node.args[0] in chosen:
                 mapping[node] = mapping[node.args[0]]
             else:
@@ -150,14 +154,31 @@ class _Hoister:
                 found[node] = frozenset().union(*(found.get(u, axes.get(u, ())) for u in users))
         return found
 
+    def _lines(self, chosen: set[Node]) -> dict[Node, str]:
+        """By chosen call: the line of the plan behind the slice that it takes over."""
+        found: dict[Node, str] = {}
+        for node in reversed(self.graph.nodes):
+            if node in chosen:
+                lines = (found.get(u, u.origin.plan_line) for u in self.users[node])
+                found[node] = next(filter(None, lines), "")
+        return found
+
+    def _unreduced(self, value: Node, chosen: set[Node]) -> Node:
+        """What to slice for `value`: the pending sum, if nobody needs all of it reduced."""
+        reduced = value.op == ALL_REDUCE and value not in self.returned
+        return value.args[0] if reduced and set(self.users[value]) <= chosen else value
+
     def _narrow(
-        self, node: Node, emitter: Emitter, mapping: Mapping[Node, Node], planned: frozenset[str]
+        self,
+        node: Node,
+        emitter: Emitter,
+        values: Mapping[Node, Node],
+        origin: Origin,
+        planned: frozenset[str],
     ) -> Node:
         operands = call_operands(node.args, node.kwargs)
         brought = {
-            operand: emitter.reshard(
-                mapping[operand], layout, node.origin, user=node.op, forced=planned
-            )
+            operand: emitter.reshard(values[operand], layout, origin, user=node.op, forced=planned)
             for operand, layout in zip(operands, self.placements[node].operands, strict=True)
         }
         return emitter.builder.emit(
