@@ -55,7 +55,7 @@ PLACING: tuple[Callable[[Draft], Draft], ...] = (
 """Each carries out what the plan says of layouts; the last two place every node."""
 
 
-def compile(
+def compile_program(
     model: nn.Module,
     plan: Plan,
     example: Any,
@@ -83,7 +83,7 @@ def compile(
 
     def recompile(*, example: Any, mode: str) -> Program:
         args, kwargs = split_example(example)
-        return compile(
+        return compile_program(
             model, plan, (args, kwargs), loss=loss, outputs=outputs, mode=mode, device=target,
             launcher=launcher,
         )  # fmt: skip

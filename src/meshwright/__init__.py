@@ -65,7 +65,7 @@ def compile(
     Raises `PlanError` for the plan, alone or against the model, `CaptureError` for a model that
     cannot be captured, `LayoutError` where an operator cannot run as it is laid out.
     """
-    return driver.compile(
+    return driver.compile_program(
         model,
         plan,
         example,
