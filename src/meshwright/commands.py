@@ -184,7 +184,7 @@ def _compiled(arguments: Namespace, plan: Plan | None = None) -> Program:
     plan = plan or Plan.load(arguments.plan)
     model, example = load_model(arguments.model)
     options = {"mode": arguments.mode, "device": arguments.device}
-    return driver.compile(model, plan, example, launcher=launch, **options)
+    return driver.compile_program(model, plan, example, launcher=launch, **options)
 
 
 def _print_json(data: object) -> None:

@@ -50,7 +50,7 @@ def run(steps: int = STEPS, *, as_json: bool = False, console: Console | None = 
     report.opening(console, model, corpus)
     example = corpus.batch(BATCH, LENGTH)
     compiled = time.perf_counter()
-    program = driver.compile(model, Plan.parse(PLAN, "gpt.plan"), example, launcher=launch)
+    program = driver.compile_program(model, Plan.parse(PLAN, "gpt.plan"), example, launcher=launch)
     report.program(console, program, seconds=time.perf_counter() - compiled)
     losses = train(program, model, corpus, steps, console)
     report.ending(console, losses, seconds=time.perf_counter() - started)
