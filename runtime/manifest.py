@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from meshwright.compiler.factors import Dim, Factor
+from meshwright.compiler.factors import Dim, Factor, dim_axes
 from meshwright.compiler.layout import Layout, LayoutError
 from meshwright.compiler.mesh import Mesh
 from meshwright.runtime.errors import RunError
@@ -115,7 +115,7 @@ def read_manifest(path: Path) -> Manifest:
         _refuse(file, f'its "version" is {found.get("version")!r}, not {_VERSION}')
     try:
         return _checked(found)
-    except (KeyError, TypeError, ValueError, LayoutError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, LayoutError) as error:
         _refuse(file, f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
@@ -146,9 +146,9 @@ def _tensor(row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
     layout = Layout(tuple(_dim(dim) for dim in row["dims"]))
     layout.canonical(mesh)
     shape = tuple(_count(size, 0) for size in row["shape"])
-    if len(shape) != len(layout.shape) or any(
-        size > full for size, full in zip(shape, layout.shape, strict=True)
-    ):
+    padding = [full - size for full, size in zip(layout.shape, shape, strict=True)]
+    parts = [mesh.size(dim_axes(dim)) for dim in layout.dims]
+    if any(not 0 <= more < most for more, most in zip(padding, parts, strict=True)):
         raise ValueError(f"shape {shape} does not fit layout {layout}")
     owners = tuple(_count(rank, 0) for rank in row["ranks"])
     if len(owners) != mesh.size(layout.split_axes) or max(owners) >= mesh.num_ranks:

@@ -116,11 +116,16 @@ def _tensors(
     parameter, found = state.parameters[name], {}
     for key, saved_name in kept.items():
         saved = manifest.tensors[saved_name]
-        like = saved.shape == program.parameters[name].type.shape
-        shape = tuple(parameter.shape) if like else saved.shape
-        device = parameter.device if shape or _on_device(parameter, optimizer) else "cpu"
-        found[key] = torch.zeros(shape, dtype=dtype_of(saved.dtype), device=device)
-        read_into(_entry(program, name, key, found[key]), saved_name, manifest, shards, state)
+        if saved.shape == program.parameters[name].type.shape:
+            found[key] = torch.zeros_like(
+                parameter, dtype=dtype_of(saved.dtype), requires_grad=False
+            )
+            entry = Entry.of(program.parameters[name], found[key])
+            read_into(entry, saved_name, manifest, shards, state)
+        else:
+            whole = shards.part(saved.owners[0], saved_name, saved.shape)
+            device = parameter.device if whole.dim() or _on_device(parameter, optimizer) else "cpu"
+            found[key] = whole.to(device, copy=True)
     return found
 
 

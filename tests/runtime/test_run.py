@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,8 +18,12 @@ from tests.runtime.models import BATCH, LENGTH, PLANS, VOCAB, Tiny, batch, make
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
 
 
-def compiled(plan: str = "both", model: nn.Module | None = None, **options: Any) -> mw.Program:
-    return mw.compile(model or make(), mw.Plan.parse(PLANS[plan]), example=batch(), **options)
+@functools.cache
+def compiled(
+    plan: str = "both", model: nn.Module | None = None, outputs: tuple[str, ...] = ()
+) -> mw.Program:
+    """Programs do not change: one serves every test that launches it."""
+    return mw.compile(model or make(), mw.Plan.parse(PLANS[plan]), batch(), outputs=outputs)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -40,7 +44,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("plan", PLANS)
 def test_training_equals_eager_for_loss_outputs_gradients_weights_and_buffers(plan: str) -> None:
     reference = make()
-    run = compiled(plan, outputs=["logits"]).launch()
+    run = compiled(plan, outputs=("logits",)).launch()
     ours = run.optimizer(torch.optim.AdamW, **ADAMW)
     theirs = torch.optim.AdamW(trained(reference), **ADAMW)
     schedules = [torch.optim.lr_scheduler.StepLR(each, 1, 0.5) for each in (ours, theirs)]
@@ -132,7 +136,7 @@ def test_inputs_go_by_position_by_name_or_both() -> None:
 
 def test_evaluation_is_in_eval_mode_with_the_trained_weights_and_leaves_no_gradients() -> None:
     model, reference = make(dropout=0.5), make(dropout=0.5)
-    run = compiled(model=model, outputs=["logits"]).launch()
+    run = compiled(model=model, outputs=("logits",)).launch()
     optimizer = run.optimizer(torch.optim.SGD, lr=0.5)
     run.step(*batch())
     optimizer.step()
@@ -344,7 +348,10 @@ def test_optimizers_that_look_at_whole_tensors_are_refused_where_one_is_split(ki
 def test_optimizers_are_tried_out_where_torch_does_not_have_them() -> None:
     run = compiled("tensor").launch()
     assert isinstance(run.optimizer(Sign, lr=0.1), Sign)
-    assert run.optimizer(partial(torch.optim.SGD, momentum=0.9), lr=0.1).defaults["momentum"] == 0.9
+    assert (
+        run.optimizer(functools.partial(torch.optim.SGD, momentum=0.9), lr=0.1).defaults["momentum"]
+        == 0.9
+    )
     assert compiled("data").launch().optimizer(torch.optim.Adafactor, lr=0.1)
 
 
