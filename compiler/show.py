@@ -45,13 +45,23 @@ def plain(renderable: RenderableType) -> str:
 
 def tables(summary: Summary) -> RenderableType:
     """All tables, in the order in which one reads them."""
-    parts: list[RenderableType] = [_head(summary), _held(summary.held)]
-    if summary.traffic:
-        parts.append(_traffic(summary))
-    if summary.gathers:
-        parts.append(_gathers(summary.gathers))
-    parts += [_lines(summary.lines), _memory(summary)]
-    return Group(*(line for part in parts for line in (part, Text(""))))
+    titled = [
+        ("what a rank holds", _held(summary.held)),
+        ("what moves in a step", _traffic(summary) if summary.traffic else None),
+        (
+            "gathered though no line of the plan asks for it",
+            _gathers(summary.gathers) if summary.gathers else None,
+        ),
+        ("what each line of the plan moves", _lines(summary.lines)),
+        ("memory of a rank", _memory(summary)),
+    ]
+    parts = [
+        part
+        for title, table in titled
+        if table is not None
+        for part in (Text(f"\n{title}", "bold"), table)
+    ]
+    return Group(_head(summary), *parts, Text(""))
 
 
 def size_text(num_bytes: int) -> str:
@@ -77,10 +87,9 @@ def _head(summary: Summary) -> Text:
     )  # fmt: skip
 
 
-def _table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> Table:
+def _table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> Table:
     """A table whose columns are (heading, style); a style ending in `>` aligns right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.show_header = any(heading for heading, _ in columns)
+    table = Table(box=None, pad_edge=False, show_header=any(heading for heading, _ in columns))
     for heading, style in columns:
         right = style.endswith(">")
         table.add_column(
@@ -98,7 +107,6 @@ def _table(title: str, columns: Sequence[tuple[str, str]], rows: Iterable[Sequen
 
 def _held(rows: Sequence[Held]) -> Table:
     return _table(
-        "what a rank holds",
         [("name", ""), ("", "dim>"), ("layout", "cyan"), ("a rank", ">"), ("plan", "dim")],
         (
             (
@@ -115,7 +123,6 @@ def _held(rows: Sequence[Held]) -> Table:
 
 def _traffic(summary: Summary) -> Table:
     table = _table(
-        "what moves in a step",
         [
             ("", "dim"),
             ("collective", "magenta"),
@@ -161,7 +168,6 @@ def _short(places: str) -> str:
 
 def _gathers(rows: Sequence[Gather]) -> Table:
     return _table(
-        "gathered though no line of the plan asks for it",
         [
             ("operator", "yellow"),
             ("", "dim>"),
@@ -186,7 +192,6 @@ def _gathers(rows: Sequence[Gather]) -> Table:
 
 def _lines(rows: Sequence[PlanLine]) -> Table:
     return _table(
-        "what each line of the plan moves",
         [("", "dim>"), ("statement", ""), ("collectives", ">"), ("bytes", ">")],
         (
             (
@@ -211,7 +216,6 @@ def _memory(summary: Summary) -> Table:
         ("peak of a step", memory.peak),
     ]
     return _table(
-        "memory of a rank",
         [("", ""), ("", "bold>")],
         ((name, size_text(size)) for name, size in rows if size),
     )

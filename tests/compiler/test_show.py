@@ -1,0 +1,132 @@
+"""What `show` and `explain` print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import meshwright as mw
+from meshwright.compiler.names import fold
+from meshwright.compiler.show import show_text, size_text
+
+PLAN = """\
+mesh     dp=2, tp=2
+data     tokens, targets over dp
+columns  blocks.*.up     over tp
+rows     blocks.*.down   over tp
+vocab    wte, head       over tp
+allow    replicate blocks.*
+"""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """A vocabulary of 7 does not divide over two ranks: it is padded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(7, 8)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(8, 7, bias=False)
+        self.head.weight = self.wte.weight
+        self.blocks[0].norm.bias.requires_grad_(False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.wte(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+
+
+class Sorting(nn.Module):
+    """Sorting a split dim needs all of it: a gather that nobody asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.up(x).sort(-1).values * torch.arange(16.0)).sum()
+
+
+@cache
+def program() -> mw.Program:
+    tokens = torch.zeros(4, 6, dtype=torch.int64)
+    return mw.compile(Model(), mw.Plan.parse(PLAN, "small.plan"), (tokens, tokens), device="cpu")
+
+
+def test_show_prints_layouts_collectives_lines_and_memory(
+    golden: Callable[[str, str], None],
+) -> None:
+    golden("show", show_text(program()))
+
+
+def test_show_with_local_prints_the_shapes_of_one_rank(golden: Callable[[str, str], None]) -> None:
+    golden("show_local", show_text(program(), local=True))
+
+
+def test_show_names_gathers_that_no_line_asks_for(golden: Callable[[str, str], None]) -> None:
+    plan = mw.Plan.parse("mesh tp=2\ncolumns up over tp\n", "sorting.plan")
+    found = mw.compile(Sorting(), plan, (torch.zeros(4, 8),), device="cpu")
+    golden("show_gathers", show_text(found))
+
+
+@pytest.mark.parametrize("name", ["blocks.1.up", "head", "wte.weight", "tokens"])
+def test_explain_names_statements_and_collectives(
+    name: str, golden: Callable[[str, str], None]
+) -> None:
+    golden(f"explain_{name.replace('.', '_')}", str(program().explain(name)))
+
+
+def test_explain_of_an_unknown_name_says_the_nearest() -> None:
+    with pytest.raises(mw.PlanError, match=r"write `blocks\.1\.up`"):
+        program().explain("blocks.1.upp")
+
+
+def test_the_data_of_a_program_agrees_with_its_ledger() -> None:
+    data = json.loads(json.dumps(program().to_json()))
+    comm = program().comm()
+    assert sum(row["count"] for row in data["traffic"]) == len(comm) == len(data["collectives"])
+    assert sum(row["bytes"] for row in data["traffic"]) == comm.total_bytes()
+    assert (
+        sum(row["bytes"] for row in data["held"] if row["kind"] == "parameter")
+        == (data["memory"]["parameters"])
+    )
+
+
+def test_two_compilations_print_the_same() -> None:
+    program.cache_clear()
+    first = show_text(program())
+    program.cache_clear()
+    assert show_text(program()) == first
+
+
+def test_names_fold_to_selectors_that_match_them() -> None:
+    layers = [f"blocks.{i}.up" for i in range(4)]
+    assert fold(layers, layers) == {"blocks.*.up": layers}
+    assert fold(layers[1:3], layers) == {"blocks.[1:3].up": layers[1:3]}
+    assert fold([layers[0], layers[3]], layers) == {"blocks.{0,3}.up": [layers[0], layers[3]]}
+    assert fold([layers[2], "head"], [*layers, "head"]) == {
+        "blocks.2.up": [layers[2]],
+        "head": ["head"],
+    }
+
+
+def test_sizes_read_as_a_person_writes_them() -> None:
+    sizes = [0, 1023, 1536, 200 << 10, 3 << 40, 5000 << 40]
+    texts = ["0 B", "1023 B", "1.5 KiB", "200 KiB", "3.0 TiB", "5000 TiB"]
+    assert [size_text(size) for size in sizes] == texts

@@ -1,0 +1,192 @@
+"""The command line: texts, JSON, exit codes, and no tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import meshwright
+from meshwright.cli import main
+
+PLAN = """\
+mesh dp=2, tp=2
+data x, y over dp   # the batch
+columns up over tp
+rows down over tp
+"""
+
+MODEL = '''\
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x, y):
+        return ((self.down(F.relu(self.up(x))) - y) ** 2).mean()
+
+
+def build():
+    return Model(), (torch.zeros(4, 8), torch.zeros(4, 8))
+
+
+def nothing():
+    """Returns None."""
+'''
+
+SCRIPT = """\
+import os, sys
+print(os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:], flush=True)
+sys.exit(int(sys.argv[-1]))
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in a folder that has a plan, a model and a script."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, text in (("a.plan", PLAN), ("model.py", MODEL), ("script.py", SCRIPT)):
+        Path(name).write_text(text, encoding="utf-8")
+
+    def command(*words: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return command
+
+
+def test_check_reads_a_plan_and_compiles_a_model_under_it(
+    run: Run, golden: Callable[[str, str], None]
+) -> None:
+    alone, with_model = run("check", "a.plan"), run("check", "a.plan", "model.py:build")
+    assert (alone[0], with_model[0]) == (0, 0)
+    golden("check", alone[1] + with_model[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("show", ["show", "model.py:build", "a.plan"]),
+        ("show_json", ["show", "model.py:build", "a.plan", "--json"]),
+        ("graph", ["graph", "model.py:build", "a.plan", "--name=stage0.forward"]),
+        ("graph_local", ["graph", "model.py:build", "a.plan", "--name=stage0.forward", "--local"]),
+        ("graph_module_json", ["graph", "model:build", "a.plan", "--module=down", "--json"]),
+        ("explain", ["explain", "model.py:build", "a.plan", "down"]),
+        ("check_json", ["check", "a.plan", "model.py:build", "--json"]),
+        ("infer", ["graph", "model.py:build", "a.plan", "--mode=infer"]),
+    ],
+)
+def test_a_command_prints_its_golden_text(
+    name: str, words: list[str], run: Run, golden: Callable[[str, str], None]
+) -> None:
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    golden(name, out)
+
+
+def test_fmt_prints_checks_and_writes_the_canonical_form(
+    run: Run, golden: Callable[[str, str], None]
+) -> None:
+    code, text, _ = run("fmt", "a.plan")
+    assert code == 0
+    golden("fmt", text)
+    assert run("fmt", "--check", "a.plan")[:2] == (1, "a.plan: not in canonical form\n")
+    assert run("fmt", "--write", "a.plan")[:2] == (0, "a.plan: written\n")
+    assert Path("a.plan").read_text(encoding="utf-8") == text
+    assert run("fmt", "--check", "a.plan")[:2] == (0, "")
+    assert json.loads(run("fmt", "--json", "a.plan")[1]) == [
+        {"plan": "a.plan", "changed": False, "text": text}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("error_no_plan", 1, ["check", "b.plan"]),
+        ("error_no_plan_json", 1, ["check", "b.plan", "--json"]),
+        ("error_no_file", 1, ["show", "other.py:build", "a.plan"]),
+        ("error_no_module", 1, ["show", "nowhere.at.all:build", "a.plan"]),
+        ("error_no_function", 1, ["show", "model.py:biuld", "a.plan"]),
+        ("error_returns_nothing", 1, ["show", "model.py:nothing", "a.plan"]),
+        ("error_no_graph", 1, ["graph", "model.py:build", "a.plan", "--name=stage0.fwd"]),
+        ("error_no_module_of_the_model", 1, ["graph", "model.py:build", "a.plan", "--module=u"]),
+        ("error_nothing_to_explain", 1, ["explain", "model.py:build", "a.plan", "upp"]),
+        ("error_no_script", 1, ["run", "other.py", "--processes", "2"]),
+        ("usage_model", 2, ["show", "model.py", "a.plan"]),
+        ("usage_no_processes", 2, ["run", "script.py"]),
+        ("usage_processes", 2, ["run", "script.py", "--processes", "many"]),
+        ("usage_no_script", 2, ["run", "--processes", "2"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_words(
+    name: str, code: int, words: list[str], run: Run, golden: Callable[[str, str], None]
+) -> None:
+    found, out, err = run(*words)
+    assert found == code
+    assert "Traceback" not in err
+    golden(name, out + err)
+
+
+def test_a_plan_that_does_not_fit_the_model_is_shown_with_its_caret(
+    run: Run, golden: Callable[[str, str], None]
+) -> None:
+    Path("a.plan").write_text(PLAN.replace("columns up", "columns upp"), encoding="utf-8")
+    code, out, err = run("check", "a.plan", "model.py:build")
+    assert (code, out) == (1, "")
+    golden("error_selector", err)
+    code, out, err = run("check", "a.plan", "model.py:build", "--json")
+    assert (code, err) == (1, "")
+    assert json.loads(out)["error"]["places"] == [
+        {"plan": "a.plan", "line": 3, "column": 9, "end": 12}
+    ]
+
+
+def test_an_unknown_command_is_a_usage_error(run: Run) -> None:
+    assert run("shwo")[0] == 2
+
+
+def test_run_starts_one_process_a_rank_and_returns_their_exit_code(run: Run) -> None:
+    code, out, _ = run("run", "script.py", "--lr", "3", "--processes", "2", "0")
+    assert code == 0
+    assert sorted(out.splitlines()) == ["0 2 --lr 3 0", "1 2 --lr 3 0"]
+    assert run("run", "--processes=1", "script.py", "1")[0] == 1
+
+
+def test_the_module_runs_as_a_command_and_a_closed_pipe_is_quiet(run: Run) -> None:
+    command = f"{sys.executable} -m meshwright graph model.py:build a.plan | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(Path(meshwright.__file__).parents[1])}
+    found = subprocess.run(
+        command, shell=True, env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.stdout == "graph stage0.forward  mesh dp=2, tp=2\n"
+    assert found.stderr == ""
+
+
+def test_the_demo_ends_in_the_largest_difference(run: Run) -> None:
+    code, out, _ = run("demo", "--steps", "2")
+    assert code == 0
+    assert "Largest" in out.splitlines()[-2] + out.splitlines()[-1]
+    assert "all_reduce(" in out
+    code, out, _ = run("demo", "--steps", "2", "--json")
+    assert code == 0
+    assert json.loads(out)["largest_difference"] < 1e-5
