@@ -27,9 +27,9 @@ from meshwright.compiler.ir import (
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.reshard import Step, steps
-from meshwright.compiler.rules.engine import place
+from meshwright.compiler.rules.engine import operand_cost, place
 from meshwright.compiler.rules.factories import makes_zeros
-from meshwright.compiler.rules.notation import Operand, Placement
+from meshwright.compiler.rules.notation import Call, Operand, Placement
 from meshwright.compiler.types import result_type
 
 _GATHERING = ("all_gather", "all_gather_replicated", "all_to_all")
@@ -99,15 +99,7 @@ class Emitter:
         operands = call_operands(args, kwargs)
         if type is None:
             type = result_type(op, args, kwargs)
-        asked = make_call(
-            op,
-            args,
-            kwargs,
-            type,
-            self.mesh,
-            lambda node: self._operand(node, proposals or {}),
-            wanted,
-        )
+        asked = self._ask(op, args, kwargs, type, proposals, wanted)
         placement = place(asked)
         brought = iter(
             [
@@ -125,6 +117,34 @@ class Emitter:
             requires_grad=requires_grad,
             name=name,
         )
+
+    def moved_bytes(
+        self,
+        op: Op,
+        args: tuple[Arg, ...],
+        kwargs: Mapping[str, Arg],
+        type: NodeType,
+        proposals: Mapping[Node, Layout] | None = None,
+    ) -> float:
+        """The bytes that the cheapest placement of a call moves, adjoint included."""
+        asked = self._ask(op, args, kwargs, type, proposals)
+        placed = place(asked).operands
+        pairs = zip(asked.operands, placed, strict=True)
+        return sum(operand_cost(operand, layout, self.mesh) for operand, layout in pairs)
+
+    def _ask(
+        self,
+        op: Op,
+        args: tuple[Arg, ...],
+        kwargs: Mapping[str, Arg],
+        type: NodeType,
+        proposals: Mapping[Node, Layout] | None = None,
+        wanted: tuple[Layout, ...] = (),
+    ) -> Call:
+        def operand(node: Node) -> Operand:
+            return self._operand(node, proposals or {})
+
+        return make_call(op, args, kwargs, type, self.mesh, operand, wanted)
 
     def item(self, source: Node, index: int, origin: Origin, *, name: str = "") -> Node:
         """One result of a node with several; emitted once."""

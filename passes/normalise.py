@@ -33,6 +33,7 @@ from meshwright.compiler.ir import (
     map_nodes,
     nodes_in,
 )
+from meshwright.compiler.recognise import grid_axes
 from meshwright.compiler.types import result_type
 
 aten = torch.ops.aten
@@ -158,6 +159,20 @@ def _pad(rewriter: Rewriter) -> Node | None:
         rewriter.args[1],
         0.0 if value is None else value,
     )
+
+
+@rewrites(aten.index.Tensor)
+def _index(rewriter: Rewriter) -> Node | None:
+    """A lookup that takes every element once, in order, only moves dims."""
+    x, indices = rewriter.args[:2]
+    axes = grid_axes(x, indices)
+    if axes is None:
+        return None
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    if order != list(range(len(axes))):
+        rest = range(len(axes), len(x.tensor.shape))
+        x = rewriter.call(aten.permute.default, x, (*order, *rest))
+    return rewriter.call(aten.view.default, x, rewriter.node.tensor.shape)
 
 
 @rewrites(aten.embedding.default)

@@ -14,25 +14,34 @@ Elsewhere: Shardy's propagation and insert-explicit-reshards in one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
+from meshwright.compiler.calls import call_operands
+from meshwright.compiler.decompositions import DECOMPOSITIONS, Piece, decompose
 from meshwright.compiler.draft import Draft, Pin
-from meshwright.compiler.emit import Emitter
+from meshwright.compiler.emit import Emitter, is_floating
 from meshwright.compiler.ir import (
     GETITEM,
     INPUT,
     Arg,
     Builder,
+    MeshOp,
     Node,
     Op,
     TensorType,
     map_nodes,
+    nodes_in,
 )
 from meshwright.compiler.layout import Layout, dim_axes, replicated
 from meshwright.compiler.pins import pin_lines
+from meshwright.compiler.recognise import repeated_heads
+from meshwright.compiler.rules.notation import Slot
 from meshwright.compiler.sequences import Sequences
+from meshwright.compiler.types import freeze
 
 aten = torch.ops.aten
 
@@ -50,6 +59,8 @@ class _Partitioner:
         self.draft, self.graph = draft, draft.graph
         self.emitter = Emitter(Builder(draft.graph.name, draft.mesh))
         self.mapping: dict[Node, Node] = {}
+        self.results: dict[Node, list[Node]] = {}
+        """The results of operators that were placed in pieces."""
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
         self.emitter.planned = frozenset(a for region in draft.regions for a in region.axes)
@@ -93,11 +104,18 @@ class _Partitioner:
         if node.op == INPUT:
             return self._input(node)
         if node.op == GETITEM:
+            if node.args[0] in self.results:
+                return self.results[node.args[0]][node.args[1]]
             source = self.mapping[node.args[0]]
             return self.emitter.item(source, node.args[1], node.origin, name=node.name)
         if node.op == torch.ops.mesh.layout.default:
             return self.mapping[node.args[0]]
-        return self._biased(node) or self._call(node, node.op, node.args)
+        return (
+            self._biased(node)
+            or self._grouped(node)
+            or self._in_pieces(node)
+            or self._call(node, node.op, node.args)
+        )
 
     def _call(
         self, node: Node, op: Op, args: tuple[Arg, ...], type: TensorType | None = None
@@ -141,6 +159,70 @@ class _Partitioner:
             requires_grad=node.requires_grad,
         )
 
+    def _grouped(self, node: Node) -> Node | None:
+        """Attention on keys and values whose heads are repeated takes them as they were before,
+        unless they can only be split once repeated."""
+        if node.op != MeshOp("attention"):
+            return None
+        q, k, v, *rest = node.args
+        single = repeated_heads(k), repeated_heads(v)
+        if single[0] is None or single[1] is None:
+            return None
+        if single[0].tensor.shape[1] != single[1].tensor.shape[1]:
+            return None
+        args = (q, *single, *rest)
+        if self._moved(node, args) > self._moved(node, node.args):
+            return None
+        return self._call(node, node.op, args)
+
+    def _moved(self, node: Node, args: tuple[Arg, ...]) -> float:
+        """The bytes that placing `node` on these arguments moves."""
+        placed = map_nodes(args, self.mapping.__getitem__)
+        kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
+        proposals = self.sequences.proposals(nodes_in(placed))
+        return self.emitter.moved_bytes(node.op, placed, kwargs, node.type, proposals)
+
+    def _in_pieces(self, node: Node) -> Node | None:
+        """An operator that would gather is placed as the operators that it is made of."""
+        if node.op not in DECOMPOSITIONS or self._moved(node, node.args) == 0.0:
+            return None
+        values = [self.mapping[n] for n in call_operands(node.args, node.kwargs)]
+        wanted = {n for n in values if n.requires_grad}
+        numbers = iter(range(len(values)))
+        args = freeze(map_nodes(node.args, lambda _: Slot(next(numbers))))
+        kwargs = tuple(
+            (key, freeze(map_nodes(value, lambda _: Slot(next(numbers)))))
+            for key, value in sorted(node.kwargs.items())
+        )
+        pieces = decompose(node.op, args, kwargs, tuple(n.tensor for n in values))
+        for piece in pieces.calls:
+            values.append(self._piece(piece, values, wanted, node))
+        results = [values[slot] for slot in pieces.results]
+        self.results[node] = results
+        return results[0]
+
+    def _piece(self, piece: Piece, values: list[Node], wanted: set[Node], node: Node) -> Node:
+        """One of the operators that `node` is made of; `wanted` are those that carry gradients."""
+        fill = partial(_filled, values=values)
+        args = tuple(fill(arg) for arg in piece.args)
+        if piece.op == GETITEM:
+            return self.emitter.item(args[0], args[1], node.origin)
+        operands = list(nodes_in(args))
+        new = self.emitter.call(
+            piece.op,
+            args,
+            {key: fill(value) for key, value in piece.kwargs},
+            origin=node.origin,
+            type=piece.type,
+            proposals=self.sequences.proposals(operands),
+            requires_grad=piece.op != aten.detach.default
+            and is_floating(piece.type)
+            and any(n in wanted for n in operands),
+        )
+        if new.requires_grad:
+            wanted.add(new)
+        return new
+
     def _input(self, node: Node) -> Node:
         pin = self.draft.inputs.get(node.args[1])
         layout = pin.layout if pin else replicated(node.tensor.shape)
@@ -166,3 +248,9 @@ class _Partitioner:
         if value.placed.varying:
             layout = layout.add_varying(value.placed.varying)
         return self.emitter.reshard(value, layout, node.origin)
+
+
+def _filled(arg: Arg, values: Sequence[Node]) -> Arg:
+    if isinstance(arg, Slot):
+        return values[arg.index]
+    return [_filled(item, values) for item in arg] if isinstance(arg, tuple) else arg

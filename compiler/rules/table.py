@@ -68,4 +68,30 @@ NORMS: dict[Op, Row] = {
     ),
 }
 
-TABLE: dict[Op, Row] = {**CONTRACTIONS, **WHOLE_LAST, **EMBEDDINGS, **COMPOSITES, **NORMS}
+_POOL_2D = row("... h! w! -> ... x! y!")
+_POOL_2D_BACKWARD = row("... x! y!, ... h! w! -> ... h! w!", _FIRST, shape_only=(1,))
+
+POOLS: dict[Op, Row] = {
+    aten.max_pool1d.default: row("... h! -> ... x!"),
+    aten.max_pool2d.default: _POOL_2D,
+    aten.max_pool2d_with_indices.default: row("... h! w! -> ... x! y!, ... x! y!"),
+    aten.max_pool2d_with_indices_backward.default: row(
+        "... x! y!, ... h! w!, ... x! y! -> ... h! w!", _FIRST, shape_only=(1,)
+    ),
+    aten.avg_pool1d.default: row("... h! -> ... x!", _FIRST),
+    aten.avg_pool2d.default: row("... h! w! -> ... x! y!", _FIRST),
+    aten.avg_pool2d_backward.default: _POOL_2D_BACKWARD,
+    aten.adaptive_avg_pool1d.default: row("... h! -> ... x!", _FIRST),
+    aten.adaptive_avg_pool2d.default: row("... h! w! -> ... x! y!", _FIRST),
+    aten._adaptive_avg_pool2d.default: row("... h! w! -> ... x! y!", _FIRST),
+    aten._adaptive_avg_pool2d_backward.default: _POOL_2D_BACKWARD,
+}
+
+TABLE: dict[Op, Row] = {
+    **CONTRACTIONS,
+    **WHOLE_LAST,
+    **EMBEDDINGS,
+    **COMPOSITES,
+    **NORMS,
+    **POOLS,
+}

@@ -1,11 +1,11 @@
 """Meshwright: compile an ordinary model and a short plan into what each device of a mesh runs.
 
-plan = meshwright.Plan.load("gpt.plan")
-program = meshwright.compile(model, plan, example=(tokens, targets))
-program.show()
-run = program.launch()
-optimizer = run.optimizer(torch.optim.AdamW, lr=3e-4)
-loss = run.step(tokens, targets)
+    plan = meshwright.Plan.load("gpt.plan")
+    program = meshwright.compile(model, plan, example=(tokens, targets))
+    program.show()
+    run = program.launch()
+    optimizer = run.optimizer(torch.optim.AdamW, lr=3e-4)
+    loss = run.step(tokens, targets)
 """
 
 from __future__ import annotations

@@ -492,6 +492,26 @@ COMPOSITES = [
     ),
 ]
 
+POOLS = [
+    call(aten.max_pool1d.default, f(2, 4, 6), [2]),
+    call(aten.max_pool2d.default, f(2, 4, 6, 5), [2, 2]),
+    backward(aten.max_pool2d_with_indices.default, f(2, 4, 6, 5), [2, 2]),
+    backward(
+        aten.max_pool2d_with_indices_backward.default,
+        *(f(2, 4, 2, 2), f(2, 4, 4, 4), [2, 2], [2, 2], [0, 0], [1, 1], False, n(1, 2, 4, 2, 2)),
+    ),
+    call(aten.avg_pool1d.default, f(2, 4, 6), [2]),
+    call(aten.avg_pool2d.default, f(2, 4, 6, 5), [2, 2]),
+    backward(
+        aten.avg_pool2d_backward.default,
+        *(f(2, 4, 2, 2), f(2, 4, 4, 4), [2, 2], [2, 2], [0, 0], False, True, None),
+    ),
+    call(aten.adaptive_avg_pool1d.default, f(2, 4, 6), [3]),
+    call(aten.adaptive_avg_pool2d.default, f(2, 4, 6, 4), [3, 2]),
+    call(aten._adaptive_avg_pool2d.default, f(2, 4, 6, 4), [3, 2]),
+    backward(aten._adaptive_avg_pool2d_backward.default, f(2, 4, 2, 2), f(2, 4, 4, 4)),
+]
+
 SAMPLES = [
     *PRODUCTS,
     *POINTWISE,
@@ -504,4 +524,5 @@ SAMPLES = [
     *CONVOLUTIONS,
     *FACTORIES,
     *COMPOSITES,
+    *POOLS,
 ]

@@ -74,11 +74,18 @@ LEFT_OUT = {
 }
 """Splits that would be right and that no rule allows, with the reason."""
 
+UNCHECKED = {
+    aten.max_pool2d_with_indices_backward.default,
+    aten.avg_pool2d_backward.default,
+    aten._adaptive_avg_pool2d_backward.default,
+}
+"""Kernels that trust their operands' shapes: wrong splits of them write outside of memory."""
+
 
 def test_no_rule_forbids_a_split_that_is_right_without_a_reason() -> None:
     torch.manual_seed(0)
     found = {}
-    for sample in SAMPLES:
+    for sample in (sample for sample in SAMPLES if sample.op not in UNCHECKED):
         for placement in right_but_forbidden(sample, LINE):
             found.setdefault(sample.op, shown(sample, placement))
     assert {op: text for op, text in found.items() if op not in LEFT_OUT} == {}
