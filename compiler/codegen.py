@@ -16,6 +16,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -48,10 +49,9 @@ _FRESH = {
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """An output whose collective is still under way: wait for the handle, then `finish`."""
+    """An output whose collective is still under way: what waiting for the handle gives."""
 
     handle: Any
-    finish: Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,8 @@ class _Generator:
         self.wire_names: list[str] = []
         self.waiting: dict[str, list[str]] = {}
         """By variable that is still to come: the lines that wait for it."""
+        self.returned: Counter[str] = Counter()
+        """How often the function returns each variable, as an output or a saved value."""
         self.shared: dict[Any, str] = {}
         self.slots: dict[Node, list[tuple[Node, int]]] = {}
         """The places in buckets that a node's value goes to."""
@@ -312,6 +314,7 @@ class _Generator:
     def _return(self) -> None:
         results: list[str] = []
         saved: list[str] = []
+        self.returned.update(self.names[node] for _, node in self.graph.outputs)
         for label, node in self.graph.outputs:
             if label.startswith("saved:"):
                 saved.append(self._value(node))
@@ -325,11 +328,11 @@ class _Generator:
     def _result(self, node: Node) -> str:
         """An output; one that nothing here has waited for is returned under way."""
         name = self.names[node]
-        if name not in self.waiting or len(self.waiting[name]) > 1:
+        waits = self.waiting.get(name, ())
+        if len(waits) != 1 or self.returned[name] > 1:
             return self._value(node)
         del self.waiting[name]
-        pending = self._fixed("Pending", Pending)
-        return f"{pending}({node.name}_handle, None)"
+        return f"{self._fixed('Pending', Pending)}({node.name}_handle)"
 
 
 _WORD = re.compile(r"[A-Za-z_]\w*")

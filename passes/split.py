@@ -122,7 +122,10 @@ class _Splitter:
         for node in self.backward.nodes:
             if node.op == MeshOp("cross_entropy_backward"):
                 logits = node.args[1]
-                if logits in handed and readers[logits] == 1 == kept[storage(handed[logits])]:
+                if logits not in handed or readers[logits] > 1:
+                    continue
+                memory = storage(handed[logits])
+                if memory.op != INPUT and kept[memory] == 1:
                     node.kwargs["overwrite"] = True
 
     def _forward_graph(self) -> Graph:

@@ -13,8 +13,9 @@ from meshwright.compiler.bindings import RandomState
 from meshwright.compiler.codegen import Pending, RankContext
 from meshwright.compiler.collectives import Wait
 from meshwright.compiler.errors import PassError
-from meshwright.compiler.ir import Graph, MeshOp, Node
+from meshwright.compiler.ir import INPUT, Graph, MeshOp, Node
 from meshwright.compiler.layout import shard
+from meshwright.compiler.memory import storage
 from meshwright.compiler.program import Program, Stored
 
 RankProgram = Generator[Any, Any, Any]
@@ -87,6 +88,8 @@ class RankStep:
         self.functions = [code.link(context) for code in program.code]
         self.labels = [label for label, _ in step.forward.outputs if not label.startswith("saved:")]
         self.written = [label for label in self.labels if label.startswith("buffer:")]
+        self.held = {label for label, node in step.forward.outputs if storage(node).op == INPUT}
+        """Outputs that are a tensor which lives on, and may be written to, or a view of one."""
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}
         self.inputs = [_Inputs(graph, self, places) for graph in step.graphs.values()]
 
@@ -109,7 +112,7 @@ class RankStep:
         """One step: forward, backward where there is one, then what is still under way.
 
         `arguments` are the local parts of the inputs, in the program's order. Returns the outputs
-        by label; gradients are in the flat buffers.
+        by label, in memory that no later step writes to; gradients are in the flat buffers.
         """
         outputs, saved = yield from self.functions[0](self.inputs[0](arguments), [])
         if len(self.functions) > 1:
@@ -119,7 +122,8 @@ class RankStep:
                 bucket.give(gradients)
         results: dict[str, Tensor] = {}
         for label, value in zip(self.labels, outputs, strict=True):
-            results[label] = (yield Wait(value.handle)) if type(value) is Pending else value
+            result = (yield Wait(value.handle)) if type(value) is Pending else value
+            results[label] = result.clone() if label in self.held else result
         for label in self.written:
             name = label.removeprefix("buffer:")
             self.state.tensors["buffer", name].copy_(results.pop(label))
