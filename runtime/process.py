@@ -27,6 +27,7 @@ from meshwright.runtime.digest import check_digests, check_world
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.gloo import GlooGroup
 from meshwright.runtime.nccl import NcclGroup
+from meshwright.runtime.shared import SharedGroup, share
 from meshwright.runtime.termination import Termination
 from meshwright.runtime.watch import Watch, linger, meet
 
@@ -36,12 +37,15 @@ _COLLECTIVE_SECONDS = 30 * 24 * 3600.0
 _BACKEND_WORDS = ("gloo", "nccl", "connection", "timed out", "socket")
 
 
+_Group = GlooGroup | SharedGroup | NcclGroup
+
+
 class _Lane:
     """One set of axes on this rank: its group (none if it is alone) and how many were begun."""
 
     __slots__ = ("group", "label", "order")
 
-    def __init__(self, group: GlooGroup | NcclGroup | None, label: str) -> None:
+    def __init__(self, group: _Group | None, label: str) -> None:
         self.group, self.label, self.order = group, label, 0
 
 
@@ -67,6 +71,10 @@ class ProcessTransport:
     `period` is the seconds between heartbeats, `patience` those without one after which a peer that
     this rank waits for counts as stalled. Raises `RunError` where the world's size is not the
     mesh's, and on any collective `PeerError` or `DeadlockError` once it can no longer complete.
+
+    Small tensors of ranks on one host go through memory that they share. Where `shared_memory` is
+    false on any member of a group, all of them go over Gloo; if it is not given, it is false where
+    the environment has `MESHWRIGHT_SHARED_MEMORY=0`.
     """
 
     _made = 0
@@ -78,8 +86,12 @@ class ProcessTransport:
         *,
         period: float = 1.0,
         patience: float = 5.0,
+        shared_memory: bool | None = None,
     ) -> None:
         self.mesh, self.device = mesh, torch.device(device)
+        if shared_memory is None:
+            shared_memory = os.environ.get("MESHWRIGHT_SHARED_MEMORY") != "0"
+        self.shared_memory = shared_memory
         check_world(mesh, _world_size())
         self.rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
         self.store = PrefixStore(f"meshwright/{ProcessTransport._made}", _connect())
@@ -230,15 +242,21 @@ class ProcessTransport:
     def _lane(self, axes: tuple[str, ...]) -> _Lane:
         label = ",".join(axes)
         members = self.mesh.group(self.rank, axes)
-        group: GlooGroup | NcclGroup | None = None
+        group: _Group | None = None
         if len(members) > 1:
-            make = NcclGroup if self.device.type == "cuda" else GlooGroup
-            store = PrefixStore(f"{label}/{members[0]}", self.store)
-            group = make(store, members, self.rank, _COLLECTIVE_SECONDS)
+            group = self._connect_group(PrefixStore(f"{label}/{members[0]}", self.store), members)
             self.watch.cuts.append(group.cut)
         self.watch.members[label] = partial(self.mesh.group, axes=axes)
         lane = self.lanes[axes] = _Lane(group, label)
         return lane
+
+    def _connect_group(self, store: Store, members: tuple[int, ...]) -> _Group:
+        if self.device.type == "cuda":
+            return NcclGroup(store, members, self.rank, _COLLECTIVE_SECONDS)
+        group = GlooGroup(store, members, self.rank, _COLLECTIVE_SECONDS)
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.mesh.num_ranks))
+        shared_store = PrefixStore("shared memory", store)
+        return share(shared_store, group, self.shared_memory, ranks_here)
 
     def _ours(self, error: RuntimeError) -> RuntimeError:
         """The error to raise for one that came out of a backend."""

@@ -1,4 +1,4 @@
-"""Real processes over Gloo, beside the virtual mesh."""
+"""Real processes over shared memory and Gloo, beside the virtual mesh."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from tests.runtime.processes import finish, start
 EVERY_WIRE = Path(__file__).with_name("every_wire.py")
 
 
+@pytest.mark.parametrize("shared_memory", ["1", "0"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_every_collective_gives_what_the_virtual_mesh_gives(num_ranks: int) -> None:
+def test_every_collective_gives_what_the_virtual_mesh_gives(
+    num_ranks: int, shared_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHWRIGHT_SHARED_MEMORY", shared_memory)
     processes = start(EVERY_WIRE, num_ranks)
     outputs = finish(processes, 120)
     for output in outputs:
