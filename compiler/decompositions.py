@@ -283,6 +283,12 @@ def nll_loss(
     return rows.sum() / share.sum() if reduction == 1 else rows.sum()
 
 
+def _gates(x: Tensor, count: int) -> list[Tensor]:
+    """Equal parts of the last dim, each an operator of its own."""
+    size = x.shape[-1] // count
+    return [x.narrow(-1, i * size, size) for i in range(count)]
+
+
 @decomposes(aten.rnn_tanh_cell.default)
 def rnn_tanh_cell(
     x: Tensor,
@@ -319,8 +325,8 @@ def gru_cell(
     b_hh: Tensor | None = None,
 ) -> Tensor:
     linear = torch.nn.functional.linear
-    reset_x, update_x, new_x = linear(x, w_ih, b_ih).chunk(3, 1)
-    reset_h, update_h, new_h = linear(h, w_hh, b_hh).chunk(3, 1)
+    reset_x, update_x, new_x = _gates(linear(x, w_ih, b_ih), 3)
+    reset_h, update_h, new_h = _gates(linear(h, w_hh, b_hh), 3)
     update = torch.sigmoid(update_x + update_h)
     new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
     return new + update * (h - new)
@@ -337,6 +343,7 @@ def lstm_cell(
 ) -> tuple[Tensor, Tensor]:
     linear = torch.nn.functional.linear
     h, c = state
-    entry, forget, cell, out = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, 1)
+    gates = linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)
+    entry, forget, cell, out = _gates(gates, 4)
     c = torch.sigmoid(forget) * c + torch.sigmoid(entry) * torch.tanh(cell)
     return torch.sigmoid(out) * torch.tanh(c), c

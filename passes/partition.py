@@ -49,6 +49,9 @@ _VIEWS = {aten.view.default, aten.t.default, aten.transpose.int, aten.permute.de
 """Operators through which a parameter's layout stays the one the plan wrote."""
 
 
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+
+
 def partition(draft: Draft) -> Draft:
     """Place every node of `draft.graph`."""
     return _Partitioner(draft).run()
@@ -139,24 +142,27 @@ class _Partitioner:
 
     def _biased(self, node: Node) -> Node | None:
         """A linear map whose sum over input features stays pending gets its bias after the sum."""
-        if node.op == aten.linear.default and len(node.args) > 2 and node.args[2] is not None:
-            x, weight, bias = node.args
-            op, contracted = aten.linear.default, 1
-        elif node.op == aten.addmm.default and not node.kwargs:
-            bias, x, weight = node.args
-            op, contracted = aten.mm.default, 0
-        else:
+        found = _bias_apart(node)
+        if found is None:
             return None
-        if not dim_axes(self.mapping[weight].placed.dims[contracted]):
+        op, args, bias, contracted = found
+        if not dim_axes(self.mapping[args[1]].placed.dims[contracted]):
             return None
-        product = self._call(node, op, (x, weight))
-        proposals = self.sequences.proposals([product])
+        product = self._call(node, op, args)
+        added = self.mapping[bias]
+        if op in _CONVOLUTIONS:
+            shape = (*bias.tensor.shape, *[1] * (len(args[1].tensor.shape) - 2))
+            added = self._added(node, aten.view.default, (added, shape), added)
+        return self._added(node, aten.add.Tensor, (product, added), node)
+
+    def _added(self, node: Node, op: Op, args: tuple[Arg, ...], like: Node) -> Node:
+        """A call that `node` needs besides its own operator, differentiable as `like` is."""
         return self.emitter.call(
-            aten.add.Tensor,
-            (product, self.mapping[bias]),
+            op,
+            args,
             origin=node.origin,
-            proposals=proposals,
-            requires_grad=node.requires_grad,
+            proposals=self.sequences.proposals(nodes_in(args)),
+            requires_grad=like.requires_grad,
         )
 
     def _grouped(self, node: Node) -> Node | None:
@@ -187,7 +193,6 @@ class _Partitioner:
         if node.op not in DECOMPOSITIONS or self._moved(node, node.args) == 0.0:
             return None
         values = [self.mapping[n] for n in call_operands(node.args, node.kwargs)]
-        wanted = {n for n in values if n.requires_grad}
         numbers = iter(range(len(values)))
         args = freeze(map_nodes(node.args, lambda _: Slot(next(numbers))))
         kwargs = tuple(
@@ -196,19 +201,20 @@ class _Partitioner:
         )
         pieces = decompose(node.op, args, kwargs, tuple(n.tensor for n in values))
         for piece in pieces.calls:
-            values.append(self._piece(piece, values, wanted, node))
+            values.append(self._piece(piece, values, node))
         results = [values[slot] for slot in pieces.results]
         self.results[node] = results
         return results[0]
 
-    def _piece(self, piece: Piece, values: list[Node], wanted: set[Node], node: Node) -> Node:
-        """One of the operators that `node` is made of; `wanted` are those that carry gradients."""
+    def _piece(self, piece: Piece, values: list[Node], node: Node) -> Node:
+        """One of the operators that `node` is made of."""
         fill = partial(_filled, values=values)
         args = tuple(fill(arg) for arg in piece.args)
         if piece.op == GETITEM:
             return self.emitter.item(args[0], args[1], node.origin)
         operands = list(nodes_in(args))
-        new = self.emitter.call(
+        types = piece.type if isinstance(piece.type, tuple) else (piece.type,)
+        return self.emitter.call(
             piece.op,
             args,
             {key: fill(value) for key, value in piece.kwargs},
@@ -216,12 +222,9 @@ class _Partitioner:
             type=piece.type,
             proposals=self.sequences.proposals(operands),
             requires_grad=piece.op != aten.detach.default
-            and is_floating(piece.type)
-            and any(n in wanted for n in operands),
+            and any(map(is_floating, types))
+            and any(n.requires_grad for n in operands),
         )
-        if new.requires_grad:
-            wanted.add(new)
-        return new
 
     def _input(self, node: Node) -> Node:
         pin = self.draft.inputs.get(node.args[1])
@@ -248,6 +251,20 @@ class _Partitioner:
         if value.placed.varying:
             layout = layout.add_varying(value.placed.varying)
         return self.emitter.reshard(value, layout, node.origin)
+
+
+def _bias_apart(node: Node) -> tuple[Op, tuple[Arg, ...], Node, int] | None:
+    """A linear map with a bias as one without, and the dim of its second operand, the weight, that
+    is contracted."""
+    if node.op == aten.addmm.default and not node.kwargs:
+        bias, x, weight = node.args
+        return aten.mm.default, (x, weight), bias, 0
+    if node.op not in (aten.linear.default, *_CONVOLUTIONS) or len(node.args) < 3:
+        return None
+    x, weight, bias, *rest = node.args
+    if bias is None:
+        return None
+    return node.op, (x, weight, None, *rest) if rest else (x, weight), bias, 1
 
 
 def _filled(arg: Arg, values: Sequence[Node]) -> Arg:

@@ -1,0 +1,73 @@
+"""Small models that several tests train, and batches for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GPT_TENSOR = """
+columns blocks.*.qkv over tp as (3 heads hd)
+rows blocks.*.proj over tp
+columns blocks.*.up over tp
+rows blocks.*.down over tp
+"""
+GPT_DATA = "data tokens, targets over dp\n"
+
+
+class Mlp(nn.Module):
+    def __init__(self, d: int = 16, f: int = 32) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(d, f), nn.Linear(f, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x))).square().mean()
+
+
+class Block(nn.Module):
+    def __init__(self, d: int, heads: int, p: float) -> None:
+        super().__init__()
+        self.heads, self.p = heads, p
+        self.ln1, self.ln2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.p if self.training else 0.0
+        heads = self.qkv(self.ln1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*heads, is_causal=True, dropout_p=p)
+        x = x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), p)
+        return x + F.dropout(self.down(F.gelu(self.up(self.ln2(x)))), p)
+
+
+class Gpt(nn.Module):
+    """nanoGPT's shape: fused query, key and value, learned positions, tied head, loss inside."""
+
+    def __init__(self, vocab: int = 48, d: int = 24, heads: int = 4, p: float = 0.0) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab, d), nn.Embedding(8, d)
+        self.blocks = nn.ModuleList(Block(d, heads, p) for _ in range(2))
+        self.ln, self.head = nn.LayerNorm(d), nn.Linear(d, vocab, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(self.ln(x)).flatten(0, 1), targets.flatten())
+
+
+def real(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def rows(batch: int = 8, d: int = 16) -> tuple[Tensor]:
+    """What `Mlp` takes."""
+    return (real(batch, d),)
+
+
+def tokens(vocab: int = 48, batch: int = 8, length: int = 8) -> tuple[Tensor, Tensor]:
+    """What `Gpt` takes: labels are ignored in different numbers on every row."""
+    targets = torch.randint(0, vocab, (batch, length))
+    targets[torch.arange(length) < torch.arange(batch)[:, None] % length] = -100
+    return torch.randint(0, vocab, (batch, length)), targets
