@@ -63,3 +63,6 @@ class Draft:
     """Parameters that are stored padded, by canonical name."""
     movements: tuple[Movement, ...] = ()
     """Every change of layout that partitioning inserted."""
+    variant_of: tuple[str, ...] | None = None
+    """Of a compiled program for another mode or other inputs: the inputs that the first one has.
+    What statements say of inputs and modules that are not used here has no effect."""

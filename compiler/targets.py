@@ -17,14 +17,22 @@ def modules_of(draft: Draft) -> list[str]:
 
 
 def tensors_of(draft: Draft) -> list[str]:
-    """The names of all parameters and buffers, every alias, and of the example's inputs."""
-    return [*draft.captured.aliases, *draft.captured.input_names]
+    """The names of all parameters and buffers, every alias, and of the inputs."""
+    return [*draft.captured.aliases, *inputs_of(draft)]
+
+
+def inputs_of(draft: Draft) -> list[str]:
+    """The names of the example's inputs, and of those that only the first program has."""
+    return list(dict.fromkeys([*draft.captured.input_names, *(draft.variant_of or ())]))
 
 
 def of_module(
     found: Mapping[str, Sequence[T]], module: str, statement: Spread, draft: Draft, what: str
 ) -> Sequence[T]:
-    """What was found in a module. Raises `PlanError` if it has nothing of the kind."""
+    """What was found in a module. Raises `PlanError` if it has nothing of the kind, unless that is
+    because this variant of a program does not use the module."""
+    if not found.get(module) and draft.variant_of is not None:
+        return ()
     if not found.get(module):
         inner = [name for name in found if name.startswith(f"{module}.")]
         shown = ", ".join(f"`{name}`" for name in (inner or list(found))[:3])

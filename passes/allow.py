@@ -10,6 +10,7 @@ from meshwright.compiler.draft import Draft
 from meshwright.compiler.emit import Movement
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.ir import MeshOp
+from meshwright.compiler.reshard import cost
 from meshwright.compiler.rules.lookup import has_rule
 from meshwright.compiler.targets import modules_of
 from meshwright.compiler.text import op_text
@@ -55,8 +56,6 @@ def _is_allowed(movement: Movement, allowed: set[str]) -> bool:
 
 def moved_bytes(movement: Movement, draft: Draft) -> int:
     """The bytes a rank sends for a movement and, where it is differentiated, its adjoint."""
-    from meshwright.compiler.reshard import cost
-
     value = movement.value
     assert isinstance(movement.node.op, MeshOp) and movement.node.op.name in COLLECTIVES
     price = cost(

@@ -17,6 +17,7 @@ from meshwright.compiler.draft import Draft
 from meshwright.compiler.ir import Node
 from meshwright.compiler.layout import cut
 from meshwright.compiler.pins import pin, tensor_text
+from meshwright.compiler.targets import inputs_of
 from meshwright.dsl.statements import Data, Shard
 
 
@@ -25,7 +26,8 @@ def data(draft: Draft) -> Draft:
     arguments = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == "argument"}
     if not draft.plan.of(Data):
         return draft
-    found = draft.plan.resolve(Data, list(arguments))
+    resolved = draft.plan.resolve(Data, inputs_of(draft))
+    found = {name: each for name, each in resolved.items() if name in arguments}
     for name, statement in found.items():
         draft = _split(draft, arguments[name], statement)
     _check_complete(draft, arguments, found)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from meshwright.compiler.capture import capture
-from meshwright.compiler.capture.inputs import split_example
 from meshwright.compiler.check import check
 from meshwright.compiler.differentiate import differentiate
 from meshwright.compiler.draft import Draft
-from meshwright.compiler.ir import Graph
+from meshwright.compiler.ir import Graph, TensorType
 from meshwright.compiler.layout import Layout, replicated
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.pins import pin_lines
@@ -65,29 +65,27 @@ def compile_program(
     mode: str = "train",
     device: str | torch.device | None = None,
     launcher: Callable[..., Any],
+    variant_of: tuple[str, ...] | None = None,
 ) -> Program:
-    """Compile `model` under `plan`; see `meshwright.compile`."""
+    """Compile `model` under `plan`; see `meshwright.compile`.
+
+    `variant_of` are the inputs of the program that this is for another mode or other inputs of.
+    """
     target = torch.device(device or default_device())
+    again = partial(compile_program, model, plan, loss=loss, outputs=outputs, device=target)
     plan = with_fragments(plan, model)
     check_supported(plan)
     mesh = Mesh(plan.mesh)
     capturing: Any = {"loss": loss, "outputs": tuple(outputs), "mode": mode, "device": target}
     captured = capture(model, example, mesh, **capturing)
     modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
-    draft = Draft(plan, mesh, captured, normalise(captured.graph), modules)
+    graph = normalise(captured.graph)
+    draft = Draft(plan, mesh, captured, graph, modules, variant_of=variant_of)
     for each in PLACING:
         draft = each(draft)
         check(draft.graph, each.__name__)
     draft, step = _step(draft)
     check_replication(draft)
-
-    def recompile(*, example: Any, mode: str) -> Program:
-        args, kwargs = split_example(example)
-        return compile_program(
-            model, plan, (args, kwargs), loss=loss, outputs=outputs, mode=mode, device=target,
-            launcher=launcher,
-        )  # fmt: skip
-
     program = Program(
         plan=plan,
         mesh=mesh,
@@ -98,7 +96,7 @@ def compile_program(
         movements=draft.movements,
         device=target,
         model=model,
-        recompile=recompile,
+        recompile=partial(again, launcher=launcher, variant_of=captured.input_names),
         launcher=launcher,
     )
     check_contracts(program)
@@ -108,18 +106,24 @@ def compile_program(
 def _step(draft: Draft) -> tuple[Draft, Step]:
     """The graphs that run: forward and backward in training, the forward alone otherwise."""
     if draft.captured.mode != "train" or not _trains(draft.graph):
-        forward = overlap(attribute(lower(draft.graph), draft))
+        forward = attribute(_checked(lower, draft.graph), draft)
+        forward = _checked(overlap, forward)
         return draft, Step(replace(forward, name="stage0.forward"))
-    forward = vary(draft.graph)
-    check(forward, "vary")
+    forward = _checked(vary, draft.graph)
     joint, moved = differentiate(forward, frozenset(draft.inputs))
     draft = replace(draft, movements=(*draft.movements, *moved))
     check(joint, "differentiate")
-    joint = bucket(lower(joint))
-    check(joint, "bucket")
+    joint = _checked(bucket, _checked(lower, joint))
     joint = attribute(joint, draft)
     forward, backward = split(joint, regather=lambda node: gathers_again(draft.regions, node))
-    return draft, Step(overlap(forward), overlap(backward))
+    return draft, Step(_checked(overlap, forward), _checked(overlap, backward))
+
+
+def _checked(each: Callable[[Graph], Graph], graph: Graph) -> Graph:
+    """What a pass makes of a graph, checked."""
+    graph = each(graph)
+    check(graph, each.__name__)
+    return graph
 
 
 def _trains(graph: Graph) -> bool:
@@ -135,16 +139,10 @@ def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dic
         shape = tuple(tensor.shape)
         layout: Layout = node.placed if node is not None else replicated(shape)
         padding = draft.paddings.get(name)
-        type = _type(tensor)
+        type = TensorType(shape, tensor.dtype)
         line = pin_lines(draft.inputs.get(name))
         found[name] = Stored(name, type, layout, tensor.requires_grad, padding, line)
     return found
-
-
-def _type(tensor: torch.Tensor) -> Any:
-    from meshwright.compiler.ir import TensorType
-
-    return TensorType(tuple(tensor.shape), tensor.dtype)
 
 
 def default_device() -> str:

@@ -27,23 +27,13 @@ from meshwright.dsl.statements import Columns, Rows, Shard, Statement, Vocab
 
 def shard(draft: Draft) -> Draft:
     """Pin what every `shard` statement and every mark speaks of."""
-    statements = draft.plan.of(Shard)
-    draft = _tensors(draft, [s for s in statements if s.of == "tensor"])
-    draft = _outputs(draft, [s for s in statements if s.of == "output"])
-    draft = _inputs(draft, [s for s in statements if s.of == "input"])
-    return _marks(draft)
+    return _marks(_inputs(_outputs(_tensors(draft))))
 
 
-def _resolve(draft: Draft, statements: list[Shard], names: list[str]) -> dict[str, Shard]:
-    from meshwright.dsl.resolve import resolve
-
-    return resolve(statements, names) if statements else {}
-
-
-def _tensors(draft: Draft, statements: list[Shard]) -> Draft:
+def _tensors(draft: Draft) -> Draft:
     nodes = {node.args[1]: node for node in draft.graph.inputs}
     done: dict[str, Shard] = {}
-    for name, statement in _resolve(draft, statements, tensors_of(draft)).items():
+    for name, statement in draft.plan.resolve(Shard, tensors_of(draft), of="tensor").items():
         own = draft.captured.aliases.get(name, name)
         if own not in nodes:
             continue
@@ -69,12 +59,14 @@ def _layout(draft: Draft, template: LayoutTemplate, shape: tuple[int, ...], what
     return Layout(dims, partial=tuple(sorted(template.partial)))
 
 
-def _outputs(draft: Draft, statements: list[Shard]) -> Draft:
-    resolved = _resolve(draft, statements, modules_of(draft))
+def _outputs(draft: Draft) -> Draft:
+    resolved = draft.plan.resolve(Shard, modules_of(draft), of="output")
     results = module_results(draft, set(resolved))
     values = dict(draft.values)
     for module, statement in resolved.items():
         node = results.get(module)
+        if node is None and draft.variant_of is not None:
+            continue
         if node is None:
             raise draft.plan.error(
                 "P501",
@@ -104,8 +96,8 @@ def module_results(draft: Draft, modules: set[str]) -> dict[str, Node]:
     return found
 
 
-def _inputs(draft: Draft, statements: list[Shard]) -> Draft:
-    resolved = _resolve(draft, statements, modules_of(draft))
+def _inputs(draft: Draft) -> Draft:
+    resolved = draft.plan.resolve(Shard, modules_of(draft), of="input")
     entering = dict(draft.entering)
     seen: set[str] = set()
     for node in draft.graph.nodes:
@@ -119,7 +111,7 @@ def _inputs(draft: Draft, statements: list[Shard]) -> Draft:
             layout = _layout(draft, statement.layout, value.tensor.shape, what)
             pin = Pin(layout, (statement,))
             entering[node] = (*entering.get(node, ()), (value, pin))
-    for module in resolved.keys() - seen:
+    for module in resolved.keys() - seen if draft.variant_of is None else ():
         raise draft.plan.error(
             "P501",
             f"no tensor enters `{module}`",

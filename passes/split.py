@@ -6,8 +6,9 @@ After:   forward:   h = f(x); loss = g(h)               -> loss, saved 0: h
 
 What the backward takes from the forward is saved, but for what costs nothing to have again: views
 of parameters, and gathers of stored-split parameters and of sequence-split inputs, of which the
-shard is saved and gathered again. Saved values are handed over in the order in which the backward pops
-them. Requires: backward nodes name their forward node. Ensures: no node is in both graphs' work.
+shard is saved and gathered again. Saved values are handed over in the order in which the backward
+pops them.
+Requires: backward nodes name their forward node. Ensures: each saved value is popped once.
 """
 
 from __future__ import annotations

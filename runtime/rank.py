@@ -131,17 +131,22 @@ class RankStep:
 
 
 class _Inputs:
-    """The values of a graph's inputs: all but the arguments are known beforehand."""
+    """The values of a graph's inputs: all but the arguments are known beforehand.
+
+    Weights that the graph does not use are left out: it has no say in how they are laid out.
+    """
 
     def __init__(self, graph: Graph, step: RankStep, places: dict[str, int]) -> None:
         self.known: list[Any] = []
         self.arguments: list[tuple[int, int]] = []
+        used = {n for node in graph.nodes for n in node.operands()}
+        used.update(node for _, node in graph.outputs)
         for i, node in enumerate(graph.inputs):
             if node.args[0] == "argument":
                 self.known.append(None)
                 self.arguments.append((i, places[node.args[1]]))
             else:
-                self.known.append(step.tensor(node))
+                self.known.append(step.tensor(node) if node in used else None)
 
     def __call__(self, arguments: Sequence[Tensor]) -> list[Tensor]:
         tensors = self.known.copy()

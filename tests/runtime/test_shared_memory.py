@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from tests.equivalence import check_equal
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.equivalence import check_equal
 
 CLASSES, ROWS, FEATURES = 12, 8, 4
 DATA = "mesh dp=2\ndata x, targets over dp"
