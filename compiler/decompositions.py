@@ -213,6 +213,34 @@ def std(x: Tensor, dim: list[int] | None = None, **options: Any) -> Tensor:
     return found
 
 
+@decomposes(aten.var.dim)
+def var_dim(
+    x: Tensor, dim: list[int] | None, unbiased: bool = True, keepdim: bool = False
+) -> Tensor:
+    found: Tensor = var(x, dim, correction=int(unbiased), keepdim=keepdim)
+    return found
+
+
+@decomposes(aten.std.dim)
+def std_dim(
+    x: Tensor, dim: list[int] | None, unbiased: bool = True, keepdim: bool = False
+) -> Tensor:
+    found: Tensor = var(x, dim, correction=int(unbiased), keepdim=keepdim).sqrt()
+    return found
+
+
+@decomposes(aten.var.default)
+def var_all(x: Tensor, unbiased: bool = True) -> Tensor:
+    found: Tensor = var(x, correction=int(unbiased))
+    return found
+
+
+@decomposes(aten.std.default)
+def std_all(x: Tensor, unbiased: bool = True) -> Tensor:
+    found: Tensor = var(x, correction=int(unbiased)).sqrt()
+    return found
+
+
 def _reduced(rows: Tensor, reduction: int) -> Tensor:
     """Rows of a loss as torch reduces them: 0 not at all, 1 to their mean, 2 to their sum."""
     if reduction == 0:
@@ -227,12 +255,18 @@ def l1_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
 
 @decomposes(aten.smooth_l1_loss.default)
 def smooth_l1_loss(x: Tensor, target: Tensor, reduction: int = 1, beta: float = 1.0) -> Tensor:
-    return _reduced(aten.smooth_l1_loss.default(x, target, 0, beta), reduction)
+    distance = (x - target).abs()
+    if beta == 0:
+        return _reduced(distance, reduction)
+    near = distance.square() * (0.5 / beta)
+    return _reduced(torch.where(distance < beta, near, distance - 0.5 * beta), reduction)
 
 
 @decomposes(aten.huber_loss.default)
 def huber_loss(x: Tensor, target: Tensor, reduction: int = 1, delta: float = 1.0) -> Tensor:
-    return _reduced(aten.huber_loss.default(x, target, 0, delta), reduction)
+    distance = (x - target).abs()
+    near, far = distance.square() * 0.5, delta * (distance - 0.5 * delta)
+    return _reduced(torch.where(distance < delta, near, far), reduction)
 
 
 @decomposes(aten.kl_div.default)
@@ -246,7 +280,10 @@ def kl_div(x: Tensor, target: Tensor, reduction: int = 1, *, log_target: bool = 
 def binary_cross_entropy(
     x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1
 ) -> Tensor:
-    return _reduced(aten.binary_cross_entropy.default(x, target, weight, 0), reduction)
+    """Logarithms end at -100, as torch's do."""
+    hit, miss = x.log().clamp(min=-100), (-x).log1p().clamp(min=-100)
+    rows = (target - 1) * miss - target * hit
+    return _reduced(rows if weight is None else rows * weight, reduction)
 
 
 @decomposes(aten.binary_cross_entropy_with_logits.default)

@@ -38,7 +38,7 @@ from meshwright.compiler.reshard import cost, steps
 from meshwright.compiler.rules.engine import candidates
 from meshwright.compiler.rules.notation import Call, Operand, Placement
 
-SLICE, ALL_REDUCE = MeshOp("slice"), MeshOp("all_reduce")
+SLICE, VARY, ALL_REDUCE = MeshOp("slice"), MeshOp("vary"), MeshOp("all_reduce")
 _FREE = {"slice", "vary"}
 """The changes of layout that a hoisted call may ask of its operands."""
 
@@ -66,13 +66,17 @@ class _Hoister:
         return self._emitted(chosen) if chosen else self.draft
 
     def _consider(self, node: Node) -> None:
-        """Note how a call could give just what all its users want, if they want one slice of it."""
-        frame = node.op in (INPUT, GETITEM) or _is_collective(node)
+        """Note how a call could give just what its users want, if all want one slice of it."""
+        frame = node.op in (INPUT, GETITEM) or (_is_collective(node) and node.op != VARY)
         if frame or node in self.returned or not isinstance(node.type, TensorType):
             return
         asked = {self._asked(user, node) for user in self.users[node]}
         (layout,) = asked if len(asked) == 1 else (None,)
         if layout is None or layout == node.placed:
+            return
+        if node.op == VARY:
+            before = layout.drop_varying(node.kwargs["axes"])
+            self.placements[node], self.wanted[node] = Placement((before,), (layout,)), layout
             return
         placement = narrowed(_call(node, self.mesh, layout), layout)
         if placement is not None:

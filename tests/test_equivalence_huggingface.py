@@ -1,0 +1,239 @@
+"""Unmodified Hugging Face models train under plans as they do on one device.
+
+Their norms, rotary embeddings and losses compute in float32 whatever the model's type: that sets
+the tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tests.equivalence import check_equal, implicit_gathers
+from tests.models import real
+
+TOLERANCE = 5e-5
+SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 128, "max_position_embeddings": 64}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    yield
+    transformers.logging.set_verbosity(level)
+
+
+def llama(kv: int = 2) -> nn.Module:
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=kv)
+    return transformers.LlamaForCausalLM(config)
+
+
+def qwen3() -> nn.Module:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GROUPED, head_dim=16))
+
+
+def phi3() -> nn.Module:
+    config = transformers.Phi3Config(**GROUPED, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return transformers.Phi3ForCausalLM(config)
+
+
+def mixtral() -> nn.Module:
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**GROUPED, num_local_experts=4)
+    )
+
+
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(
+        vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=64,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert(kind: Any = transformers.BertForMaskedLM) -> nn.Module:
+    return kind(transformers.BertConfig(**SIZES, **UNDROPPED, num_labels=4))
+
+
+def vit() -> nn.Module:
+    sizes = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "max_position_embeddings")}
+    config = transformers.ViTConfig(**sizes, **UNDROPPED, image_size=16, patch_size=4, num_labels=8)
+    return transformers.ViTForImageClassification(config)
+
+
+def t5() -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+        dropout_rate=0.0, decoder_start_token_id=0,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def text(*, masked: bool = False) -> dict[str, torch.Tensor]:
+    """Tokens and labels, some of them ignored; some of the tokens padding if `masked`."""
+    labels = torch.randint(0, 128, (4, 16))
+    labels[1, :9] = -100
+    batch = {"input_ids": torch.randint(0, 128, (4, 16)), "labels": labels}
+    if masked:
+        batch["attention_mask"] = (torch.arange(16) < torch.tensor([16, 9, 12, 3])[:, None]).long()
+    return batch
+
+
+def masked_text() -> dict[str, torch.Tensor]:
+    return text(masked=True)
+
+
+def labelled_text() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 128, (4, 16)), "labels": torch.randint(0, 4, (4,))}
+
+
+def images() -> dict[str, torch.Tensor]:
+    return {"pixel_values": real(4, 3, 16, 16), "labels": torch.randint(0, 8, (4,))}
+
+
+DATA = "data input_ids, labels over dp\n"
+MASKED = "data input_ids, labels, attention_mask over dp\n"
+PIXELS = "data pixel_values, labels over dp\n"
+LLAMA = """
+columns model.layers.*.self_attn.{q,k,v}_proj over tp
+rows model.layers.*.self_attn.o_proj over tp
+columns model.layers.*.mlp.{gate,up}_proj over tp
+rows model.layers.*.mlp.down_proj over tp
+"""
+LLAMA_ONE_HEAD = LLAMA.replace("{q,k,v}_proj", "q_proj")
+LLAMA_VOCAB = "vocab model.embed_tokens, lm_head over tp\n"
+LLAMA_SEQUENCE = "sequence model.layers.* over tp\n"
+GPT2 = """
+columns transformer.h.*.attn.c_attn over tp as (3 heads hd)
+rows transformer.h.*.attn.c_proj over tp
+columns transformer.h.*.mlp.c_fc over tp
+rows transformer.h.*.mlp.c_proj over tp
+"""
+GPT2_ALL = GPT2 + "vocab transformer.wte, lm_head over tp\nsequence transformer.h.* over tp\n"
+BERT = """
+columns bert.encoder.layer.*.attention.self.{query,key,value} over tp
+rows bert.encoder.layer.*.attention.output.dense over tp
+columns bert.encoder.layer.*.intermediate.dense over tp
+rows bert.encoder.layer.*.output.dense over tp
+"""
+BERT_VOCAB = "vocab bert.embeddings.word_embeddings, cls.predictions.decoder over tp\n"
+BERT_SEQUENCE = "sequence bert.encoder.layer.* over tp\n"
+VIT = """
+columns vit.layers.*.attention.{q,k,v}_proj over tp
+rows vit.layers.*.attention.o_proj over tp
+columns vit.layers.*.mlp.fc1 over tp
+rows vit.layers.*.mlp.fc2 over tp
+"""
+T5 = """
+columns {encoder,decoder}.block.*.layer.*.*Attention.{q,k,v} over tp
+rows {encoder,decoder}.block.*.layer.*.*Attention.o over tp
+columns {encoder,decoder}.block.*.layer.*.DenseReluDense.wi over tp
+rows {encoder,decoder}.block.*.layer.*.DenseReluDense.wo over tp
+"""
+T5_BIAS = "shard {encoder,decoder}.block.*.layer.*.*.relative_attention_bias.weight [n, h@tp]\n"
+T5_VOCAB = "vocab {encoder,decoder}.embed_tokens, lm_head over tp\n"
+T5_SEQUENCE = "sequence {encoder,decoder}.block.* over tp\n"
+PHI3 = """
+let heads = 4, kv = 2
+columns model.layers.*.self_attn.qkv_proj over tp as (heads hd | kv hd | kv hd)
+rows model.layers.*.self_attn.o_proj over tp
+columns model.layers.*.mlp.gate_up_proj over tp as (f | f)
+rows model.layers.*.mlp.down_proj over tp
+"""
+
+GRID, LINE = "mesh dp=2, tp=2\n", "mesh dp=4\n"
+Case = tuple[Callable[[], nn.Module], Callable[[], dict[str, torch.Tensor]], str]
+
+CASES: dict[str, Case] = {
+    "llama": (llama, text, GRID + DATA + LLAMA),
+    "llama with padding": (llama, masked_text, GRID + MASKED + LLAMA),
+    "llama sequence": (llama, text, GRID + DATA + LLAMA + LLAMA_SEQUENCE),
+    "llama vocab sequence": (llama, text, GRID + DATA + LLAMA + LLAMA_VOCAB + LLAMA_SEQUENCE),
+    "llama of one key head": (lambda: llama(1), text, GRID + DATA + LLAMA_ONE_HEAD),
+    "qwen3 vocab sequence": (qwen3, text, GRID + DATA + LLAMA + LLAMA_VOCAB + LLAMA_SEQUENCE),
+    "gpt2 vocab sequence": (gpt2, text, GRID + DATA + GPT2_ALL),
+    "bert with padding": (bert, masked_text, GRID + MASKED + BERT),
+    "bert vocab": (bert, text, GRID + DATA + BERT + BERT_VOCAB),
+    "bert sequence": (bert, text, GRID + DATA + BERT + BERT_SEQUENCE),
+    "bert classifier": (
+        lambda: bert(transformers.BertForSequenceClassification), labelled_text, GRID + DATA + BERT
+    ),
+    "vit": (vit, images, GRID + PIXELS + VIT),
+    "t5": (t5, text, GRID + DATA + T5),
+    "t5 vocab sequence": (t5, text, GRID + DATA + T5 + T5_VOCAB + T5_SEQUENCE),
+    "phi3": (phi3, text, GRID + DATA + PHI3),
+    "phi3 sequence": (phi3, text, GRID + DATA + PHI3 + LLAMA_SEQUENCE),
+}  # fmt: skip
+
+MORE_CASES: dict[str, Case] = {
+    "llama data": (llama, text, LINE + DATA),
+    "llama tensor": (llama, text, "mesh tp=2\n" + LLAMA),
+    "llama vocab": (llama, text, GRID + DATA + LLAMA + LLAMA_VOCAB),
+    "llama padded vocabulary": (llama, text, "mesh tp=3\n" + LLAMA_VOCAB),
+    "llama on 16 ranks": (
+        lambda: llama(4),
+        text,
+        "mesh dp=4, tp=4\n" + DATA + LLAMA + LLAMA_VOCAB + LLAMA_SEQUENCE,
+    ),
+    "llama of one key head on 8 ranks": (
+        lambda: llama(1),
+        text,
+        "mesh dp=2, tp=4\n" + DATA + LLAMA_ONE_HEAD + LLAMA_VOCAB,
+    ),
+    "qwen3": (qwen3, masked_text, GRID + MASKED + LLAMA),
+    "gpt2 data": (gpt2, text, LINE + DATA),
+    "gpt2": (gpt2, masked_text, GRID + MASKED + GPT2),
+    "bert data": (bert, masked_text, LINE + MASKED),
+    "bert sequence vocab": (bert, masked_text, GRID + MASKED + BERT + BERT_VOCAB + BERT_SEQUENCE),
+    "vit data": (vit, images, LINE + PIXELS),
+    "t5 data": (t5, text, LINE + DATA),
+    "t5 bias split": (t5, text, GRID + DATA + T5 + T5_BIAS),
+    "t5 vocab": (t5, masked_text, GRID + MASKED + T5 + T5_VOCAB),
+    "phi3 data": (phi3, text, LINE + DATA),
+}
+
+
+def check(case: Case) -> None:
+    make, batch, plan = case
+    program = check_equal(make(), batch, plan, tolerance=TOLERANCE)
+    assert implicit_gathers(program) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_hugging_face_model_trains_as_on_one_device(name: str) -> None:
+    check(CASES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_CASES)
+def test_a_hugging_face_model_trains_under_other_plans_too(name: str) -> None:
+    check(MORE_CASES[name])
+
+
+def test_a_mixture_of_experts_trains_with_its_batch_split() -> None:
+    # Its grouped products take no float64, and its router sees every token.
+    plan = "mesh dp=2\n" + DATA + "allow replicate **\n"
+    check_equal(mixtral(), text, plan, tolerance=TOLERANCE, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_one_key_head_serves_the_query_heads_of_every_rank(ranks: int) -> None:
+    program = check_equal(
+        llama(1), text, f"mesh tp={ranks}\n" + LLAMA_ONE_HEAD, tolerance=TOLERANCE
+    )
+    assert implicit_gathers(program) == []
+    assert "4@tp, 16, 16" in str(program.graph("stage0.forward"))
+
+
+def test_fewer_key_heads_than_ranks_may_stay_whole() -> None:
+    check_equal(llama(2), text, "mesh tp=4\n" + LLAMA_ONE_HEAD, tolerance=TOLERANCE)
