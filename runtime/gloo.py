@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import socket
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -139,6 +140,9 @@ def _sockets() -> Iterator[tuple[int, int]]:
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):
             number = int(name)
+            # A socket object takes over its descriptor only if that is one of a socket.
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                continue
             with socket.socket(fileno=os.dup(number)) as duplicate:
                 if duplicate.family in (socket.AF_INET, socket.AF_INET6):
                     duplicate.getpeername()
