@@ -44,7 +44,10 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What passes take and return; none of them edits one in place."""
+    """What the passes that carry out the plan take and return; none of them edits one in place.
+
+    Passes after them read no plan: they take graphs.
+    """
 
     plan: Plan
     mesh: Mesh
@@ -62,7 +65,7 @@ class Draft:
     paddings: Mapping[str, Padding] = field(default_factory=dict)
     """Parameters that are stored padded, by canonical name."""
     movements: tuple[Movement, ...] = ()
-    """Every change of layout that partitioning inserted."""
+    """Every change of layout that was inserted, in the forward and in the backward."""
     variant_of: tuple[str, ...] | None = None
     """Of a compiled program for another mode or other inputs: the inputs that the first one has.
     What statements say of inputs and modules that are not used here has no effect."""

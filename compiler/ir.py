@@ -6,7 +6,7 @@ A node's `type` is always the *global* one; what a rank holds follows from its `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -147,9 +147,6 @@ class Graph:
             for operand in dict.fromkeys(node.operands()):
                 users[operand].append(node)
         return users
-
-    def with_outputs(self, outputs: tuple[tuple[str, Node], ...]) -> Graph:
-        return replace(self, outputs=outputs)
 
 
 class Builder:

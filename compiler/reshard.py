@@ -119,7 +119,7 @@ def _numel(layout: Layout, mesh: Mesh) -> int:
 def _steps(source: Layout, target: Layout, mesh: Mesh) -> tuple[Step, ...]:
     if source == target:
         return ()
-    _check(source, target, mesh)
+    _check(source, target)
     crossing = {
         axis
         for before, after in zip(source.dims, target.dims, strict=True)
@@ -133,7 +133,8 @@ def _steps(source: Layout, target: Layout, mesh: Mesh) -> tuple[Step, ...]:
     return _Reshard(source, target, mesh).run()
 
 
-def _check(source: Layout, target: Layout, mesh: Mesh) -> None:
+def _check(source: Layout, target: Layout) -> None:
+    """Raises `LayoutError` where no steps lead from one layout to the other."""
     if source.shape != target.shape:
         raise LayoutError(
             f"`{source}` and `{target}` are layouts of different shapes",

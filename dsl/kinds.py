@@ -111,7 +111,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Words:
-    """A list of words: `[sdpa, norm]`; one alone needs no brackets. Of `choices`, if there are any."""
+    """A list of words: `[sdpa, norm]`; one alone needs no brackets. Of `choices`, if any."""
 
     choices: tuple[str, ...] = ()
 

@@ -25,11 +25,6 @@ class Line:
     blank_before: bool = False
 
 
-def format_statement(statement: s.Statement) -> str:
-    """A statement on one line, without alignment."""
-    return " ".join(filter(None, cells(statement)))
-
-
 def cells(statement: s.Statement) -> list[str]:
     """Verb, subject, place and the rest: what the columns of a plan hold."""
     subject, place = _SUBJECTS.get(type(statement), _targets)(statement), ""

@@ -126,7 +126,7 @@ def _infer(solver: _Solver) -> None:
         for dim, size in pending:
             unknown = list({f.name for f in dim.factors if solver.known(f) is None})
             if len(unknown) == 1:
-                solver.sizes[unknown[0]] = _only_unknown(solver, dim, size, unknown[0])
+                solver.sizes[unknown[0]] = _only_unknown(solver, dim, size)
             elif unknown:
                 left.append((dim, size))
         if len(left) == len(pending):
@@ -134,7 +134,7 @@ def _infer(solver: _Solver) -> None:
         pending = left
 
 
-def _only_unknown(solver: _Solver, dim: DimTemplate, size: int, name: str) -> int:
+def _only_unknown(solver: _Solver, dim: DimTemplate, size: int) -> int:
     """The whole number that makes the dim's segments add up to `size`, by bisection."""
     terms = [solver.monomial(segment) for segment in dim.segments]
     low, high = 1, size

@@ -1,4 +1,8 @@
-"""Refuse gathers that no statement of the plan asked for, unless they are small or allowed."""
+"""Refuse gathers that no statement of the plan asked for, unless they are small or allowed.
+
+Requires: the movements of forward and backward. Ensures: those that remain were asked for, allowed
+or small together.
+"""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ After:   bucket:   f32[1088] partial(dp) = mesh::bucket(g1, g2)
 A bucket holds gradients with equal axes and element type, in the order in which the backward makes
 them, so that its reduction starts as soon as the last is there. Gradients that need no reduction
 are laid out in flat buffers too: every parameter's gradient is a view of one, for the whole run.
+Requires: a placed joint graph. Ensures: every `gradient:` output is an item of a bucket.
 Elsewhere: DDP's buckets, found there by hooks at run time.
 """
 

@@ -1,4 +1,7 @@
-"""Hold the compiled program to the contracts of its plan."""
+"""Hold the compiled program to the contracts of its plan.
+
+Requires: a whole program. Ensures: in training, every `expect` holds.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Merge the plans that module classes carry in `__plan__` into the plan file's."""
+"""Merge the plans that module classes carry in `__plan__` into the plan file's.
+
+Requires: nothing. Ensures: one plan whose selectors name modules of the whole model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Refuse the statements whose passes this version does not have."""
+"""Refuse the statements whose passes this version does not have.
+
+Requires: nothing. Ensures: a mesh, and a pass for every statement.
+"""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ REDUCTIONS: dict[Op, Rule] = {
 }
 
 
-def _along(dims_at: int, linear: str = "", terms: int = 1, default: Arg = -1) -> Rule:
+def _along(dims_at: int, linear: str = "", default: Arg = -1) -> Rule:
     """Elementwise over all dims but those at an argument's place, which must be whole."""
 
     def rule(call: Call) -> Spec:

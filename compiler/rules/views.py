@@ -113,7 +113,7 @@ def _reshape_as(call: Call) -> Spec:
     )
 
 
-def _permuted(call: Call, order: Sequence[int]) -> Spec:
+def _permuted(order: Sequence[int]) -> Spec:
     letters = numbered("x", len(order))
     return Spec((letters,), (tuple(letters[i] for i in order),), linear=_LINEAR)
 
@@ -121,7 +121,7 @@ def _permuted(call: Call, order: Sequence[int]) -> Spec:
 @rule(aten.permute.default, aten.permute_copy.default)
 def _permute(call: Call) -> Spec:
     rank = len(call.operands[0].type.shape)
-    return _permuted(call, [dim_index(i, rank) for i in call.arg(1)])
+    return _permuted([dim_index(i, rank) for i in call.arg(1)])
 
 
 @rule(aten.transpose.int, aten.swapaxes.default, aten.transpose_copy.int)
@@ -131,18 +131,18 @@ def _transpose(call: Call) -> Spec:
     if rank:
         a, b = (dim_index(call.arg(place), rank) for place in (1, 2))
         order[a], order[b] = b, a
-    return _permuted(call, order)
+    return _permuted(order)
 
 
 @rule(aten.t.default, aten.numpy_T.default, aten.t_copy.default)
 def _reversed(call: Call) -> Spec:
-    return _permuted(call, range(len(call.operands[0].type.shape))[::-1])
+    return _permuted(range(len(call.operands[0].type.shape))[::-1])
 
 
 @rule(aten.mT.default, aten.adjoint.default, aten.matrix_H.default)
 def _matrix_transpose(call: Call) -> Spec:
     rank = len(call.operands[0].type.shape)
-    return _permuted(call, [*range(rank - 2), rank - 1, rank - 2])
+    return _permuted([*range(rank - 2), rank - 1, rank - 2])
 
 
 @rule(aten.movedim.intlist, aten.movedim.int)
@@ -151,7 +151,7 @@ def _movedim(call: Call) -> Spec:
     sources, targets = (_as_dims(call.arg(place), rank) for place in (1, 2))
     rest = iter(i for i in range(rank) if i not in sources)
     moved = dict(zip(targets, sources, strict=True))
-    return _permuted(call, [moved[i] if i in moved else next(rest) for i in range(rank)])
+    return _permuted([moved[i] if i in moved else next(rest) for i in range(rank)])
 
 
 def _as_dims(dims: Arg, rank: int) -> list[int]:

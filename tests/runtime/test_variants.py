@@ -1,4 +1,4 @@
-"""One run, several programs: other modes and inputs may use less of the model than training does."""
+"""One run, several programs: other modes and inputs may use less of a model than training does."""
 
 from __future__ import annotations
 
