@@ -27,7 +27,7 @@ from meshwright.compiler.bindings import BINDINGS, RandomState, bind
 from meshwright.compiler.collectives import COLLECTIVES, Start, Transfer, Wait, Wire, plan_transfer
 from meshwright.compiler.functions import FAST, IDENTITIES
 from meshwright.compiler.ir import GETITEM, INPUT, Arg, Graph, MeshOp, Node
-from meshwright.compiler.ledger import moves, transfer_key
+from meshwright.compiler.ledger import TransferKey, transfer_key
 from meshwright.compiler.local_steps import Permute, Reshape, apply_all
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.rules.local import local_args
@@ -104,7 +104,7 @@ class _Generator:
         """By variable that is still to come: the lines that wait for it."""
         self.returned: Counter[str] = Counter()
         """How often the function returns each variable, as an output or a saved value."""
-        self.shared: dict[Any, str] = {}
+        self.shared: dict[TransferKey, str] = {}
         self.slots: dict[Node, list[tuple[Node, int]]] = {}
         """The places in buckets that a node's value goes to."""
         for node in graph.nodes:
@@ -266,7 +266,7 @@ class _Generator:
             else:
                 self.lines.append(f"{self._name(node)} = {value}")
             return
-        key = transfer_key(node) if moves(node) else None
+        key = transfer_key(node)
         if key in self.shared:
             self.names[node] = self.shared[key]
             return

@@ -6,13 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
 from meshwright.compiler.collectives import COLLECTIVES, bytes_sent, plan_transfer
-from meshwright.compiler.ir import Graph, MeshOp, Node
+from meshwright.compiler.ir import Arg, Graph, MeshOp, Node
+from meshwright.compiler.layout import Dim
 from meshwright.compiler.text import node_type_text
 
 COUNTED = {"all_gather_replicated": "all_gather"}
 """Kinds that differ only in what becomes of their gradient count as one."""
+
+TransferKey: TypeAlias = tuple[Node, str, tuple[tuple[str, Arg], ...], tuple[Dim, ...]]
+"""The operand, the kind, its axes and options, and how the result is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,7 @@ def ledger(graphs: Iterable[Graph]) -> Comm:
 
 def _graph_items(graph: Graph) -> Iterator[Moved]:
     phase = graph.name.rpartition(".")[2]
-    shared: set[tuple[Node, str, tuple[str, ...], object]] = set()
+    shared: set[TransferKey] = set()
     for node in graph.nodes:
         if not moves(node):
             continue
@@ -96,15 +101,15 @@ def moves(node: Node) -> bool:
     return (
         isinstance(node.op, MeshOp)
         and node.op.name in COLLECTIVES
-        and (COLLECTIVES[node.op.name].moves)
+        and COLLECTIVES[node.op.name].moves
     )
 
 
-def transfer_key(node: Node) -> tuple[Node, str, tuple[str, ...], object]:
+def transfer_key(node: Node) -> TransferKey:
     """What two collectives that share one transfer have in common."""
     assert isinstance(node.op, MeshOp)
     kind = COUNTED.get(node.op.name, node.op.name)
-    return (node.args[0], kind, node.kwargs["axes"], node.placed.dims)
+    return (node.args[0], kind, tuple(sorted(node.kwargs.items())), node.placed.dims)
 
 
 def _moved(node: Node, graph: Graph, phase: str) -> Moved:
