@@ -1,5 +1,7 @@
 """Meshwright: compile an ordinary model and a short plan into what each device of a mesh runs.
 
+In short:
+
     plan = meshwright.Plan.load("gpt.plan")
     program = meshwright.compile(model, plan, example=(tokens, targets))
     program.show()
