@@ -46,7 +46,7 @@ _KINDS = (
 )
 _TAGS = {kind: place for place, kind in enumerate(_KINDS)}
 _SPIN_SECONDS, _YIELD_SECONDS = 50e-6, 1e-3
-_SHORTEST_SLEEP, _LONGEST_SLEEP = 1e-6, 100e-6
+_SHORTEST_SLEEP, _LONG_SLEEP, _LONGEST_SLEEP = 1e-6, 100e-6, 2e-3
 _MAX_VIEWS = 4096
 
 
@@ -106,8 +106,10 @@ class SharedGroup:
             return self.large.begin(wire, tensor, started, donate)
         if not tensor.is_contiguous():
             tensor, donate = tensor.contiguous(), True
+        if tensor.requires_grad:
+            tensor = tensor.detach()
         self._number = number = self._number + 1
-        operation = _Operation(wire, tensor.detach(), donate, number)
+        operation = _Operation(wire, tensor, donate, number)
         operation.sources = _sources(self, wire)
         if self._deferred or not self._free(number):
             self._defer(operation)
@@ -219,15 +221,18 @@ class SharedGroup:
         self, there: Callable[[], bool], operation: _Operation, places: Sequence[int]
     ) -> None:
         """Until `there`; raises once the members in `places` can no longer bring it about."""
-        end = time.perf_counter() + _YIELD_SECONDS
-        while time.perf_counter() < end:
+        begin = now = time.perf_counter()
+        while now < begin + _YIELD_SECONDS:
             os.sched_yield()
             if there():
                 return
+            now = time.perf_counter()
         pause = _SHORTEST_SLEEP
         while True:
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_SLEEP)
+            # A wait of seconds need not end within microseconds.
+            longest = max(_LONG_SLEEP, (time.perf_counter() - begin) / 50)
+            pause = min(2 * pause, longest, _LONGEST_SLEEP)
             if there():
                 return
             gone = self._gone(places)
@@ -271,7 +276,7 @@ class SharedGroup:
                 if not self._deferred:
                     self._kick.clear()
             self._kick.wait()
-            time.sleep(_LONGEST_SLEEP)
+            time.sleep(_LONG_SLEEP)
 
     def _carried(self, operation: _Operation) -> bool:
         with self._lock:
@@ -284,7 +289,9 @@ class SharedGroup:
             operation = self._deferred[0]
             before = self._own[operation.slot]
             if before is not None and self._ready(before):
-                self._take(before)
+                # The carrier has a mode of its own, in which it could not write to the operand.
+                with torch.inference_mode(before.tensor.is_inference()):
+                    self._take(before)
             if not self._free(operation.number):
                 return
             self._publish(operation)

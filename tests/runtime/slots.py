@@ -63,6 +63,10 @@ def modes(transport: ProcessTransport) -> None:
     ones = torch.ones(5, requires_grad=True)
     with torch.inference_mode():
         assert (transport.collective(SUM, ones.detach()) == transport.mesh.num_ranks).all()
+        given = [torch.ones(5) for _ in range(4 * SLOTS)]
+        handles = [transport.start(SUM, tensor, donate=True) for tensor in given]
+        for handle in reversed(handles):
+            assert (transport.wait(handle) == transport.mesh.num_ranks).all()
     for _ in range(2 * SLOTS):
         got = transport.collective(SUM, ones)
         assert (got == transport.mesh.num_ranks).all()
@@ -84,23 +88,33 @@ def killed(transport: ProcessTransport) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def unwanted(transport: ProcessTransport) -> None:
-    """One member does not want shared memory: nobody uses it."""
+def unshared(transport: ProcessTransport) -> None:
+    """One member does not want shared memory, or cannot have it: nobody uses it."""
     lane = transport.lanes[AXES]
     assert not isinstance(lane.group, SharedGroup)
     assert (transport.collective(SUM, torch.ones(3)) == transport.mesh.num_ranks).all()
 
 
-CASES = {case.__name__: case for case in (backwards, apart, ahead, modes, other, killed, unwanted)}
+def unable(process: int, flags: int = 0) -> int:
+    raise OSError(f"process {process} cannot be seen")
+
+
+CASES = {case.__name__: case for case in (backwards, apart, ahead, modes, other, killed, unshared)}
 
 
 def main(*names: str) -> None:
     torch.set_num_threads(1)
     mesh = Mesh((("tp", int(os.environ["WORLD_SIZE"])),))
-    wanted = None if "unwanted" not in names else os.environ["RANK"] != "1"
+    wanted = True
+    if names[0] == "unshared" and os.environ["RANK"] == "1":
+        wanted = names[1] != "unwanted"
+        os.pidfd_open = unable
     transport = ProcessTransport(mesh, shared_memory=wanted)
     transport.prepare([AXES])
-    assert isinstance(transport.lanes[AXES].group, SharedGroup) or "unwanted" in names
+    if names[0] == "unshared":
+        names = names[:1]
+    else:
+        assert isinstance(transport.lanes[AXES].group, SharedGroup)
     for name in names:
         CASES[name](transport)
         print(name, flush=True)

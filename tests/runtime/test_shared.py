@@ -39,9 +39,10 @@ def test_nothing_stays_behind_when_every_rank_is_killed() -> None:
     assert not any("meshwright" in name for name in set(os.listdir("/dev/shm")) - before)
 
 
-def test_all_members_use_gloo_where_one_does_not_want_shared_memory() -> None:
-    processes = start(SLOTS_SCRIPT, 2, "unwanted")
-    assert finish(processes, SECONDS) == ["unwanted\n"] * 2
+@pytest.mark.parametrize("case", ["unwanted", "unable"])
+def test_all_members_use_gloo_where_one_does_not_want_shared_memory_or_cannot(case: str) -> None:
+    processes = start(SLOTS_SCRIPT, 2, "unshared", case)
+    assert finish(processes, SECONDS) == ["unshared\n"] * 2
 
 
 def test_the_memory_of_a_group_is_bounded_whatever_its_size() -> None:
