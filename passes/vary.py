@@ -33,15 +33,19 @@ def vary(graph: Graph) -> Graph:
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """What computes one varied value from parameters alone, and over which axes it is varied."""
+    """What computes one varied value from `sources`, and over which axes it is varied.
+
+    A source is a parameter, or a value that is varied over the same axes for another user.
+    """
 
     nodes: frozenset[Node]
+    sources: frozenset[Node]
     axes: tuple[str, ...]
 
 
 def _hoisted(graph: Graph) -> Graph:
-    users = graph.users()
-    chains = {node: found for node in graph.nodes if (found := _chain(node, graph, users))}
+    finder = _Finder(graph)
+    chains = {node: found for node in graph.nodes if (found := finder.chain(node))}
     of = {member: chain for chain in chains.values() for member in chain.nodes}
     builder = Builder(graph.name, graph.mesh)
     mapping: dict[Node, Node] = {}
@@ -50,39 +54,60 @@ def _hoisted(graph: Graph) -> Graph:
         if node in chains:
             mapping[node] = mapping[node.args[0]]
         elif node in of:
-            mapping[node] = _varying(node, of[node].axes, builder, mapping, varied)
+            mapping[node] = _varying(node, of[node], builder, mapping, varied)
         else:
             mapping[node] = builder.copy(node, mapping)
     return builder.graph(tuple((label, mapping[node]) for label, node in graph.outputs))
 
 
-def _chain(node: Node, graph: Graph, users: Mapping[Node, list[Node]]) -> _Chain | None:
-    """The chain behind a `vary` node, if it may be hoisted: nothing else uses it, and it is not
-    much smaller than its parameters."""
-    if node.op != VARY or node.args[0].op == INPUT:
-        return None
-    axes: tuple[str, ...] = node.kwargs["axes"]
-    nodes: set[Node] = set()
-    parameters: set[Node] = set()
-    pending: list[Node] = [node.args[0]]
-    while pending:
-        each = pending.pop()
-        if each.op == INPUT:
-            parameters.add(each)
-        elif each not in nodes:
-            nodes.add(each)
-            pending += [operand for operand in each.operands() if operand.requires_grad]
-    if not parameters or any(not _may_vary(each, axes) for each in (*nodes, *parameters)):
-        return None
-    if any(user is not node and user not in nodes for each in nodes for user in users[each]):
-        return None
-    size = sum(node_bytes(parameter, graph) for parameter in parameters)
-    return _Chain(frozenset(nodes), axes) if size <= node_bytes(node, graph) + SLACK else None
+class _Finder:
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.users = graph, graph.users()
+        self.returned = {node for _, node in graph.outputs}
+        self.varied = {(n.args[0], n.kwargs["axes"]) for n in graph.nodes if n.op == VARY}
+
+    def chain(self, node: Node) -> _Chain | None:
+        """The chain behind a `vary` node, if it may be hoisted: nothing else uses it, and it is not
+        much smaller than the parameters that it is made of."""
+        if node.op != VARY or node.args[0].op in (INPUT, VARY):
+            return None
+        axes: tuple[str, ...] = node.kwargs["axes"]
+        nodes, sources = self._behind(node.args[0], axes)
+        if not sources or not all(_may_vary(each, axes) for each in nodes):
+            return None
+        if any(set(axes) & set(each.placed.axes_used) for each in sources):
+            return None
+        if any(u is not node and u not in nodes for each in nodes for u in self.users[each]):
+            return None
+        if nodes & self.returned:
+            return None
+        parameters = [each for each in sources if each.op == INPUT]
+        size = sum(node_bytes(parameter, self.graph) for parameter in parameters)
+        if size > node_bytes(node, self.graph) + SLACK:
+            return None
+        return _Chain(nodes, sources, axes)
+
+    def _behind(
+        self, value: Node, axes: tuple[str, ...]
+    ) -> tuple[frozenset[Node], frozenset[Node]]:
+        """What computes `value`, back to parameters and to values that are varied anyway."""
+        nodes: set[Node] = set()
+        sources: set[Node] = set()
+        pending = [value]
+        while pending:
+            each = pending.pop()
+            if each.op == INPUT or (each is not value and (each, axes) in self.varied):
+                sources.add(each)
+            elif each not in nodes:
+                nodes.add(each)
+                pending += [operand for operand in each.operands() if operand.requires_grad]
+        return frozenset(nodes), frozenset(sources)
 
 
 def _may_vary(node: Node, axes: tuple[str, ...]) -> bool:
     """Whether a node, and all it takes, is one tensor replicated over `axes`."""
-    return node.op != VARY and all(
+    nested = node.op == VARY and node.args[0].op != INPUT
+    return not nested and all(
         isinstance(each.layout, Layout) and not set(axes) & set(each.layout.axes_used)
         for each in (node, *node.operands())
     )
@@ -90,15 +115,16 @@ def _may_vary(node: Node, axes: tuple[str, ...]) -> bool:
 
 def _varying(
     node: Node,
-    axes: tuple[str, ...],
+    chain: _Chain,
     builder: Builder,
     mapping: Mapping[Node, Node],
     varied: dict[tuple[Node, tuple[str, ...]], Node],
 ) -> Node:
-    """A node of a chain, on varying parameters."""
+    """A node of a chain, on varying sources."""
+    axes = chain.axes
 
     def operand(each: Node) -> Node:
-        if each.op != INPUT or not each.requires_grad:
+        if each not in chain.sources:
             return mapping[each]
         if (each, axes) not in varied:
             varied[each, axes] = _vary_node(builder, mapping[each], axes, node)
@@ -131,6 +157,7 @@ def _vary_node(builder: Builder, value: Node, axes: tuple[str, ...], user: Node)
 def _chained(graph: Graph) -> Graph:
     """Of one value's `vary` nodes over nested sets of axes, each is made from the one before; those
     over the same axes are one."""
+    users, returned = graph.users(), {node for _, node in graph.outputs}
     wanted: dict[Node, dict[frozenset[str], Node]] = {}
     varied: dict[Node, tuple[Node, frozenset[str]]] = {}
     for node in graph.nodes:
@@ -138,13 +165,14 @@ def _chained(graph: Graph) -> Graph:
             value, before = varied.get(node.args[0], (node.args[0], frozenset()))
             axes = before | set(node.kwargs["axes"])
             varied[node] = value, axes
-            wanted.setdefault(value, {}).setdefault(axes, node)
+            if node in returned or any(user.op != VARY for user in users[node]):
+                wanted.setdefault(value, {}).setdefault(axes, node)
     builder = Builder(graph.name, graph.mesh)
     mapping: dict[Node, Node] = {}
     made: dict[tuple[Node, frozenset[str]], Node] = {}
     for node in graph.nodes:
         if node.op == VARY:
-            mapping[node] = made[varied[node]]
+            mapping[node] = made.get(varied[node], mapping[node.args[0]])
             continue
         mapping[node] = builder.copy(node, mapping)
         for axes, first in sorted(wanted.get(node, {}).items(), key=lambda item: len(item[0])):
