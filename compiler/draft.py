@@ -37,9 +37,9 @@ class Region:
 
     modules: frozenset[str]
     axes: tuple[str, ...]
-    dim: int
     statement: Statement
     keep_gathered: bool = False
+    """Whether what is gathered is saved for the backward, not gathered again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def sequence(draft: Draft) -> Draft:
     for statement, modules in by_statement.values():
         _check(draft, frozenset(modules), statement)
         keeps = "all_gather" in statement.keep
-        region = Region(frozenset(modules), statement.over, 1, statement, keeps)
+        region = Region(frozenset(modules), statement.over, statement, keeps)
         draft = replace(draft, regions=(*draft.regions, region))
     return draft
 
