@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.arguments import check_arguments, target_device
 from meshwright.compiler.check import check
 from meshwright.compiler.differentiate import differentiate
 from meshwright.compiler.draft import Draft
@@ -61,7 +62,7 @@ def compile_program(
     example: Any,
     *,
     loss: Any = None,
-    outputs: tuple[str, ...] | list[str] = (),
+    outputs: Sequence[str] = (),
     mode: str = "train",
     device: str | torch.device | None = None,
     launcher: Callable[..., Any],
@@ -71,7 +72,8 @@ def compile_program(
 
     `variant_of` are the inputs of the program that this is for another mode or other inputs of.
     """
-    target = torch.device(device or default_device())
+    check_arguments(model, plan, loss, outputs, mode)
+    target = target_device(device, default_device())
     again = partial(compile_program, model, plan, loss=loss, outputs=outputs, device=target)
     plan = with_fragments(plan, model)
     check_supported(plan)

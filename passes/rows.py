@@ -29,7 +29,8 @@ def rows(draft: Draft) -> Draft:
     for module, statement in draft.plan.resolve(Rows, modules_of(draft)).items():
         for linear in of_module(found, module, statement, draft, "a linear"):
             size = linear.weight.tensor.shape[linear.inputs]
-            check_divides(draft, size, statement, tensor_text(linear.weight), "input features")
+            text = f"{tensor_text(linear.weight)}{list(linear.weight.tensor.shape)}"
+            check_divides(draft, size, statement, text, "input features")
             dims = {linear.inputs: cut(size, *statement.over)}
             draft = pin(draft, linear.weight, dims, statement)
     return draft

@@ -43,6 +43,12 @@ class PeerError(RunError):
     """Another rank died, stalled, failed or finished while this one needed it."""
 
 
+def check_kind(value: object, kind: type | tuple[type, ...], what: str, help: str) -> None:
+    """Raise `RunError` for an argument of another kind: `what` is a `str`, and what to pass."""
+    if not isinstance(value, kind):
+        raise RunError(f"{what} is a `{type(value).__name__}`", help=help)
+
+
 def spell_ranks(ranks: Iterable[int]) -> str:
     """`rank 3`, `ranks 0 and 2`, `ranks 0, 2 and 5`; long lists are cut after eight."""
     listed = sorted(ranks)

@@ -131,6 +131,11 @@ def _cut(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Cut:
 
 def _on(device: torch.device, cut: Cut) -> Cut:
     def take(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            raise RunError(
+                f"an input is {'on the meta device' if tensor.is_meta else tensor.layout}",
+                help="pass dense tensors with values",
+            )
         part = cut(tensor)
         return part if part.device == device else part.to(device)
 

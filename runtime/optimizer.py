@@ -11,7 +11,7 @@ from torch import nn
 from meshwright.compiler.program import Program
 from meshwright.dsl.resolve import nothing_matches
 from meshwright.dsl.selectors import Selector
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import RunError, check_kind
 
 Groups = Sequence[Mapping[str, Any]]
 
@@ -27,6 +27,11 @@ def check_elementwise(
     Classes that torch does not have are tried out: on halves of a tensor they must do what they do
     on the whole.
     """
+    if not callable(kind):
+        raise RunError(
+            f"the optimizer is a `{type(kind).__name__}`",
+            help="pass a class and its options: `run.optimizer(torch.optim.AdamW, lr=1e-3)`",
+        )
     split = [s for s in program.parameters.values() if s.requires_grad and s.layout.split_axes]
     if not split:
         return
@@ -64,6 +69,7 @@ def grouped(
 
     Raises `PlanError` for a selector that matches nothing, `RunError` for a group without `params`.
     """
+    check_kind(groups, (list, tuple), "`groups`", _GROUPS_HELP)
     names = list(aliases)
     chosen: dict[str, int] = {}
     for i, group in enumerate(groups):
@@ -85,12 +91,14 @@ def grouped(
     ]
 
 
+_GROUPS_HELP = 'write names or selectors: `groups=[{"params": ["**.bias"], "lr": 1e-4}]`'
+
+
 def _selectors(group: Mapping[str, Any]) -> list[str]:
+    check_kind(group, Mapping, "a parameter group", _GROUPS_HELP)
     found = group.get("params")
     texts = [found] if isinstance(found, str) else found
     if not isinstance(texts, (list, tuple)) or not all(isinstance(t, str) for t in texts):
-        raise RunError(
-            f"a parameter group's `params` is {found!r}",
-            help='write names or selectors, as in `groups=[{"params": ["**.bias"], "lr": 1e-4}]`',
-        )
+        kind = type(found).__name__
+        raise RunError(f"a parameter group's `params` is a `{kind}`", help=_GROUPS_HELP)
     return list(texts)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.layout import replicated
 from meshwright.compiler.program import Program
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.manifest import Manifest
 from meshwright.runtime.parts import Entry, read_into
 from meshwright.runtime.rank import RankState
@@ -25,6 +25,7 @@ def check_optimizer(
 ) -> dict[str, Any]:
     """What the manifest says of it: class, groups and numbers. Raises `RunError` for one that was
     not made by this run, or keeps what no checkpoint can hold."""
+    check_kind(optimizer, Optimizer, "the optimizer", "pass what `run.optimizer(...)` gave")
     state = states[0]
     groups = [
         {

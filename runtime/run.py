@@ -14,14 +14,20 @@ from torch.utils import _pytree as pytree
 
 from meshwright.compiler.program import Program, Stored
 from meshwright.runtime import checkpoint
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.gather import gathered_all
 from meshwright.runtime.inputs import Cut, Inputs, data_axes
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, check_elementwise, grouped
 from meshwright.runtime.rank import RankProgram, RankState, RankStep
 from meshwright.runtime.start import executable_digest, same_start
-from meshwright.runtime.transport import ProcessMesh, Transport, VirtualMesh, under_torchrun
+from meshwright.runtime.transport import (
+    ProcessMesh,
+    Transport,
+    VirtualMesh,
+    check_device,
+    under_torchrun,
+)
 from meshwright.runtime.weights import (
     check_state,
     name_in,
@@ -71,6 +77,7 @@ class Run:
                 f"`new_shapes` is {new_shapes!r}",
                 help='write `new_shapes="compile"` or leave it out',
             )
+        check_kind(seed, int, "`seed`", "pass a whole number")
         if state_dict is not None:
             shapes = shapes_of(state_dict, "`state_dict`")
             check_state(program, shapes, "`state_dict`", complete=False)
@@ -78,6 +85,7 @@ class Run:
         values = values_of(program, state_dict)
         for _, stored in stored_tensors(program):
             values(stored)
+        check_device(program.device)
         self.transport: Transport = (
             ProcessMesh(program.mesh, program.device)
             if under_torchrun()
@@ -232,6 +240,7 @@ class Run:
 
     def data_slice(self, num_rows: int) -> slice:
         """The rows of a global batch of `num_rows` that `step_local` takes here."""
+        check_kind(num_rows, int, "the number of rows", "pass a whole number")
         rows, rest = divmod(num_rows, self.data_ranks)
         if rest or num_rows < 1:
             lower = num_rows - rest
@@ -324,12 +333,13 @@ class Run:
 
         Raises `RunError` for a model with other names or shapes, or without values of its own.
         """
+        check_kind(model, nn.Module, "what to copy to", "pass a model like the one compiled")
         targets = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-        check_state(self.program, shapes, "this model")
+        check_state(self.program, shapes, "what to copy to")
         for name, tensor in targets.items():
             if tensor.device.type == "meta":
                 raise RunError(
@@ -346,6 +356,8 @@ class Run:
 
         Pad entries and copies on several ranks count once, as in the whole model.
         """
+        for value in (max_norm, norm_type):
+            check_kind(value, (int, float, Tensor), "a norm", "pass a number")
         if not norm_type > 0:
             raise RunError(
                 f"`norm_type` is {norm_type}", help='use a positive number, or `float("inf")`'
@@ -365,6 +377,7 @@ class Run:
         Each rank writes the parts it owns; the one before stays until the new one is whole. With
         `optimizer`, its state and its groups' options too. Raises `RunError`.
         """
+        check_kind(path, (str, Path), "the path", "pass the name of a folder")
         programs = checkpoint.save(self.program, self.states, Path(path), optimizer)
         self._run(programs)
 
@@ -373,6 +386,7 @@ class Run:
 
         Raises `RunError` where it is damaged, incomplete or of another model.
         """
+        check_kind(path, (str, Path), "the path", "pass the name of a folder")
         checkpoint.load(self.program, self.states, Path(path), optimizer)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from meshwright.compiler.mesh import Mesh
+from meshwright.runtime.errors import RunError
 from meshwright.runtime.process import ProcessTransport
 from meshwright.runtime.virtual import run_virtual
 
@@ -74,6 +75,19 @@ class ProcessMesh:
         if problem:
             self.process.watch.publish_failure(problem)
         self.process.close()
+
+
+def check_device(device: torch.device) -> None:
+    """Raise `RunError` where there is no such device here, or fewer than processes."""
+    if device.type != "cuda":
+        return
+    found, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0")) + 1
+    if found < wanted:
+        raise RunError(
+            f"the program is compiled for `{device}`; {found} such devices are here, "
+            f"and this process needs number {wanted}",
+            help='compile with `device="cpu"`, or start as many processes as there are devices',
+        )
 
 
 def under_torchrun() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from meshwright.compiler.program import Program, Stored
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import Values
 
 
@@ -82,15 +82,8 @@ def check_state(
 
 def shapes_of(state_dict: Mapping[str, Tensor], where: str) -> dict[str, tuple[int, ...]]:
     """The shapes in a dictionary that a user gave. Raises `RunError` for anything but tensors."""
-    if not isinstance(state_dict, Mapping):
-        raise RunError(
-            f"{where} is a `{type(state_dict).__name__}`",
-            help="pass a dictionary from names to tensors",
-        )
+    help = "pass a dictionary from names to tensors"
+    check_kind(state_dict, Mapping, where, help)
     for name, tensor in state_dict.items():
-        if not isinstance(tensor, Tensor):
-            raise RunError(
-                f"`{name}` in {where} is a `{type(tensor).__name__}`, not a tensor",
-                help="pass a dictionary from names to tensors",
-            )
+        check_kind(tensor, Tensor, f"`{name}` in {where}", help)
     return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}

@@ -14,7 +14,12 @@ from meshwright.compiler.capture.origin import line_of, raised_by_user
 from meshwright.compiler.errors import CaptureError
 from meshwright.dsl.errors import MeshwrightError
 
-_CHATTY = ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+_CHATTY = (
+    "torch.export",
+    "torch._export",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._subclasses.fake_tensor",
+)
 
 _KNOWN = (
     (

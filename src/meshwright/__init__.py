@@ -72,7 +72,7 @@ def compile(
         plan,
         example,
         loss=loss,
-        outputs=tuple(outputs),
+        outputs=outputs or (),
         mode=mode,
         device=device,
         launcher=launch,

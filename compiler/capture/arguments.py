@@ -1,0 +1,43 @@
+"""What `compile` was called with: each argument of its kind, or an error that says which is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn, get_args
+
+import torch
+from torch import nn
+
+from meshwright.compiler.capture.outputs import Mode
+from meshwright.compiler.errors import CaptureError
+from meshwright.dsl.plan import Plan
+
+
+def check_arguments(model: Any, plan: Any, loss: Any, outputs: Any, mode: Any) -> None:
+    """Raise `CaptureError` that names the first argument of another kind, and what to pass."""
+    if not isinstance(model, nn.Module):
+        _refuse("the model", model, "pass an `nn.Module`, made already")
+    if not isinstance(plan, Plan):
+        _refuse("the plan", plan, "read it: `Plan.parse(text)` or `Plan.load(path)`")
+    if not (loss is None or isinstance(loss, str) or callable(loss)):
+        _refuse("`loss`", loss, "pass a path into the model's output, or a function of it")
+    sequence = isinstance(outputs, Sequence) and not isinstance(outputs, str)
+    if not sequence or not all(isinstance(p, str) for p in outputs):
+        _refuse("`outputs`", outputs, 'pass a list of paths, such as `outputs=["logits"]`')
+    if mode not in get_args(Mode):
+        raise CaptureError(f"`mode` is {mode!r}", help='write `mode="train"` or `mode="infer"`')
+
+
+def target_device(device: Any, default: str) -> torch.device:
+    """The device that is compiled for. Raises `CaptureError` for what torch does not know."""
+    try:
+        return torch.device(device or default)
+    except (RuntimeError, TypeError):
+        raise CaptureError(
+            f"`device` is {device!r}", help='write one that torch knows: `device="cpu"` or `"cuda"`'
+        ) from None
+
+
+def _refuse(what: str, given: Any, help: str) -> NoReturn:
+    kind = "class" if isinstance(given, type) else type(given).__name__
+    raise CaptureError(f"{what} is a `{kind}`", help=help)
