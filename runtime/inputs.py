@@ -66,6 +66,8 @@ class Inputs:
         try:
             return self.spec.flatten(args, kwargs, self.types)
         except CaptureError as error:
+            if "missing" in error.problem or "do not fit" in error.problem:
+                help = "pass what `forward` takes, as the example did"
             raise RunError(error.problem, help=help) from None
 
     def cuts(self, coords: Mapping[str, int], device: torch.device) -> list[Cut]:

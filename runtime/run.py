@@ -333,13 +333,13 @@ class Run:
 
         Raises `RunError` for a model with other names or shapes, or without values of its own.
         """
-        check_kind(model, nn.Module, "what to copy to", "pass a model like the one compiled")
+        check_kind(model, nn.Module, "what to copy to", _LIKE_COMPILED)
         targets = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
         shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-        check_state(self.program, shapes, "what to copy to")
+        check_state(self.program, shapes, "what to copy to", help=_LIKE_COMPILED)
         for name, tensor in targets.items():
             if tensor.device.type == "meta":
                 raise RunError(
@@ -410,6 +410,7 @@ class Run:
         self.close()
 
 
+_LIKE_COMPILED = "pass a model like the one compiled"
 _LIKE_EXAMPLE = 'pass inputs like the example\'s, or launch with `new_shapes="compile"`'
 
 

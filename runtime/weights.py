@@ -54,7 +54,12 @@ def values_of(program: Program, state_dict: Mapping[str, Tensor] | None) -> Valu
 
 
 def check_state(
-    program: Program, shapes: Mapping[str, tuple[int, ...]], where: str, *, complete: bool = True
+    program: Program,
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+    *,
+    complete: bool = True,
+    help: str = "use one that `state_dict()` or `save` of the same model gave",
 ) -> None:
     """Raise `RunError` that names what is missing (if it must be `complete`), unknown or of
     another shape."""
@@ -76,7 +81,7 @@ def check_state(
         more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise RunError(
             f"{where} does not fit the model: {'; '.join(problems[:6])}{more}",
-            help="use one that `state_dict()` or `save` of the same model gave",
+            help=help,
         )
 
 

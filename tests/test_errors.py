@@ -1,0 +1,319 @@
+"""What a person reads when a plan, a model or a call is wrong; and that the help helps."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import meshwright as mw
+
+Golden = Callable[[str, str], None]
+D, HEADS, VOCAB, LENGTH, BATCH = 32, 4, 48, 12, 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.ln, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).view(*x.shape[:2], 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*qkv.unbind(), is_causal=True)
+        x = x + self.proj(y.transpose(1, 2).reshape(x.shape))
+        return x + self.down(F.gelu(self.up(self.ln(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.head = nn.Embedding(VOCAB, D), nn.Linear(D, VOCAB, bias=False)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head.weight = self.wte.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.wte(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+
+
+class GroupedQueries(nn.Module):
+    """Attention with two key and value heads for four of queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(D, D), nn.Linear(D, D // 2), nn.Linear(D, D // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).square().mean()
+
+
+def tokens(rows: int = BATCH) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randint(0, VOCAB, (rows, LENGTH)), torch.randint(0, VOCAB, (rows, LENGTH))
+
+
+def check(model: Callable[[], nn.Module], plan: str, rows: int = BATCH) -> mw.Program:
+    if model is GroupedQueries:
+        example: tuple[Tensor, ...] = (torch.randn(rows, LENGTH, D),)
+    else:
+        example = tokens(rows)
+    return mw.compile(model(), mw.Plan.parse(plan, name="test.plan"), example)
+
+
+DATA = "data tokens, targets over dp\n"
+ATTENTION = "columns blocks.*.qkv over tp as (3 heads hd)\nrows blocks.*.proj over tp"
+MLP = "columns blocks.*.up over tp\nrows blocks.*.down over tp\n"
+PLANS: Mapping[str, tuple[str, str | None]] = {
+    "misspelt-selector": (
+        "mesh tp=2\ncolumns blocks.*.upp over tp\nrows blocks.*.down over tp",
+        "mesh tp=2\ncolumns blocks.*.up over tp\nrows blocks.*.down over tp",
+    ),
+    "misspelt-input": ("mesh dp=2\ndata token, targets over dp", "mesh dp=2\n" + DATA),
+    "heads-do-not-divide": (
+        "mesh tp=3\nlet heads = 4\ncolumns blocks.*.qkv over tp as (3 heads hd)",
+        "mesh tp=2\nlet heads = 4\n" + ATTENTION,
+    ),
+    "rows-do-not-divide": ("mesh tp=5\nrows blocks.*.down over tp", "mesh tp=4\n" + MLP),
+    "batch-does-not-divide": ("mesh dp=3\n" + DATA, None),
+    "sequence-does-not-divide": (
+        "mesh tp=5\nsequence blocks.* over tp",
+        "mesh tp=2\nsequence blocks.* over tp\n" + MLP,
+    ),
+    "axis-twice-in-a-layout": (
+        "mesh tp=2\nshard blocks.*.up.weight [f@tp, d@tp]",
+        "mesh tp=2\nshard blocks.*.up.weight [f@tp, d]\nrows blocks.*.down over tp",
+    ),
+    "axis-not-in-the-mesh": ("mesh dp=2\ncolumns blocks.*.up over tp", None),
+    "two-shard-statements-tie": (
+        "mesh tp=2\nshard blocks.*.up.weight [f@tp, d]\nshard blocks.0.*.weight [f, d@tp]",
+        None,
+    ),
+    "columns-and-rows-contradict": (
+        "mesh tp=2\ncolumns blocks.*.up over tp\nrows blocks.*.up over tp",
+        "mesh tp=2\n" + MLP,
+    ),
+    "tied-names-contradict": (
+        "mesh tp=2\nshard wte.weight [v@tp, d]\nshard head.weight [v, d@tp]",
+        None,
+    ),
+    "input-missing-from-data": ("mesh dp=2\ndata tokens over dp", "mesh dp=2\n" + DATA),
+    "statement-without-a-pass": ("mesh dp=2\n" + DATA + "zero 2 over dp", "mesh dp=2\n" + DATA),
+    "implicit-gather": (
+        "mesh tp=2\ncolumns blocks.*.up over tp",
+        "mesh tp=2\ncolumns blocks.*.up over tp\nallow replicate blocks.*.down",
+    ),
+    "broken-expect": (
+        "mesh tp=2\n" + MLP + "expect all_reduce[tp] == 1 per blocks.*",
+        "mesh tp=2\n" + MLP + "expect all_reduce[tp] == 2 per blocks.*",
+    ),
+    "broken-expect-of-memory": ("mesh dp=2\n" + DATA + "expect peak_memory <= 1KiB", None),
+    "no-mesh": ("let heads = 4", "mesh dp=2, tp=2\n" + DATA + "let heads = 4"),
+    "columns-of-a-module-without-a-linear": ("mesh tp=2\ncolumns blocks.*.ln over tp", None),
+    "module-that-is-not-there": ("mesh tp=2\ncolumns blocks.*.mlp over tp", None),
+    "layout-of-another-rank": ("mesh tp=2\nshard blocks.*.up.weight [f@tp]", None),
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_a_wrong_plan_is_told_and_the_help_works(
+    golden: Golden, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0" if case == "implicit-gather" else "65536")
+    plan, mended = PLANS[case]
+    with pytest.raises(mw.MeshwrightError) as caught:
+        check(GPT, plan)
+    golden(f"plan-{case}", _with_lines(str(caught.value)))
+    if mended is not None:
+        check(GPT, mended)
+
+
+def test_fewer_heads_than_ranks_has_both_ways_out(golden: Golden) -> None:
+    split = "columns {q,k,v} over tp as (heads hd)\nlet hd = 8\n"
+    with pytest.raises(mw.PlanError) as caught:
+        check(GroupedQueries, "mesh tp=4\n" + split)
+    golden("plan-fewer-heads-than-ranks", str(caught.value))
+    whole = "columns q over tp as (heads hd)\nlet hd = 8\nallow replicate **"
+    check(GroupedQueries, "mesh tp=4\n" + whole)
+    check(GroupedQueries, "mesh tp=2, tp2=2\n" + split)
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def branch(y: Tensor) -> Tensor:
+    return y.sum() if y.sum() > 0 else y.mean()
+
+
+def hooked(y: Tensor) -> Tensor:
+    y.register_hook(lambda grad: 2 * grad)
+    return y.sum()
+
+
+MODELS: Mapping[str, Callable[[Tensor], Any]] = {
+    "branch-on-a-value": branch,
+    "autograd-function": lambda y: Rounded.apply(y).sum(),
+    "tensor-hook": hooked,
+    "value-as-a-number": lambda y: y.sum() * y.mean().item(),
+    "no-scalar": lambda y: y,
+    "two-scalars": lambda y: {"one": y.sum(), "other": y.mean()},
+    "whole-numbers": lambda y: y.argmax(),
+    "nothing": lambda y: None,
+    "an-error-of-its-own": lambda y: y[:, 9],
+}
+
+
+class Model(nn.Module):
+    def __init__(self, finish: Callable[[Tensor], Any] = torch.sum) -> None:
+        super().__init__()
+        self.linear, self.finish = nn.Linear(4, 4), finish
+
+    def forward(self, x: Tensor) -> Any:
+        return self.finish(self.linear(x))
+
+
+ROWS = "mesh dp=2\ndata x over dp"
+
+
+@functools.cache
+def compiled() -> mw.Program:
+    return mw.compile(Model(), mw.Plan.parse(ROWS), (torch.ones(8, 4),))
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_model_that_cannot_be_captured_is_told_with_its_line(golden: Golden, case: str) -> None:
+    with pytest.raises(mw.CaptureError) as caught:
+        mw.compile(Model(MODELS[case]), mw.Plan.parse(ROWS), (torch.ones(8, 4),))
+    golden(f"model-{case}", _with_lines(str(caught.value)))
+
+
+def _with_lines(text: str) -> str:
+    """The text with the line of this file that it names, which is what must be right."""
+    lines = Path(__file__).read_text().splitlines()
+    return re.sub(
+        r"(test_errors\.py):(\d+)", lambda at: f"{at[1]}: {lines[int(at[2]) - 1].strip()}", text
+    )
+
+
+PLAN, X = mw.Plan.parse(ROWS), (torch.ones(8, 4),)
+ARGUMENTS: Mapping[str, Callable[[], object]] = {
+    "plan-as-text": lambda: mw.compile(Model(), ROWS, X),  # type: ignore[arg-type]  # is the test
+    "model-class": lambda: mw.compile(Model, PLAN, X),  # type: ignore[arg-type]  # is the test
+    "example-missing": lambda: mw.compile(Model(), PLAN, None),
+    "example-too-short": lambda: mw.compile(Model(), PLAN, ()),
+    "loss-of-another-kind": lambda: mw.compile(Model(), PLAN, X, loss=3),
+    "loss-not-there": lambda: mw.compile(Model(), PLAN, X, loss="logits"),
+    "output-not-there": lambda: mw.compile(Model(), PLAN, X, outputs=["logits"]),
+    "outputs-as-text": lambda: mw.compile(Model(), PLAN, X, outputs="logits"),
+    "unknown-mode": lambda: mw.compile(Model(), PLAN, X, mode="training"),
+    "unknown-device": lambda: mw.compile(Model(), PLAN, X, device="gpu"),
+}
+RUNS: Mapping[str, Callable[[mw.Run], object]] = {
+    "batch-of-another-size": lambda run: run.step(torch.ones(6, 4)),
+    "input-of-another-type": lambda run: run.step(torch.ones(8, 4, dtype=torch.float64)),
+    "input-missing": lambda run: run.step(),
+    "input-unknown": lambda run: run.step(y=X[0]),
+    "input-without-values": lambda run: run.step(X[0].to("meta")),
+    "input-not-a-tensor": lambda run: run.step([1.0, 2.0]),
+    "evaluated-batch-does-not-divide": lambda run: run.evaluate(torch.ones(5, 4)),
+    "state-of-another-model": lambda run: run.load_state_dict({"linear.weight": torch.ones(3, 3)}),
+    "state-of-no-tensors": lambda run: run.load_state_dict({"linear.weight": 1.0}),  # type: ignore[dict-item]
+    "copied-to-another-model": lambda run: run.copy_to(nn.Linear(4, 4)),
+    "norm-of-type-zero": lambda run: run.clip_grad_norm_(1.0, 0),
+    "optimizer-made-already": lambda run: run.optimizer(run),  # type: ignore[arg-type]
+    "group-of-tensors": lambda run: run.optimizer(torch.optim.SGD, groups=[{"params": X}]),
+    "group-that-matches-nothing": lambda run: run.optimizer(
+        torch.optim.SGD, groups=[{"params": "linear.weigth"}]
+    ),
+    "no-checkpoint": lambda run: run.load("no such folder"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+def test_a_wrong_argument_of_compile_is_told(golden: Golden, case: str) -> None:
+    with pytest.raises(mw.MeshwrightError) as caught:
+        ARGUMENTS[case]()
+    golden(f"argument-{case}", str(caught.value))
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_wrong_call_of_a_run_is_told_and_leaves_it_usable(golden: Golden, case: str) -> None:
+    run = compiled().launch()
+    with pytest.raises(mw.MeshwrightError) as caught:
+        RUNS[case](run)
+    golden(f"run-{case}", str(caught.value))
+    assert run.step(*X).isfinite()
+
+
+def test_following_the_help_for_another_batch_size_works() -> None:
+    assert compiled().launch(new_shapes="compile").step(torch.ones(6, 4)).isfinite()
+
+
+def test_a_program_without_gradients_is_told_at_step(golden: Golden) -> None:
+    run = mw.compile(Model(), PLAN, X, mode="infer").launch()
+    with pytest.raises(mw.RunError) as caught:
+        run.step(*X)
+    golden("run-step-of-an-inference-program", str(caught.value))
+
+
+def test_a_split_parameter_and_an_optimizer_of_whole_tensors_are_told(golden: Golden) -> None:
+    run = check(GPT, "mesh tp=2\n" + MLP).launch()
+    with pytest.raises(mw.RunError) as caught:
+        run.optimizer(torch.optim.Muon)
+    golden("run-optimizer-of-whole-tensors", str(caught.value))
+
+
+def test_a_world_of_another_size_is_told(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(mw.RunError) as caught:
+        compiled().launch()
+    golden("run-world-of-another-size", str(caught.value))
+
+
+def test_a_device_that_is_not_here_is_told(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    program = mw.compile(Model(), PLAN, X, device="cuda")
+    with pytest.raises(mw.RunError) as caught:
+        program.launch()
+    golden("run-device-that-is-not-here", str(caught.value))
+
+
+def test_every_error_here_is_lower_case_with_one_line_of_help_that_begins_with_a_verb() -> None:
+    folder = Path(__file__).parent / "golden"
+    texts = [
+        p for kind in ("plan", "model", "argument", "run") for p in folder.glob(f"{kind}-*.txt")
+    ]
+    assert len(texts) > 50
+    for path in texts:
+        lines = path.read_text().splitlines()
+        helps = [line for line in lines if line.startswith("  help: ")]
+        assert len(helps) == 1, path.name
+        assert lines[-1] == helps[0], path.name
+        assert lines[0][0] in "`abcdefghijklmnopqrstuvwxyz", path.name
+        verb = helps[0].removeprefix("  help: ").split()[0].rstrip(":,")
+        assert verb in VERBS, (path.name, verb)
+
+
+VERBS = {
+    "add", "change", "check", "choose", "compile", "give", "keep", "launch", "leave", "make",
+    "name", "pass", "read", "reduce", "register", "remove", "return", "set", "start", "use",
+    "write",
+}  # fmt: skip
