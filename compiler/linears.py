@@ -10,6 +10,11 @@ from meshwright.compiler.ir import INPUT, Graph, MeshOp, Node
 
 aten = torch.ops.aten
 
+_CONVOLUTIONS = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
+    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
@@ -53,7 +58,7 @@ def _linear(node: Node) -> Linear | None:
     if node.op in (aten.mm.default, aten.matmul.default):
         weight = node.args[1]
         return _product(weight, 1, 0, ()) if len(weight.tensor.shape) == 2 else None
-    if node.op == aten.conv2d.default or node.op == aten.convolution.default:
+    if node.op in _CONVOLUTIONS:
         biases = tuple(arg for arg in node.args[2:3] if isinstance(arg, Node) and arg.op == INPUT)
         return _product(node.args[1], 0, 1, biases)
     return None

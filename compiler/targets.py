@@ -52,11 +52,12 @@ def check_divides(draft: Draft, size: int, statement: Spread, tensor: str, what:
         return
     over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
     usable = [str(n) for n in range(2, min(size, 64) + 1) if size % n == 0][:8]
+    choices = " or ".join(filter(None, [", ".join(usable[:-1]), *usable[-1:]]))
     axis = statement.over[0]
     raise draft.plan.error(
         "P203",
         f"cannot split {size} {what} over {over}",
         statement.at("over"),
         subject=tensor,
-        help=f"use {axis}={', '.join(usable)}" if usable else "leave it whole",
+        help=f"use {axis}={choices}" if usable else "leave it whole",
     )

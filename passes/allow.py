@@ -36,13 +36,21 @@ def check_replication(draft: Draft) -> None:
     what = "splitting" if worst.step.kind == "slice" else "gathering"
     where = worst.node.origin
     raise LayoutError(
-        f"`{op_text(worst.user)}` in `{where.module or 'the model'}` {_why(worst)}: {what} "
+        f"`{op_text(worst.user)}` in {_shown(where.module)} {_why(worst)}: {what} "
         f"`{worst.value.name}` from `{worst.step.source}` to `{worst.step.target}` was not asked "
         "for",
         code="implicit-gather",
-        culprit=f"{where.source}; {len(implicit)} such gathers move {total} bytes a step",
+        culprit=f"{where.source}; {_many(len(implicit))} {total} bytes a step",
         help=f"write `allow replicate {where.module or '**'}`, or lay the value out with `shard`",
     )
+
+
+def _many(count: int) -> str:
+    return "it moves" if count == 1 else f"{count} such gathers move"
+
+
+def _shown(module: str) -> str:
+    return f"`{module}`" if module else "the model"
 
 
 def _why(movement: Movement) -> str:

@@ -1,9 +1,11 @@
 """Reduce gradients in buckets: one flat buffer, and one all-reduce, for many parameters.
 
-Before:  dw: f32[64, 16] = all_reduce(g1, dp);  db: f32[64] = all_reduce(g2, dp)
-After:   bucket:   f32[1088] partial(dp) = mesh::bucket(g1, g2)
-         reduced:  f32[1088]             = all_reduce(bucket, dp)
-         dw: f32[64, 16]           = mesh::bucket_item(reduced, 0);  db: likewise, 1
+Before:  all_reduce_1: f32[16]     = all_reduce(sum_1, dp)
+         all_reduce_2: f32[16, 64] = all_reduce(mm, dp)
+After:   bucket: f32[1040] partial(dp) = mesh::bucket(mm, sum_1)
+         all_reduce_1: f32[1040]       = all_reduce(bucket, dp)
+         down_weight_grad: f32[16, 64] = mesh::bucket_item(all_reduce_1, 0)
+         down_bias_grad: f32[16]       = mesh::bucket_item(all_reduce_1, 1)
 
 A bucket holds gradients with equal axes and element type, in the order in which the backward makes
 them, so that its reduction starts as soon as the last is there. Gradients that need no reduction

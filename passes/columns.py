@@ -1,7 +1,11 @@
 """Split linears by output features.
 
-Before:  y: f32[8, 16, 2304]          = linear(x, w, b)      w: [2304, 768], b: [2304]
-After:   y: f32[8, 16, 3·12@tp·64]    = linear(x, w, b)      w: [3·12@tp·64, 768], b: [3·12@tp·64]
+Before:  up_weight: f32[64, 16] = input(parameter up.weight)
+         up_bias: f32[64]       = input(parameter up.bias)
+         linear: f32[8, 64]     = linear(x, up_weight, up_bias)
+After:   up_weight: f32[64@tp, 16] = input(parameter up.weight)
+         up_bias: f32[64@tp]       = input(parameter up.bias)
+         linear: f32[8, 64@tp]     = linear(x, up_weight, up_bias)
 
 `as (3 heads hd)` names the factors of a fused output, the first named of which is split.
 Requires: a module that multiplies by a parameter. Ensures: weight and bias are pinned.

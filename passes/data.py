@@ -1,7 +1,7 @@
 """Split the batch of the inputs under `data`.
 
-Before:  tokens: i64[8, 16] = input(argument tokens)
-After:   tokens: i64[8@dp, 16] = input(argument tokens)
+Before:  x: f32[8, 16] = input(argument x)
+After:   x: f32[8@dp, 16] = input(argument x)
 
 Gradients are reduced over the axis by the `vary` rule alone: a parameter that meets a split value
 is varying, and its cotangent partial. Requires: nothing. Ensures: each input with the batch's

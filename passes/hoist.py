@@ -1,9 +1,11 @@
 """Slice what a call takes instead of what it gives.
 
-Before:  p: f32[8, 16, 64]    = mesh::embedding(w, ids)
-         p1: f32[8@dp, 16, 64] = slice(p, dp)
-After:   ids1: i64[8@dp, 16]   = slice(ids, dp)
-         p: f32[8@dp, 16, 64]  = mesh::embedding(vary(w, dp), ids1)
+Before:  expand: i64[8, 16]        = expand(arange, [8, 16])
+         embedding: f32[8, 16, 64] = mesh::embedding(wpe_weight, expand, -1)
+         slice: f32[8@dp, 16, 64]  = slice(embedding, dp)
+After:   expand: i64[8@dp, 16]         = expand(arange, [8, 16])
+         vary: f32[16, 64] varying(dp) = vary(wpe_weight, dp)
+         embedding: f32[8@dp, 16, 64]  = mesh::embedding(vary, expand, -1)
 
 Layouts flow forward, so what is made of parameters and constants alone (positions, masks) is
 whole until it meets something split. Sliced there, its cotangent would be gathered, and every rank

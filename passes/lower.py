@@ -1,9 +1,15 @@
 """Lower composites whose special dim is split to local steps and the collectives between them.
 
-Before:  rows, lse = mesh::cross_entropy(logits, targets, ...)       logits: [64@dp, 96@tp]
-After:   stats: f32[2@tp, 2, 64@dp]  = mesh::cross_entropy_stats(logits, targets, ...)
-         all:   f32[2, 2, 64@dp]     = all_gather_replicated(stats, tp)
-         rows, lse                   = mesh::cross_entropy_combine(all, targets, ...)
+Before:  linear: f32[8, 96@tp]           = linear(embedding, head_weight)
+         cross_entropy: (f32[8], f32[8]) = mesh::cross_entropy(linear, targets, None, -100,
+             0.0, 96)
+After:   linear: f32[8, 96@tp]                   = linear(embedding, head_weight)
+         cross_entropy_stats: f32[2@tp, 2, 8] = mesh::cross_entropy_stats(linear, targets,
+             None, -100, 0.0, 96)
+         all_gather_replicated: f32[2, 2, 8]     = all_gather_replicated(cross_entropy_stats, tp)
+         cross_entropy_combine: (f32[8],
+             f32[8]) = mesh::cross_entropy_combine(all_gather_replicated, targets, None, -100,
+             0.0, 96)
 
 It runs after differentiation, so that what the steps exchange is never among the saved values.
 Requires: a placed graph. Ensures: each composite that is left runs on one rank's part alone.

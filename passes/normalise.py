@@ -1,10 +1,14 @@
 """Replace operators by the few that rules, adjoints and kernels are written for.
 
-Before:  y = layer_norm(x, [64], w, b, 1e-5)
-         loss = cross_entropy_loss(logits, targets)
-After:   y, mean, rstd = mesh::norm(x, w, b, 1e-5, "layer")
-         rows, lse = mesh::cross_entropy(logits, targets, None, -100, 0.0, 96)
-         loss = div(sum(rows), sum(ne(targets, -100)))
+Before:  cross_entropy_loss: f32[] = cross_entropy_loss(linear, targets)
+After:   cross_entropy: (f32[8], f32[8]) = mesh::cross_entropy(linear, targets, None, -100,
+             0.0, 96)
+         getitem: f32[8]                 = cross_entropy[0]
+         sum: f32[]                      = sum(getitem)
+         ne: bool[8]                     = ne(targets, -100)
+         sum_1: i64[]                    = sum(ne)
+         to_copy: f32[]                  = to_copy(sum_1, dtype=f32)
+         div: f32[]                      = div(sum, to_copy)
 
 A mean is a sum and a count from here on: over a batch that is split, a mean of means is wrong.
 Requires: a captured graph. Ensures: no operator of the table below is left.

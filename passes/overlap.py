@@ -1,7 +1,17 @@
 """Start collectives as early as their operands allow, and wait for them as late as their users do.
 
-Before:  count = sum(ne(targets, -100)) ... loss = div(total, all_reduce(count, dp))
-After:   count = sum(ne(targets, -100));  n = all_reduce(count, dp) ... loss = div(total, n)
+Before:  embedding: f32[8@dp, 16] = mesh::embedding(vary, tokens, -1)
+         linear: f32[8@dp, 96]    = linear(embedding, vary_1)
+         ne: bool[8@dp]           = ne(targets, -100)
+         sum_1: i64[] partial(dp) = sum(ne)
+         all_reduce: i64[]        = all_reduce(sum_1, dp)
+         div: f32[] partial(dp)   = div(sum, to_copy)
+After:   ne: bool[8@dp]           = ne(targets, -100)
+         sum_1: i64[] partial(dp) = sum(ne)
+         all_reduce: i64[]        = all_reduce(sum_1, dp)
+         embedding: f32[8@dp, 16] = mesh::embedding(vary, tokens, -1)
+         linear: f32[8@dp, 96]    = linear(embedding, vary_1)
+         div: f32[] partial(dp)   = div(sum, to_copy)
 
 A collective moves to just behind its operand; what it takes of integers and inputs alone moves to
 the front of the graph. Generated code starts it there and waits before the first user. The order of

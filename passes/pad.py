@@ -1,9 +1,13 @@
 """Store a vocabulary padded, and cut the padding off where its entries would be seen.
 
-Before:  w: f32[97, 16] = input(parameter head.weight)
-         logits: f32[8, 97] = linear(x, w);  rows, lse = mesh::cross_entropy(logits, t, .., 97)
-After:   w: f32[98, 16] = input(parameter head.weight)
-         logits: f32[8, 98] = linear(x, w);  rows, lse = mesh::cross_entropy(logits, t, .., 97)
+Before:  head_weight: f32[97, 16]        = input(parameter head.weight)
+         linear: f32[8, 97]              = linear(embedding, head_weight)
+         cross_entropy: (f32[8], f32[8]) = mesh::cross_entropy(linear, targets, None, -100,
+             0.0, 97)
+After:   head_weight: f32[98, 16]        = input(parameter head.weight)
+         linear: f32[8, 98]              = linear(embedding, head_weight)
+         cross_entropy: (f32[8], f32[8]) = mesh::cross_entropy(linear, targets, None, -100,
+             0.0, 97)
 
 Padded values flow through what treats each entry alone; the loss is told the true number of classes
 and masks the rest; any other use gets the unpadded slice. So pad entries have zero gradient.

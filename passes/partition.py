@@ -1,10 +1,14 @@
 """Give every node a layout, and make every change of layout an explicit collective.
 
-Before:  y: f32[8, 16]                  = mm(h, w2)          w2: [16@tp, 16], h: [8@dp, 16@tp]
-         z: f32[8, 16]                  = relu(y)
-After:   y: f32[8@dp, 16] partial(tp)   = mm(h, vary(w2, dp))
-         y1: f32[8@dp, 16]              = all_reduce(y, tp)
-         z: f32[8@dp, 16]               = relu(y1)
+Before:  linear: f32[8, 64] = linear(x, up_weight, up_bias)
+         relu: f32[8, 64]   = relu(linear)
+After:   slice: f32[8@dp, 16@tp]           = slice(x, tp)
+         vary: f32[64, 16@tp] varying(dp)  = vary(up_weight, dp)
+         linear: f32[8@dp, 64] partial(tp) = linear(slice, vary)
+         all_reduce: f32[8@dp, 64]         = all_reduce(linear, tp)
+         vary_1: f32[64] varying(dp)       = vary(up_bias, dp)
+         add: f32[8@dp, 64]                = add(all_reduce, vary_1)
+         relu: f32[8@dp, 64]               = relu(add)
 
 Layouts flow forward from the parameters and inputs that the plan has pinned. Where operands
 disagree the rule engine takes the cheapest way, and the `vary` rule puts in what makes gradients

@@ -1,9 +1,11 @@
 """Split linears by input features.
 
-Before:  y: f32[8, 16, 768]             = linear(x, w, b)    w: [768, 3072], x: [8, 16, 3072@tp]
-After:   y: f32[8, 16, 768] partial(tp) = linear(x, w)       w: [768, 3072@tp]
-         y1: f32[8, 16, 768]            = all_reduce(y, tp)
-         y2: f32[8, 16, 768]            = add(y1, b)
+Before:  down_weight: f32[16, 64] = input(parameter down.weight)
+         linear_1: f32[8, 16]     = linear(relu, down_weight, down_bias)
+After:   down_weight: f32[16, 64@tp]      = input(parameter down.weight)
+         linear_1: f32[8, 16] partial(tp) = linear(relu, down_weight)
+         all_reduce: f32[8, 16]           = all_reduce(linear_1, tp)
+         add: f32[8, 16]                  = add(all_reduce, down_bias)
 
 The bias is added once, after the sum. Where what comes in is made of factors (heads), the weight's
 input features take the same factors. Requires: a module that multiplies by a parameter.

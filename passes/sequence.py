@@ -1,8 +1,16 @@
 """Split activations along the sequence, between the split linears of a region.
 
-Before:  x: f32[8, 16, 768];           h = mesh::norm(x, w, b); y = linear(h, up@tp)
-After:   x: f32[8, 16@tp, 768];        h = mesh::norm(x, w, b)
-         h1: f32[8, 16, 768] varying(tp) = all_gather(h, tp);   y = linear(h1, up@tp)
+Before:  getitem: f32[8, 16, 16]  = norm[0]
+         linear: f32[8, 16, 64]   = linear(getitem, block_up_weight)
+         linear_1: f32[8, 16, 16] = linear(relu, block_down_weight)
+         add: f32[8, 16, 16]      = add(x, linear_1)
+After:   slice: f32[8, 16@tp, 16]               = slice(x, tp)
+         getitem: f32[8, 16@tp, 16]             = norm[0]
+         all_gather: f32[8, 16, 16] varying(tp) = all_gather(getitem, tp)
+         linear: f32[8, 16, 64@tp]              = linear(all_gather, block_up_weight)
+         linear_1: f32[8, 16, 16] partial(tp)   = linear(relu, block_down_weight)
+         reduce_scatter: f32[8, 16@tp, 16]      = reduce_scatter(linear_1, tp)
+         add: f32[8, 16@tp, 16]                 = add(slice, reduce_scatter)
 
 What enters a region is split, and sums that row-parallel linears leave pending are scattered
 instead of reduced; gathers before column-parallel linears follow from the layouts, and

@@ -1,7 +1,7 @@
 """Lay out parameters, buffers, inputs and activations as `shard` statements and marks write.
 
-Before:  w: f32[64, 16] = input(parameter up.weight)         shard up.weight [f@tp, d]
-After:   w: f32[64@tp, 16] = input(parameter up.weight)
+Before:  up_weight: f32[64, 16] = input(parameter up.weight)
+After:   up_weight: f32[64@tp, 16] = input(parameter up.weight)
 
 A `shard` of a parameter takes the place of what `columns`, `rows` and `vocab` said of it. `->
 LAYOUT` is a module's output, `<- LAYOUT` its input; `meshwright.layout(x, "...")` in a forward

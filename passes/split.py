@@ -1,8 +1,12 @@
 """Split the joint graph of a step into its forward and its backward.
 
-Before:  step:      h = f(x); loss = g(h); dh = g'(h); dx = f'(x, dh)
-After:   forward:   h = f(x); loss = g(h)               -> loss, saved 0: h
-         backward:  h = saved(0); dh = g'(h); ...       -> gradients
+Before:  linear: f32[8, 64@tp]             = linear(x, up_weight, up_bias)
+         relu: f32[8, 64@tp]               = relu(linear)
+         threshold_backward: f32[8, 64@tp] = threshold_backward(matmul, relu, 0)
+After:   linear: f32[8, 64@tp]             = linear(x, up_weight, up_bias)
+         relu: f32[8, 64@tp]               = relu(linear)
+         relu: f32[8, 64@tp]               = saved(0)
+         threshold_backward: f32[8, 64@tp] = threshold_backward(matmul, relu, 0)
 
 What the backward takes from the forward is saved, but for what costs nothing to have again: views
 of parameters, and gathers of stored-split parameters and of sequence-split inputs, of which the

@@ -1,9 +1,11 @@
 """Put each `vary` where the all-reduce that it becomes in the backward is cheapest.
 
-Before:  p = mesh::embedding(wpe, arange);  x1 = add(x, vary(p, dp))
-         y = linear(h, vary(w, dp, tp));    e = mesh::embedding(vary(w, dp), tokens)
-After:   p = mesh::embedding(vary(wpe, dp), arange);  x1 = add(x, p)
-         w1 = vary(w, dp);  y = linear(h, vary(w1, tp));  e = mesh::embedding(w1, tokens)
+Before:  embedding: f32[16, 64]        = mesh::embedding(wpe_weight, arange, -1)
+         vary: f32[16, 64] varying(dp) = vary(embedding, dp)
+         mul: f32[8@dp, 16, 64]        = mul(x, vary)
+After:   vary: f32[16, 64] varying(dp)      = vary(wpe_weight, dp)
+         embedding: f32[16, 64] varying(dp) = mesh::embedding(vary, arange, -1)
+         mul: f32[8@dp, 16, 64]             = mul(x, embedding)
 
 A value made of parameters alone is varied at the parameters, where its gradient joins the others in
 a bucket, unless the parameters are much the larger. Where one value is varied over two nested sets

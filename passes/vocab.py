@@ -1,7 +1,14 @@
 """Split embeddings and output heads over the vocabulary.
 
-Before:  h: f32[8, 16, 768] = mesh::embedding(w, tokens)             w: [50257, 768]
-After:   h: f32[8, 16, 768] partial(tp) = mesh::embedding(w, tokens)  w: [50258@tp, 768]
+Before:  wte_weight: f32[96, 16]  = input(parameter wte.weight)
+         head_weight: f32[96, 16] = input(parameter head.weight)
+         embedding: f32[8, 16]    = mesh::embedding(wte_weight, tokens, -1)
+         linear: f32[8, 96]       = linear(embedding, head_weight)
+After:   wte_weight: f32[96@tp, 16]        = input(parameter wte.weight)
+         head_weight: f32[96@tp, 16]       = input(parameter head.weight)
+         embedding: f32[8, 16] partial(tp) = mesh::embedding(wte_weight, tokens, -1)
+         all_reduce: f32[8, 16]            = all_reduce(embedding, tp)
+         linear: f32[8, 96@tp]             = linear(vary, head_weight)
 
 The lookup is masked to the rows held here; logits stay split into the loss. A vocabulary that does
 not divide is stored padded (see `pad`). Requires: modules with a lookup or a linear.

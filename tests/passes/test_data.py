@@ -1,0 +1,51 @@
+"""The pass `data`: the batch of inputs is split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meshwright
+from meshwright import PlanError
+from meshwright.passes import data
+from tests.passes.examples import Lm, Mlp, labelled, rows
+from tests.passes.stages import check_documented, shown, stages
+
+
+def test_the_docstring_shows_an_input_before_and_after() -> None:
+    found = stages(Mlp(), rows(), "mesh dp=2\ndata x over dp\n")
+    check_documented(data, shown(found["normalise"], "x"), shown(found["partition"], "x"))
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.a(x).matmul(y).sum()
+
+
+def test_another_dim_and_two_axes_may_be_the_batch() -> None:
+    plan = "mesh a=2, b=2\ndata x over (a, b) dim=1\nshard y [b, m, n]\n"
+    example = torch.randn(3, 8, 16), torch.randn(3, 16, 2)
+    found = stages(Two(), example, plan)
+    assert shown(found["partition"], "x") == ["x: f32[3, 8@(a, b), 16] = input(argument x)"]
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("data-forgotten", "mesh dp=2\ndata tokens over dp\n"),
+        ("data-does-not-divide", "mesh dp=3\ndata tokens, targets over dp\n"),
+        ("data-no-such-dim", "mesh dp=2\ndata tokens, targets over dp dim=1\n"),
+        ("data-no-such-input", "mesh dp=2\ndata token, targets over dp\n"),
+    ],
+)
+def test_mistakes_are_explained(name: str, plan: str, golden: Callable[[str, str], None]) -> None:
+    with pytest.raises(PlanError) as caught:
+        meshwright.compile(Lm(), meshwright.Plan.parse(plan), example=labelled())
+    golden(name, str(caught.value))

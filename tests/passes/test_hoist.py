@@ -1,0 +1,59 @@
+"""The pass `hoist`: slices are taken at the sources of a value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.passes import hoist
+from tests.equivalence import check_equal, implicit_gathers
+from tests.models import real
+from tests.passes.examples import Places, sequences
+from tests.passes.stages import check_documented, shown, stages
+
+
+def test_the_docstring_shows_an_embedding_before_and_after() -> None:
+    found = stages(Places(repeated=True), sequences(64), "mesh dp=2\ndata x over dp\n")
+    check_documented(
+        hoist,
+        shown(found["partition"], "expand", "embedding", "slice"),
+        shown(found["hoist"], "expand", "vary", "embedding"),
+    )
+
+
+class Mask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.scale = nn.Embedding(8, 4), nn.Parameter(torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(6)
+        near = (place[None, :] - place[:, None]).abs()
+        bias = self.bias(near).permute(2, 0, 1) * self.scale
+        mask = (place[None, :] > place[:, None]).expand(x.shape[0], 4, 6, 6)
+        return torch.where(mask, bias, x).square().mean()
+
+
+def test_a_bias_made_of_parameters_is_made_in_parts() -> None:
+    program = check_equal(
+        Mask(),
+        lambda: (real(8, 4, 6, 6),),
+        "mesh dp=2, tp=2\ndata x over dp\nshard x [b@dp, h@tp, s, s]\n",
+    )
+    assert implicit_gathers(program) == []
+    text = str(program.graph("stage0.forward"))
+    assert "bool[8@dp, 4@tp, 6, 6]" in text
+
+
+class Both(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Embedding(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.place(torch.arange(6).expand(x.shape[0], 6))
+        return (x * places).sum() + places.square().sum(0).max()
+
+
+def test_what_somebody_needs_whole_is_sliced_where_it_was() -> None:
+    check_equal(Both(), lambda: (real(8, 6, 4),), "mesh dp=2\ndata x over dp\nallow replicate **\n")

@@ -1,0 +1,56 @@
+"""The pass `sequence`: activations are split along the sequence between split linears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+import meshwright
+from meshwright import PlanError
+from meshwright.passes import sequence
+from tests.equivalence import check_equal
+from tests.passes.examples import Blocks, sequences
+from tests.passes.stages import check_documented, shown, stages
+
+LINEARS = "columns block.up over tp\nrows block.down over tp\n"
+
+
+def test_the_docstring_shows_a_region_before_and_after() -> None:
+    found = stages(Blocks(), sequences(), "mesh tp=2\n" + LINEARS + "sequence block over tp\n")
+    both = "getitem", "linear", "linear_1", "add"
+    check_documented(
+        sequence,
+        shown(found["normalise"], *both),
+        shown(found["partition"], *both, "slice", "all_gather", "reduce_scatter"),
+    )
+
+
+def test_the_batch_may_be_split_too() -> None:
+    plan = "mesh dp=2, tp=2\ndata x over dp\n" + LINEARS + "sequence block over tp\n"
+    found = stages(Blocks(), sequences(), plan)
+    assert shown(found["partition"], "add") == [
+        "add: f32[8@dp, 16@tp, 16] = add(slice, reduce_scatter)"
+    ]
+
+
+def test_regions_over_different_axes_stay_apart() -> None:
+    plan = "mesh a=2, b=2\n" + LINEARS.replace("tp", "a") + "sequence block over a\n"
+    check_equal(Blocks(), lambda: tuple(x.double() for x in sequences()), plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("sequence-does-not-divide", "mesh tp=3\nsequence block over tp\n"),
+        ("sequence-no-activation", "mesh tp=2\nsequence norm over tp\n"),
+    ],
+)
+def test_mistakes_are_explained(name: str, plan: str, golden: Callable[[str, str], None]) -> None:
+    from tests.passes.examples import Mlp, rows
+
+    model, batch = (Mlp(), rows()) if "norm" in plan else (Blocks(), sequences())
+    plan = plan.replace("norm", "up")
+    with pytest.raises(PlanError) as caught:
+        meshwright.compile(model, meshwright.Plan.parse(plan), example=batch)
+    golden(name, str(caught.value))

@@ -1,0 +1,55 @@
+"""The pass `split`: forward and backward, and what is handed over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+import meshwright
+from meshwright.compiler.ir import Graph
+from meshwright.passes import split as passed
+from meshwright.passes.split import split
+from tests.passes.examples import Blocks, Mlp, rows, sequences
+from tests.passes.stages import check_documented, shown, stages
+
+SEQUENCE = "mesh tp=2\ncolumns block.up over tp\nrows block.down over tp\nsequence block over tp"
+
+
+def saved(graph: Graph) -> list[str]:
+    """What a forward hands over, in the order of the list."""
+    return [node.name for label, node in graph.outputs if label.startswith("saved:")]
+
+
+def popped(graph: Graph) -> list[str]:
+    """What a backward takes, in order."""
+    return [node.name for node in graph.nodes if node.op.name == "saved"]  # type: ignore[union-attr]
+
+
+def test_the_docstring_shows_a_saved_value_before_and_after() -> None:
+    joint = stages(Mlp(), rows(), "mesh tp=2\ncolumns up over tp\nrows down over tp\n")["bucket"]
+    names = "linear", "relu", "threshold_backward"
+    forward, backward = split(joint, regather=lambda node: False)
+    check_documented(
+        passed,
+        shown(joint, *names),
+        [*shown(forward, *names[:2]), *shown(backward, *names[1:])],
+    )
+
+
+@pytest.mark.parametrize("keep", ["", " keep=[all_gather]"])
+def test_a_gathered_sequence_is_saved_as_a_shard_unless_it_is_kept(keep: str) -> None:
+    plan = meshwright.Plan.parse(SEQUENCE + keep)
+    program = meshwright.compile(Blocks(), plan, example=sequences())
+    forward, backward = program.step.forward, program.step.backward
+    assert backward is not None
+    assert ("all_gather" in saved(forward)) == bool(keep)
+    gathers = [each for each in program.comm() if each.kind == "all_gather"]
+    assert [each.phase for each in gathers].count("backward") == (1 if keep else 2)
+
+
+def test_values_are_popped_from_the_end_in_the_order_of_the_backward() -> None:
+    program = meshwright.compile(Blocks(), meshwright.Plan.parse(SEQUENCE), example=sequences())
+    assert program.step.backward is not None
+    in_order: Sequence[str] = saved(program.step.forward)[::-1]
+    assert list(in_order) == popped(program.step.backward)
