@@ -92,9 +92,13 @@ class Emitter:
         proposals: Mapping[Node, Layout] | None = None,
         wanted: tuple[Layout, ...] = (),
         requires_grad: bool = False,
+        free: bool = False,
         name: str = "",
     ) -> Node:
-        """Emit `op` on these nodes, resharding operands as its cheapest placement asks."""
+        """Emit `op` on these nodes, resharding operands as its cheapest placement asks.
+
+        `free` says that what it moves would move in any case.
+        """
         kwargs = {key: (kwargs or {})[key] for key in sorted(kwargs or {})}
         operands = call_operands(args, kwargs)
         if type is None:
@@ -103,7 +107,13 @@ class Emitter:
         placement = place(asked)
         brought = iter(
             [
-                self.reshard(value, layout, origin, user=op, forced=self._forced(value, operands))
+                self.reshard(
+                    value,
+                    layout,
+                    origin,
+                    user=op,
+                    forced=None if free else self._forced(value, operands),
+                )
                 for value, layout in zip(operands, placement.operands, strict=True)
             ]
         )

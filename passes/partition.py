@@ -138,6 +138,8 @@ class _Partitioner:
             type=type or node.type,
             proposals=self.sequences.proposals(operands),
             requires_grad=node.requires_grad,
+            # What is returned is whole: cutting its padding off gathers it no more than that does.
+            free=op == aten.slice.Tensor and not self.users[node],
             name=node.name,
         )
         if op in _VIEWS and operands[0] in self.emitter.explicit:
@@ -170,24 +172,43 @@ class _Partitioner:
         )
 
     def _grouped(self, node: Node) -> Node | None:
-        """Attention on keys and values whose heads are repeated takes them as they were before,
-        unless they can only be split once repeated."""
+        """Attention on keys and values whose heads are repeated takes them as they were before.
+
+        Where they are fewer than the ranks, each rank repeats them all and takes its own.
+        """
         if node.op != MeshOp("attention"):
             return None
         q, k, v, *rest = node.args
-        single = repeated_heads(k), repeated_heads(v)
-        if single[0] is None or single[1] is None:
+        heads = repeated_heads(k), repeated_heads(v)
+        if heads[0] is None or heads[1] is None:
             return None
-        if single[0].tensor.shape[1] != single[1].tensor.shape[1]:
-            return None
-        args = (q, *single, *rest)
-        if self._moved(node, args) > self._moved(node, node.args):
-            return None
-        return self._call(node, node.op, args)
+        args = (q, *heads, *rest)
+        same = heads[0].tensor.shape[1] == heads[1].tensor.shape[1]
+        if same and self._moved(node, args) == 0.0:
+            return self._call(node, node.op, args)
+        axes = dim_axes(self.mapping[q].placed.dims[1])
+        repeated = [
+            self._repeated(node, self.mapping[single], x, axes)
+            for single, x in zip(heads, (k, v), strict=True)
+        ]
+        return self._call(node, node.op, (q, *repeated, *rest))
+
+    def _repeated(self, node: Node, heads: Node, x: Node, axes: tuple[str, ...]) -> Node:
+        """`heads` repeated to the shape of `x`, where they are whole as a value of each rank."""
+        layout = heads.placed
+        if not axes or any(layout.state(axis) != "replicated" for axis in axes):
+            return self.mapping[x]
+        if heads.requires_grad:
+            heads = self.emitter.reshard(heads, layout.add_varying(axes), node.origin)
+        b, groups, *rest = heads.tensor.shape
+        shape = (b, groups, x.tensor.shape[1] // groups, *rest)
+        single = self._added(node, aten.unsqueeze.default, (heads, 2), heads)
+        expanded = self._added(node, aten.expand.default, (single, shape), heads)
+        return self._added(node, aten.view.default, (expanded, x.tensor.shape), heads)
 
     def _moved(self, node: Node, args: tuple[Arg, ...]) -> float:
         """The bytes that placing `node` on these arguments moves."""
-        placed = map_nodes(args, self.mapping.__getitem__)
+        placed = map_nodes(args, lambda n: self.mapping.get(n, n))
         kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
         proposals = self.sequences.proposals(nodes_in(placed))
         return self.emitter.moved_bytes(node.op, placed, kwargs, node.type, proposals)

@@ -85,6 +85,7 @@ def test_losses_over_a_split_vocabulary_that_does_not_divide(name: str) -> None:
 
     program = check_equal(Tied(**options), batch, VOCAB, outputs=["logits"])
     assert program.parameters["wte.weight"].padded_shape == (98, 16)
+    assert implicit_gathers(program) == []
 
 
 @pytest.mark.parametrize("name", ["plain", "smoothed", "weighted"])

@@ -236,4 +236,7 @@ def test_one_key_head_serves_the_query_heads_of_every_rank(ranks: int) -> None:
 
 
 def test_fewer_key_heads_than_ranks_may_stay_whole() -> None:
-    check_equal(llama(2), text, "mesh tp=4\n" + LLAMA_ONE_HEAD, tolerance=TOLERANCE)
+    program = check_equal(llama(2), text, "mesh tp=4\n" + LLAMA_ONE_HEAD, tolerance=TOLERANCE)
+    assert implicit_gathers(program) == []
+    # Two forward and two backward in each of two layers, and the bucket of whole weights.
+    assert program.comm().counts() == {"all_reduce[tp]": 9}
