@@ -179,19 +179,20 @@ class _Partitioner:
         if node.op != MeshOp("attention"):
             return None
         q, k, v, *rest = node.args
-        heads = repeated_heads(k), repeated_heads(v)
-        if heads[0] is None or heads[1] is None:
+        keys, values = repeated_heads(k), repeated_heads(v)
+        if keys is None or values is None or keys.tensor.shape[1] != values.tensor.shape[1]:
             return None
-        args = (q, *heads, *rest)
-        same = heads[0].tensor.shape[1] == heads[1].tensor.shape[1]
-        if same and self._moved(node, args) == 0.0:
-            return self._call(node, node.op, args)
+        grouped = (q, keys, values, *rest)
+        least = self._moved(node, grouped)
+        if least == 0.0:
+            return self._call(node, node.op, grouped)
         axes = dim_axes(self.mapping[q].placed.dims[1])
         repeated = [
             self._repeated(node, self.mapping[single], x, axes)
-            for single, x in zip(heads, (k, v), strict=True)
+            for single, x in ((keys, k), (values, v))
         ]
-        return self._call(node, node.op, (q, *repeated, *rest))
+        args = (q, *repeated, *rest)
+        return self._call(node, node.op, args if self._moved(node, args) < least else grouped)
 
     def _repeated(self, node: Node, heads: Node, x: Node, axes: tuple[str, ...]) -> Node:
         """`heads` repeated to the shape of `x`, where they are whole as a value of each rank."""
