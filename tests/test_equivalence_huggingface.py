@@ -190,6 +190,11 @@ MORE_CASES: dict[str, Case] = {
         text,
         "mesh dp=2, tp=4\n" + DATA + LLAMA_ONE_HEAD + LLAMA_VOCAB,
     ),
+    "llama of one key head sequence": (
+        lambda: llama(1),
+        text,
+        GRID + DATA + LLAMA_ONE_HEAD + LLAMA_SEQUENCE,
+    ),
     "qwen3": (qwen3, masked_text, GRID + MASKED + LLAMA),
     "gpt2 data": (gpt2, text, LINE + DATA),
     "gpt2": (gpt2, masked_text, GRID + MASKED + GPT2),
