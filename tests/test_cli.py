@@ -47,7 +47,8 @@ def nothing():
 
 SCRIPT = """\
 import os, sys
-print(os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:], flush=True)
+line = " ".join([os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:]])
+os.write(1, f"{line}\n".encode())  # in one call: the processes share the pipe
 sys.exit(int(sys.argv[-1]))
 """
 
