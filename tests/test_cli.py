@@ -48,7 +48,7 @@ def nothing():
 SCRIPT = """\
 import os, sys
 line = " ".join([os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:]])
-os.write(1, f"{line}\n".encode())  # in one call: the processes share the pipe
+os.write(1, f"{line}\\n".encode())  # in one call: the processes share the pipe
 sys.exit(int(sys.argv[-1]))
 """
 
