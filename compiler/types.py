@@ -182,14 +182,5 @@ def _norm_backward_sums(grad: TensorType, x: TensorType, *_: Arg) -> NodeType:
 
 
 @mesh_type("norm_backward_apply")
-def _norm_backward_apply(
-    sums: TensorType,
-    grad: TensorType,
-    x: TensorType,
-    mean: TensorType,
-    rstd: TensorType,
-    weight: TensorType | None,
-    bias: TensorType | None,
-    *_: Arg,
-) -> NodeType:
-    return (x, weight, bias)
+def _norm_backward_apply(sums: TensorType, *backward: Arg) -> NodeType:
+    return _norm_backward(*backward)
