@@ -1,5 +1,9 @@
-"""The functions that generated code calls for an operator: Python's own bindings, where they are
-the operator exactly, cost a third less a call than its overload."""
+"""The functions that generated code calls for an operator.
+
+Python's own bindings, where they are the operator exactly, cost a third less a call than its
+overload. A few operators read memory as if their operands were contiguous, and do not check or
+refuse: a rank's part need not be contiguous where the model's own tensor was.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,48 @@ def _named(function: Callable[..., Any], name: str = "") -> tuple[str, Callable[
     return (name or function.__name__, function)
 
 
+def _on_contiguous(op: Op) -> tuple[str, Callable[..., Any]]:
+    """The operator on contiguous copies of whatever tensors are not."""
+    assert not isinstance(op, MeshOp)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        dense = [arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return op(*dense, **kwargs)
+
+    return _named(call, str(op).replace(".", "_"))
+
+
 _nn = torch._C._nn
 
+CONTIGUOUS: tuple[Op, ...] = (
+    aten.as_strided.default,
+    aten.as_strided_copy.default,
+    aten.as_strided_scatter.default,
+    aten.view.dtype,
+    aten.view_as_complex.default,
+    aten.native_group_norm.default,
+    aten.native_group_norm_backward.default,
+    aten.nll_loss2d_backward.default,
+    aten.adaptive_max_pool2d_backward.default,
+    aten.adaptive_max_pool3d_backward.default,
+    aten.fractional_max_pool2d_backward.default,
+    aten.fractional_max_pool3d_backward.default,
+    aten._embedding_bag.default,
+    aten._embedding_bag_backward.default,
+    aten._embedding_bag_per_sample_weights_backward.default,
+    aten._pdist_forward.default,
+    aten._pdist_backward.default,
+)
+"""Operators whose kernels take contiguous operands for granted."""
+
 FAST: dict[Op, tuple[str, Callable[..., Any]]] = {
+    **{op: _on_contiguous(op) for op in CONTIGUOUS},
     aten.linear.default: _named(_nn.linear, "linear"),
     aten.gelu.default: _named(_nn.gelu, "gelu"),
     aten.silu.default: _named(_nn.silu, "silu"),
     aten.view.default: _named(torch.reshape),
+    aten._unsafe_view.default: _named(torch.reshape),
+    aten.view_as.default: _named(torch.Tensor.reshape_as, "reshape_as"),
     aten.expand.default: _named(torch.Tensor.expand, "expand"),
     aten.sum.dim_IntList: _named(torch.sum),
     aten.transpose.int: _named(torch.transpose),

@@ -79,6 +79,23 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def clip() -> nn.Module:
+    sizes = SIZES | {"max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+    pixels = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "max_position_embeddings")}
+    config = transformers.CLIPConfig(
+        text_config=sizes | {"pad_token_id": 0},
+        vision_config=pixels | {"image_size": 16, "patch_size": 4},
+        projection_dim=16,
+    )
+    return transformers.CLIPModel(config)
+
+
+def captions() -> dict[str, Any]:
+    tokens = torch.randint(3, 128, (4, 8))
+    tokens[:, -1] = 2
+    return {"input_ids": tokens, "pixel_values": real(4, 3, 16, 16), "return_loss": True}
+
+
 def text(*, masked: bool = False) -> dict[str, torch.Tensor]:
     """Tokens and labels, some of them ignored; some of the tokens padding if `masked`."""
     labels = torch.randint(0, 128, (4, 16))
@@ -223,6 +240,11 @@ def test_a_hugging_face_model_trains_as_on_one_device(name: str) -> None:
 @pytest.mark.parametrize("name", MORE_CASES)
 def test_a_hugging_face_model_trains_under_other_plans_too(name: str) -> None:
     check(MORE_CASES[name])
+
+
+def test_a_contrastive_loss_compares_every_row_with_every_other() -> None:
+    plan = LINE + "data input_ids, pixel_values over dp\n"
+    check_equal(clip(), captions, plan, tolerance=TOLERANCE)
 
 
 def test_a_mixture_of_experts_trains_with_its_batch_split() -> None:

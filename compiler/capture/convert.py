@@ -34,6 +34,10 @@ _STOPS = {
 _FIRST_ONLY = {_aten._native_batch_norm_legit_functional.default}
 """Operators of which only the first result is differentiable."""
 
+_STRIDED = {
+    getattr(_aten, name).default for name in ("as_strided", "as_strided_copy", "as_strided_scatter")
+}
+
 
 class Converter:
     """One conversion; `convert` is its only entry."""
@@ -117,6 +121,8 @@ class Converter:
         args = self._arguments(node.args)
         kwargs = {key: self._arguments(value) for key, value in node.kwargs.items()}
         origin = origin_of(node)
+        if node.target in _STRIDED:
+            _check_strided(node)
         if node.target is operator.getitem:
             if args[0].op is _aten.dropout.default:
                 dropped: Node = args[0]
@@ -200,6 +206,22 @@ def _refuse_dynamic(node: fx.Node) -> NoReturn:
         culprit=origin_of(node).source,
         help="keep sizes fixed: use torch.where, a mask or a capacity instead",
     )
+
+
+def _check_strided(node: fx.Node) -> None:
+    """`as_strided` reads memory, which a graph of values knows only where it lies in order."""
+    source: Any = node.args[0]
+    if not isinstance(source, fx.Node):
+        return
+    value = source.meta.get("val")
+    if isinstance(value, Tensor) and (not value.is_contiguous() or value.storage_offset()):
+        raise CaptureError(
+            "`as_strided` is called on a view of another tensor's memory",
+            code="strides",
+            culprit=origin_of(node).source,
+            help="call `.clone(memory_format=torch.contiguous_format)` on its operand first, or "
+            "index it instead",
+        )
 
 
 def _is_whole_dropout(node: fx.Node) -> bool:

@@ -137,7 +137,9 @@ def cross_entropy_backward(
     `lse[rows]` is over all ranks' columns. `out`, the only buffer of the size of the logits, may be
     the logits themselves. Padding columns get 0.
     """
-    grad = torch.empty_like(logits) if out is None else out
+    grad = out
+    if grad is None:
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if shapes_only(logits):
         return grad
     valid = _valid_columns(logits, offset, num_classes)
@@ -203,7 +205,10 @@ def _softmax_gradient(
     direct = grad.dtype == scale.dtype and grad.is_contiguous()
     for block in row_blocks(logits):
         rows = logits[block].to(scale.dtype)
-        into = grad[block] if direct else torch.empty_like(rows)
+        # Torch's softmax writes as if its result lay row by row, and does not check.
+        into = (
+            grad[block] if direct else torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        )
         if lse is None:
             torch.ops.aten._softmax.out(rows, 1, False, out=into)
         else:

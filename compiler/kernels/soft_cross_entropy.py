@@ -68,7 +68,7 @@ def soft_cross_entropy_backward(
     weight: Tensor | None = None,
 ) -> Tensor:
     """The gradient of these columns of the logits, `[rows, v_local]`."""
-    grad = torch.zeros_like(logits)
+    grad = torch.zeros_like(logits, memory_format=torch.contiguous_format)
     valid = max(0, min(logits.shape[1], num_classes - offset))
     if shapes_only(logits) or not valid:
         return grad
