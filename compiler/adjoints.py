@@ -111,6 +111,14 @@ def _attention(context: VjpContext) -> Cotangents:
     )
 
 
+@adjoint(MeshOp("extend"))
+def _extend(context: VjpContext) -> Cotangents:
+    """What is added is cut off before it is used: its cotangents are zeros."""
+    (x,) = context.operands
+    dim = context.arg(1)
+    return (context.call(aten.slice.Tensor, context.grad, dim, 0, x.tensor.shape[dim]),)
+
+
 @adjoint(MeshOp("dropout"))
 def _dropout(context: VjpContext) -> Cotangents:
     """The same mask, drawn again from the same hash, on the cotangent."""

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from meshwright.compiler.extents import Extent, extend, true_positions
 from meshwright.compiler.ir import MeshOp, Node
 from meshwright.compiler.kernels import attention as attention_kernels
 from meshwright.compiler.kernels import cross_entropy as loss_kernels
@@ -327,6 +328,23 @@ def _attention_backward(binding: Binding) -> Local:
 
 @binds("dropout")
 def _dropout(binding: Binding) -> Local:
-    x, p, op_id = binding.node.args
-    index = _random(binding, op_id, x.tensor.shape, x.placed.dims)
-    return lambda tensor: dropout(tensor, p, index())
+    """A sequence that is padded draws the numbers that it would without its padding."""
+    x, p, op_id, *extents = binding.node.args
+    coords = list(binding.coordinates(x.placed.dims))
+    shape = list(x.tensor.shape)
+    for dim, *sizes in extents[0] if extents else ():
+        extent = Extent(*sizes)
+        shape[dim] = extent.true
+        if extent.before > 1:
+            stored = block_map(Layout((x.placed.dims[dim],)), binding.mesh, binding.coords)
+            coords[dim] = true_positions(stored, extent)
+    where, state = tuple(coords), binding.random
+    return lambda tensor: dropout(
+        tensor, p, RandomIndex(state.seed, state.step, op_id, tuple(shape), where)
+    )
+
+
+@binds("extend")
+def _extend(binding: Binding) -> Local:
+    _, dim, size = binding.node.args
+    return lambda x: extend(x, dim, size)

@@ -170,6 +170,11 @@ def _attention_backward(
     return (q, k, v, bias if rest[-1] else None)
 
 
+@mesh_type("extend")
+def _extend(x: TensorType, dim: int, size: int) -> NodeType:
+    return TensorType((*x.shape[:dim], size, *x.shape[dim + 1 :]), x.dtype)
+
+
 @mesh_type("cross_entropy_combine")
 def _cross_entropy_combine(stats: TensorType, *_: Arg) -> NodeType:
     rows = TensorType(stats.shape[2:], stats.dtype)

@@ -33,6 +33,7 @@ from meshwright.passes.lower import lower
 from meshwright.passes.normalise import normalise
 from meshwright.passes.overlap import overlap
 from meshwright.passes.pad import pad
+from meshwright.passes.pad_sequences import pad_sequences
 from meshwright.passes.partition import partition
 from meshwright.passes.rows import rows
 from meshwright.passes.sequence import gathers_again, sequence
@@ -50,6 +51,7 @@ PLACING: tuple[Callable[[Draft], Draft], ...] = (
     shard,
     pad,
     sequence,
+    pad_sequences,
     partition,
     hoist,
 )

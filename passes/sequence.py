@@ -15,7 +15,8 @@ After:   slice: f32[8, 16@tp, 16]               = slice(x, tp)
 What enters a region is split, and sums that row-parallel linears leave pending are scattered
 instead of reduced; gathers before column-parallel linears follow from the layouts, and
 their adjoints too.
-Requires: sequences that divide. Ensures: the regions that the partitioner reads.
+A sequence that does not divide is padded (`pad_sequences.py`).
+Ensures: the regions that the partitioner reads.
 Elsewhere: Megatron's sequence parallelism (Korthikanti et al., 2205.05198).
 """
 
@@ -57,7 +58,7 @@ def gathers_again(regions: tuple[Region, ...], node: Node) -> bool:
 
 
 def _check(draft: Draft, modules: frozenset[str], statement: Sequence) -> None:
-    """Every region has an activation that enters it, and its sequence divides."""
+    """Every region has an activation that enters it."""
     entered = entered_activations(draft.graph, modules)
     for module in sorted(modules - set(entered)) if draft.variant_of is None else ():
         raise draft.plan.error(
@@ -66,17 +67,3 @@ def _check(draft: Draft, modules: frozenset[str], statement: Sequence) -> None:
             statement,
             help="name modules that take one, such as whole blocks",
         )
-    for module, (_, value) in entered.items():
-        length, ranks = value.tensor.shape[1], draft.mesh.size(statement.over)
-        if length % ranks:
-            over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
-            usable = [str(n) for n in range(2, ranks + 1) if length % n == 0]
-            raise draft.plan.error(
-                "P203",
-                f"cannot split a sequence of {length} over {over}",
-                statement.at("over"),
-                subject=f"what enters {module}: {list(value.tensor.shape)}",
-                help=f"use a sequence of {length - length % ranks or ranks} or "
-                f"{length - length % ranks + ranks}"
-                + (f", or an axis of {' or '.join(usable)}" if usable else ""),
-            )

@@ -65,10 +65,25 @@ def bert(kind: Any = transformers.BertForMaskedLM) -> nn.Module:
     return kind(transformers.BertConfig(**SIZES, **UNDROPPED, num_labels=4))
 
 
+IMAGE = {"image_size": 16, "patch_size": 4, "num_labels": 8}
+
+
+def image_sizes(*without: str) -> dict[str, Any]:
+    left_out = {"vocab_size", "max_position_embeddings", *without}
+    return {k: v for k, v in SIZES.items() if k not in left_out} | UNDROPPED | IMAGE
+
+
 def vit() -> nn.Module:
-    sizes = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "max_position_embeddings")}
-    config = transformers.ViTConfig(**sizes, **UNDROPPED, image_size=16, patch_size=4, num_labels=8)
-    return transformers.ViTForImageClassification(config)
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**image_sizes()))
+
+
+def deit() -> nn.Module:
+    return transformers.DeiTForImageClassification(transformers.DeiTConfig(**image_sizes()))
+
+
+def dinov2() -> nn.Module:
+    config = transformers.Dinov2Config(**image_sizes("intermediate_size"), mlp_ratio=2)
+    return transformers.Dinov2ForImageClassification(config)
 
 
 def t5() -> nn.Module:
@@ -151,6 +166,10 @@ rows vit.layers.*.attention.o_proj over tp
 columns vit.layers.*.mlp.fc1 over tp
 rows vit.layers.*.mlp.fc2 over tp
 """
+# One class token, or two, beside 16 patches.
+VIT_SEQUENCE = "sequence vit.layers.* over tp\n"
+DEIT = VIT.replace("vit.", "deit.") + VIT_SEQUENCE.replace("vit.", "deit.")
+DINOV2 = (VIT + VIT_SEQUENCE).replace("vit.layers", "dinov2.encoder.layer")
 T5 = """
 columns {encoder,decoder}.block.*.layer.*.*Attention.{q,k,v} over tp
 rows {encoder,decoder}.block.*.layer.*.*Attention.o over tp
@@ -186,6 +205,7 @@ CASES: dict[str, Case] = {
         lambda: bert(transformers.BertForSequenceClassification), labelled_text, GRID + DATA + BERT
     ),
     "vit": (vit, images, GRID + PIXELS + VIT),
+    "vit sequence": (vit, images, GRID + PIXELS + VIT + VIT_SEQUENCE),
     "t5": (t5, text, GRID + DATA + T5),
     "t5 vocab sequence": (t5, text, GRID + DATA + T5 + T5_VOCAB + T5_SEQUENCE),
     "phi3": (phi3, text, GRID + DATA + PHI3),
@@ -218,6 +238,8 @@ MORE_CASES: dict[str, Case] = {
     "bert data": (bert, masked_text, LINE + MASKED),
     "bert sequence vocab": (bert, masked_text, GRID + MASKED + BERT + BERT_VOCAB + BERT_SEQUENCE),
     "vit data": (vit, images, LINE + PIXELS),
+    "deit sequence": (deit, images, "mesh dp=2, tp=4\n" + PIXELS + DEIT),
+    "dinov2 sequence": (dinov2, images, "mesh dp=2, tp=4\n" + PIXELS + DINOV2),
     "t5 data": (t5, text, LINE + DATA),
     "t5 bias split": (t5, text, GRID + DATA + T5 + T5_BIAS),
     "t5 vocab": (t5, masked_text, GRID + MASKED + T5 + T5_VOCAB),

@@ -86,10 +86,6 @@ PLANS: Mapping[str, tuple[str, str | None]] = {
     ),
     "rows-do-not-divide": ("mesh tp=5\nrows blocks.*.down over tp", "mesh tp=4\n" + MLP),
     "batch-does-not-divide": ("mesh dp=3\n" + DATA, None),
-    "sequence-does-not-divide": (
-        "mesh tp=5\nsequence blocks.* over tp",
-        "mesh tp=2\nsequence blocks.* over tp\n" + MLP,
-    ),
     "axis-twice-in-a-layout": (
         "mesh tp=2\nshard blocks.*.up.weight [f@tp, d@tp]",
         "mesh tp=2\nshard blocks.*.up.weight [f@tp, d]\nrows blocks.*.down over tp",

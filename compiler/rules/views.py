@@ -22,7 +22,7 @@ aten = torch.ops.aten
 _LINEAR = (frozenset({0}),)
 
 
-@rule(
+RESHAPES = (
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
@@ -35,6 +35,10 @@ _LINEAR = (frozenset({0}),)
     aten.squeeze.dims,
     aten.unsqueeze.default,
 )
+"""Operators that change the shape and keep the order of elements."""
+
+
+@rule(*RESHAPES)
 def _reshape(call: Call) -> Spec:
     """Any change of shape that keeps the order of elements."""
     (operand,), (result,) = call.operands, call.results

@@ -94,6 +94,11 @@ def dropout(x: Tensor, p: float, op_id: int) -> Tensor:
     return x.exp()
 
 
+def extend(x: Tensor, dim: int, size: int) -> Tensor:
+    last = x.narrow(dim, x.shape[dim] - 1, 1)
+    return torch.cat([x, *(last for _ in range(size - x.shape[dim]))], dim)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, *rest: Any
 ) -> tuple[Tensor, Tensor]:

@@ -472,6 +472,7 @@ COMPOSITES = [
         gradients=False,
     ),
     mesh("dropout", f(4, 6), 0.1, 0),
+    mesh("extend", f(4, 3, 6), 1, 4),
     mesh("attention", *(f(2, 4, 3, 2) for _ in range(3)), None, True, None, 0.0, 0),
     mesh("attention", f(2, 4, 3, 2), f(2, 2, 3, 2), f(2, 2, 3, 4), None, False, None, 0.0, 0),
     mesh("attention", f(2, 4, 3, 2), f(2, 1, 5, 2), f(2, 1, 5, 2), None, False, 0.3, 0.0, 0),
