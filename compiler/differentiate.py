@@ -35,6 +35,14 @@ def differentiate(
     return differentiator.run(), tuple(differentiator.emitter.movements)
 
 
+def node_cotangents(context: VjpContext) -> Cotangents:
+    """Emit the backward of one node; the cotangent of each operand that wants one."""
+    op = context.node.op
+    if isinstance(op, MeshOp) and op.name in COLLECTIVES:
+        return [collective_adjoint(context)]
+    return cotangents(context)
+
+
 class _Differentiator:
     def __init__(self, graph: Graph, explicit: frozenset[str]) -> None:
         self.graph = graph
@@ -80,10 +88,7 @@ class _Differentiator:
             for i in range(num_results)
         )
         context = VjpContext(self.emitter, node, self._results(node), grads, origin)
-        if isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES:
-            found: Cotangents = [collective_adjoint(context)]
-        else:
-            found = cotangents(context)
+        found = node_cotangents(context)
         for operand, grad in zip(context.operands, found, strict=True):
             if grad is not None and operand.requires_grad:
                 self._add(operand, 0, grad, origin)

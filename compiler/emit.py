@@ -194,8 +194,8 @@ class Emitter:
         have = self._have.setdefault(value, {value.placed: value})
         if target in have:
             return have[target]
-        node = value
-        for step in steps(value.placed, target, self.mesh):
+        node = self._counted_once(value, target, origin) if self.backward else value
+        for step in steps(node.placed, target, self.mesh):
             if step.target in have:
                 node = have[step.target]
                 continue
@@ -204,6 +204,22 @@ class Emitter:
             self.movements.append(Movement(value, user, step, following, planned))
             node = have[step.target] = following
         return node
+
+    def _counted_once(self, value: Node, target: Layout, origin: Origin) -> Node:
+        """`value` without the varying axes that `target` lacks.
+
+        Nothing is differentiated again behind a backward: there a varying value is a replicated
+        one, that of which operand it was made of aside.
+        """
+        states = ("replicated", "partial")
+        gone = tuple(axis for axis in value.placed.varying if target.state(axis) in states)
+        if not gone:
+            return value
+        layout = value.placed.drop_varying(gone)
+        have = self._have[value]
+        if layout not in have:
+            have[layout] = self._step(value, Step("narrow", gone, value.placed, layout), origin)
+        return have[layout]
 
     def _forced(self, value: Node, operands: list[Node]) -> frozenset[str]:
         """The axes that the plan splits other operands over, or sequences: `value` has to yield."""

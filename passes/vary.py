@@ -8,8 +8,10 @@ After:   vary: f32[16, 64] varying(dp)      = vary(wpe_weight, dp)
          mul: f32[8@dp, 16, 64]             = mul(x, embedding)
 
 A value made of parameters alone is varied at the parameters, where its gradient joins the others in
-a bucket, unless the parameters are much the larger. Where one value is varied over two nested sets
-of axes, the larger is made from the smaller: their cotangents are summed before the last reduction.
+a bucket, unless the parameters are much the larger. An operator whose adjoint needs the whole
+cotangent (a Cholesky factor, a determinant) stays before the `vary`. Where one value is varied over
+two nested sets of axes, the larger is made from the smaller: their cotangents are summed before the
+last reduction.
 Requires: a placed graph, not yet differentiated. Ensures: the same values, each placed by its rule.
 """
 
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from meshwright.compiler.ir import INPUT, Builder, Graph, MeshOp, Node, map_nodes
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.memory import node_bytes
+from meshwright.compiler.pending import keeps_pending
 
 VARY = MeshOp("vary")
 
@@ -67,10 +70,11 @@ class _Finder:
         self.graph, self.users = graph, graph.users()
         self.returned = {node for _, node in graph.outputs}
         self.varied = {(n.args[0], n.kwargs["axes"]) for n in graph.nodes if n.op == VARY}
+        self.reduces: dict[tuple[Node, tuple[str, ...]], bool] = {}
 
     def chain(self, node: Node) -> _Chain | None:
         """The chain behind a `vary` node, if it may be hoisted: nothing else uses it, and it is not
-        much smaller than the parameters that it is made of."""
+        much smaller than the parameters, and other sources, that it is made of."""
         if node.op != VARY or node.args[0].op in (INPUT, VARY):
             return None
         axes: tuple[str, ...] = node.kwargs["axes"]
@@ -83,27 +87,36 @@ class _Finder:
             return None
         if nodes & self.returned:
             return None
-        parameters = [each for each in sources if each.op == INPUT]
-        size = sum(node_bytes(parameter, self.graph) for parameter in parameters)
-        if size > node_bytes(node, self.graph) + SLACK:
+        made = [each for each in sources if (each, axes) not in self.varied or each.op == INPUT]
+        size = sum(node_bytes(each, self.graph) for each in made)
+        if not nodes or size > node_bytes(node, self.graph) + SLACK:
             return None
         return _Chain(nodes, sources, axes)
 
     def _behind(
         self, value: Node, axes: tuple[str, ...]
     ) -> tuple[frozenset[Node], frozenset[Node]]:
-        """What computes `value`, back to parameters and to values that are varied anyway."""
+        """What computes `value`, back to parameters, to values that are varied anyway, and to
+        those whose adjoint needs the whole cotangent."""
         nodes: set[Node] = set()
         sources: set[Node] = set()
         pending = [value]
         while pending:
             each = pending.pop()
-            if each.op == INPUT or (each is not value and (each, axes) in self.varied):
+            elsewhere = each is not value and (each, axes) in self.varied
+            if each.op == INPUT or elsewhere or self._needs_whole(each, axes):
                 sources.add(each)
             elif each not in nodes:
                 nodes.add(each)
                 pending += [operand for operand in each.operands() if operand.requires_grad]
         return frozenset(nodes), frozenset(sources)
+
+    def _needs_whole(self, node: Node, axes: tuple[str, ...]) -> bool:
+        """Whether the adjoint of a node would reduce a cotangent that is pending over `axes`."""
+        if (node, axes) not in self.reduces:
+            reduces = _may_vary(node, axes) and not keeps_pending(node, axes, self.graph.mesh)
+            self.reduces[node, axes] = reduces
+        return self.reduces[node, axes]
 
 
 def _may_vary(node: Node, axes: tuple[str, ...]) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from meshwright.compiler.ir import MeshOp
 from meshwright.passes import vary
 from tests.equivalence import check_equal
 from tests.models import real
@@ -54,3 +56,24 @@ def test_one_parameter_may_vary_over_nested_axes() -> None:
     program = check_equal(Twice(), lambda: (real(8, 16), real(8, 16)), plan)
     backward = [each for each in program.comm() if each.phase == "backward"]
     assert sorted(each.axes for each in backward) == [("a",), ("b",)]
+
+
+class Covariance(nn.Module):
+    """A covariance by its Cholesky factor, and a weight whose gain is learnt apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor, self.weight = nn.Parameter(torch.eye(4)), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = torch.linalg.cholesky(self.factor @ self.factor.T) * 2
+        return ((x @ whole).tanh() @ F.softshrink(self.weight)).square().mean()
+
+
+def test_an_adjoint_that_needs_the_whole_cotangent_stays_before_the_vary() -> None:
+    program = check_equal(Covariance(), lambda: (real(8, 4),), "mesh dp=2\ndata x over dp\n")
+    nodes = program.step.forward.nodes
+    varied = {str(node.args[0].op) for node in nodes if node.op == MeshOp("vary")}
+    assert varied == {"aten.linalg_cholesky.default", "mesh::input"}
+    backward = [each.type for each in program.comm() if each.phase == "backward"]
+    assert sorted(backward) == ["f64[16] partial(dp)", "f64[4, 4] partial(dp)"]

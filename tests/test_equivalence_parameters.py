@@ -1,0 +1,107 @@
+"""Any differentiable function of a parameter may meet split data, whatever its adjoint needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.equivalence import check_equal
+from tests.models import real
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "weight norm": lambda w: torch._weight_norm(w, w[:, :1].square() + 1, 0),
+    "matrix exponential": lambda w: torch.matrix_exp(w - w.T),
+    "cholesky": lambda w: torch.linalg.cholesky(_positive(w)),
+    "cholesky inverse": lambda w: torch.cholesky_inverse(torch.linalg.cholesky(_positive(w))),
+    "determinant": lambda w: torch.det(w),
+    "log-determinant": lambda w: torch.slogdet(_positive(w))[1],
+    "inverse": lambda w: torch.inverse(_positive(w)),
+    "solve": lambda w: torch.linalg.solve(_positive(w), w),
+    "triangular solve": lambda w: torch.linalg.solve_triangular(_lower(w), w, upper=False),
+    "eigenvalues": lambda w: torch.linalg.eigh(w + w.T)[0],
+    "orthogonal factor": lambda w: torch.linalg.qr(_positive(w))[0],
+    "singular values": lambda w: torch.linalg.svdvals(w),
+    "pairwise distances": lambda w: torch.cdist(w, w.flip(0)),
+    "distances": lambda w: F.pdist(w).sum(),
+    "glu": lambda w: F.glu(w.view(2, 8)).view(2, 4).sum(0),
+    "cross product": lambda w: torch.linalg.cross(w[:, :3], w[:, 1:]).sum(),
+    "reflecting pad": lambda w: F.pad(w, (1, 1), mode="reflect")[:, :4],
+    "replicating pad": lambda w: F.pad(w, (1, 1), mode="replicate")[:, 2:],
+    "soft shrinking": lambda w: F.softshrink(w),
+    "cumulative log-sum": lambda w: w.logcumsumexp(0),
+    "cumulative product": lambda w: w.cumprod(1),
+    "sort": lambda w: w.sort(0)[0],
+    "largest": lambda w: w.topk(4, 1)[0] + w.max(0)[0],
+    "median": lambda w: w.median(0)[0],
+    "resampling": lambda w: F.interpolate(w[None], size=8, mode="linear")[0][:, ::2],
+    "sampling": lambda w: F.grid_sample(
+        w[None, None], w.view(1, 2, 4, 2).tanh(), align_corners=True
+    ).view(2, 4)[0],
+    "unfolding": lambda w: F.unfold(w[None, None], 2).view(4, 9)[:, :4],
+    "group norm": lambda w: F.group_norm(w[None], 2)[0],
+}
+
+
+def _lower(w: Tensor) -> Tensor:
+    return w.tril() + 4 * torch.eye(4, dtype=w.dtype)
+
+
+def _positive(w: Tensor) -> Tensor:
+    return w @ w.T + 4 * torch.eye(4, dtype=w.dtype)
+
+
+class Transformed(nn.Module):
+    """Each function of a parameter of its own scales and shifts one split activation."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names, self.mid = names, nn.Linear(4, 4)
+        self.weights = nn.ParameterList(torch.randn(4, 4) for _ in names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.mid(x)
+        made = [
+            torch.tanh(FUNCTIONS[name](w)) for name, w in zip(self.names, self.weights, strict=True)
+        ]
+        total = sum((h.cos() * m.sum(0, keepdim=True)).square().mean() for m in made if m.dim())
+        scales = sum((h * m).tanh().sum() for m in made if not m.dim())
+        return torch.as_tensor(total + scales)
+
+
+PLANS = {
+    "data": "mesh dp=3\ndata x over dp\n",
+    "data and tensor": "mesh dp=2, tp=2\ndata x over dp\ncolumns mid over tp\n",
+    "split parameters": "mesh dp=2, tp=2\ndata x over dp\nshard weights.* [n@tp, m]\n",
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_functions_of_parameters_meet_split_data(plan: str) -> None:
+    torch.manual_seed(0)
+    check_equal(Transformed(list(FUNCTIONS)), lambda: (real(6, 4),), PLANS[plan], tolerance=1e-9)
+
+
+class Mixed(nn.Module):
+    """Operators without a rule that take a split activation and a parameter at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid, self.slope = nn.Linear(4, 4), nn.Parameter(torch.rand(4))
+        self.bilinear, self.centres = nn.Bilinear(4, 4, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.prelu(self.mid(x), self.slope)
+        h = h + self.bilinear(h, x)
+        away = torch.cdist(h, self.centres).square().mean()
+        across = torch.linalg.cross(h[:, :3], self.centres[:1, 1:]).tanh().sum()
+        return away + across + torch.linalg.vector_norm(h - self.slope, 3)
+
+
+@pytest.mark.parametrize("plan", ["data", "data and tensor"])
+def test_operators_without_a_rule_take_activations_and_parameters(plan: str) -> None:
+    torch.manual_seed(0)
+    check_equal(Mixed(), lambda: (real(6, 4),), PLANS[plan])
