@@ -131,13 +131,18 @@ def _cut(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Cut:
     return lambda tensor: shard(tensor, layout, mesh, coords)
 
 
+def check_dense(tensor: Tensor) -> None:
+    """Raise `RunError` for an input without values in memory of its own."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise RunError(
+            f"an input is {'on the meta device' if tensor.is_meta else tensor.layout}",
+            help="pass dense tensors with values",
+        )
+
+
 def _on(device: torch.device, cut: Cut) -> Cut:
     def take(tensor: Tensor) -> Tensor:
-        if tensor.layout is not torch.strided or tensor.is_meta:
-            raise RunError(
-                f"an input is {'on the meta device' if tensor.is_meta else tensor.layout}",
-                help="pass dense tensors with values",
-            )
+        check_dense(tensor)
         part = cut(tensor)
         return part if part.device == device else part.to(device)
 

@@ -25,7 +25,7 @@ def check_optimizer(
 ) -> dict[str, Any]:
     """What the manifest says of it: class, groups and numbers. Raises `RunError` for one that was
     not made by this run, or keeps what no checkpoint can hold."""
-    check_kind(optimizer, Optimizer, "the optimizer", "pass what `run.optimizer(...)` gave")
+    check_owner(states, optimizer)
     state = states[0]
     groups = [
         {
@@ -42,6 +42,13 @@ def check_optimizer(
             else:
                 _entry(program, name, key, value)
     return {"class": type(optimizer).__name__, "groups": groups, "numbers": numbers}
+
+
+def check_owner(states: Sequence[RankState], optimizer: Optimizer) -> None:
+    """Raise `RunError` for what is no optimizer, or one of parameters that these ranks lack."""
+    check_kind(optimizer, Optimizer, "the optimizer", "pass what `run.optimizer(...)` gave")
+    for group in optimizer.param_groups:
+        _names(group, states)
 
 
 def optimizer_entries(program: Program, state: RankState, optimizer: Optimizer) -> list[Entry]:

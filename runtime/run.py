@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +14,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meshwright.compiler.program import Program, Stored
+from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
-from meshwright.runtime.errors import RunError, check_kind
+from meshwright.runtime.copies import check_found, compare, held
+from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.gather import gathered_all
 from meshwright.runtime.inputs import Cut, Inputs, data_axes
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, check_elementwise, grouped
+from meshwright.runtime.optimizer_state import check_owner
 from meshwright.runtime.rank import RankProgram, RankState, RankStep
+from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import executable_digest, same_start
 from meshwright.runtime.transport import (
     ProcessMesh,
@@ -46,6 +51,7 @@ class _Linked:
     inputs: Inputs
     ranks: list[tuple[RankStep, list[Cut]]]
     wire_names: tuple[str, ...]
+    input_names: tuple[str, ...]
 
 
 class Run:
@@ -64,13 +70,16 @@ class Run:
         seed: int = 0,
         state_dict: Mapping[str, Tensor] | None = None,
         new_shapes: str = "error",
+        check_inputs: bool | int = True,
     ) -> None:
         """Hold the shards of the model's weights, or of `state_dict`, and link the code.
 
         All ranks start from the weights and the `seed` of rank 0; `seed` keys dropout.
         `new_shapes="compile"` lets `step` compile for input signatures other than the example's.
-        Raises `RunError` where there are no weights to hold, where the number of processes is not
-        the mesh's, or where ranks compiled different programs.
+        With `check_inputs`, processes compare what they were given: in the first call, in calls 2,
+        4, 8 and so on, and then in every 100th (or as the number given says), with the verdict at
+        the next call of any method. Raises `RunError` where there are no weights to hold, where the
+        number of processes is not the mesh's, or where ranks compiled different programs.
         """
         if new_shapes not in ("error", "compile"):
             raise RunError(
@@ -78,6 +87,7 @@ class Run:
                 help='write `new_shapes="compile"` or leave it out',
             )
         check_kind(seed, int, "`seed`", "pass a whole number")
+        interval = read_interval(check_inputs)
         if state_dict is not None:
             shapes = shapes_of(state_dict, "`state_dict`")
             check_state(program, shapes, "`state_dict`", complete=False)
@@ -92,15 +102,22 @@ class Run:
             else VirtualMesh(program.mesh)
         )
         self.transport.check_same_program(executable_digest(program))
+        self._input_check: InputCheck | None = None
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         for state in self.states:
             state.random.seed = seed
         if isinstance(self.transport, ProcessMesh):
             self._run([same_start(state, program, values) for state in self.states])
+            if interval:
+                self._input_check = InputCheck(
+                    self.transport.process, interval, splits_data=bool(program.plan.of(Data))
+                )
         self._signatures: dict[Any, _Linked] = {}
         self._launched = self._link(program)
         self._latest = {program.mode: self._launched}
         self._rows: tuple[Inputs, list[Cut]] | None = None
+        self._results: list[dict[str, Tensor]] = []
+        """Of the last call, by rank, where every rank is here."""
         self._closed = False
 
     # -- training -----------------------------------------------------------------------------
@@ -113,7 +130,7 @@ class Run:
         Raises `RunError` for inputs unlike the example's, unless `new_shapes` says to compile.
         """
         linked, tensors = self._find("train", args, kwargs)
-        return self._train(linked, linked.ranks, tensors)
+        return _results(self._execute("step", linked, tensors))
 
     def step_local(self, *args: Any, **kwargs: Any) -> Any:
         """As `step`, given only the rows `data_slice(n)` of the inputs under `data`."""
@@ -126,7 +143,8 @@ class Run:
         inputs, cuts = self._rows
         help = "pass the rows `data_slice(n)` of a batch like the example's"
         tensors = inputs.flatten(args, kwargs, help)
-        return self._train(self._launched, [(self._launched.ranks[0][0], cuts)], tensors)
+        ranks = [(self._launched.ranks[0][0], cuts)]
+        return _results(self._execute("step_local", self._launched, tensors, ranks))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The loss in the model's eval mode, with the same weights and no gradients.
@@ -134,39 +152,43 @@ class Run:
         Captured at first use, and for each new input signature. With `outputs`, as `step`.
         """
         linked, tensors = self._find("eval", args, kwargs)
-        return _results(self._execute(linked, linked.ranks, tensors))
+        return _results(self._execute("evaluate", linked, tensors))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs in its eval mode: a tensor, or a dictionary by path."""
         linked, tensors = self._find("infer", args, kwargs)
-        found = self._execute(linked, linked.ranks, tensors)
+        found = self._execute("forward", linked, tensors)
         named = {label.partition(":")[2]: value for label, value in found.items()}
         return named[""] if list(named) == [""] else named
 
-    def _train(
-        self,
-        linked: _Linked,
-        ranks: Sequence[tuple[RankStep, list[Cut]]],
-        tensors: Sequence[Tensor],
-    ) -> Any:
-        for state in self.states:
-            state.random.step += 1
-        return _results(self._execute(linked, ranks, tensors))
-
     def _execute(
         self,
+        method: str,
         linked: _Linked,
-        ranks: Sequence[tuple[RankStep, list[Cut]]],
         tensors: Sequence[Tensor],
+        ranks: Sequence[tuple[RankStep, list[Cut]]] = (),
     ) -> dict[str, Tensor]:
+        check = self._input_check
+        axes = data_axes(self.program) if method == "step_local" else ()
+        if check is not None:
+            check.before(method, linked.input_names, tensors, axes)
+        if method in ("step", "step_local"):
+            for state in self.states:
+                state.random.step += 1
         programs = [
             step.run([cut(tensor) for cut, tensor in zip(cuts, tensors, strict=True)])
-            for step, cuts in ranks
+            for step, cuts in ranks or linked.ranks
         ]
-        found: dict[str, Tensor] = self._run(programs, linked.wire_names)[0]
-        return found
+        found: list[dict[str, Tensor]] = self._run(programs, linked.wire_names)
+        if check is not None:
+            check.after(method, linked.input_names, tensors, axes)
+        else:
+            self._results = found if len(found) > 1 else []
+        return found[0]
 
     def _run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
+        if self._input_check is not None:
+            self._input_check.settle()
         device = self.program.device.type
         with torch.no_grad():
             if not torch.is_autocast_enabled(device):
@@ -208,6 +230,8 @@ class Run:
         """The program for inputs like these, from the cache or compiled now, on every rank."""
         key = (mode, *_signature(args, kwargs))
         if key not in self._signatures:
+            if self._input_check is not None:
+                self._input_check.settle()
             program = self.program.recompile(example=(args, kwargs), mode=mode)
             self.transport.check_same_program(executable_digest(program))
             self._signatures[key] = self._link(program)
@@ -220,7 +244,7 @@ class Run:
             for state in self.states
         ]
         names = tuple(name for code in program.code for name in code.wire_names)
-        return _Linked(program, inputs, ranks, names)
+        return _Linked(program, inputs, ranks, names, tuple(inputs.types))
 
     # -- data ---------------------------------------------------------------------------------
 
@@ -369,7 +393,28 @@ class Run:
                 torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
         return totals[0]
 
-    # -- checkpoints and the end --------------------------------------------------------------
+    # -- checks, checkpoints and the end ------------------------------------------------------
+
+    def check(
+        self, optimizer: torch.optim.Optimizer | None = None, *, tolerance: float = 0.0
+    ) -> None:
+        """Compare what several ranks hold copies of: weights, buffers and gradients; with
+        `optimizer` its state and options; on the virtual mesh the last call's results too.
+
+        Copies are equal to the bit unless something is wrong; `tolerance` allows for operators
+        that are not deterministic on the device. Raises `MismatchError` that names each tensor that
+        differs, the ranks, and by how much.
+        """
+        check_kind(tolerance, (int, float), "`tolerance`", "pass a number")
+        if optimizer is not None:
+            check_owner(self.states, optimizer)
+        self._check_usable(self.program.mode)
+        results = self._results or [{} for _ in self.states]
+        programs = [
+            compare(state, held(self.program, state, optimizer, own), tolerance)
+            for state, own in zip(self.states, results, strict=True)
+        ]
+        check_found(self._run(programs)[0], self.states[0].rank)
 
     def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write a checkpoint into the folder `path`, which every rank must reach.
@@ -391,8 +436,15 @@ class Run:
 
     def close(self) -> None:
         """Leave the mesh. Afterwards the run can not be used."""
-        if not self._closed:
-            self._closed = True
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self._input_check is not None:
+                # Peers that are gone already are no concern of a rank that has finished.
+                with contextlib.suppress(PeerError, DeadlockError):
+                    self._input_check.settle()
+        finally:
             self.transport.close()
 
     def __enter__(self) -> Self:

@@ -33,7 +33,8 @@ def check_equal(
 
     `example` is a batch, or a function that makes one for each step. `loss` and `outputs` are as
     in `meshwright.compile`; gradients of `accumulate` batches are summed before each of `steps`
-    updates by AdamW. The programs run on the virtual mesh. Returns the compiled program.
+    updates by AdamW. The programs run on the virtual mesh, and every rank's copies of what is
+    replicated are compared, after each step and at the end. Returns the compiled program.
     """
     model = model.to(dtype)
     batches = [_batch(example) for _ in range(steps * accumulate)]
@@ -50,6 +51,7 @@ def check_equal(
     for number, batch in enumerate(batches):
         found = run.step(**batch) if isinstance(batch, dict) else run.step(*batch)
         results = found if isinstance(found, tuple) else (found,)
+        run.check(optimizer)
         wanted = expected_results(reference, batch, loss, outputs)
         wanted[0].backward()
         for name, ours, theirs in zip(("loss", *outputs), results, wanted, strict=True):
@@ -59,6 +61,7 @@ def check_equal(
             for each in (optimizer, expected_optimizer):
                 each.step()
                 each.zero_grad()
+    run.check(optimizer)
     state = run.state_dict()
     assert set(state) == set(reference.state_dict())
     for name, value in reference.state_dict().items():

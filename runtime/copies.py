@@ -1,0 +1,193 @@
+"""Compare what several ranks hold copies of: weights, buffers, gradients, optimizer state.
+
+A layout says which ranks hold the same part of a tensor. Checksums are compared first, in one small
+collective; only tensors whose copies differ are then gathered, to say by how much.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from meshwright.compiler.collectives import Wire
+from meshwright.compiler.layout import Layout, replicated
+from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.program import Program
+from meshwright.runtime.errors import MismatchError, spell_ranks, verb
+from meshwright.runtime.rank import RankProgram, RankState
+from meshwright.runtime.start import checksum
+from meshwright.runtime.weights import stored_tensors
+
+_SHOWN = 8
+"""Tensors that an error names; those beyond are counted, and not gathered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor that a rank holds, and the layout that says which ranks hold the same part."""
+
+    label: str
+    tensor: Tensor
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Copies of one tensor that differ: the ranks, those they differ from, and by how much."""
+
+    label: str
+    ranks: tuple[int, ...]
+    usual: tuple[int, ...]
+    size: float
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a comparison found: the largest drifts, and how many tensors differ in all."""
+
+    drifts: tuple[Drift, ...]
+    num_tensors: int
+
+
+def held(
+    program: Program,
+    state: RankState,
+    optimizer: Optimizer | None,
+    results: Mapping[str, Tensor],
+) -> list[Held]:
+    """All that this rank holds, in one order on all ranks."""
+    found: list[Held] = []
+    for kind, stored in stored_tensors(program):
+        found.append(Held(f"`{stored.name}`", state.tensors[kind, stored.name], stored.layout))
+    for name, parameter in state.parameters.items():
+        if parameter.grad is not None:
+            layout = program.parameters[name].layout
+            found.append(Held(f"the gradient of `{name}`", parameter.grad, layout))
+    if optimizer is not None:
+        found += _optimizer_state(program, state, optimizer)
+    for label, value in results.items():
+        found.append(Held(f"the result `{label}`", value, replicated(tuple(value.shape))))
+    steps = torch.tensor([state.random.seed, state.random.step])
+    found.append(Held("the seed and the number of steps", steps, replicated((2,))))
+    return found
+
+
+def _optimizer_state(program: Program, state: RankState, optimizer: Optimizer) -> Iterator[Held]:
+    for name, parameter in state.parameters.items():
+        stored = program.parameters[name]
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
+            tensor = value if isinstance(value, Tensor) else _number(value)
+            if tensor is None:
+                continue
+            label, shape = f"the optimizer's `{key}` of `{name}`", tuple(tensor.shape)
+            if shape == stored.layout.local_shape(program.mesh):
+                yield Held(label, tensor, stored.layout)
+            elif not shape or not stored.layout.split_axes:
+                yield Held(label, tensor, replicated(shape))
+    for number, group in enumerate(optimizer.param_groups):
+        for key, value in sorted(group.items()):
+            option = None if key == "params" else _number(value)
+            if option is not None:
+                layout = replicated(tuple(option.shape))
+                yield Held(f"the optimizer's `{key}` in group {number}", option, layout)
+
+
+def _number(value: Any) -> Tensor | None:
+    """A number, or several, as a tensor."""
+    if isinstance(value, Tensor):
+        return value
+    numbers = value if isinstance(value, (list, tuple)) else (value,)
+    if all(isinstance(each, (bool, int, float)) for each in numbers):
+        return torch.tensor([float(each) for each in numbers], dtype=torch.float64)
+    return None
+
+
+def compare(state: RankState, listed: Sequence[Held], tolerance: float) -> RankProgram:
+    """What differs among copies by more than `tolerance`: a `Found`, the same on every rank."""
+    every_axis, device = state.mesh.names, state.device
+    text = "\0".join(f"{each.label} {tuple(each.tensor.shape)}" for each in listed)
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    digests = yield Wire("all_gather", every_axis), torch.tensor([number], device=device)
+    if len(set(digests.flatten().tolist())) > 1:
+        return _other_tensors(digests.flatten().tolist())
+    sums = torch.stack([checksum(each.tensor).to(device) for each in listed])
+    every = (yield Wire("all_gather", every_axis), sums).T.tolist()
+    differing = [
+        each for each, row in zip(listed, every, strict=True) if _differ(row, each.layout, state)
+    ]
+    drifts: list[Drift] = []
+    for each in differing[:_SHOWN]:
+        copies = yield Wire("all_gather", every_axis), each.tensor.detach().to(device).contiguous()
+        drifts += _drifts(each, copies.cpu(), state.mesh, tolerance)
+    unseen = len(differing[_SHOWN:]) if drifts else 0
+    return Found(tuple(drifts), len({drift.label for drift in drifts}) + unseen)
+
+
+def _differ(sums: Sequence[int], layout: Layout, state: RankState) -> bool:
+    groups = copy_groups(layout.split_axes, state.mesh)
+    return any(len({sums[rank] for rank in ranks}) > 1 for ranks in groups)
+
+
+def _other_tensors(digests: Sequence[int]) -> Found:
+    usual, *others = by_value(range(len(digests)), digests)
+    ranks = tuple(sorted(rank for group in others for rank in group))
+    return Found((Drift("the list of gradients and optimizer state", ranks, usual, 0.0),), 1)
+
+
+def _drifts(each: Held, copies: Tensor, mesh: Mesh, tolerance: float) -> Iterator[Drift]:
+    """By part of a tensor: the ranks whose copies differ from those that most ranks hold."""
+    for ranks in copy_groups(each.layout.split_axes, mesh):
+        sums = [int(checksum(copies[rank])) for rank in ranks]
+        usual, *others = by_value(ranks, sums)
+        sizes = {rank: _distance(copies[rank], copies[usual[0]]) for own in others for rank in own}
+        far = [rank for rank, size in sizes.items() if not size <= tolerance]
+        if far:
+            yield Drift(each.label, tuple(sorted(far)), usual, max(sizes[rank] for rank in far))
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    if not ours.numel():
+        return 0.0
+    wide = torch.complex128 if ours.is_complex() else torch.float64
+    ours, theirs = ours.to(wide), theirs.to(wide)
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    return (ours - theirs).abs().masked_fill(same, 0.0).max().item()
+
+
+def copy_groups(split_axes: Sequence[str], mesh: Mesh) -> tuple[tuple[int, ...], ...]:
+    """The ranks that hold the same part of what is split over these axes."""
+    return mesh.groups(tuple(axis for axis in mesh.names if axis not in split_axes))
+
+
+def by_value(ranks: Sequence[int], values: Sequence[Any]) -> list[tuple[int, ...]]:
+    """The ranks with the same value; the largest set first, the one of the lowest rank if in
+    doubt."""
+    found: dict[Any, list[int]] = {}
+    for rank, value in zip(ranks, values, strict=True):
+        found.setdefault(value, []).append(rank)
+    return sorted((tuple(each) for each in found.values()), key=lambda each: -len(each))
+
+
+def check_found(found: Found, rank: int) -> None:
+    """Raise `MismatchError` that names every tensor, its ranks and the size of the difference."""
+    if not found.drifts:
+        return
+    lines = [
+        f"{drift.label}: {verb(drift.ranks, 'differs', 'differ')} from {spell_ranks(drift.usual)}"
+        + (f" by up to {drift.size:.1e}" if drift.size else "")
+        for drift in found.drifts[:_SHOWN]
+    ]
+    several = f"copies of {found.num_tensors} tensors differ"
+    raise MismatchError(
+        f"{'copies of one tensor differ' if found.num_tensors == 1 else several} between ranks",
+        rank=rank,
+        peers=tuple(sorted({each for drift in found.drifts for each in drift.ranks})),
+        where=lines,
+        help="give every rank the same inputs and calls; `run.load(...)` makes weights equal again",
+    )

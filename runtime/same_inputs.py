@@ -1,0 +1,167 @@
+"""Compare what ranks are given: the global batch, or the rows that several of them share.
+
+Ranks of one group that compute on different batches raise nothing: they train on garbage. So in the
+first calls and then now and then a checksum of every input goes to all ranks. The first call of a
+kind is compared before it runs; later ones are sent off when the call has run, and compared when
+the next one begins, so that no call waits for a comparison of its own.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.collectives import Wire
+from meshwright.runtime.copies import by_value
+from meshwright.runtime.errors import MismatchError, RunError, spell_ranks, verb
+from meshwright.runtime.inputs import check_dense
+from meshwright.runtime.process import Handle, ProcessTransport
+from meshwright.runtime.start import checksum
+
+INTERVAL = 100
+"""Calls from one comparison to the next, once the first ones are over."""
+_SAMPLED_BYTES = 1 << 20
+"""What a later comparison reads of an input: a loader that differs, differs everywhere."""
+
+_SAME_BATCH = "give every rank the same batch (seed all loaders alike)"
+_OWN_ROWS = "or pass each rank its own rows of it to `step_local`"
+_SAMPLER = "give the sampler `run.data_rank` and `run.data_ranks`, not rank and world size"
+
+
+def read_interval(check_inputs: object) -> int:
+    """The interval that `launch(check_inputs=...)` asks for; 0 is never. Raises `RunError`."""
+    if check_inputs is True:
+        return INTERVAL
+    if not isinstance(check_inputs, int) or check_inputs < 0:
+        raise RunError(
+            f"`check_inputs` is {check_inputs!r}",
+            help="write `True`, `False`, or a number of steps from one comparison to the next",
+        )
+    return int(check_inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A comparison under way: call `number` of `method`, with these inputs."""
+
+    method: str
+    number: int
+    names: tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...]
+    handle: Handle
+
+
+class InputCheck:
+    """Compares, every `interval` calls and at calls 1, 2, 4, 8 and so on before, what ranks got.
+
+    Made and called alike on every rank; `splits_data` is whether the plan splits the batch.
+    """
+
+    def __init__(self, process: ProcessTransport, interval: int, *, splits_data: bool) -> None:
+        self.process, self.interval, self.splits_data = process, interval, splits_data
+        self._calls: Counter[str] = Counter()
+        self._sent: _Sent | None = None
+
+    def before(
+        self,
+        method: str,
+        names: Sequence[str],
+        tensors: Sequence[Tensor],
+        axes: tuple[str, ...] = (),
+    ) -> None:
+        """Count a call; the first is compared now. `axes` split the rows that ranks were given.
+
+        Raises `MismatchError` for this comparison, or for one that an earlier call sent off.
+        """
+        self.settle()
+        self._calls[method] += 1
+        if self._calls[method] == 1:
+            self._send(method, names, tensors, axes)
+            self.settle()
+
+    def after(
+        self,
+        method: str,
+        names: Sequence[str],
+        tensors: Sequence[Tensor],
+        axes: tuple[str, ...] = (),
+    ) -> None:
+        """Send a comparison off, if this call is to be compared."""
+        number = self._calls[method]
+        early = number < self.interval and not number & (number - 1)
+        if number > 1 and (early or not number % self.interval):
+            self._send(method, names, tensors, axes)
+
+    def settle(self) -> None:
+        """Compare what was sent off. Raises `MismatchError` that names ranks and inputs."""
+        sent, self._sent = self._sent, None
+        if sent is None:
+            return
+        rows = self.process.wait(sent.handle).T.tolist()
+        lines: dict[str, list[str]] = {}
+        culprits: set[int] = set()
+        for name, row in zip(sent.names, rows, strict=True):
+            for ranks in sent.groups:
+                usual, *others = by_value(ranks, [row[rank] for rank in ranks])
+                different = [rank for own in others for rank in own]
+                if different:
+                    culprits.update(different)
+                    line = f"{verb(different, 'differs', 'differ')} from {spell_ranks(usual)}"
+                    lines.setdefault(line, []).append(f"`{name}`")
+        if lines:
+            raise self._mismatch(sent, lines, culprits)
+        if sent.method == "step_local" and sent.number == 1:
+            _warn_of_equal_rows(sent, rows)
+
+    def _mismatch(
+        self, sent: _Sent, lines: dict[str, list[str]], culprits: set[int]
+    ) -> MismatchError:
+        inputs = dict.fromkeys(name for names in lines.values() for name in names)
+        local = sent.method == "step_local"
+        what = "rows, and work on the same ones" if local else "batches"
+        own_rows = sent.method == "step" and self.splits_data
+        help = _SAMPLER if local else f"{_SAME_BATCH}{f', {_OWN_ROWS}' if own_rows else ''}"
+        return MismatchError(
+            f"ranks were given different {what}: {', '.join(inputs)}, in call {sent.number} of "
+            f"`{sent.method}`",
+            rank=self.process.rank,
+            peers=tuple(sorted(culprits)),
+            where=[f"{', '.join(names)}: {line}" for line, names in lines.items()],
+            help=help,
+        )
+
+    def _send(
+        self, method: str, names: Sequence[str], tensors: Sequence[Tensor], axes: tuple[str, ...]
+    ) -> None:
+        if not tensors:
+            return
+        mesh, number = self.process.mesh, self._calls[method]
+        sums = torch.stack([_sum(tensor, number).to(self.process.device) for tensor in tensors])
+        handle = self.process.start(Wire("all_gather", mesh.names), sums)
+        groups = mesh.groups(tuple(axis for axis in mesh.names if axis not in axes))
+        self._sent = _Sent(method, number, tuple(names), groups, handle)
+
+
+def _sum(tensor: Tensor, number: int) -> Tensor:
+    """A checksum: of the whole at the first call, later of elements spread over it."""
+    check_dense(tensor)
+    stride = -(-tensor.nbytes // _SAMPLED_BYTES)
+    if number > 1 and stride > 1:
+        tensor = tensor.detach().reshape(-1)[number % stride :: stride]
+    return checksum(tensor)
+
+
+def _warn_of_equal_rows(sent: _Sent, rows: Sequence[Sequence[Any]]) -> None:
+    if len(sent.groups) > 1 and all(len(set(row)) == 1 for row in rows):
+        warnings.warn(
+            "every rank passed the same rows to `step_local`, which takes each rank's own: "
+            "slice the batch with `run.data_slice(n)`, or give the sampler `run.data_rank` and "
+            "`run.data_ranks`",
+            stacklevel=5,
+        )
