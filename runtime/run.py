@@ -20,10 +20,11 @@ from meshwright.runtime.copies import check_found, compare, held
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.gather import gathered_all
 from meshwright.runtime.inputs import Cut, Inputs, data_axes
+from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, check_elementwise, grouped
 from meshwright.runtime.optimizer_state import check_owner
-from meshwright.runtime.rank import RankProgram, RankState, RankStep
+from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import executable_digest, same_start
 from meshwright.runtime.transport import (
@@ -58,9 +59,10 @@ class Run:
     """A launched program. Made by `Program.launch`.
 
     `step` takes the global batch, the same on every rank, adds to the gradients of `parameters()`
-    and returns the loss, a 0-d tensor, without waiting for the device. The model that was compiled
-    is not touched; `copy_to` writes trained values back. Every rank calls the same methods in the
-    same order. Ends with `close`, at the end of a `with`, or with the interpreter.
+    and returns the loss, a 0-d tensor, without waiting for the device. There is no `backward` to
+    call. The model that was compiled is not touched: its `state_dict()` stays as it was, that of
+    the run is current, and `copy_to` writes trained values back. Every rank calls the same methods
+    in the same order. Ends with `close`, at the end of a `with`, or with the interpreter.
     """
 
     def __init__(
@@ -102,16 +104,9 @@ class Run:
             else VirtualMesh(program.mesh)
         )
         self.transport.check_same_program(executable_digest(program))
-        self._input_check: InputCheck | None = None
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
-        for state in self.states:
-            state.random.seed = seed
-        if isinstance(self.transport, ProcessMesh):
-            self._run([same_start(state, program, values) for state in self.states])
-            if interval:
-                self._input_check = InputCheck(
-                    self.transport.process, interval, splits_data=bool(program.plan.of(Data))
-                )
+        self._input_check: InputCheck | None = None
+        self._start(seed, values, interval)
         self._signatures: dict[Any, _Linked] = {}
         self._launched = self._link(program)
         self._latest = {program.mode: self._launched}
@@ -119,6 +114,20 @@ class Run:
         self._results: list[dict[str, Tensor]] = []
         """Of the last call, by rank, where every rank is here."""
         self._closed = False
+
+    def _start(self, seed: int, values: Values, interval: int) -> None:
+        """Let every rank begin with the same seed and weights, and watch for what goes wrong."""
+        for state in self.states:
+            state.random.seed = seed
+        if isinstance(self.transport, ProcessMesh):
+            self._run([same_start(state, self.program, values) for state in self.states])
+            if interval:
+                splits_data = bool(self.program.plan.of(Data))
+                self._input_check = InputCheck(
+                    self.transport.process, interval, splits_data=splits_data
+                )
+        if self.program.mode == "train":
+            notice_optimizers_of(self.program.captured.parameters)
 
     # -- training -----------------------------------------------------------------------------
 
@@ -278,7 +287,11 @@ class Run:
     # -- parameters ---------------------------------------------------------------------------
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The local shards; on the virtual mesh those of every rank, one rank after the other."""
+        """The local shards; on the virtual mesh those of every rank, one rank after the other.
+
+        What looks at all gradients together, as `torch.nn.utils.clip_grad_norm_` does, sees parts
+        and copies here, and finds another norm than the model's: use `clip_grad_norm_` of the run.
+        """
         for _, parameter in self.named_parameters():
             yield parameter
 
