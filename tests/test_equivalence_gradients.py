@@ -29,6 +29,23 @@ def test_no_grad_regions_and_detach_stop_gradients() -> None:
     check_equal(Stopped(), rows, PLAN)
 
 
+class Written(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        h, total = F.gelu(self.up(x)), torch.zeros_like(x[..., 0])
+        swapped = torch.zeros_like(h)
+        swapped[..., : h.shape[-1] // 2] = h[..., h.shape[-1] // 2 :]
+        for part in self.down(swapped).unbind(-1):
+            total += part
+        target = F.one_hot(self.down(h).argmax(-1), x.shape[-1]).to(h.dtype)
+        target -= self.down(h).softmax(-1)
+        return total.square().mean() + target.square().mean()
+
+
+def test_what_is_written_into_zeros_keeps_its_gradient() -> None:
+    check_equal(Written(), rows, PLAN)
+    check_equal(Written(), rows, "mesh dp=4\ndata x over dp\n")
+
+
 @pytest.mark.parametrize(
     "frozen", [["up.weight", "down.bias"], ["up.weight", "up.bias"], ["down.weight"]]
 )

@@ -21,7 +21,7 @@ from meshwright.compiler.capture.fakes import Fakes
 from meshwright.compiler.capture.foreign import only_capture_errors, quiet
 from meshwright.compiler.capture.inputs import InputSpec, input_spec, split_example
 from meshwright.compiler.capture.modes import translated_modes
-from meshwright.compiler.capture.mutation import functionalised
+from meshwright.compiler.capture.mutation import detach_out_of_place, functionalised
 from meshwright.compiler.capture.outputs import Loss, Mode, Wrapper
 from meshwright.compiler.capture.regions import inline_regions
 from meshwright.compiler.capture.state import put_back
@@ -125,6 +125,6 @@ def _export(
         stack.enter_context(quiet())
         program = torch.export.export(wrapper, tensors, strict=False)
     stopped = inline_regions(program.graph_module)
+    detach_out_of_place(program.graph)
     stop_gradients(program.graph, stopped)
-    program = functionalised(program, stopped)
-    return program, labels[-1]
+    return functionalised(program), labels[-1]

@@ -167,7 +167,7 @@ class Converter:
                 name = self.named.aliases[str(spec.target).removeprefix("model.")]
                 updates.append((f"buffer:{name}", self.env[node]))
             elif spec.kind is OutputKind.PARAMETER_MUTATION:
-                _refuse_parameter_write(str(spec.target).removeprefix("model."))
+                _refuse_parameter_write(str(spec.target).removeprefix("model."), node)
         return found + updates
 
 
@@ -241,10 +241,11 @@ def _refuse_untraced(node: fx.Node) -> NoReturn:
     )
 
 
-def _refuse_parameter_write(name: str) -> None:
+def _refuse_parameter_write(name: str, node: fx.Node) -> None:
     raise CaptureError(
         f"the forward writes to parameter `{name}`",
         code="parameter write",
+        culprit=origin_of(node).source,
         help="update it after the step, or make it a buffer",
     )
 

@@ -9,6 +9,7 @@ After:   k = mul(h, 2)
 Every traced value says whether it had a history. Where a graph would give it one all the same
 (`no_grad`, `inference_mode`, operators that are not differentiable), its uses that are
 differentiated get it behind a `detach`. `detach` stays in a captured graph: it is a stop-gradient.
+What is written in place gains and loses its history on the way; `written.py` sees to it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from meshwright.compiler.capture.history import History
+from meshwright.compiler.capture.writes import writes
+from meshwright.compiler.capture.written import Written, is_floating
+
+_DETACH = torch.ops.aten.detach.default
+
 
 def stop_gradients(graph: fx.Graph, stopped: set[fx.Node]) -> None:
     """Put a `detach` behind each value whose gradient autograd would not have followed, in place.
@@ -25,17 +32,23 @@ def stop_gradients(graph: fx.Graph, stopped: set[fx.Node]) -> None:
     `stopped` are the nodes that ran under `no_grad`; of views made there autograd itself says
     that they have a history, and follows none.
     """
+    written = None
+    if any(writes(node) for node in graph.nodes):
+        written = Written(graph, History(graph, stopped), stopped)
     followed: set[fx.Node] = set()
     for node in list(graph.nodes):
         if node.op == "placeholder":
             fed = has_history(node)
         else:
             fed = any(operand in followed for operand in node.all_input_nodes)
-        if not fed or node.op == "output":
+        inside = written is not None and node in written
+        if not (fed or inside) or node.op == "output":
             continue
         followed.add(node)
-        if is_floating(node) and (node in stopped or not has_history(node)):
+        if not inside and is_floating(node) and (node in stopped or not has_history(node)):
             _stop(graph, node, stopped)
+    if written:
+        written.stop_gradients()
 
 
 def _stop(graph: fx.Graph, node: fx.Node, stopped: set[fx.Node]) -> None:
@@ -43,11 +56,11 @@ def _stop(graph: fx.Graph, node: fx.Node, stopped: set[fx.Node]) -> None:
     users = [
         user
         for user in node.users
-        if user.op == "output" or (user not in stopped and _may_follow(user))
+        if user.op == "output" or writes(user) or (user not in stopped and _may_follow(user))
     ]
     if users:
         with graph.inserting_after(node):
-            stop = graph.call_function(torch.ops.aten.detach.default, (node,))
+            stop = graph.call_function(_DETACH, (node,))
         stop.meta = dict(node.meta)
         for user in users:
             user.replace_input_with(node, stop)
@@ -66,8 +79,3 @@ def has_history(node: fx.Node) -> bool:
         return isinstance(value, Tensor) and value.requires_grad
     parts = meta if type(meta) in (tuple, list) else (meta,)
     return any(getattr(part, "requires_grad", False) for part in parts)
-
-
-def is_floating(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

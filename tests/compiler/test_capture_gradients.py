@@ -202,6 +202,79 @@ class Spectral(nn.Module):
         return self.a(x).pow(2).sum()
 
 
+class WritesIntoZeros(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        halves, total, kept = torch.zeros_like(h), torch.zeros_like(h[:, 0]), torch.full_like(h, 2)
+        before = (halves[0].clone() * h).sum()
+        halves[:, :2] = h[:, 2:]
+        for column in range(D):
+            total += h[:, column] * column
+        kept[torch.tensor([0, 2]), torch.tensor([1, 3])] = h[0, :2]
+        kept[h > 0] = 0.0
+        nodes = h.new_zeros(3, D).index_add_(0, torch.tensor([0, 1, 2, 0, 1]), h)
+        return before + (halves * h).sum() + total.pow(2).sum() + kept.pow(2).sum() + nodes.sum()
+
+
+class WritesThroughViewsOfZeros(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        h, o, c = self.a(x), torch.zeros(5, D), torch.zeros(5, 2, dtype=torch.complex128)
+        row, early = o[0], o[1].view(2, 2)
+        o.narrow(1, 0, 2).copy_(h[:, :2])
+        o.t()[3].copy_(h[:, 3])
+        o.view(-1)[3:5].add_(h[0, :2])
+        o.diagonal().mul_(h[1])
+        torch.view_as_real(c)[..., 0] = h[:, :2]
+        c.imag[:] = h[:, 2:]
+        return (o.pow(2).sum() + (row * h[3]).sum()) * early.sum() + c.abs().pow(2).sum()
+
+
+class WritesIntoDetached(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        hot = F.one_hot(h.argmax(-1), D).to(h.dtype)
+        apart, cleared, written = h.detach().clone(), h.clone().detach(), h.sin().detach()
+        early = (hot.clone() * h).sum() + (apart.clone() * h).sum()
+        hot -= h.softmax(-1)
+        apart[:, 0] = h[:, 1]
+        cleared[:, 0] = 0
+        written[0] += h[1]
+        gone = h * 2
+        seen = gone.sum()
+        gone.detach_()
+        gone += h
+        return early + seen + sum(((h + o) * o).sum() for o in (hot, apart, cleared, written, gone))
+
+
+class WritesUnderNoGradAndLater(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        o, late = torch.zeros_like(h), h * 2
+        with torch.no_grad():
+            k, (top, _) = h * 2, h.max(1)
+            o[0] = h[0]
+            with torch.enable_grad():
+                o[1] = h[1]
+            late.clamp_(min=0)
+        early = (k.clone() * h).sum() + (o.clone() * h).sum() + (late.detach() * h).sum()
+        k[:, 1] *= h[:, 0]
+        top += h[:, 0]
+        o[2] = h[2]
+        both = torch.cat([k, o])
+        k += h
+        return early + both.pow(2).sum() + k.pow(2).sum() + top.pow(2).sum()
+
+
+class WritesIntoBuffersThroughDetached(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        h, zeros = self.a(x), torch.zeros(D)
+        self.average.data.mul_(0.9).add_(h.mean(0).detach())
+        seen = zeros.detach()
+        seen[0] = 1.0
+        zeros[1] = 2.0
+        return (self.b(h) * self.average.detach().add_(1)).sum() + (h * zeros * seen).sum()
+
+
 MODELS = [
     NoGrad,
     Nested,
@@ -223,6 +296,11 @@ MODELS = [
     LazyMask,
     Dropout,
     Spectral,
+    WritesIntoZeros,
+    WritesThroughViewsOfZeros,
+    WritesIntoDetached,
+    WritesUnderNoGradAndLater,
+    WritesIntoBuffersThroughDetached,
 ]
 
 
