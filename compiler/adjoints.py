@@ -123,3 +123,31 @@ def _extend(context: VjpContext) -> Cotangents:
 def _dropout(context: VjpContext) -> Cotangents:
     """The same mask, drawn again from the same hash, on the cotangent."""
     return (context.call(MeshOp("dropout"), context.grad, *context.node.args[1:]),)
+
+
+@adjoint(MeshOp("grouped_mm"))
+def _grouped_mm(context: VjpContext) -> Cotangents:
+    """y = x w[group]: dx = g w[group]^T; dw sums x^T g over the rows of each group."""
+    x, weight, group = context.operands
+    dx = dweight = None
+    if x.requires_grad:
+        turned = context.call(aten.transpose.int, weight, 1, 2)
+        dx = context.call(MeshOp("grouped_mm"), context.grad, turned, group)
+    if weight.requires_grad:
+        groups = weight.tensor.shape[0]
+        name = MeshOp("grouped_mm_weight")
+        dweight = context.call(name, x, context.grad, group, groups)
+    return dx, dweight, None
+
+
+@adjoint(MeshOp("grouped_mm_weight"))
+def _grouped_mm_weight(context: VjpContext) -> Cotangents:
+    """w[e] = sum of x^T y: dx = y g[group]^T and dy = x g[group]."""
+    x, y, group = context.operands
+    dx = dy = None
+    if x.requires_grad:
+        turned = context.call(aten.transpose.int, context.grad, 1, 2)
+        dx = context.call(MeshOp("grouped_mm"), y, turned, group)
+    if y.requires_grad:
+        dy = context.call(MeshOp("grouped_mm"), x, context.grad, group)
+    return dx, dy, None

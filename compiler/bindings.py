@@ -19,6 +19,7 @@ from meshwright.compiler.ir import MeshOp, Node
 from meshwright.compiler.kernels import attention as attention_kernels
 from meshwright.compiler.kernels import cross_entropy as loss_kernels
 from meshwright.compiler.kernels import embedding as table_kernels
+from meshwright.compiler.kernels import grouped as grouped_kernels
 from meshwright.compiler.kernels import norm as norm_kernels
 from meshwright.compiler.kernels.dropout import Coords, RandomIndex, dropout
 from meshwright.compiler.layout import Dim, Layout, block_map, dim_axes
@@ -348,3 +349,18 @@ def _dropout(binding: Binding) -> Local:
 def _extend(binding: Binding) -> Local:
     _, dim, size = binding.node.args
     return lambda x: extend(x, dim, size)
+
+
+@binds("grouped_mm")
+def _grouped_mm(binding: Binding) -> Local:
+    return grouped_kernels.grouped_mm
+
+
+@binds("grouped_mm_weight")
+def _grouped_mm_weight(binding: Binding) -> Local:
+    num_groups = binding.node.args[3]
+
+    def weight(x: Tensor, grad: Tensor, group: Tensor) -> Tensor:
+        return grouped_kernels.grouped_mm_weight(x, grad, group, num_groups)
+
+    return weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -14,11 +15,16 @@ _CONSTANT = {
     aten.arange.default, aten.arange.start, aten.arange.start_step, aten.unsqueeze.default,
     aten.view.default, aten.squeeze.dim, aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor,
     aten._to_copy.default, aten.slice.Tensor, aten.expand.default, aten.permute.default,
-    aten.transpose.int, aten.clone.default,
+    aten.transpose.int, aten.clone.default, aten.floor_divide.default, aten.remainder.Scalar,
+    aten.div.Tensor_mode, aten.repeat_interleave.self_int, aten.repeat.default,
+    aten.__rshift__.Scalar,
 }  # fmt: skip
 """Operators through which the value of an index is followed."""
 
-_LONGEST = 1 << 20
+_OPTIONS = ("alpha", "dtype", "rounding_mode")
+"""What changes a value, of the options that these operators are given by name."""
+
+_LONGEST = 1 << 24
 """Elements of the largest index that is worked out here."""
 
 
@@ -51,7 +57,7 @@ def grid_axes(x: Node, indices: Sequence[Node | None]) -> list[int] | None:
     axes: list[int] = []
     rank = max(len(index.tensor.shape) for index in indices if index is not None)
     for dim, index in enumerate(indices):
-        values = None if index is None else _constant(index)
+        values = None if index is None else constant(index)
         if values is None:
             return None
         size = x.tensor.shape[dim]
@@ -64,19 +70,21 @@ def grid_axes(x: Node, indices: Sequence[Node | None]) -> list[int] | None:
     return axes if len(set(axes)) == len(axes) else None
 
 
-def _constant(node: Node) -> torch.Tensor | None:
-    """The value of a small integer tensor that depends on nothing."""
+def constant(node: Node) -> torch.Tensor | None:
+    """The value of an integer tensor that depends on nothing, if it is small enough."""
     type = node.type
     if not isinstance(type, TensorType) or type.dtype not in (torch.int64, torch.int32):
         return None
     if node.op not in _CONSTANT or torch.Size(type.shape).numel() > _LONGEST:
         return None
-    args = []
+    args: list[Any] = []
     for arg in node.args:
-        value = _constant(arg) if isinstance(arg, Node) else arg
+        value = constant(arg) if isinstance(arg, Node) else arg
         if isinstance(arg, Node) and value is None:
             return None
         args.append(value)
-    options = {key: value for key, value in node.kwargs.items() if key == "dtype"}
+    options = {key: value for key, value in node.kwargs.items() if key in _OPTIONS}
+    if node.op == aten.view.default:
+        return torch.reshape(args[0], type.shape)
     found: torch.Tensor = node.op(*args, **options)
     return found

@@ -35,6 +35,7 @@ from meshwright.passes.overlap import overlap
 from meshwright.passes.pad import pad
 from meshwright.passes.pad_sequences import pad_sequences
 from meshwright.passes.partition import partition
+from meshwright.passes.route import route
 from meshwright.passes.rows import rows
 from meshwright.passes.sequence import gathers_again, sequence
 from meshwright.passes.shard import shard
@@ -83,7 +84,7 @@ def compile_program(
     capturing: Any = {"loss": loss, "outputs": tuple(outputs), "mode": mode, "device": target}
     captured = capture(model, example, mesh, **capturing)
     modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
-    graph = normalise(captured.graph)
+    graph = route(normalise(captured.graph))
     draft = Draft(plan, mesh, captured, graph, modules, variant_of=variant_of)
     for each in PLACING:
         draft = each(draft)

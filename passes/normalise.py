@@ -91,7 +91,8 @@ def _floating(type: NodeType) -> bool:
 
 Rewrite = Callable[[Rewriter], "Node | None"]
 REWRITES: dict[Any, Rewrite] = {}
-"""By operator; a rewrite that returns nothing leaves its node as it is."""
+"""By operator, or by the name of one that a library brings; a rewrite that returns nothing leaves
+its node as it is."""
 
 
 def rewrites(*ops: Any) -> Callable[[Rewrite], Rewrite]:
@@ -110,11 +111,17 @@ def normalise(graph: Graph) -> Graph:
     rewriter = Rewriter(Builder(graph.name, graph.mesh))
     for node in graph.nodes:
         rewriter.begin(node)
-        replacement = REWRITES[node.op](rewriter) if node.op in REWRITES else None
+        rewrite = REWRITES.get(node.op) or REWRITES.get(_library_name(node.op))
+        replacement = rewrite(rewriter) if rewrite else None
         rewriter.mapping[node] = replacement or rewriter.builder.copy(node, rewriter.mapping)
     return rewriter.builder.graph(
         tuple((label, rewriter.mapping[node]) for label, node in graph.outputs)
     )
+
+
+def _library_name(op: Op) -> str:
+    """The name of an operator that a library registers when it is imported."""
+    return str(op) if isinstance(op, MeshOp) else op._schema.name
 
 
 @rewrites(aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
@@ -369,3 +376,34 @@ def _mse_loss(rewriter: Rewriter) -> Node:
     total = rewriter.call(aten.sum.default, squares)
     count = math.prod(squares.tensor.shape)
     return total if reduction == 2 else rewriter.call(aten.div.Tensor, total, count)
+
+
+@rewrites(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
+def _grouped_mm(rewriter: Rewriter) -> Node | None:
+    """Consecutive groups of the rows of x, of the columns of w, or of what is contracted."""
+    x, w, ends = rewriter.args[0], rewriter.args[1], rewriter.option(2, "offs")
+    if rewriter.option(3, "bias") is not None:
+        return None
+    if ends is None:
+        return _to(rewriter, rewriter.call(aten.bmm.default, x, w), rewriter.node.tensor.dtype)
+    if len(x.tensor.shape) == 2:
+        x = _turned(rewriter, x) if len(w.tensor.shape) == 2 else x
+        y = _grouped_rows(rewriter, x, w, ends)
+    else:
+        y = _grouped_rows(rewriter, _turned(rewriter, w), _turned(rewriter, x), ends)
+        y = _turned(rewriter, y)
+    return _to(rewriter, y, rewriter.node.tensor.dtype)
+
+
+def _grouped_rows(rewriter: Rewriter, x: Node, w: Node, ends: Node) -> Node:
+    """The product of each row with its group's matrix; of rows with rows, one matrix a group."""
+    places = rewriter.call(aten.arange.default, x.tensor.shape[0], dtype=torch.int64)
+    group = rewriter.call(aten.bucketize.Tensor, places, ends, right=True)
+    if len(w.tensor.shape) == 3:
+        return rewriter.call(MeshOp("grouped_mm"), x, w, group)
+    num_groups = ends.tensor.shape[0]
+    return rewriter.call(MeshOp("grouped_mm_weight"), x, w, group, num_groups)
+
+
+def _turned(rewriter: Rewriter, x: Node) -> Node:
+    return rewriter.call(aten.transpose.int, x, -2, -1)

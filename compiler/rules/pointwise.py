@@ -129,6 +129,7 @@ UNTAGGED: tuple[Op, ...] = (
     aten.__xor__.Scalar,
     aten.__lshift__.Tensor,
     aten.__rshift__.Tensor,
+    aten.floor_divide.default,
     aten.isclose.default,
     aten.nan_to_num.default,
 )

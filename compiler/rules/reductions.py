@@ -174,9 +174,17 @@ def _layer_norm(call: Call) -> Spec:
     )
 
 
+def _histogram(call: Call) -> Spec:
+    """Counts of parts add up, unless the bounds are those of the values."""
+    letters = numbered("x", len(call.operands[0].type.shape))
+    open_bounds = call.arg(2, 0) == call.arg(3, 0)
+    return Spec((letters,), (("n",),), whole=frozenset(letters) if open_bounds else frozenset())
+
+
 FUNCTIONS.update(REDUCTIONS)
 FUNCTIONS.update(ALONG)
 FUNCTIONS[aten.topk.default] = _topk
+FUNCTIONS[aten.histc.default] = _histogram
 FUNCTIONS[aten.diff.default] = _diff
 FUNCTIONS[aten.layer_norm.default] = _layer_norm
 FUNCTIONS[aten.native_layer_norm.default] = _layer_norm

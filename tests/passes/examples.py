@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import torch
+import transformers.integrations.moe  # noqa: F401
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+grouped_mm = torch.ops.transformers.grouped_mm_fallback
+"""Takes float64, which torch's own does not."""
 
 
 class Mlp(nn.Module):
@@ -56,6 +60,26 @@ class Places(nn.Module):
         if self.repeated:
             ids = ids.expand(x.shape[0], 16)
         return (x * self.wpe(ids)).sum()
+
+
+class Routed(nn.Module):
+    """Each row goes to two of four experts, which see their rows one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.scale = nn.Linear(16, 4), nn.Parameter(torch.rand(8))
+        self.up, self.down = (
+            nn.Parameter(torch.randn(4, 16, 8)),
+            nn.Parameter(torch.randn(4, 8, 16)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        share, ids = self.gate(x).softmax(-1).topk(2)
+        order = ids.flatten().argsort()
+        ends = torch.histc(ids.flatten().to(x.dtype), 4, 0, 3).cumsum(0).int()
+        h = F.silu(grouped_mm(x[order // 2], self.up, ends)) * self.scale
+        y = grouped_mm(h, self.down, ends) * share.flatten()[order].unsqueeze(1)
+        return y[order.argsort()].view(*ids.shape, 16).sum(1).square().mean()
 
 
 def rows() -> tuple[Tensor]:

@@ -19,6 +19,7 @@ from meshwright.passes.bucket import bucket
 from meshwright.passes.driver import PLACING
 from meshwright.passes.lower import lower
 from meshwright.passes.normalise import normalise
+from meshwright.passes.route import route
 from meshwright.passes.vary import vary
 
 
@@ -35,7 +36,8 @@ def stages(model: nn.Module, example: Any, plan: str) -> dict[str, Graph]:
     """The graph after each pass up to the buckets, by the pass's name; `captured` before all."""
     draft = captured(model, example, plan)
     found = {"captured": draft.graph, "normalise": normalise(draft.graph)}
-    draft = Draft(draft.plan, draft.mesh, draft.captured, found["normalise"], draft.modules)
+    found["route"] = route(found["normalise"])
+    draft = Draft(draft.plan, draft.mesh, draft.captured, found["route"], draft.modules)
     for each in PLACING:
         draft = each(draft)
         found[each.__name__] = draft.graph

@@ -99,6 +99,17 @@ def extend(x: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat([x, *(last for _ in range(size - x.shape[dim]))], dim)
 
 
+def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+    """Rows of the last group, which has no matrix, are zeros."""
+    padded = functional.pad(weight, (0, 0, 0, 0, 0, 1))
+    return (x.unsqueeze(1) @ padded[group]).squeeze(1)
+
+
+def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    pairs = x.unsqueeze(2) * grad.unsqueeze(1)
+    return x.new_zeros(num_groups, *pairs.shape[1:]).index_add(0, group, pairs)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, *rest: Any
 ) -> tuple[Tensor, Tensor]:

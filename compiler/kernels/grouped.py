@@ -1,0 +1,62 @@
+"""Products of rows with one matrix of several each, chosen by the row's group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+    """`y[s, n] = x[s] @ weight[group[s]]` for `x[s, k]` and `weight[e, k, n]`.
+
+    Groups are in [0, e]; the rows of group e, which has no matrix, are zeros. The rows of a group
+    are one product, whatever their order.
+    """
+    order, ends = _ordered(group, weight.shape[0])
+    rows = x.index_select(0, order)
+    if _is_fused(rows, weight):
+        outside = group.index_select(0, order).eq(weight.shape[0]).unsqueeze(1)
+        y = torch._grouped_mm(rows, weight, offs=ends).masked_fill_(outside, 0)
+    else:
+        y = rows.new_zeros(rows.shape[0], weight.shape[2])
+        for e, start, stop in _groups(ends):
+            torch.mm(rows[start:stop], weight[e], out=y[start:stop])
+    return torch.empty_like(y).index_copy_(0, order, y)
+
+
+def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """The sum of `x[s]^T grad[s]` over the rows of each group, `[e, k, n]`."""
+    order, ends = _ordered(group, num_groups)
+    rows, grads = x.index_select(0, order), grad.index_select(0, order)
+    if _is_fused(rows, grads):
+        return torch._grouped_mm(rows.t(), grads, offs=ends)
+    weight = grads.new_zeros(num_groups, rows.shape[1], grads.shape[1])
+    for e, start, stop in _groups(ends):
+        torch.mm(rows[start:stop].t(), grads[start:stop], out=weight[e])
+    return weight
+
+
+def _ordered(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Row numbers in the order of their groups, and where each group ends."""
+    ordered, order = torch.sort(group, stable=True)
+    groups = torch.arange(num_groups, device=group.device, dtype=group.dtype)
+    return order, torch.searchsorted(ordered, groups, right=True, out_int32=True)
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Each group that has rows, with its first row and the one after its last."""
+    start = 0
+    for e, stop in enumerate(ends.tolist()):
+        if start < stop:
+            yield e, start, stop
+        start = stop
+
+
+def _is_fused(*tensors: Tensor) -> bool:
+    """Whether one kernel runs all groups, without waiting for their sizes."""
+    return all(
+        t.is_cuda and t.dtype == torch.bfloat16 and t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0
+        for t in tensors
+    )
