@@ -7,6 +7,7 @@ functions, hooks) is put back or refused; what it adds (checks, copies, caches) 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +124,7 @@ def _export(
         stack.enter_context(translated_modes())
         stack.enter_context(capturing())
         stack.enter_context(quiet())
-        program = torch.export.export(wrapper, tensors, strict=False)
+        program = copy_context().run(torch.export.export, wrapper, tensors, strict=False)
     stopped = inline_regions(program.graph_module)
     detach_out_of_place(program.graph)
     stop_gradients(program.graph, stopped)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from meshwright.compiler.capture.snapshot import Snapshot
 from meshwright.compiler.errors import CaptureError
 
 
@@ -43,24 +47,29 @@ class StateBefore:
 
 @contextmanager
 def put_back(model: nn.Module, *, evaluating: bool) -> Iterator[None]:
-    """Run a forward inside this: attributes and training flags are afterwards what they were.
+    """Run a forward inside this: all that it can change in Python is afterwards what it was.
 
     With `evaluating` the model is in its eval mode meanwhile.
     """
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    tables = [(table, dict(table)) for module, _ in before for table in _tables(module)]
+    before, drawn = Snapshot(model), _generators()
     try:
         if evaluating:
             model.eval()
         yield
     finally:
-        for held, original in [*((vars(module), kept) for module, kept in before), *tables]:
-            held.clear()
-            held.update(original)
+        before.put_back()
+        for restore, state in drawn:
+            restore(state)
 
 
-def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return (module._parameters, module._buffers, module._modules)
+def _generators() -> list[tuple[Callable[[Any], Any], Any]]:
+    """The states of the generators that a forward may draw from, and what sets each again."""
+    found: list[tuple[Callable[[Any], Any], Any]]
+    found = [(random.setstate, random.getstate()), (torch.set_rng_state, torch.get_rng_state())]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        found.append((numpy.random.set_state, numpy.random.get_state()))
+    return found
 
 
 def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
