@@ -41,6 +41,7 @@ CODES = {
     "P401": "a selector that matches nothing",
     "P501": "a statement that cannot be carried out for this model",
     "P502": "a contract that the compiled program does not hold to",
+    "P503": "an axis of the mesh that nothing is split over",
 }
 """Every code and its meaning. Codes are stable: new ones are added, none is reused."""
 

@@ -75,7 +75,10 @@ class Reader(LayoutReader):
 
     def mesh(self, meta: Meta, sizings: list[Sizing]) -> s.MeshStatement:
         axes = tuple((str(key), self.names.mesh[str(key)]) for key, _ in sizings)
-        return self._make(s.MeshStatement, meta, [], axes=axes, spelling=_spelt(sizings))
+        places = {str(key): token_span(self.source, key) for key, _ in sizings}
+        return self._make(
+            s.MeshStatement, meta, [], axes=axes, spelling=_spelt(sizings), places=places
+        )
 
     def let(self, meta: Meta, sizings: list[Sizing]) -> s.Let:
         values = tuple((str(key), self.names.sizes[str(key)]) for key, _ in sizings)

@@ -244,7 +244,10 @@ def _two_ways_out(solver: _Solver, factor: FactorTemplate, size: int, ranks: int
         return f"leave `{factor.name}` whole, or use at most {size} ranks"
     axis = factor.axes[0]
     two = f"`{axis}={common}, {axis}2={ranks // common}`"
-    return f"leave `{factor.name}` whole, or make it two axes, {two}, and split over `{axis}` alone"
+    return (
+        f"leave `{factor.name}` whole, or make it two axes, {two}: split this over `{axis}` alone, "
+        f"and what divides over `({axis}, {axis}2)`"
+    )
 
 
 def _mismatch(solver: _Solver, dim: DimTemplate, size: int) -> PlanError:

@@ -29,6 +29,7 @@ from meshwright.passes.data import data
 from meshwright.passes.expect import check_contracts
 from meshwright.passes.fragments import with_fragments
 from meshwright.passes.hoist import hoist
+from meshwright.passes.idle import check_axes
 from meshwright.passes.lower import lower
 from meshwright.passes.normalise import normalise
 from meshwright.passes.overlap import overlap
@@ -104,6 +105,8 @@ def compile_program(
         recompile=partial(again, launcher=launcher, variant_of=captured.input_names),
         launcher=launcher,
     )
+    if variant_of is None:
+        check_axes(program)
     check_contracts(program)
     return program
 

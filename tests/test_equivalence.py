@@ -69,7 +69,7 @@ MLP_PLANS = {
     "rows alone": "mesh tp=4\nrows up over tp\n",
     "columns alone": "mesh tp=4\ncolumns down over tp\n",
     "output": "mesh dp=2, tp=2\ndata x over dp\nshard up -> [b@dp, f@tp]\n",
-    "output to whole": "mesh dp=2, tp=2\ndata x over dp\nshard up -> [b, f]\n",
+    "output to whole": "mesh dp=4\ndata x over dp\nshard up -> [b, f]\n",
     "input": "mesh dp=2, tp=2\ndata x over dp\nshard down <- [b@(dp, tp), f]\n",
     "input from whole": "mesh dp=2, tp=2\nshard down <- [b@(dp, tp), f]\n",
     "weights": "mesh dp=2, tp=2\nshard up.weight [f@(dp, tp), d]\nshard down.weight [d, f@tp]\n",
@@ -148,9 +148,11 @@ class Conv(nn.Module):
         return F.cross_entropy(self.out(F.relu(self.n2(self.c2(x))).mean((2, 3))), y)
 
 
-@pytest.mark.parametrize("channels", ["", "columns c1 over tp\nrows c2 over tp\n"])
-def test_batch_norm_takes_the_statistics_of_the_whole_batch(channels: str) -> None:
-    plan = "mesh dp=4, tp=2\ndata x, y over dp\n" + channels
+@pytest.mark.parametrize(
+    "plan", ["mesh dp=4\n", "mesh dp=4, tp=2\ncolumns c1 over tp\nrows c2 over tp\n"]
+)
+def test_batch_norm_takes_the_statistics_of_the_whole_batch(plan: str) -> None:
+    plan += "data x, y over dp\n"
     program = check_equal(Conv(), lambda: (real(8, 3, 10, 10), torch.randint(0, 4, (8,))), plan)
     assert implicit_gathers(program) == []
 

@@ -114,7 +114,16 @@ PLANS: Mapping[str, tuple[str, str | None]] = {
         "mesh tp=2\n" + MLP + "expect all_reduce[tp] == 2 per blocks.*",
     ),
     "broken-expect-of-memory": ("mesh dp=2\n" + DATA + "expect peak_memory <= 1KiB", None),
-    "no-mesh": ("let heads = 4", "mesh dp=2, tp=2\n" + DATA + "let heads = 4"),
+    "no-mesh": ("let heads = 4", "mesh dp=2, tp=2\n" + DATA + MLP + "let heads = 4"),
+    "axis-without-use": ("mesh dp=2, tp=2\n" + MLP, "mesh dp=2, tp=2\n" + MLP + DATA),
+    "second-axis-without-use": (
+        "mesh dp=2, tp=2\n" + DATA,
+        "mesh dp=2, tp=2\n" + DATA.replace("dp", "(dp, tp)"),
+    ),
+    "axis-that-the-batch-does-not-divide-over": (
+        "mesh dp=2, tp=3\n" + DATA,
+        "mesh dp=2, tp=3\nallow replicate **\n" + DATA,
+    ),
     "columns-of-a-module-without-a-linear": ("mesh tp=2\ncolumns blocks.*.ln over tp", None),
     "module-that-is-not-there": ("mesh tp=2\ncolumns blocks.*.mlp over tp", None),
     "layout-of-another-rank": ("mesh tp=2\nshard blocks.*.up.weight [f@tp]", None),
@@ -141,7 +150,8 @@ def test_fewer_heads_than_ranks_has_both_ways_out(golden: Golden) -> None:
     golden("plan-fewer-heads-than-ranks", str(caught.value))
     whole = "columns q over tp as (heads hd)\nlet hd = 8\nallow replicate **"
     check(GroupedQueries, "mesh tp=4\n" + whole)
-    check(GroupedQueries, "mesh tp=2, tp2=2\n" + split)
+    over_both = "columns q over (tp, tp2) as (heads hd)\n"
+    check(GroupedQueries, "mesh tp=2, tp2=2\n" + split.replace("q,", "") + over_both)
 
 
 class Rounded(torch.autograd.Function):
@@ -310,6 +320,6 @@ def test_every_error_here_is_lower_case_with_one_line_of_help_that_begins_with_a
 
 VERBS = {
     "add", "change", "check", "choose", "compile", "give", "keep", "launch", "leave", "make",
-    "name", "pass", "read", "reduce", "register", "remove", "return", "set", "start", "use",
-    "write",
+    "name", "pass", "read", "reduce", "register", "remove", "return", "set", "split", "start",
+    "use", "write",
 }  # fmt: skip

@@ -36,6 +36,7 @@ def test_the_batch_may_be_split_too() -> None:
 
 def test_regions_over_different_axes_stay_apart() -> None:
     plan = "mesh a=2, b=2\n" + LINEARS.replace("tp", "a") + "sequence block over a\n"
+    plan += "data x over b\n"
     check_equal(Blocks(), lambda: tuple(x.double() for x in sequences()), plan)
 
 
