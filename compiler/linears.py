@@ -6,14 +6,44 @@ from dataclasses import dataclass
 
 import torch
 
-from meshwright.compiler.ir import INPUT, Graph, MeshOp, Node
+from meshwright.compiler.ir import INPUT, Graph, MeshOp, Node, Op
 
 aten = torch.ops.aten
 
 _CONVOLUTIONS = {
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    aten.conv1d.default: 6, aten.conv2d.default: 6, aten.conv3d.default: 6,
+    aten.conv1d.padding: 6, aten.conv2d.padding: 6, aten.conv3d.padding: 6,
+    aten.conv_transpose1d.default: 6, aten.conv_transpose2d.input: 6,
+    aten.conv_transpose3d.input: 6, aten.convolution.default: 8,
 }  # fmt: skip
+"""Convolutions, and where each takes its number of groups."""
+
+_TRANSPOSED = {
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input
+}  # fmt: skip
+
+
+def is_convolution(op: Op) -> bool:
+    """Whether an operator is a convolution, `op(x, weight, bias, ...)`."""
+    return op in _CONVOLUTIONS
+
+
+def contracted_dim(node: Node) -> int | None:
+    """The dim of a convolution's weight that is summed over, in whole or group by group.
+
+    None for what is no convolution, and where groups share that dim.
+    """
+    if node.op not in _CONVOLUTIONS:
+        return None
+    place = _CONVOLUTIONS[node.op]
+    groups = node.args[place] if len(node.args) > place else node.kwargs.get("groups", 1)
+    if not _is_transposed(node):
+        return 1
+    return 0 if groups == 1 else None
+
+
+def _is_transposed(node: Node) -> bool:
+    return node.op in _TRANSPOSED or (node.op == aten.convolution.default and node.args[6])
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +88,10 @@ def _linear(node: Node) -> Linear | None:
     if node.op in (aten.mm.default, aten.matmul.default):
         weight = node.args[1]
         return _product(weight, 1, 0, ()) if len(weight.tensor.shape) == 2 else None
-    if node.op in _CONVOLUTIONS:
+    inputs = contracted_dim(node)
+    if inputs is not None:
         biases = tuple(arg for arg in node.args[2:3] if isinstance(arg, Node) and arg.op == INPUT)
-        return _product(node.args[1], 0, 1, biases)
+        return _product(node.args[1], 1 - inputs, inputs, biases)
     return None
 
 

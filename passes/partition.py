@@ -41,6 +41,7 @@ from meshwright.compiler.ir import (
     nodes_in,
 )
 from meshwright.compiler.layout import Layout, dim_axes, replicated
+from meshwright.compiler.linears import contracted_dim, is_convolution
 from meshwright.compiler.pins import pin_lines
 from meshwright.compiler.recognise import repeated_heads
 from meshwright.compiler.rules.notation import Slot
@@ -51,9 +52,6 @@ aten = torch.ops.aten
 
 _VIEWS = {aten.view.default, aten.t.default, aten.transpose.int, aten.permute.default}
 """Operators through which a parameter's layout stays the one the plan wrote."""
-
-
-_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 
 
 def partition(draft: Draft) -> Draft:
@@ -156,7 +154,7 @@ class _Partitioner:
             return None
         product = self._call(node, op, args)
         added = self.mapping[bias]
-        if op in _CONVOLUTIONS:
+        if is_convolution(op):
             shape = (*bias.tensor.shape, *[1] * (len(args[1].tensor.shape) - 2))
             added = self._added(node, aten.view.default, (added, shape), added)
         return self._added(node, aten.add.Tensor, (product, added), node)
@@ -285,12 +283,13 @@ def _bias_apart(node: Node) -> tuple[Op, tuple[Arg, ...], Node, int] | None:
     if node.op == aten.addmm.default and not node.kwargs:
         bias, x, weight = node.args
         return aten.mm.default, (x, weight), bias, 0
-    if node.op not in (aten.linear.default, *_CONVOLUTIONS) or len(node.args) < 3:
+    contracted = 1 if node.op == aten.linear.default else contracted_dim(node)
+    if contracted is None or len(node.args) < 3:
         return None
     x, weight, bias, *rest = node.args
     if bias is None:
         return None
-    return node.op, (x, weight, None, *rest) if rest else (x, weight), bias, 1
+    return node.op, (x, weight, None, *rest) if rest else (x, weight), bias, contracted
 
 
 def _filled(arg: Arg, values: Sequence[Node]) -> Arg:

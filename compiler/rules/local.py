@@ -180,9 +180,48 @@ def _repeat_interleave(call: PlacedCall) -> PlacedCall:
     return replace(call, kwargs={k: v for k, v in call.kwargs.items() if k != "output_size"})
 
 
+def _groups(call: PlacedCall, place: int, grouped: Layout, weight: Layout) -> PlacedCall:
+    """A rank's groups: the channels of `grouped` are as many times the weight's second dim."""
+    if call.arg(place, 1) == 1:
+        return call
+    own = weight.local_shape(call.mesh)
+    channels = grouped.local_shape(call.mesh)[1 - len(own)]
+    return call.with_arg(place, channels // own[1])
+
+
+@_localises(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
+def _conv(call: PlacedCall) -> PlacedCall:
+    return _groups(call, 6, *call.operands[:2])
+
+
+@_localises(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def _conv_transpose(call: PlacedCall) -> PlacedCall:
+    return _groups(call, 6, _result(call), call.operands[1])
+
+
+@_localises(aten.convolution.default)
+def _convolution(call: PlacedCall) -> PlacedCall:
+    return _groups(call, 8, _result(call) if call.arg(6) else call.operands[0], call.operands[1])
+
+
 @_localises(aten.convolution_backward.default)
 def _convolution_backward(call: PlacedCall) -> PlacedCall:
+    grad, x, weight = call.operands
+    call = _groups(call, 9, grad if call.arg(7) else x, weight)
     return call if call.results[2] is None else call.with_arg(3, list(call.result_shape(2)))
+
+
+def _result(call: PlacedCall) -> Layout:
+    found = call.results[0]
+    assert found is not None, call.op
+    return found
 
 
 @_localises(aten.native_group_norm.default)

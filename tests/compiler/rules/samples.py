@@ -404,6 +404,38 @@ INDEXING = [
 
 _CONV = ([1], [0], [1], False, [0], 1)
 _MASKS = ([True, True, True], [True, True, False], [False, True, False])
+_GROUPED = (
+    ((2, 4, 5), (4, 1, 3), 4),
+    ((2, 4, 3), (8, 1, 2), 4),
+    ((2, 8, 3), (8, 4, 2), 2),
+    ((2, 8, 3), (8, 2, 2), 4),
+)
+"""Shapes of an input and a weight, and groups: each channel by itself, or several together."""
+
+
+def _convolution(groups: int, *, transposed: bool) -> tuple[Any, ...]:
+    return ([1], [0], [1], transposed, [0], groups)
+
+
+def _grouped() -> list[Sample]:
+    """Convolutions of groups, transposed ones, and the backward of both."""
+    found = []
+    for x, weight, groups in _GROUPED:
+        for transposed in (False, True):
+            if transposed:
+                x = (x[0], weight[0], x[2])
+            options = _convolution(groups, transposed=transposed)
+            plain = (f(*x), f(*weight), None, *options)
+            out = aten.convolution.default(*plain).shape
+            found += [
+                call(aten.convolution.default, *plain),
+                call(aten.convolution.default, f(*x), f(*weight), f(out[1]), *options),
+            ]
+            for mask in _MASKS[:2]:
+                arguments = (f(*out), f(*x), f(*weight), [out[1]], *options, mask)
+                found.append(backward(aten.convolution_backward.default, *arguments))
+    return found
+
 
 CONVOLUTIONS = [
     call(aten.conv1d.default, f(2, 4, 5), f(6, 4, 3)),
@@ -415,7 +447,16 @@ CONVOLUTIONS = [
     call(aten.conv3d.default, f(2, 2, 2, 2, 2), f(2, 2, 2, 2, 2)),
     call(aten.conv3d.padding, f(2, 2, 2, 2, 2), f(2, 2, 1, 1, 1)),
     call(aten.convolution.default, f(2, 4, 5), f(6, 4, 3), f(6), *_CONV),
+    call(aten.conv1d.default, f(4, 5), f(4, 1, 3), f(4), [1], [0], [1], 4),
+    call(aten.conv2d.padding, f(2, 4, 2, 4), f(4, 1, 3, 3), f(4), [1], "same", [1], 4),
+    call(aten.conv3d.default, f(1, 4, 2, 2, 2), f(4, 2, 1, 2, 2), None, [1], [0], [1], 2),
+    call(aten.conv_transpose1d.default, f(2, 4, 5), f(4, 6, 3)),
+    call(aten.conv_transpose1d.default, f(2, 4, 5), f(4, 6, 3), f(6)),
+    call(aten.conv_transpose1d.default, f(2, 4, 5), f(4, 2, 3), f(8), [1], [0], [0], 4),
+    call(aten.conv_transpose2d.input, f(2, 4, 2, 4), f(4, 2, 2, 2), None, [2], [0], [0], 2),
+    call(aten.conv_transpose3d.input, f(1, 4, 2, 2, 2), f(4, 2, 1, 2, 2), f(4), [1], [0], [0], 2),
     call(aten.convolution.default, f(2, 4, 5), f(4, 6, 3), None, [1], [0], [1], True, [0], 1),
+    *_grouped(),
     *(
         backward(
             aten.convolution_backward.default, f(2, 6, 3), f(2, 4, 5), f(6, 4, 3), [6], *_CONV, mask

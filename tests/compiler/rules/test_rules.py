@@ -70,6 +70,8 @@ LEFT_OUT = {
     aten.conv2d.padding: "as conv2d.default",
     aten.conv3d.default: "a kernel as large as its input, split with it: a product in disguise",
     aten.conv3d.padding: "as conv2d.default",
+    aten.conv_transpose2d.input: "as conv2d.default",
+    aten.conv_transpose3d.input: "as conv2d.default",
     aten.scaled_dot_product_attention.default: "the values' features: fused kernels want q's size",
 }
 """Splits that would be right and that no rule allows, with the reason."""
