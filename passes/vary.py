@@ -9,8 +9,9 @@ After:   vary: f32[16, 64] varying(dp)      = vary(wpe_weight, dp)
 
 A value made of parameters alone is varied at the parameters, where its gradient joins the others in
 a bucket, unless the parameters are much the larger. An operator whose adjoint needs the whole
-cotangent (a Cholesky factor, a determinant) stays before the `vary`. Where one value is varied over
-two nested sets of axes, the larger is made from the smaller: their cotangents are summed before the
+cotangent (a Cholesky factor, a determinant) stays before the `vary`. A value of which several views
+are varied, such as the time steps of a scan, is varied itself. Where one value is varied over two
+nested sets of axes, the larger is made from the smaller: their cotangents are summed before the
 last reduction.
 Requires: a placed graph, not yet differentiated. Ensures: the same values, each placed by its rule.
 """
@@ -24,6 +25,7 @@ from meshwright.compiler.ir import INPUT, Builder, Graph, MeshOp, Node, map_node
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.memory import node_bytes
 from meshwright.compiler.pending import keeps_pending
+from meshwright.compiler.views import is_view
 
 VARY = MeshOp("vary")
 
@@ -32,8 +34,8 @@ SLACK = 1 << 20
 
 
 def vary(graph: Graph) -> Graph:
-    """The graph with its `vary` nodes moved up to parameters, and chained."""
-    return _chained(_hoisted(graph))
+    """The graph with its `vary` nodes moved up to parameters, joined and chained."""
+    return _chained(_joined(_hoisted(graph)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,77 @@ def _vary_node(builder: Builder, value: Node, axes: tuple[str, ...], user: Node)
         layout=value.placed.add_varying(axes),
         origin=user.origin,
         requires_grad=value.requires_grad,
+    )
+
+
+def _joined(graph: Graph) -> Graph:
+    """Views of one value that are varied over the same axes are views of the varied value."""
+    found = _Views(graph)
+    builder = Builder(graph.name, graph.mesh)
+    mapping: dict[Node, Node] = {}
+    varied: dict[Node, Node] = {}
+    for node in graph.nodes:
+        source = next(node.operands()) if node.op == VARY or node in found.axes else None
+        if source in varied and node.op == VARY:
+            mapping[node] = varied[source]
+        elif source in varied:
+            varied[node] = _on_varied(builder, node, varied[source], found.axes[node])
+        else:
+            mapping[node] = builder.copy(node, mapping)
+            if node in found.sources:
+                varied[node] = _vary_node(builder, mapping[node], found.axes[node], node)
+    return builder.graph(tuple((label, mapping[node]) for label, node in graph.outputs))
+
+
+class _Views:
+    """`axes`: by value that is only viewed and varied, the axes; `sources`: those of several views
+    that are varied, and together not much smaller than the value."""
+
+    def __init__(self, graph: Graph) -> None:
+        users, returned = graph.users(), {node for _, node in graph.outputs}
+        self.graph = graph
+        self.axes: dict[Node, tuple[str, ...]] = {}
+        bytes_of: dict[Node, list[int]] = {}
+        for node in reversed(graph.nodes):
+            asked = {self._asked(user) for user in users[node]}
+            (axes,) = asked if len(asked) == 1 else (None,)
+            plain = isinstance(node.layout, Layout) and node.op not in (INPUT, VARY)
+            if axes is None or not plain or node in returned or not node.requires_grad:
+                continue
+            self.axes[node] = axes
+            bytes_of[node] = [
+                size
+                for user in users[node]
+                for size in ([node_bytes(user, graph)] if user.op == VARY else bytes_of[user])
+            ]
+        self.sources = {
+            node
+            for node, sizes in bytes_of.items()
+            if len(sizes) > 1 and node_bytes(node, graph) <= sum(sizes) + SLACK
+        }
+
+    def _asked(self, user: Node) -> tuple[str, ...] | None:
+        """The axes over which a user varies what it takes, if that is all it is for."""
+        if user.op == VARY:
+            found: tuple[str, ...] = user.kwargs["axes"]
+            return found
+        axes = self.axes.get(user)
+        if axes is None or isinstance(user.op, MeshOp) or not is_view(user.op):
+            return None
+        alone = len(list(user.operands())) == 1
+        return axes if alone and keeps_pending(user, axes, self.graph.mesh) else None
+
+
+def _on_varied(builder: Builder, view: Node, value: Node, axes: tuple[str, ...]) -> Node:
+    return builder.emit(
+        view.op,
+        map_nodes(view.args, lambda _: value),
+        view.kwargs,
+        type=view.type,
+        layout=view.placed.add_varying(axes),
+        origin=view.origin,
+        requires_grad=view.requires_grad,
+        name=view.name,
     )
 
 
