@@ -127,27 +127,32 @@ def _dropout(context: VjpContext) -> Cotangents:
 
 @adjoint(MeshOp("grouped_mm"))
 def _grouped_mm(context: VjpContext) -> Cotangents:
-    """y = x w[group]: dx = g w[group]^T; dw sums x^T g over the rows of each group."""
+    """y[r, t] = x[r, t] w[group[r, t]]: dx = g w[group]^T; dw sums x^T g by group."""
     x, weight, group = context.operands
     dx = dweight = None
     if x.requires_grad:
-        turned = context.call(aten.transpose.int, weight, 1, 2)
-        dx = context.call(MeshOp("grouped_mm"), context.grad, turned, group)
+        dx = _grouped_back(context, context.grad, weight, group)
     if weight.requires_grad:
-        groups = weight.tensor.shape[0]
-        name = MeshOp("grouped_mm_weight")
+        name, groups = MeshOp("grouped_mm_weight"), weight.tensor.shape[0]
         dweight = context.call(name, x, context.grad, group, groups)
     return dx, dweight, None
 
 
 @adjoint(MeshOp("grouped_mm_weight"))
 def _grouped_mm_weight(context: VjpContext) -> Cotangents:
-    """w[e] = sum of x^T y: dx = y g[group]^T and dy = x g[group]."""
+    """w sums x[r, t]^T y[r, t] by group: dx = y g[group]^T and dy = x g[group]."""
     x, y, group = context.operands
     dx = dy = None
     if x.requires_grad:
-        turned = context.call(aten.transpose.int, context.grad, 1, 2)
-        dx = context.call(MeshOp("grouped_mm"), y, turned, group)
+        dx = _grouped_back(context, y, context.grad, group)
     if y.requires_grad:
         dy = context.call(MeshOp("grouped_mm"), x, context.grad, group)
     return dx, dy, None
+
+
+def _grouped_back(context: VjpContext, grad: Node, weight: Node, group: Node) -> Node:
+    """`grad w[group]^T`, summed over t where each row of x stands for t of them."""
+    turned = context.call(aten.transpose.int, weight, 1, 2)
+    dx = context.call(MeshOp("grouped_mm"), grad, turned, group)
+    shared = len(context.operands[0].tensor.shape) == 2
+    return context.call(aten.sum.dim_IntList, dx, (1,)) if shared else dx

@@ -117,14 +117,14 @@ def _embedding_backward(
 
 @mesh_type("grouped_mm")
 def _grouped_mm(x: TensorType, weight: TensorType, group: TensorType) -> NodeType:
-    return TensorType((x.shape[0], weight.shape[2]), x.dtype)
+    return TensorType((*group.shape, weight.shape[2]), x.dtype)
 
 
 @mesh_type("grouped_mm_weight")
 def _grouped_mm_weight(
     x: TensorType, grad: TensorType, group: TensorType, num_groups: int
 ) -> NodeType:
-    return TensorType((num_groups, x.shape[1], grad.shape[1]), grad.dtype)
+    return TensorType((num_groups, x.shape[-1], grad.shape[2]), grad.dtype)
 
 
 def statistic(dtype: torch.dtype) -> torch.dtype:

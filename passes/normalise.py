@@ -399,9 +399,11 @@ def _grouped_rows(rewriter: Rewriter, x: Node, w: Node, ends: Node) -> Node:
     """The product of each row with its group's matrix; of rows with rows, one matrix a group."""
     places = rewriter.call(aten.arange.default, x.tensor.shape[0], dtype=torch.int64)
     group = rewriter.call(aten.bucketize.Tensor, places, ends, right=True)
+    group = rewriter.call(aten.unsqueeze.default, group, 1)
     if len(w.tensor.shape) == 3:
-        return rewriter.call(MeshOp("grouped_mm"), x, w, group)
-    num_groups = ends.tensor.shape[0]
+        y = rewriter.call(MeshOp("grouped_mm"), x, w, group)
+        return rewriter.call(aten.view.default, y, (*x.tensor.shape[:1], *w.tensor.shape[2:]))
+    w, num_groups = rewriter.call(aten.unsqueeze.default, w, 1), ends.tensor.shape[0]
     return rewriter.call(MeshOp("grouped_mm_weight"), x, w, group, num_groups)
 
 

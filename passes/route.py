@@ -1,17 +1,18 @@
 """Leave out permutations of rows that are undone again, so that routing stays within a shard.
 
-Before:  argsort: i64[16]       = argsort(view)
-         floor_divide: i64[16]  = floor_divide(argsort, 2)
-         index: f32[16, 16]     = index(x, [floor_divide])
-         bucketize: i64[16]     = bucketize(arange, to_copy_1, right=True)
-         grouped_mm: f32[16, 8] = mesh::grouped_mm(index, up, bucketize)
-         argsort_1: i64[16]     = argsort(argsort)
-         index_2: f32[16, 16]   = index(mul_1, [argsort_1])
-After:   unsqueeze: f32[8, 1, 16] = unsqueeze(x, 1)
-         expand: f32[8, 2, 16]    = expand(unsqueeze, [8, 2, 16])
-         view_2: f32[16, 16]      = view(expand, [16, 16])
-         grouped_mm: f32[16, 8]   = mesh::grouped_mm(view_2, up, view)
-         view_3: f32[8, 2, 16]    = view(mul_1, [8, 2, 16])
+Before:  argsort: i64[16]          = argsort(view)
+         floor_divide: i64[16]     = floor_divide(argsort, 2)
+         index: f32[16, 16]        = index(x, [floor_divide])
+         bucketize: i64[16]        = bucketize(arange, to_copy_1, right=True)
+         unsqueeze: i64[16, 1]     = unsqueeze(bucketize, 1)
+         grouped_mm: f32[16, 1, 8] = mesh::grouped_mm(index, up, unsqueeze)
+         argsort_1: i64[16]        = argsort(argsort)
+         index_2: f32[16, 16]      = index(mul_1, [argsort_1])
+After:   topk_1: i64[8, 2]        = topk[1]
+         grouped_mm: f32[8, 2, 8] = mesh::grouped_mm(x, up, topk_1)
+         view_3: f32[16, 1, 8]    = view(grouped_mm, [16, 1, 8])
+         view_5_1: f32[8, 2, 16]  = view(mul_1, [8, 2, 16])
+         sum: f32[8, 16]          = sum(view_5_1, [1])
 
 A mixture of experts sorts its tokens by expert, computes row by row and puts the rows back in
 order. Over a batch that is split the sort needs every token. But a function of rows is the same in
@@ -34,7 +35,7 @@ import torch
 from meshwright.compiler.calls import call_operands
 from meshwright.compiler.counts import ARGSORTS, SORTS, group_ends, same_value, sort_option, source
 from meshwright.compiler.equivariance import carried, is_vector
-from meshwright.compiler.ir import GETITEM, Arg, Builder, Graph, Node, Op, nodes_in
+from meshwright.compiler.ir import GETITEM, Arg, Builder, Graph, MeshOp, Node, Op, nodes_in
 from meshwright.compiler.recognise import constant
 from meshwright.compiler.rules.factories import makes_zeros
 from meshwright.compiler.types import result_type
@@ -89,6 +90,8 @@ class _Router:
         """By node that holds the inverse of an order: the sort that gives the order."""
         self.several: dict[Node, tuple[tuple[int | None, ...], Node]] = {}
         """Of nodes with several results: the dim in which each is permuted, and by which sort."""
+        self.repeated: dict[Node, Node] = {}
+        """By matrix of the new graph in which each row of another stands a number of times."""
 
     def run(self) -> Graph:
         for node in self.graph.nodes:
@@ -217,7 +220,29 @@ class _Router:
         return same_value(elements, ids)
 
     def _used_with(self, node: Node) -> list[Node]:
-        return [n for user in self.users[node] for n in user.operands()]
+        """What a node, or a view of it, meets."""
+        users = [user for view in self.users[node] for user in self.users[view]]
+        return [n for user in users for n in user.operands()]
+
+    def product(self, node: Node) -> bool:
+        """Rows meet their matrices as they are grouped where the groups come from: those that were
+        repeated for that, once for all."""
+        x, weight, group = node.args
+        if x not in self.permuted or group not in self.permuted or weight in self.permuted:
+            return False
+        rows, by = self.permuted[x].rows, self.permuted[x].by
+        if by is not self.permuted[group].by or self.permuted[x].dim != 0:
+            return False
+        groups = _matrix(self.permuted[group].rows)
+        if rows in self.repeated and self.repeated[rows].tensor.shape[0] == groups.tensor.shape[0]:
+            rows = self.repeated[rows]
+        elif len(rows.tensor.shape) == 2:
+            shape = (*groups.tensor.shape, rows.tensor.shape[1])
+            rows = self.call(node, aten.view.default, rows, shape)
+        y = self.call(node, node.op, rows, self.value(weight), groups)
+        y = self.call(node, aten.view.default, y, node.tensor.shape)
+        self.permuted[node] = Permuted(y, 0, by)
+        return True
 
     def lookup(self, node: Node) -> bool:
         """`x[p]` is x, permuted; and with the inverse of p a permuted value is as it was."""
@@ -270,7 +295,10 @@ class _Router:
         wide = (*shape[:place], count, *shape[place:])
         single = self.call(node, aten.unsqueeze.default, value, place)
         expanded = self.call(node, aten.expand.default, single, wide)
-        return self.call(node, aten.view.default, expanded, node.tensor.shape)
+        found = self.call(node, aten.view.default, expanded, node.tensor.shape)
+        if (dim, at, len(shape)) == (0, 1, 2):
+            self.repeated[found] = value
+        return found
 
     def _added(self, node: Node, parts: _Put, index: Node, value: Node) -> Node:
         """`x.index_add(dim, index, value)`: where that sums repetitions, their sum."""
@@ -292,6 +320,16 @@ class _Router:
 def _operands(node: Node) -> enumerate[Node]:
     """The operands with their numbers, as rules count them."""
     return enumerate(call_operands(node.args, node.kwargs))
+
+
+def _matrix(group: Node) -> Node:
+    """The matrix of numbers that a vector of them, or a column, is a view of."""
+    before: Node = group
+    while before.op in (aten.view.default, aten.unsqueeze.default):
+        before = before.args[0]
+        if len(before.tensor.shape) == 2:
+            return before
+    return group
 
 
 def _is_places(node: Node) -> bool:
@@ -389,6 +427,7 @@ _ADDING = (aten.index_add.default, aten.scatter_add.default)
 _HANDLERS: dict[Op, Callable[[_Router, Node], bool]] = {
     GETITEM: _Router.item,
     aten.bucketize.Tensor: _Router.groups,
+    MeshOp("grouped_mm"): _Router.product,
     **dict.fromkeys((*SORTS, *ARGSORTS), _Router.sort),
     **dict.fromkeys(
         (

@@ -9,27 +9,28 @@ from torch import Tensor
 
 
 def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
-    """`y[s, n] = x[s] @ weight[group[s]]` for `x[s, k]` and `weight[e, k, n]`.
+    """`y[r, t] = x[r, t] @ weight[group[r, t]]`: `x[r, t, k]`, `weight[e, k, n]`, `y[r, t, n]`.
 
-    Groups are in [0, e]; the rows of group e, which has no matrix, are zeros. The rows of a group
-    are one product, whatever their order.
+    Of `x[r, k]` each row stands for t. Groups are in [0, e]; what is of group e, which has no
+    matrix, is zeros. The rows of a group are one product, whatever their order.
     """
     order, ends = _ordered(group, weight.shape[0])
-    rows = x.index_select(0, order)
+    rows = _taken(x, order, group)
     if _is_fused(rows, weight):
-        outside = group.index_select(0, order).eq(weight.shape[0]).unsqueeze(1)
+        outside = group.reshape(-1).index_select(0, order).eq(weight.shape[0]).unsqueeze(1)
         y = torch._grouped_mm(rows, weight, offs=ends).masked_fill_(outside, 0)
     else:
         y = rows.new_zeros(rows.shape[0], weight.shape[2])
         for e, start, stop in _groups(ends):
             torch.mm(rows[start:stop], weight[e], out=y[start:stop])
-    return torch.empty_like(y).index_copy_(0, order, y)
+    return torch.empty_like(y).index_copy_(0, order, y).view(*group.shape, weight.shape[2])
 
 
 def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """The sum of `x[s]^T grad[s]` over the rows of each group, `[e, k, n]`."""
+    """The sum of `x[r, t]^T grad[r, t]` over what is of each group, `[e, k, n]`."""
     order, ends = _ordered(group, num_groups)
-    rows, grads = x.index_select(0, order), grad.index_select(0, order)
+    rows = _taken(x, order, group)
+    grads = _taken(grad, order, group)
     if _is_fused(rows, grads):
         return torch._grouped_mm(rows.t(), grads, offs=ends)
     weight = grads.new_zeros(num_groups, rows.shape[1], grads.shape[1])
@@ -38,9 +39,16 @@ def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -
     return weight
 
 
+def _taken(x: Tensor, order: Tensor, group: Tensor) -> Tensor:
+    """The rows of x at flat places of `group`."""
+    if x.dim() == 2:
+        return x.index_select(0, order // group.shape[1])
+    return x.reshape(-1, x.shape[2]).index_select(0, order)
+
+
 def _ordered(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Row numbers in the order of their groups, and where each group ends."""
-    ordered, order = torch.sort(group, stable=True)
+    """The places of `group`, flat, in the order of the groups, and where each group ends."""
+    ordered, order = torch.sort(group.reshape(-1), stable=True)
     groups = torch.arange(num_groups, device=group.device, dtype=group.dtype)
     return order, torch.searchsorted(ordered, groups, right=True, out_int32=True)
 

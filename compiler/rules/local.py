@@ -16,7 +16,7 @@ from meshwright.compiler.ir import Arg, MeshOp, Op
 from meshwright.compiler.layout import Layout, dim_axes
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.rules.notation import dim_index
-from meshwright.compiler.rules.slices import slice_bounds
+from meshwright.compiler.rules.slices import is_digit, slice_bounds
 
 aten = torch.ops.aten
 
@@ -149,6 +149,8 @@ def _slice(call: PlacedCall) -> PlacedCall:
     if ranks == 1:
         return call
     start, stop = slice_bounds(source.shape[dim], call.arg(2), call.arg(3))
+    if is_digit(source.shape[dim], (start, stop), call.arg(4, 1)):
+        return call.with_arg(3, source.shape[dim] // ranks)
     return call.with_arg(2, start // ranks).with_arg(3, stop // ranks)
 
 
@@ -171,6 +173,8 @@ def _slice_backward(call: PlacedCall) -> PlacedCall:
     if ranks == 1:
         return call
     start, stop = slice_bounds(result.shape[dim], call.arg(3), call.arg(4))
+    if is_digit(result.shape[dim], (start, stop), call.arg(5)):
+        return call.with_arg(4, result.shape[dim] // ranks)
     return call.with_arg(3, start // ranks).with_arg(4, stop // ranks)
 
 

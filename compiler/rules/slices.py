@@ -89,10 +89,29 @@ def slice_bounds(size: int, start: Arg, stop: Arg) -> tuple[int, int]:
 
 @rule(aten.slice.Tensor, aten.slice_copy.Tensor)
 def _slice(call: Call) -> Spec:
-    """A step needs the dim whole."""
+    """A step needs the dim whole, or in blocks of which it takes one element each."""
     shape, dim = call.operands[0].type.shape, _dim(call, 1)
-    bounds = slice_bounds(shape[dim], call.arg(2), call.arg(3))
-    return _slice_of(call, dim, bounds, call.arg(4, 1))
+    bounds, step = slice_bounds(shape[dim], call.arg(2), call.arg(3)), call.arg(4, 1)
+    if not is_digit(shape[dim], bounds, step):
+        return _slice_of(call, dim, bounds, step)
+    letters = numbered("x", len(shape))
+    bind = partial(_bind_digit, letters[dim], step, call.mesh)
+    return Spec((letters,), (_with(letters, dim, "p"),), linear=_LINEAR, bind=bind)
+
+
+def is_digit(size: int, bounds: tuple[int, int], step: int) -> bool:
+    """Whether a slice takes one element of each block of `step`: gates that are interleaved."""
+    start, stop = bounds
+    return 1 < step < size and size % step == 0 and start < step and stop > size - step + start
+
+
+def _bind_digit(letter: str, step: int, mesh: Mesh, dims: Dims) -> Dims:
+    """The blocks of `step` that are split, each whole."""
+    size = math.prod(Layout((dims[letter],)).shape)
+    blocks, digit = reshape(Layout((dims[letter],)), (size // step, step), mesh).dims
+    if dim_axes(digit):
+        raise LayoutError(f"blocks of {step} are split", code="split-block", help="split blocks")
+    return {"p": blocks}
 
 
 @rule(aten.narrow.default)
@@ -244,6 +263,12 @@ def _slice_backward(call: Call) -> Spec:
     size, step = call.arg(1)[dim], call.arg(5)
     start, stop = slice_bounds(size, call.arg(3), call.arg(4))
     result = _with(letters, dim, "r")
+    if is_digit(size, (start, stop), step):
+
+        def bind(dims: Dims) -> Dims:
+            return {"r": interleave_dim(dims[letters[dim]], step, call.mesh)}
+
+        return Spec((letters,), (result,), linear=_LINEAR, bind=bind)
     if step != 1:
         return Spec((letters,), (result,), whole=frozenset({letters[dim]}), linear=_LINEAR)
     try:

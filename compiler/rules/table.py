@@ -47,8 +47,6 @@ COMPOSITES: dict[Op, Row] = {
         "... n~, ... n, ...?, ..., n?, n? -> ... n, n, n", _FIRST, shape_only=(5,)
     ),
     MeshOp("dropout"): row("... -> ..."),
-    MeshOp("grouped_mm"): row("s k, e! k n, s -> s n", ((0,), (1,))),
-    MeshOp("grouped_mm_weight"): row("s k, s n, s -> e! k n", ((0,), (1,))),
 }
 
 NORMS: dict[Op, Row] = {

@@ -26,10 +26,10 @@ def test_the_docstring_shows_a_mixture_of_experts_before_and_after() -> None:
         route,
         shown(
             found["normalise"],
-            *("argsort", "floor_divide", "index", "bucketize", "grouped_mm"),
+            *("argsort", "floor_divide", "index", "bucketize", "unsqueeze", "grouped_mm"),
             *("argsort_1", "index_2"),
         ),
-        shown(found["route"], "unsqueeze", "expand", "view_2", "grouped_mm", "view_3"),
+        shown(found["route"], "topk_1", "grouped_mm", "view_3", "view_5_1", "sum"),
     )
 
 

@@ -100,14 +100,17 @@ def extend(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
-    """Rows of the last group, which has no matrix, are zeros."""
+    """What is of the last group, which has no matrix, is zeros."""
     padded = functional.pad(weight, (0, 0, 0, 0, 0, 1))
-    return (x.unsqueeze(1) @ padded[group]).squeeze(1)
+    rows = x.unsqueeze(1) if x.dim() == 2 else x
+    return (rows.unsqueeze(2) @ padded[group]).squeeze(2)
 
 
 def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    pairs = x.unsqueeze(2) * grad.unsqueeze(1)
-    return x.new_zeros(num_groups, *pairs.shape[1:]).index_add(0, group, pairs)
+    rows = x.unsqueeze(1) if x.dim() == 2 else x
+    pairs = rows.unsqueeze(3) * grad.unsqueeze(2)
+    zeros = x.new_zeros(num_groups, *pairs.shape[2:])
+    return zeros.index_add(0, group.flatten(), pairs.flatten(0, 1))
 
 
 def attention(

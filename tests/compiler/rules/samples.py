@@ -92,7 +92,6 @@ POINTWISE = [
     call(aten.div.Tensor, f(4, 6), 2.0),
     call(aten.div.Scalar, f(4, 6), 2.0),
     backward(aten.div.Tensor_mode, f(4, 6), positive(6), rounding_mode="floor"),
-    backward(aten.floor_divide.default, n(9, 4, 6), 2),
     call(aten.neg.default, f(4, 6)),
     call(aten.positive.default, f(4)),
     call(aten.clone.default, f(4, 6)),
@@ -335,8 +334,6 @@ ALONG = [
     call(aten.sort.stable, f(4, 6), stable=True, dim=0),
     call(aten.argsort.default, f(4, 6), 0),
     call(aten.argsort.stable, f(4, 6), stable=True, dim=1),
-    backward(aten.histc.default, f(4, 6), 5, -2, 2),
-    backward(aten.histc.default, positive(4, 6).cumsum(0).cumsum(1), 7),
     call(aten.topk.default, f(4, 6), 2),
     call(aten.topk.default, f(4, 6), 3, 0),
     call(aten.diff.default, f(4, 6)),
@@ -517,8 +514,6 @@ COMPOSITES = [
     ),
     mesh("dropout", f(4, 6), 0.1, 0),
     mesh("extend", f(4, 3, 6), 1, 4),
-    mesh("grouped_mm", f(4, 6), f(4, 6, 2), n(5, 4)),
-    mesh("grouped_mm_weight", f(4, 6), f(4, 2), n(4, 4), 4),
     mesh("attention", *(f(2, 4, 3, 2) for _ in range(3)), None, True, None, 0.0, 0),
     mesh("attention", f(2, 4, 3, 2), f(2, 2, 3, 2), f(2, 2, 3, 4), None, False, None, 0.0, 0),
     mesh("attention", f(2, 4, 3, 2), f(2, 1, 5, 2), f(2, 1, 5, 2), None, False, 0.3, 0.0, 0),
@@ -559,6 +554,19 @@ POOLS = [
     backward(aten._adaptive_avg_pool2d_backward.default, f(2, 4, 2, 2), f(2, 4, 4, 4)),
 ]
 
+ROUTING = [
+    backward(aten.floor_divide.default, n(9, 4, 6), 2),
+    call(aten.slice.Tensor, f(12, 2), 0, 1, 9223372036854775807, 2),
+    call(aten.slice.Tensor, f(2, 12), 1, 2, 12, 3),
+    backward(aten.slice_backward.default, f(4, 4), [4, 8], 1, 1, 8, 2),
+    backward(aten.histc.default, f(4, 6), 5, -2, 2),
+    backward(aten.histc.default, positive(4, 6).cumsum(0).cumsum(1), 7),
+    mesh("grouped_mm", f(4, 6), f(4, 6, 2), n(5, 4, 2)),
+    mesh("grouped_mm_weight", f(4, 6), f(4, 2, 2), n(4, 4, 2), 4),
+    mesh("grouped_mm", f(4, 2, 6), f(4, 6, 2), n(5, 4, 2)),
+    mesh("grouped_mm_weight", f(4, 2, 6), f(4, 2, 2), n(4, 4, 2), 4),
+]
+
 SAMPLES = [
     *PRODUCTS,
     *POINTWISE,
@@ -572,4 +580,5 @@ SAMPLES = [
     *FACTORIES,
     *COMPOSITES,
     *POOLS,
+    *ROUTING,
 ]
