@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from meshwright.compiler.capture import Captured
@@ -69,3 +69,5 @@ class Draft:
     variant_of: tuple[str, ...] | None = None
     """Of a compiled program for another mode or other inputs: the inputs that the first one has.
     What statements say of inputs and modules that are not used here has no effect."""
+    evaluation: Callable[[], Graph | None] = lambda: None
+    """Captures the model's eval mode, for modules that only run there; nothing if it cannot be."""

@@ -57,6 +57,48 @@ class Linear:
     biases: tuple[Node, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ComputedWeight:
+    """The second factor of a product that is not a parameter but made of `parameters` alone."""
+
+    weight: Node
+    features: int
+    inputs: int
+    parameters: tuple[Node, ...]
+    biases: tuple[Node, ...]
+
+
+def computed_weights(graph: Graph) -> dict[str, ComputedWeight]:
+    """By module: its first product whose weight is computed, as that of a parametrized linear."""
+    found: dict[str, ComputedWeight] = {}
+    for node in graph.nodes:
+        operands = _operands(node)
+        if operands is None or node.origin.module in found:
+            continue
+        weight, features, inputs, biases = operands
+        sources = _sources(weight)
+        if sources and weight.op != INPUT:
+            found[node.origin.module] = ComputedWeight(weight, features, inputs, sources, biases)
+    return found
+
+
+def _sources(node: Node) -> tuple[Node, ...]:
+    """The parameters that a value is computed from; none if anything that a user passes is, too."""
+    found: dict[Node, None] = {}
+    waiting, seen = [node], {node}
+    while waiting:
+        each = waiting.pop()
+        if each.op == INPUT and each.args[0] == "argument":
+            return ()
+        if each.op == INPUT and each.args[0] == "parameter":
+            found[each] = None
+        for operand in each.operands():
+            if operand not in seen:
+                seen.add(operand)
+                waiting.append(operand)
+    return tuple(sorted(found, key=lambda each: str(each.args[1])))
+
+
 def linears(graph: Graph) -> dict[str, list[Linear]]:
     """The linear maps of every module that calls one itself."""
     found: dict[str, list[Linear]] = {}
@@ -79,19 +121,25 @@ def tables(graph: Graph) -> dict[str, list[Linear]]:
 
 def _linear(node: Node) -> Linear | None:
     """The product that a node is, if its second factor is a parameter."""
+    operands = _operands(node)
+    return None if operands is None else _product(*operands)
+
+
+def _operands(node: Node) -> tuple[Node, int, int, tuple[Node, ...]] | None:
+    """The second factor of a product, its dims of output and input features, and the biases."""
     if node.op == aten.linear.default:
         biases = tuple(arg for arg in node.args[2:3] if isinstance(arg, Node) and arg.op == INPUT)
-        return _product(node.args[1], 0, 1, biases)
+        return node.args[1], 0, 1, biases
     if node.op == aten.addmm.default:
         biases = (node.args[0],) if node.args[0].op == INPUT else ()
-        return _product(node.args[2], 1, 0, biases)
+        return node.args[2], 1, 0, biases
     if node.op in (aten.mm.default, aten.matmul.default):
         weight = node.args[1]
-        return _product(weight, 1, 0, ()) if len(weight.tensor.shape) == 2 else None
+        return (weight, 1, 0, ()) if len(weight.tensor.shape) == 2 else None
     inputs = contracted_dim(node)
     if inputs is not None:
         biases = tuple(arg for arg in node.args[2:3] if isinstance(arg, Node) and arg.op == INPUT)
-        return _product(node.args[1], 1 - inputs, inputs, biases)
+        return node.args[1], 1 - inputs, inputs, biases
     return None
 
 

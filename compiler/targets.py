@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias, TypeVar
 
 from meshwright.compiler.draft import Draft
+from meshwright.compiler.ir import Graph
+from meshwright.compiler.missing import nothing_found, runs
 from meshwright.dsl.statements import Spread
 
+S = TypeVar("S", bound=Spread)
 T = TypeVar("T")
 
 
@@ -26,23 +29,36 @@ def inputs_of(draft: Draft) -> list[str]:
     return list(dict.fromkeys([*draft.captured.input_names, *(draft.variant_of or ())]))
 
 
-def of_module(
-    found: Mapping[str, Sequence[T]], module: str, statement: Spread, draft: Draft, what: str
-) -> Sequence[T]:
-    """What was found in a module. Raises `PlanError` if it has nothing of the kind, unless that is
-    because this variant of a program does not use the module."""
-    if not found.get(module) and draft.variant_of is not None:
-        return ()
-    if not found.get(module):
-        inner = [name for name in found if name.startswith(f"{module}.")]
-        shown = ", ".join(f"`{name}`" for name in (inner or list(found))[:3])
-        raise draft.plan.error(
-            "P501",
-            f"`{statement.verb}` needs {what}, and `{module}` does not call one itself",
-            statement,
-            help=f"name modules that do, such as {shown}" if shown else "name another module",
-        )
-    return found[module]
+Find: TypeAlias = Callable[[Graph], Mapping[str, Sequence[T]]]
+"""Finds something in a graph, by module."""
+
+
+def of_modules(
+    find: Find[T], verb: type[S], draft: Draft, what: str
+) -> Iterator[tuple[S, Sequence[T]]]:
+    """For every module under a statement of `verb`: the statement, and what `find` finds there.
+
+    Raises `PlanError` for a module that has nothing of the kind, unless this variant of a program
+    does not use it, or only evaluation does.
+    """
+    found = find(draft.graph)
+    for module, statement in draft.plan.resolve(verb, modules_of(draft)).items():
+        if found.get(module):
+            yield statement, found[module]
+        elif draft.variant_of is None and not _has(find, evaluated(draft, module), module):
+            raise nothing_found(draft, found, module, statement, what)
+
+
+def _has(find: Find[T], graph: Graph | None, module: str) -> bool:
+    return graph is not None and bool(find(graph).get(module))
+
+
+def evaluated(draft: Draft, module: str) -> Graph | None:
+    """The graph of the model's eval mode, if `module` runs there and not in training."""
+    if draft.captured.mode != "train" or runs(draft.graph, module):
+        return None
+    graph = draft.evaluation()
+    return graph if graph is not None and runs(graph, module) else None
 
 
 def check_divides(draft: Draft, size: int, statement: Spread, tensor: str, what: str) -> None:

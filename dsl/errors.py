@@ -143,10 +143,10 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     return f"write `{close[0]}`" if close else f"use {either(choices)}"
 
 
-def either(words: Iterable[str]) -> str:
+def either(words: Iterable[str], last: str = "or") -> str:
     """`a`, `b` or `c`."""
     names = [f"`{word}`" for word in words]
-    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+    return f" {last} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def plural(count: int, noun: str) -> str:

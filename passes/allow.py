@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 from meshwright.compiler.collectives import COLLECTIVES
 from meshwright.compiler.draft import Draft
@@ -18,10 +19,12 @@ from meshwright.compiler.reshard import cost
 from meshwright.compiler.rules.lookup import has_rule
 from meshwright.compiler.targets import modules_of
 from meshwright.compiler.text import op_text
+from meshwright.dsl.selectors import selectors_of
 from meshwright.dsl.statements import Allow
 
 LIMIT = 64 << 10
 """Bytes a rank and step that implicit gathers may move together."""
+_MOST_SELECTORS = 4
 
 
 def check_replication(draft: Draft) -> None:
@@ -41,8 +44,15 @@ def check_replication(draft: Draft) -> None:
         "for",
         code="implicit-gather",
         culprit=f"{where.source}; {_many(len(implicit))} {total} bytes a step",
-        help=f"write `allow replicate {where.module or '**'}`, or lay the value out with `shard`",
+        help=f"write `allow replicate {_targets(implicit)}`, or lay the value out with `shard`",
     )
+
+
+def _targets(movements: Sequence[Movement]) -> str:
+    """Selectors for all modules that gather, so that one statement allows them."""
+    modules = [movement.node.origin.module for movement in movements]
+    found = selectors_of(modules)
+    return "**" if "" in modules or len(found) > _MOST_SELECTORS else ", ".join(found)
 
 
 def _many(count: int) -> str:

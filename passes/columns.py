@@ -17,7 +17,7 @@ from __future__ import annotations
 from meshwright.compiler.draft import Draft
 from meshwright.compiler.linears import linears
 from meshwright.compiler.pins import pin, tensor_text, to_dim
-from meshwright.compiler.targets import modules_of, of_module
+from meshwright.compiler.targets import of_modules
 from meshwright.dsl.statements import Columns
 
 
@@ -25,9 +25,8 @@ def columns(draft: Draft) -> Draft:
     """Pin the weights and biases of every linear under a `columns` statement."""
     if not draft.plan.of(Columns):
         return draft
-    found = linears(draft.graph)
-    for module, statement in draft.plan.resolve(Columns, modules_of(draft)).items():
-        for linear in of_module(found, module, statement, draft, "a linear"):
+    for statement, found in of_modules(linears, Columns, draft, "a linear"):
+        for linear in found:
             size = linear.weight.tensor.shape[linear.features]
             dim = to_dim(draft.plan.columns_dim(statement, size, f"{tensor_text(linear.weight)}"))
             draft = pin(draft, linear.weight, {linear.features: dim}, statement)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from meshwright.compiler.capture.arguments import check_arguments, target_device
 from meshwright.compiler.check import check
 from meshwright.compiler.differentiate import differentiate
 from meshwright.compiler.draft import Draft
+from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.ir import Graph, TensorType
 from meshwright.compiler.layout import Layout, replicated
 from meshwright.compiler.mesh import Mesh
@@ -87,6 +88,7 @@ def compile_program(
     modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
     graph = route(normalise(captured.graph))
     draft = Draft(plan, mesh, captured, graph, modules, variant_of=variant_of)
+    draft = replace(draft, evaluation=cache(partial(_evaluation, model, example, mesh, capturing)))
     for each in PLACING:
         draft = each(draft)
         check(draft.graph, each.__name__)
@@ -109,6 +111,17 @@ def compile_program(
         check_axes(program)
     check_contracts(program)
     return program
+
+
+def _evaluation(
+    model: nn.Module, example: Any, mesh: Mesh, capturing: Mapping[str, Any]
+) -> Graph | None:
+    """The model in its eval mode, if it can be captured there."""
+    try:
+        captured = capture(model, example, mesh, **{**capturing, "mode": "eval"})
+    except CaptureError:
+        return None
+    return route(normalise(captured.graph))
 
 
 def _step(draft: Draft) -> tuple[Draft, Step]:

@@ -19,7 +19,7 @@ from meshwright.compiler.draft import Draft
 from meshwright.compiler.layout import cut
 from meshwright.compiler.linears import linears
 from meshwright.compiler.pins import pin, tensor_text
-from meshwright.compiler.targets import check_divides, modules_of, of_module
+from meshwright.compiler.targets import check_divides, of_modules
 from meshwright.dsl.statements import Rows
 
 
@@ -27,9 +27,8 @@ def rows(draft: Draft) -> Draft:
     """Pin the weight of every linear under a `rows` statement."""
     if not draft.plan.of(Rows):
         return draft
-    found = linears(draft.graph)
-    for module, statement in draft.plan.resolve(Rows, modules_of(draft)).items():
-        for linear in of_module(found, module, statement, draft, "a linear"):
+    for statement, found in of_modules(linears, Rows, draft, "a linear"):
+        for linear in found:
             size = linear.weight.tensor.shape[linear.inputs]
             text = f"{tensor_text(linear.weight)}{list(linear.weight.tensor.shape)}"
             check_divides(draft, size, statement, text, "input features")

@@ -27,7 +27,7 @@ from dataclasses import replace
 from meshwright.compiler.draft import Draft, Region
 from meshwright.compiler.ir import Node
 from meshwright.compiler.sequences import entered_activations
-from meshwright.compiler.targets import modules_of
+from meshwright.compiler.targets import evaluated, modules_of
 from meshwright.dsl.statements import Sequence
 
 
@@ -61,6 +61,9 @@ def _check(draft: Draft, modules: frozenset[str], statement: Sequence) -> None:
     """Every region has an activation that enters it."""
     entered = entered_activations(draft.graph, modules)
     for module in sorted(modules - set(entered)) if draft.variant_of is None else ():
+        graph = evaluated(draft, module)
+        if graph is not None and module in entered_activations(graph, modules):
+            continue
         raise draft.plan.error(
             "P501",
             f"no activation `[batch, sequence, ...]` enters `{module}`",

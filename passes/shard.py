@@ -19,7 +19,7 @@ from meshwright.compiler.draft import Draft, Pin
 from meshwright.compiler.ir import INPUT, Node, TensorType
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.pins import contradiction, tensor_text, to_dim, with_pin
-from meshwright.compiler.targets import modules_of, tensors_of
+from meshwright.compiler.targets import evaluated, modules_of, tensors_of
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.layouts import LayoutTemplate
 from meshwright.dsl.statements import Columns, Rows, Shard, Statement, Vocab
@@ -65,7 +65,7 @@ def _outputs(draft: Draft) -> Draft:
     values = dict(draft.values)
     for module, statement in resolved.items():
         node = results.get(module)
-        if node is None and draft.variant_of is not None:
+        if node is None and (draft.variant_of is not None or evaluated(draft, module)):
             continue
         if node is None:
             raise draft.plan.error(
@@ -112,6 +112,8 @@ def _inputs(draft: Draft) -> Draft:
             pin = Pin(layout, (statement,))
             entering[node] = (*entering.get(node, ()), (value, pin))
     for module in resolved.keys() - seen if draft.variant_of is None else ():
+        if evaluated(draft, module):
+            continue
         raise draft.plan.error(
             "P501",
             f"no tensor enters `{module}`",

@@ -21,11 +21,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.compiler.draft import Draft, Padding, Pin
-from meshwright.compiler.ir import Node
+from meshwright.compiler.ir import Graph, Node
 from meshwright.compiler.layout import Layout, cut, whole
-from meshwright.compiler.linears import linears, tables
+from meshwright.compiler.linears import Linear, linears, tables
 from meshwright.compiler.pins import contradiction, with_pin
-from meshwright.compiler.targets import modules_of, of_module
+from meshwright.compiler.targets import of_modules
 from meshwright.dsl.statements import Vocab
 
 
@@ -33,15 +33,20 @@ def vocab(draft: Draft) -> Draft:
     """Pin every table under a `vocab` statement by its vocabulary dim."""
     if not draft.plan.of(Vocab):
         return draft
-    found = linears(draft.graph)
-    for module, each in tables(draft.graph).items():
-        found[module] = [*found.get(module, ()), *each]
-    for module, statement in draft.plan.resolve(Vocab, modules_of(draft)).items():
-        for table in of_module(found, module, statement, draft, "an embedding or a linear"):
+    for statement, found in of_modules(_tables, Vocab, draft, "an embedding or a linear"):
+        for table in found:
             draft = _split(draft, table.weight, table.features, statement)
             for bias in table.biases:
                 draft = _split(draft, bias, 0, statement)
     return draft
+
+
+def _tables(graph: Graph) -> dict[str, list[Linear]]:
+    """The linears and lookup tables of every module."""
+    found = linears(graph)
+    for module, each in tables(graph).items():
+        found[module] = [*found.get(module, ()), *each]
+    return found
 
 
 def _split(draft: Draft, node: Node, dim: int, statement: Vocab) -> Draft:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,6 +71,10 @@ class RankStep:
 
     def __init__(self, program: Program, state: RankState) -> None:
         self.state, step = state, program.step
+        self.paddings = {
+            name: stored.padding
+            for name, stored in (*program.parameters.items(), *program.buffers.items())
+        }
         self.constants = {
             name: value.detach().to(state.device)
             for name, value in program.captured.constants.items()
@@ -101,7 +106,10 @@ class RankStep:
         held, layout = state.tensors[kind, name], state.stored[kind, name].layout
         if layout.equals(node.placed, state.mesh):
             return held
-        if layout.split_axes or layout.shape != node.placed.shape:
+        padding = self.paddings.get(name)
+        if padding is not None and not layout.split_axes:
+            held = padded(held, replace(state.stored[kind, name], padding=padding))
+        if layout.split_axes or held.shape != node.placed.shape:
             raise PassError(
                 f"`{name}` is held as `{layout}`, and this program wants `{node.placed}`",
                 help="report this: a program for other inputs placed a weight elsewhere",
