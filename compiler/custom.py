@@ -38,6 +38,8 @@ class CustomOp:
     name: str
     rule: str
     vjp: Vjp
+    num_returned: int = 0
+    """How many of its first operands it returns as they are: it has no rule, only a vjp."""
 
 
 REGISTRY: dict[torch._ops.OpOverload, CustomOp] = {}
@@ -112,6 +114,29 @@ def registered(function: type[torch.autograd.Function]) -> Registered | None:
     return _FUNCTIONS.get(function)
 
 
+def returning_first(stem: str, vjp: Any, num_operands: int) -> Any:
+    """An operator of `num_operands` tensors that returns the first `len(vjp.places)` of them.
+
+    In the backward `vjp` says what their gradients mean for the others.
+    """
+    name, count = _unique(stem), len(vjp.places)
+    taken = ", ".join(f"Tensor a{place}" for place in range(num_operands))
+    returns = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+    def first(*tensors: Tensor) -> Any:
+        found = tuple(tensor.clone() for tensor in tensors[:count])
+        return found[0] if count == 1 else found
+
+    schema = f"({taken}) -> {returns}"
+    made = torch.library.custom_op(f"{NAMESPACE}::{name}", first, mutates_args=(), schema=schema)
+    made.register_fake(first)
+    made.register_autograd(functools.partial(_backward, vjp), setup_context=_setup_context)
+    REGISTRY[getattr(getattr(torch.ops, NAMESPACE), name).default] = CustomOp(
+        name, "", vjp, num_returned=count
+    )
+    return made
+
+
 def _unique(stem: str) -> str:
     stem = re.sub(r"\W", "_", stem).strip("_") or "function"
     stem = f"{stem}_" if keyword.iskeyword(stem) else stem
@@ -121,15 +146,21 @@ def _unique(stem: str) -> str:
 
 def _forward_of(function: Any) -> tuple[Callable[..., Any], inspect.Signature]:
     """`forward` without the context, and the arguments that `apply` takes."""
-    signature = inspect.signature(function.forward)
     if function.setup_context is not torch.autograd.Function.setup_context:
-        return function.forward, signature
+        return function.forward, signature_of(function)
 
     def run(*args: Any) -> Any:
         return function.forward(_Context(needs_input_grad=(True,) * len(args)), *args)
 
-    _, *parameters = signature.parameters.values()
-    return run, signature.replace(parameters=parameters)
+    return run, signature_of(function)
+
+
+def signature_of(function: Any) -> inspect.Signature:
+    """The arguments that `apply` of an `autograd.Function` takes."""
+    signature = inspect.signature(function.forward)
+    if function.setup_context is not torch.autograd.Function.setup_context:
+        return signature
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 class _Context(SimpleNamespace):

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from meshwright.compiler.ir import Arg, Builder, Graph, MeshOp, Node, NodeType, TensorType
+from meshwright.compiler.custom import REGISTRY
+from meshwright.compiler.ir import GETITEM, Arg, Builder, Graph, MeshOp, Node, NodeType, TensorType
 from meshwright.compiler.layout import Layout, cut, dim_axes, whole
 from meshwright.compiler.types import result_type, statistic
 
@@ -63,9 +64,20 @@ def lower(graph: Graph) -> Graph:
         if name in LOWERINGS and (axes := dim_axes(_special(node).placed.dims[-1])):
             args = tuple(mapping[arg] if isinstance(arg, Node) else arg for arg in node.args)
             mapping[node] = LOWERINGS[name](Lowering(builder, node, args), axes)
+        elif returned := _returned(node):
+            mapping[node] = mapping[returned]
         else:
             mapping[node] = builder.copy(node, mapping)
     return builder.graph(tuple((label, mapping[node]) for label, node in graph.outputs))
+
+
+def _returned(node: Node) -> Node | None:
+    """The operand that a node is, now that its backward has been written out."""
+    source, index = (node.args[0], node.args[1]) if node.op == GETITEM else (node, 0)
+    if source.op not in REGISTRY or REGISTRY[source.op].num_returned <= index:
+        return None
+    returned: Node = source.args[index]
+    return returned
 
 
 def _special(node: Node) -> Node:

@@ -161,7 +161,7 @@ class Rounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+        return torch.from_numpy(grad.numpy())
 
 
 def branch(y: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from meshwright.compiler.capture.aliases import NamedTensors, named_tensors
 from meshwright.compiler.capture.convert import Converter
 from meshwright.compiler.capture.fakes import Fakes
 from meshwright.compiler.capture.foreign import only_capture_errors, quiet
+from meshwright.compiler.capture.functions import check_backwards
 from meshwright.compiler.capture.inputs import InputSpec, input_spec, split_example
 from meshwright.compiler.capture.modes import translated_modes
 from meshwright.compiler.capture.mutation import detach_out_of_place, functionalised
@@ -84,7 +85,9 @@ def capture(
     converter = Converter(
         program, named, spec, mesh, torch.device(device), differentiable=mode == "train"
     )
-    return _captured(converter, converter.convert(labels), named, spec, mode)
+    graph = converter.convert(labels)
+    check_backwards(graph)
+    return _captured(converter, graph, named, spec, mode)
 
 
 def _captured(

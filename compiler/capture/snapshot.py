@@ -31,6 +31,7 @@ class Snapshot:
         """By id: a container, a cell or a class, and what was in it; both stay alive."""
         self._cached: dict[int, tuple[Any, int]] = {}
         """By id: a cached function, and how often it had to compute."""
+        self._ours = {id(value) for names in _our_globals() for value in names.values()}
         classes: dict[type, None] = {}
         for module in model.modules():
             self._visit(module)
@@ -60,7 +61,8 @@ class Snapshot:
         stack = [start]
         while stack:
             value = stack.pop()
-            if id(value) not in self._kept and not isinstance(value, _PLAIN):
+            known = id(value) in self._kept or id(value) in self._ours
+            if not known and not isinstance(value, _PLAIN):
                 stack += self._parts(value)
 
     def _parts(self, value: Any) -> Iterator[Any]:
@@ -124,6 +126,13 @@ def _is_foreign(kind: type) -> bool:
     """Whether a class is torch's, ours or of the standard library."""
     package = kind.__module__.partition(".")[0]
     return package in ("torch", "meshwright") or package in sys.stdlib_module_names
+
+
+def _our_globals() -> Iterator[dict[str, Any]]:
+    """The globals of our own files: what they register is theirs to keep."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "meshwright" and module is not None:
+            yield vars(module)
 
 
 def _items(value: Any) -> list[Any]:

@@ -2,7 +2,8 @@
 
 Export records the operators that ran. What only autograd would have seen leaves no trace in them:
 the backward of a custom `autograd.Function`, a tensor's or a module's backward hook. Each was seen
-giving a wrong gradient without a word, so they are watched for while the model is traced.
+giving a wrong gradient without a word, so they are watched for while the model is traced. A custom
+function that is made of torch operators is traced with its backward, `functions.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from meshwright.compiler import custom
+from meshwright.compiler.capture.functions import traced
 from meshwright.compiler.capture.modes import replaced
 from meshwright.compiler.capture.origin import current_line
 from meshwright.compiler.errors import CaptureError
@@ -55,13 +57,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -
     registered = custom.registered(function)
     if registered is not None:
         return registered(*args, **kwargs)
-    raise CaptureError(
-        f"`{function.__qualname__}` is a custom autograd.Function, whose backward would be lost",
-        code="function",
-        culprit=current_line(),
-        help=f"register it: `mw.custom({function.__qualname__}, rule=..., vjp=...)`, "
-        "or write it as a torch.library operator with `register_autograd`",
-    )
+    return traced(function, args)
 
 
 def _hook(name: str) -> Callable[..., NoReturn]:

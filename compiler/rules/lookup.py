@@ -19,6 +19,7 @@ from meshwright.compiler.rules import (
 from meshwright.compiler.rules.notation import (
     Call,
     Group,
+    Placement,
     Rule,
     Spec,
     present_terms,
@@ -57,7 +58,14 @@ def _known(op: Op) -> Rule | None:
 def _registered(op: Op) -> Rule | None:
     if isinstance(op, MeshOp) or op not in custom.REGISTRY:
         return None
-    return row(custom.REGISTRY[op].rule)
+    known = custom.REGISTRY[op]
+    return _as_they_are if known.num_returned else row(known.rule)
+
+
+def _as_they_are(call: Call) -> tuple[Placement]:
+    """The first operands are the results; the others are there for the backward alone."""
+    operands = tuple(operand.layout for operand in call.operands)
+    return (Placement(operands, operands[: len(call.results)]),)
 
 
 def replicate(call: Call) -> Spec:

@@ -1,0 +1,211 @@
+"""A custom `autograd.Function` in the graph: its forward in line, its backward as an adjoint.
+
+Before:  y = Gelu.apply(x)
+Traced:  y0 = <the operators of Gelu.forward, without gradients>
+         y  = meshwright_custom::Gelu(y0, x, saved)
+
+The operator returns `y0`; its vjp runs the class's own `backward` on what the forward saved. Both
+sides are made of torch operators, and so are laid out by rules under any plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from meshwright.compiler import vjp
+from meshwright.compiler.capture.origin import current_line
+from meshwright.compiler.custom import REGISTRY, returning_first, signature_of
+from meshwright.compiler.errors import CaptureError, CompilerError
+from meshwright.compiler.ir import Graph, Node
+from meshwright.compiler.rules.notation import Slot
+from meshwright.dsl.errors import MeshwrightError
+
+Function = type[torch.autograd.Function]
+
+
+class Context(SimpleNamespace):
+    """What a `forward` and a `backward` see as `ctx`; attributes are the function's own."""
+
+    def __init__(self, needs_input_grad: Sequence[bool]) -> None:
+        super().__init__()
+        self.needs_input_grad = tuple(needs_input_grad)
+        self.saved_tensors: tuple[Any, ...] = ()
+        self.materialize_grads = True
+        self.constant: tuple[int, ...] = ()
+        """The ids of results without gradients."""
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    def save_for_forward(self, *tensors: Any) -> None: ...
+
+    def mark_dirty(self, *tensors: Any) -> None:
+        raise CaptureError(
+            "a custom autograd.Function writes to its input (`mark_dirty`)",
+            code="function",
+            culprit=current_line(),
+            help="return a new tensor from its forward instead",
+        )
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        self.constant = tuple(id(tensor) for tensor in tensors)
+
+    def set_materialize_grads(self, value: bool) -> None:
+        self.materialize_grads = value
+
+
+def traced(function: Function, args: tuple[Any, ...]) -> Any:
+    """The results of `function.apply(*args)`, as operators and one that carries the backward."""
+    needs = [isinstance(arg, Tensor) and arg.requires_grad for arg in args]
+    context = Context(needs)
+    with torch.no_grad():
+        output = _forward(function, context, args)
+    if not torch.is_grad_enabled() or not any(needs):
+        return output
+    results = list(output) if isinstance(output, (tuple, list)) else [output]
+    places = [i for i, result in enumerate(results) if _has_gradient(result, context)]
+    if not places:
+        return output
+    context.constant = ()
+    leaves, tree = pytree.tree_flatten(vars(context))
+    held = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    pull = _Backward(
+        function,
+        tree,
+        tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves),
+        tuple(isinstance(arg, Tensor) for arg in args),
+        tuple(places),
+        len(results),
+        line=current_line(),
+    )
+    operands = [*(results[i] for i in places), *(a for a in args if isinstance(a, Tensor)), *held]
+    attached = _operator(pull, len(operands))(*operands)
+    for place, value in zip(places, _many(attached), strict=True):
+        results[place] = value
+    return tuple(results) if isinstance(output, (tuple, list)) else results[0]
+
+
+def check_backwards(graph: Graph) -> None:
+    """Raise `CaptureError` for a custom function whose backward cannot be traced."""
+    for node in graph.nodes:
+        known = REGISTRY.get(node.op)  # type: ignore[arg-type]  # a mesh operator is in no registry
+        if known is not None and isinstance(known.vjp, _Backward) and node.requires_grad:
+            _check(node, known.vjp)
+
+
+def _check(node: Node, backward: _Backward) -> None:
+    operands = list(node.operands())
+    types = node.type if isinstance(node.type, tuple) else (node.type,)
+    slots = tuple(Slot(i) for i in range(len(operands)))
+    wanted = tuple(operand.requires_grad for operand in operands)
+    try:
+        vjp.trace(node.op, slots, (), tuple(o.tensor for o in operands), wanted, types)
+    except CompilerError as error:
+        raise cannot_trace(backward.function, "backward", error.problem, backward.line) from error
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
+        raise cannot_trace(backward.function, "backward", text, backward.line) from error
+
+
+def cannot_trace(function: Function, part: str, why: str, line: str) -> CaptureError:
+    """The error for a function that only `mw.custom` can say something of."""
+    given = ", ".join(signature_of(function).parameters)
+    returned = ", ".join(f"grad_{name}" for name in signature_of(function).parameters)
+    many = "," if "," not in returned else ""
+    name = function.__qualname__.rpartition(".")[2]
+    return CaptureError(
+        f"the {part} of `{name}`, a custom autograd.Function, cannot be traced: {why}",
+        code="function",
+        culprit=line,
+        help=f"register it: `mw.custom({name}, rule=..., vjp=vjp)` with `def vjp(grads, inputs, "
+        f"outputs)`, where `inputs` is `({given}{many})` and `({returned}{many})` is returned",
+    )
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """The vjp of one kind of call; equal for calls that differ in their tensors alone.
+
+    The operands are the differentiable results, the tensor arguments, and what `ctx` held.
+    """
+
+    function: Function
+    tree: pytree.TreeSpec
+    constants: tuple[tuple[Any] | None, ...]
+    """The leaves of the context, boxed; None for a tensor, which is an operand."""
+    tensors: tuple[bool, ...]
+    """Which arguments of `apply` are tensors."""
+    places: tuple[int, ...]
+    """The results that have gradients."""
+    num_results: int
+    line: str = field(compare=False, default="")
+
+    def __call__(
+        self, grads: tuple[Any, ...], inputs: tuple[Any, ...], outputs: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        first, last = len(self.places), len(self.places) + sum(self.tensors)
+        held = iter(inputs[last:])
+        leaves = [next(held) if box is None else box[0] for box in self.constants]
+        context = Context(())
+        vars(context).update(pytree.tree_unflatten(leaves, self.tree))
+        given: list[Any] = [None] * self.num_results
+        for place, grad, result in zip(self.places, grads, inputs, strict=False):
+            missing = torch.zeros_like(result) if context.materialize_grads else None
+            given[place] = missing if grad is None else grad
+        found = self.function.backward(context, *given)
+        found = list(found) if isinstance(found, (tuple, list)) else [found]
+        wanted = [g for g, tensor in zip(found, self.tensors, strict=False) if tensor]
+        fitted = [_fitted(g, x) for g, x in zip(wanted, inputs[first:last], strict=True)]
+        return (*[None] * first, *fitted, *[None] * (len(inputs) - last))
+
+
+_OPERATORS: dict[Any, Any] = {}
+
+
+def _operator(backward: _Backward, num_operands: int) -> Any:
+    """The operator of these calls: layers that call one function alike share it."""
+    try:
+        if (backward, num_operands) not in _OPERATORS:
+            made = returning_first(backward.function.__name__, backward, num_operands)
+            _OPERATORS[backward, num_operands] = made
+        return _OPERATORS[backward, num_operands]
+    except TypeError:  # something that is not hashable on the context
+        return returning_first(backward.function.__name__, backward, num_operands)
+
+
+def _forward(function: Any, context: Context, args: tuple[Any, ...]) -> Any:
+    line = current_line()
+    try:
+        if function.setup_context is torch.autograd.Function.setup_context:
+            return function.forward(context, *args)
+        output = function.forward(*args)
+        function.setup_context(context, args, output)
+        return output
+    except MeshwrightError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
+        raise cannot_trace(function, "forward", text, line) from error
+
+
+def _has_gradient(value: Any, context: Context) -> bool:
+    floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return floating and id(value) not in context.constant
+
+
+def _fitted(grad: Any, like: Tensor) -> Any:
+    """A gradient in the shape and type of its argument, as autograd itself brings it there."""
+    if not isinstance(grad, Tensor):
+        return grad
+    return grad.sum_to_size(like.shape).to(like.dtype)
+
+
+def _many(value: Any) -> Iterator[Any]:
+    yield from value if isinstance(value, (tuple, list)) else (value,)
