@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from meshwright.compiler import vjp
 from meshwright.compiler.capture.origin import current_line
 from meshwright.compiler.custom import REGISTRY, returning_first, signature_of
-from meshwright.compiler.errors import CaptureError, CompilerError
+from meshwright.compiler.errors import CaptureError, PassError
 from meshwright.compiler.ir import Graph, Node
 from meshwright.compiler.rules.notation import Slot
 from meshwright.dsl.errors import MeshwrightError
@@ -105,13 +105,27 @@ def _check(node: Node, backward: _Backward) -> None:
     types = node.type if isinstance(node.type, tuple) else (node.type,)
     slots = tuple(Slot(i) for i in range(len(operands)))
     wanted = tuple(operand.requires_grad for operand in operands)
-    try:
+    with _Tracing(backward.function, "backward", backward.line):
         vjp.trace(node.op, slots, (), tuple(o.tensor for o in operands), wanted, types)
-    except CompilerError as error:
-        raise cannot_trace(backward.function, "backward", error.problem, backward.line) from error
-    except Exception as error:
-        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
-        raise cannot_trace(backward.function, "backward", text, backward.line) from error
+
+
+class _Tracing:
+    """A context out of which each error comes as one that names the function."""
+
+    def __init__(self, function: Function, part: str, line: str) -> None:
+        self.function, self.part, self.line = function, part, line
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if isinstance(error, PassError):
+            raise cannot_trace(self.function, self.part, error.problem, self.line) from error
+        if isinstance(error, Exception) and not isinstance(error, MeshwrightError):
+            first = next(iter(str(error).splitlines()), "no message")
+            why = f"{type(error).__name__}: {first}"
+            raise cannot_trace(self.function, self.part, why, self.line) from error
 
 
 def cannot_trace(function: Function, part: str, why: str, line: str) -> CaptureError:
@@ -181,18 +195,12 @@ def _operator(backward: _Backward, num_operands: int) -> Any:
 
 
 def _forward(function: Any, context: Context, args: tuple[Any, ...]) -> Any:
-    line = current_line()
-    try:
+    with _Tracing(function, "forward", current_line()):
         if function.setup_context is torch.autograd.Function.setup_context:
             return function.forward(context, *args)
         output = function.forward(*args)
         function.setup_context(context, args, output)
         return output
-    except MeshwrightError:
-        raise
-    except Exception as error:
-        text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no text'}"
-        raise cannot_trace(function, "forward", text, line) from error
 
 
 def _has_gradient(value: Any, context: Context) -> bool:
