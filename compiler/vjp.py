@@ -259,6 +259,11 @@ _VIEWS: dict[Any, Any] = {
     aten.detach_copy.default: aten.detach.default,
     aten.alias_copy.default: aten.alias.default,
     aten.diagonal_copy.default: aten.diagonal.default,
+    aten.view_as_complex_copy.default: aten.view_as_complex.default,
+    aten.view_as_real_copy.default: aten.view_as_real.default,
+    aten.unfold_copy.default: aten.unfold.default,
+    aten._conj_copy.default: aten.conj_physical.default,
+    aten._neg_view_copy.default: aten.neg.default,
 }
 """The copying forms that functionalising leaves, and the views that they stand for."""
 

@@ -86,7 +86,8 @@ class Rewriter:
 def _floating(type: NodeType) -> bool:
     if isinstance(type, tuple):
         return any(_floating(item) for item in type)
-    return isinstance(type, TensorType) and type.dtype.is_floating_point
+    dtype = type.dtype if isinstance(type, TensorType) else torch.bool
+    return dtype.is_floating_point or dtype.is_complex
 
 
 Rewrite = Callable[[Rewriter], "Node | None"]
@@ -184,6 +185,70 @@ def _index(rewriter: Rewriter) -> Node | None:
         rest = range(len(axes), len(x.tensor.shape))
         x = rewriter.call(aten.permute.default, x, (*order, *rest))
     return rewriter.call(aten.view.default, x, rewriter.node.tensor.shape)
+
+
+@rewrites(aten.masked_scatter.default)
+def _masked_scatter(rewriter: Rewriter) -> Node:
+    """The k-th place of the mask takes the k-th element, or row where the mask holds whole rows."""
+    x, mask, source = rewriter.args
+    shape = rewriter.node.tensor.shape
+    if 0 in (*shape, *source.tensor.shape):
+        return rewriter.call(aten.expand.default, x, shape)
+    rows = _masked_rows(mask, shape)
+    width = shape[-1:] if rows is not None and source.tensor.shape[-1:] == shape[-1:] else ()
+    if rows is None or not width:
+        rows, width = rewriter.call(aten.expand.default, mask, shape), ()
+    count = math.prod(shape) // math.prod(width)
+    places = rewriter.call(aten.cumsum.default, rewriter.call(aten.view.default, rows, (count,)), 0)
+    places = rewriter.call(aten.sub.Tensor, places, 1)
+    places = rewriter.call(aten.clamp_min.default, places, 0)
+    size = math.prod(source.tensor.shape) // math.prod(width)
+    flat = rewriter.call(aten.view.default, source, (size, *width))
+    taken = rewriter.call(aten.index.Tensor, flat, (places,))
+    taken = rewriter.call(aten.view.default, taken, shape)
+    return rewriter.call(aten.where.self, rows, taken, x)
+
+
+def _masked_rows(mask: Node, shape: tuple[int, ...]) -> Node | None:
+    """The mask as `[..., 1]`, where it was expanded from that to `shape`."""
+    if mask.op not in (aten.expand.default, aten.expand_as.default) or mask.tensor.shape != shape:
+        return None
+    rows: Node = mask.args[0]
+    return rows if rows.tensor.shape == (*shape[:-1], 1) else None
+
+
+@rewrites(aten.pixel_shuffle.default)
+def _pixel_shuffle(rewriter: Rewriter) -> Node:
+    """Channels become pixels of blocks: `[..., c·r·r, h, w]` to `[..., c, h·r, w·r]`."""
+    x, r = rewriter.args
+    *batch, channels, h, w = x.tensor.shape
+    n = len(batch)
+    x = rewriter.call(aten.view.default, x, (*batch, channels // (r * r), r, r, h, w))
+    order = (*range(n), n, n + 3, n + 1, n + 4, n + 2)
+    x = rewriter.call(aten.permute.default, x, order)
+    return rewriter.call(aten.view.default, x, rewriter.node.tensor.shape)
+
+
+@rewrites(aten.pixel_unshuffle.default)
+def _pixel_unshuffle(rewriter: Rewriter) -> Node:
+    """Pixels of blocks become channels: `[..., c, h·r, w·r]` to `[..., c·r·r, h, w]`."""
+    x, r = rewriter.args
+    *batch, channels, h, w = x.tensor.shape
+    n = len(batch)
+    x = rewriter.call(aten.view.default, x, (*batch, channels, h // r, r, w // r, r))
+    order = (*range(n), n, n + 2, n + 4, n + 1, n + 3)
+    x = rewriter.call(aten.permute.default, x, order)
+    return rewriter.call(aten.view.default, x, rewriter.node.tensor.shape)
+
+
+@rewrites(aten.channel_shuffle.default)
+def _channel_shuffle(rewriter: Rewriter) -> Node:
+    """The channels of groups in turn."""
+    x, groups = rewriter.args
+    shape = x.tensor.shape
+    x = rewriter.call(aten.view.default, x, (shape[0], groups, shape[1] // groups, *shape[2:]))
+    x = rewriter.call(aten.transpose.int, x, 1, 2)
+    return rewriter.call(aten.view.default, x, shape)
 
 
 @rewrites(aten.embedding.default)

@@ -93,3 +93,74 @@ def test_time_steps_of_what_channels_share_are_reduced_together() -> None:
     assert implicit_gathers(program) == []
     # Two sums forward, that of `shared` backward and the whole biases' gradients.
     assert program.comm().counts()["all_reduce[tp]"] <= 4
+
+
+class Rotated(nn.Module):
+    """Attention whose rotary embedding multiplies by complex numbers, learned or not."""
+
+    def __init__(self, learned: bool) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(8, 48), nn.Linear(16, 8)
+        self.speed = nn.Parameter(torch.rand(2), requires_grad=learned)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).unbind(2)
+        angles = torch.outer(torch.arange(x.shape[1], dtype=x.dtype), self.speed)
+        turns = torch.polar(torch.ones_like(angles), angles)[:, None]
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(h.unflatten(-1, (2, 2))) * turns).flatten(3)
+            for h in (q, k)
+        )
+        y = F.scaled_dot_product_attention(*(h.transpose(1, 2) for h in (q, k, v)))
+        return self.o(y.transpose(1, 2).flatten(2)).square().mean()
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_complex_rotations_keep_batch_and_heads_split(learned: bool) -> None:
+    plan = DATA + "let heads = 4\ncolumns qkv over tp as (3 heads hd)\nrows o over tp\n"
+    program = check_equal(Rotated(learned), sequences, plan, steps=2)
+    assert implicit_gathers(program) == []
+
+
+class Resampled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.interpolate(self.up(x), scale_factor=2, mode="bilinear", align_corners=False)
+        h = F.interpolate(h, (5, 7), mode="bicubic", antialias=True).relu()
+        return F.pixel_shuffle(self.down(F.interpolate(h, (6, 6))), 2).square().mean()
+
+
+def test_images_are_resampled_with_batch_and_channels_split() -> None:
+    plan = DATA + COLUMNS + ROWS
+    program = check_equal(Resampled(), lambda: (real(4, 3, 4, 4),), plan, steps=2)
+    assert implicit_gathers(program) == []
+
+
+class Seen(nn.Module):
+    """Image features take the places of a token, as in models of text and images."""
+
+    def __init__(self, rows: bool) -> None:
+        super().__init__()
+        self.wte, self.image, self.head = nn.Embedding(20, 8), nn.Linear(6, 8), nn.Linear(8, 20)
+        self.rows = rows
+
+    def forward(self, tokens: Tensor, images: Tensor) -> Tensor:
+        x, mask = self.wte(tokens), (tokens == 3)[..., None]
+        mask = mask.expand_as(x) if self.rows else mask & (torch.arange(8) < 8)
+        x = x.masked_scatter(mask, self.image(images))
+        return self.head(x).square().mean()
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_image_features_take_the_places_of_their_token(rows: bool) -> None:
+    def batch() -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(4, 20, (4, 6))
+        for row, count in enumerate((2, 1, 0, 3)):
+            tokens[row, torch.randperm(6)[:count]] = 3
+        return tokens, real(6, 6)
+
+    plan = "mesh tp=2\ncolumns image over tp\nvocab wte, head over tp\nallow replicate **\n"
+    check_equal(Seen(rows), batch, plan, steps=2)

@@ -16,6 +16,7 @@ from meshwright.compiler.ir import Arg, MeshOp, Op
 from meshwright.compiler.layout import Layout, dim_axes
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.rules.notation import dim_index
+from meshwright.compiler.rules.resampling import INTERPOLATIONS_BACKWARD
 from meshwright.compiler.rules.slices import is_digit, slice_bounds
 
 aten = torch.ops.aten
@@ -104,6 +105,7 @@ _SIZES: dict[Op, int] = {
     aten.new_full.default: 1,
     aten.new_empty.default: 1,
     aten.select_backward.default: 1,
+    **dict.fromkeys(INTERPOLATIONS_BACKWARD, 2),
 }
 """Where an operator takes the shape of its result."""
 

@@ -13,6 +13,7 @@ from meshwright.compiler.rules import (
     indexing,
     products,
     reductions,
+    resampling,
     slices,
     views,
 )
@@ -30,7 +31,17 @@ from meshwright.compiler.rules.pointwise import POINTWISE, is_pointwise, pointwi
 from meshwright.compiler.rules.registry import FUNCTIONS
 from meshwright.compiler.rules.table import TABLE
 
-_MODULES = (attention, convolution, factories, indexing, products, reductions, slices, views)
+_MODULES = (
+    attention,
+    convolution,
+    factories,
+    indexing,
+    products,
+    reductions,
+    resampling,
+    slices,
+    views,
+)
 """Imported for the functions that they register."""
 
 

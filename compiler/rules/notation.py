@@ -222,7 +222,8 @@ def row(
 def differentiable(call: Call) -> bool:
     """Whether a gradient flows through any operand of the call."""
     return any(operand.differentiable for operand in call.operands) and any(
-        result is not None and result.dtype.is_floating_point for result in call.results
+        result is not None and (result.dtype.is_floating_point or result.dtype.is_complex)
+        for result in call.results
     )
 
 

@@ -70,6 +70,15 @@ LINEAR: dict[Op, Arg] = {
     aten.div.Scalar: _ONE,
     aten.div.Tensor_mode: _divided,
     aten.neg.default: _ONE,
+    aten.conj_physical.default: _ONE,
+    aten._conj.default: _ONE,
+    aten._neg_view.default: _ONE,
+    aten.conj.default: _ONE,
+    aten.resolve_conj.default: _ONE,
+    aten.resolve_neg.default: _ONE,
+    aten.real.default: _ONE,
+    aten.imag.default: _ONE,
+    aten.complex.default: "all",
     aten.positive.default: _ONE,
     aten.clone.default: _ONE,
     aten.contiguous.default: _ONE,
@@ -131,6 +140,7 @@ UNTAGGED: tuple[Op, ...] = (
     aten.__rshift__.Tensor,
     aten.floor_divide.default,
     aten.isclose.default,
+    aten.polar.default,
     aten.nan_to_num.default,
 )
 """Elementwise operators that torch does not say are."""

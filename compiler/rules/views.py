@@ -185,6 +185,17 @@ def _unfold(call: Call) -> Spec:
     return Spec((letters,), (result,), whole=frozenset({letters[dim]}), linear=_LINEAR)
 
 
+@rule(aten.view_as_complex.default, aten.view_as_real.default)
+def _complex(call: Call) -> Spec:
+    """Real and imaginary parts are a last dim, which is whole."""
+    operand, (result,) = call.operands[0], call.results
+    assert result is not None
+    letters = numbered("x", min(len(operand.type.shape), len(result.shape)))
+    sides = (operand.type.shape, result.shape)
+    old, new = ((*letters, "p") if len(side) > len(letters) else letters for side in sides)
+    return Spec((old,), (new,), whole=frozenset("p"), linear=_LINEAR)
+
+
 @rule(aten.as_strided.default, aten.diagonal.default)
 def _whole(call: Call) -> Spec:
     """Strided windows: each rank needs all of the operand."""

@@ -240,7 +240,7 @@ def check_held(
 
 
 def same(x: Tensor, y: Tensor) -> bool:
-    if x.is_floating_point():
+    if x.is_floating_point() or x.is_complex():
         return torch.allclose(x, y.to(x.dtype), rtol=1e-9, atol=1e-9, equal_nan=True)
     return torch.equal(x, y)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from meshwright.compiler.annotate import LAYOUT
 from meshwright.compiler.ir import MeshOp
+from meshwright.compiler.rules.resampling import INTERPOLATIONS, INTERPOLATIONS_BACKWARD
 from tests.compiler.rules import references
 from tests.compiler.rules.brute import Sample
 
@@ -93,6 +94,16 @@ POINTWISE = [
     call(aten.div.Scalar, f(4, 6), 2.0),
     backward(aten.div.Tensor_mode, f(4, 6), positive(6), rounding_mode="floor"),
     call(aten.neg.default, f(4, 6)),
+    call(aten.conj_physical.default, f(4, 6)),
+    call(aten.conj.default, f(4, 6)),
+    backward(aten._conj.default, torch.complex(f(4, 6), f(4, 6))),
+    call(aten._neg_view.default, f(4, 6)),
+    call(aten.resolve_conj.default, f(4, 6)),
+    call(aten.resolve_neg.default, f(4, 6)),
+    backward(aten.real.default, torch.complex(f(4, 6), f(4, 6))),
+    backward(aten.imag.default, torch.complex(f(4, 6), f(4, 6))),
+    call(aten.complex.default, f(4, 6), f(4, 6)),
+    call(aten.polar.default, f(4, 6), f(6)),
     call(aten.positive.default, f(4)),
     call(aten.clone.default, f(4, 6)),
     call(aten.contiguous.default, f(4, 6)),
@@ -223,6 +234,8 @@ VIEWS = [
     call(aten.t_copy.default, f(2, 4)),
     call(aten.numpy_T.default, f(2, 4)),
     call(aten.mT.default, f(2, 4, 6)),
+    call(aten.view_as_complex.default, f(4, 6, 2)),
+    backward(aten.view_as_real.default, torch.complex(f(4, 6), f(4, 6))),
     call(aten.adjoint.default, f(2, 4, 6)),
     call(aten.matrix_H.default, f(4, 6)),
     call(aten.movedim.int, f(2, 4, 6), 0, -1),
@@ -434,6 +447,22 @@ def _grouped() -> list[Sample]:
     return found
 
 
+def _interpolations() -> list[Sample]:
+    """Each from 2 to 4 in every spatial dim, and its backward."""
+    found = []
+    for op in (*INTERPOLATIONS, *INTERPOLATIONS_BACKWARD):
+        name = str(op)
+        spatial = next(n for n in (1, 2, 3) if f"{n}d" in name)
+        corners = (False,) if "linear" in name or "cubic" in name else ()
+        small, large = [2] * spatial, [4] * spatial
+        if "backward" in name:
+            found.append(backward(op, f(2, 4, *large), large, [2, 4, *small], *corners))
+        else:
+            factors = (None,) if name.endswith("vec") else ()
+            found.append(call(op, f(2, 4, *small), large, *corners, *factors))
+    return found
+
+
 CONVOLUTIONS = [
     call(aten.conv1d.default, f(2, 4, 5), f(6, 4, 3)),
     call(aten.conv1d.default, f(2, 4, 5), f(6, 4, 3), f(6)),
@@ -454,6 +483,7 @@ CONVOLUTIONS = [
     call(aten.conv_transpose3d.input, f(1, 4, 2, 2, 2), f(4, 2, 1, 2, 2), f(4), [1], [0], [0], 2),
     call(aten.convolution.default, f(2, 4, 5), f(4, 6, 3), None, [1], [0], [1], True, [0], 1),
     *_grouped(),
+    *_interpolations(),
     *(
         backward(
             aten.convolution_backward.default, f(2, 6, 3), f(2, 4, 5), f(6, 4, 3), [6], *_CONV, mask
