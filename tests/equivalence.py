@@ -28,17 +28,19 @@ def check_equal(
     loss: Any = None,
     accumulate: int = 1,
     dtype: torch.dtype = torch.float64,
+    copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
 ) -> Program:
     """Assert that loss, outputs, every gradient, parameters and buffers equal eager's.
 
     `example` is a batch, or a function that makes one for each step. `loss` and `outputs` are as
     in `meshwright.compile`; gradients of `accumulate` batches are summed before each of `steps`
-    updates by AdamW. The programs run on the virtual mesh, and every rank's copies of what is
-    replicated are compared, after each step and at the end. Returns the compiled program.
+    updates by AdamW. `copied` makes the model that runs eagerly. The programs run on the virtual
+    mesh, and every rank's copies of what is replicated are compared, after each step and at the
+    end. Returns the compiled program.
     """
     model = model.to(dtype)
     batches = [_batch(example) for _ in range(steps * accumulate)]
-    reference = copy.deepcopy(model)
+    reference = copied(model)
     program = meshwright.compile(
         model, meshwright.Plan.parse(plan), example=batches[0], loss=loss, outputs=outputs
     )

@@ -6,6 +6,7 @@ the tolerance.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 import transformers
 from torch import nn
 
+import meshwright
+from meshwright.compiler.program import Program
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import real
 
@@ -45,12 +48,6 @@ def qwen3() -> nn.Module:
 def phi3() -> nn.Module:
     config = transformers.Phi3Config(**GROUPED, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return transformers.Phi3ForCausalLM(config)
-
-
-def mixtral() -> nn.Module:
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**GROUPED, num_local_experts=4)
-    )
 
 
 def gpt2() -> nn.Module:
@@ -269,10 +266,118 @@ def test_a_contrastive_loss_compares_every_row_with_every_other() -> None:
     check_equal(clip(), captions, plan, tolerance=TOLERANCE)
 
 
-def test_a_mixture_of_experts_trains_with_its_batch_split() -> None:
-    # Its grouped products take no float64, and its router sees every token.
-    plan = "mesh dp=2\n" + DATA + "allow replicate **\n"
-    check_equal(mixtral(), text, plan, tolerance=TOLERANCE, dtype=torch.float32)
+ATTENTION = "".join(LLAMA.splitlines(keepends=True)[:3])
+EXPERTS = """
+shard model.layers.*.*.experts.gate_up_proj [e, (f@tp | f@tp), d]
+shard model.layers.*.*.experts.down_proj [e, d, f@tp]
+"""
+SHARED_EXPERTS = """
+columns model.layers.*.mlp.shared_expert*.{gate,up}_proj over tp
+rows model.layers.*.mlp.shared_expert*.down_proj over tp
+"""
+GPT_OSS = """
+shard model.layers.*.self_attn.sinks [h@tp]
+shard model.layers.*.mlp.experts.gate_up_proj [e, d, (f@tp 2)]
+shard model.layers.*.mlp.experts.gate_up_proj_bias [e, (f@tp 2)]
+shard model.layers.*.mlp.experts.down_proj [e, f@tp, d]
+"""
+DEEPSEEK = (
+    EXPERTS
+    + SHARED_EXPERTS
+    + """
+columns model.layers.0.mlp.{gate,up}_proj over tp
+rows model.layers.0.mlp.down_proj over tp
+"""
+)
+TOP_TWO = {"num_experts_per_tok": 2, "output_router_logits": True}
+SMALL = {"num_experts": 4, "moe_intermediate_size": 32} | TOP_TWO
+
+
+def routed(kind: str, **options: Any) -> Callable[[], nn.Module]:
+    """A mixture of experts, with its load-balancing loss where it has one."""
+    sizes = GROUPED | {"intermediate_size": 64} | options
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    return lambda: getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
+
+
+def deepseek() -> nn.Module:
+    model = routed(
+        "DeepseekV3", num_key_value_heads=4, n_routed_experts=8, n_group=2, topk_group=1,
+        first_k_dense_replace=1, moe_intermediate_size=32, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, num_experts_per_tok=2,
+    )()  # fmt: skip
+    bias = model.get_submodule("model.layers.1.mlp.gate").e_score_correction_bias
+    torch.nn.init.normal_(bias, std=0.01)  # type: ignore[arg-type]
+    return model
+
+
+MIXTRAL = routed("Mixtral", num_local_experts=4, output_router_logits=True)
+GPT_OSS_MODEL = routed("GptOss", num_local_experts=4, head_dim=16, sliding_window=8, **TOP_TWO)
+
+ROUTED: dict[str, Case] = {
+    "mixtral": (MIXTRAL, masked_text, GRID + MASKED + ATTENTION + EXPERTS),
+    "gpt-oss data": (GPT_OSS_MODEL, text, "mesh dp=2\n" + DATA),
+}  # fmt: skip
+
+MORE_ROUTED: dict[str, Case] = {
+    "mixtral data": (MIXTRAL, text, LINE + DATA),
+    "mixtral sequence": (
+        MIXTRAL, text, GRID + DATA + ATTENTION + EXPERTS + LLAMA_VOCAB + LLAMA_SEQUENCE
+    ),
+    "gpt-oss tensor": (GPT_OSS_MODEL, text, "mesh tp=2\n" + ATTENTION + GPT_OSS),
+    "deepseek-v3": (deepseek, text, GRID + DATA + DEEPSEEK),
+    "deepseek-v3 data": (deepseek, text, LINE + DATA),
+    "qwen2-moe": (
+        routed("Qwen2Moe", shared_expert_intermediate_size=64, **SMALL),
+        text,
+        GRID + DATA + ATTENTION + EXPERTS + SHARED_EXPERTS,
+    ),
+    "qwen3-moe": (
+        routed("Qwen3Moe", head_dim=16, **SMALL), text, GRID + DATA + ATTENTION + EXPERTS
+    ),
+    "olmoe": (routed("Olmoe", **SMALL), text, GRID + DATA + ATTENTION + EXPERTS),
+    "granite-moe": (
+        routed("GraniteMoe", num_local_experts=4, **TOP_TWO),
+        text,
+        GRID + DATA + ATTENTION + EXPERTS,
+    ),
+}  # fmt: skip
+
+
+def check_routed(case: Case) -> Program:
+    """Trains as on one device, and no token leaves its shard of the batch."""
+    make, batch, plan = case
+    program = check_equal(make(), batch, plan, tolerance=TOLERANCE, copied=without_grouped)
+    assert implicit_gathers(program) == []
+    assert not any("gather" in kind and "dp" in kind for kind in program.comm().counts())
+    return program
+
+
+def without_grouped(model: nn.Module) -> nn.Module:
+    """A copy that multiplies one row at a time: torch's grouped product takes no float64."""
+    model = copy.deepcopy(model)
+    model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    return model
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_a_mixture_of_experts_trains_as_on_one_device(name: str) -> None:
+    check_routed(ROUTED[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE_ROUTED)
+def test_a_mixture_of_experts_trains_under_other_plans_too(name: str) -> None:
+    check_routed(MORE_ROUTED[name])
+
+
+def test_experts_split_over_their_features_reduce_as_a_dense_layer_does() -> None:
+    plan = "mesh tp=2\n" + EXPERTS
+    model, batch = MIXTRAL().double(), text()
+    program = meshwright.compile(model, meshwright.Plan.parse(plan), example=batch)
+    # In each of two layers: the sum of the experts, the gradient of what they are given, and that
+    # of the shares that weigh them.
+    assert program.comm().counts() == {"all_reduce[tp]": 2 * 3}
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
