@@ -6,7 +6,7 @@ backward obey the same rules and every change of layout is an explicit node.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from meshwright.compiler.calls import call_operands, make_call
@@ -44,7 +44,8 @@ class Movement:
     step: Step
     node: Node
     forced: bool
-    """Whether an operand whose layout the plan wrote left no other choice."""
+    """Whether the plan left no other choice: it wrote the layout of another operand, which stays as
+    it is, or splits the sequence that this moves."""
 
     @property
     def implicit(self) -> bool:
@@ -69,8 +70,8 @@ class Emitter:
     def __init__(self, builder: Builder, *, backward: bool = False) -> None:
         self.builder, self.backward = builder, backward
         self.explicit: set[Node] = set()
-        self.planned: frozenset[str] = frozenset()
-        """Axes over which the plan asks for activations to be split and gathered."""
+        self.planned: Callable[[Node, Step], bool] = lambda value, step: False
+        """Whether the plan asks for this change of a value's layout, as for sequences."""
         self.shared: set[Node] = set()
         """Values with several users: a pending sum is reduced once for all of them."""
         self.movements: list[Movement] = []
@@ -105,6 +106,7 @@ class Emitter:
             type = result_type(op, args, kwargs)
         asked = self._ask(op, args, kwargs, type, proposals, wanted)
         placement = place(asked)
+        kept = self._kept(operands, placement)
         brought = iter(
             [
                 self.reshard(
@@ -112,7 +114,7 @@ class Emitter:
                     layout,
                     origin,
                     user=op,
-                    forced=None if free else self._forced(value, operands),
+                    forced=None if free else _others(kept, value),
                 )
                 for value, layout in zip(operands, placement.operands, strict=True)
             ]
@@ -200,7 +202,7 @@ class Emitter:
                 node = have[step.target]
                 continue
             following = self._step(node, step, _reducing(value, origin))
-            planned = forced is None or bool(forced & set(step.axes))
+            planned = forced is None or bool(forced & set(step.axes)) or self.planned(value, step)
             self.movements.append(Movement(value, user, step, following, planned))
             node = have[step.target] = following
         return node
@@ -221,10 +223,17 @@ class Emitter:
             have[layout] = self._step(value, Step("narrow", gone, value.placed, layout), origin)
         return have[layout]
 
-    def _forced(self, value: Node, operands: list[Node]) -> frozenset[str]:
-        """The axes that the plan splits other operands over, or sequences: `value` has to yield."""
-        others = {n for n in operands if n in self.explicit and n is not value}
-        return self.planned.union(*(n.placed.split_axes for n in others))
+    def _kept(self, operands: Sequence[Node], placement: Placement) -> dict[Node, frozenset[str]]:
+        """The operands that the plan laid out, and the axes over which they stay split so."""
+        return {
+            value: frozenset(
+                axis
+                for axis in value.placed.split_axes
+                if layout.split_dim(axis) == value.placed.split_dim(axis)
+            )
+            for value, layout in zip(operands, placement.operands, strict=True)
+            if value in self.explicit
+        }
 
     def _step(self, value: Node, step: Step, origin: Origin) -> Node:
         return self.builder.emit(
@@ -258,6 +267,11 @@ class Emitter:
         if layouts[0] is None:
             raise PassError("a rule gave no layout for a tensor result", help="report this")
         return layouts[0]
+
+
+def _others(kept: Mapping[Node, frozenset[str]], value: Node) -> frozenset[str]:
+    """The axes over which `value` has to yield, since other operands keep what the plan wrote."""
+    return frozenset().union(*(axes for node, axes in kept.items() if node is not value))
 
 
 def _reducing(value: Node, origin: Origin) -> Origin:

@@ -10,7 +10,7 @@ from meshwright.compiler.ir import INPUT, Graph, Node
 from meshwright.compiler.linears import computed_weights
 from meshwright.dsl.errors import PlanError, either
 from meshwright.dsl.layouts import DimTemplate, FactorTemplate
-from meshwright.dsl.selectors import selectors_of
+from meshwright.dsl.resolve import selectors_of
 from meshwright.dsl.statements import Columns, Rows, Spread
 
 _LETTERS = "oiklmn"

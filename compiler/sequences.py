@@ -11,6 +11,7 @@ from meshwright.compiler.ir import INPUT, Graph, Node, TensorType
 from meshwright.compiler.layout import Layout, cut, dim_axes
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.regroup import reshape
+from meshwright.compiler.reshard import Step
 
 
 class Sequences:
@@ -45,6 +46,18 @@ class Sequences:
                 except LayoutError:
                     return None
         return None
+
+    def moves(self, value: Node, step: Step) -> bool:
+        """Whether a change of layout splits or gathers the sequence of an activation."""
+        shape = value.tensor.shape
+        dims = {each.split_dim(a) for each in (step.source, step.target) for a in step.axes}
+        for (batch, length), axes in self._axes.items():
+            # Heads may stand before the sequence, as in attention.
+            apart = {i for i in range(1, len(shape)) if (shape[0], shape[i]) == (batch, length)}
+            flat = {0} if shape and shape[0] == batch * length else set()
+            if set(step.axes) <= set(axes) and dims & (apart | flat):
+                return True
+        return False
 
     def _cut(self, layout: Layout, axes: tuple[str, ...]) -> Layout | None:
         layout = layout.drop_partial(axes).drop_varying(axes).drop_split(axes, self.mesh)

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from meshwright.dsl.check import same_content
 from meshwright.dsl.errors import PlanError, either, nearest, printable, quoted
-from meshwright.dsl.selectors import Selector, more_specific
-from meshwright.dsl.statements import Targeted
+from meshwright.dsl.selectors import Selector, more_specific, quote_segment
+from meshwright.dsl.statements import CONNECTIVES, STATEMENTS, Targeted
 
 _T = TypeVar("_T", bound=Targeted)
 
@@ -45,6 +45,29 @@ def nothing_matches(selector: Selector, names: Collection[str]) -> PlanError:
     return PlanError(
         "P401", f"{quoted(selector.text)} matches nothing", spans=[selector.span], help=help
     )
+
+
+def selectors_of(names: Iterable[str]) -> list[str]:
+    """Texts of selectors for names: those that differ only in numbers share one with `*`."""
+    alike: dict[tuple[str, ...], list[list[str]]] = {}
+    for name in dict.fromkeys(names):
+        parts = name.split(".")
+        key = tuple("*" if part.isdigit() else part for part in parts)
+        alike.setdefault(key, []).append(parts)
+    return [_written([*zip(*matched, strict=True)]) for matched in alike.values()]
+
+
+def _written(columns: list[tuple[str, ...]]) -> str:
+    """A selector for names whose segments, one column each, are equal or different numbers."""
+    parts = [each[0] if len(set(each)) == 1 else "*" for each in columns]
+    if parts == [""]:
+        return '""'
+    written = [part if part == "*" else quote_segment(part) for part in parts]
+    # A number that stands first, or a word of the language alone, would be read as one.
+    reserved = len(parts) == 1 and (parts[0] in STATEMENTS or parts[0] in CONNECTIVES)
+    if parts[0][0].isdigit() or reserved:
+        written[0] = f'"{parts[0]}"'
+    return ".".join(written)
 
 
 def _selectors(statements: Iterable[_T]) -> Iterator[tuple[_T, Selector]]:

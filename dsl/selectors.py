@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -98,27 +98,6 @@ class Selector:
         prefix = ".".join(quote_segment(part) for part in path.split("."))
         text = prefix if self.text == '""' else f"{prefix}.{self.text}"
         return replace(self, text=text)
-
-
-def selectors_of(names: Iterable[str]) -> list[str]:
-    """Texts of selectors for names: those that differ only in numbers share one with `*`."""
-    found: dict[str, list[str]] = {}
-    for name in dict.fromkeys(names):
-        parts = name.split(".") if name else []
-        pattern = ".".join("*" if part.isdigit() else quote_segment(part) for part in parts)
-        found.setdefault(pattern, []).append(name)
-    return [
-        pattern if len(matched) > 1 else _written(matched[0]) for pattern, matched in found.items()
-    ]
-
-
-def _written(name: str) -> str:
-    """A name as a selector: a number that stands first would be read as one."""
-    if not name:
-        return '""'
-    first, *rest = name.split(".")
-    first = f'"{first}"' if first[0].isdigit() else quote_segment(first)
-    return ".".join([first, *map(quote_segment, rest)])
 
 
 def quote_segment(name: str) -> str:

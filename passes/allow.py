@@ -19,7 +19,7 @@ from meshwright.compiler.reshard import cost
 from meshwright.compiler.rules.lookup import has_rule
 from meshwright.compiler.targets import modules_of
 from meshwright.compiler.text import op_text
-from meshwright.dsl.selectors import selectors_of
+from meshwright.dsl.resolve import selectors_of
 from meshwright.dsl.statements import Allow
 
 LIMIT = 64 << 10

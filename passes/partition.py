@@ -68,7 +68,7 @@ class _Partitioner:
         """The results of operators that were placed in pieces."""
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
-        self.emitter.planned = frozenset(a for region in draft.regions for a in region.axes)
+        self.emitter.planned = self.sequences.moves
 
     def run(self) -> Draft:
         for node in self.graph.nodes:

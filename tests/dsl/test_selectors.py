@@ -5,6 +5,7 @@ import time
 import pytest
 
 from meshwright.dsl import Columns, Plan, PlanError, Selector
+from meshwright.dsl.resolve import selectors_of
 
 NAMES = [
     "",
@@ -89,3 +90,12 @@ def test_hostile_patterns_match_in_little_time() -> None:
     assert not Selector("*a" * 40 + "b").matches("a" * 4000)
     assert not Selector(".".join(["**.a"] * 40)).matches(".".join(["a", "b"] * 30))
     assert time.perf_counter() - started < 1
+
+
+def test_names_that_differ_only_in_numbers_share_a_selector() -> None:
+    names = ["a.0.up", "a.0.1.b", "a.1.up", "a.2.1.b", "0", "my-net.fc", "", "head", "memory"]
+    texts = selectors_of(names)
+    assert texts == ["a.*.up", "a.*.1.b", '"0"', '"my-net".fc', '""', "head", '"memory"']
+    assert selectors_of(["0", "2"]) == ["*"]
+    assert all(any(Selector(text).matches(name) for text in texts) for name in names)
+    assert all(Plan.parse(f"allow replicate {text}\n").statements for text in texts)

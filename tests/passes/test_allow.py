@@ -52,3 +52,75 @@ def test_allow_replicate_accepts_it(selector: str) -> None:
         example=(torch.zeros(4096, 16),),
     )
     assert program.comm().counts()["all_gather[dp]"] == 1
+
+
+class Solved(nn.Module):
+    """An operator without a rule, on two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ torch.linalg.solve(self.a, self.b)).square().sum()
+
+
+class Ranked(nn.Module):
+    """An operator that needs whole features, inside a region whose sequence is split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(12, 24), Sort(), nn.Linear(24, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.block(x)).square().sum()
+
+
+class Sort(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sort(-1).values
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "plan", "culprit"),
+    [
+        (Solved, (8, 16), "shard a [n@tp, d]\nshard b [n@tp, d]", "`linalg_solve"),
+        (Ranked, (2, 6, 12), "columns block.0 over tp\nsequence block over tp", "`sort`"),
+    ],
+    ids=["two weights", "sequence"],
+)
+def test_a_gather_is_excused_only_by_an_operand_that_stays_as_the_plan_wrote_it(
+    model: type[nn.Module],
+    shape: tuple[int, ...],
+    plan: str,
+    culprit: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parsed = meshwright.Plan.parse(f"mesh tp=2\n{plan}\n")
+    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0")
+    with pytest.raises(LayoutError, match=culprit):
+        meshwright.compile(model(), parsed, example=(torch.randn(shape),))
+
+
+class Ladder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), Sort()) for _ in range(3))
+        self.last = Sorted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+def test_the_help_allows_all_layers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = "mesh tp=2\ncolumns layers.*.0 over tp\ncolumns last.a over tp\n"
+    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0")
+    with pytest.raises(LayoutError) as caught:
+        meshwright.compile(Ladder(), meshwright.Plan.parse(plan), example=(torch.randn(8, 16),))
+    _, statement, _ = caught.value.help.split("`", 2)
+    assert statement == "allow replicate layers.*.1"
+    plan = meshwright.Plan.parse(f"{plan}{statement}\n")
+    program = meshwright.compile(Ladder(), plan, example=(torch.randn(8, 16),))
+    assert program.comm().counts()["all_gather[tp]"] == 3
