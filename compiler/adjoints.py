@@ -156,3 +156,36 @@ def _grouped_back(context: VjpContext, grad: Node, weight: Node, group: Node) ->
     dx = context.call(MeshOp("grouped_mm"), grad, turned, group)
     shared = len(context.operands[0].tensor.shape) == 2
     return context.call(aten.sum.dim_IntList, dx, (1,)) if shared else dx
+
+
+@adjoint(MeshOp("standard_gamma"))
+def _standard_gamma(context: VjpContext) -> Cotangents:
+    """How a sample moves with its parameter, its quantile held (Figurnov et al., 2018)."""
+    (x,) = context.operands
+    slope = context.call(aten._standard_gamma_grad.default, x, context.results[0])
+    return (context.call(aten.mul.Tensor, context.grad, slope),)
+
+
+@adjoint(MeshOp("dirichlet"))
+def _dirichlet(context: VjpContext) -> Cotangents:
+    """Each row keeps its sum of 1; as in `torch.distributions.Dirichlet`."""
+    (x,), sample = context.operands, context.results[0]
+    assert sample is not None
+    total = context.call(aten.sum.dim_IntList, x, (-1,), True)
+    total = context.call(aten.expand.default, total, x.tensor.shape)
+    slope = context.call(aten._dirichlet_grad.default, sample, x, total)
+    along = context.call(aten.mul.Tensor, sample, context.grad)
+    along = context.call(aten.sum.dim_IntList, along, (-1,), True)
+    across = context.call(aten.sub.Tensor, context.grad, along)
+    return (context.call(aten.mul.Tensor, slope, across),)
+
+
+@adjoint(aten.copy.default)
+def _copy(context: VjpContext) -> Cotangents:
+    """What is written over has a gradient of zeros; autograd writes down only `copy_`."""
+    over, value = context.operands
+    grad = context.call(aten._to_copy.default, context.grad, dtype=value.tensor.dtype)
+    return (
+        context.call(aten.zeros_like.default, over),
+        context.call(aten.sum_to_size.default, grad, value.tensor.shape),
+    )

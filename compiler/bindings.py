@@ -21,7 +21,10 @@ from meshwright.compiler.kernels import cross_entropy as loss_kernels
 from meshwright.compiler.kernels import embedding as table_kernels
 from meshwright.compiler.kernels import grouped as grouped_kernels
 from meshwright.compiler.kernels import norm as norm_kernels
-from meshwright.compiler.kernels.dropout import Coords, RandomIndex, dropout
+from meshwright.compiler.kernels import sampling
+from meshwright.compiler.kernels.dropout import dropout
+from meshwright.compiler.kernels.hashing import Coords, RandomIndex
+from meshwright.compiler.kernels.random import random
 from meshwright.compiler.layout import Dim, Layout, block_map, dim_axes
 from meshwright.compiler.mesh import Mesh
 
@@ -30,10 +33,28 @@ Local: TypeAlias = Callable[..., Any]
 
 @dataclass(slots=True)
 class RandomState:
-    """What every random operator of a rank is keyed by; the runtime counts `step` up."""
+    """What every random operator of a rank is keyed by: the run's seed, and when it draws.
+
+    An evaluation draws new numbers each time, and does not change those of the steps after it.
+    """
 
     seed: int = 0
     step: int = 0
+    evaluations: int = 0
+    training: bool = True
+
+    def begin(self, *, training: bool) -> None:
+        """Turn to the next training step, or the next evaluation."""
+        self.training = training
+        if training:
+            self.step += 1
+        else:
+            self.evaluations += 1
+
+    @property
+    def draw(self) -> int:
+        """The number of the step, or another for each evaluation."""
+        return self.step if self.training else self.step + (self.evaluations << 40)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +65,7 @@ class Binding:
     mesh: Mesh
     coords: Mapping[str, int]
     random: RandomState
+    device: torch.device
     _present: tuple[bool, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,10 +113,16 @@ def binds(*names: str) -> Callable[[Callable[[Binding], Local]], Callable[[Bindi
     return register
 
 
-def bind(node: Node, mesh: Mesh, coords: Mapping[str, int], random: RandomState) -> Local:
+def bind(
+    node: Node,
+    mesh: Mesh,
+    coords: Mapping[str, int],
+    random: RandomState,
+    device: torch.device,
+) -> Local:
     """The function that runs `node` on one rank."""
     assert isinstance(node.op, MeshOp)
-    return BINDINGS[node.op.name](Binding(node, mesh, coords, random))
+    return BINDINGS[node.op.name](Binding(node, mesh, coords, random, device))
 
 
 def _offset(binding: Binding, dim: Dim) -> int:
@@ -285,11 +313,29 @@ def _norm_backward_apply(binding: Binding) -> Local:
     return apply
 
 
-def _random(
+def _index(
     binding: Binding, op_id: int, shape: tuple[int, ...], dims: tuple[Dim, ...]
 ) -> Callable[[], RandomIndex]:
     coords, state = binding.coordinates(dims), binding.random
-    return lambda: RandomIndex(state.seed, state.step, op_id, shape, coords)
+    return lambda: RandomIndex(state.seed, state.draw, op_id, shape, coords)
+
+
+@binds("random")
+def _random(binding: Binding) -> Local:
+    _, shape, kind, dtype, op_id = binding.node.args
+    layout, device = binding.node.placed, binding.device
+    index, local = _index(binding, op_id, shape, layout.dims), layout.local_shape(binding.mesh)
+    return lambda *_: random(local, kind, index(), dtype, device)
+
+
+@binds("standard_gamma", "dirichlet", "poisson", "binomial")
+def _sample(binding: Binding) -> Local:
+    """A sampler's parameters, then the global shape and the operator's number."""
+    assert isinstance(binding.node.op, MeshOp)
+    sampler = getattr(sampling, binding.node.op.name)
+    *_, shape, op_id = binding.node.args
+    index = _index(binding, op_id, tuple(shape), binding.node.placed.dims)
+    return lambda *parameters: sampler(*parameters, index())
 
 
 def _attention_options(
@@ -300,7 +346,7 @@ def _attention_options(
     if not dropout_p:
         return lambda: fixed
     shape = (*q.tensor.shape[:3], k.tensor.shape[2])
-    index = _random(binding, op_id, shape, (*q.placed.dims[:3], k.placed.dims[2]))
+    index = _index(binding, op_id, shape, (*q.placed.dims[:3], k.placed.dims[2]))
     return lambda: {**fixed, "index": index()}
 
 
@@ -341,7 +387,7 @@ def _dropout(binding: Binding) -> Local:
             coords[dim] = true_positions(stored, extent)
     where, state = tuple(coords), binding.random
     return lambda tensor: dropout(
-        tensor, p, RandomIndex(state.seed, state.step, op_id, tuple(shape), where)
+        tensor, p, RandomIndex(state.seed, state.draw, op_id, tuple(shape), where)
     )
 
 

@@ -169,7 +169,7 @@ class _Generator:
         elif isinstance(op, MeshOp) and op.name in BINDINGS:
             kernel = self._constant(
                 f"{op.name}{len(self.constants)}",
-                lambda c: bind(node, c.mesh, c.coords, c.random),
+                lambda c: bind(node, c.mesh, c.coords, c.random, c.device),
             )
             operands = ", ".join(self._value(n) for n in node.operands())
             self.lines.append(f"{self._name(node)} = {kernel}({operands})")

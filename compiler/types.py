@@ -127,6 +127,26 @@ def _grouped_mm_weight(
     return TensorType((num_groups, x.shape[-1], grad.shape[2]), grad.dtype)
 
 
+@mesh_type("random")
+def _random(
+    like: TensorType | None, shape: tuple[int, ...], kind: str, dtype: torch.dtype, *_: Arg
+) -> NodeType:
+    return TensorType(tuple(shape), dtype)
+
+
+@mesh_type("standard_gamma")
+@mesh_type("dirichlet")
+@mesh_type("poisson")
+def _sampled(x: TensorType, shape: tuple[int, ...], *_: Arg) -> NodeType:
+    """The shape is given too: a padded operand would draw other numbers."""
+    return TensorType(tuple(shape), x.dtype)
+
+
+@mesh_type("binomial")
+def _binomial(count: TensorType, p: TensorType, shape: tuple[int, ...], *_: Arg) -> NodeType:
+    return TensorType(tuple(shape), count.dtype)
+
+
 def statistic(dtype: torch.dtype) -> torch.dtype:
     """The type in which statistics of values of `dtype` are kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32

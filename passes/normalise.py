@@ -18,93 +18,23 @@ Elsewhere: Megatron's and DTensor's loss-parallel functions, chosen by hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.ir import (
     GETITEM,
-    Arg,
     Builder,
     Graph,
     MeshOp,
     Node,
-    NodeType,
     Op,
-    TensorType,
-    map_nodes,
-    nodes_in,
 )
 from meshwright.compiler.recognise import grid_axes
-from meshwright.compiler.types import result_type
+from meshwright.passes.random_numbers import refuse_random
+from meshwright.passes.rewriter import REWRITES, Rewriter, rewrites, to_dtype
 
 aten = torch.ops.aten
-
-
-class Rewriter:
-    """What one rewrite is written with: the node it replaces and a builder for the new ones."""
-
-    def __init__(self, builder: Builder) -> None:
-        self.builder = builder
-        self.mapping: dict[Node, Node] = {}
-        self.num_random = 0
-
-    def begin(self, node: Node) -> None:
-        """Turn to the next node to be replaced."""
-        self.node = node
-        self.args = map_nodes(node.args, self.mapping.__getitem__)
-        self.kwargs = {k: map_nodes(v, self.mapping.__getitem__) for k, v in node.kwargs.items()}
-
-    def option(self, position: int, name: str, default: Arg = None) -> Arg:
-        """An argument given by position or by name."""
-        if position < len(self.args):
-            return self.args[position]
-        return self.kwargs.get(name, default)
-
-    def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
-        """Emit a node in place of the current one."""
-        type = type or result_type(op, args, kwargs)
-        return self.builder.emit(
-            op,
-            args,
-            kwargs,
-            type=type,
-            origin=self.node.origin,
-            requires_grad=self.node.requires_grad
-            and _floating(type)
-            and any(operand.requires_grad for operand in nodes_in((args, *kwargs.values()))),
-        )
-
-    def random_id(self) -> int:
-        """A number for an operator that draws random numbers: its place in the model."""
-        self.num_random += 1
-        return self.num_random
-
-
-def _floating(type: NodeType) -> bool:
-    if isinstance(type, tuple):
-        return any(_floating(item) for item in type)
-    dtype = type.dtype if isinstance(type, TensorType) else torch.bool
-    return dtype.is_floating_point or dtype.is_complex
-
-
-Rewrite = Callable[[Rewriter], "Node | None"]
-REWRITES: dict[Any, Rewrite] = {}
-"""By operator, or by the name of one that a library brings; a rewrite that returns nothing leaves
-its node as it is."""
-
-
-def rewrites(*ops: Any) -> Callable[[Rewrite], Rewrite]:
-    """Register the rewrite of these operators."""
-
-    def register(function: Rewrite) -> Rewrite:
-        for op in ops:
-            REWRITES[op] = function
-        return function
-
-    return register
 
 
 def normalise(graph: Graph) -> Graph:
@@ -114,6 +44,8 @@ def normalise(graph: Graph) -> Graph:
         rewriter.begin(node)
         rewrite = REWRITES.get(node.op) or REWRITES.get(_library_name(node.op))
         replacement = rewrite(rewriter) if rewrite else None
+        if replacement is None:
+            refuse_random(node)
         rewriter.mapping[node] = replacement or rewriter.builder.copy(node, rewriter.mapping)
     return rewriter.builder.graph(
         tuple((label, rewriter.mapping[node]) for label, node in graph.outputs)
@@ -132,9 +64,12 @@ def _identity(rewriter: Rewriter) -> Node:
 
 
 @rewrites(GETITEM)
-def _broadcast(rewriter: Rewriter) -> Node | None:
+def _item(rewriter: Rewriter) -> Node | None:
     """One of several values brought to a common shape is its own expansion, where it has any."""
     source, index = rewriter.args
+    if rewriter.node.args[0] in rewriter.items:
+        found: Node = rewriter.items[rewriter.node.args[0]][index]
+        return found
     if source.op != aten.broadcast_tensors.default:
         return None
     value: Node = source.args[0][index]
@@ -262,15 +197,6 @@ def _embedding(rewriter: Rewriter) -> Node:
     return rewriter.call(MeshOp("embedding"), weight, index, rewriter.option(2, "padding_idx", -1))
 
 
-@rewrites(aten.dropout.default, aten.native_dropout.default)
-def _dropout(rewriter: Rewriter) -> Node:
-    x, p, train = rewriter.args[:3]
-    if not train or p == 0:
-        unchanged: Node = x
-        return unchanged
-    return rewriter.call(MeshOp("dropout"), x, float(p), rewriter.random_id())
-
-
 @rewrites(aten.layer_norm.default)
 def _layer_norm(rewriter: Rewriter) -> Node:
     eps = rewriter.option(4, "eps", 1e-5)
@@ -351,13 +277,13 @@ def _cross_entropy(rewriter: Rewriter) -> Node:
     assert isinstance(result.type, tuple)
     rows = rewriter.call(GETITEM, result, 0, type=result.type[0])
     if reduction == 0:
-        return _to(rewriter, rows, logits.tensor.dtype)
+        return to_dtype(rewriter, rows, logits.tensor.dtype)
     total = rewriter.call(aten.sum.default, rows)
     if reduction == 1:
         total = rewriter.call(
             aten.div.Tensor, total, _row_count(rewriter, target, weight, ignore, rows)
         )
-    return _to(rewriter, total, logits.tensor.dtype)
+    return to_dtype(rewriter, total, logits.tensor.dtype)
 
 
 def _row_count(
@@ -366,7 +292,7 @@ def _row_count(
     """What a mean over labels divides by: how many are not ignored, or the sum of their weights."""
     counted = rewriter.call(aten.ne.Scalar, target, ignore)
     if weight is None:
-        return _to(rewriter, rewriter.call(aten.sum.default, counted), rows.tensor.dtype)
+        return to_dtype(rewriter, rewriter.call(aten.sum.default, counted), rows.tensor.dtype)
     picked = rewriter.call(
         aten.index.Tensor, weight, (rewriter.call(aten.mul.Tensor, target, counted),)
     )
@@ -403,12 +329,6 @@ def _soft_cross_entropy(
     return total if reduction == 2 else rewriter.call(aten.div.Tensor, total, count)
 
 
-def _to(rewriter: Rewriter, x: Node, dtype: torch.dtype) -> Node:
-    if x.tensor.dtype == dtype:
-        return x
-    return rewriter.call(aten._to_copy.default, x, dtype=dtype)
-
-
 @rewrites(aten.mean.default)
 def _mean(rewriter: Rewriter) -> Node:
     x = rewriter.args[0]
@@ -424,7 +344,7 @@ def _mean_dim(rewriter: Rewriter) -> Node:
 
 
 def _mean_of(rewriter: Rewriter, x: Node, dims: tuple[int, ...], keepdim: bool) -> Node:
-    x = _to(rewriter, x, rewriter.node.tensor.dtype)
+    x = to_dtype(rewriter, x, rewriter.node.tensor.dtype)
     count = math.prod(x.tensor.shape[d] for d in dims)
     total = rewriter.call(aten.sum.dim_IntList, x, dims, keepdim) if dims else x
     return rewriter.call(aten.div.Tensor, total, count)
@@ -450,14 +370,14 @@ def _grouped_mm(rewriter: Rewriter) -> Node | None:
     if rewriter.option(3, "bias") is not None:
         return None
     if ends is None:
-        return _to(rewriter, rewriter.call(aten.bmm.default, x, w), rewriter.node.tensor.dtype)
+        return to_dtype(rewriter, rewriter.call(aten.bmm.default, x, w), rewriter.node.tensor.dtype)
     if len(x.tensor.shape) == 2:
         x = _turned(rewriter, x) if len(w.tensor.shape) == 2 else x
         y = _grouped_rows(rewriter, x, w, ends)
     else:
         y = _grouped_rows(rewriter, _turned(rewriter, w), _turned(rewriter, x), ends)
         y = _turned(rewriter, y)
-    return _to(rewriter, y, rewriter.node.tensor.dtype)
+    return to_dtype(rewriter, y, rewriter.node.tensor.dtype)
 
 
 def _grouped_rows(rewriter: Rewriter, x: Node, w: Node, ends: Node) -> Node:

@@ -181,9 +181,8 @@ class Run:
         axes = data_axes(self.program) if method == "step_local" else ()
         if check is not None:
             check.before(method, linked.input_names, tensors, axes)
-        if method in ("step", "step_local"):
-            for state in self.states:
-                state.random.step += 1
+        for state in self.states:
+            state.random.begin(training=method in ("step", "step_local"))
         programs = [
             step.run([cut(tensor) for cut, tensor in zip(cuts, tensors, strict=True)])
             for step, cuts in ranks or linked.ranks

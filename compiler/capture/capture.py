@@ -21,6 +21,7 @@ from meshwright.compiler.capture.convert import Converter
 from meshwright.compiler.capture.fakes import Fakes
 from meshwright.compiler.capture.foreign import only_capture_errors, quiet
 from meshwright.compiler.capture.functions import check_backwards
+from meshwright.compiler.capture.generators import refuse_generators
 from meshwright.compiler.capture.inputs import InputSpec, input_spec, split_example
 from meshwright.compiler.capture.modes import translated_modes
 from meshwright.compiler.capture.mutation import detach_out_of_place, functionalised
@@ -128,6 +129,7 @@ def _export(
         stack.enter_context(capturing())
         stack.enter_context(quiet())
         program = copy_context().run(torch.export.export, wrapper, tensors, strict=False)
+    refuse_generators(program)
     stopped = inline_regions(program.graph_module)
     detach_out_of_place(program.graph)
     stop_gradients(program.graph, stopped)

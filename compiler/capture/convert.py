@@ -28,6 +28,8 @@ _STOPS = {
     _aten.detach.default,
     *(getattr(_aten, name).default for name in ("zeros_like", "ones_like", "empty_like")),
     *(getattr(_aten, name).default for name in ("full_like", "rand_like", "randn_like")),
+    *(getattr(_aten.randint_like, name) for name in ("default", "Tensor", "low_dtype")),
+    *(_aten.binomial.default, _aten.bernoulli.p),
     *(getattr(_aten, name).default for name in ("new_zeros", "new_ones", "new_full", "new_empty")),
 }
 """Operators whose result does not depend on their operand's values, or that stop gradients."""

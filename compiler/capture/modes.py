@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshwright.compiler.capture import generators
 from meshwright.compiler.capture.origin import current_line, is_user
 from meshwright.compiler.errors import CaptureError
 
@@ -23,7 +24,7 @@ def translated_modes() -> Iterator[None]:
     """Trace a model inside this."""
     with ExitStack() as stack:
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        for owner, name, replacement in _TRANSLATED:
+        for owner, name, replacement in (*_TRANSLATED, *generators.TRANSLATED):
             stack.enter_context(replaced(owner, name, replacement))
         yield
 

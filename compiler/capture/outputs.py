@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
+from meshwright.compiler.capture.generators import draws_noticed
 from meshwright.compiler.capture.state import StateBefore
 from meshwright.compiler.errors import CaptureError
 
@@ -38,7 +39,9 @@ class Wrapper(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.call(tensors)
         before = StateBefore(self.model)
-        found = dict(self.select(self.model(*args, **kwargs)))
+        with draws_noticed():
+            output = self.model(*args, **kwargs)
+        found = dict(self.select(output))
         found |= {f"buffer:{name}": tensor for name, tensor in before.assigned()}
         self.record(tuple(found))
         return tuple(found.values())

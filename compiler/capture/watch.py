@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributions.dirichlet import _Dirichlet
 from torch.utils.checkpoint import CheckpointFunction
 
 from meshwright.compiler import custom
@@ -52,6 +53,8 @@ def _apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -
         # Recomputation changes no value; which values to keep is the plan's to say.
         run, _, *inputs = args
         return run(*inputs)
+    if function is _Dirichlet:
+        return torch._sample_dirichlet(*args)
     if function.__module__.startswith("torch."):
         return _ORIGINAL_APPLY.__func__(function, *args, **kwargs)
     registered = custom.registered(function)

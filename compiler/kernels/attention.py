@@ -25,7 +25,7 @@ from meshwright.compiler.kernels.attention_fused import (
     AttentionOptions,
 )
 from meshwright.compiler.kernels.attention_math import MATH
-from meshwright.compiler.kernels.dropout import RandomIndex
+from meshwright.compiler.kernels.hashing import RandomIndex
 
 _HALF = (torch.float16, torch.bfloat16)
 

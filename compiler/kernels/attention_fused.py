@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshwright.compiler.kernels.dropout import RandomIndex
+from meshwright.compiler.kernels.hashing import RandomIndex
 
 # Queries, keys, values and bias; the last is None where it was not asked for.
 AttentionGrads = tuple[Tensor, Tensor, Tensor, Tensor | None]

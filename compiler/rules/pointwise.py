@@ -142,6 +142,8 @@ UNTAGGED: tuple[Op, ...] = (
     aten.isclose.default,
     aten.polar.default,
     aten.nan_to_num.default,
+    aten._standard_gamma_grad.default,
+    aten._dirichlet_grad.default,
 )
 """Elementwise operators that torch does not say are."""
 

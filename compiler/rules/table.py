@@ -47,6 +47,10 @@ COMPOSITES: dict[Op, Row] = {
         "... n~, ... n, ...?, ..., n?, n? -> ... n, n, n", _FIRST, shape_only=(5,)
     ),
     MeshOp("dropout"): row("... -> ..."),
+    MeshOp("standard_gamma"): row("... -> ..."),
+    MeshOp("dirichlet"): row("... n! -> ... n"),
+    MeshOp("poisson"): row("... -> ..."),
+    MeshOp("binomial"): row("..., ... -> ..."),
 }
 
 NORMS: dict[Op, Row] = {

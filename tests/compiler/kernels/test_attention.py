@@ -12,7 +12,8 @@ from torch import Tensor
 
 from meshwright.compiler.kernels import blocks
 from meshwright.compiler.kernels.attention import attention, attention_backward
-from meshwright.compiler.kernels.dropout import RandomIndex, keep_scale
+from meshwright.compiler.kernels.dropout import keep_scale
+from meshwright.compiler.kernels.hashing import RandomIndex
 
 BATCH, HEADS, WIDTH = 2, 4, 8
 

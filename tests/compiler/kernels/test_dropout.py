@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshwright.compiler.kernels.dropout import RandomIndex, dropout, hash_bits, keep_scale
+from meshwright.compiler.kernels.dropout import dropout, keep_scale
+from meshwright.compiler.kernels.hashing import RandomIndex, hash_bits
 
 CPU = torch.device("cpu")
 COUNT = 1 << 20

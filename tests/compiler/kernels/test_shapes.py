@@ -23,8 +23,9 @@ from meshwright.compiler.kernels.cross_entropy import (
     cross_entropy_row_weights,
     cross_entropy_stats,
 )
-from meshwright.compiler.kernels.dropout import RandomIndex, dropout
+from meshwright.compiler.kernels.dropout import dropout
 from meshwright.compiler.kernels.embedding import embedding, embedding_backward
+from meshwright.compiler.kernels.hashing import RandomIndex
 from meshwright.compiler.kernels.norm import (
     layer_norm,
     layer_norm_backward,

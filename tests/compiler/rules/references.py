@@ -94,6 +94,31 @@ def dropout(x: Tensor, p: float, op_id: int) -> Tensor:
     return x.exp()
 
 
+def random(like: Tensor, shape: Any, kind: str, dtype: torch.dtype, op_id: int) -> Tensor:
+    """Any constant, of the shape of the operand."""
+    return torch.ones_like(like)
+
+
+def standard_gamma(x: Tensor, shape: Any, op_id: int) -> Tensor:
+    """As `dropout`."""
+    return x.exp()
+
+
+def dirichlet(x: Tensor, shape: Any, op_id: int) -> Tensor:
+    """Any function of rows."""
+    return x.softmax(-1)
+
+
+def poisson(x: Tensor, shape: Any, op_id: int) -> Tensor:
+    """As `dropout`."""
+    return x.exp()
+
+
+def binomial(count: Tensor, p: Tensor, shape: Any, op_id: int) -> Tensor:
+    """Any elementwise function that is linear in neither."""
+    return (count * p).exp()
+
+
 def extend(x: Tensor, dim: int, size: int) -> Tensor:
     last = x.narrow(dim, x.shape[dim] - 1, 1)
     return torch.cat([x, *(last for _ in range(size - x.shape[dim]))], dim)
