@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -97,17 +98,29 @@ def _is_integer(node: Node) -> bool:
     return isinstance(type, TensorType) and type.dtype in (torch.int64, torch.int32)
 
 
-def group_ends(ends: Node) -> tuple[Node, int] | None:
+def grouped_by(ends: Node) -> Node | None:
     """For the running total of the sizes of groups: the number of the group of each element, in
-    whatever order, and how many groups there are."""
+    whatever order. None of them is negative; those past the last group are not counted."""
     ends = _uncast(ends)
     if ends.op != aten.cumsum.default or len(ends.tensor.shape) != 1:
         return None
     found = _counts(_uncast(ends.args[0]))
     if found is None:
         return None
-    ids, count = source(found), ends.tensor.shape[0]
-    return (ids, count) if ids is not None and is_below(ids, count) else None
+    ids = source(found.elements)
+    if ids is None:
+        return None
+    low, high = interval(ids)
+    return ids if low >= 0 and (found.ignores_others or high < ends.tensor.shape[0]) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Counts:
+    """What a vector counts: entry i is how many of these elements are i."""
+
+    elements: Node
+    ignores_others: bool
+    """Whether elements that have no entry are left out, and are no error either."""
 
 
 def _uncast(node: Node) -> Node:
@@ -116,43 +129,43 @@ def _uncast(node: Node) -> Node:
     return node
 
 
-def _counts(node: Node) -> Node | None:
-    """What a vector counts: entry i is how many elements of it are i."""
+def _counts(node: Node) -> _Counts | None:
     form = _FORMS.get(node.op)
     return form(node, *node.tensor.shape) if form and len(node.tensor.shape) == 1 else None
 
 
-def _histogram(node: Node, count: int) -> Node | None:
-    """One bin an integer: bounds 0 and the largest, or one more."""
+def _histogram(node: Node, count: int) -> _Counts | None:
+    """One bin an integer: bounds 0 and the largest, or one more, which is then in the last bin."""
     x, bins, low, high = (*node.args, 0, 0)[:4]
-    found: Node = x
-    return found if (bins, low) == (count, 0) and high in (count - 1, count) else None
+    if (bins, low) != (count, 0) or high not in (count - 1, count):
+        return None
+    return _Counts(x, ignores_others=high == count - 1)
 
 
-def _summed(node: Node, count: int) -> Node | None:
+def _summed(node: Node, count: int) -> _Counts | None:
     """A sum of one-hot rows, by `one_hot` or by comparing with every number."""
     hot = _uncast(node.args[0])
     dims = {d % len(hot.tensor.shape) for d in node.args[1] or ()}
     if dims != set(range(len(hot.tensor.shape) - 1)):
         return None
     if hot.op == aten.one_hot.default:
-        found: Node = hot.args[0]
-        return found
+        return _Counts(hot.args[0], ignores_others=False)
     if hot.op != aten.eq.Tensor:
         return None
     ids, numbers = hot.args
     values = constant(numbers)
     every = values is not None and torch.equal(values.reshape(-1), torch.arange(count))
     column = ids.tensor.shape[-1:] == (1,) and ids.tensor.shape[:-1] == hot.tensor.shape[:-1]
-    return ids if every and column else None
+    return _Counts(ids, ignores_others=True) if every and column else None
 
 
-def _scattered(node: Node, count: int) -> Node | None:
+def _scattered(node: Node, count: int) -> _Counts | None:
     """Ones added to zeros."""
     zeros, index, ones = _added_parts(node)
     if not makes_zeros(zeros.op, zeros.args) or not isinstance(index, Node) or not _is_one(ones):
         return None
-    return index if index.tensor.shape == ones.tensor.shape else None
+    same = index.tensor.shape == ones.tensor.shape
+    return _Counts(index, ignores_others=False) if same else None
 
 
 def _added_parts(node: Node) -> tuple[Node, Arg, Node]:
@@ -170,7 +183,7 @@ def _is_one(node: Node) -> bool:
     return node.op in _ONES or (node.op in _FULL and node.args[_FULL[node.op]] == 1)
 
 
-_FORMS: dict[Op, Callable[[Node, int], Node | None]] = {
+_FORMS: dict[Op, Callable[[Node, int], _Counts | None]] = {
     aten.histc.default: _histogram,
     aten.sum.dim_IntList: _summed,
     aten.scatter_add.default: _scattered,
@@ -179,17 +192,56 @@ _FORMS: dict[Op, Callable[[Node, int], Node | None]] = {
 }
 
 
-def is_below(node: Node, count: int) -> bool:
-    """Whether every element of an integer tensor is known to be in [0, count)."""
-    while node.op in _RESHAPING | _CHOOSING:
-        node = node.args[0]
-        if not _is_integer(node):
-            return False
-    if node.op == aten.remainder.Scalar:
-        return isinstance(node.args[1], int) and 0 < node.args[1] <= count
-    if node.op in (aten.cat.default, aten.stack.default):
-        return all(is_below(part, count) for part in node.args[0])
-    return _num_places(node) <= count
+def interval(node: Arg) -> tuple[float, float]:
+    """The least and the largest that the elements of an integer tensor, or a number, can be."""
+    if not isinstance(node, Node):
+        return (node, node) if isinstance(node, (int, float)) else (-math.inf, math.inf)
+    if not _is_integer(node):
+        return -math.inf, math.inf
+    if node.op in _RESHAPING | _CHOOSING:
+        return interval(node.args[0])
+    if node.op in _BOUNDS:
+        return _BOUNDS[node.op](node)
+    return (0, _num_places(node) - 1) if _num_places(node) < math.inf else (-math.inf, math.inf)
+
+
+def _union(*values: Arg) -> tuple[float, float]:
+    lows, highs = zip(*map(interval, values), strict=True)
+    return min(lows), max(highs)
+
+
+def _clamped(node: Node) -> tuple[float, float]:
+    x, low, high = (*node.args, None, None)[:3]
+    low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
+    found = list(interval(x))
+    if isinstance(low, int):
+        found = [max(bound, low) for bound in found]
+    if isinstance(high, int):
+        found = [min(bound, high) for bound in found]
+    return found[0], found[1]
+
+
+def _remainder(node: Node) -> tuple[float, float]:
+    divisor = node.args[1]
+    positive = isinstance(divisor, int) and divisor > 0
+    return (0, divisor - 1) if positive else (-math.inf, math.inf)
+
+
+_BOUNDS: dict[Op, Callable[[Node], tuple[float, float]]] = {
+    aten.remainder.Scalar: _remainder,
+    aten.clamp.default: _clamped,
+    aten.clamp_min.default: _clamped,
+    aten.cat.default: lambda node: _union(*node.args[0]),
+    aten.stack.default: lambda node: _union(*node.args[0]),
+    aten.where.self: lambda node: _union(*node.args[1:3]),
+    aten.where.ScalarOther: lambda node: _union(*node.args[1:3]),
+    aten.where.ScalarSelf: lambda node: _union(*node.args[1:3]),
+    aten.masked_fill.Scalar: lambda node: _union(node.args[0], node.args[2]),
+    aten.abs.default: lambda node: (0, math.inf),
+    aten.full.default: lambda node: interval(node.args[1]),
+    aten.scalar_tensor.default: lambda node: interval(node.args[0]),
+}
+"""What the elements of results are between."""
 
 
 def _num_places(node: Node) -> float:

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 
 from meshwright.compiler.calls import call_operands
-from meshwright.compiler.counts import ARGSORTS, SORTS, group_ends, same_value, sort_option, source
+from meshwright.compiler.counts import ARGSORTS, SORTS, grouped_by, same_value, sort_option, source
 from meshwright.compiler.equivariance import carried, is_vector
 from meshwright.compiler.ir import GETITEM, Arg, Builder, Graph, MeshOp, Node, Op, nodes_in
 from meshwright.compiler.recognise import constant
@@ -195,10 +195,10 @@ class _Router:
 
     def groups(self, node: Node) -> bool:
         """The groups of rows that are sorted by group, worked out from where the groups end."""
-        found = group_ends(node.args[1])
+        found = grouped_by(node.args[1])
         if found is None or not node.kwargs.get("right") or not _is_places(node.args[0]):
             return False
-        sorts = [sort for sort in self.sorts if self._sorts(sort, found[0], node)]
+        sorts = [sort for sort in self.sorts if self._sorts(sort, found, node)]
         if not sorts:
             return False
         # Sorts of the same numbers may order equal ones differently: take that of the rows.

@@ -41,6 +41,12 @@ _KNOWN = (
         "write it with torch operators",
     ),
     (
+        ("PendingUnbackedSymbol",),
+        "data dependent",
+        "the forward gives tensors whose sizes depend on the values of others, such as `nonzero`",
+        "keep every row and use torch.where or a mask; sort rows by group for grouped_mm",
+    ),
+    (
         ("Cannot copy out of meta tensor", "meta device"),
         "meta",
         "the forward reads a tensor that has no memory",

@@ -11,13 +11,13 @@ from torch import Tensor
 def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
     """`y[r, t] = x[r, t] @ weight[group[r, t]]`: `x[r, t, k]`, `weight[e, k, n]`, `y[r, t, n]`.
 
-    Of `x[r, k]` each row stands for t. Groups are in [0, e]; what is of group e, which has no
-    matrix, is zeros. The rows of a group are one product, whatever their order.
+    Of `x[r, k]` each row stands for t. What is of group e or above, which has no matrix, is zeros.
+    The rows of a group are one product, whatever their order.
     """
     order, ends = _ordered(group, weight.shape[0])
     rows = _taken(x, order, group)
     if _is_fused(rows, weight):
-        outside = group.reshape(-1).index_select(0, order).eq(weight.shape[0]).unsqueeze(1)
+        outside = group.reshape(-1).index_select(0, order).ge(weight.shape[0]).unsqueeze(1)
         y = torch._grouped_mm(rows, weight, offs=ends).masked_fill_(outside, 0)
     else:
         y = rows.new_zeros(rows.shape[0], weight.shape[2])

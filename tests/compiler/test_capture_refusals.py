@@ -54,6 +54,14 @@ def select(model: Model, h: Tensor) -> Tensor:
     return h[h[:, 0] > 0]
 
 
+def expert_rows(model: Model, h: Tensor) -> Tensor:
+    out, expert = torch.zeros_like(h), h.argmax(-1)
+    for e in range(2):
+        rows = torch.where(expert == e)[0]
+        out.index_add_(0, rows, h[rows] * e)
+    return out
+
+
 def numpy(model: Model, h: Tensor) -> Tensor:
     return torch.from_numpy(h.numpy())
 
@@ -102,8 +110,8 @@ CASES = {
     **{
         function.__name__.replace("_", " "): function
         for function in (
-            hook, branch, item, select, numpy, hidden_write, data_write, clamped_weight, autocast,
-            gradient, assigned, written, wrong,
+            hook, branch, item, select, expert_rows, numpy, hidden_write, data_write,
+            clamped_weight, autocast, gradient, assigned, written, wrong,
         )
     },
 }  # fmt: skip

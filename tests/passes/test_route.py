@@ -120,6 +120,16 @@ def counted_by_comparison(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> 
     return (out.unflatten(0, (-1, 2)) * share[..., None]).sum(1)
 
 
+def dropped(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
+    """Rows of little share go to an expert that is not there."""
+    flat = torch.where(share < 0.3, 4, ids).flatten()
+    order = flat.argsort()
+    ends = torch.histc(flat.double(), 4, 0, 3).cumsum(0).int()
+    y = grouped_mm(x[order // 2], m.up, ends) * share.flatten()[order, None]
+    token = (order // 2).unsqueeze(1).expand(-1, 16)
+    return torch.zeros_like(x).scatter_reduce(0, token, y, "sum")
+
+
 def one_expert_each(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
     order = ids[:, 0].argsort()
     counts = torch.zeros(4, dtype=torch.int64).scatter_add(
@@ -139,7 +149,7 @@ def two_in_turn(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
     "body",
     [
         sorted_by_value, added_in_place, scattered, counted_by_one_hot, counted_by_comparison,
-        one_expert_each, two_in_turn,
+        dropped, one_expert_each, two_in_turn,
     ],
 )  # fmt: skip
 def test_routing_stays_within_a_shard_however_it_is_written(body: Body, ranks: int) -> None:
@@ -153,6 +163,14 @@ def other_groups(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
     """Rows in one order, the groups of another."""
     order = ids.flatten().argsort(descending=True)
     return grouped_mm(x[order // 2], m.up, m.ends(ids))[order.argsort()].view(-1, 2, 16).sum(1)
+
+
+def negative(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
+    """Groups that are not counted come first: every row is one group further on."""
+    flat = torch.where(share < 0.3, -1, ids).flatten()
+    order = flat.argsort()
+    ends = torch.histc(flat.double(), 4, 0, 3).cumsum(0).int()
+    return grouped_mm(x[order // 2], m.up, ends)[order.argsort()].view(-1, 2, 16).sum(1)
 
 
 def ranked(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
@@ -199,7 +217,18 @@ def expert_choice(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "body", [other_groups, ranked, middle, shuffled, neighbours, put_twice, capped, expert_choice]
+    "body",
+    [
+        other_groups,
+        negative,
+        ranked,
+        middle,
+        shuffled,
+        neighbours,
+        put_twice,
+        capped,
+        expert_choice,
+    ],
 )
 def test_an_order_that_counts_is_kept(body: Body) -> None:
     program = check_equal(Experts(body), lambda: rows(12), SPLIT)
