@@ -62,6 +62,22 @@ def _mm(context: VjpContext) -> Cotangents:
     )
 
 
+@adjoint(aten.as_strided_scatter.default)
+def _as_strided_scatter(context: VjpContext) -> Cotangents:
+    """Nothing comes back from the entries that were replaced; torch's own forgets the others."""
+    base, source = context.operands
+    where, options = context.node.args[2:], context.node.kwargs
+    dbase = dsource = None
+    if base.requires_grad:
+        zeros = context.call(aten.new_zeros.default, context.grad, source.tensor.shape)
+        dbase = context.call(
+            aten.as_strided_scatter.default, context.grad, zeros, *where, **options
+        )
+    if source.requires_grad:
+        dsource = context.call(aten.as_strided.default, context.grad, *where, **options)
+    return dbase, dsource
+
+
 @adjoint(MeshOp("embedding"))
 def _embedding(context: VjpContext) -> Cotangents:
     weight, index = context.operands

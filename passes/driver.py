@@ -68,6 +68,7 @@ def compile_program(
     *,
     loss: Any = None,
     outputs: Sequence[str] = (),
+    static: Sequence[str] = (),
     mode: str = "train",
     device: str | torch.device | None = None,
     launcher: Callable[..., Any],
@@ -77,13 +78,16 @@ def compile_program(
 
     `variant_of` are the inputs of the program that this is for another mode or other inputs of.
     """
-    check_arguments(model, plan, loss, outputs, mode)
+    check_arguments(model, plan, loss, outputs, static, mode)
     target = target_device(device, default_device())
-    again = partial(compile_program, model, plan, loss=loss, outputs=outputs, device=target)
+    again = partial(
+        compile_program, model, plan, loss=loss, outputs=outputs, static=static, device=target
+    )
     plan = with_fragments(plan, model)
     check_supported(plan)
     mesh = Mesh(plan.mesh)
     capturing: Any = {"loss": loss, "outputs": tuple(outputs), "mode": mode, "device": target}
+    capturing["static"] = tuple(static)
     captured = capture(model, example, mesh, **capturing)
     modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
     graph = route(normalise(captured.graph))

@@ -236,7 +236,8 @@ class Run:
 
     def _compiled(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Linked:
         """The program for inputs like these, from the cache or compiled now, on every rank."""
-        key = (mode, *_signature(args, kwargs))
+        static = self.program.captured.input_spec.static_values(args, kwargs)
+        key = (mode, *_signature(args, kwargs), *static)
         if key not in self._signatures:
             if self._input_check is not None:
                 self._input_check.settle()

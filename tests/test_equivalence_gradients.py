@@ -46,6 +46,18 @@ def test_what_is_written_into_zeros_keeps_its_gradient() -> None:
     check_equal(Written(), rows, "mesh dp=4\ndata x over dp\n")
 
 
+class Diagonals(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x).flatten(0, -2) * 1
+        h.fill_diagonal_(2.0)
+        h.as_strided((4,), (h.shape[1] + 1,), 1).mul_(3)
+        return h.square().mean() + self.down(h).square().mean()
+
+
+def test_what_is_written_through_strides_stops_its_gradient_and_no_other() -> None:
+    check_equal(Diagonals(), rows, "mesh dp=2\ndata x over dp\nallow replicate **\n")
+
+
 @pytest.mark.parametrize(
     "frozen", [["up.weight", "down.bias"], ["up.weight", "up.bias"], ["down.weight"]]
 )

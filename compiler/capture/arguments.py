@@ -13,7 +13,7 @@ from meshwright.compiler.errors import CaptureError
 from meshwright.dsl.plan import Plan
 
 
-def check_arguments(model: Any, plan: Any, loss: Any, outputs: Any, mode: Any) -> None:
+def check_arguments(model: Any, plan: Any, loss: Any, outputs: Any, static: Any, mode: Any) -> None:
     """Raise `CaptureError` that names the first argument of another kind, and what to pass."""
     if not isinstance(model, nn.Module):
         _refuse("the model", model, "pass an `nn.Module`, made already")
@@ -21,11 +21,17 @@ def check_arguments(model: Any, plan: Any, loss: Any, outputs: Any, mode: Any) -
         _refuse("the plan", plan, "read it: `Plan.parse(text)` or `Plan.load(path)`")
     if not (loss is None or isinstance(loss, str) or callable(loss)):
         _refuse("`loss`", loss, "pass a path into the model's output, or a function of it")
-    sequence = isinstance(outputs, Sequence) and not isinstance(outputs, str)
-    if not sequence or not all(isinstance(p, str) for p in outputs):
+    if not _is_names(outputs):
         _refuse("`outputs`", outputs, 'pass a list of paths, such as `outputs=["logits"]`')
+    if not _is_names(static):
+        _refuse("`static`", static, 'pass a list of inputs, such as `static=["image_grid_thw"]`')
     if mode not in get_args(Mode):
         raise CaptureError(f"`mode` is {mode!r}", help='write `mode="train"` or `mode="infer"`')
+
+
+def _is_names(value: Any) -> bool:
+    sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    return sequence and all(isinstance(name, str) for name in value)
 
 
 def target_device(device: Any, default: str) -> torch.device:

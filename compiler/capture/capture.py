@@ -29,6 +29,7 @@ from meshwright.compiler.capture.outputs import Loss, Mode, Wrapper
 from meshwright.compiler.capture.regions import inline_regions
 from meshwright.compiler.capture.state import put_back
 from meshwright.compiler.capture.stops import stop_gradients
+from meshwright.compiler.capture.values import OnlyOnce, values_in_python
 from meshwright.compiler.capture.watch import watching
 from meshwright.compiler.ir import Graph
 from meshwright.compiler.mesh import Mesh
@@ -67,6 +68,7 @@ def capture(
     *,
     loss: Loss = None,
     outputs: tuple[str, ...] = (),
+    static: tuple[str, ...] = (),
     mode: Mode = "train",
     device: str | torch.device = "cpu",
 ) -> Captured:
@@ -74,20 +76,22 @@ def capture(
 
     `train` records the loss under the model's own training flags, `eval` the loss and `infer` every
     output in its eval mode, both without gradients. `loss` is a path into the output or a function
-    of it; `outputs` are paths. `device` is what factories in the graph will allocate on.
-    The model is as it was afterwards. Raises `CaptureError`, and nothing else for what a model
-    can do wrong.
+    of it; `outputs` are paths; `static` are inputs whose values are known. `device` is what
+    factories in the graph will allocate on. The model is as it was afterwards. Raises
+    `CaptureError`, and nothing else for what a model can do wrong.
     """
     args, kwargs = split_example(example)
     named = named_tensors(model)
+    once = OnlyOnce()
     with only_capture_errors():
-        spec = input_spec(model, args, kwargs)
-        program, labels = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode)
+        spec = input_spec(model, args, kwargs, static)
+        program, labels = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode, once)
     converter = Converter(
         program, named, spec, mesh, torch.device(device), differentiable=mode == "train"
     )
     graph = converter.convert(labels)
     check_backwards(graph)
+    once.warn()
     return _captured(converter, graph, named, spec, mode)
 
 
@@ -113,10 +117,12 @@ def _export(
     loss: Loss,
     outputs: tuple[str, ...],
     mode: Mode,
+    once: OnlyOnce,
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """The functional exported program and the labels of what it returns."""
     labels: list[tuple[str, ...]] = []
     wrapper = Wrapper(model, spec.unflatten, loss, outputs, mode, labels.append)
+    known = [value for value in spec.constants.values() if isinstance(value, Tensor)]
     fakes = Fakes()
     tensors = tuple(fakes.like(t) for t in spec.flatten(*example))
     with ExitStack() as stack:
@@ -126,6 +132,7 @@ def _export(
         stack.enter_context(fakes.standing_in(model))
         stack.enter_context(torch.set_grad_enabled(mode == "train"))
         stack.enter_context(translated_modes())
+        stack.enter_context(values_in_python(once, known))
         stack.enter_context(capturing())
         stack.enter_context(quiet())
         program = copy_context().run(torch.export.export, wrapper, tensors, strict=False)

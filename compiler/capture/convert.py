@@ -202,6 +202,14 @@ def _tensor_type(node: fx.Node, value: Tensor) -> TensorType:
 
 
 def _refuse_dynamic(node: fx.Node) -> NoReturn:
+    if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+        raise CaptureError(
+            "the forward uses `torch.vmap` or another transform of `torch.func`, which leaves no "
+            "operators behind",
+            code="transform",
+            culprit=origin_of(node).source,
+            help="write it out: operators that take a batch, and the derivative as a formula",
+        )
     raise CaptureError(
         f"`{node.target}` turns the values of a tensor into a size or a number",
         code="data dependent",

@@ -29,6 +29,18 @@ _KNOWN = (
         "use torch.where or a mask, or decide outside of the model",
     ),
     (
+        ("_ctc_loss",),
+        "data dependent",
+        "`ctc_loss` keeps a table for its backward whose size depends on the values of its lengths",
+        "wrap it in a `torch.library.custom_op` with `register_fake` and `register_autograd`",
+    ),
+    (
+        ("DynamicOutputShapeException",),
+        "data dependent",
+        "the forward makes a tensor whose size depends on the values of another",
+        "keep sizes fixed: use torch.where, a mask or a capacity instead",
+    ),
+    (
         ("is mutated in the forward method",),
         "assignment",
         "the forward writes to a tensor that is neither an input nor a buffer",

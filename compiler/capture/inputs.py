@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -31,6 +32,7 @@ class InputSpec:
     types: dict[str, TensorType]
     """The tensors, in the order of the graph's arguments."""
     constants: dict[str, Any]
+    """What is not a tensor, and the static tensors, whose values are part of the program."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,6 +58,18 @@ class InputSpec:
             )
         return tuple(given[name] for name in self.types)
 
+    def static_values(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[str, Any], ...]:
+        """What a call gives for the static tensors, to look up a program by."""
+        names = [name for name, value in self.constants.items() if isinstance(value, Tensor)]
+        given = dict(named_leaves(self.signature, args, kwargs)[0]) if names else {}
+        return tuple(
+            (name, str(value.tolist()))
+            for name, value in given.items()
+            if name in names and isinstance(value, Tensor)
+        )
+
     def unflatten(self, tensors: Sequence[Tensor]) -> Arguments:
         """The arguments of `forward` with these tensors in their places."""
         found = dict(zip(self.types, tensors, strict=True))
@@ -69,26 +83,45 @@ class InputSpec:
     def _differences(self, given: dict[str, Any], types: Mapping[str, TensorType]) -> list[str]:
         found = [f"`{name}` is missing" for name in types if given.get(name) is None]
         for name, value in given.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and isinstance(self.constants.get(name), Tensor):
+                if not _same(value, self.constants[name]):
+                    found.append(f"`{name}` is static and has another value than the example's")
+            elif isinstance(value, Tensor):
                 found += _tensor_difference(name, value, types.get(name))
             elif name in types:
                 found += [f"`{name}` is {value!r}, not a tensor"] * (value is not None)
             elif not _same(value, self.constants.get(name)):
                 found.append(f"`{name}` is {value!r}, not {self.constants.get(name)!r}")
         found += [
-            f"`{name}` is missing: it was {value!r}"
+            f"`{name}` is missing" + ("" if isinstance(value, Tensor) else f": it was {value!r}")
             for name, value in self.constants.items()
             if name not in given and value is not None
         ]
         return found
 
 
-def input_spec(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> InputSpec:
-    """Read the names and types of an example off `model`'s signature."""
+def input_spec(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], static: Sequence[str] = ()
+) -> InputSpec:
+    """Read the names and types of an example off `model`'s signature.
+
+    Raises `CaptureError` for a name in `static` that is no tensor of the example.
+    """
     signature = inspect.signature(model.forward)
     leaves, tree = named_leaves(signature, args, kwargs)
-    types = {n: type_of(value) for n, value in leaves if isinstance(value, Tensor)}
-    constants = {name: value for name, value in leaves if name not in types}
+    tensors = {name: value for name, value in leaves if isinstance(value, Tensor)}
+    for name in static:
+        if name not in tensors:
+            raise CaptureError(
+                f"`static` names `{name}`, and the example has no such tensor",
+                help="name one of " + ", ".join(f"`{known}`" for known in tensors),
+            )
+    types = {name: type_of(value) for name, value in tensors.items() if name not in static}
+    constants = {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in leaves
+        if name not in types
+    }
     return InputSpec(signature, tree, tuple(name for name, _ in leaves), types, constants)
 
 
@@ -162,6 +195,9 @@ def _tensor_difference(name: str, value: Tensor, expected: TensorType | None) ->
 
 
 def _same(value: Any, constant: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(constant, Tensor):
+        like = value.dtype == constant.dtype and value.shape == constant.shape
+        return like and torch.equal(value.to(constant.device), constant)
     return value is constant or (type(value) is type(constant) and bool(value == constant))
 
 

@@ -2,6 +2,7 @@
 
 `inference_mode` is traced as `no_grad`, which it equals for gradients; `x.data` as `x.detach()`;
 an autocast that is off as nothing (export loses a `no_grad` inside it), one that is on is refused.
+A batch norm that averages over all batches counts them in a tensor, not in Python.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from meshwright.compiler.capture import generators
 from meshwright.compiler.capture.origin import current_line, is_user
@@ -85,11 +88,29 @@ def _set_data(tensor: Tensor, value: Tensor) -> None:
     _ORIGINAL_DATA.__set__(tensor, value)
 
 
+def _batch_norm(norm: Any, x: Tensor) -> Tensor:
+    """`_BatchNorm.forward`, where `momentum=None` makes one over the number of batches of it."""
+    counted = norm.training and norm.running_mean is not None and norm.momentum is None
+    if not counted:
+        return _ORIGINAL_NORM(norm, x)  # type: ignore[no-any-return]  # as the original
+    norm._check_input_dim(x)
+    norm.num_batches_tracked.add_(1)
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    with torch.no_grad():
+        share = norm.num_batches_tracked.to(x.dtype).reciprocal()
+        norm.running_mean.add_((x.mean(dims) - norm.running_mean) * share)
+        norm.running_var.add_((x.var(dims) - norm.running_var) * share)
+    weight, bias = norm.weight, norm.bias
+    return functional.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
+
+
+_ORIGINAL_NORM: Any = _BatchNorm.forward
 _ORIGINAL_DATA: Any = torch._C.TensorBase.__dict__["data"]
 _TRANSLATED: tuple[tuple[Any, str, Any], ...] = (
     (torch.inference_mode, "__enter__", _enter_inference),
     (torch.inference_mode, "__exit__", _exit_inference),
     (torch.autocast, "__enter__", _enter_autocast),
     (torch.autocast, "__exit__", _exit_autocast),
+    (_BatchNorm, "forward", _batch_norm),
     (torch.Tensor, "data", property(_data, _set_data)),
 )

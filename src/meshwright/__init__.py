@@ -54,6 +54,7 @@ def compile(
     outputs: Sequence[str] = (),
     mode: str = "train",
     device: str | torch.device | None = None,
+    static: Sequence[str] = (),
 ) -> Program:
     """Compile `model` under `plan` for inputs like `example`.
 
@@ -61,7 +62,12 @@ def compile(
     batch. `loss` is a path into the model's output, or a function of it that gives the scalar to
     differentiate; by default the output itself if it is one, else its `loss`. `outputs` are paths
     of further results that `step` returns. `mode` is "train" or "infer". `device` is the type that
-    is compiled for; by default what `launch` would use here.
+    is compiled for; by default what `launch` would use here. `static` are inputs whose values in
+    the example are part of the program, because the forward reads them in Python (the grid of
+    images that Qwen2-VL turns into sizes); a step with other values is an error.
+
+    A branch of the forward that only raises (`if labels.max() >= vocab: raise ...`, `assert`) is
+    not part of the program, and `print` runs once, while the model is captured.
 
     Needs no devices and no process group; the model may be on the meta device, and is not touched.
     Raises `PlanError` for the plan, alone or against the model, `CaptureError` for a model that
@@ -75,5 +81,6 @@ def compile(
         outputs=outputs or (),
         mode=mode,
         device=device,
+        static=static or (),
         launcher=launch,
     )

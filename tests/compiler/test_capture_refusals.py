@@ -101,6 +101,27 @@ def written(model: Model, h: Tensor) -> Tensor:
     return h * model.state.add_(1)
 
 
+def ctc(model: Model, h: Tensor) -> Tensor:
+    lengths = torch.tensor([2, 2])
+    scores = h.view(2, 2, 2).log_softmax(-1)
+    return nn.functional.ctc_loss(
+        scores, torch.ones(2, 1, dtype=torch.int64), lengths, lengths // 2
+    )
+
+
+def vmap(model: Model, h: Tensor) -> Tensor:
+    return torch.vmap(torch.sin)(h)
+
+
+def mixed_branch(model: Model, h: Tensor) -> Tensor:
+    if h.max() > 0:
+        h = -h
+        raise ValueError("positive")
+    if h.min() > 0:
+        return -h
+    return h
+
+
 def wrong(model: Model, h: Tensor) -> Tensor:
     raise KeyError("no such head")
 
@@ -111,7 +132,7 @@ CASES = {
         function.__name__.replace("_", " "): function
         for function in (
             hook, branch, item, select, expert_rows, numpy, hidden_write, data_write,
-            clamped_weight, autocast, gradient, assigned, written, wrong,
+            clamped_weight, autocast, gradient, assigned, written, ctc, vmap, mixed_branch, wrong,
         )
     },
 }  # fmt: skip

@@ -1,0 +1,155 @@
+"""Find the branches that only raise, which a captured forward need not decide.
+
+    if labels.max() >= self.vocab_size:
+        raise ValueError("label out of range")
+
+The value of a tensor decides here, which no graph can follow; but one way out of two there is
+nothing to follow. A step goes the other way, unchecked. So does `assert`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import linecache
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from types import FrameType
+
+Span = tuple[int, int, int, int]
+"""First line and column, last line and column."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A place in a test of which one outcome only raises."""
+
+    passing: bool | None
+    """What the value there should be, taken as a truth, so that nothing is raised; None where it is
+    not a truth of its own but a part of one, as a number that is compared is."""
+
+
+def check_at(frame: FrameType) -> Check | None:
+    """The check that the expression which `frame` is evaluating belongs to, if any."""
+    *_, step = (s for s in dis.get_instructions(frame.f_code) if s.offset <= frame.f_lasti)
+    span = _span(step)
+    if span is None:
+        return None
+    tests = _tests(frame.f_code.co_filename)
+    inside = [t for t in tests if _covers(t.span, span) or t.statement == span]
+    if not inside:
+        return None
+    test = min(inside, key=lambda test: test.size)
+    return _jump(test, step, frame) if _is_jump(step, test) else _check(test, span)
+
+
+@dataclass(frozen=True)
+class _Test:
+    """The condition of a statement that raises where it is `not passing`."""
+
+    condition: ast.expr
+    passing: bool
+    statement: Span
+
+    @property
+    def span(self) -> Span:
+        return _extent(self.condition)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.span[2] - self.span[0], self.span[3] - self.span[1]
+
+
+def _span(step: dis.Instruction) -> Span | None:
+    at = step.positions
+    if at is None or at.lineno is None or at.end_lineno is None:
+        return None
+    if at.col_offset is None or at.end_col_offset is None:
+        return None
+    return at.lineno, at.col_offset, at.end_lineno, at.end_col_offset
+
+
+@lru_cache(maxsize=256)
+def _tests(filename: str) -> tuple[_Test, ...]:
+    """The checks of a file; none where its source cannot be read."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except (SyntaxError, ValueError):
+        return ()
+    return tuple(_found(tree))
+
+
+def _found(tree: ast.AST) -> Iterator[_Test]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            yield _Test(node.test, True, _extent(node))
+        elif isinstance(node, ast.If) and _only_raises(node.body):
+            yield _Test(node.test, False, _extent(node))
+
+
+def _only_raises(body: list[ast.stmt]) -> bool:
+    """Whether a block does nothing but prepare and raise an exception."""
+    *before, last = body
+    return isinstance(last, ast.Raise) and all(
+        isinstance(s, (ast.Assign, ast.Expr)) for s in before
+    )
+
+
+def _extent(node: ast.expr | ast.stmt) -> Span:
+    assert node.end_lineno is not None
+    assert node.end_col_offset is not None
+    return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
+
+
+def _covers(outer: Span, inner: Span) -> bool:
+    return outer[:2] <= inner[:2] and inner[2:] <= outer[2:]
+
+
+def _check(test: _Test, span: Span) -> Check:
+    """The check of the expression at `span` inside a condition."""
+    for leaf, passing in _leaves(test.condition, test.passing):
+        if _covers(span, _extent(leaf)):
+            return Check(passing)
+    return Check(None)
+
+
+def _jump(test: _Test, jump: dis.Instruction, frame: FrameType) -> Check:
+    """The check of a jump, whose place in the source says little.
+
+    Truths are jumped on one after the other; the jumps before this one are counted.
+    """
+    leaves = list(_leaves(test.condition, test.passing))
+    outcomes = {passing for _, passing in leaves}
+    if len(outcomes) == 1:
+        return Check(outcomes.pop())
+    if any(_has_jumps(leaf) for leaf, _ in leaves):
+        return Check(None)
+    jumps = [step.offset for step in dis.get_instructions(frame.f_code) if _is_jump(step, test)]
+    return Check(leaves[jumps.index(jump.offset)][1])
+
+
+def _leaves(node: ast.expr, passing: bool) -> Iterator[tuple[ast.expr, bool]]:
+    """The truths that `and`, `or` and `not` join, in order, and what each should be."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield from _leaves(node.operand, not passing)
+    elif isinstance(node, ast.BoolOp):
+        for part in node.values:
+            yield from _leaves(part, passing)
+    else:
+        yield node, passing
+
+
+def _has_jumps(leaf: ast.expr) -> bool:
+    branching = (ast.IfExp, ast.BoolOp, ast.NamedExpr)
+    return any(
+        isinstance(node, branching) or (isinstance(node, ast.Compare) and len(node.ops) > 1)
+        for node in ast.walk(leaf)
+    )
+
+
+def _is_jump(step: dis.Instruction, test: _Test) -> bool:
+    """Whether this is a jump on a truth, in the statement or behind it."""
+    span = _span(step)
+    jumps = "JUMP" in step.opname and "IF" in step.opname
+    return jumps and span is not None and span[:2] >= test.statement[:2]

@@ -1,0 +1,182 @@
+"""What a forward does with the values of tensors in Python, which no graph records.
+
+A check that only raises is passed over; a value that is known is read; a mask that is known becomes
+the places that it picks. What happens once, while the model is captured, and never in a step
+(`print`, a value that goes into a list) is said.
+"""
+
+from __future__ import annotations
+
+import builtins
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from meshwright.compiler.capture.checks import check_at
+from meshwright.compiler.capture.modes import replaced
+from meshwright.compiler.capture.origin import is_user
+
+_SAID: set[tuple[str, int, str]] = set()
+"""What has been warned of, by file and line."""
+
+
+class OnlyOnce:
+    """The lines that do something while a model is captured, and nothing in a step."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, int, str], None] = {}
+
+    def note(self, what: str, frame: FrameType | None) -> None:
+        """Remember the line of the user's that `frame` is at, or was called from."""
+        while frame is not None and not is_user(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None:
+            self._found[frame.f_code.co_filename, frame.f_lineno, what] = None
+
+    def warn(self) -> None:
+        """Give one warning a line, at that line, in all captures."""
+        for file, line, what in [each for each in self._found if each not in _SAID]:
+            _SAID.add((file, line, what))
+            text = (
+                f"{what} in a forward runs once, while the model is captured, and not in a step: "
+                "to see a value in every step, name it in `outputs`"
+            )
+            warnings.warn_explicit(text, UserWarning, file, line)
+
+
+@contextmanager
+def values_in_python(once: OnlyOnce, known: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Trace a model inside this; the values of `known`, and what follows from them, are read."""
+    with ExitStack() as stack:
+        if known:
+            stack.enter_context(_Known(known))
+        for owner, name in _TRUTHS:
+            stack.enter_context(replaced(owner, name, _truth(getattr(owner, name))))
+        for name in ("item", "tolist", "__float__", "__int__", "__index__"):
+            stack.enter_context(replaced(Tensor, name, _number(name, once)))
+        stack.enter_context(replaced(Tensor, "__getitem__", _getitem))
+        stack.enter_context(replaced(builtins, "print", _print(once)))
+        yield
+
+
+_TRUTHS: tuple[tuple[Any, str], ...] = (
+    (Tensor, "__bool__"),
+    (torch.SymBool, "__bool__"),
+    (Tensor, "equal"),
+    (Tensor, "allclose"),
+    (torch, "equal"),
+    (torch, "allclose"),
+    (torch, "is_nonzero"),
+)
+
+
+def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`original`, with the answer that raises nothing where it has none and a check asks."""
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        if all(_is_known(arg) for arg in args if isinstance(arg, Tensor | torch.SymBool)):
+            with _disable_current_modes():
+                return original(*args, **kwargs)
+        check = check_at(sys._getframe(1)) if not all(_is_constant(arg) for arg in args) else None
+        if check is not None and check.passing is not None:
+            return check.passing
+        return original(*args, **kwargs)
+
+    return ask
+
+
+def _number(name: str, once: OnlyOnce) -> Callable[..., Any]:
+    original = getattr(Tensor, name)
+
+    def read(self: Tensor) -> Any:
+        if _is_known(self):
+            with _disable_current_modes():
+                return original(self)
+        frame = sys._getframe(1)
+        if is_user(frame.f_code.co_filename) and check_at(frame) is None:
+            once.note(f"`{name.strip('_')}`", frame)
+        return original(self)
+
+    return read
+
+
+class _Known(TorchFunctionMode):
+    """Computes what only known tensors go into, instead of tracing it."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.known = {id(tensor): tensor for tensor in known}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        if not given or not all(id(tensor) in self.known for tensor in given):
+            return function(*args, **kwargs)
+        with _disable_current_modes():
+            result = function(*args, **kwargs)
+        made = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
+        self.known |= {id(tensor): tensor for tensor in made}
+        return result
+
+
+def _getitem(self: Tensor, index: Any) -> Any:
+    places = index if isinstance(index, tuple) else (index,)
+    if any(_is_mask(place) for place in places):
+        index = tuple(part for place in places for part in _places(place))
+    return _GETITEM(self, index)
+
+
+def _places(place: Any) -> tuple[Any, ...]:
+    """The indices of what a known mask picks, a tensor a dim; any other index as it is."""
+    if not _is_mask(place):
+        return (place,)
+    with _disable_current_modes():
+        return tuple(place.nonzero(as_tuple=True))
+
+
+def _print(once: OnlyOnce) -> Callable[..., None]:
+    original = builtins.print
+
+    def say(*args: Any, **kwargs: Any) -> None:
+        once.note("`print`", sys._getframe(1))
+        original(*args, **kwargs)
+
+    return say
+
+
+def _is_mask(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dtype is torch.bool
+        and value.dim() > 0
+        and (_is_known(value))
+    )
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a tensor's values are there: it was made outside of the trace."""
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether the truth of an argument needs no tensor's value that only a step has."""
+    if isinstance(value, FakeTensor):
+        return value.constant is not None
+    if isinstance(value, torch.SymBool):
+        return value.node.is_constant() or bool(value.node.has_hint())
+    return True
+
+
+_GETITEM = Tensor.__getitem__
