@@ -80,19 +80,12 @@ def compile_program(
     """
     check_arguments(model, plan, loss, outputs, static, mode)
     target = target_device(device, default_device())
-    again = partial(
-        compile_program, model, plan, loss=loss, outputs=outputs, static=static, device=target
-    )
+    asked = {"loss": loss, "outputs": tuple(outputs), "static": tuple(static), "device": target}
+    again: Any = partial(compile_program, model, plan, **asked)
     plan = with_fragments(plan, model)
     check_supported(plan)
-    mesh = Mesh(plan.mesh)
-    capturing: Any = {"loss": loss, "outputs": tuple(outputs), "mode": mode, "device": target}
-    capturing["static"] = tuple(static)
-    captured = capture(model, example, mesh, **capturing)
-    modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
-    graph = route(normalise(captured.graph))
-    draft = Draft(plan, mesh, captured, graph, modules, variant_of=variant_of)
-    draft = replace(draft, evaluation=cache(partial(_evaluation, model, example, mesh, capturing)))
+    draft = _drafted(model, plan, example, {**asked, "mode": mode}, variant_of)
+    captured = draft.captured
     for each in PLACING:
         draft = each(draft)
         check(draft.graph, each.__name__)
@@ -100,7 +93,7 @@ def compile_program(
     check_replication(draft)
     program = Program(
         plan=plan,
-        mesh=mesh,
+        mesh=draft.mesh,
         captured=captured,
         step=step,
         parameters=_stored(draft, "parameter", captured.parameters),
@@ -115,6 +108,22 @@ def compile_program(
         check_axes(program)
     check_contracts(program)
     return program
+
+
+def _drafted(
+    model: nn.Module,
+    plan: Plan,
+    example: Any,
+    capturing: Mapping[str, Any],
+    variant_of: tuple[str, ...] | None,
+) -> Draft:
+    """The model captured, before any pass."""
+    mesh = Mesh(plan.mesh)
+    captured = capture(model, example, mesh, **capturing)
+    modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
+    graph = route(normalise(captured.graph))
+    draft = Draft(plan, mesh, captured, graph, modules, variant_of=variant_of)
+    return replace(draft, evaluation=cache(partial(_evaluation, model, example, mesh, capturing)))
 
 
 def _evaluation(
