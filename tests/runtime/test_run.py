@@ -107,6 +107,19 @@ def test_clipping_takes_the_norm_of_the_whole_model(plan: str, norm_type: float)
     assert difference(run.gradients(), gradients(reference)) < 1e-12
 
 
+@pytest.mark.parametrize("norm_type", [2.0, math.inf])
+def test_a_segment_that_every_rank_holds_counts_once_in_the_norm(norm_type: float) -> None:
+    plan = "mesh dp=2, tp=2\ndata tokens, targets over dp\nallow replicate **\n"
+    plan += "shard blocks.*.up.weight [(48@tp | 16), (8 | 8)]\n"
+    plan += "shard blocks.*.down.weight [16, (48 | 16@tp)]\n"
+    run = mw.compile(make(), mw.Plan.parse(plan), batch()).launch()
+    run.step(*batch())
+    reference = make()
+    reference(*batch())["loss"].backward()
+    theirs = nn.utils.clip_grad_norm_(reference.parameters(), 1e9, norm_type)
+    assert torch.allclose(run.clip_grad_norm_(1e9, norm_type), theirs, rtol=1e-12)
+
+
 def test_gradients_below_the_maximum_stay_as_they_are() -> None:
     run = compiled().launch()
     assert run.clip_grad_norm_(1.0) == 0
