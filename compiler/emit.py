@@ -77,6 +77,7 @@ class Emitter:
         self.movements: list[Movement] = []
         self._have: dict[Node, dict[Layout, Node]] = {}
         self._items: dict[tuple[Node, int], Node] = {}
+        self._rooted: dict[Node, bool] = {}
 
     @property
     def mesh(self) -> Mesh:
@@ -256,7 +257,18 @@ class Emitter:
             proposals=(proposals[value],) if value in proposals else (),
             keep_partial=value not in self.shared,
             zero=makes_zeros(value.op, value.args),
+            rooted=value.op != INPUT and self._is_rooted(value),
         )
+
+    def _is_rooted(self, value: Node) -> bool:
+        """Whether a value is computed from parameters, buffers and constants alone."""
+        if value not in self._rooted:
+            self._rooted[value] = (
+                value.args[0] != "argument"
+                if value.op == INPUT
+                else all(map(self._is_rooted, value.operands()))
+            )
+        return self._rooted[value]
 
     def _layout(self, placement: Placement, type: NodeType) -> Layout | tuple[Layout | None, ...]:
         layouts = tuple(

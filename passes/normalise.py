@@ -17,6 +17,7 @@ Elsewhere: Megatron's and DTensor's loss-parallel functions, chosen by hand.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -93,6 +94,22 @@ def _cast(rewriter: Rewriter) -> Node:
 )
 def _view(rewriter: Rewriter) -> Node:
     return rewriter.call(aten.view.default, rewriter.args[0], rewriter.node.tensor.shape)
+
+
+@rewrites(aten.repeat.default, aten.tile.default)
+def _repeat(rewriter: Rewriter) -> Node | None:
+    """Copies are an expansion: a rank that needs some of them makes only those."""
+    x, counts, result = rewriter.args[0], rewriter.args[1], rewriter.node.tensor.shape
+    if 0 in result:
+        return None
+    sizes = (1,) * (len(result) - len(x.tensor.shape)) + tuple(x.tensor.shape)
+    counts = (1,) * (len(result) - len(counts)) + tuple(counts)
+    pairs = list(zip(counts, sizes, strict=True))
+    before = [(size,) if 1 in (count, size) else (1, size) for count, size in pairs]
+    after = [(count * size,) if 1 in (count, size) else (count, size) for count, size in pairs]
+    x = rewriter.call(aten.view.default, x, tuple(itertools.chain(*before)))
+    x = rewriter.call(aten.expand.default, x, tuple(itertools.chain(*after)))
+    return rewriter.call(aten.view.default, x, result)
 
 
 @rewrites(aten.pad.default)

@@ -14,7 +14,9 @@ from meshwright.compiler.program import Program
 
 Example = tuple[Any, ...] | dict[str, Any]
 
-_ADAM = {"lr": 1e-3, "weight_decay": 0.01}
+Update = tuple[type[torch.optim.Optimizer], dict[str, float]]
+
+ADAM: Update = (torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.01})
 
 
 def check_equal(
@@ -29,14 +31,17 @@ def check_equal(
     accumulate: int = 1,
     dtype: torch.dtype = torch.float64,
     copied: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+    floor: float | None = None,
+    update: Update = ADAM,
 ) -> Program:
     """Assert that loss, outputs, every gradient, parameters and buffers equal eager's.
 
     `example` is a batch, or a function that makes one for each step. `loss` and `outputs` are as
     in `meshwright.compile`; gradients of `accumulate` batches are summed before each of `steps`
-    updates by AdamW. `copied` makes the model that runs eagerly. The programs run on the virtual
-    mesh, and every rank's copies of what is replicated are compared, after each step and at the
-    end. Returns the compiled program.
+    `update`s. `copied` makes the model that runs eagerly. The programs run on the virtual mesh, and
+    every rank's copies of what is replicated are compared, after each step and at the end.
+    Differences are absolute; with `floor`, relative to a tensor's largest entry, or to `floor` if
+    that is larger. Returns the compiled program.
     """
     model = model.to(dtype)
     batches = [_batch(example) for _ in range(steps * accumulate)]
@@ -45,11 +50,10 @@ def check_equal(
         model, meshwright.Plan.parse(plan), example=batches[0], loss=loss, outputs=outputs
     )
     run = program.launch()
-    optimizer = run.optimizer(torch.optim.AdamW, **_ADAM)
-    expected_optimizer = torch.optim.AdamW(
-        [p for p in reference.parameters() if p.requires_grad], **_ADAM
-    )
-    compare = Comparison(tolerance)
+    kind, settings = update
+    optimizer = run.optimizer(kind, **settings)
+    expected_optimizer = kind([p for p in reference.parameters() if p.requires_grad], **settings)
+    compare = Comparison(tolerance, floor)
     for number, batch in enumerate(batches):
         found = run.step(**batch) if isinstance(batch, dict) else run.step(*batch)
         results = found if isinstance(found, tuple) else (found,)
@@ -72,11 +76,19 @@ def check_equal(
     return program
 
 
+def without_grouped(model: nn.Module) -> nn.Module:
+    """A copy that multiplies one row at a time: torch's grouped product takes no float64."""
+    model = copy.deepcopy(model)
+    model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    return model
+
+
 class Comparison:
     """Collects what differs, so that a failure names everything that does."""
 
-    def __init__(self, tolerance: float) -> None:
+    def __init__(self, tolerance: float, floor: float | None = None) -> None:
         self.tolerance = tolerance
+        self.floor = floor
         self.wrong: list[str] = []
         self.worst = 0.0
 
@@ -87,6 +99,8 @@ class Comparison:
         if theirs.numel() == 0:
             return
         difference = (ours.detach().double() - theirs.detach().double()).abs().max().item()
+        if self.floor is not None:
+            difference /= max(theirs.detach().abs().max().item(), self.floor)
         both_nan = ours.isnan().any() and ours.isnan().equal(theirs.isnan())
         if not difference <= self.tolerance and not both_nan:
             self.wrong.append(f"{name}: differs by {difference:.1e}")

@@ -6,7 +6,6 @@ the tolerance.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 import meshwright
 from meshwright.compiler.program import Program
-from tests.equivalence import check_equal, implicit_gathers
+from tests.equivalence import check_equal, implicit_gathers, without_grouped
 from tests.models import real
 
 TOLERANCE = 5e-5
@@ -351,13 +350,6 @@ def check_routed(case: Case) -> Program:
     assert implicit_gathers(program) == []
     assert not any("gather" in kind and "dp" in kind for kind in program.comm().counts())
     return program
-
-
-def without_grouped(model: nn.Module) -> nn.Module:
-    """A copy that multiplies one row at a time: torch's grouped product takes no float64."""
-    model = copy.deepcopy(model)
-    model.set_experts_implementation("batched_mm")  # type: ignore[operator]
-    return model
 
 
 @pytest.mark.parametrize("name", ROUTED)

@@ -67,7 +67,8 @@ def operand_cost(operand: Operand, layout: Layout, mesh: Mesh) -> float:
     """Bytes to bring one operand to `layout`, its adjoint included.
 
     What `vary` costs in the backward does not count: reducing a parameter's gradient is the price
-    of splitting the work at all, and weighing it here would undo data parallelism.
+    of splitting the work at all, and weighing it here would undo data parallelism. Nor does the
+    adjoint of slicing what is computed from parameters alone: such a slice moves to them.
     """
     layout = layout.canonical(mesh)
     if layout == operand.layout or layout in operand.available:
@@ -76,7 +77,11 @@ def operand_cost(operand: Operand, layout: Layout, mesh: Mesh) -> float:
     moved = layout.drop_varying(free)
     try:
         price = reshard_cost(
-            operand.layout, moved, operand.type.dtype.itemsize, mesh, operand.differentiable
+            operand.layout,
+            moved,
+            operand.type.dtype.itemsize,
+            mesh,
+            operand.differentiable and not operand.rooted,
         )
     except LayoutError:
         return math.inf

@@ -50,6 +50,9 @@ class Operand:
     """Whether a pending sum may stay pending; not where several users would each reduce it."""
     zero: bool = False
     """Whether the value is known to be all zeros."""
+    rooted: bool = False
+    """Whether the value is computed from parameters and constants alone, so that a rank which
+    needs a part of it can compute just that, and its gradient is one more part of theirs."""
 
     @property
     def any_sum(self) -> bool:

@@ -27,6 +27,6 @@ def test_an_example_learns_on_the_virtual_mesh(name: str) -> None:
     assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize("plan", sorted(EXAMPLES.glob("*.plan")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("plan", sorted(EXAMPLES.rglob("*.plan")), ids=lambda path: path.stem)
 def test_the_plan_of_an_example_is_in_canonical_form(plan: Path) -> None:
     assert mw.Plan.load(plan).format() == plan.read_text(encoding="utf-8")

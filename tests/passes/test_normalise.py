@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from meshwright import CaptureError
 from meshwright.passes import normalise
-from tests.equivalence import check_equal
+from tests.equivalence import check_equal, implicit_gathers
 from tests.models import real
 from tests.passes.examples import Lm, labelled
 from tests.passes.stages import check_documented, shown, stages
@@ -45,6 +45,9 @@ class Any(nn.Module):
         lambda h: F.layer_norm(h, (6, 8)).square().mean(),
         lambda h: F.rms_norm(h, (8,)).abs().mean(),
         lambda h: F.pad(h, (1, 2)).square().sum(),
+        lambda h: (h[:1].repeat(4, 1, 1) * h.repeat(1, 1, 1)).mean(),
+        lambda h: (h.repeat(2, 2, 1, 3)[0, 1::2].square() * h[0, 0].tile(3)).mean(),
+        lambda h: (h.tile(2).exp() * h.flatten().tile(2, 3, 4, 1).sum()).mean(),
         lambda h: h.flatten(1).unflatten(1, (8, 6)).exp().mean(),
         lambda h: h.to(torch.float64).contiguous().reshape(-1).sum(),
         lambda h: F.mse_loss(h, h.detach() * 2, reduction="sum"),
@@ -82,3 +85,17 @@ def test_embeddings_that_scale_their_gradient_by_frequency_are_refused() -> None
 
     with pytest.raises(CaptureError, match="scale_grad_by_freq"):
         stages(Scaled(), (torch.randint(0, 8, (4,)),), "mesh dp=2\n")
+
+
+def test_a_parameter_repeated_for_each_row_of_a_split_batch_is_repeated_on_each_rank() -> None:
+    class Probed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.probe, self.table = nn.Parameter(torch.randn(1, 3, 8)), nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            probes = self.probe.repeat(x.shape[0], 1, 1) * x[:, None]
+            return (probes * self.table.repeat(x.shape[0] // 2)[:, None, None]).exp().mean()
+
+    program = check_equal(Probed(), (real(64, 8),), "mesh dp=2\ndata x over dp\n")
+    assert implicit_gathers(program) == []
