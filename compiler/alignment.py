@@ -110,7 +110,7 @@ def _extend(digits: list[Digit], size: int) -> None:
     """Append elements that every rank holds, as one digit with those before them."""
     if digits and digits[-1].before is None and digits[-1].after is None:
         size *= digits.pop().size
-    if size > 1:
+    if size != 1:
         digits.append(Digit(size, None, None))
 
 

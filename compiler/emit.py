@@ -303,4 +303,4 @@ def _reducing(value: Node, origin: Origin) -> Origin:
 
 def is_floating(type: NodeType) -> bool:
     """Whether a value of this type can carry a gradient."""
-    return isinstance(type, TensorType) and (type.dtype.is_floating_point or type.dtype.is_complex)
+    return isinstance(type, TensorType) and type.differentiable

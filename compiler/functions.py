@@ -50,10 +50,18 @@ CONTIGUOUS: tuple[Op, ...] = (
     aten._embedding_bag.default,
     aten._embedding_bag_backward.default,
     aten._embedding_bag_per_sample_weights_backward.default,
+    aten._linalg_det.default,
+    aten._linalg_slogdet.default,
+    aten.linalg_det.default,
+    aten.linalg_slogdet.default,
+    aten.logdet.default,
+    aten.det.default,
+    aten.slogdet.default,
     aten._pdist_forward.default,
     aten._pdist_backward.default,
 )
-"""Operators whose kernels take contiguous operands for granted."""
+"""Operators whose kernels take contiguous operands for granted, or whose derivatives do: that of a
+determinant reads the factors of the transpose that a contiguous matrix has."""
 
 FAST: dict[Op, tuple[str, Callable[..., Any]]] = {
     **{op: _on_contiguous(op) for op in CONTIGUOUS},

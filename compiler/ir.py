@@ -31,6 +31,11 @@ class TensorType:
             size *= length
         return size
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether a value of this type can carry a gradient."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
 
 @dataclass(frozen=True, slots=True)
 class MeshOp:

@@ -7,22 +7,24 @@ and argument types: layouts play no part, so that a hundred equal layers on any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from meshwright.compiler.custom import REGISTRY, CustomOp
 from meshwright.compiler.emit import Emitter
-from meshwright.compiler.errors import PassError
+from meshwright.compiler.errors import CaptureError, PassError
 from meshwright.compiler.ir import Arg, MeshOp, Node, NodeType, Op, Origin, TensorType, map_nodes
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.rules.notation import Slot
 from meshwright.compiler.types import fake_mode, fake_tensor, freeze, type_of
+from meshwright.dsl.errors import MeshwrightError
 
 aten = torch.ops.aten
 
@@ -132,7 +134,29 @@ class Trace:
 
 
 def _traced(context: VjpContext) -> Trace:
-    node = context.node
+    """The vjp of the context's node; an error about the operator where torch cannot trace it."""
+    try:
+        return _trace_node(context.node, context)
+    except MeshwrightError:
+        raise
+    except Exception as error:
+        raise _untraceable(context.node, error) from error
+
+
+def _untraceable(node: Node, error: Exception) -> CaptureError:
+    if isinstance(error, (DynamicOutputShapeException, DataDependentOutputException)):
+        why = f"needs the values that `{error.func}` gives, not only their shapes"
+    else:
+        why = f"cannot be traced: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return CaptureError(
+        f"the backward of `{node.op}` {why}",
+        code="untraceable backward",
+        culprit=f"{node.origin.module} {node.origin.source}".strip(),
+        help="write it with other operators, or register one with `meshwright.custom` and its vjp",
+    )
+
+
+def _trace_node(node: Node, context: VjpContext) -> Trace:
     numbers = iter(range(len(context.operands)))
     args = freeze(map_nodes(node.args, lambda _: Slot(next(numbers))))
     kwargs = tuple(
@@ -285,12 +309,38 @@ def _read(
     (output,) = (node for node in graph.nodes if node.op == "output")
     (returned,) = output.args
     results, found = returned[: len(grads)], returned[len(grads) :]
-    for i, result in enumerate(results):
-        if isinstance(result, torch.fx.Node):
-            values.setdefault(_unaliased(result), Ref("result", i))
+    made = {
+        _unaliased(result): Ref("result", i)
+        for i, result in reversed(list(enumerate(results)))
+        if isinstance(result, torch.fx.Node)
+    }
+    if not _repeats(made, found):
+        values = {**made, **values}
     reader = _Reader(op, values)
     outputs = iter([None if node is None else reader.value(node) for node in found])
     return Trace(tuple(reader.steps), tuple(next(outputs) if want else None for want in wanted))
+
+
+def _repeats(results: Mapping[torch.fx.Node, Any], found: Sequence[torch.fx.Node | None]) -> bool:
+    """Whether the backward computes again what the results were made of.
+
+    It then takes the results from there too: a norm's asks where its values equal their maximum,
+    and the same in another order of sums is not equal.
+    """
+    made_of = _behind(results, frozenset()) - set(results)
+    return bool(made_of & _behind([node for node in found if node is not None], results))
+
+
+def _behind(nodes: Iterable[torch.fx.Node], ends: Container[torch.fx.Node]) -> set[torch.fx.Node]:
+    """The calls that compute `nodes`, those of `ends` and what is behind them left out."""
+    calls: set[torch.fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = _unaliased(pending.pop())
+        if node.op == "call_function" and node not in calls and node not in ends:
+            calls.add(node)
+            pending += node.all_input_nodes
+    return calls
 
 
 def _unaliased(node: torch.fx.Node) -> torch.fx.Node:

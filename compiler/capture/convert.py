@@ -198,6 +198,13 @@ def _type(node: fx.Node) -> NodeType:
 def _tensor_type(node: fx.Node, value: Tensor) -> TensorType:
     if not all(isinstance(size, int) for size in value.shape):
         _refuse_dynamic(node)
+    if value.layout is not torch.strided:
+        raise CaptureError(
+            f"`{node.target}` gives a sparse tensor",
+            code="sparse",
+            culprit=origin_of(node).source,
+            help="keep it dense, with zeros where nothing is stored",
+        )
     return TensorType(tuple(value.shape), value.dtype)
 
 
@@ -266,7 +273,7 @@ def _is_differentiable(op: Any, args: tuple[Any, ...], type: NodeType) -> bool:
     if op is GETITEM and args[0].op in _FIRST_ONLY and args[1] > 0:
         return False
     types = type if isinstance(type, tuple) else (type,)
-    return any(t and (t.dtype.is_floating_point or t.dtype.is_complex) for t in types)
+    return any(t and t.differentiable for t in types)
 
 
 def _any_grad(args: Any, kwargs: dict[str, Any]) -> bool:

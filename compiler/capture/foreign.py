@@ -23,7 +23,21 @@ _CHATTY = (
 
 _KNOWN = (
     (
-        ("GuardOnDataDependentSymNode", "data-dependent", "Could not guard"),
+        ("DataDependentOutputException: aten.equal", "DataDependentOutputException: aten.allclose"),
+        "compares values",
+        (
+            "the forward decides by comparing the values of tensors, as `torch.equal`, "
+            "`torch.allclose`, `torch.cov` and `torch.corrcoef` do"
+        ),
+        "decide outside of the model, and write a covariance as `x.T @ x` of centred rows",
+    ),
+    (
+        (
+            "GuardOnDataDependentSymNode",
+            "data-dependent",
+            "Could not guard",
+            "DataDependentOutput",
+        ),
         "data dependent",
         "the forward decides by the value of a tensor",
         "use torch.where or a mask, or decide outside of the model",
@@ -37,7 +51,7 @@ _KNOWN = (
     (
         ("DynamicOutputShapeException",),
         "data dependent",
-        "the forward makes a tensor whose size depends on the values of another",
+        "the size of what `{operator}` returns depends on the values of a tensor",
         "keep sizes fixed: use torch.where, a mask or a capacity instead",
     ),
     (
@@ -71,7 +85,8 @@ _KNOWN = (
         "take the device from a tensor: `device=x.device`",
     ),
 )
-"""What the text or type of an error holds, then our code, problem and help."""
+"""What the text or type of an error holds, then our code, problem and help; `{operator}` is the one
+that torch names."""
 
 
 class only_capture_errors:
@@ -90,6 +105,7 @@ def _translated(error: Exception) -> CaptureError:
     text = f"{type(error).__name__}: {_first_line(error)}"
     for signs, code, problem, help in _KNOWN:
         if any(sign in text for sign in signs):
+            problem = problem.format(operator=getattr(error, "func", "an operator"))
             return CaptureError(problem, code=code, culprit=line_of(error), help=help)
     if raised_by_user(error):
         return CaptureError(

@@ -225,8 +225,7 @@ def row(
 def differentiable(call: Call) -> bool:
     """Whether a gradient flows through any operand of the call."""
     return any(operand.differentiable for operand in call.operands) and any(
-        result is not None and (result.dtype.is_floating_point or result.dtype.is_complex)
-        for result in call.results
+        result is not None and result.differentiable for result in call.results
     )
 
 
@@ -291,7 +290,7 @@ def expand(
         for letters, operand in zip(operands, call.operands, strict=True)
     )
     results = tuple(
-        None if result is None else _letters(term, result, call)
+        None if result is None else broadcast_letters(_letters(term, result, call), result, sizes)
         for term, result in zip(terms.results, call.results, strict=False)
     )
     return operands, results
@@ -323,19 +322,21 @@ def _mismatch(call: Call, what: str) -> LayoutError:
 
 
 def letter_sizes(operands: Iterable[Letters], call: Call) -> dict[str, int]:
-    """Each letter's size: the largest seen, since 1 is broadcast."""
+    """Each letter's size: the largest seen, since 1 is broadcast; 0 rather than 1."""
     sizes: dict[str, int] = {}
     for letters, operand in zip(operands, call.operands, strict=True):
         for letter, size in zip(letters, operand.type.shape, strict=True):
             if letter:
-                sizes[letter] = size if size != 1 else sizes.get(letter, 1)
+                seen = sizes.get(letter, 1)
+                sizes[letter] = size if size > 1 or seen == 1 else seen
     return sizes
 
 
 def broadcast_letters(letters: Letters, type: TensorType, sizes: Mapping[str, int]) -> Letters:
-    """The letters with those of broadcast dimensions made empty."""
+    """The letters with those of broadcast dimensions made empty, and those of dimensions that are
+    left empty: statistics that an operator does not keep."""
     return tuple(
-        "" if size == 1 and sizes.get(letter, 1) != 1 else letter
+        "" if size < 2 and sizes.get(letter, size) != size else letter
         for letter, size in zip(letters, type.shape, strict=True)
     )
 

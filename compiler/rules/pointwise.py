@@ -18,9 +18,11 @@ Groups = tuple[tuple[int, ...], ...]
 
 
 def pointwise(op: Op, linear: Arg = (), **options: Arg) -> Row:
-    """A row of `...` for every tensor argument of an elementwise operator."""
+    """A row of `...` for every tensor argument and result of an elementwise operator."""
+    assert not isinstance(op, MeshOp), op
     terms = ", ".join("..." for _ in tensor_arguments(op))
-    return row(f"{terms} -> ...", linear, **options)
+    results = ", ".join("..." for _ in op._schema.returns)
+    return row(f"{terms} -> {results}", linear, **options)
 
 
 def is_pointwise(op: Op) -> bool:
@@ -29,10 +31,10 @@ def is_pointwise(op: Op) -> bool:
 
 
 def cast_linear(call: Call) -> Groups:
-    """A sum passes a cast between floating types, which rounds each summand for itself."""
+    """A sum passes a cast between types with gradients, which rounds each summand for itself."""
     result = call.results[0]
-    both = (call.operands[0].type.dtype, None if result is None else result.dtype)
-    return ((0,),) if all(dtype is not None and dtype.is_floating_point for dtype in both) else ()
+    both = (call.operands[0].type, result)
+    return ((0,),) if all(type is not None and type.differentiable for type in both) else ()
 
 
 def _if_zero(place: int, term: int) -> Arg:

@@ -25,7 +25,8 @@ def _listed(dims: Arg, rank: int) -> frozenset[int]:
     """The dims meant by an argument; none or an empty list means all."""
     if dims is None or dims == ():
         return frozenset(range(rank))
-    return frozenset(dim_index(d, rank) for d in (dims if isinstance(dims, tuple) else (dims,)))
+    listed = dims if isinstance(dims, tuple) else (dims,)
+    return frozenset(dim_index(d, rank) for d in listed) & frozenset(range(rank))
 
 
 def _remaining(letters: Letters, reduced: Iterable[int], keepdim: bool) -> Letters:

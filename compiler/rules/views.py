@@ -181,8 +181,9 @@ def _unfold(call: Call) -> Spec:
     """Windows along a dim, which is whole; what is in a window becomes the last dim."""
     letters = numbered("x", len(call.operands[0].type.shape))
     dim = dim_index(call.arg(1), len(letters))
-    result = (*letters[:dim], "n", *letters[dim + 1 :], "w")
-    return Spec((letters,), (result,), whole=frozenset({letters[dim]}), linear=_LINEAR)
+    windows = ("n",) if letters else ()
+    result = (*letters[:dim], *windows, *letters[dim + 1 :], "w")
+    return Spec((letters,), (result,), whole=frozenset(letters[dim : dim + 1]), linear=_LINEAR)
 
 
 @rule(aten.view_as_complex.default, aten.view_as_real.default)

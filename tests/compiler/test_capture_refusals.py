@@ -126,6 +126,18 @@ def wrong(model: Model, h: Tensor) -> Tensor:
     raise KeyError("no such head")
 
 
+def compared(model: Model, h: Tensor) -> Tensor:
+    return torch.cov(h)
+
+
+def sized_by_values(model: Model, h: Tensor) -> Tensor:
+    return torch.linalg.lstsq(h, h).residuals
+
+
+def sparse(model: Model, h: Tensor) -> Tensor:
+    return torch.sparse.mm(h.to_sparse(), h.T)
+
+
 CASES = {
     "custom function": lambda model, h: Round.apply(h),
     **{
@@ -133,6 +145,7 @@ CASES = {
         for function in (
             hook, branch, item, select, expert_rows, numpy, hidden_write, data_write,
             clamped_weight, autocast, gradient, assigned, written, ctc, vmap, mixed_branch, wrong,
+            compared, sized_by_values, sparse,
         )
     },
 }  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import meshwright
 from meshwright.compiler.annotate import LAYOUT, layout
 from meshwright.compiler.capture import capture
 from meshwright.compiler.custom import REGISTRY, custom
@@ -98,6 +101,31 @@ def test_an_operator_of_torch_library_with_its_own_autograd_is_accepted() -> Non
 
     captured = check_equal_to_eager(Doubles(), (torch.randn(3, 4, dtype=torch.float64),))
     assert torch.ops.meshwright_test.double.default in [n.op for n in captured.graph.nodes]
+
+
+def test_an_operator_whose_derivative_needs_values_is_refused_by_name(
+    golden: Callable[[str, str], None],
+) -> None:
+    @torch.library.custom_op("meshwright_test::by_largest", mutates_args=())
+    def by_largest(x: Tensor) -> Tensor:
+        return x * 2
+
+    by_largest.register_fake(torch.empty_like)
+    by_largest.register_autograd(lambda ctx, grad: grad * grad.max().item())
+
+    class Largest(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return by_largest(self.a(x)).sum()
+
+    plan = meshwright.Plan.parse("mesh dp=2\ndata x over dp")
+    with pytest.raises(CaptureError) as caught:
+        meshwright.compile(Largest(), plan, example=(torch.randn(4, 4),))
+    text = re.sub(r"test_custom\.py:\d+", "test_custom.py:LINE", str(caught.value))
+    golden("custom_untraceable_backward", text)
 
 
 def test_an_argument_that_no_operator_takes_is_refused() -> None:

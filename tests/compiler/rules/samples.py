@@ -136,6 +136,7 @@ POINTWISE = [
     call(aten.pow.Tensor_Scalar, f(4, 6), 2),
     call(aten.pow.Tensor_Tensor, positive(4, 6), f(4, 6)),
     call(aten.exp.default, f(4, 6)),
+    backward(aten.frexp.Tensor, f(4, 6)),
     call(aten.log.default, positive(4, 6)),
     call(aten.rsqrt.default, positive(4, 6)),
     call(aten.sqrt.default, positive(4, 6)),

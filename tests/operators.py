@@ -1,0 +1,344 @@
+"""Walk torch's own table of operators, each as the middle of a small model, under several plans.
+
+`torch.testing._internal` lists every operator with samples of its arguments. The differentiable
+tensors of a sample become values that parameters feed, split by `data`, by a weight's columns or by
+both, or are parameters themselves; all that the operator returns enters a scalar. Loss and every
+gradient are compared with eager's in float64. An operator that draws random numbers is compared
+with the same program on one rank instead, since no plan may change what it draws.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+import meshwright
+from meshwright.runtime.errors import MismatchError
+
+PLANS = ("dp", "dp + parameters", "tp", "dp x tp", "parameters")
+"""Which operands are split: the batch of all, of the first alone, the last dim, both, or none."""
+
+Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one sample under one plan."""
+
+    operator: str
+    sample: int
+    plan: str
+    verdict: str
+    """`equal`, `refused`, `eager` (torch itself does not do it), `wrong` or `foreign`."""
+    reason: str = ""
+
+
+@dataclass
+class Sample:
+    """One call of an operator: tensors and plain values, in the order of `tree`."""
+
+    leaves: list[Any]
+    tree: pytree.TreeSpec
+    function: Callable[..., Any]
+    finish: Callable[[Any], Any]
+    """Takes what the operator returns to what is unique in it: not the signs of eigenvectors."""
+
+    def tensors(self) -> list[int]:
+        return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+
+    def differentiable(self) -> list[int]:
+        return [i for i in self.tensors() if self.leaves[i].requires_grad]
+
+    def call(self, leaves: Sequence[Any]) -> list[Tensor]:
+        args, kwargs = pytree.tree_unflatten(list(leaves), self.tree)
+        result = self.finish(self.function(*args, **kwargs))
+        return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+@dataclass
+class Setting:
+    """How one sample meets one plan: the plan's text, the inputs, and what parameters hold."""
+
+    plan: str
+    inputs: Values = field(default_factory=dict)
+    scales: dict[int, Tensor] = field(default_factory=dict)
+    """Ones that multiply the inputs of these operands."""
+    parameters: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Middle(nn.Module):
+    """Scaled inputs and parameters, the operator, and a scalar of all that it returns."""
+
+    def __init__(self, sample: Sample, setting: Setting) -> None:
+        super().__init__()
+        self.sample, self.own = sample, frozenset(setting.parameters)
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        for i, value in (*setting.scales.items(), *setting.parameters.items()):
+            self.register_parameter(f"w{i}", nn.Parameter(value.clone()))
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        leaves = list(self.sample.leaves)
+        for i in self.sample.tensors():
+            weight = getattr(self, f"w{i}", None)
+            leaves[i] = weight if i in self.own else inputs[f"x{i}"]
+            if weight is not None and i not in self.own:
+                leaves[i] = leaves[i] * weight
+        total = self.scale
+        for result in self.sample.call(leaves):
+            total = total + self.scale * scalar(result)
+        return (inputs["batch"] * total).mean() if "batch" in inputs else total
+
+
+def scalar(value: Tensor) -> Tensor:
+    """A weighted sum of squares, in float64."""
+    if value.is_complex():
+        value = torch.view_as_real(value.resolve_conj())
+    value = value.to(torch.float64)
+    weights = torch.linspace(0.5, 1.5, value.numel(), dtype=torch.float64).view(value.shape)
+    return (value * value * weights).sum()
+
+
+def setting(sample: Sample, name: str) -> Setting | None:
+    """The sample under the plan of this name; `None` where nothing can be split so."""
+    if name == "parameters":
+        return _parameters(sample)
+    wanted = sample.differentiable()
+    own = wanted[1:] if name == "dp + parameters" else []
+    if not wanted or (name == "dp + parameters" and not own):
+        return None
+    made = Setting("")
+    made.parameters = {i: sample.leaves[i].detach() for i in own}
+    made.inputs = {f"x{i}": sample.leaves[i].detach() for i in sample.tensors() if i not in own}
+    axes = {"tp": ("tp",), "dp x tp": ("dp", "tp")}.get(name, ("dp",))
+    sizes, lines = {}, []
+    if "dp" in axes:
+        length = next(iter(sample.leaves[wanted[0]].shape), 0)
+        rows = [key for key, x in made.inputs.items() if x.dim() and x.shape[0] == length]
+        lines.append(f"data {', '.join(rows)} over dp")
+        sizes["dp"] = divisor(length)
+    last = [i for i in wanted if i not in own and sample.leaves[i].dim() >= len(axes)]
+    if "tp" in axes:
+        sizes["tp"] = next((n for i in last if (n := divisor(sample.leaves[i].shape[-1]))), 0)
+    for i in wanted:
+        if i in own:
+            continue
+        value = sample.leaves[i]
+        if "tp" in axes and i in last and divisor(value.shape[-1]) == sizes["tp"]:
+            made.scales[i] = torch.ones(value.shape[-1], dtype=value.dtype)
+            lines.append(f"shard w{i} [{value.shape[-1]}@tp]")
+        else:
+            made.scales[i] = torch.ones(value.shape[1:], dtype=value.dtype)
+    mesh = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    made.plan = "\n".join([f"mesh {mesh}", *lines])
+    return made if all(sizes.values()) else None
+
+
+def divisor(size: int) -> int:
+    """A number of ranks to split this many over; 0 where there is none."""
+    return next((n for n in (2, 3, 5) if size and size % n == 0), 0)
+
+
+def _parameters(sample: Sample) -> Setting:
+    """Every differentiable operand a parameter, and a batch that only the end meets."""
+    tensors, wanted = sample.tensors(), sample.differentiable()
+    sizes = {sample.leaves[i].shape[0] for i in tensors if sample.leaves[i].dim()}
+    size = next(n for n in (6, 14, 22, 26, 34) if n not in sizes)
+    made = Setting("mesh dp=2\ndata batch over dp")
+    made.inputs["batch"] = torch.linspace(0.5, 1.5, size, dtype=torch.float64)
+    made.inputs |= {f"x{i}": sample.leaves[i].detach() for i in tensors if i not in wanted}
+    made.parameters = {i: sample.leaves[i].detach() for i in wanted}
+    return made
+
+
+def eager(model: nn.Module, inputs: Values, seed: int) -> Values:
+    """The loss and the gradients, by name."""
+    _seed(seed)
+    model = copy.deepcopy(model)
+    loss = model(**{key: value.clone() for key, value in inputs.items()})
+    loss.backward()
+    named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **named}
+
+
+def compiled(model: nn.Module, inputs: Values, plan: str) -> Values:
+    """The same, compiled under `plan`, on the virtual mesh; copies on ranks are compared."""
+    given = {key: value.clone() for key, value in inputs.items()}
+    run = meshwright.compile(model, meshwright.Plan.parse(plan), example=given).launch()
+    loss = run.step(**{key: value.clone() for key, value in inputs.items()})
+    run.check()
+    return {"loss": loss.detach(), **run.gradients()}
+
+
+def difference(found: Values, wanted: Values, tolerance: float) -> str:
+    """What differs, in words; empty where nothing does."""
+    if set(found) != set(wanted):
+        return f"gradients of {sorted(set(found) ^ set(wanted))} on one side only"
+    wrong = []
+    for name, theirs in wanted.items():
+        ours = found[name]
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            wrong.append(f"{name}: {ours.dtype}{tuple(ours.shape)}")
+        elif not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True):
+            wrong.append(f"{name} by {(ours - theirs).abs().max().item():.1e}")
+    return ", ".join(wrong)
+
+
+def attempt(sample: Sample, name: str) -> tuple[str, str] | None:
+    """Verdict and reason of one sample under one plan; `None` where the plan does not apply."""
+    made = setting(sample, name)
+    if made is None:
+        return None
+    model = Middle(sample, made)
+    try:
+        wanted, again = (eager(model, made.inputs, seed) for seed in (0, 1))
+        tolerance = _tolerance(sample)
+    except Exception as error:
+        return "eager", _words(error)
+    try:
+        if difference(again, wanted, tolerance):
+            wanted = compiled(model, made.inputs, "mesh one=1")
+        found = compiled(model, made.inputs, made.plan)
+    except MismatchError as error:
+        return "wrong", _words(error)
+    except (meshwright.PlanError, meshwright.CaptureError, meshwright.LayoutError) as error:
+        return "refused", f"{type(error).__name__}: {error}"
+    except Exception as error:
+        return _torch_s_own(sample, error)
+    wrong = difference(found, wanted, tolerance)
+    return ("wrong", wrong) if wrong else ("equal", "")
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _torch_s_own(sample: Sample, error: Exception) -> tuple[str, str]:
+    """Foreign, unless torch's shape function for the operator gives shapes that it does not."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in sample.leaves]
+        shapes = [tuple(x.shape) for x in sample.call(fakes)]
+    if shapes != [tuple(x.shape) for x in sample.call(sample.leaves)]:
+        return "eager", "torch's shape function for it gives other shapes than it returns"
+    return "foreign", _words(error)
+
+
+def _tolerance(sample: Sample) -> float:
+    """What rounding allows: a cast to half, in the operator, rounds each rank's part."""
+    types = [x.dtype for x in sample.call(sample.leaves)]
+    lossy = [torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex]
+    return max([1e-8, *(64 * eps for eps in lossy)])
+
+
+def operators() -> list[Any]:
+    """Torch's table, of those that take float64, without what only other devices have."""
+    from torch.testing._internal import common_methods_invocations as table
+
+    # Random operators are not to seed themselves.
+    table.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
+    return [
+        op
+        for op in table.op_db
+        if torch.float64 in op.dtypes and not op.name.startswith("jiterator")
+    ]
+
+
+def label(op: Any) -> str:
+    """The operator's name in torch's table, with its variant's."""
+    return f"{op.name} ({op.variant_test_name})" if op.variant_test_name else str(op.name)
+
+
+_SIZE = 4
+"""In place of the 5 that most samples are made of: it divides."""
+
+_FIXED_SIZES = {"_segment_reduce"}
+"""Operators whose samples hold lengths written out for the size 5."""
+
+
+@contextmanager
+def _sized(size: int) -> Iterator[None]:
+    """A context in which samples are made of `size`."""
+    modules = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("torch.testing._internal.") and getattr(module, "S", None) == 5
+    ]
+    for module in modules:
+        module.S = size  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.S = 5  # type: ignore[attr-defined]
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+
+
+def _listed(op: Any, size: int) -> list[Any]:
+    _seed(7)
+    with _sized(size):
+        return list(op.sample_inputs("cpu", torch.float64, requires_grad=op.supports_autograd))
+
+
+def samples(op: Any, count: int) -> list[tuple[int, Sample]]:
+    """`count` of the operator's samples that can be split, one more that cannot, by number."""
+    try:
+        listed = _listed(op, 5 if op.name in _FIXED_SIZES else _SIZE)
+    except (IndexError, RuntimeError):
+        listed = _listed(op, 5)
+    found = []
+    for number, each in enumerate(listed):
+        leaves, tree = pytree.tree_flatten(((each.input, *each.args), each.kwargs))
+        found.append((number, Sample(leaves, tree, op.op, each.output_process_fn_grad)))
+    even = [(number, sample) for number, sample in found if _divides(sample)]
+    chosen = _spread(even, count)
+    rest = [each for each in found if each not in even]
+    return chosen + _spread(rest, max(1, count - len(chosen)))
+
+
+def _divides(sample: Sample) -> bool:
+    wanted = sample.differentiable()
+    shape = sample.leaves[wanted[0]].shape if wanted else ()
+    return bool(shape) and all(map(divisor, (shape[0], shape[-1])))
+
+
+def _spread(items: list[Any], count: int) -> list[Any]:
+    """`count` of the items, at equal distances."""
+    if len(items) <= count:
+        return items
+    last = len(items) - 1
+    return [items[i * last // max(count - 1, 1)] for i in range(count)]
+
+
+def walk(op: Any, count: int = 2, plans: Sequence[str] = PLANS) -> list[Outcome]:
+    """Every outcome of one operator."""
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [
+                Outcome(label(op), number, plan, *found)
+                for number, sample in samples(op, count)
+                for plan in plans
+                if (found := attempt(sample, plan)) is not None
+            ]
+    finally:
+        logging.disable(logging.NOTSET)
