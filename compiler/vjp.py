@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -134,13 +135,24 @@ class Trace:
 
 
 def _traced(context: VjpContext) -> Trace:
-    """The vjp of the context's node; an error about the operator where torch cannot trace it."""
-    try:
+    """The vjp of the context's node."""
+    with _traceable(context.node):
         return _trace_node(context.node, context)
-    except MeshwrightError:
-        raise
-    except Exception as error:
-        raise _untraceable(context.node, error) from error
+
+
+class _traceable:
+    """A context in which torch traces the derivative of `node`; an error there names it."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception) and not isinstance(error, MeshwrightError):
+            raise _untraceable(self.node, error) from error
 
 
 def _untraceable(node: Node, error: Exception) -> CaptureError:
