@@ -3,6 +3,8 @@ pending sum inside or beside it is best reduced to."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 
 from meshwright.compiler.draft import Region
@@ -52,8 +54,7 @@ class Sequences:
         shape = value.tensor.shape
         dims = {each.split_dim(a) for each in (step.source, step.target) for a in step.axes}
         for (batch, length), axes in self._axes.items():
-            # Heads may stand before the sequence, as in attention.
-            apart = {i for i in range(1, len(shape)) if (shape[0], shape[i]) == (batch, length)}
+            apart = _sequence_dims(shape, length) if shape[:1] == (batch,) else set()
             flat = {0} if shape and shape[0] == batch * length else set()
             if set(step.axes) <= set(axes) and dims & (apart | flat):
                 return True
@@ -77,6 +78,18 @@ class Sequences:
                 if layout is not None and set(layout.split_axes) & set(value.placed.partial_axes):
                     found[value] = layout
         return found
+
+
+def _sequence_dims(shape: tuple[int, ...], length: int) -> set[int]:
+    """The dims that may be a sequence of `length`, or the rows and columns that it was.
+
+    Heads or channels may stand before them.
+    """
+    found: set[int] = set()
+    for first, last in itertools.combinations(range(1, len(shape) + 1), 2):
+        if math.prod(shape[first:last]) == length:
+            found.update(i for i in range(first, last) if last - first == 1 or shape[i] > 1)
+    return found
 
 
 def entered_activations(graph: Graph, modules: frozenset[str]) -> dict[str, tuple[Node, Node]]:

@@ -82,6 +82,22 @@ def dinov2() -> nn.Module:
     return transformers.Dinov2ForImageClassification(config)
 
 
+def mamba() -> nn.Module:
+    config = transformers.MambaConfig(
+        vocab_size=128, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=4,
+        use_cache=False,
+    )  # fmt: skip
+    return transformers.MambaForCausalLM(config)
+
+
+def mamba2() -> nn.Module:
+    config = transformers.Mamba2Config(
+        vocab_size=128, hidden_size=32, state_size=8, num_hidden_layers=2, num_heads=8, head_dim=8,
+        n_groups=4, chunk_size=4, use_cache=False,
+    )  # fmt: skip
+    return transformers.Mamba2ForCausalLM(config)
+
+
 def t5() -> nn.Module:
     config = transformers.T5Config(
         vocab_size=128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
@@ -162,6 +178,26 @@ rows vit.layers.*.attention.o_proj over tp
 columns vit.layers.*.mlp.fc1 over tp
 rows vit.layers.*.mlp.fc2 over tp
 """
+MIXER = "backbone.layers.*.mixer"
+MAMBA = f"""
+columns {MIXER}.in_proj over tp as (f | f)
+shard {MIXER}.conv1d.weight [f@tp, i, k]
+shard {MIXER}.{{conv1d,dt_proj}}.bias [f@tp]
+shard {MIXER}.dt_proj.weight [f@tp, r]
+shard {MIXER}.A_log [f@tp, n]
+shard {MIXER}.D [f@tp]
+rows {MIXER}.{{x_proj,out_proj}} over tp
+"""
+# Gate, values, B and C of four groups, and one step size a head.
+MAMBA2 = f"""
+let z = 64, g = 32, heads = 8
+columns {MIXER}.in_proj over tp as (z | z | g | g | heads)
+shard {MIXER}.conv1d.weight [(z@tp | g@tp | g@tp), i, k]
+shard {MIXER}.conv1d.bias [(z@tp | g@tp | g@tp)]
+shard {MIXER}.{{A_log,D,dt_bias}} [h@tp]
+shard {MIXER}.norm.weight [f@tp]
+rows {MIXER}.out_proj over tp
+"""
 # One class token, or two, beside 16 patches.
 VIT_SEQUENCE = "sequence vit.layers.* over tp\n"
 DEIT = VIT.replace("vit.", "deit.") + VIT_SEQUENCE.replace("vit.", "deit.")
@@ -234,6 +270,8 @@ MORE_CASES: dict[str, Case] = {
     "bert data": (bert, masked_text, LINE + MASKED),
     "bert sequence vocab": (bert, masked_text, GRID + MASKED + BERT + BERT_VOCAB + BERT_SEQUENCE),
     "vit data": (vit, images, LINE + PIXELS),
+    "mamba": (mamba, text, GRID + DATA + MAMBA),
+    "mamba2": (mamba2, text, GRID + DATA + MAMBA2),
     "deit sequence": (deit, images, "mesh dp=2, tp=4\n" + PIXELS + DEIT),
     "dinov2 sequence": (dinov2, images, "mesh dp=2, tp=4\n" + PIXELS + DINOV2),
     "t5 data": (t5, text, LINE + DATA),

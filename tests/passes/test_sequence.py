@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from torch import Tensor, nn
 
 import meshwright
 from meshwright import PlanError
 from meshwright.passes import sequence
-from tests.equivalence import check_equal
-from tests.passes.examples import Blocks, Mlp, rows, sequences
+from tests.equivalence import check_equal, implicit_gathers
+from tests.models import real
+from tests.passes.examples import Blocks, Body, Mlp, rows, sequences
 from tests.passes.stages import check_documented, shown, stages
 
 LINEARS = "columns block.up over tp\nrows block.down over tp\n"
@@ -38,6 +40,24 @@ def test_regions_over_different_axes_stay_apart() -> None:
     plan = "mesh a=2, b=2\n" + LINEARS.replace("tp", "a") + "sequence block over a\n"
     plan += "data x over b\n"
     check_equal(Blocks(), lambda: tuple(x.double() for x in sequences()), plan)
+
+
+class Seen(nn.Module):
+    """A region over the pixels of an image, and a convolution over what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.conv = Body(), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.block(x).transpose(1, 2).unflatten(2, (4, 4))
+        return self.conv(pixels).square().mean()
+
+
+def test_a_sequence_that_becomes_rows_and_columns_is_gathered_as_the_plan_asks() -> None:
+    plan = "mesh dp=2, tp=2\ndata x over dp\nsequence block over tp\n"
+    program = check_equal(Seen(), lambda: (real(4, 16, 16),), plan, steps=1)
+    assert implicit_gathers(program) == []
 
 
 def test_a_region_that_no_activation_enters_is_explained(
