@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from meshwright.compiler.calls import call_operands, make_call
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.ir import (
@@ -28,7 +30,7 @@ from meshwright.compiler.layout import Layout
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.reshard import Step, steps
 from meshwright.compiler.rules.engine import operand_cost, place
-from meshwright.compiler.rules.factories import makes_zeros
+from meshwright.compiler.rules.factories import filled_with, makes_zeros
 from meshwright.compiler.rules.notation import Call, Operand, Placement
 from meshwright.compiler.types import result_type
 
@@ -197,6 +199,9 @@ class Emitter:
         have = self._have.setdefault(value, {value.placed: value})
         if target in have:
             return have[target]
+        if is_filled(value) and not target.partial and not target.varying:
+            have[target] = self._filled(value, target)
+            return have[target]
         node = self._counted_once(value, target, origin) if self.backward else value
         for step in steps(node.placed, target, self.mesh):
             if step.target in have:
@@ -207,6 +212,17 @@ class Emitter:
             self.movements.append(Movement(value, user, step, following, planned))
             node = have[step.target] = following
         return node
+
+    def _filled(self, value: Node, layout: Layout) -> Node:
+        """A tensor of one number, made in the layout that is wanted of it."""
+        return self.builder.emit(
+            torch.ops.aten.full.default,
+            (list(value.tensor.shape), filled_with(value.op, value.args)),
+            {"dtype": value.tensor.dtype},
+            type=value.type,
+            layout=layout,
+            origin=value.origin,
+        )
 
     def _counted_once(self, value: Node, target: Layout, origin: Origin) -> Node:
         """`value` without the varying axes that `target` lacks.
@@ -258,6 +274,7 @@ class Emitter:
             keep_partial=value not in self.shared,
             zero=makes_zeros(value.op, value.args),
             rooted=value.op != INPUT and self._is_rooted(value),
+            filled=is_filled(value),
         )
 
     def _is_rooted(self, value: Node) -> bool:
@@ -299,6 +316,11 @@ def _reducing(value: Node, origin: Origin) -> Origin:
         modules=own.modules,
         source=own.source,
     )
+
+
+def is_filled(value: Node) -> bool:
+    """Whether a value is one number all over and no cotangent will reach it."""
+    return not value.requires_grad and filled_with(value.op, value.args) is not None
 
 
 def is_floating(type: NodeType) -> bool:

@@ -17,7 +17,7 @@ _CONSTANT = {
     aten._to_copy.default, aten.slice.Tensor, aten.expand.default, aten.permute.default,
     aten.transpose.int, aten.clone.default, aten.floor_divide.default, aten.remainder.Scalar,
     aten.div.Tensor_mode, aten.repeat_interleave.self_int, aten.repeat.default,
-    aten.__rshift__.Scalar,
+    aten.__rshift__.Scalar, aten.select.int,
 }  # fmt: skip
 """Operators through which the value of an index is followed."""
 

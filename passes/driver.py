@@ -31,7 +31,9 @@ from meshwright.passes.expect import check_contracts
 from meshwright.passes.fragments import with_fragments
 from meshwright.passes.hoist import hoist
 from meshwright.passes.idle import check_axes
+from meshwright.passes.lookups import lookups
 from meshwright.passes.lower import lower
+from meshwright.passes.masks import masks
 from meshwright.passes.normalise import normalise
 from meshwright.passes.overlap import overlap
 from meshwright.passes.pad import pad
@@ -121,7 +123,7 @@ def _drafted(
     mesh = Mesh(plan.mesh)
     captured = capture(model, example, mesh, **capturing)
     modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
-    graph = route(normalise(captured.graph))
+    graph = route(normalise(lookups(masks(captured.graph))))
     draft = Draft(plan, mesh, captured, graph, modules, variant_of=variant_of)
     return replace(draft, evaluation=cache(partial(_evaluation, model, example, mesh, capturing)))
 
@@ -134,7 +136,7 @@ def _evaluation(
         captured = capture(model, example, mesh, **{**capturing, "mode": "eval"})
     except CaptureError:
         return None
-    return route(normalise(captured.graph))
+    return route(normalise(lookups(masks(captured.graph))))
 
 
 def _step(draft: Draft) -> tuple[Draft, Step]:

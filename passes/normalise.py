@@ -25,37 +25,20 @@ import torch
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.ir import (
     GETITEM,
-    Builder,
     Graph,
     MeshOp,
     Node,
-    Op,
 )
 from meshwright.compiler.recognise import grid_axes
 from meshwright.passes.random_numbers import refuse_random
-from meshwright.passes.rewriter import REWRITES, Rewriter, rewrites, to_dtype
+from meshwright.passes.rewriter import REWRITES, Rewriter, rewrite, rewrites, to_dtype
 
 aten = torch.ops.aten
 
 
 def normalise(graph: Graph) -> Graph:
     """The graph with each operator of the table replaced."""
-    rewriter = Rewriter(Builder(graph.name, graph.mesh))
-    for node in graph.nodes:
-        rewriter.begin(node)
-        rewrite = REWRITES.get(node.op) or REWRITES.get(_library_name(node.op))
-        replacement = rewrite(rewriter) if rewrite else None
-        if replacement is None:
-            refuse_random(node)
-        rewriter.mapping[node] = replacement or rewriter.builder.copy(node, rewriter.mapping)
-    return rewriter.builder.graph(
-        tuple((label, rewriter.mapping[node]) for label, node in graph.outputs)
-    )
-
-
-def _library_name(op: Op) -> str:
-    """The name of an operator that a library registers when it is imported."""
-    return str(op) if isinstance(op, MeshOp) else op._schema.name
+    return rewrite(graph, REWRITES, unchanged=refuse_random)
 
 
 @rewrites(aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)

@@ -1,8 +1,8 @@
-"""What the rewrites of `normalise` are written with, and the table that they are registered in."""
+"""What the rewrites of operators are written with, and the table of those of `normalise`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from meshwright.compiler.ir import (
     Arg,
     Builder,
+    Graph,
     MeshOp,
     Node,
     NodeType,
@@ -103,6 +104,28 @@ def rewrites(*ops: Any) -> Callable[[Rewrite], Rewrite]:
         return function
 
     return register
+
+
+def rewrite(
+    graph: Graph, table: Mapping[Any, Rewrite], *, unchanged: Callable[[Node], None] | None = None
+) -> Graph:
+    """The graph with each operator of a table replaced; `unchanged` is shown every other node."""
+    rewriter = Rewriter(Builder(graph.name, graph.mesh))
+    for node in graph.nodes:
+        rewriter.begin(node)
+        found = table.get(node.op) or table.get(_library_name(node.op))
+        replacement = found(rewriter) if found else None
+        if replacement is None and unchanged is not None:
+            unchanged(node)
+        rewriter.mapping[node] = replacement or rewriter.builder.copy(node, rewriter.mapping)
+    return rewriter.builder.graph(
+        tuple((label, rewriter.mapping[node]) for label, node in graph.outputs)
+    )
+
+
+def _library_name(op: Op) -> str:
+    """The name of an operator that a library registers when it is imported."""
+    return str(op) if isinstance(op, MeshOp) else op._schema.name
 
 
 def to_dtype(rewriter: Rewriter, x: Node, dtype: torch.dtype) -> Node:

@@ -73,6 +73,8 @@ def operand_cost(operand: Operand, layout: Layout, mesh: Mesh) -> float:
     layout = layout.canonical(mesh)
     if layout == operand.layout or layout in operand.available:
         return 0.0
+    if operand.filled and not layout.partial and not layout.varying:
+        return 0.0
     free = [axis for axis in layout.varying if operand.layout.state(axis) == "replicated"]
     moved = layout.drop_varying(free)
     try:

@@ -69,7 +69,18 @@ def _made(call: Call, *, free: bool) -> Spec:
     )
 
 
-_ZEROS = frozenset({aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default})
+_FILLS: dict[Op, float | int] = {
+    aten.zeros.default: 0,
+    aten.new_zeros.default: 0,
+    aten.zeros_like.default: 0,
+    aten.ones.default: 1,
+    aten.new_ones.default: 1,
+    aten.ones_like.default: 1,
+    aten.empty.memory_format: 0,
+    aten.new_empty.default: 0,
+    aten.empty_like.default: 0,
+}
+"""Operators that make one number all over; of what is not written any will do."""
 _FILLED = {
     aten.full.default: 1,
     aten.full_like.default: 1,
@@ -77,11 +88,17 @@ _FILLED = {
     aten.scalar_tensor.default: 0,
     aten.fill.Scalar: 1,
 }
+"""Where other operators take that number."""
+
+
+def filled_with(op: Op, args: tuple[Arg, ...]) -> float | int | None:
+    """The number of which all elements of a call's result are, if it makes such a tensor."""
+    if isinstance(op, MeshOp):
+        return None
+    number = args[_FILLED[op]] if op in _FILLED else _FILLS.get(op)
+    return number if isinstance(number, (int, float)) else None
 
 
 def makes_zeros(op: Op, args: tuple[Arg, ...]) -> bool:
     """Whether a call gives nothing but zeros: what `Operand.zero` says of its user's operand."""
-    if op in _ZEROS:
-        return True
-    place = None if isinstance(op, MeshOp) else _FILLED.get(op)
-    return place is not None and isinstance(args[place], (int, float)) and args[place] == 0
+    return filled_with(op, args) == 0

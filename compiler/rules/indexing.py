@@ -144,6 +144,34 @@ def _index_add(call: Call) -> Spec:
     )
 
 
+@rule(aten.index_copy.default, aten.index_reduce.default)
+def _index_copy(call: Call) -> Spec:
+    """`index_copy(x, dim, index, source)`: the dim is whole; what is replaced does not add up."""
+    letters = numbered("x", len(call.operands[0].type.shape))
+    dim = dim_index(call.arg(1), len(letters))
+    source = (*letters[:dim], "j", *letters[dim + 1 :])[: len(call.operands[2].type.shape)]
+    copies = call.op is aten.index_copy.default
+    return Spec(
+        (letters, ("j",)[: len(call.operands[1].type.shape)], source),
+        (letters,),
+        whole=frozenset({*letters[dim : dim + 1], "j"}),
+        linear=(frozenset({0, 2}),) if copies else (),
+    )
+
+
+@rule(aten.index_fill.int_Scalar)
+def _index_fill(call: Call) -> Spec:
+    """`index_fill(x, dim, index, number)`: linear where the number is 0."""
+    letters = numbered("x", len(call.operands[0].type.shape))
+    dim = dim_index(call.arg(1), len(letters))
+    return Spec(
+        (letters, ("j",)[: len(call.operands[1].type.shape)]),
+        (letters,),
+        whole=frozenset({*letters[dim : dim + 1], "j"}),
+        linear=() if call.arg(3) else (frozenset({0}),),
+    )
+
+
 @rule(aten.bucketize.Tensor, aten.isin.Tensor_Tensor)
 def _among(call: Call) -> Spec:
     """Each element is compared with all of the second operand."""

@@ -53,6 +53,8 @@ class Operand:
     rooted: bool = False
     """Whether the value is computed from parameters and constants alone, so that a rank which
     needs a part of it can compute just that, and its gradient is one more part of theirs."""
+    filled: bool = False
+    """Whether all elements are one number, so that it can be made in any layout."""
 
     @property
     def any_sum(self) -> bool:

@@ -17,7 +17,9 @@ from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.text import call_text, node_type_text
 from meshwright.passes.bucket import bucket
 from meshwright.passes.driver import PLACING
+from meshwright.passes.lookups import lookups
 from meshwright.passes.lower import lower
+from meshwright.passes.masks import masks
 from meshwright.passes.normalise import normalise
 from meshwright.passes.route import route
 from meshwright.passes.vary import vary
@@ -35,7 +37,9 @@ def captured(model: nn.Module, example: Any, plan: str) -> Draft:
 def stages(model: nn.Module, example: Any, plan: str) -> dict[str, Graph]:
     """The graph after each pass up to the buckets, by the pass's name; `captured` before all."""
     draft = captured(model, example, plan)
-    found = {"captured": draft.graph, "normalise": normalise(draft.graph)}
+    found = {"captured": draft.graph, "masks": masks(draft.graph)}
+    found["lookups"] = lookups(found["masks"])
+    found["normalise"] = normalise(found["lookups"])
     found["route"] = route(found["normalise"])
     draft = Draft(draft.plan, draft.mesh, draft.captured, found["route"], draft.modules)
     for each in PLACING:
