@@ -48,6 +48,9 @@ from meshwright.passes.supported import check_supported
 from meshwright.passes.vary import vary
 from meshwright.passes.vocab import vocab
 
+REWRITING: tuple[Callable[[Graph], Graph], ...] = (masks, lookups, normalise, route)
+"""What every model is rewritten by, whatever its plan."""
+
 PLACING: tuple[Callable[[Draft], Draft], ...] = (
     data,
     columns,
@@ -123,7 +126,7 @@ def _drafted(
     mesh = Mesh(plan.mesh)
     captured = capture(model, example, mesh, **capturing)
     modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
-    graph = route(normalise(lookups(masks(captured.graph))))
+    graph = _rewritten(captured.graph)
     draft = Draft(plan, mesh, captured, graph, modules, variant_of=variant_of)
     return replace(draft, evaluation=cache(partial(_evaluation, model, example, mesh, capturing)))
 
@@ -136,7 +139,14 @@ def _evaluation(
         captured = capture(model, example, mesh, **{**capturing, "mode": "eval"})
     except CaptureError:
         return None
-    return route(normalise(lookups(masks(captured.graph))))
+    return _rewritten(captured.graph)
+
+
+def _rewritten(graph: Graph) -> Graph:
+    """What was captured, in the operators that are placed."""
+    for each in REWRITING:
+        graph = each(graph)
+    return graph
 
 
 def _step(draft: Draft) -> tuple[Draft, Step]:

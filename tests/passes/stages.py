@@ -16,12 +16,8 @@ from meshwright.compiler.ir import Graph, Node
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.text import call_text, node_type_text
 from meshwright.passes.bucket import bucket
-from meshwright.passes.driver import PLACING
-from meshwright.passes.lookups import lookups
+from meshwright.passes.driver import PLACING, REWRITING
 from meshwright.passes.lower import lower
-from meshwright.passes.masks import masks
-from meshwright.passes.normalise import normalise
-from meshwright.passes.route import route
 from meshwright.passes.vary import vary
 
 
@@ -37,11 +33,11 @@ def captured(model: nn.Module, example: Any, plan: str) -> Draft:
 def stages(model: nn.Module, example: Any, plan: str) -> dict[str, Graph]:
     """The graph after each pass up to the buckets, by the pass's name; `captured` before all."""
     draft = captured(model, example, plan)
-    found = {"captured": draft.graph, "masks": masks(draft.graph)}
-    found["lookups"] = lookups(found["masks"])
-    found["normalise"] = normalise(found["lookups"])
-    found["route"] = route(found["normalise"])
-    draft = Draft(draft.plan, draft.mesh, draft.captured, found["route"], draft.modules)
+    found = {"captured": draft.graph}
+    graph = draft.graph
+    for rewriting in REWRITING:
+        graph = found[rewriting.__name__] = rewriting(graph)
+    draft = Draft(draft.plan, draft.mesh, draft.captured, graph, draft.modules)
     for each in PLACING:
         draft = each(draft)
         found[each.__name__] = draft.graph
