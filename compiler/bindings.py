@@ -131,10 +131,13 @@ def _offset(binding: Binding, dim: Dim) -> int:
 
 @binds("embedding")
 def _embedding(binding: Binding) -> Local:
-    offset = _offset(binding, binding.operand(0).placed.dims[0])
+    table = binding.operand(0)
+    offset = _offset(binding, table.placed.dims[0])
+    # A padded table says how many rows it has without its padding.
+    num_rows = binding.node.args[3] if len(binding.node.args) > 3 else table.tensor.shape[0]
 
     def embedding(weight: Tensor, index: Tensor) -> Tensor:
-        return table_kernels.embedding(weight, index, offset=offset)
+        return table_kernels.embedding(weight, index, num_rows=num_rows, offset=offset)
 
     return embedding
 

@@ -46,13 +46,14 @@ def _split(draft: Draft, node: Node, statement: Data) -> Draft:
         )
     size = shape[statement.dim]
     if size % ranks:
+        lower = size - size % ranks or ranks
         over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
         raise draft.plan.error(
             "P203",
             f"cannot split a batch of {size} over {over}",
             statement.at("over"),
             subject=f"{tensor_text(node)}{list(shape)}",
-            help=f"use a batch of {size - size % ranks or ranks} or {size - size % ranks + ranks}",
+            help=f"use a batch of {lower} or {lower + ranks}",
         )
     return pin(draft, node, {statement.dim: cut(size, *statement.over)}, statement)
 

@@ -85,7 +85,7 @@ class _Padder:
         args = map_nodes(node.args, self.mapping.__getitem__)
         first = args[0]
         if node.op == MeshOp("embedding") and self.padded.get(first, (1,))[0] == 0:
-            return self._emit(node, args, node.type)
+            return self._emit(node, (*args, self.padded[first][1]), node.type)
         if node.op == MeshOp("cross_entropy") and self._pads(first) == len(first.tensor.shape) - 1:
             classes = (*args[1:2], *(self._true(w) if w else None for w in args[2:3]), *args[3:])
             return self._emit(node, (first, *classes), node.type)

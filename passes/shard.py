@@ -39,6 +39,14 @@ def _tensors(draft: Draft) -> Draft:
             continue
         node = nodes[own]
         layout = _layout(draft, statement.layout, node.tensor.shape, f"{tensor_text(node)}")
+        if layout.partial and node.args[0] != "argument":
+            raise draft.plan.error(
+                "P501",
+                f"`{name}` cannot be stored as a pending sum: an optimizer would step each share",
+                statement.at("layout"),
+                subject=f"{tensor_text(node)}{list(node.tensor.shape)}",
+                help="split it over the axis, or leave it whole",
+            )
         if own in done and not draft.inputs[own].layout.equals(layout, draft.mesh):
             raise contradiction(draft, node, (done[own],), statement)
         draft = with_pin(draft, own, Pin(layout, (*_before(draft, own), statement)))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Sequence
 
+from meshwright.compiler.codegen import Code
 from meshwright.compiler.collectives import Wire
+from meshwright.compiler.ir import Graph
+from meshwright.compiler.text import op_text
 from meshwright.dsl.errors import MeshwrightError
 
 
@@ -17,7 +21,7 @@ class RunError(MeshwrightError, RuntimeError):
         *,
         rank: int | None = None,
         peers: tuple[int, ...] = (),
-        where: Sequence[str] = (),
+        where: Iterable[str] = (),
         help: str = "",
     ) -> None:
         super().__init__(problem)
@@ -41,6 +45,29 @@ class DeadlockError(RunError):
 
 class PeerError(RunError):
     """Another rank died, stalled, failed or finished while this one needed it."""
+
+
+class OperatorError(RunError):
+    """An operator of the program failed on this rank, as it would have in eager mode."""
+
+
+def operator_error(error: Exception, code: Code, graph: Graph) -> OperatorError:
+    """The error for one that an operator of `graph` raised, as its generated `code` ran."""
+    problem = str(error).partition("\n")[0] or type(error).__name__
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == f"<meshwright {code.name}>" and frame.lineno
+    ]
+    written = code.source.splitlines()[lines[-1] - 1].split() if lines else [""]
+    node = next((n for n in graph.nodes if n.name == written[0].rstrip(",")), None)
+    module = f"`{node.origin.module}`" if node is not None and node.origin.module else "the model"
+    what = "an operator" if node is None else f"`{op_text(node.op)}`"
+    return OperatorError(
+        f"{what} in {module} failed: {problem}",
+        where=() if node is None else filter(None, (node.origin.source,)),
+        help="check the values and types of the inputs: the model itself fails on them too",
+    )
 
 
 def check_kind(value: object, kind: type | tuple[type, ...], what: str, help: str) -> None:

@@ -121,9 +121,9 @@ def _plain(program: Program) -> tuple[bool, bool]:
 def _cut(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Cut:
     """What takes a rank's part: a slice of one dim where that is all it is."""
     split = [i for i, dim in enumerate(layout.dims) if dim_axes(dim)]
-    if not split:
+    if not split and not layout.partial:
         return _same
-    if len(split) == 1:
+    if len(split) == 1 and not layout.partial:
         index = block_map(Layout((layout.dims[split[0]],)), mesh, coords)
         first, length = int(index[0]), len(index)
         if torch.equal(index, torch.arange(first, first + length)):
@@ -138,6 +138,16 @@ def check_dense(tensor: Tensor) -> None:
             f"an input is {'on the meta device' if tensor.is_meta else tensor.layout}",
             help="pass dense tensors with values",
         )
+
+
+def check_leaves(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Raise `RunError` for an input that asks for a gradient: it would get none."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.requires_grad:
+            raise RunError(
+                f"the input `{name}` requires a gradient, which a step does not give",
+                help=f"pass `{name}.detach()`, or make what computes it part of the model",
+            )
 
 
 def _on(device: torch.device, cut: Cut) -> Cut:

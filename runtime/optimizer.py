@@ -30,7 +30,7 @@ def check_elementwise(
     if not callable(kind):
         raise RunError(
             f"the optimizer is a `{type(kind).__name__}`",
-            help="pass a class and its options: `run.optimizer(torch.optim.AdamW, lr=1e-3)`",
+            help=_OPTIONS_HELP,
         )
     split = [s for s in program.parameters.values() if s.requires_grad and s.layout.split_axes]
     if not split:
@@ -39,19 +39,43 @@ def check_elementwise(
     known = any(each.__name__ in _WHOLE_TENSORS for each in classes)
     torchs = getattr(kind, "__module__", "").startswith("torch.optim")
     if known or not (torchs or _same_on_halves(kind, options)):
-        name = getattr(kind, "__name__", None) or repr(kind)
         raise RunError(
-            f"`{name}` does not update elements one by one, and `{split[0].name}` is split",
+            f"`{_spell(kind)}` does not update elements one by one, and `{split[0].name}` is split",
             where=(f"`{split[0].name}`: `{split[0].layout}` on `{program.mesh}`",),
             help="use an elementwise optimizer such as AdamW or SGD",
         )
+
+
+def made(
+    kind: Callable[..., Any], parameters: Sequence[Any], options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """An optimizer of this class. Raises `RunError` for options that it does not take."""
+    try:
+        found = kind(parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"`{_spell(kind)}` cannot be made with these options: {error}", help=_OPTIONS_HELP
+        ) from error
+    if not isinstance(found, torch.optim.Optimizer):
+        raise RunError(
+            f"`{_spell(kind)}` makes a `{type(found).__name__}`, not an optimizer",
+            help=_OPTIONS_HELP,
+        )
+    return found
+
+
+_OPTIONS_HELP = "pass a class and its options: `run.optimizer(torch.optim.AdamW, lr=1e-3)`"
+
+
+def _spell(kind: object) -> str:
+    return getattr(kind, "__name__", None) or repr(kind)
 
 
 def _same_on_halves(kind: Callable[..., Any], options: Mapping[str, Any]) -> bool:
     generator = torch.Generator().manual_seed(0)
     value, *gradients = torch.randn(4, 4, 6, generator=generator, dtype=torch.float64).unbind()
     whole, halves = nn.Parameter(value.clone()), [nn.Parameter(h.clone()) for h in value.chunk(2)]
-    optimizers = (kind([whole], **options), kind(halves, **options))
+    optimizers = (made(kind, [whole], options), made(kind, halves, options))
     for gradient in gradients:
         whole.grad = gradient.clone()
         for half, part in zip(halves, gradient.chunk(2), strict=True):

@@ -24,7 +24,7 @@ from meshwright.compiler.collectives import Start, Wire
 from meshwright.compiler.mesh import Mesh
 from meshwright.runtime.algorithms import everyone
 from meshwright.runtime.digest import check_digests, check_world
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import OperatorError, RunError
 from meshwright.runtime.gloo import GlooGroup
 from meshwright.runtime.nccl import NcclGroup
 from meshwright.runtime.shared import SharedGroup, share
@@ -138,7 +138,9 @@ class ProcessTransport:
                 del request
         except StopIteration as stop:
             return stop.value
-        except RunError:
+        except RunError as error:
+            if isinstance(error, OperatorError):
+                self.watch.publish_failure(_first_line(error))
             raise
         except BaseException as error:
             self.watch.publish_failure(_first_line(error))

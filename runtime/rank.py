@@ -18,6 +18,8 @@ from meshwright.compiler.ir import INPUT, Graph, MeshOp, Node
 from meshwright.compiler.layout import shard
 from meshwright.compiler.memory import storage
 from meshwright.compiler.program import Program, Stored
+from meshwright.dsl.errors import MeshwrightError
+from meshwright.runtime.errors import operator_error
 
 RankProgram = Generator[Any, Any, Any]
 Values = Callable[[Stored], Tensor]
@@ -90,7 +92,8 @@ class RankStep:
             )
         ]
         context = RankContext(state.mesh, state.coords, state.device, state.random, buckets)
-        self.functions = [code.link(context) for code in program.code]
+        self.codes, self.graphs = program.code, list(step.graphs.values())
+        self.functions = [code.link(context) for code in self.codes]
         self.labels = [label for label, _ in step.forward.outputs if not label.startswith("saved:")]
         self.written = [label for label in self.labels if label.startswith("buffer:")]
         self.held = {label for label, node in step.forward.outputs if storage(node).op == INPUT}
@@ -122,10 +125,10 @@ class RankStep:
         `arguments` are the local parts of the inputs, in the program's order. Returns the outputs
         by label, in memory that no later step writes to; gradients are in the flat buffers.
         """
-        outputs, saved = yield from self.functions[0](self.inputs[0](arguments), [])
+        outputs, saved = yield from self._graph(0, arguments, [])
         if len(self.functions) > 1:
             kept = [bucket.keep() for bucket in self.buckets]
-            yield from self.functions[1](self.inputs[1](arguments), saved)
+            yield from self._graph(1, arguments, saved)
             for bucket, gradients in zip(self.buckets, kept, strict=True):
                 bucket.give(gradients)
         results: dict[str, Tensor] = {}
@@ -136,6 +139,15 @@ class RankStep:
             name = label.removeprefix("buffer:")
             self.state.tensors["buffer", name].copy_(results.pop(label))
         return results
+
+    def _graph(self, number: int, arguments: Sequence[Tensor], saved: list[Any]) -> RankProgram:
+        """Run one graph; an operator that fails is named."""
+        try:
+            return (yield from self.functions[number](self.inputs[number](arguments), saved))
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, (MeshwrightError, torch.OutOfMemoryError)):
+                raise
+            raise operator_error(error, self.codes[number], self.graphs[number]) from error
 
 
 class _Inputs:

@@ -19,14 +19,14 @@ from meshwright.runtime import checkpoint
 from meshwright.runtime.copies import check_found, compare, held
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.gather import gathered_all
-from meshwright.runtime.inputs import Cut, Inputs, data_axes
+from meshwright.runtime.inputs import Cut, Inputs, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
-from meshwright.runtime.optimizer import Groups, check_elementwise, grouped
+from meshwright.runtime.optimizer import Groups, check_elementwise, grouped, made
 from meshwright.runtime.optimizer_state import check_owner
 from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
-from meshwright.runtime.start import executable_digest, same_start
+from meshwright.runtime.start import check_seed, executable_digest, same_start
 from meshwright.runtime.transport import (
     ProcessMesh,
     Transport,
@@ -36,6 +36,7 @@ from meshwright.runtime.transport import (
 )
 from meshwright.runtime.weights import (
     check_state,
+    check_values,
     name_in,
     shapes_of,
     state_names,
@@ -88,11 +89,12 @@ class Run:
                 f"`new_shapes` is {new_shapes!r}",
                 help='write `new_shapes="compile"` or leave it out',
             )
-        check_kind(seed, int, "`seed`", "pass a whole number")
+        check_seed(seed)
         interval = read_interval(check_inputs)
         if state_dict is not None:
             shapes = shapes_of(state_dict, "`state_dict`")
             check_state(program, shapes, "`state_dict`", complete=False)
+            check_values(program, state_dict, "`state_dict`")
         self.program, self.mesh, self.new_shapes = program, program.mesh, new_shapes
         values = values_of(program, state_dict)
         for _, stored in stored_tensors(program):
@@ -106,6 +108,7 @@ class Run:
         self.transport.check_same_program(executable_digest(program))
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
+        self._closed = False
         self._start(seed, values, interval)
         self._signatures: dict[Any, _Linked] = {}
         self._launched = self._link(program)
@@ -113,7 +116,6 @@ class Run:
         self._rows: tuple[Inputs, list[Cut]] | None = None
         self._results: list[dict[str, Tensor]] = []
         """Of the last call, by rank, where every rank is here."""
-        self._closed = False
 
     def _start(self, seed: int, values: Values, interval: int) -> None:
         """Let every rank begin with the same seed and weights, and watch for what goes wrong."""
@@ -181,8 +183,11 @@ class Run:
         axes = data_axes(self.program) if method == "step_local" else ()
         if check is not None:
             check.before(method, linked.input_names, tensors, axes)
+        training = method in ("step", "step_local")
+        if training:
+            check_leaves(linked.input_names, tensors)
         for state in self.states:
-            state.random.begin(training=method in ("step", "step_local"))
+            state.random.begin(training=training)
         programs = [
             step.run([cut(tensor) for cut, tensor in zip(cuts, tensors, strict=True)])
             for step, cuts in ranks or linked.ranks
@@ -195,6 +200,8 @@ class Run:
         return found[0]
 
     def _run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
+        if self._closed:
+            self._check_usable(self.program.mode)
         if self._input_check is not None:
             self._input_check.settle()
         device = self.program.device.type
@@ -276,11 +283,10 @@ class Run:
         check_kind(num_rows, int, "the number of rows", "pass a whole number")
         rows, rest = divmod(num_rows, self.data_ranks)
         if rest or num_rows < 1:
-            lower = num_rows - rest
-            sizes = f"{lower} or {lower + self.data_ranks}" if lower > 0 else f"{self.data_ranks}"
+            lower = max(num_rows - rest, self.data_ranks)
             raise RunError(
                 f"a batch of {num_rows} rows does not divide over {self.data_ranks} ranks",
-                help=f"use a batch of {sizes}",
+                help=f"use a batch of {lower} or {lower + self.data_ranks}",
             )
         return slice(self.data_rank * rows, (self.data_rank + 1) * rows)
 
@@ -322,7 +328,7 @@ class Run:
                 "no parameter asks for a gradient: there is nothing to optimize",
                 help="set `requires_grad` on a parameter before `compile`",
             )
-        return kind(listed, **options)
+        return made(kind, listed, options)
 
     def gradients(self) -> dict[str, Tensor]:
         """Global gradients under every name of each parameter; those without one are left out."""
@@ -358,6 +364,7 @@ class Run:
         Raises `RunError` naming what is missing, unknown or of another shape.
         """
         check_state(self.program, shapes_of(state_dict, "the state"), "the state")
+        check_values(self.program, state_dict, "the state")
         for kind, stored in stored_tensors(self.program):
             name = name_in(self.program, stored.name, state_dict)
             if name is not None:
@@ -399,6 +406,8 @@ class Run:
             raise RunError(
                 f"`norm_type` is {norm_type}", help='use a positive number, or `float("inf")`'
             )
+        if not max_norm >= 0:
+            raise RunError(f"`max_norm` is {max_norm}", help="use a number that is not negative")
         programs = [total_norm(state, self.program, float(norm_type)) for state in self.states]
         totals: list[Tensor] = self._run(programs)
         for state, total in zip(self.states, totals, strict=True):

@@ -9,10 +9,19 @@ from torch import Tensor, nn
 
 from meshwright.compiler.collectives import Wire
 from meshwright.compiler.program import Program
+from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState, Values
 from meshwright.runtime.weights import stored_tensors
 
 _WORDS = 1 << 20
+
+
+def check_seed(seed: object) -> None:
+    """Raise `RunError` for a seed that is no whole number of 64 bits."""
+    check_kind(seed, int, "`seed`", "pass a whole number")
+    assert isinstance(seed, int)
+    if not -(2**63) <= seed < 2**63:
+        raise RunError(f"`seed` is {seed}", help="pass a whole number below 2**63")
 
 
 def executable_digest(program: Program) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from meshwright.compiler.program import Program, Stored
@@ -83,6 +84,29 @@ def check_state(
             f"{where} does not fit the model: {'; '.join(problems[:6])}{more}",
             help=help,
         )
+
+
+def check_values(program: Program, state_dict: Mapping[str, Tensor], where: str) -> None:
+    """Raise `RunError` that names tensors without values, or of a type that would lose some."""
+    aliases = program.captured.aliases
+    problems = []
+    for name, tensor in state_dict.items():
+        own = aliases.get(name, "")
+        stored = program.parameters.get(own) or program.buffers.get(own)
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
+            problems.append(f"`{name}` is {kind}")
+        elif stored is not None and _kind(tensor.dtype) != _kind(stored.type.dtype):
+            problems.append(f"`{name}` is {tensor.dtype}, not {stored.type.dtype}")
+    if problems:
+        raise RunError(
+            f"{where} does not fit the model: {'; '.join(problems[:6])}",
+            help="pass dense tensors with values, of the kind of number that the model has",
+        )
+
+
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex
 
 
 def shapes_of(state_dict: Mapping[str, Tensor], where: str) -> dict[str, tuple[int, ...]]:

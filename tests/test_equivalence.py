@@ -74,6 +74,7 @@ MLP_PLANS = {
     "input from whole": "mesh dp=2, tp=2\nshard down <- [b@(dp, tp), f]\n",
     "weights": "mesh dp=2, tp=2\nshard up.weight [f@(dp, tp), d]\nshard down.weight [d, f@tp]\n",
     "an input by hand": "mesh dp=2, tp=2\nshard x [b@dp, d@tp]\n",
+    "a pending input": "mesh tp=4\nshard x [b, d] partial(tp)\n",
     "axes of one": "mesh dp=1, tp=2, pp=1\ndata x over dp\n" + MLP_TENSOR,
 }
 

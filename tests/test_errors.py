@@ -125,6 +125,10 @@ PLANS: Mapping[str, tuple[str, str | None]] = {
         "mesh dp=2, tp=3\nallow replicate **\n" + DATA,
     ),
     "columns-of-a-module-without-a-linear": ("mesh tp=2\ncolumns blocks.*.ln over tp", None),
+    "parameter-as-a-pending-sum": (
+        "mesh tp=2\nshard wte.weight [v, d] partial(tp)",
+        "mesh tp=2\nshard wte.weight [v@tp, d]",
+    ),
     "module-that-is-not-there": ("mesh tp=2\ncolumns blocks.*.mlp over tp", None),
     "layout-of-another-rank": ("mesh tp=2\nshard blocks.*.up.weight [f@tp]", None),
 }
@@ -229,6 +233,9 @@ ARGUMENTS: Mapping[str, Callable[[], object]] = {
     "output-not-there": lambda: mw.compile(Model(), PLAN, X, outputs=["logits"]),
     "outputs-as-text": lambda: mw.compile(Model(), PLAN, X, outputs="logits"),
     "unknown-mode": lambda: mw.compile(Model(), PLAN, X, mode="training"),
+    "wrapped-model": lambda: mw.compile(nn.DataParallel(Model()), PLAN, X),
+    "model-of-torch-compile": lambda: mw.compile(torch.compile(Model()), PLAN, X),  # type: ignore[arg-type]  # is the test
+    "array-in-the-example": lambda: mw.compile(Model(), PLAN, (X[0].numpy(),)),
     "unknown-device": lambda: mw.compile(Model(), PLAN, X, device="gpu"),
 }
 RUNS: Mapping[str, Callable[[mw.Run], object]] = {
@@ -248,6 +255,18 @@ RUNS: Mapping[str, Callable[[mw.Run], object]] = {
     "group-that-matches-nothing": lambda run: run.optimizer(
         torch.optim.SGD, groups=[{"params": "linear.weigth"}]
     ),
+    "input-that-requires-a-gradient": lambda run: run.step(torch.ones(8, 4, requires_grad=True)),
+    "input-that-is-an-array": lambda run: run.step(X[0].numpy()),
+    "state-of-other-numbers": lambda run: run.load_state_dict(
+        {"linear.weight": torch.ones(4, 4, dtype=torch.int64), "linear.bias": torch.ones(4)}
+    ),
+    "state-without-values": lambda run: run.load_state_dict(
+        {"linear.weight": torch.ones(4, 4, device="meta"), "linear.bias": torch.ones(4)}
+    ),
+    "norm-below-zero": lambda run: run.clip_grad_norm_(-1.0),
+    "optimizer-option-unknown": lambda run: run.optimizer(torch.optim.SGD, learning_rate=1.0),
+    "optimizer-of-nothing": lambda run: run.optimizer(lambda parameters: None),  # type: ignore[arg-type, return-value]
+    "rows-of-no-batch": lambda run: run.data_slice(0),
     "no-checkpoint": lambda run: run.load("no such folder"),
 }
 
@@ -266,6 +285,12 @@ def test_a_wrong_call_of_a_run_is_told_and_leaves_it_usable(golden: Golden, case
         RUNS[case](run)
     golden(f"run-{case}", str(caught.value))
     assert run.step(*X).isfinite()
+
+
+def test_a_seed_of_more_than_64_bits_is_told(golden: Golden) -> None:
+    with pytest.raises(mw.RunError) as caught:
+        compiled().launch(seed=2**63)
+    golden("run-seed-too-large", str(caught.value))
 
 
 def test_following_the_help_for_another_batch_size_works() -> None:

@@ -37,9 +37,12 @@ def plan_text(size: Size, mesh: DeviceMesh, feature: str) -> str:
     return text
 
 
-def meshwright(size: Size, mesh: DeviceMesh, feature: str = "") -> Peer:
+def meshwright(
+    size: Size, mesh: DeviceMesh, feature: str = "", check_inputs: bool | int = True
+) -> Peer:
     plan = mw.Plan.parse(plan_text(size, mesh, feature))
-    run = mw.compile(make_model(size), plan, example=make_batch(size)).launch()
+    program = mw.compile(make_model(size), plan, example=make_batch(size))
+    run = program.launch(check_inputs=check_inputs)
     optimizer = run.optimizer(torch.optim.AdamW, **ADAMW)
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ def check_arguments(model: Any, plan: Any, loss: Any, outputs: Any, static: Any,
     """Raise `CaptureError` that names the first argument of another kind, and what to pass."""
     if not isinstance(model, nn.Module):
         _refuse("the model", model, "pass an `nn.Module`, made already")
+    if (inner := _wrapped(model)) is not None:
+        _refuse("the model", model, f"pass the model inside: `{inner}`")
     if not isinstance(plan, Plan):
         _refuse("the plan", plan, "read it: `Plan.parse(text)` or `Plan.load(path)`")
     if not (loss is None or isinstance(loss, str) or callable(loss)):
@@ -32,6 +34,15 @@ def check_arguments(model: Any, plan: Any, loss: Any, outputs: Any, static: Any,
 def _is_names(value: Any) -> bool:
     sequence = isinstance(value, Sequence) and not isinstance(value, str)
     return sequence and all(isinstance(name, str) for name in value)
+
+
+def _wrapped(model: nn.Module) -> str | None:
+    """Where the model is in what torch wraps around one; nothing if it is a model itself."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return "model.module"
+    if hasattr(model, "_orig_mod"):  # what `torch.compile` gives
+        return "model._orig_mod"
+    return None
 
 
 def target_device(device: Any, default: str) -> torch.device:

@@ -89,7 +89,9 @@ class InputSpec:
             elif isinstance(value, Tensor):
                 found += _tensor_difference(name, value, types.get(name))
             elif name in types:
-                found += [f"`{name}` is {value!r}, not a tensor"] * (value is not None)
+                found += [f"`{name}` is a `{type(value).__name__}`, not a tensor"] * (
+                    value is not None
+                )
             elif not _same(value, self.constants.get(name)):
                 found.append(f"`{name}` is {value!r}, not {self.constants.get(name)!r}")
         found += [
@@ -122,7 +124,18 @@ def input_spec(
         for name, value in leaves
         if name not in types
     }
+    _check_no_arrays(constants)
     return InputSpec(signature, tree, tuple(name for name, _ in leaves), types, constants)
+
+
+def _check_no_arrays(constants: Mapping[str, Any]) -> None:
+    """Other values are frozen as they are: an array of numbers is meant as an input."""
+    for name, value in constants.items():
+        if hasattr(value, "__array__") and not isinstance(value, Tensor):
+            raise CaptureError(
+                f"the input `{name}` is a `{type(value).__name__}`, not a tensor",
+                help=f"pass tensors: `torch.as_tensor({name})`",
+            )
 
 
 def split_example(example: Any) -> Arguments:

@@ -7,19 +7,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def embedding(weight: Tensor, index: Tensor, *, offset: int = -1) -> Tensor:
+def embedding(weight: Tensor, index: Tensor, *, num_rows: int, offset: int = -1) -> Tensor:
     """The rows of `weight[v_local, d]` that `index[...]` names: `[..., d]`.
 
     `offset` is the global number of the first row held here; rows held elsewhere read as zeros, so
-    that the sum over ranks is the lookup. A negative `offset` means that every row is here; an
-    index outside the table is then an `IndexError`.
+    that the sum over ranks is the lookup. A negative `offset` means that every row is here. The
+    table has `num_rows` in all, padding left out; an index outside of it is an error.
     """
     if offset < 0:
         return F.embedding(index, weight)
+    _check_index(index, num_rows)
     local = index - offset
     row = local.clamp(0, weight.shape[0] - 1)
     elsewhere = row.ne(local).unsqueeze(-1)
     return F.embedding(row, weight).masked_fill_(elsewhere, 0)
+
+
+def _check_index(index: Tensor, num_rows: int) -> None:
+    """Refuse an index that no rank has, without waiting for a device."""
+    if index.numel():
+        low, high = torch.aminmax(index)
+        message = f"index out of range: the table has {num_rows} rows"
+        torch.ops.aten._assert_async.msg((low >= 0).logical_and_(high < num_rows), message)
 
 
 def embedding_backward(

@@ -411,3 +411,25 @@ def test_rows_are_sliced_by_data_coordinates(monkeypatch: pytest.MonkeyPatch) ->
         assert run.data_slice(BATCH) == slice(*rows)
         with pytest.raises(mw.RunError, match="does not divide"):
             run.data_slice(BATCH + 1)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("token", [VOCAB, -1])
+def test_a_token_outside_of_the_table_is_an_error_that_names_the_operator(
+    plan: str, token: int
+) -> None:
+    """Split over a vocabulary that is padded, no rank has it: it must not read as zeros."""
+    run = compiled(plan).launch()
+    tokens, targets = batch()
+    tokens[-1, -1] = token
+    with pytest.raises(mw.RunError, match="`mesh::embedding` in `wte` failed: index out of range"):
+        run.step(tokens, targets)
+    assert run.step(*batch()).isfinite()
+
+
+def test_an_operator_that_refuses_the_types_of_its_inputs_is_named() -> None:
+    x = torch.randn(4, 6, dtype=torch.float64)
+    plan = mw.Plan.parse("mesh dp=2\ndata input over dp")
+    run = mw.compile(nn.Linear(6, 3), plan, (x,), loss=torch.sum).launch()
+    with pytest.raises(mw.RunError, match="`linear` in the model failed: mat1 and mat2 must have"):
+        run.step(x)

@@ -32,20 +32,32 @@ def _reference_grad(weight: Tensor, index: Tensor, grad: Tensor, padding: int) -
 def test_lookups_of_row_shards_sum_to_the_whole_lookup(ranks: int) -> None:
     weight, index, _ = _example()
     parts = weight.chunk(ranks)
-    found = sum(embedding(part, index, offset=rank * len(part)) for rank, part in enumerate(parts))
+    found = sum(
+        embedding(part, index, num_rows=ROWS, offset=rank * len(part))
+        for rank, part in enumerate(parts)
+    )
     torch.testing.assert_close(found, F.embedding(index, weight))
 
 
 def test_a_whole_table_is_a_plain_lookup() -> None:
     weight, index, _ = _example()
-    torch.testing.assert_close(embedding(weight, index), F.embedding(index, weight))
+    torch.testing.assert_close(embedding(weight, index, num_rows=ROWS), F.embedding(index, weight))
     with pytest.raises(IndexError):
-        embedding(weight, torch.tensor([ROWS]))
+        embedding(weight, torch.tensor([ROWS]), num_rows=ROWS)
+
+
+@pytest.mark.parametrize("wrong", [-1, ROWS])
+def test_an_index_that_no_rank_has_is_an_error(wrong: int) -> None:
+    weight, index, _ = _example()
+    index.view(-1)[-1] = wrong
+    for rank, part in enumerate(weight.chunk(2)):
+        with pytest.raises(RuntimeError, match=f"the table has {ROWS} rows"):
+            embedding(part, index, num_rows=ROWS, offset=rank * len(part))
 
 
 def test_a_nan_row_held_here_does_not_leak_into_rows_held_elsewhere() -> None:
     weight = torch.full((2, WIDTH), torch.nan)
-    assert not embedding(weight, torch.tensor([5, 9]), offset=2).any()
+    assert not embedding(weight, torch.tensor([5, 9]), num_rows=10, offset=2).any()
 
 
 @pytest.mark.parametrize("padding", [-1, 0, 4, 11])
