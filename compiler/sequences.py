@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from meshwright.compiler.draft import Region
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.ir import INPUT, Graph, Node, TensorType
-from meshwright.compiler.layout import Layout, cut, dim_axes
+from meshwright.compiler.layout import Dim, Layout, cut, dim_axes
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.regroup import reshape
 from meshwright.compiler.reshard import Step
@@ -55,8 +55,28 @@ class Sequences:
         dims = {each.split_dim(a) for each in (step.source, step.target) for a in step.axes}
         for (batch, length), axes in self._axes.items():
             apart = _sequence_dims(shape, length) if shape[:1] == (batch,) else set()
-            flat = {0} if shape and shape[0] == batch * length else set()
-            if set(step.axes) <= set(axes) and dims & (apart | flat):
+            if not set(step.axes) <= set(axes):
+                continue
+            split = step.source if set(step.axes) <= set(step.source.split_axes) else step.target
+            moved = (split.dims[i] for i in dims if i is not None)
+            if dims & apart or any(self._is_flat(dim, batch, length, axes) for dim in moved):
+                return True
+        return False
+
+    def _is_flat(self, dim: Dim, batch: int, length: int, axes: tuple[str, ...]) -> bool:
+        """Whether a dim is batch and sequence in one, the sequence split over `axes`; each token
+        may be there several times, for its experts."""
+        layout, tokens = Layout((dim,)), batch * length
+        (size,) = layout.shape
+        if not tokens or size % tokens:
+            return False
+        count = size // tokens
+        for place, shape in ((1, (batch, length, count)), (2, (count, batch, length))):
+            try:
+                found = reshape(layout, shape, self.mesh)
+            except LayoutError:
+                continue
+            if any(axis in dim_axes(found.dims[place]) for axis in axes):
                 return True
         return False
 

@@ -95,6 +95,11 @@ def _repeat(rewriter: Rewriter) -> Node | None:
     return rewriter.call(aten.view.default, x, result)
 
 
+@rewrites(aten.concat.default, aten.concatenate.default)
+def _cat(rewriter: Rewriter) -> Node:
+    return rewriter.call(aten.cat.default, *rewriter.args, **rewriter.kwargs)
+
+
 @rewrites(aten.pad.default)
 def _pad(rewriter: Rewriter) -> Node | None:
     if rewriter.option(2, "mode", "constant") != "constant":

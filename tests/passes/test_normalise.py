@@ -57,6 +57,7 @@ class Any(nn.Module):
         lambda h: h[torch.arange(4), torch.arange(6)[:, None]].cumsum(0).mean(),
         lambda h: (h[torch.arange(3, -1, -1)[:, None], torch.arange(6)] * h).square().mean(),
         lambda h: F.dropout(h, 0.0).sum(),
+        lambda h: torch.concat((h, h * 2), dim=-1).square().mean(),
     ],
 )
 def test_what_replaces_an_operator_trains_as_it_does(body: object) -> None:

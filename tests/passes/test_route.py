@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from meshwright.passes import route
 from tests.equivalence import check_equal, implicit_gathers
-from tests.models import rows
+from tests.models import real, rows
 from tests.passes import examples
 from tests.passes.examples import Routed, grouped_mm
 from tests.passes.stages import check_documented, shown, stages
@@ -157,6 +157,44 @@ def test_routing_stays_within_a_shard_however_it_is_written(body: Body, ranks: i
     program = check_equal(Experts(body), lambda: rows(12), plan)
     assert implicit_gathers(program) == []
     assert program.comm().counts() == {"all_reduce[dp]": 2}
+
+
+class Layer(nn.Module):
+    """Sequences whose tokens are routed, and added to what is routed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.experts = nn.LayerNorm(16), Routed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.experts.routed(self.norm(x).flatten(0, 1)).view(x.shape)
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+SPLIT_EXPERTS = """
+shard layers.*.experts.up [e, d, f@tp]
+shard layers.*.experts.down [e, f@tp, d]
+shard layers.*.experts.scale [f@tp]
+"""
+
+
+@pytest.mark.parametrize("experts", ["", SPLIT_EXPERTS])
+def test_tokens_of_split_sequences_are_routed_where_they_are(experts: str) -> None:
+    plan = "mesh dp=2, tp=2\ndata x over dp\nsequence layers.* over tp\n" + experts
+    program = check_equal(Layers(), lambda: (real(4, 6, 16),), plan)
+    assert implicit_gathers(program) == []
+    gathers = {kind for kind in program.comm().counts() if "gather" in kind}
+    assert gathers == ({"all_gather[tp]"} if experts else set())
 
 
 def other_groups(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
