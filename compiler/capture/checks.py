@@ -15,7 +15,16 @@ import linecache
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from types import FrameType
+
+import torch
+
+from meshwright.compiler.capture import outputs
+
+_TORCH = str(Path(torch.__file__).parent)
+_CALLER = outputs.__file__
+"""The file that calls the model: what is further out is not the forward's."""
 
 Span = tuple[int, int, int, int]
 """First line and column, last line and column."""
@@ -31,7 +40,12 @@ class Check:
 
 
 def check_at(frame: FrameType) -> Check | None:
-    """The check that the expression which `frame` is evaluating belongs to, if any."""
+    """The check that the expression which `frame` is evaluating belongs to, if any.
+
+    There is none where an `except` of the forward could catch what it raises.
+    """
+    if _is_caught(frame):
+        return None
     *_, step = (s for s in dis.get_instructions(frame.f_code) if s.offset <= frame.f_lasti)
     span = _span(step)
     if span is None:
@@ -72,12 +86,34 @@ def _span(step: dis.Instruction) -> Span | None:
 
 @lru_cache(maxsize=256)
 def _tests(filename: str) -> tuple[_Test, ...]:
-    """The checks of a file; none where its source cannot be read."""
+    """The checks of a file."""
+    return tuple(_found(_tree(filename)))
+
+
+def _is_caught(frame: FrameType | None) -> bool:
+    """Whether a `try` with handlers is open here or in a caller, up to the model's own call."""
+    while frame is not None and frame.f_code.co_filename != _CALLER:
+        file, line = frame.f_code.co_filename, frame.f_lineno
+        if not file.startswith(_TORCH) and any(a <= line <= b for a, b in _tries(file)):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@lru_cache(maxsize=256)
+def _tries(filename: str) -> tuple[tuple[int, int], ...]:
+    """The lines of a file from which an exception may be caught."""
+    found = [node for node in ast.walk(_tree(filename)) if isinstance(node, ast.Try)]
+    return tuple((t.lineno, t.handlers[0].lineno - 1) for t in found if t.handlers)
+
+
+@lru_cache(maxsize=256)
+def _tree(filename: str) -> ast.Module:
+    """A file's source; nothing where it cannot be read."""
     try:
-        tree = ast.parse("".join(linecache.getlines(filename)))
+        return ast.parse("".join(linecache.getlines(filename)))
     except (SyntaxError, ValueError):
-        return ()
-    return tuple(_found(tree))
+        return ast.Module([], [])
 
 
 def _found(tree: ast.AST) -> Iterator[_Test]:

@@ -73,7 +73,9 @@ def _exit_autocast(self: Any, *error: object) -> None: ...
 
 def _data(tensor: Tensor) -> Tensor:
     if is_user(sys._getframe(1).f_code.co_filename):
-        return tensor.detach()
+        # The alias says that autograd does not see what is written here.
+        alias: Tensor = torch.ops.aten.alias.default(tensor)
+        return alias.detach()
     return _ORIGINAL_DATA.__get__(tensor)  # type: ignore[no-any-return]  # a C descriptor
 
 

@@ -70,7 +70,7 @@ class Snapshot:
         if isinstance(value, _CONTAINERS):
             self._kept[id(value)] = value, _items(value)
             if len(value) <= _LARGEST:
-                yield from dict.values(value) if isinstance(value, dict) else value
+                yield from dict.values(value) if isinstance(value, dict) else _items(value)
         elif isinstance(value, tuple):
             yield from value if len(value) <= _LARGEST else ()
         elif isinstance(value, CellType):
@@ -138,7 +138,14 @@ def _our_globals() -> Iterator[dict[str, Any]]:
 def _items(value: Any) -> list[Any]:
     if isinstance(value, OrderedDict):
         return list(OrderedDict.items(value))
-    return list(dict.items(value)) if isinstance(value, dict) else list(value)
+    if isinstance(value, dict):
+        return list(dict.items(value))
+    return list(_kind(value).__iter__(value))
+
+
+def _kind(value: Any) -> Any:
+    """The container that a value is at bottom: a subclass may forbid what is done here."""
+    return next(kind for kind in (list, set, deque) if isinstance(value, kind))
 
 
 def _same(held: Any, before: Any) -> bool:
@@ -162,7 +169,7 @@ def _refill(held: Any, before: Any) -> None:
         for key, value in before:
             kind.__setitem__(held, key, value)
     else:
-        kind = next(kind for kind in (list, set, deque) if isinstance(held, kind))
+        kind = _kind(held)
         kind.clear(held)
         (kind.update if kind is set else kind.extend)(held, before)
 

@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from meshwright.compiler.capture.checks import check_at
 from meshwright.compiler.capture.modes import replaced
-from meshwright.compiler.capture.origin import is_user
+from meshwright.compiler.capture.origin import current_line, is_user
+from meshwright.compiler.errors import CaptureError
 
 _SAID: set[tuple[str, int, str]] = set()
 """What has been warned of, by file and line."""
@@ -65,6 +66,8 @@ def values_in_python(once: OnlyOnce, known: Sequence[Tensor] = ()) -> Iterator[N
         for name in ("item", "tolist", "__float__", "__int__", "__index__"):
             stack.enter_context(replaced(Tensor, name, _number(name, once)))
         stack.enter_context(replaced(Tensor, "__getitem__", _getitem))
+        stack.enter_context(replaced(Tensor, "__format__", _format(once)))
+        stack.enter_context(replaced(Tensor, "data_ptr", _data_ptr))
         stack.enter_context(replaced(builtins, "print", _print(once)))
         yield
 
@@ -156,6 +159,30 @@ def _print(once: OnlyOnce) -> Callable[..., None]:
     return say
 
 
+def _format(once: OnlyOnce) -> Callable[[Tensor, str], str]:
+    original: Any = Tensor.__format__
+
+    def spell(self: Tensor, format: str) -> str:
+        if not isinstance(self, FakeTensor):
+            return str(original(self, format))
+        once.note("formatting a tensor", sys._getframe(1))
+        return f"<{str(self.dtype).removeprefix('torch.')}{list(self.shape)}>"
+
+    return spell
+
+
+def _data_ptr(self: Tensor) -> int:
+    if isinstance(self, FakeTensor) and is_user(sys._getframe(1).f_code.co_filename):
+        raise CaptureError(
+            "the forward asks where a tensor lies in memory",
+            code="memory",
+            culprit=current_line(),
+            help="compare tensors with `is`, or their values",
+        )
+    found: int = _DATA_PTR(self)
+    return found
+
+
 def _is_mask(value: Any) -> bool:
     return (
         isinstance(value, Tensor)
@@ -179,4 +206,5 @@ def _is_constant(value: Any) -> bool:
     return True
 
 
+_DATA_PTR: Any = Tensor.data_ptr
 _GETITEM = Tensor.__getitem__

@@ -158,13 +158,21 @@ class Written:
             hidden |= not own_root and root in passing and root in self.history.held[write]
         else:
             hidden = write in self.stopped and own in passing and own in self.history.held[write]
-        if hidden:
+        if hidden or self._changes_what_was_saved(own, operand):
             raise CaptureError(
                 f"`{write.target}` changes a value that needs a gradient where autograd cannot see",
                 code="hidden write",
                 culprit=origin_of(write).source,
                 help="compute a new tensor instead of writing in place",
             )
+
+    def _changes_what_was_saved(self, own: fx.Node, operand: fx.Node) -> bool:
+        """Whether a backward would read what is written here through `.data`, unknown to it."""
+        source = own.args[0] if own.target is _DETACH else None
+        if not isinstance(source, fx.Node) or source.target is not torch.ops.aten.alias.default:
+            return False
+        families = self.history.families
+        return any(families[u[1]] is not own and self._passes(u) for u in self._uses(operand))
 
 
 def is_floating(node: fx.Node) -> bool:

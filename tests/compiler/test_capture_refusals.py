@@ -72,6 +72,24 @@ def hidden_write(model: Model, h: Tensor) -> Tensor:
     return h
 
 
+def late_data_write(model: Model, h: Tensor) -> Tensor:
+    squares = h * h
+    h.data[0] = 0.0
+    return squares
+
+
+def caught(model: Model, h: Tensor) -> Tensor:
+    try:
+        assert h.max() > 0
+    except AssertionError:
+        return -h
+    return h
+
+
+def address(model: Model, h: Tensor) -> Tensor:
+    return h * h.data_ptr()
+
+
 def data_write(model: Model, h: Tensor) -> Tensor:
     h.data = torch.zeros(2, 4)
     return h
@@ -143,7 +161,8 @@ CASES = {
     **{
         function.__name__.replace("_", " "): function
         for function in (
-            hook, branch, item, select, expert_rows, numpy, hidden_write, data_write,
+            hook, branch, item, select, expert_rows, numpy, hidden_write, late_data_write,
+            caught, address, data_write,
             clamped_weight, autocast, gradient, assigned, written, ctc, vmap, mixed_branch, wrong,
             compared, sized_by_values, sparse,
         )

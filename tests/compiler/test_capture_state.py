@@ -38,6 +38,7 @@ class Busy(nn.Module):
         self.log: list[Tensor] = []
         self.cache: dict[str, Any] = {"inner": {"list": [1]}}
         self.recent: collections.deque[Tensor] = collections.deque(maxlen=3)
+        self.stubborn = Stubborn([1])
         self.ordered = collections.OrderedDict(x=1, y=2)
 
     def forward(self, x: Tensor, memo: dict[str, Tensor] = {}) -> Tensor:  # noqa: B006
@@ -50,6 +51,7 @@ class Busy(nn.Module):
         self.cache["inner"]["list"].append(x)
         self.settings.items.add(random.random())
         self.log.append(x)
+        self.stubborn.append(2)
         self.recent.append(x)
         self.ordered.move_to_end("x")
         self.drop.eval()
@@ -58,6 +60,11 @@ class Busy(nn.Module):
         self.a.register_forward_hook(lambda module, args, output: TABLE.update(output=output))
         inner, self.a.forward = self.a.forward, lambda x: inner(x) * 1  # type: ignore[method-assign]
         return (self.a(x) * positions(4)).sum()
+
+
+class Stubborn(list[int]):
+    def clear(self) -> None:
+        raise TypeError("not to be cleared")
 
 
 class Settings:
@@ -74,6 +81,7 @@ def test_a_forward_that_changes_everything_leaves_nothing_behind() -> None:
     assert (COUNT, CALLS.get(), TABLE, Busy.made, Busy.seen) == (0, 0, {}, 0, ())
     assert (model.log, model.cache, list(model.recent)) == ([], {"inner": {"list": [1]}}, [])
     assert vars(model.settings) == {"items": set()}
+    assert len(model.stubborn) == 1
     assert list(model.ordered) == ["x", "y"]
     assert Busy.forward.__defaults__ == ({},)
     assert (model.drop.training, model.drop.p, dict(model.a._forward_hooks)) == (True, 0.0, {})
