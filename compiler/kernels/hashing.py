@@ -116,17 +116,17 @@ def _xor_shift(bits: Tensor, places: int, scratch: Tensor) -> None:
 
 
 def tables_of(index: RandomIndex, shape: tuple[int, ...], device: torch.device) -> Tables:
-    if all(isinstance(coords, int) for coords in index.coords):
-        starts = tuple(int(coords) for coords in index.coords)
-        return _cached_tables(index.shape, starts, tuple(shape), device)
-    return _make_tables(index.shape, index.coords, shape, device)
+    """The tables of a local tensor; kept where its positions are consecutive."""
+    if any(isinstance(coords, Tensor) for coords in index.coords):
+        return _make_tables(index.shape, index.coords, shape, device)
+    return _cached_tables(index.shape, index.coords, shape, device)
 
 
 @lru_cache(maxsize=256)
 def _cached_tables(
-    whole: tuple[int, ...], starts: tuple[int, ...], shape: tuple[int, ...], device: torch.device
+    whole: tuple[int, ...], coords: tuple[Coords, ...], shape: tuple[int, ...], device: torch.device
 ) -> Tables:
-    return _make_tables(whole, starts, shape, device)
+    return _make_tables(whole, coords, shape, device)
 
 
 def _make_tables(
