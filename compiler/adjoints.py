@@ -200,8 +200,13 @@ def _dirichlet(context: VjpContext) -> Cotangents:
 def _copy(context: VjpContext) -> Cotangents:
     """What is written over has a gradient of zeros; autograd writes down only `copy_`."""
     over, value = context.operands
+    zeros = context.call(aten.zeros_like.default, over) if over.requires_grad else None
+    if not value.requires_grad:
+        return zeros, None
     grad = context.call(aten._to_copy.default, context.grad, dtype=value.tensor.dtype)
-    return (
-        context.call(aten.zeros_like.default, over),
-        context.call(aten.sum_to_size.default, grad, value.tensor.shape),
-    )
+    shape, given = grad.tensor.shape, value.tensor.shape
+    lead = len(shape) - len(given)
+    spread = [i for i, size in enumerate(shape) if i < lead or given[i - lead] != size]
+    if spread:
+        grad = context.call(aten.sum.dim_IntList, grad, spread, True)
+    return zeros, context.call(aten.view.default, grad, given)

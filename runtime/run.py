@@ -77,7 +77,7 @@ class Run:
     ) -> None:
         """Hold the shards of the model's weights, or of `state_dict`, and link the code.
 
-        All ranks start from the weights and the `seed` of rank 0; `seed` keys dropout.
+        All ranks start from the weights and the `seed` of rank 0; `seed` keys random numbers.
         `new_shapes="compile"` lets `step` compile for input signatures other than the example's.
         With `check_inputs`, processes compare what they were given: in the first call, in calls 2,
         4, 8 and so on, and then in every 100th (or as the number given says), with the verdict at

@@ -191,7 +191,50 @@ def test_a_padded_sequence_draws_the_same_numbers() -> None:
     check_same(Padded(), {"sequence": plan.replace("block", "block.up")})
 
 
+class Heads(nn.Module):
+    """Random operators on the segments and heads of a split projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(6, 36), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.qkv(x.view(2, 4, 6))
+        h = F.dropout(h + 0.1 * torch.randn_like(h), 0.2, inplace=True)
+        q, k, v = h.view(2, 4, 3, 6, 2).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=0.2)
+        mixed = mixed * torch.rand_like(mixed)
+        return self.proj(mixed.transpose(1, 2).flatten(2)).square().mean()
+
+
+def test_heads_draw_the_same_numbers() -> None:
+    split = "columns qkv over tp as (3 heads hd)\nrows proj over tp\nlet heads = 6\n"
+    check_same(Heads(), {"3": "mesh tp=3\n" + split, "6": "mesh tp=6\n" + split})
+
+
+class Classes(nn.Module):
+    """Random operators on scores of a vocabulary that is split and padded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.head = nn.Embedding(11, 6), nn.Linear(6, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x[:, 0] * 100).long() % 11
+        scores = self.head(F.dropout(self.wte(tokens), 0.2))
+        noisy = scores + 0.1 * torch.randn(8, 11, dtype=x.dtype)
+        picked = scores.gather(1, torch.multinomial(scores.softmax(-1), 1)).mean()
+        return (
+            F.cross_entropy(noisy, tokens) + F.gumbel_softmax(scores, 2.0).amax(1).mean() + picked
+        )
+
+
+def test_a_padded_vocabulary_draws_the_same_numbers() -> None:
+    check_same(Classes(), {"vocab": "mesh tp=2\nvocab wte, head over tp\n"})
+
+
 ELEMENTWISE = [MADE["rand"], torch.randn_like, *list(FILLED.values())[:8]]
+ELEMENTWISE += [CHOSEN[name] for name in ("bernoulli", "normal", "poisson", "standard_gamma")]
 ELEMENTWISE.append(lambda h: F.dropout2d(h[..., None, None], 0.3))
 
 
