@@ -66,6 +66,12 @@ def format_dim(dim: Dim) -> str:
     return segments[0] if len(segments) == 1 else f"({' | '.join(segments)})"
 
 
+def spelled_dim(dim: Dim) -> str:
+    """As a plan writes it: `(3 128@tp)`, or `(64@tp | 32@tp)` for a concatenation."""
+    segments = [" ".join(str(factor) for factor in segment) or "1" for segment in dim]
+    return f"({' | '.join(segments)})"
+
+
 def local_size(dim: Dim, mesh: Mesh) -> int:
     """What each rank holds of a dim. Raises LayoutError if a factor does not divide."""
     return sum(math.prod(_local_factor(factor, mesh) for factor in segment) for segment in dim)

@@ -14,7 +14,15 @@ from typing import NamedTuple, NoReturn
 
 from meshwright.compiler.cuts import Cut, Cuts, Part, Parts, dim_of, is_chain, ordered, parts_of
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.factors import Dim, Factor, format_dim, whole
+from meshwright.compiler.factors import (
+    Dim,
+    Factor,
+    Segment,
+    dim_axes,
+    format_dim,
+    spelled_dim,
+    whole,
+)
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.mesh import Mesh
 
@@ -52,6 +60,21 @@ def reshape(layout: Layout, new_shape: tuple[int, ...], mesh: Mesh) -> Layout:
             help="leave the tensor whole",
         )
     return _Reshape(layout, new_shape, mesh).result()
+
+
+def factors_for(layout: Layout, new_shape: tuple[int, ...], mesh: Mesh) -> str | None:
+    """A split dim of `layout`, as a plan would write it, with which the view does not cut through a
+    split; None where the view can be taken, or no such dim is known."""
+    try:
+        reshape(layout, new_shape, mesh)
+    except LayoutError:
+        pass
+    else:
+        return None
+    found = _Reshape(layout, new_shape, mesh)
+    dim = next(i for i, each in enumerate(layout.dims) if dim_axes(each))
+    factors = found.factors(dim)
+    return None if factors is None else spelled_dim((factors,))
 
 
 class _Reshape:
@@ -141,14 +164,21 @@ class _Reshape:
         return tuple(new.size for new in near)
 
     def _help(self, dim: int) -> str:
-        """What to write instead: the axes on the first of the new factors that they divide."""
+        """What to write instead."""
+        factors = self.factors(dim)
+        if factors is None:
+            axes = (f"`{cut.axis}`" for cut in _cuts(parts_of(self.layout.dims[dim], self.mesh)))
+            return f"leave the dim whole over {', '.join(axes)}"
+        return f"write the dim as `{format_dim((factors,))}`"
+
+    def factors(self, dim: int) -> Segment | None:
+        """An old dim as the new ones it becomes, the axes on the first that they divide."""
         axes = tuple(cut.axis for cut in _cuts(parts_of(self.layout.dims[dim], self.mesh)))
         ranks, pieces = self.mesh.size(axes), self._pieces(dim)
         place = next((i for i, size in enumerate(pieces) if size % ranks == 0), None)
         if place is None or math.prod(pieces) != self.old[dim].size:
-            return f"leave the dim whole over {', '.join(f'`{axis}`' for axis in axes)}"
-        factors = [Factor(size, axes if i == place else ()) for i, size in enumerate(pieces)]
-        return f"write the dim as `{format_dim((tuple(factors),))}`"
+            return None
+        return tuple(Factor(size, axes if i == place else ()) for i, size in enumerate(pieces))
 
 
 def _spans(shape: tuple[int, ...]) -> list[_Span]:

@@ -14,9 +14,12 @@ from meshwright.compiler.collectives import COLLECTIVES
 from meshwright.compiler.draft import Draft
 from meshwright.compiler.emit import Movement
 from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.factors import Factor, concatenation, dim_axes, spelled_dim
 from meshwright.compiler.ir import MeshOp
+from meshwright.compiler.regroup import factors_for
 from meshwright.compiler.reshard import cost
 from meshwright.compiler.rules.lookup import has_rule
+from meshwright.compiler.rules.views import RESHAPES
 from meshwright.compiler.targets import modules_of
 from meshwright.compiler.text import op_text
 from meshwright.dsl.resolve import selectors_of
@@ -44,8 +47,39 @@ def check_replication(draft: Draft) -> None:
         "for",
         code="implicit-gather",
         culprit=f"{where.source}; {_many(len(implicit))} {total} bytes a step",
-        help=f"write `allow replicate {_targets(implicit)}`, or lay the value out with `shard`",
+        help=_help(worst, implicit, draft),
     )
+
+
+def _help(worst: Movement, implicit: Sequence[Movement], draft: Draft) -> str:
+    allow = f"write `allow replicate {_targets(implicit)}`"
+    dim = _composite(worst, draft)
+    if dim is None:
+        return f"{allow}, or lay the value out with `shard`"
+    return f"lay out the dim as `{dim}` with `shard` or `columns ... as`, or {allow}"
+
+
+def _composite(worst: Movement, draft: Draft) -> str | None:
+    """The split dim as factors or segments that the operator can take apart, if there are such."""
+    name, layout = worst.node.name, worst.step.source
+    dims = [dim for dim in layout.dims if dim_axes(dim)]
+    users = [
+        node
+        for node in draft.graph.nodes
+        if node.op == worst.user and any(n.name == name for n in node.operands())
+    ]
+    if len(dims) != 1 or len(dims[0]) != 1 or len(dims[0][0]) != 1 or not users:
+        return None
+    types = users[0].type if isinstance(users[0].type, tuple) else (users[0].type,)
+    shapes = [type.shape for type in types if type is not None]
+    if worst.user in RESHAPES:
+        return factors_for(layout, shapes[0], draft.mesh)
+    axes, at = dim_axes(dims[0]), layout.dims.index(dims[0])
+    sizes = [shape[at] for shape in shapes if len(shape) == len(layout.dims)]
+    segments = len(sizes) > 1 and sum(sizes) == layout.shape[at]
+    if not segments or any(size % draft.mesh.size(axes) for size in sizes):
+        return None
+    return spelled_dim(concatenation(*((Factor(size, axes),) for size in sizes)))
 
 
 def _targets(movements: Sequence[Movement]) -> str:

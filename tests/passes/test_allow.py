@@ -124,3 +124,31 @@ def test_the_help_allows_all_layers_at_once(monkeypatch: pytest.MonkeyPatch) -> 
     plan = meshwright.Plan.parse(f"{plan}{statement}\n")
     program = meshwright.compile(Ladder(), plan, example=(torch.randn(8, 16),))
     assert program.comm().counts()["all_gather[tp]"] == 3
+
+
+class Fused(nn.Module):
+    """Queries, keys and values of four heads of four from one linear, taken apart in two ways."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.qkv, self.view = nn.Linear(8, 48), view
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.qkv(x)
+        q, k, v = y.unflatten(-1, (3, 4, 4)).unbind(-3) if self.view else y.split([16, 16, 16], -1)
+        return (q * k.tanh() * v.sigmoid()).square().mean()
+
+
+@pytest.mark.parametrize("view", [True, False])
+def test_the_help_names_the_factors_that_a_fused_dim_is_made_of(
+    view: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0")
+    plan = meshwright.Plan.parse("mesh tp=2\ncolumns qkv over tp\n")
+    with pytest.raises(LayoutError) as caught:
+        meshwright.compile(Fused(view), plan, example=(torch.zeros(2, 8),))
+    dim = "(3 4@tp 4)" if view else "(16@tp | 16@tp | 16@tp)"
+    assert f"help: lay out the dim as `{dim}` with `shard`" in str(caught.value)
+    followed = f"mesh tp=2\nshard qkv.weight [{dim}, d]\nshard qkv.bias [{dim}]\n"
+    program = check_equal(Fused(view), lambda: (real(2, 8),), followed, steps=1)
+    assert implicit_gathers(program) == []
