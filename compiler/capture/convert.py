@@ -18,6 +18,7 @@ from meshwright.compiler.capture.aliases import NamedTensors
 from meshwright.compiler.capture.inputs import InputSpec, type_of
 from meshwright.compiler.capture.origin import origin_of
 from meshwright.compiler.capture.simplify import simplify
+from meshwright.compiler.capture.values import picked_by_a_mask
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.ir import GETITEM, INPUT, Builder, Graph, Node, NodeType, TensorType
 from meshwright.compiler.mesh import Mesh
@@ -217,6 +218,8 @@ def _refuse_dynamic(node: fx.Node) -> NoReturn:
             culprit=origin_of(node).source,
             help="write it out: operators that take a batch, and the derivative as a formula",
         )
+    if node.target in (_aten.index.Tensor, _aten.masked_select.default):
+        raise picked_by_a_mask(origin_of(node).source)
     raise CaptureError(
         f"`{node.target}` turns the values of a tensor into a size or a number",
         code="data dependent",

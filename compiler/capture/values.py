@@ -141,6 +141,17 @@ def _getitem(self: Tensor, index: Any) -> Any:
     return _GETITEM(self, index)
 
 
+def picked_by_a_mask(line: str) -> CaptureError:
+    """What to say of a lookup under a mask whose values only a step has."""
+    return CaptureError(
+        "`x[mask]` is as long as the mask has true elements",
+        code="data dependent",
+        culprit=line,
+        help="use `torch.where(mask, x, 0)`; make a mask that never changes in `__init__`, as a "
+        "plain attribute, not a buffer",
+    )
+
+
 def _places(place: Any) -> tuple[Any, ...]:
     """The indices of what a known mask picks, a tensor a dim; any other index as it is."""
     if not _is_mask(place):
