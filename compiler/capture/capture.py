@@ -121,7 +121,8 @@ def _export(
 ) -> tuple[ExportedProgram, tuple[str, ...]]:
     """The functional exported program and the labels of what it returns."""
     labels: list[tuple[str, ...]] = []
-    wrapper = Wrapper(model, spec.unflatten, loss, outputs, mode, labels.append)
+    record, changed = labels.append, once.note_changed
+    wrapper = Wrapper(model, spec.unflatten, loss, outputs, mode, record, changed)
     known = [value for value in spec.constants.values() if isinstance(value, Tensor)]
     fakes = Fakes()
     tensors = tuple(fakes.like(t) for t in spec.flatten(*example))

@@ -19,7 +19,8 @@ Loss: TypeAlias = "str | Callable[[Any], Tensor] | None"
 class Wrapper(nn.Module):
     """Calls the model on flat tensors and returns flat tensors, so that caches stop nothing.
 
-    `record` is told the labels of what comes out, in order; export puts attributes back.
+    `record` is told the labels of what comes out, in order, and `changed` of each number that a
+    module keeps in Python and that the forward changed; export puts attributes back.
     """
 
     def __init__(
@@ -30,11 +31,12 @@ class Wrapper(nn.Module):
         outputs: tuple[str, ...],
         mode: Mode,
         record: Callable[[tuple[str, ...]], None],
+        changed: Callable[[nn.Module, str], None],
     ) -> None:
         super().__init__()
         self.model = model
         self.call, self.loss, self.outputs, self.mode = call, loss, outputs, mode
-        self.record = record
+        self.record, self.changed = record, changed
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.call(tensors)
@@ -42,6 +44,8 @@ class Wrapper(nn.Module):
         with draws_noticed():
             output = self.model(*args, **kwargs)
         found = dict(self.select(output))
+        for module, name in before.changed_numbers():
+            self.changed(module, name)
         found |= {f"buffer:{name}": tensor for name, tensor in before.assigned()}
         self.record(tuple(found))
         return tuple(found.values())

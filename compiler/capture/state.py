@@ -23,6 +23,14 @@ class StateBefore:
         self.buffers = dict(model.named_buffers(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.attributes = dict(_tensor_attributes(model))
+        self.numbers = list(_numbers(model))
+
+    def changed_numbers(self) -> Iterator[tuple[nn.Module, str]]:
+        """What modules count or measure in Python, and have now counted."""
+        for module, name, value in self.numbers:
+            now = vars(module).get(name, value)
+            if now is not value and now != value:
+                yield module, name
 
     def assigned(self) -> Iterator[tuple[str, Tensor]]:
         """The buffers that were assigned since, by name; export itself would lose them.
@@ -70,6 +78,13 @@ def _generators() -> list[tuple[Callable[[Any], Any], Any]]:
     if numpy is not None:
         found.append((numpy.random.set_state, numpy.random.get_state()))
     return found
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) in (int, float):
+                yield module, name, value
 
 
 def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -42,16 +42,26 @@ class OnlyOnce:
         while frame is not None and not is_user(frame.f_code.co_filename):
             frame = frame.f_back
         if frame is not None:
-            self._found[frame.f_code.co_filename, frame.f_lineno, what] = None
-
-    def warn(self) -> None:
-        """Give one warning a line, at that line, in all captures."""
-        for file, line, what in [each for each in self._found if each not in _SAID]:
-            _SAID.add((file, line, what))
             text = (
                 f"{what} in a forward runs once, while the model is captured, and not in a step: "
                 "to see a value in every step, name it in `outputs`"
             )
+            self._found[frame.f_code.co_filename, frame.f_lineno, text] = None
+
+    def note_changed(self, module: nn.Module, name: str) -> None:
+        """Remember that a module's forward changed a number that it holds."""
+        code = getattr(type(module).forward, "__code__", None)
+        if code is not None:
+            text = (
+                f"the forward of `{type(module).__name__}` changes `{name}`, a number, which a "
+                "step does not: make it a buffer"
+            )
+            self._found[code.co_filename, code.co_firstlineno, text] = None
+
+    def warn(self) -> None:
+        """Give one warning a line, at that line, in all captures."""
+        for file, line, text in [each for each in self._found if each not in _SAID]:
+            _SAID.add((file, line, text))
             warnings.warn_explicit(text, UserWarning, file, line)
 
 

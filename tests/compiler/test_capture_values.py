@@ -21,7 +21,7 @@ DATA = "mesh dp=2\ndata x over dp\n"
 PLAN = meshwright.Plan.parse(DATA)
 
 
-SAID = ["`print`", "`item`", "formatting"]
+SAID = ["`print`", "`item`", "formatting", "the"]
 
 
 class Values(nn.Module):
@@ -31,7 +31,7 @@ class Values(nn.Module):
         self.norm = nn.BatchNorm1d(4, momentum=None, affine=False).double()
         self.mask = torch.tensor([True, False, True, True])
         self.seen: list[float] = []
-        self.text = ""
+        self.text, self.calls = "", 0
 
     def forward(self, x: Tensor) -> Tensor:
         return self.then(self, self.a(x)).sum()
@@ -78,10 +78,11 @@ def test_what_runs_only_at_capture_is_said_once_a_line() -> None:
             print(row.shape)
             model.seen.append(row.sum().item())
             model.text = f"{row.sum():.3f}"
+        model.calls += 1
         return h
 
     model, x = Values(told), torch.randn(3, 4).double()
-    for given in (3, 0):
+    for given in (4, 0):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("default")
             capture(model, (x,), MESH)
