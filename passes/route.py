@@ -334,20 +334,48 @@ def _matrix(group: Node) -> Node:
 
 def _is_places(node: Node) -> bool:
     """Whether a vector is 0, 1, 2, ..."""
-    values = constant(node) if is_vector(node) else None
+    if not is_vector(node) or _is_range(node):
+        return is_vector(node)
+    values = constant(node)
     return values is not None and torch.equal(values, torch.arange(len(values), dtype=values.dtype))
+
+
+def _is_range(node: Node) -> bool:
+    """Whether a vector is made as 0, 1, 2, ...: the longest need not be worked out."""
+    if node.tensor.dtype not in (torch.int64, torch.int32) or node.op not in _RANGES:
+        return False
+    start, stop, step = {1: (0, *node.args, 1), 2: (*node.args, 1), 3: node.args}[len(node.args)]
+    return (start, stop, step) == (0, node.tensor.shape[0], 1)
 
 
 def _repetition(index: Node, size: int) -> tuple[int, int] | None:
     """For an index that takes all of `size` elements equally often: how often, and whether each is
     repeated in its place (1) or all are in turn (0)."""
-    values = constant(index)
-    if values is None or size == 0 or len(values) % size:
+    length = index.tensor.shape[0]
+    if size == 0 or length == 0 or length % size:
         return None
-    places, count = torch.arange(len(values)), len(values) // size
-    if torch.equal(values.long(), places // max(count, 1)):
+    count = length // size
+    if _is_range(index):
+        return (1, 1) if count == 1 else None
+    number = index.args[1] if len(index.args) > 1 and _is_range_of(index.args[0]) else None
+    if index.op == aten.floor_divide.default and number == count:
+        return count, 1
+    if index.op == aten.remainder.Scalar and number == size:
+        return count, 0
+    values = constant(index)
+    if values is None:
+        return None
+    places = torch.arange(length)
+    if torch.equal(values.long(), places // count):
         return count, 1
     return (count, 0) if torch.equal(values.long(), places % size) else None
+
+
+_RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
+
+
+def _is_range_of(value: Arg) -> bool:
+    return isinstance(value, Node) and is_vector(value) and _is_range(value)
 
 
 def _lookup_parts(node: Node) -> tuple[Node, int, Node] | None:

@@ -361,6 +361,7 @@ MORE_ROUTED: dict[str, Case] = {
     "mixtral sequence": (
         MIXTRAL, text, GRID + DATA + ATTENTION + EXPERTS + LLAMA_VOCAB + LLAMA_SEQUENCE
     ),
+    "gpt-oss": (GPT_OSS_MODEL, text, GRID + DATA + ATTENTION + GPT_OSS),
     "gpt-oss tensor": (GPT_OSS_MODEL, text, "mesh tp=2\n" + ATTENTION + GPT_OSS),
     "deepseek-v3": (deepseek, text, GRID + DATA + DEEPSEEK),
     "deepseek-v3 data": (deepseek, text, LINE + DATA),

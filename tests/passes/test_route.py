@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from meshwright.compiler import recognise
 from meshwright.passes import route
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import real, rows
@@ -279,6 +280,12 @@ def test_a_sort_whose_results_are_only_summed_is_left_out() -> None:
 
     program = check_equal(Experts(body), lambda: rows(12), SPLIT)
     assert implicit_gathers(program) == []
+
+
+def test_more_rows_than_are_worked_out_are_routed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recognise, "_LONGEST", 4)
+    found = stages(Routed(), examples.rows(), SPLIT)["route"]
+    assert not any("sort" in str(node.op) for node in found.nodes)
 
 
 def test_a_model_without_a_sort_is_as_it_was() -> None:
