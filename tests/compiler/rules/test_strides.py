@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from meshwright.compiler import codegen
 from meshwright.compiler.functions import FAST
 from meshwright.compiler.ir import MeshOp
 from tests.compiler.rules.brute import Sample
@@ -44,3 +45,28 @@ def test_an_operator_takes_operands_of_any_strides(sample: Sample) -> None:
             given = [*operands[:place], x, *operands[place + 1 :]]
             for ours, theirs in zip(_run(sample, given, spec), expected, strict=True):
                 torch.testing.assert_close(ours, theirs, equal_nan=True, msg=f"{place} {name}")
+
+
+def _f(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+BUCKETED = {
+    torch.ops.aten.mm.default: (_f(4, 3), _f(3, 5)),
+    torch.ops.aten.sum.dim_IntList: (_f(4, 3, 5), (0, 1)),
+    torch.ops.aten.add.Tensor: (_f(4, 3), _f(4, 3)),
+}
+
+
+@pytest.mark.parametrize("op", BUCKETED, ids=str)
+def test_a_gradient_written_into_its_bucket_takes_operands_of_any_strides(op: Any) -> None:
+    assert set(BUCKETED) == codegen._OUT
+    operands, function = BUCKETED[op], FAST[op][1]
+    expected = function(*operands)
+    bucket = torch.zeros(3 * expected.numel(), dtype=expected.dtype)
+    part = bucket.narrow(0, expected.numel(), expected.numel()).view(expected.shape)
+    for place, operand in enumerate(operands):
+        for name, x in strided(operand) if isinstance(operand, Tensor) else ():
+            function(*operands[:place], x, *operands[place + 1 :], out=part)
+            torch.testing.assert_close(part, expected, msg=f"{place} {name}")
+            assert bucket.count_nonzero() == expected.count_nonzero()
