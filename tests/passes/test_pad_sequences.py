@@ -74,13 +74,19 @@ def test_a_layer_sends_no_more_than_where_the_sequence_divides() -> None:
     assert sent[0] == sent[1]
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_padding_does_not_change_what_dropout_draws(flat: bool) -> None:
+RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
+    "dropout": lambda y: F.dropout(F.dropout(y, 0.5).transpose(0, 1), 0.25),
+    "dropout of rows": lambda y: F.dropout(y.flatten(0, 1), 0.5),
+    "noise": lambda y: y * torch.rand_like(y) + torch.randn(y.shape, dtype=y.dtype),
+    "choices": lambda y: y * torch.bernoulli(y.sigmoid().detach()),
+}
+
+
+@pytest.mark.parametrize("draw", RANDOM)
+def test_padding_does_not_change_the_random_numbers(draw: str) -> None:
     class Dropped(Blocks):
         def forward(self, x: Tensor) -> Tensor:
-            y = self.block(x)
-            rows = F.dropout(y.flatten(0, 1) if flat else y, 0.5)
-            return F.dropout(rows.view(y.shape).transpose(0, 1), 0.25).square().sum()
+            return RANDOM[draw](self.block(x)).square().sum()
 
     torch.manual_seed(0)
     model, batch = Dropped().double(), (real(4, 5, 16),)
