@@ -28,6 +28,7 @@ from meshwright.compiler.ir import (
     Builder,
     MeshOp,
     Node,
+    Op,
     TensorType,
     map_nodes,
 )
@@ -40,6 +41,11 @@ _ELEMENTWISE = {
     aten.neg.default, aten.clone.default, aten.gelu.default, aten.detach.default,
 }  # fmt: skip
 """Operators of one tensor (and numbers) that treat each entry alone."""
+
+_PAIRWISE: dict[Op, float] = {
+    aten.add.Tensor: 0.0, aten.sub.Tensor: 0.0, aten.mul.Tensor: 0.0, aten.div.Tensor: 1.0,
+}  # fmt: skip
+"""Operators of two tensors that treat each entry alone, and what pads the one that is not."""
 
 
 def pad(draft: Draft) -> Draft:
@@ -102,7 +108,33 @@ class _Padder:
         others = list(node.operands())[1:]
         if node.op in _ELEMENTWISE and not others:
             return self._same_dim(node, args)
+        if node.op in _PAIRWISE and len(others) == 1:
+            return self._pairwise(node, args)
         return None
+
+    def _pairwise(self, node: Node, args: tuple[Any, ...]) -> Node | None:
+        """Two operands padded in the same dim, or one that is and one that is brought there."""
+        first, second = args[:2]
+        depths = {len(x.tensor.shape) - self._pads(x) for x in (first, second) if x in self.padded}
+        if len(depths) > 1 or (node.op == aten.div.Tensor and second in self.padded):
+            return None
+        (depth,) = depths
+        wide = first if first in self.padded else second
+        rows, (_, size) = wide.tensor.shape[-depth], self.padded[wide]
+        pair = [self._brought(node, x, depth, size, rows) for x in (first, second)]
+        dim = len(node.tensor.shape) - depth
+        new = self._emit(node, (*pair, *args[2:]), _resized(node.tensor, dim, rows))
+        self.padded[new] = (dim, size)
+        return new
+
+    def _brought(self, node: Node, x: Node, depth: int, size: int, rows: int) -> Node:
+        """`x` with `rows` entries in the dim that is `depth` from the end, where it has `size`."""
+        shape = x.tensor.shape
+        if x in self.padded or depth > len(shape) or shape[-depth] != size:
+            return x
+        widths = [0, 0] * (depth - 1) + [0, rows - size]
+        padding = (x, widths, _PAIRWISE[node.op])
+        return self._call(node, aten.constant_pad_nd.default, padding, x.requires_grad)
 
     def _linear(self, node: Node, args: tuple[Any, ...]) -> Node | None:
         """Padded rows of the weight give padded features; the bias is padded too, or made so."""
@@ -176,13 +208,15 @@ class _Padder:
             name=node.name,
         )
 
-    def _call(self, node: Node, op: Any, args: tuple[Any, ...]) -> Node:
+    def _call(
+        self, node: Node, op: Any, args: tuple[Any, ...], requires_grad: bool | None = None
+    ) -> Node:
         return self.builder.emit(
             op,
             args,
             type=result_type(op, args, {}),
             origin=node.origin,
-            requires_grad=node.requires_grad,
+            requires_grad=node.requires_grad if requires_grad is None else requires_grad,
         )
 
 

@@ -320,7 +320,8 @@ SENSES: Section = {
     "swin": Architecture(
         "SwinForImageClassification",
         {"image_size": 64, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4),
-         "window_size": 4, "num_labels": 8}, large_images, NO_VOCABULARY,
+         "window_size": 4, "num_labels": 8}, large_images,
+        NO_VOCABULARY | {"sequence": "windows shift along the sequence"},
     ),
     "convnext": Architecture(
         "ConvNextForImageClassification",

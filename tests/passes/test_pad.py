@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import meshwright
 from meshwright.passes import pad
-from tests.equivalence import check_equal
+from tests.equivalence import check_equal, implicit_gathers
 from tests.passes.examples import Lm, labelled
 from tests.passes.stages import check_documented, shown, stages
 
@@ -72,3 +72,25 @@ def test_the_largest_logit_may_be_of_any_sign() -> None:
             return F.cross_entropy(self.head(self.wte(tokens)) - 100, targets)
 
     check_equal(Negative(13), lambda: labelled(13), "mesh tp=4\nvocab wte, head over tp\n")
+
+
+class Shifted(Lm):
+    """Logits with a bias of the model's own, as BART's, beside other operands of every kind."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__(vocab)
+        self.register_buffer("shift", torch.randn(1, vocab))
+        self.register_buffer("scale", torch.rand(vocab) + 1)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        h = self.wte(tokens)
+        logits = (self.head(h) + self.shift) / self.scale
+        logits = logits - logits.detach() * 0.5 + h.mean(-1, keepdim=True)
+        return F.cross_entropy(logits, targets)
+
+
+def test_logits_with_a_bias_or_a_scale_of_their_own_stay_split() -> None:
+    torch.manual_seed(0)
+    model = Shifted(13).double()
+    program = check_equal(model, lambda: labelled(13), "mesh tp=2\nvocab wte, head over tp\n")
+    assert implicit_gathers(program) == []
