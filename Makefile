@@ -44,6 +44,7 @@ wheel: $(READY)  ## dist/*.whl, from the sources alone
 bench: $(READY)  ## beside DTensor, DDP and hand-written code: see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.tensor_parallel
 	$(BIN)/python -m benchmarks.data_parallel
+	$(BIN)/python -m benchmarks.input_check
 	$(BIN)/python -m benchmarks.compile_time
 
 ci:

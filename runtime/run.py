@@ -26,7 +26,7 @@ from meshwright.runtime.optimizer import Groups, check_elementwise, grouped, mad
 from meshwright.runtime.optimizer_state import check_owner
 from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
-from meshwright.runtime.start import check_seed, executable_digest, same_start
+from meshwright.runtime.start import check_seed, executable_digest, same_start, same_values
 from meshwright.runtime.transport import (
     ProcessMesh,
     Transport,
@@ -359,18 +359,23 @@ class Run:
         return {alias: found[name] for alias, name in aliases.items() if name in found}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take over global tensors, as `state_dict` gives them.
+        """Take over global tensors, as `state_dict` gives them; all ranks those of rank 0.
 
         Raises `RunError` naming what is missing, unknown or of another shape.
         """
         check_state(self.program, shapes_of(state_dict, "the state"), "the state")
         check_values(self.program, state_dict, "the state")
-        for kind, stored in stored_tensors(self.program):
-            name = name_in(self.program, stored.name, state_dict)
-            if name is not None:
-                for state in self.states:
-                    local = state.local(state_dict[name], stored)
-                    state.tensors[kind, stored.name].copy_(local)
+        listed = [
+            (kind, stored)
+            for kind, stored in stored_tensors(self.program)
+            if name_in(self.program, stored.name, state_dict) is not None
+        ]
+        values = values_of(self.program, state_dict)
+        for state in self.states:
+            for kind, stored in listed:
+                state.tensors[kind, stored.name].copy_(state.local(values(stored), stored))
+        if isinstance(self.transport, ProcessMesh):
+            self._run([same_values(state, listed, values) for state in self.states])
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the trained values into `model`, an ordinary copy of the one compiled.

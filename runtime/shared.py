@@ -258,7 +258,7 @@ class SharedGroup:
                     rank=rank,
                     peers=(peer,),
                     where=(f"rank {rank}: {ours}", f"rank {peer}: {theirs}"),
-                    help="give every rank of a group its collectives in one order",
+                    help="call the same methods on every rank: none under `if rank == 0`",
                 )
 
     def _defer(self, operation: _Operation) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from meshwright.compiler.collectives import Wire
-from meshwright.compiler.program import Program
+from meshwright.compiler.program import Program, Stored
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState, Values
 from meshwright.runtime.weights import stored_tensors
@@ -39,7 +40,14 @@ def same_start(state: RankState, program: Program, values: Values) -> RankProgra
     every_axis = state.mesh.names
     seed = torch.tensor([state.random.seed], dtype=torch.int64, device=state.device)
     state.random.seed = int((yield Wire("broadcast", every_axis), seed))
-    listed = list(stored_tensors(program))
+    yield from same_values(state, list(stored_tensors(program)), values)
+
+
+def same_values(
+    state: RankState, listed: Sequence[tuple[str, Stored]], values: Values
+) -> RankProgram:
+    """Give every rank the values of rank 0 for these parameters and buffers, where they differ."""
+    every_axis = state.mesh.names
     if not listed:
         return
     sums = torch.stack([checksum(values(stored)).to(state.device) for _, stored in listed])

@@ -45,6 +45,14 @@ def test_data_parallel_peers_all_compute_the_same_losses(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_comparing_inputs_changes_no_loss(tmp_path: Path) -> None:
+    arguments = ("--size", "tiny", "--mesh", "dp=2")
+    result = run("benchmarks.input_check", tmp_path, *arguments)["tiny, dp=2"]
+    assert len(result["ratios"]) == 2
+    assert max(result["loss_difference"].values()) < 5e-6
+
+
+@pytest.mark.slow
 def test_compile_time_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     found = run("benchmarks.compile_time", tmp_path)
     assert found["dp=2, tp=2"]["ranks"] == 4

@@ -98,6 +98,17 @@ def drifted(run: mw.Run) -> None:
     run.check(optimizer, tolerance=0.1)
 
 
+def loaded(run: mw.Run) -> None:
+    """States of their own: every rank takes that of rank 0, also of what is split."""
+    torch.manual_seed(RANK)
+    run.load_state_dict(Model().state_dict())
+    run.check()
+    torch.manual_seed(0)
+    wanted = Model().state_dict()
+    same = all(torch.equal(wanted[name], value) for name, value in run.state_dict().items())
+    print("as rank 0 has it" if same else "mixed")
+
+
 def same_rows(run: mw.Run) -> None:
     """Nothing is wrong with the sums, but half of the batch is another half's copy."""
     with warnings.catch_warnings(record=True) as caught:
@@ -128,7 +139,7 @@ def main() -> None:
         *((case, "tensor", True) for case in (evaluated_apart, later, at_the_end, saved, drifted)),
         *((at_the_interval, "tensor", interval) for interval in (3, 4)),
         *((shuffled, "data", 1), (same_rows, "data", True), (right, "data", 2)),
-        *((right, "tensor", 2), (unchecked, "tensor", False)),
+        *((right, "tensor", 2), (unchecked, "tensor", False), (loaded, "tensor", True)),
     ]
     for case, program, check_inputs in cases:
         print(f"# {case.__name__} {program} {check_inputs}")
