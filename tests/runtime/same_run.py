@@ -145,8 +145,8 @@ def check_descriptors(program: mw.Program) -> None:
 def check_errors(num_ranks: int) -> None:
     """In words, and on every rank."""
     for plan in (
-        "mesh tp=8",
-        f"mesh tp={num_ranks}\n" + "columns blocks.0.up over tp" * (RANK == 1),
+        "mesh tp=8\nallow replicate **",
+        f"mesh tp={num_ranks}\nallow replicate **\n" + "columns blocks.0.up over tp" * (RANK == 1),
     ):
         try:
             compiled(plan).launch()
