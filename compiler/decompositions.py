@@ -140,6 +140,8 @@ def batch_norm(
         unbiased = flat_var.detach() * (count / max(count - 1, 1))
         running_mean = running_mean * (1 - momentum) + flat_mean.detach() * momentum
         running_var = running_var * (1 - momentum) + unbiased * momentum
+    else:
+        flat_mean, flat_rstd = flat_mean[:0], flat_rstd[:0]  # as torch's: nothing is kept
     return y, flat_mean, flat_rstd, running_mean, running_var
 
 

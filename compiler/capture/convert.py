@@ -192,8 +192,19 @@ def _type(node: fx.Node) -> NodeType:
     if isinstance(value, Tensor):
         return _tensor_type(node, value)
     if isinstance(value, (tuple, list)):
+        if any(isinstance(item, (tuple, list)) for item in value):
+            _refuse_nested(node)
         return tuple(_tensor_type(node, v) if isinstance(v, Tensor) else None for v in value)
     return _refuse_dynamic(node)
+
+
+def _refuse_nested(node: fx.Node) -> NoReturn:
+    raise CaptureError(
+        f"`{node.target}` returns a list of tensors among its results",
+        code="nested results",
+        culprit=origin_of(node).source,
+        help="write it with operators that return tensors",
+    )
 
 
 def _tensor_type(node: fx.Node, value: Tensor) -> TensorType:

@@ -156,6 +156,10 @@ def sparse(model: Model, h: Tensor) -> Tensor:
     return torch.sparse.mm(h.to_sparse(), h.T)
 
 
+def nested(model: Model, h: Tensor) -> Tensor:
+    return torch.histogramdd(h.detach(), bins=[2] * 4)[0]
+
+
 CASES = {
     "custom function": lambda model, h: Round.apply(h),
     **{
@@ -164,7 +168,7 @@ CASES = {
             hook, branch, item, select, expert_rows, numpy, hidden_write, late_data_write,
             caught, address, data_write,
             clamped_weight, autocast, gradient, assigned, written, ctc, vmap, mixed_branch, wrong,
-            compared, sized_by_values, sparse,
+            compared, sized_by_values, sparse, nested,
         )
     },
 }  # fmt: skip
