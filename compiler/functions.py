@@ -50,6 +50,8 @@ CONTIGUOUS: tuple[Op, ...] = (
     aten._embedding_bag.default,
     aten._embedding_bag_backward.default,
     aten._embedding_bag_per_sample_weights_backward.default,
+    aten._weight_norm_interface.default,
+    aten._weight_norm_interface_backward.default,
     aten._linalg_det.default,
     aten._linalg_slogdet.default,
     aten.linalg_det.default,

@@ -15,6 +15,7 @@ from meshwright.compiler.rules.notation import (
     dim_index,
     letter_sizes,
     numbered,
+    replicate,
 )
 from meshwright.compiler.rules.registry import rule
 
@@ -64,6 +65,11 @@ def _index_put(call: Call) -> Spec:
     return Spec(operands, (letters,), whole=closed, linear=(frozenset({0, last}),))
 
 
+def _has_scalar(call: Call) -> bool:
+    """Whether an operand has no dims, or is empty with one dim: torch takes it for another shape."""
+    return any(operand.type.shape in ((), (0,)) for operand in call.operands)
+
+
 def _aligned(call: Call, dim: int, terms: Sequence[int]) -> tuple[list[Letters], frozenset[str]]:
     """Letters of operands of one rank, shared where sizes agree, with a letter each in `dim`."""
     shapes = [call.operands[term].type.shape for term in terms]
@@ -81,6 +87,8 @@ def _aligned(call: Call, dim: int, terms: Sequence[int]) -> tuple[list[Letters],
 @rule(aten.gather.default)
 def _gather(call: Call) -> Spec:
     """`gather(x, dim, index)`: x is whole in that dim."""
+    if _has_scalar(call):
+        return replicate(call)
     rank = len(call.operands[0].type.shape)
     dim = dim_index(call.arg(1), rank)
     (x, index), whole = _aligned(call, dim, (0, 1))
@@ -91,6 +99,8 @@ def _gather(call: Call) -> Spec:
 @rule(aten.scatter_add.default)
 def _scatter_add(call: Call) -> Spec:
     """`scatter_add(x, dim, index, src)`: added to zeros, split indices leave the result partial."""
+    if _has_scalar(call):
+        return replicate(call)
     rank = len(call.operands[0].type.shape)
     dim = dim_index(call.arg(1), rank)
     (x, index, source), whole = _aligned(call, dim, (0, 1, 2))
@@ -108,6 +118,8 @@ def _scatter_add(call: Call) -> Spec:
 @rule(aten.scatter.src, aten.scatter.value, aten.scatter_reduce.two)
 def _scatter(call: Call) -> Spec:
     """The dim is whole in every operand."""
+    if _has_scalar(call):
+        return replicate(call)
     rank = len(call.operands[0].type.shape)
     dim = dim_index(call.arg(1), rank)
     operands, whole = _aligned(call, dim, range(len(call.operands)))
@@ -121,6 +133,8 @@ def _scatter(call: Call) -> Spec:
 @rule(aten.index_select.default)
 def _index_select(call: Call) -> Spec:
     """`index_select(x, dim, index)`: x is whole in that dim."""
+    if _has_scalar(call):
+        return replicate(call)
     letters = numbered("x", len(call.operands[0].type.shape))
     dim = dim_index(call.arg(1), len(letters))
     result = (*letters[:dim], "j", *letters[dim + 1 :])
@@ -132,6 +146,8 @@ def _index_select(call: Call) -> Spec:
 @rule(aten.index_add.default)
 def _index_add(call: Call) -> Spec:
     """`index_add(x, dim, index, source)`: added to zeros, split indices leave it partial."""
+    if _has_scalar(call):
+        return replicate(call)
     letters = numbered("x", len(call.operands[0].type.shape))
     dim = dim_index(call.arg(1), len(letters))
     source = (*letters[:dim], "j", *letters[dim + 1 :])

@@ -17,16 +17,7 @@ from meshwright.compiler.rules import (
     slices,
     views,
 )
-from meshwright.compiler.rules.notation import (
-    Call,
-    Group,
-    Placement,
-    Rule,
-    Spec,
-    present_terms,
-    row,
-    tensor_arguments,
-)
+from meshwright.compiler.rules.notation import Call, Placement, Rule, replicate, row
 from meshwright.compiler.rules.pointwise import POINTWISE, is_pointwise, pointwise
 from meshwright.compiler.rules.registry import FUNCTIONS
 from meshwright.compiler.rules.table import TABLE
@@ -77,26 +68,3 @@ def _as_they_are(call: Call) -> tuple[Placement]:
     """The first operands are the results; the others are there for the backward alone."""
     operands = tuple(operand.layout for operand in call.operands)
     return (Placement(operands, operands[: len(call.results)]),)
-
-
-def replicate(call: Call) -> Spec:
-    """Everything whole on every rank; pending sums pass where torch's own backwards are linear."""
-    operands = tuple(
-        tuple(f"{i}.{dim}" for dim in range(len(operand.type.shape)))
-        for i, operand in enumerate(call.operands)
-    )
-    results = tuple(
-        None if type is None else tuple(f"r.{dim}" for dim in range(len(type.shape)))
-        for type in call.results
-    )
-    whole = frozenset(letter for letters in operands for letter in letters)
-    return Spec(operands, results, whole=whole, linear=_cotangents(call))
-
-
-def _cotangents(call: Call) -> tuple[Group, ...]:
-    """The cotangents that a `..._backward` of torch takes, in which it is linear together."""
-    if isinstance(call.op, MeshOp) or not call.op._schema.name.endswith("_backward"):
-        return ()
-    names = [name for _, name in tensor_arguments(call.op)]
-    group = (i for i, term in enumerate(present_terms(call)) if names[term].startswith("grad"))
-    return (frozenset(group),)

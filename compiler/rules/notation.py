@@ -356,3 +356,26 @@ def dim_index(dim: int, rank: int) -> int:
 def one_linear_group(call: Call) -> tuple[Group, ...]:
     """All operands together."""
     return (frozenset(range(len(call.operands))),) if call.operands else ()
+
+
+def replicate(call: Call) -> Spec:
+    """Everything whole on every rank; pending sums pass where torch's own backwards are linear."""
+    operands = tuple(
+        tuple(f"{i}.{dim}" for dim in range(len(operand.type.shape)))
+        for i, operand in enumerate(call.operands)
+    )
+    results = tuple(
+        None if type is None else tuple(f"r.{dim}" for dim in range(len(type.shape)))
+        for type in call.results
+    )
+    whole = frozenset(letter for letters in operands for letter in letters)
+    return Spec(operands, results, whole=whole, linear=_cotangents(call))
+
+
+def _cotangents(call: Call) -> tuple[Group, ...]:
+    """The cotangents that a `..._backward` of torch takes, in which it is linear together."""
+    if isinstance(call.op, MeshOp) or not call.op._schema.name.endswith("_backward"):
+        return ()
+    names = [name for _, name in tensor_arguments(call.op)]
+    group = (i for i, term in enumerate(present_terms(call)) if names[term].startswith("grad"))
+    return (frozenset(group),)

@@ -36,13 +36,14 @@ def _remaining(letters: Letters, reduced: Iterable[int], keepdim: bool) -> Lette
     return tuple(letter for i, letter in enumerate(letters) if i not in gone)
 
 
-def _reduction(how: str, dims_at: int | None, keep_at: int = 2) -> Rule:
+def _reduction(how: str, dims_at: int | None, keep_at: int | None = 2) -> Rule:
     """A reduction over the dims at an argument's place; `how` is sum, max, min or whole."""
 
     def rule(call: Call) -> Spec:
         letters = numbered("x", len(call.operands[0].type.shape))
         reduced = _listed(None if dims_at is None else call.arg(dims_at), len(letters))
-        keepdim = dims_at is not None and bool(call.arg(keep_at, False))
+        kept = dims_at is not None and keep_at is not None
+        keepdim = kept and bool(call.arg(keep_at or 0, False))
         # Only a pending sum has an adjoint.
         closed = how == "whole" or (how != "sum" and differentiable(call))
         return Spec(
@@ -93,8 +94,8 @@ REDUCTIONS: dict[Op, Rule] = {
     aten.std.correction: _reduction("whole", 1, 3),
     aten.var_mean.correction: _reduction("whole", 1, 3),
     aten.median.dim: _reduction("whole", 1),
-    aten.count_nonzero.dim_IntList: _reduction("sum", 1, 9),
-    aten.count_nonzero.default: _reduction("sum", None),
+    aten.count_nonzero.dim_IntList: _reduction("sum", 1, None),
+    aten.count_nonzero.default: _reduction("sum", 1, None),
 }
 
 
