@@ -66,7 +66,7 @@ def _index_put(call: Call) -> Spec:
 
 
 def _has_scalar(call: Call) -> bool:
-    """Whether an operand has no dims, or is empty with one dim: torch takes it for another shape."""
+    """Whether an operand has no dims, or is an empty list: torch takes it for another shape."""
     return any(operand.type.shape in ((), (0,)) for operand in call.operands)
 
 
