@@ -116,3 +116,28 @@ PLANS = {
 def test_indexing_equals_eager(ways: dict[str, Indexed], plan: str) -> None:
     torch.manual_seed(0)
     check_equal(Looked(ways), lambda: (real(6, 4, 4), torch.randint(0, 4, (6, 4))), PLANS[plan])
+
+
+class Memory(nn.Module):
+    """Slots that each token writes one of, read as a codebook with a straight-through gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid, self.tables = nn.Linear(4, 4), nn.ParameterList([torch.randn(6, 4)])
+
+    def forward(self, x: Tensor, i: Tensor) -> Tensor:
+        h, table = self.mid(x), self.tables[0]
+        slots, rows = table.expand(len(x), 6, 4).clone(), torch.arange(len(x))
+        for token in range(3):
+            slots[rows, i[:, token]] = h[:, token] + slots[rows, i[:, token]].tanh()
+        nearest = table[torch.cdist(h.reshape(-1, 4), table).argmin(-1)].view_as(h)
+        straight = h + (nearest - h).detach()
+        return (
+            slots.square().mean() + (nearest - h.detach()).square().mean() + straight.sin().mean()
+        )
+
+
+@pytest.mark.parametrize("plan", ["data", "rows of tables", "columns of tables"])
+def test_a_memory_and_a_codebook_equal_eager(plan: str) -> None:
+    torch.manual_seed(0)
+    check_equal(Memory(), lambda: (real(6, 4, 4), torch.randint(0, 4, (6, 4))), PLANS[plan])

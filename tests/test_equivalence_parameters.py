@@ -105,3 +105,31 @@ class Mixed(nn.Module):
 def test_operators_without_a_rule_take_activations_and_parameters(plan: str) -> None:
     torch.manual_seed(0)
     check_equal(Mixed(), lambda: (real(6, 4),), PLANS[plan])
+
+
+class Mixture(nn.Module):
+    """Gaussians by their Cholesky factors, behind a flow by a triangular solve."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid, self.lower = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4) / 4)
+        self.scales, self.means = (
+            nn.Parameter(torch.randn(3, 4, 4)),
+            nn.Parameter(torch.randn(3, 4)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        eye = torch.eye(4, dtype=x.dtype)
+        h = torch.linalg.solve_triangular(self.lower.tril(-1) + eye, self.mid(x).T, upper=False).T
+        factor = torch.linalg.cholesky(self.scales @ self.scales.mT + eye)
+        away = (h[:, None] - self.means)[..., None]
+        factors = factor[None].expand(len(x), -1, -1, -1)
+        away = torch.linalg.solve_triangular(factors, away, upper=False)
+        spread = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return (away.square().sum((-1, -2)) / 2 + spread).neg().logsumexp(-1).neg().mean()
+
+
+@pytest.mark.parametrize("plan", ["data", "data and tensor"])
+def test_densities_by_triangular_solves(plan: str) -> None:
+    torch.manual_seed(0)
+    check_equal(Mixture(), lambda: (real(6, 4),), PLANS[plan])
