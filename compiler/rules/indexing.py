@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,8 +67,8 @@ def _index_put(call: Call) -> Spec:
 
 
 def _has_scalar(call: Call) -> bool:
-    """Whether an operand has no dims, or is an empty list: torch takes it for another shape."""
-    return any(operand.type.shape in ((), (0,)) for operand in call.operands)
+    """Whether an operand has no dims or no elements: torch takes it for another shape."""
+    return any(not math.prod(x.type.shape) or not x.type.shape for x in call.operands)
 
 
 def _aligned(call: Call, dim: int, terms: Sequence[int]) -> tuple[list[Letters], frozenset[str]]:
