@@ -224,9 +224,15 @@ def _cannot_split(solver: _Solver, factor: FactorTemplate, size: int, ranks: int
 
 def _usable(factor: FactorTemplate, size: int) -> str:
     """The sizes that the axes could have instead."""
-    usable = [n for n in range(2, min(size, _LARGEST_TRIED) + 1) if size % n == 0]
-    if usable in ([], [size]):
-        return "leave it whole"
+    usable = _divisors(size)
+    return "leave it whole" if usable in ([], [size]) else _use(factor, usable)
+
+
+def _divisors(size: int) -> list[int]:
+    return [n for n in range(2, min(size, _LARGEST_TRIED) + 1) if size % n == 0]
+
+
+def _use(factor: FactorTemplate, usable: list[int]) -> str:
     *most, last = map(str, usable[:_MOST_SHOWN])
     sizes = f"{', '.join(most)} or {last}" if most else last
     if len(factor.axes) == 1:
@@ -238,16 +244,27 @@ def _two_ways_out(solver: _Solver, factor: FactorTemplate, size: int, ranks: int
     """There are fewer parts than ranks: keep them whole, or split over fewer ranks."""
     fitting = [axis for axis in factor.axes if size % solver.mesh[axis] == 0]
     common = gcd(size, ranks)
+    fused = _is_fused(solver, factor)
+    # Linears cannot have some segments split and others whole.
+    whole = "leave all of it out of this statement" if fused else f"leave `{factor.name}` whole"
     if len(factor.axes) > 1 and fitting:
-        return f"leave `{factor.name}` whole, or split over `{fitting[0]}` alone"
-    if common == 1:
-        return f"leave `{factor.name}` whole, or use at most {size} ranks"
+        return f"{whole}, or split over `{fitting[0]}` alone"
+    if size == 1:
+        return f"{whole}: one cannot be split"
+    if fused or common == 1:
+        return f"{whole}, or {_use(factor, _divisors(size))}"
     axis = factor.axes[0]
     two = f"`{axis}={common}, {axis}2={ranks // common}`"
     return (
-        f"leave `{factor.name}` whole, or make it two axes, {two}: split this over `{axis}` alone, "
+        f"{whole}, or make it two axes, {two}: split this over `{axis}` alone, "
         f"and what divides over `({axis}, {axis}2)`"
     )
+
+
+def _is_fused(solver: _Solver, factor: FactorTemplate) -> bool:
+    """Whether a factor is of one of several segments."""
+    own = (dim for dim in solver.dims if any(f.span == factor.span for f in dim.factors))
+    return any(len(dim.segments) > 1 for dim in own)
 
 
 def _mismatch(solver: _Solver, dim: DimTemplate, size: int) -> PlanError:

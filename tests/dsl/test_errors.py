@@ -107,6 +107,8 @@ SOLVING = {
     "does-not-divide-over-two": ("mesh row=4, col=4\nshard w [o@(row, col), i]", (24, 6)),
     "prime": ("mesh tp=2\nshard w [v@tp]", (97,)),
     "fewer-than-ranks": ("mesh tp=4\nlet kv = 2\nshard w [(kv@tp hd)]", (128,)),
+    "one-shared-head": (
+        "mesh tp=2\nlet q = 4, kv = 1\nshard w [(q@tp hd | kv@tp hd | kv@tp hd)]", (384,)),
     "one-of-two-axes": ("mesh a=2, b=2\nlet kv = 2\nshard w [(kv@(a, b) hd)]", (128,)),
     "not-determined": ("mesh tp=2\nshard w [(x heads@tp), d]", (24, 6)),
     "segments-not-determined": ("mesh tp=2\nlet kv = 2\nshard w [(q@tp hd | kv@tp hd)]", (24,)),

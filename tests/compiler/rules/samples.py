@@ -412,8 +412,8 @@ INDEXING = [
     call(aten.index_copy.default, f(4, 6), 0, torch.tensor([3, 1]), f(2, 6)),
     call(aten.index_copy.default, zeros(4, 6), 1, torch.tensor([3, 1]), f(4, 2)),
     call(aten.index_reduce.default, f(4, 6), 0, n(4, 2), f(2, 6), "amax"),
-    call(aten.index_fill.int_Scalar, f(4, 6), 0, n(4, 2), 0),
-    call(aten.index_fill.int_Scalar, f(4, 6), 1, n(4, 2), 0.5),
+    call(aten.index_fill.int_Scalar, f(4, 6), 0, torch.tensor([3, 1]), 0),
+    call(aten.index_fill.int_Scalar, f(4, 6), 1, torch.tensor([3, 1]), 0.5),
     call(aten.bucketize.Tensor, f(4, 6), torch.linspace(-1, 1, 4, dtype=torch.float64)),
     call(aten.isin.Tensor_Tensor, n(9, 4, 6), n(9, 4)),
 ]

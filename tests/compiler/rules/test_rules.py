@@ -72,6 +72,7 @@ LEFT_OUT = {
     aten.conv3d.padding: "as conv2d.default",
     aten.conv_transpose2d.input: "as conv2d.default",
     aten.conv_transpose3d.input: "as conv2d.default",
+    aten.index_copy.default: "copies into zeros add up, but only where no index is there twice",
     aten.scaled_dot_product_attention.default: "the values' features: fused kernels want q's size",
 }
 """Splits that would be right and that no rule allows, with the reason."""
