@@ -25,7 +25,9 @@ class Architecture:
     """A model class of transformers, the sizes it is built with, and a batch for it.
 
     `sizes` are arguments of its configuration class; a mapping among them is the configuration
-    of a part. `without` says, for a column of the table that means nothing here, why.
+    of a part. `without` says, for a column of the table that means nothing here, why. `tolerance`
+    is relative to the largest entry of a tensor: norms, rotary embeddings and losses compute in
+    float32 whatever the model's type.
     """
 
     model: str
@@ -33,6 +35,7 @@ class Architecture:
     batch: Callable[[], Batch]
     without: Mapping[str, str] = field(default_factory=dict)
     dtype: torch.dtype = torch.float64
+    tolerance: float = 1e-6
 
     def build(self) -> nn.Module:
         """The model with weights drawn after `torch.manual_seed(0)`, in float64, no weight zero."""
@@ -214,6 +217,7 @@ DECODERS: Section = {
         TOKENS | {"vocab_size": VOCABULARY, "d_model": WIDTH, "ffn_dim": 2 * WIDTH,
          "num_layers": 2, "attention_heads": 4, "max_position_embeddings": 64}, text,
         dtype=torch.float32,  # its mask is the least float64, in a tensor of float32
+        tolerance=1e-5,
     ),
     "bloom": Architecture(
         "BloomForCausalLM",
@@ -260,6 +264,7 @@ MIXTURES: Section = {
         EXPERTS | {"shared_expert_intermediate_size": WIDTH, "linear_key_head_dim": 16,
          "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
          "layer_types": ["linear_attention", "full_attention"]}, text,
+        tolerance=1e-5,  # its linear attention computes in float32
     ),
 }  # fmt: skip
 RECURRENT: Section = {
@@ -326,7 +331,7 @@ SENSES: Section = {
     "convnext": Architecture(
         "ConvNextForImageClassification",
         {"hidden_sizes": (16, 32), "depths": (1, 1), "num_stages": 2, "image_size": 64,
-         "num_labels": 8}, large_images, NO_VOCABULARY,
+         "num_labels": 8}, large_images, NO_VOCABULARY | {"sequence": "no sequence"},
     ),
     "segformer": Architecture(
         "SegformerForSemanticSegmentation",
@@ -338,7 +343,7 @@ SENSES: Section = {
     "clip": Architecture("CLIPModel", PAIR | {"projection_dim": 32}, pairs),
     "siglip": Architecture("SiglipModel", PAIR, pairs),
     "wav2vec2": Architecture("Wav2Vec2ForCTC", WAVES, waves),
-    "hubert": Architecture("HubertForSequenceClassification", WAVES, spoken_classes),
+    "hubert": Architecture("HubertForSequenceClassification", WAVES, spoken_classes, NO_VOCABULARY),
 }  # fmt: skip
 
 SECTIONS: dict[str, Section] = {

@@ -20,7 +20,6 @@ from tests.architectures.catalogue import ARCHITECTURES, MIXTURES, Architecture
 from tests.equivalence import check_equal, without_grouped
 
 PLANS = Path(__file__).parents[2] / "examples" / "plans"
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5}
 FLOOR = 1e-2
 TENSOR = (s.Columns, s.Rows, s.Shard)
 COLUMNS: dict[str, tuple[str, tuple[type[s.Statement], ...]]] = {
@@ -68,7 +67,7 @@ def check_architecture(architecture: Architecture, plan: str) -> None:
             architecture.batch,
             plan,
             steps=2,
-            tolerance=TOLERANCE[architecture.dtype],
+            tolerance=architecture.tolerance,
             floor=FLOOR,
             dtype=architecture.dtype,
             copied=without_grouped if architecture in MIXTURES.values() else copy.deepcopy,

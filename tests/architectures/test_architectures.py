@@ -1,12 +1,14 @@
-"""Hugging Face architectures train under the plans of `examples/plans`."""
+"""Hugging Face architectures train under the plans of `examples/plans` as docs/models.md says."""
 
 from __future__ import annotations
 
 import pytest
 
 import meshwright as mw
+from tests.architectures.__main__ import main
 from tests.architectures.catalogue import ARCHITECTURES
 from tests.architectures.matrix import PLANS, check_architecture, plan_of
+from tests.architectures.page import PAGE
 
 FEW = [
     ("opt", "all"),
@@ -22,8 +24,10 @@ def test_an_architecture_trains_under_its_plan_as_in_eager_mode(name: str, colum
     check_architecture(ARCHITECTURES[name], plan_of(name, column))
 
 
-def test_every_architecture_has_a_plan() -> None:
+def test_every_architecture_has_a_plan_and_a_line_on_the_page() -> None:
     assert {path.stem for path in PLANS.glob("*.plan")} == set(ARCHITECTURES)
+    page = PAGE.read_text(encoding="utf-8")
+    assert all(f"](../examples/plans/{name}.plan) |" in page for name in ARCHITECTURES)
 
 
 def test_no_plan_names_a_layer_by_its_number() -> None:
@@ -31,3 +35,9 @@ def test_no_plan_names_a_layer_by_its_number() -> None:
         for each in mw.Plan.load(path).statements:
             for target in getattr(each, "targets", ()):
                 assert not any(part.isdigit() for part in str(target).split(".")), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_page_says_what_holds() -> None:
+    assert main(["--check"]) == 0
