@@ -70,7 +70,10 @@ _KNOWN = (
         ("PendingUnbackedSymbol",),
         "data dependent",
         "the forward gives tensors whose sizes depend on the values of others, such as `nonzero`",
-        "keep every row and use torch.where or a mask; sort rows by group for grouped_mm",
+        (
+            "keep every row and use torch.where or a mask, count with `F.one_hot(x, n).sum(0)`; "
+            "sort rows by group for grouped_mm"
+        ),
     ),
     (
         ("Cannot copy out of meta tensor", "meta device"),

@@ -12,17 +12,19 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from meshwright.compiler.capture.checks import check_at
+from meshwright.compiler.capture.literals import Literals
 from meshwright.compiler.capture.modes import replaced
 from meshwright.compiler.capture.origin import current_line, is_user
 from meshwright.compiler.errors import CaptureError
@@ -69,15 +71,19 @@ class OnlyOnce:
 def values_in_python(once: OnlyOnce, known: Sequence[Tensor] = ()) -> Iterator[None]:
     """Trace a model inside this; the values of `known`, and what follows from them, are read."""
     with ExitStack() as stack:
+        literals = stack.enter_context(Literals())
         if known:
             stack.enter_context(_Known(known))
         for owner, name in _TRUTHS:
-            stack.enter_context(replaced(owner, name, _truth(getattr(owner, name))))
+            stack.enter_context(replaced(owner, name, _truth(getattr(owner, name), literals)))
         for name in ("item", "tolist", "__float__", "__int__", "__index__"):
-            stack.enter_context(replaced(Tensor, name, _number(name, once)))
-        stack.enter_context(replaced(Tensor, "__getitem__", _getitem))
         stack.enter_context(replaced(Tensor, "__format__", _format(once)))
         stack.enter_context(replaced(Tensor, "data_ptr", _data_ptr))
+            stack.enter_context(replaced(Tensor, name, _number(name, once, literals)))
+        for name in ("__getitem__", "__setitem__"):
+            stack.enter_context(replaced(Tensor, name, _indexed(name, literals)))
+        for owner in (Tensor, torch):
+            stack.enter_context(replaced(owner, "masked_select", _masked_select(literals)))
         stack.enter_context(replaced(builtins, "print", _print(once)))
         yield
 
@@ -93,13 +99,14 @@ _TRUTHS: tuple[tuple[Any, str], ...] = (
 )
 
 
-def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
+def _truth(original: Callable[..., Any], literals: Literals) -> Callable[..., Any]:
     """`original`, with the answer that raises nothing where it has none and a check asks."""
 
     def ask(*args: Any, **kwargs: Any) -> Any:
-        if all(_is_known(arg) for arg in args if isinstance(arg, Tensor | torch.SymBool)):
+        values = [literals.value(a) if isinstance(a, Tensor | torch.SymBool) else a for a in args]
+        if all(value is not None for value in values):
             with _disable_current_modes():
-                return original(*args, **kwargs)
+                return original(*values, **kwargs)
         check = check_at(sys._getframe(1)) if not all(_is_constant(arg) for arg in args) else None
         if check is not None and check.passing is not None:
             return check.passing
@@ -108,13 +115,14 @@ def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
     return ask
 
 
-def _number(name: str, once: OnlyOnce) -> Callable[..., Any]:
+def _number(name: str, once: OnlyOnce, literals: Literals) -> Callable[..., Any]:
     original = getattr(Tensor, name)
 
     def read(self: Tensor) -> Any:
-        if _is_known(self):
+        value = literals.value(self)
+        if value is not None:
             with _disable_current_modes():
-                return original(self)
+                return original(value)
         frame = sys._getframe(1)
         if is_user(frame.f_code.co_filename) and check_at(frame) is None:
             once.note(f"`{name.strip('_')}`", frame)
@@ -144,11 +152,19 @@ class _Known(TorchFunctionMode):
         return result
 
 
-def _getitem(self: Tensor, index: Any) -> Any:
-    places = index if isinstance(index, tuple) else (index,)
-    if any(_is_mask(place) for place in places):
-        index = tuple(part for place in places for part in _places(place))
-    return _GETITEM(self, index)
+def _indexed(name: str, literals: Literals) -> Callable[..., Any]:
+    """`__getitem__` or `__setitem__` with what is known in an index as Python would write it."""
+    original = getattr(Tensor, name)
+
+    @wraps(original)
+    def at(self: Tensor, index: Any, *value: Any) -> Any:
+        places = index if isinstance(index, tuple) else (index,)
+        found = tuple(part for place in places for part in _places(place, literals))
+        if len(found) != len(places) or any(a is not b for a, b in zip(found, places, strict=True)):
+            index = found
+        return original(self, index, *value)
+
+    return at
 
 
 def picked_by_a_mask(line: str) -> CaptureError:
@@ -162,12 +178,32 @@ def picked_by_a_mask(line: str) -> CaptureError:
     )
 
 
-def _places(place: Any) -> tuple[Any, ...]:
-    """The indices of what a known mask picks, a tensor a dim; any other index as it is."""
-    if not _is_mask(place):
+def _places(place: Any, literals: Literals) -> tuple[Any, ...]:
+    """The indices of what a known mask picks, a known number; any other index as it is."""
+    if isinstance(place, slice):
+        ends = (place.start, place.stop, place.step)
+        found = tuple(_places(end, literals)[0] for end in ends)
+        return (place if found == ends else slice(*found),)
+    value = literals.value(place)
+    if value is None or (value.dim() > 0 and value.dtype is not torch.bool):
         return (place,)
     with _disable_current_modes():
-        return tuple(place.nonzero(as_tuple=True))
+        return tuple(value.nonzero(as_tuple=True)) if value.dim() else (value.item(),)
+
+
+def _masked_select(literals: Literals) -> Callable[..., Any]:
+    original = torch.masked_select
+
+    def select(input: Tensor, mask: Tensor, **out: Any) -> Tensor:
+        value = literals.value(mask)
+        if out or value is None:
+            return original(input, mask, **out)
+        shape = torch.broadcast_shapes(input.shape, mask.shape)  # type: ignore[no-untyped-call]
+        with _disable_current_modes():
+            places = value.expand(shape or (1,)).nonzero(as_tuple=True)
+        return input.expand(shape or (1,))[places]
+
+    return select
 
 
 def _print(once: OnlyOnce) -> Callable[..., None]:
@@ -204,20 +240,6 @@ def _data_ptr(self: Tensor) -> int:
     return found
 
 
-def _is_mask(value: Any) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.dtype is torch.bool
-        and value.dim() > 0
-        and (_is_known(value))
-    )
-
-
-def _is_known(value: Any) -> bool:
-    """Whether a tensor's values are there: it was made outside of the trace."""
-    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and not value.is_meta
-
-
 def _is_constant(value: Any) -> bool:
     """Whether the truth of an argument needs no tensor's value that only a step has."""
     if isinstance(value, FakeTensor):
@@ -228,4 +250,3 @@ def _is_constant(value: Any) -> bool:
 
 
 _DATA_PTR: Any = Tensor.data_ptr
-_GETITEM = Tensor.__getitem__

@@ -22,6 +22,7 @@ copy; where both sides of it are used after a write, it stays if the detached si
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -163,7 +164,7 @@ class Written:
                 f"`{write.target}` changes a value that needs a gradient where autograd cannot see",
                 code="hidden write",
                 culprit=origin_of(write).source,
-                help="compute a new tensor instead of writing in place",
+                help=_HELP.get(write.target, "compute a new tensor instead of writing in place"),
             )
 
     def _changes_what_was_saved(self, own: fx.Node, operand: fx.Node) -> bool:
@@ -173,6 +174,13 @@ class Written:
             return False
         families = self.history.families
         return any(families[u[1]] is not own and self._passes(u) for u in self._uses(operand))
+
+
+_HELP: dict[Any, str] = {
+    torch.ops.aten.embedding_renorm_.default: "leave out `max_norm`, and look up in "
+    "`w * (max_norm / w.norm(dim=1, keepdim=True)).clamp(max=1)` with `F.embedding`",
+}
+"""What to write in the place of a write that the model does not spell out."""
 
 
 def is_floating(node: fx.Node) -> bool:

@@ -123,3 +123,72 @@ def test_a_static_input_is_part_of_the_program() -> None:
 def test_a_mistake_in_static_is_an_error(static: Any) -> None:
     with pytest.raises(CaptureError, match="`static`"):
         meshwright.compile(Grid(), PLAN, (torch.randn(4, 6, 4), torch.ones(2, 2)), static=static)
+
+
+def literal_masks(model: Values, h: Tensor) -> Tensor:
+    mask = torch.tensor([True, False, True, True])
+    even = torch.arange(h.shape[1], device=h.device) % 2 == 0
+    even[1:].logical_not_()
+    square = torch.ones_like(h[0, :, None] * h[0], dtype=torch.bool).triu(1)
+    h = h.clone()
+    h[:, mask] = h[:, mask].exp()
+    h[:, ~even & model.mask] += 1
+    pairs = h[..., None] * h[:, None]
+    return pairs[:, square] * int(mask.sum()) + pairs.masked_select(square).view(-1, 6)
+
+
+def literal_places(model: Values, h: Tensor) -> Tensor:
+    mask = h.new_ones(4, dtype=torch.bool)
+    mask[2] = False
+    (where,) = torch.where(mask)
+    total = h[:, mask.nonzero()[:, 0]] * h[:, where] if mask.any() else h
+    for place in torch.tensor([0, 2]):
+        total = total + h[:, place : place + 1]
+    return total
+
+
+@pytest.mark.parametrize("then", [literal_masks, literal_places])
+def test_what_follows_from_literals_is_known(then: Any) -> None:
+    check_equal(Values(then), lambda: (torch.randn(6, 4).double(),), DATA)
+
+
+def written(model: Values, h: Tensor) -> Tensor:
+    mask = torch.zeros(4, dtype=torch.bool)
+    mask[1:].copy_(h.mean(0)[1:] > 0)
+    mask[0] = True
+    return h[:, mask]
+
+
+def drawn(model: Values, h: Tensor) -> Tensor:
+    return h[:, torch.zeros(4).bernoulli_(0.5) > 0]
+
+
+def of_its_own(model: Values, h: Tensor) -> Tensor:
+    level = h.mean()
+    return h[:, torch.full_like(level, level.item()).expand(4) > 0]
+
+
+@pytest.mark.parametrize("then", [written, drawn, of_its_own])
+def test_a_mask_that_differs_from_step_to_step_is_refused(then: Any) -> None:
+    with pytest.raises(CaptureError, match="depend|turns the values|as long as the mask"):
+        capture(Values(then), (torch.randn(6, 4).double(),), MESH)
+
+
+def test_a_buffer_is_no_known_mask() -> None:
+    model = Values(lambda model, h: h[:, model.get_buffer("kept")])
+    mask = model.mask
+    model.register_buffer("kept", mask)
+    with pytest.raises(CaptureError, match="as long as the mask") as error:
+        capture(model, (torch.randn(6, 4).double(),), MESH)
+    assert "as a plain attribute, not a buffer" in str(error.value)
+    del model.kept
+    model.register_buffer("kept", mask.nonzero()[:, 0])
+    check_equal(model, lambda: (torch.randn(6, 4).double(),), DATA)
+
+
+def test_an_embedding_with_a_largest_norm_is_told_another_way() -> None:
+    table = nn.Embedding(5, 4, max_norm=1.0).double()
+    model = Values(lambda model, h: h + table(torch.arange(4)))
+    model.table = table
+    with pytest.raises(CaptureError, match="leave out `max_norm`"):
+        capture(model, (torch.randn(4, 4).double(),), MESH)
