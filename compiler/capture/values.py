@@ -17,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -77,9 +77,9 @@ def values_in_python(once: OnlyOnce, known: Sequence[Tensor] = ()) -> Iterator[N
         for owner, name in _TRUTHS:
             stack.enter_context(replaced(owner, name, _truth(getattr(owner, name), literals)))
         for name in ("item", "tolist", "__float__", "__int__", "__index__"):
+            stack.enter_context(replaced(Tensor, name, _number(name, once, literals)))
         stack.enter_context(replaced(Tensor, "__format__", _format(once)))
         stack.enter_context(replaced(Tensor, "data_ptr", _data_ptr))
-            stack.enter_context(replaced(Tensor, name, _number(name, once, literals)))
         for name in ("__getitem__", "__setitem__"):
             stack.enter_context(replaced(Tensor, name, _indexed(name, literals)))
         for owner in (Tensor, torch):

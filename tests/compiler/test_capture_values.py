@@ -170,7 +170,7 @@ def of_its_own(model: Values, h: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("then", [written, drawn, of_its_own])
 def test_a_mask_that_differs_from_step_to_step_is_refused(then: Any) -> None:
-    with pytest.raises(CaptureError, match="depend|turns the values|as long as the mask"):
+    with pytest.raises(CaptureError, match=r"depend|turns the values|as long as the mask"):
         capture(Values(then), (torch.randn(6, 4).double(),), MESH)
 
 
