@@ -126,7 +126,7 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
         before = torch.get_rng_state()
         try:
             result = function(*args, **kwargs)
-        except Exception:  # The trace raises what there is to raise.
+        except (RuntimeError, TypeError, ValueError, IndexError):  # The trace raises it too.
             return None
         return result if torch.equal(before, torch.get_rng_state()) else None
 
