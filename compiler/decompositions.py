@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from meshwright.compiler.ir import Arg, MeshOp, NodeType, Op, TensorType
 from meshwright.compiler.rules.notation import Slot
-from meshwright.compiler.types import fake_mode, fake_tensor, freeze, type_of
+from meshwright.compiler.types import fake_mode, fake_tensor, freeze, portable_operators, type_of
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ def decompose(
         result = DECOMPOSITIONS[op](*(_fill(arg, tensors) for arg in args), **named)
         return list(result) if isinstance(result, (tuple, list)) else [result]
 
-    with fake_mode(), torch.no_grad():
+    with fake_mode(), portable_operators(), torch.no_grad():
         graph = make_fx(run)([fake_tensor(type) for type in operands]).graph
     return _read(graph)
 

@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 
 def differentiate(
-    graph: Graph, explicit: frozenset[str] = frozenset()
+    graph: Graph, explicit: frozenset[Node] = frozenset()
 ) -> tuple[Graph, tuple[Movement, ...]]:
     """The joint graph: the nodes of `graph`, then its backward; one `gradient:` output for each
     parameter that the loss depends on. And the changes of layout that operators of the backward
@@ -44,12 +44,12 @@ def node_cotangents(context: VjpContext) -> Cotangents:
 
 
 class _Differentiator:
-    def __init__(self, graph: Graph, explicit: frozenset[str]) -> None:
+    def __init__(self, graph: Graph, explicit: frozenset[Node]) -> None:
         self.graph = graph
         self.emitter = Emitter(Builder(graph.name, graph.mesh), backward=True)
         for node in graph.nodes:
             self.emitter.adopt(node)
-        self.emitter.explicit = {n for n in graph.inputs if n.args[1] in explicit}
+        self.emitter.explicit = set(explicit)
         self.pending: dict[tuple[Node, int], list[Node]] = {}
 
     def run(self) -> Graph:

@@ -56,7 +56,7 @@ class Draft:
     modules: Mapping[str, str] = field(default_factory=dict)
     """Every module of the model but the root: qualified name to class name."""
     inputs: Mapping[str, Pin] = field(default_factory=dict)
-    """Layouts of parameters, buffers and arguments, by canonical name."""
+    """Layouts of parameters, buffers and arguments, by `input_key`."""
     values: Mapping[Node, Pin] = field(default_factory=dict)
     """Layouts of activations, by the node that computes them."""
     entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)
@@ -71,3 +71,14 @@ class Draft:
     What statements say of inputs and modules that are not used here has no effect."""
     evaluation: Callable[[], Graph | None] = lambda: None
     """Captures the model's eval mode, for modules that only run there; nothing if it cannot be."""
+
+
+def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:
+    """The inputs of `graph` that the plan laid out."""
+    return frozenset(node for node in graph.inputs if input_key(node) in draft.inputs)
+
+
+def input_key(node: Node) -> str:
+    """An input's canonical name; an argument may be called as a parameter is, and is not it."""
+    kind, name = node.args[:2]
+    return f"argument {name}" if kind == "argument" else str(name)

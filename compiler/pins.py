@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from meshwright.compiler.draft import Draft, Pin
+from meshwright.compiler.draft import Draft, Pin, input_key
 from meshwright.compiler.ir import Node
 from meshwright.compiler.layout import Dim, Factor, Layout, dim_axes, whole
 from meshwright.compiler.text import dtype_text
@@ -42,7 +42,7 @@ def pin(draft: Draft, node: Node, dims: dict[int, Dim], statement: Statement) ->
     Raises `PlanError` where another statement has laid the same dim out otherwise, or where one
     axis would split two dims.
     """
-    name = node.args[1]
+    name = input_key(node)
     own = tuple(dims.get(i, whole(size)) for i, size in enumerate(node.tensor.shape))
     before = draft.inputs.get(name)
     if before is None:

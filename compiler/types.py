@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -35,6 +36,21 @@ def freeze(arg: Arg) -> Arg:
 def fake_mode() -> FakeTensorMode:
     """The one fake mode in which operators are typed and vjps traced."""
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def portable_operators() -> Iterator[None]:
+    """While this is open, torch takes no operator of oneDNN in place of its own.
+
+    It would for some types (an LSTM's in float32, not in float64), and what they leave for their
+    backward exists only on the device that ran them.
+    """
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def fake_tensor(type: TensorType) -> torch.Tensor:

@@ -24,7 +24,7 @@ from meshwright.compiler.errors import CaptureError, PassError
 from meshwright.compiler.ir import Arg, MeshOp, Node, NodeType, Op, Origin, TensorType, map_nodes
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.rules.notation import Slot
-from meshwright.compiler.types import fake_mode, fake_tensor, freeze, type_of
+from meshwright.compiler.types import fake_mode, fake_tensor, freeze, portable_operators, type_of
 from meshwright.dsl.errors import MeshwrightError
 
 aten = torch.ops.aten
@@ -203,7 +203,7 @@ def trace(
         placed = [None if grad is None else next(given) for grad in grads]
         return pull(lambda every: _run(op, args, kwargs, every), tensors, wanted, placed)
 
-    with fake_mode():
+    with fake_mode(), portable_operators():
         tensors = [fake_tensor(type) for type in operands]
         given = [fake_tensor(type) for type in grads if type is not None]
         # Autograd first, on its own: functorch refuses what torch.library differentiates.

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from meshwright.compiler.collectives import COLLECTIVES
-from meshwright.compiler.draft import Draft
+from meshwright.compiler.draft import Draft, input_key
 from meshwright.compiler.functions import IDENTITIES
 from meshwright.compiler.ir import INPUT, Builder, Graph, MeshOp, Node
 from meshwright.compiler.layout import Layout
@@ -79,7 +79,7 @@ class _Lines:
             self.found[node] = line
 
     def _input(self, node: Node) -> None:
-        pin = self.draft.inputs.get(str(node.args[1]))
+        pin = self.draft.inputs.get(input_key(node))
         if pin is None:
             return
         self.found[node] = pin_lines(pin)

@@ -14,7 +14,7 @@ from meshwright.compiler.capture import capture
 from meshwright.compiler.capture.arguments import check_arguments, target_device
 from meshwright.compiler.check import check
 from meshwright.compiler.differentiate import differentiate
-from meshwright.compiler.draft import Draft
+from meshwright.compiler.draft import Draft, pinned_inputs
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.ir import Graph, TensorType
 from meshwright.compiler.layout import Layout, replicated
@@ -156,7 +156,7 @@ def _step(draft: Draft) -> tuple[Draft, Step]:
         forward = _checked(overlap, forward)
         return draft, Step(replace(forward, name="stage0.forward"))
     forward = _checked(vary, draft.graph)
-    joint, moved = differentiate(forward, frozenset(draft.inputs))
+    joint, moved = differentiate(forward, pinned_inputs(draft, forward))
     draft = replace(draft, movements=(*draft.movements, *moved))
     check(joint, "differentiate")
     joint = _checked(bucket, _checked(lower, joint))

@@ -26,7 +26,7 @@ import torch
 
 from meshwright.compiler.calls import call_operands
 from meshwright.compiler.decompositions import DECOMPOSITIONS, Piece, decompose
-from meshwright.compiler.draft import Draft, Pin
+from meshwright.compiler.draft import Draft, Pin, input_key
 from meshwright.compiler.emit import Emitter, is_floating
 from meshwright.compiler.ir import (
     GETITEM,
@@ -251,7 +251,7 @@ class _Partitioner:
         )
 
     def _input(self, node: Node) -> Node:
-        pin = self.draft.inputs.get(node.args[1])
+        pin = self.draft.inputs.get(input_key(node))
         layout = pin.layout if pin else replicated(node.tensor.shape)
         new = self.emitter.builder.emit(
             INPUT,

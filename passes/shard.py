@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.compiler.annotate import LAYOUT
-from meshwright.compiler.draft import Draft, Pin
+from meshwright.compiler.draft import Draft, Pin, input_key
 from meshwright.compiler.ir import INPUT, Node, TensorType
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.pins import contradiction, tensor_text, to_dim, with_pin
@@ -31,13 +31,24 @@ def shard(draft: Draft) -> Draft:
 
 
 def _tensors(draft: Draft) -> Draft:
-    nodes = {node.args[1]: node for node in draft.graph.inputs}
+    arguments = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == "argument"}
+    weights = {n.args[1]: n for n in draft.graph.inputs if n.args[0] != "argument"}
+    nodes = {**arguments, **weights}
     done: dict[str, Shard] = {}
     for name, statement in draft.plan.resolve(Shard, tensors_of(draft), of="tensor").items():
         own = draft.captured.aliases.get(name, name)
         if own not in nodes:
             continue
         node = nodes[own]
+        if own in arguments and own in weights:
+            raise draft.plan.error(
+                "P501",
+                f"`{own}` names an input of the model and a {node.args[0]} too",
+                statement,
+                subject=f"{tensor_text(node)}{list(node.tensor.shape)}",
+                help="rename that argument of `forward`",
+            )
+        key = input_key(node)
         layout = _layout(draft, statement.layout, node.tensor.shape, f"{tensor_text(node)}")
         if layout.partial and node.args[0] != "argument":
             raise draft.plan.error(
@@ -47,9 +58,9 @@ def _tensors(draft: Draft) -> Draft:
                 subject=f"{tensor_text(node)}{list(node.tensor.shape)}",
                 help="split it over the axis, or leave it whole",
             )
-        if own in done and not draft.inputs[own].layout.equals(layout, draft.mesh):
+        if own in done and not draft.inputs[key].layout.equals(layout, draft.mesh):
             raise contradiction(draft, node, (done[own],), statement)
-        draft = with_pin(draft, own, Pin(layout, (*_before(draft, own), statement)))
+        draft = with_pin(draft, key, Pin(layout, (*_before(draft, key), statement)))
         draft = replace(draft, paddings={k: v for k, v in draft.paddings.items() if k != own})
         done[own] = statement
     return draft

@@ -164,3 +164,53 @@ def test_image_features_take_the_places_of_their_token(rows: bool) -> None:
 
     plan = "mesh tp=2\ncolumns image over tp\nvocab wte, head over tp\nallow replicate **\n"
     check_equal(Seen(rows), batch, plan, steps=2)
+
+
+class Views(nn.Module):
+    """Two views of each row, one batch after the other or row by row, against each other."""
+
+    def __init__(self, loss: str, interleaved: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.loss, self.interleaved = loss, interleaved
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        both = torch.stack([x, y], 1).flatten(0, 1) if self.interleaved else torch.cat([x, y])
+        h = self.down(F.relu(self.up(both)))
+        other = torch.arange(len(h)).roll(len(h) // 2)
+        return LOSSES_OF_VIEWS[self.loss](h, other)
+
+
+LOSSES_OF_VIEWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "contrastive": lambda h, other: F.cross_entropy(h @ h.T, other, label_smoothing=0.1),
+    "soft": lambda h, other: F.cross_entropy(h @ h.T, (h @ h.T).detach().softmax(0)[other]),
+    "lookup": lambda h, other: F.embedding(other, h).sin().mul(h).mean(),
+    "graph": lambda h, other: torch.zeros_like(h).index_add(0, other, h).sin().mul(h).mean(),
+}
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("loss", LOSSES_OF_VIEWS)
+def test_batches_put_together_are_counted_in_their_order(loss: str, interleaved: bool) -> None:
+    torch.manual_seed(0)
+    plan = "mesh dp=2, tp=2\ndata x, y over dp\ncolumns up over tp\nrows down over tp\n"
+    check_equal(Views(loss, interleaved), lambda: (real(6, 8), real(6, 8)), plan)
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(12, 8), nn.Linear(8, 12)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(self.table(x)), y)
+
+
+@pytest.mark.parametrize("rows", ["(3 v@tp)", "(v@tp | v@tp)", "(v@tp)"])
+def test_a_table_may_be_split_in_any_part_of_its_rows(rows: str) -> None:
+    plan = f"mesh tp=2\nshard table.weight [{rows}, d]\nshard head.weight [{rows}, d]\n"
+    check_equal(
+        Table(),
+        lambda: (torch.randint(0, 12, (5,)), torch.randint(0, 12, (5,))),
+        f"{plan}shard head.bias [{rows}]\n",
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import meshwright
 from tests.equivalence import check_equal
 from tests.models import real
 
@@ -133,3 +134,24 @@ class Mixture(nn.Module):
 def test_densities_by_triangular_solves(plan: str) -> None:
     torch.manual_seed(0)
     check_equal(Mixture(), lambda: (real(6, 4),), PLANS[plan])
+
+
+class Namesake(nn.Module):
+    """Takes arguments that are called as its parameter and its buffer are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x, self.out = nn.Parameter(torch.randn(6, 4)), nn.Linear(4, 4)
+        self.register_buffer("y", torch.randn(()))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.out(x * self.x.mean(0)) * y * self.y).square().mean()
+
+
+def test_an_argument_may_be_called_as_a_parameter_is() -> None:
+    batch = (real(6, 4), real(6, 4))
+    program = check_equal(Namesake(), lambda: batch, "mesh dp=2\ndata x, y over dp\n")
+    assert str(program.parameters["x"].layout) == "[6, 4]"
+    plan = meshwright.Plan.parse("mesh dp=2\ndata x, y over dp\nshard x [n@dp, d]\n")
+    with pytest.raises(meshwright.PlanError, match="names an input of the model and a parameter"):
+        meshwright.compile(Namesake().double(), plan, example=batch)

@@ -10,6 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from meshwright.compiler.capture.writes import writes
+from meshwright.compiler.types import portable_operators
 
 _aten = torch.ops.aten
 
@@ -22,7 +23,7 @@ def functionalised(program: ExportedProgram) -> ExportedProgram:
     """
     if not any(writes(node) for node in program.graph.nodes):
         return program
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), portable_operators():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own use of its pytrees
         functional: ExportedProgram = program.run_decompositions({})
     return functional

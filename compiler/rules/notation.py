@@ -6,6 +6,8 @@ A row names every dimension of every operand and result, as an einsum does:
                                              leaves that result partial
     softmax  "... n! -> ... n"               `!`: must be whole on a rank
     norm     "... n~, n?, n? -> ... n, ..."  `~`: the operator itself finishes what a split leaves
+    embedding "v^ d, ... -> ... d"           `^`: split only so that a rank has consecutive entries,
+                                             as where indices or classes are counted from its first
              "o?"                            the operand may be absent
              "... 1"                         a dimension of size 1
 
@@ -133,6 +135,8 @@ class Spec:
     """Letters that only results have, and that may be split as `Call.wanted` asks."""
     ignored: Group = frozenset()
     """Operands of which not even the shape on a rank matters: they stay as they are."""
+    consecutive: frozenset[str] = frozenset()
+    """Letters that are split only so that each rank holds consecutive entries."""
 
 
 Rule: TypeAlias = Callable[[Call], "Spec | Iterable[Placement]"]
@@ -146,6 +150,7 @@ class Terms:
     results: tuple[tuple[str, ...], ...]
     whole: frozenset[str]
     inner: frozenset[str]
+    consecutive: frozenset[str]
 
 
 @lru_cache(maxsize=1024)
@@ -154,11 +159,16 @@ def parse_row(text: str) -> Terms:
     left, right = text.split("->")
     words = text.replace("->", " ").replace(",", " ").split()
     operands, results = (
-        tuple(tuple(word.strip("!?~") for word in term.split()) for term in side.split(","))
+        tuple(tuple(word.strip(_MARKS) for word in term.split()) for term in side.split(","))
         for side in (left, right)
     )
-    whole, inner = (frozenset(word.strip("!?~") for word in words if mark in word) for mark in "!~")
-    return Terms(operands, results, whole, inner)
+    whole, inner, consecutive = (
+        frozenset(word.strip(_MARKS) for word in words if mark in word) for mark in "!~^"
+    )
+    return Terms(operands, results, whole, inner, consecutive)
+
+
+_MARKS = "!?~^"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +209,7 @@ class Row:
             self._groups(call, places),
             self.reduce,
             frozenset(places[term] for term in self.shape_only if term in places),
+            consecutive=terms.consecutive,
         )
 
     def _groups(self, call: Call, places: Mapping[int, int]) -> tuple[Group, ...]:

@@ -8,11 +8,13 @@ replicated on it must be varying.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout import Dim, Factor, Layout, dim_axes
 from meshwright.compiler.layout import whole as unsplit
+from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.rules.notation import (
     Call,
     Dims,
@@ -36,6 +38,8 @@ def spec_placements(spec: Spec, call: Call) -> Iterator[Placement]:
         if len(used) != len(set(used)):
             continue
         dims: Dims = dict(zip(options, choice, strict=True))
+        if not all(is_consecutive(dims[letter], call.mesh) for letter in spec.consecutive):
+            continue
         if spec.bind is not None:
             try:
                 dims = {**dims, **spec.bind(dims)}
@@ -86,6 +90,15 @@ def is_even(dim: Dim) -> bool:
     """
     axes = set(dim_axes(dim))
     return all({axis for factor in segment for axis in factor.axes} == axes for segment in dim)
+
+
+def is_consecutive(dim: Dim, mesh: Mesh) -> bool:
+    """Whether each rank holds entries that follow one another: nothing is cut inside of a part."""
+    if len(dim) > 1:
+        return not dim_axes(dim)
+    (segment,) = dim
+    parts = [factor.size // mesh.size(factor.axes) for factor in segment]
+    return not any(factor.axes and math.prod(parts[:i]) > 1 for i, factor in enumerate(segment))
 
 
 def _add_variants(options: dict[str, list[Dim]], *, everywhere: bool) -> None:

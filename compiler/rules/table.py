@@ -38,9 +38,9 @@ EMBEDDINGS: dict[Op, Row] = {
 
 COMPOSITES: dict[Op, Row] = {
     # A split v is a masked lookup, whose misses are zeros: partial.
-    MeshOp("embedding"): row("v d, ... -> ... d", _FIRST),
-    MeshOp("embedding_backward"): row("... d, ..., v d -> v d", _FIRST, shape_only=(2,)),
-    MeshOp("cross_entropy"): row("... v~, ..., c!? -> ..., ..."),
+    MeshOp("embedding"): row("v^ d, ... -> ... d", _FIRST),
+    MeshOp("embedding_backward"): row("... d, ..., v^ d -> v d", _FIRST, shape_only=(2,)),
+    MeshOp("cross_entropy"): row("... v~^, ..., c!? -> ..., ..."),
     MeshOp("cross_entropy_backward"): row("..., ... v~, ..., ..., c!? -> ... v", _FIRST),
     MeshOp("norm"): row("... n~, n?, n? -> ... n, ..., ..."),
     MeshOp("norm_backward"): row(

@@ -11,7 +11,7 @@ from torch import nn
 import meshwright
 from meshwright.compiler.capture import capture
 from meshwright.compiler.differentiate import differentiate
-from meshwright.compiler.draft import Draft
+from meshwright.compiler.draft import Draft, pinned_inputs
 from meshwright.compiler.ir import Graph, Node
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.text import call_text, node_type_text
@@ -42,7 +42,7 @@ def stages(model: nn.Module, example: Any, plan: str) -> dict[str, Graph]:
         draft = each(draft)
         found[each.__name__] = draft.graph
     found["vary"] = vary(draft.graph)
-    found["differentiate"], _ = differentiate(found["vary"], frozenset(draft.inputs))
+    found["differentiate"], _ = differentiate(found["vary"], pinned_inputs(draft, found["vary"]))
     found["lower"] = lower(found["differentiate"])
     found["bucket"] = bucket(found["lower"])
     return found
