@@ -62,19 +62,26 @@ def _mm(context: VjpContext) -> Cotangents:
     )
 
 
-@adjoint(aten.as_strided_scatter.default)
-def _as_strided_scatter(context: VjpContext) -> Cotangents:
-    """Nothing comes back from the entries that were replaced; torch's own forgets the others."""
+_WRITES = {
+    aten.as_strided_scatter.default: aten.as_strided.default,
+    aten.slice_scatter.default: aten.slice.Tensor,
+    aten.select_scatter.default: aten.select.int,
+}
+"""What writes into a part of a tensor, and what reads that part."""
+
+
+@adjoint(*_WRITES)
+def _write(context: VjpContext) -> Cotangents:
+    """Nothing comes back from what was replaced; torch's own forgets it, or complex numbers."""
     base, source = context.operands
     where, options = context.node.args[2:], context.node.kwargs
+    write = context.node.op
     dbase = dsource = None
     if base.requires_grad:
         zeros = context.call(aten.new_zeros.default, context.grad, source.tensor.shape)
-        dbase = context.call(
-            aten.as_strided_scatter.default, context.grad, zeros, *where, **options
-        )
+        dbase = context.call(write, context.grad, zeros, *where, **options)
     if source.requires_grad:
-        dsource = context.call(aten.as_strided.default, context.grad, *where, **options)
+        dsource = context.call(_WRITES[write], context.grad, *where, **options)
     return dbase, dsource
 
 

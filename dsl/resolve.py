@@ -8,7 +8,7 @@ from typing import TypeVar
 from meshwright.dsl.check import same_content
 from meshwright.dsl.errors import PlanError, either, nearest, printable, quoted
 from meshwright.dsl.selectors import Selector, more_specific, quote_segment
-from meshwright.dsl.statements import CONNECTIVES, STATEMENTS, Targeted
+from meshwright.dsl.statements import CONNECTIVES, STATEMENTS, Data, Targeted
 
 _T = TypeVar("_T", bound=Targeted)
 
@@ -34,8 +34,10 @@ def resolve(statements: Iterable[_T], names: Collection[str]) -> dict[str, _T]:
 
 def nothing_matches(selector: Selector, names: Collection[str]) -> PlanError:
     """The error for a selector without a match; its help names the nearest names."""
-    suggestions = list(dict.fromkeys(_patterns(selector, names))) or nearest(
-        selector.text, names, 3
+    suggestions = (
+        _inside(selector, names)
+        or list(dict.fromkeys(_patterns(selector, names)))
+        or nearest(selector.text, names, 3)
     )
     if suggestions:
         help = f"write {either(suggestions[:3])}"
@@ -106,12 +108,34 @@ def _depth(statement: Targeted) -> int:
 
 def _tie(name: str, first: tuple[_T, Selector], second: tuple[_T, Selector]) -> PlanError:
     (one, selector), (other, other_selector) = first, second
+    help = f"add a statement for `{name}` itself, or narrow one of the selectors"
+    if isinstance(one, Data) and isinstance(other, Data) and one.dim != other.dim:
+        help = f"keep one, and write `shard {name} {_both_dims(one, other)}` beside it"
     return PlanError(
         "P305",
         f"two `{one.verb}` statements speak of `{name}`, and neither selector is more specific",
         spans=[selector.span or one.span, other_selector.span or other.span],
-        help=f"add a statement for `{name}` itself, or narrow one of the selectors",
+        help=help,
     )
+
+
+def _both_dims(one: Data, other: Data) -> str:
+    """A layout that splits an input as two `data` statements would."""
+    axes = {statement.dim: statement.over for statement in (one, other)}
+    over = {dim: each[0] if len(each) == 1 else f"({', '.join(each)})" for dim, each in axes.items()}
+    dims = [f"d{i}@{over[i]}" if i in over else f"d{i}" for i in range(max(over) + 1)]
+    return f"[{', '.join(dims)}, ...]"
+
+
+def _inside(selector: Selector, names: Collection[str]) -> list[str]:
+    """Selectors of what a selector's module or structure holds, where it has no value itself."""
+    if not selector.text or not any(Selector(f"{selector.text}.**").match(names)):
+        return []
+    held = Selector(f"{selector.text}.*").match(names)
+    last = dict.fromkeys(quote_segment(name.rpartition(".")[2]) for name in held)
+    found = [f"{selector.text}.{segment}" for segment in last]
+    deeper = len(Selector(f"{selector.text}.**").match(names)) > len(held)
+    return [*found[:2], f"{selector.text}.**"] if deeper else found
 
 
 def _patterns(selector: Selector, names: Collection[str]) -> Iterator[str]:

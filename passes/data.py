@@ -42,7 +42,7 @@ def _split(draft: Draft, node: Node, statement: Data) -> Draft:
             f"`{node.args[1]}` has no dim {statement.dim}",
             statement.at("dim"),
             subject=f"{tensor_text(node)}{list(shape)}",
-            help=f"use a dim below {len(shape)}",
+            help=f"use a dim below {len(shape)}" if shape else "take it out of `data`",
         )
     size = shape[statement.dim]
     if size % ranks:
