@@ -7,7 +7,7 @@ import math
 import torch
 
 from meshwright.compiler.collectives import COLLECTIVES
-from meshwright.compiler.ir import MeshOp, Node
+from meshwright.compiler.ir import MeshOp, Node, Op
 from meshwright.compiler.vjp import Cotangents, VjpContext, adjoint
 
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ def _mm(context: VjpContext) -> Cotangents:
     )
 
 
-_WRITES = {
+_WRITES: dict[Op, Op] = {
     aten.as_strided_scatter.default: aten.as_strided.default,
     aten.slice_scatter.default: aten.slice.Tensor,
     aten.select_scatter.default: aten.select.int,

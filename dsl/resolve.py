@@ -122,7 +122,9 @@ def _tie(name: str, first: tuple[_T, Selector], second: tuple[_T, Selector]) -> 
 def _both_dims(one: Data, other: Data) -> str:
     """A layout that splits an input as two `data` statements would."""
     axes = {statement.dim: statement.over for statement in (one, other)}
-    over = {dim: each[0] if len(each) == 1 else f"({', '.join(each)})" for dim, each in axes.items()}
+    over = {
+        dim: each[0] if len(each) == 1 else f"({', '.join(each)})" for dim, each in axes.items()
+    }
     dims = [f"d{i}@{over[i]}" if i in over else f"d{i}" for i in range(max(over) + 1)]
     return f"[{', '.join(dims)}, ...]"
 

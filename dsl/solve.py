@@ -217,7 +217,7 @@ def _axis_size(solver: _Solver, axis: str, factor: FactorTemplate) -> int:
 def _cannot_split(solver: _Solver, factor: FactorTemplate, size: int, ranks: int) -> PlanError:
     what = f"{size} {factor.name}" if factor.name else f"{size}"
     over = ", ".join(f"{axis}={solver.mesh[axis]}" for axis in factor.axes)
-    few = factor.name and 1 < size < ranks
+    few = factor.name and size < ranks
     help = _two_ways_out(solver, factor, size, ranks) if few else _usable(factor, size)
     return solver.error("P203", f"cannot split {what} over {over}", factor.span, help=help)
 

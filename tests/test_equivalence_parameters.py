@@ -155,3 +155,24 @@ def test_an_argument_may_be_called_as_a_parameter_is() -> None:
     plan = meshwright.Plan.parse("mesh dp=2\ndata x, y over dp\nshard x [n@dp, d]\n")
     with pytest.raises(meshwright.PlanError, match="names an input of the model and a parameter"):
         meshwright.compile(Namesake().double(), plan, example=batch)
+
+
+class Interleaved(nn.Module):
+    """A table and a head whose classes a plan may cut into parts that are no blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(12, 4, padding_idx=2), nn.Linear(4, 12, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scores = self.head(self.table(y) * x)
+        return F.cross_entropy(scores.transpose(1, 2), y, ignore_index=3, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    "classes", ["(3 v@(tp, dp))", "(2@tp 3 2)", "(2@dp 3 2@tp)", "(2@tp 2@dp 3)"]
+)
+def test_classes_that_are_not_split_in_blocks_keep_their_numbers(classes: str) -> None:
+    torch.manual_seed(0)
+    plan = f"mesh dp=2, tp=2\ndata x, y over dp\nshard *.weight [{classes}, d]\nallow replicate **"
+    check_equal(Interleaved(), lambda: (real(6, 4, 4), torch.randint(0, 12, (6, 4))), plan)

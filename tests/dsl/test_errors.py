@@ -142,6 +142,7 @@ def test_fewer_heads_than_ranks_names_both_ways_out(golden: Golden) -> None:
 NAMES = [f"blocks.{i}.{part}" for i in range(12) for part in ("attn.qkv", "mlp.up")]
 RESOLVING = {
     "matches-nothing": "columns blocks.*.atn.qkv over tp",
+    "matches-nothing-but-holds-names": "columns blocks.*.mlp over tp",
     "matches-nothing-near": "columns decoder.fc9 over tp",
     "tie": "columns blocks.*.mlp.up over tp\ncolumns *.3.mlp.up over dp",
 }

@@ -49,3 +49,27 @@ def test_mistakes_are_explained(name: str, plan: str, golden: Callable[[str, str
     with pytest.raises(PlanError) as caught:
         meshwright.compile(Lm(), meshwright.Plan.parse(plan), example=labelled())
     golden(name, str(caught.value))
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x * scale).sum()
+
+
+def test_a_number_is_taken_out_of_data(golden: Callable[[str, str], None]) -> None:
+    plan = meshwright.Plan.parse("mesh dp=2\ndata x, scale over dp\n")
+    with pytest.raises(PlanError) as caught:
+        meshwright.compile(Scaled(), plan, example=(torch.randn(4, 3), torch.tensor(2.0)))
+    golden("data-number", str(caught.value))
+
+
+def test_an_input_is_split_over_two_dims_as_the_help_says(
+    golden: Callable[[str, str], None],
+) -> None:
+    text, example = "mesh dp=2, cp=2\ndata x over dp\n", (torch.randn(4, 6), torch.tensor(2.0))
+    plan = meshwright.Plan.parse(text + "data x over cp dim=1\n")
+    with pytest.raises(PlanError) as caught:
+        meshwright.compile(Scaled(), plan, example=example)
+    golden("data-two-dims", str(caught.value))
+    found = stages(Scaled(), example, text + "shard x [d0@dp, d1@cp, ...]\n")
+    assert shown(found["partition"], "x") == ["x: f32[4@dp, 6@cp] = input(argument x)"]
