@@ -80,16 +80,20 @@ WRITES: dict[str, Indexed] = {
     "index_fill with a parameter": lambda h, w, i: h.index_fill(1, _ORDER, w[0, 0]),
     "select_scatter": lambda h, w, i: h.select_scatter(h[..., 0].cos(), 2, 1),
     "slice_scatter": lambda h, w, i: h.slice_scatter(h[..., :2].cos(), 2, 0, 4, 2),
-    "modes of a spectrum": lambda h, w, i: torch.fft.irfft(
-        (f := torch.fft.rfft(h, dim=1)).slice_scatter(f[:, 1:] * f[:, :-1], 1, 0, 2), n=4, dim=1
-    ),
-    "one mode of a spectrum": lambda h, w, i: torch.fft.irfft(
-        (f := torch.fft.rfft(h, dim=1)).select_scatter(f[:, 1] * f[:, 2], 1, 0), n=4, dim=1
-    ),
+    "modes of a spectrum": lambda h, w, i: _filtered(h, slice(0, 2)),
+    "one mode of a spectrum": lambda h, w, i: _filtered(h, 1),
     "diagonal_scatter": lambda h, w, i: h.diagonal_scatter(h[..., 0].cos(), 0, 1, 2),
     "masked_scatter": lambda h, w, i: h.masked_scatter(i[..., None] > 1, h.cos()),
     "put": lambda h, w, i: h.put(_ORDER, h.flatten()[:4].cos(), accumulate=True),
 }
+
+
+def _filtered(h: Tensor, modes: int | slice) -> Tensor:
+    """Torch differentiates such a write in place, and not the operator that it is captured as."""
+    spectrum = torch.fft.rfft(h, dim=1)
+    filtered = spectrum.clone()
+    filtered[:, modes] = spectrum[:, modes] * spectrum[:, modes]
+    return torch.fft.irfft(filtered, n=4, dim=1)
 
 
 class Looked(nn.Module):
