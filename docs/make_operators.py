@@ -107,7 +107,8 @@ What the refusals say:
   step; `allow replicate` accepts it.
 
 *Not done by torch itself* are samples that eager mode refuses (no derivative, no memory to resize),
-or for which torch's own shape function gives other shapes than the operator.
+for which torch's own shape function gives other shapes than the operator, or of which torch's own
+derivative is not what finite differences give, while this one is (`as_strided_scatter`).
 
 | operator | tried | equal | refused | not done by torch |
 | --- | --- | --- | --- | --- |
