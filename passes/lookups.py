@@ -146,9 +146,7 @@ def _gather_index(rewriter: Rewriter, found: _Counted, x: Node) -> Node:
     size = x.tensor.shape[place]
     if index.tensor.dtype != torch.int64:
         index = rewriter.call(aten._to_copy.default, index, dtype=torch.int64)
-    below = rewriter.call(aten.lt.Scalar, index, 0)
-    wrapped = rewriter.call(aten.add.Tensor, index, size)
-    index = rewriter.call(aten.where.self, below, wrapped, index)
+    index = _from_the_start(rewriter, index, size)
     shape = index.tensor.shape
     index = _view(rewriter, index, (*[1] * (len(found.sizes) - len(shape)), *shape))
     index = _expanded(rewriter, index, found.sizes)
@@ -156,6 +154,13 @@ def _gather_index(rewriter: Rewriter, found: _Counted, x: Node) -> Node:
     counted, rest = x.tensor.shape[:place], x.tensor.shape[place + 1 :]
     index = _view(rewriter, index, (*counted, found.looked_up, *[1] * len(rest)))
     return _expanded(rewriter, index, (*counted, found.looked_up, *rest))
+
+
+def _from_the_start(rewriter: Rewriter, index: Node, size: int) -> Node:
+    """An index whose negative entries count from the end, which `gather` refuses, without any."""
+    below = rewriter.call(aten.lt.Scalar, index, 0)
+    wrapped = rewriter.call(aten.add.Tensor, index, size)
+    return rewriter.call(aten.where.self, below, wrapped, index)
 
 
 def _take(rewriter: Rewriter) -> Node:
@@ -185,6 +190,7 @@ def _take_along(rewriter: Rewriter) -> Node:
     for_x = [pairs[dim][0] if i == dim else size for i, size in enumerate(shape)]
     for_index = [pairs[dim][1] if i == dim else size for i, size in enumerate(shape)]
     x = _expanded(rewriter, x, tuple(for_x))
+    index = _from_the_start(rewriter, index, pairs[dim][0])
     index = _expanded(rewriter, index, tuple(for_index))
     return rewriter.call(aten.gather.default, x, dim, index)
 

@@ -54,6 +54,7 @@ LOCAL: dict[str, Looked] = {
     "added": lambda h, w, i: h.index_put((_rows(i), i), h.cos(), accumulate=True),
     "one written": lambda h, w, i: h.index_put((_rows(i)[:, 0], i[:, 0]), w[0]),
     "along": lambda h, w, i: torch.take_along_dim(h, i[..., None], 1),
+    "along, from the end": lambda h, w, i: torch.take_along_dim(h, i[..., None] - 3, 1),
     "taken": lambda h, w, i: torch.take(w, i)[..., None] * h,
     "bags summed": lambda h, w, i: h + _bag(w, i, mode="sum", padding_idx=1),
     "bags averaged": lambda h, w, i: h + _bag(w, i, mode="mean", padding_idx=1),
