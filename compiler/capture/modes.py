@@ -2,7 +2,8 @@
 
 `inference_mode` is traced as `no_grad`, which it equals for gradients; `x.data` as `x.detach()`;
 an autocast that is off as nothing (export loses a `no_grad` inside it), one that is on is refused.
-A batch norm that averages over all batches counts them in a tensor, not in Python.
+A batch norm that averages over all batches counts them in a tensor, not in Python. Packed sequences
+are refused where they are made.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _VF, Tensor
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -90,6 +91,16 @@ def _set_data(tensor: Tensor, value: Tensor) -> None:
     _ORIGINAL_DATA.__set__(tensor, value)
 
 
+def _pack(*args: Any) -> Any:
+    raise CaptureError(
+        "`pack_padded_sequence` makes sizes that depend on the values of its lengths",
+        code="data dependent",
+        culprit=current_line(),
+        help="run the network on the padded batch and mask what follows the end of each row; take "
+        "last states, and rows in reverse for a second direction, with `gather`",
+    )
+
+
 def _batch_norm(norm: Any, x: Tensor) -> Tensor:
     """`_BatchNorm.forward`, where `momentum=None` makes one over the number of batches of it."""
     counted = norm.training and norm.running_mean is not None and norm.momentum is None
@@ -114,5 +125,6 @@ _TRANSLATED: tuple[tuple[Any, str, Any], ...] = (
     (torch.autocast, "__enter__", _enter_autocast),
     (torch.autocast, "__exit__", _exit_autocast),
     (_BatchNorm, "forward", _batch_norm),
+    (_VF, "_pack_padded_sequence", _pack),
     (torch.Tensor, "data", property(_data, _set_data)),
 )

@@ -127,6 +127,11 @@ def ctc(model: Model, h: Tensor) -> Tensor:
     )
 
 
+def packed(model: Model, h: Tensor) -> Tensor:
+    rows = nn.utils.rnn.pack_padded_sequence(h[..., None], torch.tensor([4, 2]), batch_first=True)
+    return rows.data
+
+
 def vmap(model: Model, h: Tensor) -> Tensor:
     return torch.vmap(torch.sin)(h)
 
@@ -167,7 +172,8 @@ CASES = {
         for function in (
             hook, branch, item, select, expert_rows, numpy, hidden_write, late_data_write,
             caught, address, data_write,
-            clamped_weight, autocast, gradient, assigned, written, ctc, vmap, mixed_branch, wrong,
+            clamped_weight, autocast, gradient, assigned, written, ctc, packed, vmap, mixed_branch,
+            wrong,
             compared, sized_by_values, sparse, nested,
         )
     },
