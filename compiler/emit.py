@@ -36,6 +36,9 @@ from meshwright.compiler.types import result_type
 
 _GATHERING = ("all_gather", "all_gather_replicated", "all_to_all")
 
+FIRST_ONLY = {torch.ops.aten._native_batch_norm_legit_functional.default}
+"""Operators of which only the first result is differentiable."""
+
 
 @dataclass(frozen=True, slots=True)
 class Movement:
@@ -171,7 +174,9 @@ class Emitter:
                 type=source.type[index],
                 layout=source.layout[index],
                 origin=origin,
-                requires_grad=source.requires_grad and is_floating(source.type[index]),
+                requires_grad=source.requires_grad
+                and is_floating(source.type[index])
+                and not (index and source.op in FIRST_ONLY),
                 name=name,
             )
         return self._items[source, index]

@@ -158,6 +158,22 @@ def test_batch_norm_takes_the_statistics_of_the_whole_batch(plan: str) -> None:
     assert implicit_gathers(program) == []
 
 
+class Twins(nn.Module):
+    """Runs one batch norm twice, as twin networks do: the second reads what the first wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.norm(self.a(x)), self.norm(self.a(y)))
+
+
+@pytest.mark.parametrize("plan", ["mesh dp=2\ndata x, y over dp\n", "mesh one=1\n"])
+def test_no_gradient_flows_through_the_statistics_that_a_batch_norm_keeps(plan: str) -> None:
+    check_equal(Twins(), lambda: (real(8, 8), real(8, 8)), plan)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

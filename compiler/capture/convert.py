@@ -19,6 +19,7 @@ from meshwright.compiler.capture.inputs import InputSpec, type_of
 from meshwright.compiler.capture.origin import origin_of
 from meshwright.compiler.capture.simplify import simplify
 from meshwright.compiler.capture.values import picked_by_a_mask
+from meshwright.compiler.emit import FIRST_ONLY
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.ir import GETITEM, INPUT, Builder, Graph, Node, NodeType, TensorType
 from meshwright.compiler.mesh import Mesh
@@ -34,9 +35,6 @@ _STOPS = {
     *(getattr(_aten, name).default for name in ("new_zeros", "new_ones", "new_full", "new_empty")),
 }
 """Operators whose result does not depend on their operand's values, or that stop gradients."""
-_FIRST_ONLY = {_aten._native_batch_norm_legit_functional.default}
-"""Operators of which only the first result is differentiable."""
-
 _STRIDED = {
     getattr(_aten, name).default for name in ("as_strided", "as_strided_copy", "as_strided_scatter")
 }
@@ -284,7 +282,7 @@ def _refuse_parameter_write(name: str, node: fx.Node) -> None:
 def _is_differentiable(op: Any, args: tuple[Any, ...], type: NodeType) -> bool:
     if op in _STOPS:
         return False
-    if op is GETITEM and args[0].op in _FIRST_ONLY and args[1] > 0:
+    if op is GETITEM and args[0].op in FIRST_ONLY and args[1] > 0:
         return False
     types = type if isinstance(type, tuple) else (type,)
     return any(t and t.differentiable for t in types)
