@@ -16,6 +16,7 @@ Requires: a placed graph, not yet differentiated. Ensures: the same values, plac
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -30,6 +31,7 @@ from meshwright.compiler.ir import (
     Builder,
     MeshOp,
     Node,
+    NodeLayout,
     Origin,
     TensorType,
     map_nodes,
@@ -69,20 +71,34 @@ class _Hoister:
 
     def _consider(self, node: Node) -> None:
         """Note how a call could give just what its users want, if all want one slice of it."""
-        frame = node.op in (INPUT, GETITEM) or (_is_collective(node) and node.op != VARY)
-        if frame or node in self.returned or not isinstance(node.type, TensorType):
+        frame = node.op == INPUT or (_is_collective(node) and node.op != VARY)
+        given = self._given(node)
+        if frame or node in self.returned or given is None:
             return
         asked = {self._asked(user, node) for user in self.users[node]}
         (layout,) = asked if len(asked) == 1 else (None,)
-        if layout is None or layout == node.placed:
+        if layout is None or layout == given.placed:
             return
+        placement: Placement | None
         if node.op == VARY:
             before = layout.drop_varying(node.kwargs["axes"])
-            self.placements[node], self.wanted[node] = Placement((before,), (layout,)), layout
-            return
-        placement = narrowed(_call(node, self.mesh, layout), layout)
+            placement = Placement((before,), (layout,))
+        elif node.op == GETITEM:
+            alone = self._given(node.args[0]) is node
+            placement = Placement((layout,), (layout,)) if alone else None
+        else:
+            place = 0 if given is node else given.args[1]
+            first = (layout,) if place == 0 else ()
+            placement = narrowed(_call(node, self.mesh, first), layout, place)
         if placement is not None:
             self.placements[node], self.wanted[node] = placement, layout
+
+    def _given(self, node: Node) -> Node | None:
+        """The one tensor that a call gives: of several results the only one in use."""
+        if isinstance(node.type, TensorType):
+            return node
+        users = self.users[node]
+        return users[0] if len(users) == 1 and users[0].op == GETITEM else None
 
     def _asked(self, user: Node, value: Node) -> Layout | None:
         """The slice of `value` that one user wants, or None if it wants all of it, or several."""
@@ -96,8 +112,13 @@ class _Hoister:
         if len(asked) > 1:
             return None
         (layout,) = asked
-        layout = layout.canonical(self.mesh)
-        return layout.drop_varying(set(layout.varying) - set(value.placed.varying))
+        return self._slice_of(value, layout)
+
+    def _slice_of(self, value: Node, layout: Layout) -> Layout:
+        """A layout of `value` without the varying axes that it does not have itself."""
+        layout, given = layout.canonical(self.mesh), self._given(value)
+        assert given is not None
+        return layout.drop_varying(set(layout.varying) - set(given.placed.varying))
 
     def _chosen(self) -> set[Node]:
         """The calls to run on slices: where that costs no more, and no user needs the rest."""
@@ -114,6 +135,8 @@ class _Hoister:
 
     def _price(self, node: Node, price: Mapping[Node, float]) -> float:
         """The bytes that the operands of a narrowed call cost, each the cheaper of two ways."""
+        if node.op == GETITEM:
+            return price.get(node.args[0], math.inf)
         total = 0.0
         operands = call_operands(node.args, node.kwargs)
         for operand, layout in zip(operands, self.placements[node].operands, strict=True):
@@ -123,10 +146,10 @@ class _Hoister:
 
     def _sliced(self, value: Node, layout: Layout) -> float:
         """The bytes of slicing a value, adjoint included; `vary` is the price of a split."""
-        layout = layout.canonical(self.mesh)
-        layout = layout.drop_varying(set(layout.varying) - set(value.placed.varying))
-        size = value.tensor.dtype.itemsize
-        return cost(value.placed, layout, size, self.mesh, value.requires_grad)
+        given = self._given(value)
+        assert given is not None
+        layout, size = self._slice_of(value, layout), given.tensor.dtype.itemsize
+        return cost(given.placed, layout, size, self.mesh, given.requires_grad)
 
     def _emitted(self, chosen: set[Node]) -> Draft:
         emitter = Emitter(Builder(self.graph.name, self.mesh))
@@ -182,6 +205,9 @@ class _Hoister:
         origin: Origin,
         planned: frozenset[str],
     ) -> Node:
+        if node.op == GETITEM:
+            source, index = node.args
+            return emitter.item(values[source], index, origin, name=node.name)
         operands = call_operands(node.args, node.kwargs)
         brought = {
             operand: emitter.reshard(values[operand], layout, origin, user=node.op, forced=planned)
@@ -192,30 +218,38 @@ class _Hoister:
             map_nodes(node.args, brought.__getitem__),
             {key: map_nodes(value, brought.__getitem__) for key, value in node.kwargs.items()},
             type=node.type,
-            layout=self.wanted[node],
+            layout=self._layouts(node),
             origin=node.origin,
             requires_grad=node.requires_grad,
             name=node.name,
         )
+
+    def _layouts(self, node: Node) -> NodeLayout:
+        """The layouts of a chosen call's results."""
+        if isinstance(node.type, TensorType):
+            return self.wanted[node]
+        results = self.placements[node].results
+        return tuple(None if each is None else each.canonical(self.mesh) for each in results)
 
 
 def _is_collective(node: Node) -> bool:
     return isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES
 
 
-def _call(node: Node, mesh: Mesh, wanted: Layout) -> Call:
+def _call(node: Node, mesh: Mesh, wanted: tuple[Layout, ...]) -> Call:
     def operand(value: Node) -> Operand:
         return Operand(value.tensor, value.placed, differentiable=value.requires_grad)
 
-    return make_call(node.op, node.args, node.kwargs, node.type, mesh, operand, (wanted,))
+    return make_call(node.op, node.args, node.kwargs, node.type, mesh, operand, wanted)
 
 
 @lru_cache(maxsize=4096)
-def narrowed(call: Call, wanted: Layout) -> Placement | None:
-    """The cheapest placement that gives `wanted` on slices of the operands, if there is any."""
+def narrowed(call: Call, wanted: Layout, place: int = 0) -> Placement | None:
+    """The cheapest placement that gives `wanted`, as the result at `place`, on slices of the
+    operands, if there is any."""
     best: tuple[float, Placement] | None = None
     for placement in candidates(call):
-        (result,) = placement.results
+        result = placement.results[place]
         if result is None or result.canonical(call.mesh) != wanted:
             continue
         price = 0.0

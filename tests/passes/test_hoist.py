@@ -45,6 +45,26 @@ def test_a_bias_made_of_parameters_is_made_in_parts() -> None:
     assert "bool[8@dp, 4@tp, 6, 6]" in text
 
 
+class Queries(nn.Module):
+    """Learned queries, the same for every sample, that look at each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.norm = nn.Parameter(real(3, 4)), nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries.expand(x.shape[0], -1, -1)
+        looks = (self.norm(queries) @ x.transpose(1, 2)).softmax(-1) @ x
+        return (queries + looks).sin().sum()
+
+
+def test_learned_queries_are_normed_in_parts() -> None:
+    program = check_equal(Queries(), lambda: (real(8, 6, 4),), "mesh dp=2\ndata x over dp\n")
+    assert implicit_gathers(program) == []
+    text = str(program.graph("stage0.forward"))
+    assert "(f64[8@dp, 3, 4], f64[8@dp, 3], f64[8@dp, 3])" in text
+
+
 class Both(nn.Module):
     def __init__(self) -> None:
         super().__init__()
