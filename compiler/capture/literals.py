@@ -69,7 +69,7 @@ class Literals(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = self._operands(function, args, kwargs)
-        if given is not None and _sizes(function, args):
+        if given is not None and _sizes(function, args, kwargs):
             real = _run(function, *given)
             if real is not None:
                 return real
@@ -131,8 +131,13 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
         return result if torch.equal(before, torch.get_rng_state()) else None
 
 
-def _sizes(function: Any, args: Any) -> bool:
+def _sizes(function: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the size of what `function` gives depends on values: not where it repeats by a
+    number, of which a trace says more than a constant would."""
     name = getattr(function, "__name__", "")
+    if name == "repeat_interleave":
+        repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)
+        return not isinstance(repeats, int)
     return name in _SIZED or (name == "where" and len(args) == 1)
 
 
