@@ -44,7 +44,8 @@ class Head(nn.Module):
 
 def test_the_gradient_of_a_loss_is_not_written_over_logits_that_are_a_parameter() -> None:
     torch.manual_seed(0)
-    check_equal(Table(), lambda: {"targets": batch()["targets"]}, "mesh dp=2")
+    plan = "mesh dp=2\nallow replicate **"
+    check_equal(Table(), lambda: {"targets": batch()["targets"]}, plan)
 
 
 def test_a_loss_that_is_also_an_output_is_waited_for_once() -> None:
