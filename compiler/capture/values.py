@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from types import FrameType
 from typing import Any
 
@@ -74,14 +73,13 @@ def values_in_python(once: OnlyOnce, known: Sequence[Tensor] = ()) -> Iterator[N
         literals = stack.enter_context(Literals())
         if known:
             stack.enter_context(_Known(known))
+        stack.enter_context(_KnownIndices(literals))
         for owner, name in _TRUTHS:
             stack.enter_context(replaced(owner, name, _truth(getattr(owner, name), literals)))
         for name in ("item", "tolist", "__float__", "__int__", "__index__"):
             stack.enter_context(replaced(Tensor, name, _number(name, once, literals)))
         stack.enter_context(replaced(Tensor, "__format__", _format(once)))
         stack.enter_context(replaced(Tensor, "data_ptr", _data_ptr))
-        for name in ("__getitem__", "__setitem__"):
-            stack.enter_context(replaced(Tensor, name, _indexed(name, literals)))
         for owner in (Tensor, torch):
             stack.enter_context(replaced(owner, "masked_select", _masked_select(literals)))
         stack.enter_context(replaced(builtins, "print", _print(once)))
@@ -152,19 +150,31 @@ class _Known(TorchFunctionMode):
         return result
 
 
-def _indexed(name: str, literals: Literals) -> Callable[..., Any]:
-    """`__getitem__` or `__setitem__` with what is known in an index as Python would write it."""
-    original = getattr(Tensor, name)
+class _KnownIndices(TorchFunctionMode):
+    """Writes what is known in an index as Python would.
 
-    @wraps(original)
-    def at(self: Tensor, index: Any, *value: Any) -> Any:
-        places = index if isinstance(index, tuple) else (index,)
-        found = tuple(part for place in places for part in _places(place, literals))
-        if len(found) != len(places) or any(a is not b for a, b in zip(found, places, strict=True)):
-            index = found
-        return original(self, index, *value)
+    A mode, for a class that once had a `__getitem__` of its own is a sequence ever after:
+    `torch.tensor([torch.tensor(3)])` would fail.
+    """
 
-    return at
+    def __init__(self, literals: Literals) -> None:
+        super().__init__()
+        self.literals = literals
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in ("__getitem__", "__setitem__"):
+            tensor, index, *value = args
+            args = (tensor, _known_index(index, self.literals), *value)
+        return function(*args, **(kwargs or {}))
+
+
+def _known_index(index: Any, literals: Literals) -> Any:
+    places = index if isinstance(index, tuple) else (index,)
+    found = tuple(part for place in places for part in _places(place, literals))
+    same = len(found) == len(places) and all(a is b for a, b in zip(found, places, strict=True))
+    return index if same else found
 
 
 def picked_by_a_mask(line: str) -> CaptureError:

@@ -89,3 +89,17 @@ def test_a_forward_that_changes_everything_leaves_nothing_behind() -> None:
     assert random.getstate() == drawn[0]
     assert torch.get_rng_state().equal(drawn[1])
     torch.testing.assert_close(model(x), eager(x))
+
+
+def test_tensors_are_to_python_what_they_were() -> None:
+    def seen() -> list[Any]:
+        zero, row = torch.tensor(3), torch.tensor([1, 2])
+        return [
+            torch.tensor([zero, zero]).tolist(), torch.as_tensor([[zero], [zero]]).tolist(),
+            torch.stack(list(row)).tolist(), [*range(5)][zero], bool(zero), float(zero), int(zero),
+            f"{zero} {row}", 2 in row, len(row), row[row.bool()].tolist(), row.equal(row),
+        ]  # fmt: skip
+
+    before = seen()
+    capture(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), (torch.randn(4, 3),), MESH, mode="infer")
+    assert seen() == before
