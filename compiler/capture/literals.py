@@ -81,6 +81,8 @@ class Literals(TorchFunctionMode):
     def _operands(self, function: Any, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """The arguments with real tensors in the place of stand-ins, if all are known."""
         name = getattr(function, "__name__", "")
+        if name not in _OF_ANOTHER and any(map(self._is_unknown, args)):
+            return None  # At once, for most calls of a trace end here.
         leaves, tree = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if any(isinstance(leaf, _SYMBOLS) for leaf in leaves) or isinstance(function, _CUSTOM):
@@ -100,6 +102,9 @@ class Literals(TorchFunctionMode):
             values.append(_copy(value) if real else value)
         found: tuple[Any, Any] = pytree.tree_unflatten(values, tree)
         return found
+
+    def _is_unknown(self, argument: Any) -> bool:
+        return isinstance(argument, FakeTensor) and id(argument) not in self._found
 
     def _follow(
         self, function: Any, given: tuple[Any, Any], traced: tuple[Any, Any], result: Any
