@@ -199,10 +199,10 @@ def _scatter_reduce(rewriter: Rewriter) -> Node | None:
     """Sums and means of scattered values: sums over counts."""
     x, dim, index, source, how = rewriter.args[:5]
     included = rewriter.option(5, "include_self", True)
-    if how not in ("sum", "mean") or not x.tensor.dtype.is_floating_point:
-        return None
     if how == "sum" and included:
         return rewriter.call(aten.scatter_add.default, x, dim, index, source)
+    if how not in ("sum", "mean") or not x.tensor.dtype.is_floating_point:
+        return None
     dtype = x.tensor.dtype
     ones = rewriter.call(aten.full.default, list(index.tensor.shape), 1, dtype=dtype)
     none = rewriter.call(aten.full.default, list(x.tensor.shape), 0, dtype=dtype)

@@ -399,10 +399,3 @@ def _grouped_rows(rewriter: Rewriter, x: Node, w: Node, ends: Node) -> Node:
 
 def _turned(rewriter: Rewriter, x: Node) -> Node:
     return rewriter.call(aten.transpose.int, x, -2, -1)
-
-
-@rewrites(aten.scatter_reduce.two)
-def _scatter_sum(rewriter: Rewriter) -> Node | None:
-    if rewriter.args[4] != "sum" or not rewriter.option(5, "include_self", True):
-        return None
-    return rewriter.call(aten.scatter_add.default, *rewriter.args[:4])
