@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from meshwright.compiler.program import Program, Stored
 from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
+from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.copies import check_found, compare, held
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.gather import gathered_all
@@ -23,7 +24,6 @@ from meshwright.runtime.inputs import Cut, Inputs, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, check_elementwise, grouped, made
-from meshwright.runtime.optimizer_state import check_owner
 from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest, same_start, same_values

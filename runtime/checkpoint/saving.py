@@ -1,9 +1,7 @@
-"""Checkpoints: safetensors shards and a JSON manifest, written by any plan and read by any other.
+"""Write a checkpoint: each rank a file with the parts that it owns, rank 0 the manifest.
 
-A tensor is cut into parts by its layout; of the ranks that hold a part, one owns and writes it.
-The manifest says how each tensor was cut and who wrote what, so that a reader with another mesh
-takes from each part what it needs. Padding is left out. Files of a save have a number of their
-own, and the manifest is replaced last: a save that fails leaves the one before as it was.
+Files of a save have a number of their own, and the manifest is replaced last: a save that fails
+leaves the one before as it was.
 """
 
 from __future__ import annotations
@@ -19,13 +17,13 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.collectives import Wire
 from meshwright.compiler.program import Program
+from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest, read_manifest, shard_name
+from meshwright.runtime.checkpoint.optimizer_state import check_optimizer, optimizer_entries
+from meshwright.runtime.checkpoint.parts import Entry, own_parts
+from meshwright.runtime.checkpoint.shards import write_shard
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.manifest import MANIFEST, Manifest, read_manifest, shard_name
-from meshwright.runtime.optimizer_state import check_optimizer, optimizer_entries, restore
-from meshwright.runtime.parts import Entry, own_parts, read_into
 from meshwright.runtime.rank import RankProgram, RankState
-from meshwright.runtime.safe import Shards, write_shard
-from meshwright.runtime.weights import check_state, name_in, stored_tensors
+from meshwright.runtime.weights import stored_tensors
 
 _SHARD = re.compile(r"(\d{6})-\d{5}\.safetensors")
 
@@ -62,32 +60,6 @@ def _save(
         _replace(path / MANIFEST, manifest.to_json())
         _remove_others(path, number)
     yield Wire("all_reduce", every_axis), torch.zeros(1, device=state.device)
-
-
-def load(
-    program: Program, states: Sequence[RankState], path: Path, optimizer: Optimizer | None
-) -> None:
-    """Read a checkpoint into the ranks of this process."""
-    manifest = read_manifest(path)
-    shapes = {
-        alias: manifest.tensors[name].shape
-        for alias, name in manifest.aliases.items()
-        if name in manifest.tensors
-    }
-    check_state(program, shapes, f"the checkpoint `{path}`")
-    if optimizer is not None:
-        check_optimizer(program, states, optimizer)
-    shards = Shards(path, manifest.number)
-    for state in states:
-        for kind, stored in stored_tensors(program):
-            name = name_in(program, stored.name, shapes)
-            if name is not None:
-                entry = Entry.of(stored, state.tensors[kind, stored.name])
-                read_into(entry, manifest.aliases[name], manifest, shards, state)
-        state.random.seed = manifest.random["seed"]
-        state.random.step = manifest.random["step"]
-    if optimizer is not None:
-        restore(program, states, optimizer, manifest, shards)
 
 
 def _entries(program: Program, state: RankState, optimizer: Optimizer | None) -> list[Entry]:

@@ -14,7 +14,7 @@ from meshwright.compiler.mesh import Mesh
 from meshwright.runtime.errors import RunError
 
 if TYPE_CHECKING:
-    from meshwright.runtime.parts import Entry
+    from meshwright.runtime.checkpoint.parts import Entry
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION = "meshwright checkpoint", 1

@@ -15,9 +15,9 @@ from torch import Tensor
 from meshwright.compiler.layout import Layout, block_map
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.program import Stored
-from meshwright.runtime.manifest import Manifest
+from meshwright.runtime.checkpoint.manifest import Manifest
+from meshwright.runtime.checkpoint.shards import Shards
 from meshwright.runtime.rank import RankState
-from meshwright.runtime.safe import Shards
 
 
 @dataclass(frozen=True, slots=True)

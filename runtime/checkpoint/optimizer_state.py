@@ -11,11 +11,11 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.layout import replicated
 from meshwright.compiler.program import Program
+from meshwright.runtime.checkpoint.manifest import Manifest
+from meshwright.runtime.checkpoint.parts import Entry, read_into
+from meshwright.runtime.checkpoint.shards import Shards, dtype_of
 from meshwright.runtime.errors import RunError, check_kind
-from meshwright.runtime.manifest import Manifest
-from meshwright.runtime.parts import Entry, read_into
 from meshwright.runtime.rank import RankState
-from meshwright.runtime.safe import Shards, dtype_of
 
 _PLAIN = (bool, int, float, str, type(None))
 

@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from meshwright.runtime.checkpoint.manifest import shard_name
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.manifest import shard_name
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

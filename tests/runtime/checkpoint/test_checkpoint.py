@@ -130,7 +130,7 @@ def test_a_save_that_fails_leaves_the_one_before(
     def full(*_: object) -> None:
         raise mw.RunError("the disk is full")
 
-    monkeypatch.setattr("meshwright.runtime.checkpoint.write_shard", full)
+    monkeypatch.setattr("meshwright.runtime.checkpoint.saving.write_shard", full)
     with pytest.raises(mw.RunError, match="the disk is full"):
         run.save(tmp_path)
     run.load(tmp_path)
