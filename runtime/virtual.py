@@ -15,7 +15,14 @@ from torch import Tensor
 from meshwright.compiler.collectives import Start, Wire
 from meshwright.compiler.mesh import Mesh
 from meshwright.runtime.algorithms import everyone
-from meshwright.runtime.errors import DeadlockError, MismatchError, spell_ranks, spell_wire, verb
+from meshwright.runtime.errors import (
+    DeadlockError,
+    MismatchError,
+    RunError,
+    spell_ranks,
+    spell_wire,
+    verb,
+)
 
 RankProgram = Generator[Any, Any, Any]
 
@@ -62,7 +69,7 @@ def run_virtual(
 
     `names[i]` is the node of the collective with index i, for errors. Raises `MismatchError` where
     the members of a group ask for different operations, `DeadlockError` where no rank can go on.
-    An exception of a rank's own goes through with a note of the rank.
+    An exception of a rank's own goes through with a note of the rank, unless it names its ranks.
     """
     if len(programs) != mesh.num_ranks:
         raise ValueError(f"{len(programs)} programs for a mesh of {mesh.num_ranks} ranks")
@@ -93,7 +100,7 @@ class _Driver:
                 self.results[rank] = stop.value
                 self.num_left -= 1
             except BaseException as error:
-                if not isinstance(error, MismatchError):
+                if not (isinstance(error, RunError) and (error.peers or error.rank is not None)):
                     error.add_note(f"on rank {rank} of the virtual mesh ({self.spell_place(rank)})")
                 raise
         if self.num_left:

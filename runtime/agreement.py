@@ -1,0 +1,137 @@
+"""Ranks agree: an error on one rank is raised on all of them, in the same words.
+
+A rank that raised alone would leave the others in a collective that never completes. So what can
+fail on one rank (a full disk, a file that is not there) is done apart from collectives, and then
+every rank says whether it could. Where all could, that is one all-reduce of one number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.collectives import Wire
+from meshwright.runtime.errors import RunError, spell_ranks
+from meshwright.runtime.rank import RankProgram, RankState
+
+T = TypeVar("T")
+_PROBLEM_CHARS, _LINE_CHARS, _LINES = 2000, 300, 8
+"""Bounds of the text that a rank sends; what is longer is cut."""
+
+
+def agreed(state: RankState, work: Callable[[], T]) -> Generator[Any, Any, T]:
+    """What `work`, done on every rank and free of collectives, returns on this one.
+
+    Raises a `RunError` on every rank where it raised one on any, or ran out of memory; the run can
+    be used afterwards. What has to be undone on the ranks where the work was done is up to the
+    caller, who catches the error.
+    """
+    problem = None
+    try:
+        found = work()
+    except RunError as error:
+        problem = error
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        problem = RunError(
+            f"ran out of memory: {reason}" if reason else "ran out of memory",
+            help="free memory on the machine of that rank, or use more ranks",
+        )
+    yield from agree(state, problem)
+    return found
+
+
+def agree(state: RankState, problem: RunError | None) -> RankProgram:
+    """Raise on every rank, in the same words, the problem that any rank has.
+
+    The error names the ranks with a problem; where all have the same one, it is theirs as it is.
+    """
+    every_axis = state.mesh.names
+    data = b"" if problem is None else _encoded(problem)
+    length = torch.tensor([len(data)], device=state.device)
+    longest = int((yield Wire("all_reduce", every_axis, "max"), length))
+    if not longest:
+        return
+    own = _tensor(data.ljust(longest), state)
+    every = yield Wire("all_gather", every_axis), own
+    texts = [_bytes(row).decode().strip() for row in every]
+    if problem is not None and len(set(texts)) == 1:
+        problem.peers = tuple(range(state.mesh.num_ranks))
+        raise problem
+    raise _joint([json.loads(text) if text else None for text in texts], state.rank)
+
+
+def told(state: RankState, text: str) -> RankProgram:
+    """The text that rank 0 gives, on every rank; what the others give is not looked at."""
+    every_axis = state.mesh.names
+    data = text.encode() if state.rank == 0 else b""
+    length = torch.tensor([len(data)], device=state.device)
+    size = int((yield Wire("broadcast", every_axis), length))
+    given = yield Wire("broadcast", every_axis), _tensor(data.ljust(size), state)
+    return _bytes(given).decode()
+
+
+def _joint(found: Sequence[dict[str, Any] | None], rank: int) -> RunError:
+    """One error for what ranks found: the first in full, the others in a line each."""
+    holders: dict[str, list[int]] = {}
+    problems: dict[str, dict[str, Any]] = {}
+    for holder, each in enumerate(found):
+        if each is not None:
+            text = json.dumps(each)
+            problems[text] = each
+            holders.setdefault(text, []).append(holder)
+    first, *others = holders
+    where = list(problems[first]["where"])
+    where += [
+        _cut(f"on {spell_ranks(holders[text])}: {problems[text]['problem']}", _LINE_CHARS)
+        for text in others[:_LINES]
+    ]
+    if unsaid := sum(len(holders[text]) for text in others[_LINES:]):
+        where.append(f"and on {unsaid} more rank{'s' if unsaid > 1 else ''}")
+    return RunError(
+        f"on {spell_ranks(holders[first])}: {problems[first]['problem']}",
+        rank=rank,
+        peers=tuple(sorted(each for ranks in holders.values() for each in ranks)),
+        where=where,
+        help=problems[first]["help"],
+    )
+
+
+def _encoded(problem: RunError) -> bytes:
+    """A problem as JSON; what a path has that no text can hold is escaped."""
+    content = {
+        "problem": _cut(problem.problem, _PROBLEM_CHARS),
+        "where": [_cut(line, _LINE_CHARS) for line in problem.where[:_LINES]],
+        "help": _cut(problem.help, _LINE_CHARS),
+    }
+    return json.dumps(content).encode()
+
+
+def _cut(text: str, length: int) -> str:
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; torch raises a plain `RuntimeError` where the CPU's did."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "DefaultCPUAllocator" in str(error)
+
+
+def _tensor(data: bytes, state: RankState) -> Tensor:
+    return torch.frombuffer(bytearray(data or b" "), dtype=torch.uint8)[: len(data)].to(
+        state.device
+    )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data = bytearray(tensor.numel())
+    if data:
+        torch.frombuffer(data, dtype=torch.uint8).copy_(tensor)
+    return bytes(data)
