@@ -99,14 +99,28 @@ def read_manifest(path: Path) -> Manifest:
 
     What it says is checked before it is used: the file may come from anywhere.
     """
+    return parse_manifest(path, manifest_text(path))
+
+
+def manifest_text(path: Path) -> str:
+    """The text of the manifest in the folder `path`. Raises `RunError` where there is none."""
     file = path / MANIFEST
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return file.read_text(encoding="utf-8")
     except OSError as error:
         raise RunError(
             f"there is no checkpoint in `{path}`: {error.strerror}",
             help=f"name a folder that `save` wrote, with its `{MANIFEST}`",
         ) from None
+    except ValueError:
+        _refuse(file, "it is not JSON")
+
+
+def parse_manifest(path: Path, text: str) -> Manifest:
+    """The manifest that `text`, from the folder `path`, is. Raises `RunError` for any other."""
+    file = path / MANIFEST
+    try:
+        found = json.loads(text)
     except (ValueError, RecursionError):
         _refuse(file, "it is not JSON")
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
