@@ -34,9 +34,12 @@ LAYOUT: torch._ops.OpOverload = torch.ops.mesh.layout.default
 
 
 def layout(x: Tensor, layout: str) -> Tensor:
-    """Ask for `layout` here when the model is compiled; anywhere else this is `x` itself.
+    """Ask for a layout of the activation `x`, in a model's own `forward`.
 
-    `layout` is written as in a plan's `shard` statement; its mistakes are the compiler's to report.
+    While the model is compiled, `x` (any shape, any type) takes the `layout` there, which is
+    written as in a plan's `shard` statement: `"[b@dp, s, d]"` has a name or a size for each dim.
+    Anywhere else this is `x` itself, and the text is not read.
+    A layout that the mesh or the shape does not allow is a `PlanError` of `compile`.
     """
     return mark(x, layout) if _CAPTURING.get() else x
 

@@ -94,11 +94,20 @@ _NAMES: dict[str, int] = {}
 def custom(
     function: Callable[..., Any] | type[torch.autograd.Function], *, rule: str, vjp: Vjp
 ) -> Any:
-    """Register `function` and return what a model should call.
+    """Register a function that cannot be traced, and return what a model should call.
 
-    For an `autograd.Function` that is the class itself: its `apply` becomes the operator when
-    a model is captured, and stays what it was elsewhere. For a plain function it is a new
-    function with the same arguments, which is differentiated by `vjp` everywhere.
+    - `function`: an `autograd.Function`, or a function of tensors, numbers and strings that returns
+      a tensor or a tuple of them. The class itself is returned for a class: its `apply` becomes one
+      operator when a model is captured, and stays what it was elsewhere. For a plain function a
+      new one with the same arguments is returned, which `vjp` differentiates everywhere.
+    - `rule`: the dims of each tensor argument and result by name, as an einsum has them:
+      `"... i, o i -> ... o"`. A dim that a result lacks is summed over; `n!` must be whole on a
+      rank; `...` stands for any leading dims. Other dims are computed on each rank's part.
+    - `vjp`: called as `vjp(grads, inputs, outputs)` with a gradient for each output, all arguments
+      and the outputs. It returns a tuple with a gradient for each argument, None where there is
+      none, or a lone tensor for the first. It is traced: use torch's operators.
+
+    The function must take parts of its tensors as it takes the whole, and have no memory.
     """
     name = _unique(function.__name__)
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):

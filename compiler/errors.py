@@ -6,10 +6,11 @@ from meshwright.dsl.errors import MeshwrightError
 
 
 class CompilerError(MeshwrightError):
-    """A problem in words, with the thing it is about and one line of help.
+    """The base of what the compiler raises: a problem in words, and one line of help.
 
-    `code` names the kind of problem for programs that catch it; `culprit` is the node, factor, axis
-    or source line at fault (empty if the problem names it already); `help` begins with a verb.
+    `problem` is the first line; `code` names the kind of problem for programs that catch it;
+    `culprit` is the node, factor, axis or source line at fault (empty if the problem names it
+    already); `help` begins with a verb and works when followed. `str(error)` is all of it.
     """
 
     def __init__(self, problem: str, *, code: str = "", culprit: str = "", help: str = "") -> None:
@@ -21,15 +22,26 @@ class CompilerError(MeshwrightError):
 
 
 class CaptureError(CompilerError):
-    """The model can not be captured as one graph with the gradients autograd would give."""
+    """The model cannot be captured as one graph with the gradients that autograd would give.
+
+    Raised by `compile`, and by `Run.evaluate` and `Run.forward` when they first compile, for a
+    forward that decides by a tensor's value, a call that does not fit it, or a wrong argument.
+    """
 
 
 class LayoutError(CompilerError):
-    """A layout does not fit its shape or mesh, or no layout can say what was asked for."""
+    """No layout can say what was asked for, or an operator needs whole what is split.
+
+    Raised by `compile`. For a gather that the plan did not ask for, the help has the `allow` or
+    `shard` line to write.
+    """
 
 
 class PassError(CompilerError):
-    """A pass broke its own contract; always a bug of Meshwright."""
+    """A pass broke its own contract: always a bug of Meshwright, please report it.
+
+    Raised by `compile`, which checks every graph after every pass.
+    """
 
 
 def render(error: CompilerError) -> str:

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LaidOut:
-    """A parameter, buffer or input, its layout, and the places of the statements behind it."""
+    """A parameter, buffer or input with its layout.
+
+    `name` is the model's, `type` has the global shape and the axes that split it, as in
+    `f32[64, 256@tp]`, and `plan_line` are the places of the statements behind it.
+    """
 
     name: str
     type: str
@@ -28,7 +32,12 @@ class LaidOut:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """`str()` is the text; `statements` maps places, `gpt.plan:6`, to what stands there."""
+    """Why one part of a model is laid out as it is; it prints as text.
+
+    `name` and `kind` say of what, `tensors` are its `LaidOut` parameters, buffers and inputs,
+    `collectives` what `Moved` because of it, and `statements` maps places, such as `gpt.plan:6`,
+    to what stands there.
+    """
 
     name: str
     kind: str
@@ -37,7 +46,7 @@ class Explanation:
     statements: dict[str, str]
 
     def to_json(self) -> dict[str, object]:
-        """Plain dictionaries and lists."""
+        """The same as plain dictionaries and lists."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -74,7 +74,14 @@ GETITEM = MeshOp("getitem")
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One operation. Compared by identity; a pass never edits one in place, it emits another."""
+    """One operation of a graph, with global shapes.
+
+    `name` is unique in its graph, `op` is torch's operator or one of the mesh (a collective),
+    `args` and `kwargs` what it is called with, `type` its shape and dtype (several for several
+    results), `layout` where the result lies on the mesh, and `origin` the module, the source line
+    and the plan line that it comes from. Nodes are compared by identity; a pass never edits one in
+    place, it emits another.
+    """
 
     name: str
     op: Op
@@ -130,10 +137,11 @@ def map_nodes(arg: Arg, function: Callable[[Node], Arg]) -> Arg:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Nodes in an order in which they can run; `outputs` are (label, node) pairs.
+    """The nodes of a forward or a backward, in an order in which they can run.
 
-    Labels: `loss`, `output:<path>`, `buffer:<name>` (its new value), `gradient:<name>` and
-    `saved:<i>`.
+    `name` is `stage0.forward` or `stage0.backward`, `mesh` the axes, `nodes` every `Node`, and
+    `outputs` are (label, node) pairs. Labels: `loss`, `output:<path>`, `buffer:<name>` (its new
+    value), `gradient:<name>` and `saved:<i>`.
     """
 
     name: str
@@ -143,6 +151,7 @@ class Graph:
 
     @property
     def inputs(self) -> tuple[Node, ...]:
+        """The nodes that stand for parameters, buffers, constants and arguments."""
         return tuple(node for node in self.nodes if node.op == INPUT)
 
     def users(self) -> dict[Node, list[Node]]:

@@ -22,10 +22,14 @@ TransferKey: TypeAlias = tuple[Node, str, tuple[tuple[str, Arg], ...], tuple[Dim
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """One collective of one rank and step.
+    """One collective of a step, as one rank sees it.
 
-    `bytes` is what a rank sends under a bandwidth-optimal algorithm: 2(n-1)/n of an all-reduce's
-    operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's.
+    `phase` is `forward` or `backward`, `kind` torch's name (`all_reduce`), `axes` those of the
+    mesh. `bytes` is what a rank sends under a bandwidth-optimal algorithm: 2(n-1)/n of an
+    all-reduce's operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's.
+    `value` is the node in the graph and `type` that of its operand; `module` is where it stands in
+    the model and `modules` that and all around it; `plan_line` are the places of the statements
+    behind it, such as `gpt.plan:6`.
     """
 
     phase: str
@@ -41,7 +45,10 @@ class Moved:
 
 @dataclass(frozen=True, slots=True)
 class Comm:
-    """Every collective of a step, forward and backward."""
+    """Every collective of a step, forward and backward: a sequence of `Moved`.
+
+    `moved` is the tuple of them.
+    """
 
     moved: tuple[Moved, ...]
 
@@ -64,18 +71,19 @@ class Comm:
         return dict(sorted(found.items()))
 
     def where(self, test: Callable[[Moved], bool]) -> Comm:
-        """Those that pass a test."""
+        """Those for which `test`, a function of a `Moved`, is true."""
         return Comm(tuple(item for item in self.moved if test(item)))
 
     def under(self, module: str) -> Comm:
-        """Those of one module and the modules inside it."""
+        """Those of `module`, such as `blocks.0`, and the modules inside it."""
         return self.where(lambda item: module in item.modules)
 
     def total_bytes(self) -> int:
+        """Bytes that one rank sends in a step."""
         return sum(item.bytes for item in self.moved)
 
     def to_json(self) -> list[dict[str, object]]:
-        """One plain dictionary a collective."""
+        """One plain dictionary per collective."""
         return [asdict(item) for item in self.moved]
 
 

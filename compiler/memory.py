@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes a rank. `optimizer` is for two moments a parameter, as Adam keeps; `activations` are
-    what the forward saves for the backward; `peak` is the most alive at once in a step, parameters,
-    gradients and optimizer state included, but not what operators use inside themselves."""
+    """Bytes per rank of `parameters`, `buffers`, `gradients` and more.
+
+    `optimizer` is for two moments per parameter, as Adam keeps; `activations` are what the forward
+    saves for the backward; `peak` is the most alive at once in a step, parameters, gradients and
+    optimizer state included, but not what operators use inside themselves.
+    """
 
     parameters: int
     buffers: int
@@ -30,6 +33,7 @@ class Memory:
     peak: int
 
     def to_json(self) -> dict[str, int]:
+        """The same as a plain dictionary."""
         return asdict(self)
 
 

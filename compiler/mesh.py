@@ -11,26 +11,31 @@ from functools import lru_cache
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Named axes with their sizes; the first axis varies slowest over the ranks."""
+    """The grid of ranks: named axes with their sizes, the first varying slowest over the ranks.
+
+    `axes` are (name, size) pairs.
+    """
 
     axes: tuple[tuple[str, int], ...]
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the axes, in order."""
         return tuple(name for name, _ in self.axes)
 
     @property
     def num_ranks(self) -> int:
+        """The product of all sizes."""
         return math.prod(size for _, size in self.axes)
 
     def size(self, axes: str | Iterable[str]) -> int:
-        """The number of coordinates along `axes` taken together."""
+        """The number of ranks along `axes`, one name or several taken together."""
         if isinstance(axes, str):
             axes = (axes,)
         return math.prod(_sizes(self)[axis] for axis in axes)
 
     def coords(self, rank: int) -> dict[str, int]:
-        """The coordinates of `rank`, by axis."""
+        """The coordinates of `rank`, by axis: `{"dp": 0, "tp": 1}`."""
         found: dict[str, int] = {}
         for name, size in reversed(self.axes):
             rank, found[name] = divmod(rank, size)
@@ -44,7 +49,7 @@ class Mesh:
         return number
 
     def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
-        """The ranks that differ from `rank` only along `axes`, the first the slowest."""
+        """The ranks that differ from `rank` only along `axes`, the first axis varying slowest."""
         here = self.coords(rank)
         spans = [range(self.size(axis)) for axis in axes]
         return tuple(

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A parameter or buffer as ranks hold it: `layout` is that of the padded tensor."""
+    """A parameter or buffer as ranks hold it.
+
+    `name` and `type` are the model's, `layout` is that of the tensor with its padding
+    (`padded_shape`), and `requires_grad` says whether it is trained.
+    """
 
     name: str
     type: TensorType
@@ -42,6 +46,7 @@ class Stored:
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
+        """The global shape with the rows that make it divide; the model's where none are needed."""
         return self.layout.shape
 
 
@@ -62,10 +67,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """A model compiled under a plan. Nothing here needs a device or a process group.
+    """A model compiled under a plan. Made by `meshwright.compile`.
 
-    `print(program.graph("stage0.forward"))` is the rewritten graph; `comm()` every collective;
-    `show()` a summary; `launch()` a run.
+    Nothing here needs a device or a process group but `launch`. `plan` is the plan with what
+    modules carry of their own, `mesh` its axes, `device` what is compiled for and `model` the
+    module that was compiled, untouched. `parameters` and `buffers` say how ranks hold each
+    tensor of the model, by name.
     """
 
     plan: Plan
@@ -82,18 +89,18 @@ class Program:
     launcher: Callable[..., Any] = field(repr=False)
 
     def graphs(self) -> dict[str, Graph]:
-        """Every graph, by name."""
+        """Every graph by name: `stage0.forward` and, in training, `stage0.backward`."""
         return self.step.graphs
 
     def graph(self, name: str) -> GraphText:
-        """One graph; it prints as text. Raises `KeyError` naming the graphs there are."""
+        """The graph called `name`, which prints as text. Raises `KeyError` with the names."""
         graphs = self.graphs()
         if name not in graphs:
             raise KeyError(f"no graph `{name}`: there are {', '.join(graphs)}")
         return GraphText(graphs[name])
 
     def comm(self) -> Comm:
-        """Every collective of a step, with axes, bytes, module and plan line."""
+        """Every collective of one step, with its axes, bytes, module and line of the plan."""
         return self._comm
 
     @cached_property
@@ -101,7 +108,7 @@ class Program:
         return ledger(self.graphs().values())
 
     def memory(self) -> Memory:
-        """Bytes a rank: parameters, gradients, optimizer state, saved activations, peak."""
+        """The bytes that one rank needs to hold, known before anything runs."""
         return memory(self)
 
     @cached_property
@@ -122,35 +129,65 @@ class Program:
 
     @property
     def mode(self) -> str:
+        """The mode that was compiled for: `"train"`, `"eval"` or `"infer"`."""
         return self.captured.mode
 
     def show(self, *, local: bool = False) -> None:
-        """Print the mesh, layouts, collectives, bytes and memory as tables."""
+        """Print the mesh, layouts, collectives, bytes and memory as tables.
+
+        With `local`, shapes are those that one rank holds.
+        """
         from meshwright.compiler.show import show
 
         show(self, local=local)
 
     def to_json(self) -> dict[str, object]:
-        """What `show` prints, and every collective, as plain dictionaries and lists."""
+        """All that `show` prints, and every collective, as plain dictionaries and lists."""
         from meshwright.compiler.summary import summarise
 
         return {**summarise(self).to_json(), "collectives": self.comm().to_json()}
 
     def explain(self, name: str) -> Explanation:
-        """Why a module, parameter or input is laid out as it is, and what moves because of it.
+        """Why the module, parameter or input `name` is laid out as it is, and what it moves.
 
-        It prints as text. Raises `PlanError` for a name that the model does not have.
+        It prints as text; `""` is the whole model. Raises `PlanError` for a name that the model
+        does not have.
         """
         from meshwright.compiler.explain import explain
 
         return explain(self, name)
 
-    def launch(self, **options: Any) -> Any:
-        """Start a run: under torchrun this process is one rank; otherwise every rank runs here.
+    def launch(
+        self,
+        *,
+        seed: int = 0,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        new_shapes: str = "error",
+        check_inputs: bool | int = True,
+    ) -> Any:
+        """Start a run and return it, a `Run`.
 
-        See `meshwright.runtime.run.Run`.
+        Under torchrun and `meshwright run` this process is one rank, and as many must run as the
+        mesh has; otherwise every rank runs in this process. All start from rank 0's weights.
+
+        - `seed`: keys dropout and every other random number, with the number of the step; below
+          2**63, and rank 0's counts. Torch's own seeds play no part in a step.
+        - `state_dict`: global tensors to start from in place of the model's, under its names.
+        - `new_shapes`: `"compile"` lets `Run.step` compile for inputs of other shapes than the
+          example's, once for each; `"error"` refuses them.
+        - `check_inputs`: compare what the processes are given, in calls 1, 2, 4, 8 and so on and
+          then in every 100th; a number compares every that many calls, `False` never.
+
+        Raises `RunError` for a wrong argument, where there are no weights to start from, where the
+        number of processes is not the mesh's, or where the device is not there.
         """
-        return self.launcher(self, **options)
+        return self.launcher(
+            self,
+            seed=seed,
+            state_dict=state_dict,
+            new_shapes=new_shapes,
+            check_inputs=check_inputs,
+        )
 
     def inputs(self) -> tuple[Node, ...]:
         """The arguments of the model, in graph order."""
@@ -165,11 +202,12 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class GraphText:
-    """A graph that prints as text; `text(local=True)` shows what one rank holds."""
+    """A graph that prints as text, with global shapes. `graph` is the `Graph` itself."""
 
     graph: Graph
 
     def text(self, *, local: bool = False) -> str:
+        """The text of the graph; with `local`, with the shapes that one rank holds."""
         return graph_text(self.graph, local=local)
 
     def __str__(self) -> str:

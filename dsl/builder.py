@@ -29,7 +29,12 @@ Option: TypeAlias = "str | int | float | bool | Iterable[str] | None"
 
 
 class PlanBuilder:
-    """Collects statements; `plan()` puts them together. Options are keywords, lists for lists."""
+    """Collects statements, one for each call; `plan` puts them together. Made by `Plan.build`.
+
+    A method is a verb of the [plan language](plan-language.md#every-statement) and says what that
+    does. `targets` are selectors (`"blocks.*.up"`), `over` is an axis or a tuple of axes, options
+    are keywords, with lists for lists. Each call is read at once: a mistake is a `PlanError` there.
+    """
 
     def __init__(self, mesh: Mapping[str, int] | None, name: str) -> None:
         self._name = name
@@ -38,82 +43,117 @@ class PlanBuilder:
             self._add("mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.items()))
 
     def plan(self) -> Plan:
-        """The plan of all statements so far."""
+        """The `Plan` of all statements so far."""
         return Plan.parse("".join(f"{line}\n" for line in self._lines), self._name)
 
     def axes(self, **groups: AxisNames) -> Self:
+        """Names for groups of axes: `axes(model=("row", "col"))`. `groups` are name to members."""
         pairs = (f"{name} = {_axes(members)}" for name, members in groups.items())
         return self._add("axes", ", ".join(pairs))
 
     def let(self, **sizes: int | str) -> Self:
-        """Sizes: numbers, or expressions as text such as `"4*d"`."""
+        """Names for `sizes`: numbers, or expressions as text: `let(d=768, f="4*d")`."""
         return self._add("let", ", ".join(f"{name} = {size}" for name, size in sizes.items()))
 
     def data(self, *inputs: str, over: AxisNames, dim: int | None = None) -> Self:
+        """Split these `inputs` along `dim`, 0 by default, and reduce gradients over the axes."""
         return self._spread("data", inputs, over, dim=dim)
 
     def shard(self, *targets: str, layout: str | LayoutTemplate, of: str = "tensor") -> Self:
-        """`of` is `tensor`, `output` (`->`) or `input` (`<-`)."""
+        """Give the `targets` this `layout`: `shard("wte.weight", layout="[v@tp, d]")`.
+
+        `of` is `"tensor"` for a parameter, buffer or input, `"output"` (`->`) or `"input"` (`<-`)
+        for those of a module.
+        """
         arrow = {"output": "->", "input": "<-"}.get(of, "")
         return self._add("shard", ", ".join(targets), arrow, str(layout))
 
     def columns(self, *targets: str, over: AxisNames, factors: str = "") -> Self:
-        """`factors` is what follows `as`: `"(3 heads hd)"`."""
+        """Split the output features of these linears.
+
+        `factors` is what follows `as`, for a fused output: `"(3 heads hd)"`.
+        """
         place = f"over {_axes(over)}"
         return self._add("columns", ", ".join(targets), place, f"as {factors}" if factors else "")
 
     def rows(self, *targets: str, over: AxisNames) -> Self:
+        """Split the input features of these linears, and reduce their outputs."""
         return self._spread("rows", targets, over)
 
     def vocab(self, *targets: str, over: AxisNames) -> Self:
+        """Split an embedding and a head over the vocabulary, and the loss with them."""
         return self._spread("vocab", targets, over)
 
-    def sequence(self, *targets: str, over: AxisNames, keep: Option | None = None) -> Self:
+    def sequence(self, *targets: str, over: AxisNames, keep: Option = None) -> Self:
+        """Split activations along the sequence between split linears.
+
+        `keep=["all_gather"]` saves the gathered inputs of linears for the backward.
+        """
         return self._spread("sequence", targets, over, keep=keep)
 
     def context(self, *targets: str, over: AxisNames, method: str | None = None) -> Self:
+        """Attention over a split sequence; `method` is `"ring"` or `"ulysses"`."""
         return self._spread("context", targets, over, method=method)
 
     def summa(self, *targets: str, over: AxisNames, depth: str | None = None) -> Self:
+        """Tensor parallelism over two axes; `depth` is the third axis of 2.5-D."""
         return self._spread("summa", targets, over, depth=depth)
 
     def experts(self, *targets: str, over: AxisNames, **options: Option) -> Self:
+        """Experts on different ranks; `options` are `count`, `route`, `top` and the others."""
         return self._spread("experts", targets, over, **options)
 
     def zero(self, level: int, *targets: str, over: AxisNames) -> Self:
+        """Shard optimizer state (`level` 1), gradients too (2), parameters too (3)."""
         return self._add("zero", str(level), ", ".join(targets), f"over {_axes(over)}")
 
     def stages(
         self, *at: str, count: int | None = None, over: AxisNames, **options: Option
     ) -> Self:
-        """Before each module of `at`, or `count` of them."""
+        """A pipeline: a stage begins before each module of `at`, or there are `count` of them.
+
+        `options` are `schedule`, `microbatches`, `virtual` and `balance`.
+        """
         where = f"at {', '.join(at)}" if at else str(count)
         return self._add("stages", where, f"over {_axes(over)}", _options(options))
 
     def accumulate(self, count: int) -> Self:
+        """Run a step in `count` microbatches, one after the other."""
         return self._add("accumulate", str(count))
 
     def memory(self, *, budget: str | int) -> Self:
+        """Recompute and offload for a `budget` per rank, such as `"60GiB"`."""
         return self._add("memory", _options({"budget": budget}))
 
     def checkpoint(self, *targets: str, **options: Option) -> Self:
+        """Recompute these regions in the backward; `options` are `keep` and `budget`."""
         return self._add("checkpoint", ", ".join(targets), _options(options))
 
     def offload(self, what: str, *targets: str, **options: Option) -> Self:
+        """Keep `what` (`"activations"`, `"parameters"`, `"optimizer"`) in host memory.
+
+        `options` are `fraction`, `budget` and `prefetch`.
+        """
         return self._add("offload", what, ", ".join(targets), _options(options))
 
     def share(self, *targets: str) -> Self:
+        """Let the selected layers use one layer's parameters."""
         return self._add("share", ", ".join(targets))
 
     def precision(self, dtype: str, **options: Option) -> Self:
+        """Compute in this `dtype`, such as `"bf16"`; `options` are `master`, `keep`, `dropout`."""
         return self._add("precision", dtype, _options(options))
 
     def expect(self, contract: str, *, per: str | Iterable[str] = ()) -> Self:
-        """`contract` is what follows the verb: `"all_reduce[tp] == 0"`."""
+        """Refuse a program that breaks this `contract`, for each module of `per`.
+
+        The contract is what follows the verb: `"all_reduce[tp] == 0"`.
+        """
         targets = [per] if isinstance(per, str) else list(per)
         return self._add("expect", contract, f"per {', '.join(targets)}" if targets else "")
 
     def allow(self, what: str, *targets: str) -> Self:
+        """Accept in these modules what is refused: `what` is `"replicate"` or `"local"`."""
         return self._add("allow", what, ", ".join(targets))
 
     def _spread(

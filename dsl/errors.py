@@ -49,14 +49,16 @@ _LONGEST_LINE = 160
 
 
 class MeshwrightError(Exception):
-    """The base of every error that Meshwright raises on purpose."""
+    """The base of every error that Meshwright raises on purpose; never raised itself."""
 
 
 class PlanError(MeshwrightError):
     """The plan is wrong, in itself or for this model. `str(error)` is the rendered text.
 
-    `spans` are the places at fault, the first one the culprit; `subject` are lines naming what
-    of the model is involved; `help` begins with a verb and works when followed.
+    Raised where a plan is read or built, by `compile`, and wherever else a name of the model is
+    looked up. `code` is stable ([all of them](plan-language.md#when-it-is-wrong)), `message` the
+    first line, `spans` are the places at fault, the first one the culprit, `subject` are lines
+    that say what of the model is involved, and `help` begins with a verb and works when followed.
     """
 
     def __init__(

@@ -34,7 +34,12 @@ _T = TypeVar("_T", bound=s.Targeted)
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How a model runs on a mesh. Two plans are equal when they say the same, in any order."""
+    """How a model runs on a mesh: what a plan's text says. Made by `parse`, `load` or `build`.
+
+    Two plans are equal when they say the same, in any order. `print(plan)` is its canonical text.
+    `statements` are objects of `meshwright.dsl`, one class for each verb; `source` has the `name`
+    and the `text` that was read.
+    """
 
     statements: tuple[s.Statement, ...] = ()
     source: Source = field(default_factory=lambda: Source("<plan>", ""))
@@ -43,7 +48,10 @@ class Plan:
 
     @staticmethod
     def parse(text: str, name: str = "<plan>") -> Plan:
-        """Read a plan. Raises `PlanError`, and nothing else, for any text; `name` is for errors."""
+        """Read a plan from `text`; errors call it by its `name`.
+
+        Raises `PlanError`, and nothing else, for any text that is not a plan.
+        """
         source = Source(name, text)
         trees, comments = parse_plan(source)
         names = collect(trees, source)
@@ -54,7 +62,10 @@ class Plan:
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Read a plan file in UTF-8; errors call it by its file name."""
+        """Read the plan file at `path`, in UTF-8; errors call it by its file name.
+
+        Raises `PlanError` for a file that cannot be read (P113) and for what is wrong in it.
+        """
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
@@ -67,19 +78,22 @@ class Plan:
 
     @staticmethod
     def build(mesh: Mapping[str, int] | None = None, name: str = "<built plan>") -> PlanBuilder:
-        """Begin a plan in Python; see `PlanBuilder`."""
+        """Begin a plan in Python with this `mesh`; errors call it by its `name`.
+
+        Returns a `PlanBuilder`, whose methods are the statements of the language.
+        """
         from meshwright.dsl.builder import PlanBuilder
 
         return PlanBuilder(mesh, name)
 
     @property
     def mesh(self) -> tuple[tuple[str, int], ...]:
-        """The axes and their sizes; the first varies slowest over the ranks."""
+        """The axes and their sizes, as pairs; the first varies slowest over the ranks."""
         return tuple(self.names.mesh.items())
 
     @property
     def axes(self) -> Mapping[str, tuple[str, ...]]:
-        """The named groups of axes."""
+        """The named groups of axes: what `axes model = (row, col)` says."""
         return self.names.groups
 
     @property
@@ -88,7 +102,7 @@ class Plan:
         return {k: int(v) if v.q == 1 else v for k, v in self.names.sizes.items()}
 
     def of(self, verb: type[_S]) -> tuple[_S, ...]:
-        """The statements of one verb, in the order of the text."""
+        """The statements of one `verb`, a class of `meshwright.dsl`, in the order of the text."""
         return tuple(each for each in self.statements if isinstance(each, verb))
 
     def resolve(self, verb: type[_T], names: Collection[str], **fields: object) -> dict[str, _T]:

@@ -13,7 +13,12 @@ from meshwright.dsl.errors import MeshwrightError
 
 
 class RunError(MeshwrightError, RuntimeError):
-    """A run that cannot go on: what happened, where, and one line of help."""
+    """A run that cannot go on, or a call of one that is wrong.
+
+    Raised by `Program.launch` and the methods of `Run`. `problem` says what happened, `rank` where
+    and `peers` which ranks it is about (None and empty where that has no meaning), `where` has
+    further lines, `help` begins with a verb and works when followed.
+    """
 
     def __init__(
         self,
@@ -36,19 +41,28 @@ class RunError(MeshwrightError, RuntimeError):
 
 
 class MismatchError(RunError):
-    """Members of a group asked for different operations, or ran different programs."""
+    """Ranks do not agree: on their programs, seeds, inputs, operations or copies of a tensor.
+
+    Raised by `Program.launch`, by every method that runs something, and by `Run.check`.
+    """
 
 
 class DeadlockError(RunError):
-    """No rank can go on, because each waits for another."""
+    """No rank can go on, because each waits for another. Raised by whatever they wait in."""
 
 
 class PeerError(RunError):
-    """Another rank died, stalled, failed or finished while this one needed it."""
+    """Another rank died, stalled, failed or finished while this one needed it.
+
+    Raised by the method in which this rank waited, within seconds; `peers` names the others.
+    """
 
 
 class OperatorError(RunError):
-    """An operator of the program failed on this rank, as it would have in eager mode."""
+    """An operator of the program failed on this rank, as it would have in eager mode.
+
+    Raised by the methods of `Run` that run the model; `where` has the line of the model.
+    """
 
 
 def operator_error(error: Exception, code: Code, graph: Graph) -> OperatorError:

@@ -57,13 +57,13 @@ class _Linked:
 
 
 class Run:
-    """A launched program. Made by `Program.launch`.
+    """A launched program: the weights of its ranks, trained step by step.
 
-    `step` takes the global batch, the same on every rank, adds to the gradients of `parameters()`
-    and returns the loss, a 0-d tensor, without waiting for the device. There is no `backward` to
-    call. The model that was compiled is not touched: its `state_dict()` stays as it was, that of
-    the run is current, and `copy_to` writes trained values back. Every rank calls the same methods
-    in the same order. Ends with `close`, at the end of a `with`, or with the interpreter.
+    Made by `Program.launch`. `program` is what was launched, `mesh` its axes and `new_shapes` what
+    was asked for. The model that was compiled is not touched: its `state_dict()` stays as it was,
+    that of the run is current, and `copy_to` writes trained values back. Every rank calls the same
+    methods in the same order. A run ends with `close`, at the end of a `with`, or with the
+    interpreter.
     """
 
     def __init__(
@@ -77,12 +77,7 @@ class Run:
     ) -> None:
         """Hold the shards of the model's weights, or of `state_dict`, and link the code.
 
-        All ranks start from the weights and the `seed` of rank 0; `seed` keys random numbers.
-        `new_shapes="compile"` lets `step` compile for input signatures other than the example's.
-        With `check_inputs`, processes compare what they were given: in the first call, in calls 2,
-        4, 8 and so on, and then in every 100th (or as the number given says), with the verdict at
-        the next call of any method. Raises `RunError` where there are no weights to hold, where the
-        number of processes is not the mesh's, or where ranks compiled different programs.
+        See `Program.launch` for the options.
         """
         if new_shapes not in ("error", "compile"):
             raise RunError(
@@ -134,17 +129,26 @@ class Run:
     # -- training -----------------------------------------------------------------------------
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward and backward of one global batch; gradients are added to `.grad`.
+        """Run the forward and the backward of one global batch, and add to the gradients.
 
-        Returns the loss, or `(loss, *outputs)` where the program was compiled with `outputs`.
-        Gradients are views of buffers that the next step overwrites once they were set to None.
-        Raises `RunError` for inputs unlike the example's, unless `new_shapes` says to compile.
+        `args` and `kwargs` are what the model takes, with the example's shapes and types, the same
+        on every rank; each rank takes its rows. Returns the loss, a 0-d tensor without history (so
+        there is no `backward` to call), or `(loss, *outputs)` where the program was compiled with
+        `outputs`, which are global. The same on every rank; does not wait for the device. Gradients
+        are views of buffers that the next step overwrites once they were set to None. Raises
+        `RunError` for inputs unlike the example's, unless `new_shapes` says to compile.
         """
         linked, tensors = self._find("train", args, kwargs)
         return _results(self._execute("step", linked, tensors))
 
     def step_local(self, *args: Any, **kwargs: Any) -> Any:
-        """As `step`, given only the rows `data_slice(n)` of the inputs under `data`."""
+        """As `step`, given only this rank's rows of the inputs that are under `data`.
+
+        `args` and `kwargs` have n / `data_ranks` rows for a global batch of n: rows `data_slice(n)`
+        of it. Ranks with one `data_rank` pass the same rows. What is returned is of the global
+        batch. Where every rank is in this process, that is one part: the whole batch.
+        Raises `RunError` for other numbers of rows than the example's.
+        """
         if isinstance(self.transport, VirtualMesh):
             return self.step(*args, **kwargs)
         self._check_usable("train")
@@ -158,15 +162,23 @@ class Run:
         return _results(self._execute("step_local", self._launched, tensors, ranks))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """The loss in the model's eval mode, with the same weights and no gradients.
+        """The loss of one global batch in the model's eval mode, without gradients.
 
-        Captured at first use, and for each new input signature. With `outputs`, as `step`.
+        `args` and `kwargs` are as for `step`, but of any shape: a program is compiled at the first
+        call and for each new shape. Returns what `step` returns, with the current weights. Raises
+        `PlanError` for a batch that does not divide.
         """
         linked, tensors = self._find("eval", args, kwargs)
         return _results(self._execute("evaluate", linked, tensors))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's outputs in its eval mode: a tensor, or a dictionary by path."""
+        """The model's outputs for one global batch in its eval mode, without a loss.
+
+        `args` and `kwargs` are what the model takes, of any shape; labels that it can do without
+        may be left out. Returns global tensors, the same on every rank: one, or a dictionary by
+        path (`"logits"`, `"hidden_states.0"`), of `outputs` alone where the program was compiled
+        with them. Raises `PlanError` for a batch that does not divide.
+        """
         linked, tensors = self._find("infer", args, kwargs)
         found = self._execute("forward", linked, tensors)
         named = {label.partition(":")[2]: value for label, value in found.items()}
@@ -266,20 +278,23 @@ class Run:
 
     @property
     def data_ranks(self) -> int:
-        """How many parts the batch is read in: 1 where every rank is in this process."""
+        """The number of parts that the batch is read in: 1 where every rank is in this process."""
         if isinstance(self.transport, VirtualMesh):
             return 1
         return self.mesh.size(data_axes(self.program))
 
     @property
     def data_rank(self) -> int:
-        """Which of those parts this process reads."""
+        """The part, counted from 0, that this process reads; what a `DistributedSampler` wants."""
         if isinstance(self.transport, VirtualMesh):
             return 0
         return self.mesh.position(self.states[0].coords, data_axes(self.program))
 
     def data_slice(self, num_rows: int) -> slice:
-        """The rows of a global batch of `num_rows` that `step_local` takes here."""
+        """The rows of a global batch of `num_rows` that `step_local` takes here.
+
+        Raises `RunError` for a number of rows that does not divide.
+        """
         check_kind(num_rows, int, "the number of rows", "pass a whole number")
         rows, rest = divmod(num_rows, self.data_ranks)
         if rest or num_rows < 1:
@@ -313,11 +328,14 @@ class Run:
         groups: Groups = (),
         **options: Any,
     ) -> torch.optim.Optimizer:
-        """A `torch.optim` optimizer over the local shards: `run.optimizer(AdamW, lr=3e-4)`.
+        """An optimizer over the local shards: `run.optimizer(torch.optim.AdamW, lr=3e-4)`.
 
-        `groups` are its parameter groups, whose `"params"` are selectors as in plans; the first
-        that matches counts, and a last group has the rest. Raises `RunError` for classes that look
-        at whole tensors (Muon, Adafactor, LBFGS) where a parameter is split.
+        `kind` is a class of `torch.optim` or one like them, `options` are its keywords. `groups`
+        are its parameter groups, whose `"params"` are selectors as in plans: the first that matches
+        counts, and a last group has the rest. Torch's learning-rate schedulers work on it.
+        Raises `RunError` for options that the class does not take, and for classes that look at
+        whole tensors (Muon, Adafactor, LBFGS) where a parameter is split; `PlanError` for a
+        selector that matches nothing.
         """
         check_elementwise(kind, self.program, options)
         aliases = self.program.captured.aliases
@@ -331,12 +349,18 @@ class Run:
         return made(kind, listed, options)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Global gradients under every name of each parameter; those without one are left out."""
+        """Global gradients under every name of each parameter; those without one are left out.
+
+        Gathered on every rank, so every rank calls it.
+        """
         trained = [s for s in self.program.parameters.values() if s.requires_grad]
         return self._gather(trained, lambda state, s: state.parameters[s.name].grad)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Global parameters and buffers under the model's own names."""
+        """Global parameters and buffers under the model's own names, gathered on every rank.
+
+        A model made as the one compiled takes it with its own `load_state_dict`.
+        """
         found = self._everything()
         return {name: found[name] for name in state_names(self.program)}
 
@@ -361,7 +385,7 @@ class Run:
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take over global tensors, as `state_dict` gives them; all ranks those of rank 0.
 
-        Raises `RunError` naming what is missing, unknown or of another shape.
+        Raises `RunError` naming what in `state_dict` is missing, unknown or of another shape.
         """
         check_state(self.program, shapes_of(state_dict, "the state"), "the state")
         check_values(self.program, state_dict, "the state")
@@ -378,9 +402,10 @@ class Run:
             self._run([same_values(state, listed, values) for state in self.states])
 
     def copy_to(self, model: nn.Module) -> None:
-        """Write the trained values into `model`, an ordinary copy of the one compiled.
+        """Write the trained values into `model`, the one compiled or a copy of it.
 
-        Raises `RunError` for a model with other names or shapes, or without values of its own.
+        Every rank calls it. Raises `RunError` for a model with other names or shapes, or without
+        values of its own.
         """
         check_kind(model, nn.Module, "what to copy to", _LIKE_COMPILED)
         targets = {
@@ -401,9 +426,11 @@ class Run:
                 tensor.copy_(found[name])
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        """Scale all gradients so that their global norm is at most `max_norm`; the norm before.
+        """Scale all gradients so that their global norm is at most `max_norm`.
 
-        Pad entries and copies on several ranks count once, as in the whole model.
+        Returns the norm before, a 0-d tensor, the same on every rank. `norm_type` is 2, another
+        positive number, or `float("inf")`. Pad entries and copies on several ranks count once, as
+        in the whole model. Raises `RunError` for a norm that cannot be.
         """
         for value in (max_norm, norm_type):
             check_kind(value, (int, float, Tensor), "a norm", "pass a number")
@@ -454,15 +481,16 @@ class Run:
         self._run(programs)
 
     def load(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Read a checkpoint that any plan for this model wrote; nothing in it is executed.
+        """Read a checkpoint that any plan for this model wrote into the folder `path`.
 
-        Raises `RunError` where it is damaged, incomplete or of another model.
+        With `optimizer`, its state and its groups' options too. Nothing in it is executed. Raises
+        `RunError` where it is damaged, incomplete or of another model.
         """
         check_kind(path, (str, Path), "the path", "pass the name of a folder")
         checkpoint.load(self.program, self.states, Path(path), optimizer)
 
     def close(self) -> None:
-        """Leave the mesh. Afterwards the run can not be used."""
+        """Leave the mesh. Afterwards whatever would run something raises `RunError`."""
         if self._closed:
             return
         self._closed = True

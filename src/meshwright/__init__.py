@@ -56,22 +56,31 @@ def compile(
     device: str | torch.device | None = None,
     static: Sequence[str] = (),
 ) -> Program:
-    """Compile `model` under `plan` for inputs like `example`.
+    """Compile `model` under `plan` for inputs like `example`, without running anything.
 
-    `example` is a tuple of positional inputs, a dict of keywords, or `(tuple, dict)`: the global
-    batch. `loss` is a path into the model's output, or a function of it that gives the scalar to
-    differentiate; by default the output itself if it is one, else its `loss`. `outputs` are paths
-    of further results that `step` returns. `mode` is "train" or "infer". `device` is the type that
-    is compiled for; by default what `launch` would use here. `static` are inputs whose values in
-    the example are part of the program, because the forward reads them in Python (the grid of
-    images that Qwen2-VL turns into sizes); a step with other values is an error.
+    - `model`: an `nn.Module`, not wrapped (`DistributedDataParallel`, `torch.compile`). It is
+      captured with the flags that it has, so call `model.train()` before if it was loaded in eval
+      mode; it is left as it was, and may be on the meta device.
+    - `plan`: a `Plan`, which names the mesh and how the model lies on it.
+    - `example`: one global batch, as a tuple of positional inputs, a dict of keywords, or
+      `(tuple, dict)`. Shapes and types count, values do not.
+    - `loss`: the scalar to differentiate, as a path into the model's output (`"losses.total"`) or a
+      function of the output. By default the output itself if it is a scalar, its tensor `loss`, or
+      its only scalar.
+    - `outputs`: paths of further results that `Run.step` returns, such as `["logits"]`.
+    - `mode`: `"train"`, or `"infer"` for a program without a backward, for `Run.forward` alone.
+    - `device`: the type of device that is compiled for, by default `"cuda"` where there is one and
+      else `"cpu"`.
+    - `static`: inputs whose values in the example are part of the program, because the forward
+      reads them in Python (the grid of images that Qwen2-VL turns into sizes). A step with other
+      values is an error.
 
     A branch of the forward that only raises (`if labels.max() >= vocab: raise ...`, `assert`) is
     not part of the program, and `print` runs once, while the model is captured.
 
-    Needs no devices and no process group; the model may be on the meta device, and is not touched.
-    Raises `PlanError` for the plan, alone or against the model, `CaptureError` for a model that
-    cannot be captured, `LayoutError` where an operator cannot run as it is laid out.
+    Needs no devices and no process group. Raises `PlanError` for the plan, alone or against the
+    model, `CaptureError` for a model or an argument that cannot be used, and `LayoutError` where an
+    operator needs whole what the plan splits and the plan does not allow the gather.
     """
     return driver.compile_program(
         model,

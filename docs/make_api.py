@@ -1,0 +1,439 @@
+"""Write `docs/api.md` from the signatures and docstrings of the public interface.
+
+    python -m docs.make_api            write the page
+    python -m docs.make_api --check    write nothing, and exit with 1 where the page differs
+
+A docstring is Markdown. What it names in backticks and has an entry of its own becomes a link.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import meshwright as mw
+from meshwright.compiler import errors, explain, ir, ledger, memory, mesh, program
+from meshwright.dsl import PlanBuilder
+from meshwright.runtime import errors as run_errors
+
+PAGE = Path(__file__).with_name("api.md")
+COMMAND = "python -m docs.make_api"
+WIDTH = 88
+
+
+class Entry(NamedTuple):
+    """A function, class, method or property, and how the page calls it."""
+
+    name: str
+    object: Any
+
+    @property
+    def function(self) -> Any:
+        """The function of a property; anything else as it is."""
+        if isinstance(self.object, property):
+            return self.object.fget
+        return self.object.func if isinstance(self.object, cached_property) else self.object
+
+    @property
+    def text(self) -> str:
+        """The docstring."""
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def parameters(self) -> list[inspect.Parameter]:
+        """What a function takes, without `self`; nothing for classes."""
+        if isinstance(self.object, type):
+            return []
+        listed = inspect.signature(self.function).parameters.values()
+        return [each for each in listed if each.name != "self"]
+
+
+class Section(NamedTuple):
+    title: str
+    text: str
+    entries: tuple[Entry, ...]
+
+
+MACHINERY: Mapping[type, tuple[str, ...]] = {
+    mw.Program: (
+        "captured", "step", "movements", "recompile", "launcher", "code", "inputs", "buckets",
+    ),
+    program.Stored: ("padding", "plan_line"),
+    mw.Plan: ("names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error"),
+    mw.Run: (),
+    mesh.Mesh: ("groups", "position"),
+    ir.Graph: ("users",),
+    ir.Node: ("tensor", "placed", "operands", "requires_grad"),
+    mw.PlanError: ("about",),
+}  # fmt: skip
+"""Members that passes and the runtime use, and users need not."""
+
+
+def members(cls: type) -> Iterator[Entry]:
+    """The methods and properties of a class that the page shows, in the order of the source."""
+    for name, value in vars(cls).items():
+        if name.startswith("_") or name in MACHINERY.get(cls, ()):
+            continue
+        value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
+        if inspect.isfunction(value) or isinstance(value, (property, cached_property)):
+            yield Entry(f"{cls.__name__}.{name}", value)
+
+
+def attributes(cls: object) -> list[str]:
+    """The fields of a dataclass that the page shows; nothing for anything else."""
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        return []
+    hidden = MACHINERY.get(cls, ())
+    return [f.name for f in dataclasses.fields(cls) if f.name not in hidden and f.name[0] != "_"]
+
+
+def of(*classes: type, prefix: str = "") -> tuple[Entry, ...]:
+    """A class each with its members."""
+    found: list[Entry] = []
+    for cls in classes:
+        found += [Entry(f"{prefix}{cls.__name__}", cls), *members(cls)]
+    return tuple(found)
+
+
+def run_error_kinds() -> list[type]:
+    """The kinds of `RunError`, wherever in the runtime they are defined."""
+    return sorted(mw.RunError.__subclasses__(), key=lambda kind: kind.__name__)
+
+
+SECTIONS: tuple[Section, ...] = (
+    Section(
+        "Compiling",
+        "A model and a plan go in, a program comes out. Nothing is run.",
+        (Entry("meshwright.compile", mw.compile),),
+    ),
+    Section(
+        "Plans",
+        """\
+What can be written in a plan is on [a page of its own](plan-language.md).
+
+```python
+plan = mw.Plan.parse(text)
+same = (
+    mw.Plan.build(mesh={"dp": 2, "tp": 2})
+    .data("x", "y", over="dp")
+    .columns("up", over="tp")
+    .rows("down", over="tp")
+    .plan()
+)
+assert plan == same
+assert dict(plan.mesh) == {"dp": 2, "tp": 2}
+```""",
+        of(mw.Plan, PlanBuilder),
+    ),
+    Section(
+        "Programs",
+        """\
+What was compiled: the graphs, what moves, and what a rank holds.
+
+```python
+program = mw.compile(model, plan, example=(x, y))
+comm = program.comm()
+print(comm.counts())
+print(program.memory().parameters, "bytes of parameters per rank")
+for moved in comm.under("down"):
+    print(moved.phase, moved.kind, moved.axes, moved.bytes, moved.plan_line)
+```
+
+```output
+{'all_reduce[dp]': 2, 'all_reduce[tp]': 1}
+2176 bytes of parameters per rank
+forward all_reduce ('tp',) 256 <plan>:5
+```""",
+        of(
+            mw.Program,
+            program.GraphText,
+            ir.Graph,
+            ir.Node,
+            program.Stored,
+            mesh.Mesh,
+            ledger.Comm,
+            ledger.Moved,
+            memory.Memory,
+            explain.Explanation,
+            explain.LaidOut,
+        ),
+    ),
+    Section(
+        "Runs",
+        """\
+How a loop is written around a run is on [a page of its own](training.md).
+
+```python
+with program.launch(seed=1) as run:
+    optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2)
+    for _ in range(3):
+        loss = run.step(x, y)
+        run.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert run.evaluate(x, y) < loss
+    run.check(optimizer)
+    run.save("checkpoint", optimizer)
+    run.copy_to(model)
+```""",
+        of(mw.Run),
+    ),
+    Section(
+        "In a model",
+        """\
+What a model's own code may say; neither changes what it computes.
+
+```python
+def straight_through(grads, inputs, outputs):
+    return grads[0]
+
+rounded = mw.custom(torch.round, rule="... -> ...", vjp=straight_through)
+
+class Quantized(MLP):
+    def forward(self, x, y):
+        hidden = mw.layout(F.gelu(self.up(x)), "[b@dp, f@tp]")
+        return F.mse_loss(self.down(rounded(hidden)), y)
+
+mw.compile(Quantized(), plan, (x, y)).launch().step(x, y)
+```""",
+        (Entry("meshwright.custom", mw.custom), Entry("meshwright.layout", mw.layout)),
+    ),
+    Section(
+        "Errors",
+        """\
+All that Meshwright raises on purpose is a `MeshwrightError`; its text ends in one line of help.
+
+```python
+try:
+    mw.compile(model, mw.Plan.parse("mesh tp=2\\ncolumns upp over tp", "mlp.plan"), (x, y))
+except mw.PlanError as error:
+    print(error)
+    assert error.code == "P401"
+```
+
+```output
+error[P401]: `upp` matches nothing
+  --> mlp.plan:2:9
+  2 | columns upp over tp
+    |         ^^^
+  help: write `up`
+```""",
+        (
+            *of(mw.MeshwrightError, mw.PlanError),
+            *of(errors.CompilerError, prefix="meshwright.compiler.errors."),
+            *of(mw.CaptureError, mw.LayoutError, mw.PassError, mw.RunError),
+            *of(*run_error_kinds(), prefix=f"{run_errors.__name__}."),
+        ),
+    ),
+)
+
+HEAD = """\
+# The API
+
+Made by `{command}` from the docstrings; a test holds it true. Names without a folder are in
+`meshwright`, which is `mw` here. The examples on this page run in this order, on this model:
+
+```python
+import torch
+import meshwright as mw
+from torch import nn
+from torch.nn import functional as F
+
+class MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x, y):
+        return F.mse_loss(self.down(F.gelu(self.up(x))), y)
+
+model, x, y = MLP(), torch.randn(8, 16), torch.randn(8, 16)
+text = \"\"\"
+mesh    dp=2, tp=2
+data    x, y over dp
+columns up over tp
+rows    down over tp
+\"\"\"
+```
+
+*Global* is the whole model's, *local* one rank's: shapes and batches are global where nothing else
+is said. Sizes are in bytes.
+"""
+
+
+def entries() -> Iterator[Entry]:
+    """Every entry of the page."""
+    for section in SECTIONS:
+        yield from section.entries
+
+
+def page() -> str:
+    """The whole page."""
+    anchors = {entry.name: anchor(entry.name) for entry in entries()}
+    names = {name.rpartition("meshwright.")[2].rpartition("errors.")[2]: name for name in anchors}
+    link = {name: f"[`{name}`](#{anchors[full]})" for name, full in names.items()}
+    parts = [HEAD.format(command=COMMAND), contents()]
+    for section in SECTIONS:
+        parts.append(f"## {section.title}\n\n{linked(section.text, link)}\n")
+        parts += [shown(entry, link) for entry in section.entries]
+    return "\n".join(parts)
+
+
+def contents() -> str:
+    """A line for each section, with its classes and functions."""
+    lines = []
+    for section in SECTIONS:
+        tops = [entry.name for entry in section.entries if not is_member(entry)]
+        listed = ", ".join(f"[`{name}`](#{anchor(name)})" for name in tops)
+        lines.append(f"- [{section.title}](#{anchor(section.title)}): {listed}")
+    return "\n".join(lines) + "\n"
+
+
+def is_member(entry: Entry) -> bool:
+    """Whether this is a method or property: its class's name comes first."""
+    return entry.name[0].isupper() and "." in entry.name
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading of code."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def shown(entry: Entry, link: Mapping[str, str]) -> str:
+    """One entry: its heading, its signature or fields, and what it says."""
+    own = dict(link)
+    name = entry.name.rpartition("meshwright.")[2]
+    owner = name.rpartition(".")[0] if is_member(entry) else name
+    own.pop(name.rpartition("errors.")[2], None)
+    taken = {*(parameter.name for parameter in entry.parameters), *attributes(entry.object)}
+    for full, target in link.items():
+        short = full.removeprefix(f"{owner}.")
+        if short != full and full != name:
+            own[short] = target.replace(f"[`{full}`]", f"[`{short}`]")
+    for parameter in taken:
+        own.pop(parameter, None)
+    stub = f"```pyi\n{signature(entry)}\n```\n\n" if signature(entry) else ""
+    return f"{'####' if is_member(entry) else '###'} `{entry.name}`\n\n{stub}{body(entry, own)}\n"
+
+
+def body(entry: Entry, link: Mapping[str, str]) -> str:
+    """The docstring with links, and its indented blocks as code that runs."""
+    text = re.sub(
+        r"(?:^ {4}.*\n?|^\n(?= {4}))+",
+        lambda block: f"```python\n{textwrap.dedent(block.group()).strip()}\n```\n",
+        f"{entry.text}\n",
+        flags=re.M,
+    )
+    return linked(text, link).rstrip()
+
+
+def linked(text: str, link: Mapping[str, str]) -> str:
+    """Code spans that name an entry become links to it; blocks of code stay as they are."""
+    pieces = re.split(r"(```.*?```)", text, flags=re.S)
+    span = re.compile(r"(?<![\[`])`([\w.]+)`(?!`)")
+    pieces[::2] = [
+        span.sub(lambda m: link.get(m.group(1), m.group()), each) for each in pieces[::2]
+    ]
+    return "".join(pieces)
+
+
+def signature(entry: Entry) -> str:
+    """A stub of the entry: `def` with types and defaults, or a class with its fields."""
+    name = entry.name.rpartition(".")[2]
+    if isinstance(entry.object, type):
+        where = vars(sys.modules[entry.object.__module__])
+        known = inspect.get_annotations(entry.object)
+        lines = [f"    {each}: {spelt(known[each], where)}" for each in attributes(entry.object)]
+        return "\n".join([f"class {name}:", *lines]) if lines else ""
+    function = entry.function
+    returned = spelt(inspect.signature(function).return_annotation, function.__globals__)
+    if function is not entry.object:
+        return f"@property\ndef {name}(self) -> {returned}: ..."
+    parameters = [stub(each, function.__globals__) for each in entry.parameters]
+    text = str(inspect.Signature(parameters))
+    line = f"def {name}{text} -> {returned}: ..."
+    if len(line) <= WIDTH:
+        return line
+    inside = "".join(f"    {part},\n" for part in split_arguments(text[1:-1]))
+    return f"def {name}(\n{inside}) -> {returned}: ..."
+
+
+def stub(parameter: inspect.Parameter, where: Mapping[str, Any]) -> inspect.Parameter:
+    """A parameter whose type and default print as they are written."""
+    default = parameter.default
+    if isinstance(default, str):
+        default = _Verbatim(json.dumps(default))
+    return parameter.replace(
+        annotation=_Verbatim(spelt(parameter.annotation, where)), default=default
+    )
+
+
+class _Verbatim(str):
+    """A text that `inspect` prints as it is."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def spelt(written: str, where: Mapping[str, Any]) -> str:
+    """An annotation as it is written, with the names of its own module written out."""
+    ours = [
+        name
+        for name, value in where.items()
+        if inspect.ismodule(value) and value.__name__.startswith("meshwright.")
+    ]
+    text = re.sub(rf"\b({'|'.join(ours)})\.", "", written) if ours else written
+    return re.sub(r"\b_?[A-Z]\w*\b", lambda name: meaning(name.group(), where), text)
+
+
+def meaning(name: str, where: Mapping[str, Any]) -> str:
+    """What an alias or a type variable stands for; any other name as it is."""
+    found = where.get(name)
+    if isinstance(found, TypeVar):
+        return str(getattr(found.__bound__, "__name__", found.__bound__))
+    if isinstance(found, str):
+        return found
+    if getattr(found, "__origin__", None) is not None:
+        return re.sub(r"\b(?:collections\.abc|typing)\.", "", str(found))
+    return name
+
+
+def split_arguments(text: str) -> list[str]:
+    """The parameters of a signature's text, apart; commas in brackets part nothing."""
+    parts, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return [part.strip() for part in parts]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if it differs"
+    )
+    check, text = parser.parse_args().check, page()
+    if not check:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    differs = text != PAGE.read_text(encoding="utf-8")
+    print(f"the page differs: run `{COMMAND}`" if differs else "the page holds")
+    return int(differs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Every block of code in the documentation does what it says; `pages.py` says how it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import meshwright as mw
+from tests.docs.pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, name_of
+
+MESH = "mesh dp=2, tp=2, row=2, col=2, pp=2, cp=2, ep=2, z=2\n"
+"""For parts of plans: every axis that a page names."""
+GROUPS = "axes model = (row, col)\n"
+NOT_RUN = {
+    "docs/architecture.md": ["plan text ── dsl ──► Plan ────────────────┐"],
+}
+"""The blocks that are `text`, by their first lines."""
+
+
+def of(language: str) -> list[Path]:
+    """The pages that have blocks of a language."""
+    return [page for page in PAGES if any(block.language == language for block in blocks(page))]
+
+
+def test_every_block_says_what_becomes_of_it() -> None:
+    found = [block for page in PAGES for block in blocks(page)]
+    assert len(found) > 30
+    assert [str(block) for block in found if block.language not in LANGUAGES] == []
+
+
+def test_the_blocks_that_are_not_run_are_known() -> None:
+    found: dict[str, list[str]] = {}
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "text":
+                found.setdefault(name_of(page), []).append(block.text.splitlines()[0].strip())
+    assert found == NOT_RUN
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The repository's folder as a reader has it: with the examples, and room to write."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield tmp_path
+
+
+@pytest.mark.parametrize("page", of("python"), ids=name_of)
+def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page: Path, folder: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": page.stem}
+    printed, missing = "", []
+    for before, block in pairwise([None, *blocks(page)]):
+        if block.language == "python":
+            printed = run_python(block, namespace)
+        elif block.language == "output" and before is not None:
+            said = printed if before.language != "plan" else told(before, namespace)
+            if before.language != "sh" and block.text not in stripped(said):
+                missing.append(f"{block}: not in\n{said}")
+    assert missing == [], "\n".join(missing)
+
+
+def run_python(block: Block, namespace: dict[str, Any]) -> str:
+    """What a block prints; an error in it is at the page's own line."""
+    file = re.match(r"# (examples/\S+\.py)\n", block.text)
+    if file:
+        text = (ROOT / file.group(1)).read_text(encoding="utf-8")
+        assert block.text.partition("\n")[2].strip() == text.strip(), f"{block} is not that file"
+    code = compile("\n" * block.line + block.text, str(block.page), "exec")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, namespace)
+    return printed.getvalue()
+
+
+def stripped(text: str) -> str:
+    """The text without spaces at the ends of lines, which no page should have."""
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def told(block: Block, namespace: dict[str, Any]) -> str:
+    """What compiling the page's model under this plan is refused with."""
+    plan = mw.Plan.parse(block.text, "gpt.plan")
+    with pytest.raises(mw.MeshwrightError) as caught:
+        mw.compile(namespace["model"], plan, namespace["example"])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("page", of("plan"), ids=name_of)
+def test_every_plan_is_one_and_prints_as_an_equal_one(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "plan":
+            whole = re.search(r"^mesh ", block.text, re.M)
+            groups = "" if whole or "axes model" in block.text else GROUPS
+            text = ("" if whole else MESH) + groups + block.text
+            plan = mw.Plan.parse(text, str(block))
+            assert mw.Plan.parse(plan.format()) == plan, block
+
+
+# -- the shell --------------------------------------------------------------------------------
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of each command of a block."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+SHELL = [block for page in PAGES for block in blocks(page) if block.language == "sh"]
+
+
+def test_what_the_shell_is_told_is_there() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    for block in SHELL:
+        for words in commands(block):
+            if words[0] == "make":
+                assert words[1] in targets, block
+            elif words[0] == "pip":
+                installed = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+                assert words[1:4] == ["install", "-c", "constraints.txt"], block
+                assert f"-m pip install --quiet {' '.join(words[2:4])}" in installed, block
+            else:
+                assert words[0] in ("meshwright", "torchrun", "python"), block
+
+
+def test_every_command_that_a_page_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    from meshwright.cli import parser
+
+    known = set(re.findall(r"^ {4}(\w+) ", parser().format_help(), re.M))
+    assert {"check", "show", "run"} <= known
+    spans = [span.split() for page in PAGES for span in code_spans(page)]
+    named = {words[1] for words in spans if words[:1] == ["meshwright"] and len(words) > 1}
+    assert named - known == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", SHELL, ids=str)
+def test_a_shell_block_runs_and_prints_what_the_page_says(block: Block, folder: Path) -> None:
+    following = [after for before, after in pairwise(blocks(block.page)) if before == block]
+    printed = ""
+    for words in commands(block):
+        if words[0] not in ("make", "pip"):
+            printed += run_shell(words, folder)
+    for after in following:
+        if after.language == "output":
+            assert after.text in stripped(printed), f"{after}: not in\n{printed}"
+
+
+def run_shell(words: list[str], folder: Path) -> str:
+    """What a command prints. A benchmark, which takes minutes, is asked for its options instead."""
+    if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
+        known = run_shell([*words[:3], "--help"], folder)
+        assert [word for word in words[3:] if word.startswith("--") and word not in known] == []
+        return known
+    module = {"meshwright": "meshwright", "torchrun": "torch.distributed.run"}.get(words[0])
+    start = [sys.executable, *(["-m", module] if module else [])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        "OMP_NUM_THREADS": "1",
+    }
+    found = subprocess.run(
+        [*start, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True,
+        check=False, timeout=240,
+    )  # fmt: skip
+    assert found.returncode == 0, f"{shlex.join(words)}\n{found.stdout}\n{found.stderr}"
+    return found.stdout
