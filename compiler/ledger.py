@@ -113,11 +113,15 @@ def moves(node: Node) -> bool:
     )
 
 
+def counted(node: Node) -> str:
+    """The kind that a collective counts as."""
+    assert isinstance(node.op, MeshOp)
+    return COUNTED.get(node.op.name, node.op.name)
+
+
 def transfer_key(node: Node) -> TransferKey:
     """What two collectives that share one transfer have in common."""
-    assert isinstance(node.op, MeshOp)
-    kind = COUNTED.get(node.op.name, node.op.name)
-    return (node.args[0], kind, tuple(sorted(node.kwargs.items())), node.placed.dims)
+    return (node.args[0], counted(node), tuple(sorted(node.kwargs.items())), node.placed.dims)
 
 
 def _moved(node: Node, graph: Graph, phase: str) -> Moved:
@@ -130,7 +134,7 @@ def _moved(node: Node, graph: Graph, phase: str) -> Moved:
     size = 0 if wire is None else bytes_sent(wire, numel, source.tensor.dtype.itemsize, graph.mesh)
     return Moved(
         phase,
-        COUNTED.get(node.op.name, node.op.name),
+        counted(node),
         axes,
         size,
         node.name,

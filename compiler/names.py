@@ -30,17 +30,22 @@ def starred(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
+def numbers(name: str) -> tuple[int, ...]:
+    """The numbers among the segments of `name`: what stands for the stars of `starred(name)`."""
+    return tuple(int(part) for part in name.split(".") if part.isdecimal())
+
+
 def _narrowed(star: str, names: Sequence[str]) -> str:
     parts = [name.split(".") for name in names]
     found: list[str] = []
     for i, part in enumerate(star.split(".")):
-        numbers = sorted({int(each[i]) for each in parts}) if part == "*" else []
-        if not numbers:
+        held = sorted({int(each[i]) for each in parts}) if part == "*" else []
+        if not held:
             found.append(part)
-        elif len(numbers) == 1:
-            found.append(str(numbers[0]))
-        elif numbers == list(range(numbers[0], numbers[-1] + 1)):
-            found.append(f"[{numbers[0]}:{numbers[-1] + 1}]")
+        elif len(held) == 1:
+            found.append(str(held[0]))
+        elif held == list(range(held[0], held[-1] + 1)):
+            found.append(f"[{held[0]}:{held[-1] + 1}]")
         else:
-            found.append("{" + ",".join(map(str, numbers)) + "}")
+            found.append("{" + ",".join(map(str, held)) + "}")
     return ".".join(found)

@@ -17,9 +17,9 @@ from meshwright.compiler.emit import Movement
 from meshwright.compiler.ir import Graph, MeshOp, Node, TensorType
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.ledger import Comm, ledger
+from meshwright.compiler.listing import exact_text, graph_text
 from meshwright.compiler.memory import Memory, memory
 from meshwright.compiler.mesh import Mesh
-from meshwright.compiler.text import graph_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,7 +124,7 @@ class Program:
         """A hash of all that ranks must agree on: code, layouts, mesh and inputs."""
         parts = [str(self.mesh), *(code.source for code in self.code)]
         parts += [repr(code.wires) for code in self.code]
-        parts += [graph_text(graph) for graph in self.graphs().values()]
+        parts += [exact_text(graph) for graph in self.graphs().values()]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
@@ -202,13 +202,16 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class GraphText:
-    """A graph that prints as text, with global shapes. `graph` is the `Graph` itself."""
+    """A graph that prints as text, equal layers once. `graph` is the `Graph` itself."""
 
     graph: Graph
 
-    def text(self, *, local: bool = False) -> str:
-        """The text of the graph; with `local`, with the shapes that one rank holds."""
-        return graph_text(self.graph, local=local)
+    def text(self, *, local: bool = False, full: bool = False) -> str:
+        """The text of the graph, with global shapes and equal layers once.
+
+        With `local`, shapes are those that one rank holds; with `full`, every layer prints.
+        """
+        return graph_text(self.graph, local=local, full=full)
 
     def __str__(self) -> str:
         return self.text()

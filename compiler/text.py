@@ -1,17 +1,15 @@
-"""Graphs as text: one node a line, global shapes with `@axis`, the module as a trailing comment."""
+"""What is said of one node: its type with `@axis`, its operator and its arguments, exactly."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from meshwright.compiler.ir import GETITEM, INPUT, Graph, MeshOp, Node, Op, TensorType, op_stem
 from meshwright.compiler.layout import Layout, replicated
-
-_WIDEST = 64
-"""Columns that names and types are padded to, at the most."""
 
 _DTYPES = {
     torch.float64: "f64",
@@ -73,13 +71,18 @@ def call_text(node: Node) -> str:
         return f"input({node.args[0]} {node.args[1]})"
     if node.op == GETITEM:
         return f"{node.args[0].name}[{node.args[1]}]"
-    parts = [arg_text(arg) for arg in node.args]
+    return f"{op_text(node.op)}({', '.join(arg_texts(node, arg_text))})"
+
+
+def arg_texts(node: Node, spell: Callable[[Any], str]) -> list[str]:
+    """The arguments of a call as they are printed, each spelt by `spell`; axes have no name."""
+    parts = [spell(arg) for arg in node.args]
     for key, value in node.kwargs.items():
         if isinstance(node.op, MeshOp) and key == "axes":
             parts += value
         elif key not in ("device", "pin_memory", "layout"):
-            parts.append(f"{key}={arg_text(value)}")
-    return f"{op_text(node.op)}({', '.join(parts)})"
+            parts.append(f"{key}={spell(value)}")
+    return parts
 
 
 def arg_text(arg: Any) -> str:
@@ -93,16 +96,3 @@ def arg_text(arg: Any) -> str:
     if isinstance(arg, float) and math.isfinite(arg) and arg == int(arg) and abs(arg) < 1e15:
         return f"{arg:.1f}"
     return str(arg)
-
-
-def graph_text(graph: Graph, *, local: bool = False) -> str:
-    """The whole graph, deterministic: the same program prints the same text."""
-    lines = [f"graph {graph.name}  mesh {graph.mesh}"]
-    heads = [f"{node.name}: {node_type_text(node, graph, local=local)}" for node in graph.nodes]
-    width = min(_WIDEST, max((len(head) for head in heads), default=0))
-    for node, head in zip(graph.nodes, heads, strict=True):
-        line = f"  {head:<{width}} = {call_text(node)}"
-        lines.append(f"{line}  # {where}" if (where := node.origin.module) else line)
-    for label, node in graph.outputs:
-        lines.append(f"  return {label} = {node.name}")
-    return "\n".join(lines)

@@ -43,10 +43,12 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     """nanoGPT's shape: fused query, key and value, learned positions, tied head, loss inside."""
 
-    def __init__(self, vocab: int = 48, d: int = 24, heads: int = 4, p: float = 0.0) -> None:
+    def __init__(
+        self, vocab: int = 48, d: int = 24, heads: int = 4, p: float = 0.0, layers: int = 2
+    ) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocab, d), nn.Embedding(8, d)
-        self.blocks = nn.ModuleList(Block(d, heads, p) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(d, heads, p) for _ in range(layers))
         self.ln, self.head = nn.LayerNorm(d), nn.Linear(d, vocab, bias=False)
         self.head.weight = self.wte.weight
 

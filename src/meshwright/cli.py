@@ -91,6 +91,7 @@ def _graph(command: argparse.ArgumentParser) -> None:
     _compiles(command)
     command.add_argument("--name", help="one graph, such as `stage0.forward` (default: all)")
     command.add_argument("--module", help="only the nodes of this module, such as `blocks.0`")
+    command.add_argument("--full", action="store_true", help="every one of equal layers")
     command.add_argument("--local", action="store_true", help="the shapes that one rank holds")
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from meshwright.compiler.graph_data import graph_data
 from meshwright.compiler.ir import Graph
+from meshwright.compiler.listing import graph_text
 from meshwright.compiler.program import Program
 from meshwright.compiler.show import show_text, size_text
-from meshwright.compiler.text import graph_text
 from meshwright.dsl.errors import did_you_mean, plural
 from meshwright.dsl.plan import Plan
 from meshwright.models import CommandError, UsageError, load_model
@@ -67,7 +67,7 @@ def show(arguments: Namespace) -> int:
 
 
 def graph(arguments: Namespace) -> int:
-    """Print graphs, or those of their nodes that belong to one module."""
+    """Print graphs, equal layers once, or those of their nodes that belong to one module."""
     program = _compiled(arguments)
     graphs = _chosen(program, arguments.name)
     if arguments.module:
@@ -75,7 +75,8 @@ def graph(arguments: Namespace) -> int:
     if arguments.json:
         _print_json({each.name: graph_data(each, local=arguments.local) for each in graphs})
     else:
-        print("\n\n".join(graph_text(each, local=arguments.local) for each in graphs))
+        options = {"local": arguments.local, "full": arguments.full or bool(arguments.module)}
+        print("\n\n".join(graph_text(each, **options) for each in graphs))
     return 0
 
 

@@ -16,10 +16,10 @@ from rich.text import Text
 
 from meshwright.compiler.collectives import COLLECTIVES
 from meshwright.compiler.ir import INPUT, MeshOp, Node, TensorType
+from meshwright.compiler.listing import graph_text
 from meshwright.compiler.program import Program
 from meshwright.compiler.show import tables
 from meshwright.compiler.summary import summarise
-from meshwright.compiler.text import graph_text
 from meshwright.demo.corpus import Corpus
 from meshwright.demo.model import GPT, PLAN
 from meshwright.runtime.transport import under_torchrun
