@@ -145,6 +145,9 @@ class ProcessTransport:
         except BaseException as error:
             self.watch.publish_failure(_first_line(error))
             raise
+        finally:
+            # What the program has to put in order is not left to whoever drops the exception.
+            program.close()
 
     def collective(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Tensor:
         """This rank's result; with `donate` its operand may be overwritten and returned."""

@@ -8,10 +8,9 @@ from pathlib import Path
 from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
-from meshwright.runtime.checkpoint.manifest import read_manifest
+from meshwright.runtime.checkpoint.folder import OpenSave
 from meshwright.runtime.checkpoint.optimizer_state import check_optimizer, restore
 from meshwright.runtime.checkpoint.parts import Entry, read_into
-from meshwright.runtime.checkpoint.shards import Shards
 from meshwright.runtime.rank import RankState
 from meshwright.runtime.weights import check_state, name_in, stored_tensors
 
@@ -20,7 +19,18 @@ def load(
     program: Program, states: Sequence[RankState], path: Path, optimizer: Optimizer | None
 ) -> None:
     """Read a checkpoint into the ranks of this process."""
-    manifest = read_manifest(path)
+    with OpenSave.current(path) as opened:
+        _load(program, states, path, optimizer, opened)
+
+
+def _load(
+    program: Program,
+    states: Sequence[RankState],
+    path: Path,
+    optimizer: Optimizer | None,
+    opened: OpenSave,
+) -> None:
+    manifest, shards = opened.manifest, opened.shards
     shapes = {
         alias: manifest.tensors[name].shape
         for alias, name in manifest.aliases.items()
@@ -29,7 +39,6 @@ def load(
     check_state(program, shapes, f"the checkpoint `{path}`")
     if optimizer is not None:
         check_optimizer(program, states, optimizer)
-    shards = Shards(path, manifest.number)
     for state in states:
         for kind, stored in stored_tensors(program):
             name = name_in(program, stored.name, shapes)

@@ -1,8 +1,14 @@
-"""The manifest of a checkpoint: JSON that says what each tensor is and how it was cut."""
+"""The manifest of a checkpoint: JSON that says what each tensor is and how it was cut.
+
+Its last line is a SHA-256 of all the text before it, so that a changed byte anywhere is found. It
+has the digest of each shard's header, and those have the digests of their tensors.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +17,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from meshwright.compiler.factors import Dim, Factor, dim_axes
 from meshwright.compiler.layout import Layout, LayoutError
 from meshwright.compiler.mesh import Mesh
+from meshwright.runtime.checkpoint.files import read_bytes, regular_file, size_of
+from meshwright.runtime.checkpoint.header import unique
+from meshwright.runtime.checkpoint.shards import Shard
 from meshwright.runtime.errors import RunError
 
 if TYPE_CHECKING:
     from meshwright.runtime.checkpoint.parts import Entry
 
 MANIFEST = "manifest.json"
-_FORMAT, _VERSION = "meshwright checkpoint", 1
+SAVE = re.compile(r"[0-9a-f]{32}")
+_FORMAT, _VERSION = "meshwright checkpoint", 2
+_START = re.compile(rf'{{\n  "format": "{_FORMAT}",\n  "version": (\d{{1,9}}),\n')
+_SAVE = re.compile(r'  "save": "([0-9a-f]{32})",\n')
+_END = re.compile(rb'  "sha256": "([0-9a-f]{64})"\n}\n')
+_END_BYTES = len('  "sha256": ""\n}\n') + 64
+_MOST_BYTES, _MOST_AXES, _MOST_FACTORS = 256 << 20, 64, 1024
+"""Far above what any mesh or model needs, and low enough to be refused at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,36 +51,18 @@ class SavedTensor:
 class Manifest:
     """What `manifest.json` says. `optimizer` is as `optimizer_state` wrote it, or None."""
 
-    number: int
+    save: str
+    """The name of the save's folder: 128 random bits in hex."""
     mesh: Mesh
     random: dict[str, int]
     aliases: dict[str, str]
     tensors: dict[str, SavedTensor]
-    optimizer: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None
+    shards: tuple[Shard, ...]
+    """The file of each rank."""
 
-    @staticmethod
-    def of(
-        number: int,
-        mesh: Mesh,
-        random: dict[str, int],
-        aliases: dict[str, str],
-        entries: Sequence[Entry],
-        optimizer: dict[str, Any] | None,
-    ) -> Manifest:
-        """The manifest of what these ranks save."""
-        tensors = {
-            entry.name: SavedTensor(
-                entry.shape,
-                str(entry.tensor.dtype).removeprefix("torch."),
-                entry.layout,
-                entry.owners(place, mesh),
-            )
-            for place, entry in enumerate(entries)
-        }
-        return Manifest(number, mesh, random, aliases, tensors, optimizer)
-
-    def to_json(self) -> str:
-        """The text, one tensor a line."""
+    def to_text(self) -> str:
+        """The file's text, one tensor a line. Raises `RunError` for one that is too long."""
         tensors = {
             name: {
                 "shape": saved.shape,
@@ -78,85 +76,169 @@ class Manifest:
         head = {
             "format": _FORMAT,
             "version": _VERSION,
-            "number": self.number,
+            "save": self.save,
             "mesh": self.mesh.axes,
             "random": self.random,
             "aliases": self.aliases,
             "optimizer": self.optimizer,
+            "shards": [(shard.size, shard.digest) for shard in self.shards],
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
         rows = [f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in tensors.items()]
-        return "\n".join(["{", *lines, '  "tensors": {', ",\n".join(rows), "  }", "}", ""])
+        text = "\n".join(["{", *lines, '  "tensors": {', ",\n".join(rows), "  },", ""])
+        if len(text) > _MOST_BYTES - _END_BYTES:
+            raise RunError(
+                f"the manifest has {len(text)} bytes, and no more than {_MOST_BYTES} are read",
+                help="save from a mesh of fewer ranks",
+            )
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return f'{text}  "sha256": "{digest}"\n}}\n'
 
 
-def shard_name(number: int, rank: int) -> str:
-    """The file that a rank writes in the save with this number."""
-    return f"{number:06}-{rank:05}.safetensors"
+def saved_tensors(entries: Sequence[Entry], mesh: Mesh) -> dict[str, SavedTensor]:
+    """What a manifest says of the tensors that the ranks of `mesh` save."""
+    return {
+        entry.name: SavedTensor(
+            entry.shape,
+            str(entry.tensor.dtype).removeprefix("torch."),
+            entry.layout,
+            entry.owners(place, mesh),
+        )
+        for place, entry in enumerate(entries)
+    }
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest in the folder `path`. Raises `RunError` where there is none, or not one of ours.
+def manifest_text(folder: Path) -> str:
+    """The text of the manifest in `folder`, unchanged since it was written.
+
+    Raises `RunError` where there is none, where it is damaged, or where it is not one of ours.
+    """
+    file = folder / MANIFEST
+    try:
+        with regular_file(file) as opened:
+            size = size_of(opened)
+            if size > _MOST_BYTES:
+                _refuse(file, f"it has {size} bytes")
+            data = read_bytes(opened, size)
+    except OSError as error:
+        raise RunError(
+            f"there is no checkpoint in `{folder}`: {error.strerror}",
+            help=f"name a folder that `save` wrote, with its `{MANIFEST}`",
+        ) from None
+    if problem := _damage(data):
+        _refuse(file, problem)
+    # What `save` writes is ASCII; for anything else the JSON will not do.
+    return data.decode(errors="replace")
+
+
+def named_save(folder: Path) -> str | None:
+    """The save that the manifest in `folder` names; None where no manifest can be read."""
+    try:
+        return save_of(manifest_text(folder))
+    except RunError:
+        return None
+
+
+def save_of(text: str) -> str | None:
+    """The save that a manifest names."""
+    start = _START.match(text)
+    found = _SAVE.match(text, start.end()) if start else None
+    return found[1] if found else None
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise `RunError` where a save would replace a `manifest.json` that no save wrote."""
+    file = folder / MANIFEST
+    try:
+        with regular_file(file) as opened:
+            problem = _version_problem(read_bytes(opened, min(size_of(opened), 128)))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise RunError(
+            f"`{file}` is there, and a save would replace it: {problem}",
+            help="name another folder, or remove that file",
+        )
+
+
+def parse_manifest(folder: Path, text: str) -> Manifest:
+    """The manifest that `manifest_text` read. Raises `RunError` for one that makes no sense.
 
     What it says is checked before it is used: the file may come from anywhere.
     """
-    return parse_manifest(path, manifest_text(path))
-
-
-def manifest_text(path: Path) -> str:
-    """The text of the manifest in the folder `path`. Raises `RunError` where there is none."""
-    file = path / MANIFEST
     try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"there is no checkpoint in `{path}`: {error.strerror}",
-            help=f"name a folder that `save` wrote, with its `{MANIFEST}`",
-        ) from None
-    except ValueError:
-        _refuse(file, "it is not JSON")
+        return _checked(json.loads(text, object_pairs_hook=unique))
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, LayoutError) as e:
+        _refuse(folder / MANIFEST, f"{type(e).__name__}: {e}".partition("\n")[0][:300])
 
 
-def parse_manifest(path: Path, text: str) -> Manifest:
-    """The manifest that `text`, from the folder `path`, is. Raises `RunError` for any other."""
-    file = path / MANIFEST
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        _refuse(file, "it is not JSON")
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        _refuse(file, f'its "format" is not "{_FORMAT}"')
-    if found.get("version") != _VERSION:
-        _refuse(file, f'its "version" is {found.get("version")!r}, not {_VERSION}')
-    try:
-        return _checked(found)
-    except (KeyError, TypeError, ValueError, AttributeError, LayoutError) as error:
-        _refuse(file, f"{type(error).__name__}: {error}".partition("\n")[0])
+def _version_problem(data: bytes) -> str:
+    """Why a file is not a manifest of this format, by its first bytes."""
+    start = _START.match(data.decode(errors="replace"))
+    if start is None:
+        return f'it does not begin with "format": "{_FORMAT}"'
+    if int(start[1]) != _VERSION:
+        return f"it has version {start[1]} of the format, and this is version {_VERSION}"
+    return ""
+
+
+def _damage(data: bytes) -> str:
+    """Why a file is not a manifest as it was written."""
+    if problem := _version_problem(data[:128]):
+        return problem
+    end = _END.fullmatch(data, max(0, len(data) - _END_BYTES))
+    if end is None:
+        return "its last line is missing"
+    if hashlib.sha256(data[: end.start()]).hexdigest().encode() != end[1]:
+        return "it was changed since it was written"
+    return ""
 
 
 def _refuse(file: Path, problem: str) -> NoReturn:
     raise RunError(
         f"`{file}` is not a manifest that can be read: {problem}",
-        help="name a folder that `save` wrote, or remove this one's manifest",
+        help="copy the whole folder of the checkpoint again, or load another one",
     )
 
 
 def _checked(found: Mapping[str, Any]) -> Manifest:
-    mesh = Mesh(tuple((_text(name), _count(size)) for name, size in found["mesh"]))
+    shards = tuple(Shard(_count(size), _text(digest)) for size, digest in found["shards"])
+    mesh = _mesh(found["mesh"], len(shards))
     tensors = {_text(name): _tensor(row, mesh) for name, row in found["tensors"].items()}
     optimizer = found["optimizer"]
     if optimizer is not None and not isinstance(optimizer, dict):
-        raise TypeError("the optimizer's entry is no dictionary")
+        raise TypeError("the optimizer's entry is not a dictionary")
+    save, random = _text(found["save"]), found["random"]
+    if not SAVE.fullmatch(save):
+        raise ValueError("the save's name is not 32 digits")
     return Manifest(
-        _count(found["number"]),
+        save,
         mesh,
-        {key: _count(found["random"][key], 0) for key in ("seed", "step")},
+        {"seed": _count(random["seed"], -(2**63)), "step": _count(random["step"], 0)},
         {_text(alias): _text(name) for alias, name in found["aliases"].items()},
         tensors,
         optimizer,
+        shards,
     )
 
 
+def _mesh(rows: Sequence[Any], num_ranks: int) -> Mesh:
+    """The mesh, with as many ranks as there are shards."""
+    if len(rows) > _MOST_AXES:
+        raise ValueError(f"a mesh of {len(rows)} axes")
+    mesh = Mesh(tuple((_text(name), _count(size)) for name, size in rows))
+    if len(set(mesh.names)) != len(mesh.names):
+        raise ValueError(f"an axis comes twice in the mesh `{mesh}`")
+    if mesh.num_ranks != num_ranks:
+        raise ValueError(f"{num_ranks} shards for the mesh `{mesh}`")
+    return mesh
+
+
 def _tensor(row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
+    if len(row["dims"]) > _MOST_FACTORS:
+        raise ValueError(f"a tensor of {len(row['dims'])} dims")
     layout = Layout(tuple(_dim(dim) for dim in row["dims"]))
     layout.canonical(mesh)
     shape = tuple(_count(size, 0) for size in row["shape"])
@@ -173,6 +255,8 @@ def _tensor(row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
 def _dim(dim: Sequence[Any]) -> Dim:
     if not dim:
         raise ValueError("a dim without segments")
+    if len(dim) + sum(len(factor) for segment in dim for factor in segment) > _MOST_FACTORS:
+        raise ValueError("a dim with more factors than any layout has")
     return tuple(
         tuple(Factor(_count(size, 0), tuple(_text(a) for a in axes)) for size, *axes in segment)
         for segment in dim
@@ -187,5 +271,5 @@ def _count(value: Any, least: int = 1) -> int:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is not a text")
+        raise TypeError(f"{value!r} is not text")
     return value

@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.layout import replicated
 from meshwright.compiler.program import Program
+from meshwright.runtime.checkpoint.header import dtype_of
 from meshwright.runtime.checkpoint.manifest import Manifest
 from meshwright.runtime.checkpoint.parts import Entry, read_into
-from meshwright.runtime.checkpoint.shards import Shards, dtype_of
+from meshwright.runtime.checkpoint.shards import Shards
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankState
 
@@ -131,7 +132,7 @@ def _tensors(
             entry = Entry.of(program.parameters[name], found[key])
             read_into(entry, saved_name, manifest, shards, state)
         else:
-            whole = shards.part(saved.owners[0], saved_name, saved.shape)
+            whole = shards.part(saved.owners[0], saved_name, saved.shape, dtype_of(saved.dtype))
             device = parameter.device if whole.dim() or _on_device(parameter, optimizer) else "cpu"
             found[key] = whole.to(device, copy=True)
     return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from meshwright.compiler.layout import Layout, block_map
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.program import Stored
+from meshwright.runtime.checkpoint.header import dtype_of
 from meshwright.runtime.checkpoint.manifest import Manifest
 from meshwright.runtime.checkpoint.shards import Shards
 from meshwright.runtime.rank import RankState
@@ -89,7 +90,8 @@ def read_into(
         given = [index[index < size] for index, size in zip(given, saved.shape, strict=True)]
         places = [_common(w, g) for w, g in zip(wanted, given, strict=True)]
         if all(len(mine) for mine, _ in places):
-            part = shards.part(owner, name, tuple(len(index) for index in given))
+            shape = tuple(len(index) for index in given)
+            part = shards.part(owner, name, shape, dtype_of(saved.dtype))
             _copy(entry.tensor.detach(), part, places)
 
 

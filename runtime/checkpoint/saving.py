@@ -1,40 +1,52 @@
 """Write a checkpoint: each rank a file with the parts that it owns, rank 0 the manifest.
 
-Files of a save have a number of their own, and the manifest is replaced last: a save that fails
-leaves the one before as it was.
+What can fail on one rank is done between collectives, and raised on all. The save before stays as
+it was until this one is whole, on the disk, and named by the manifest.
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
-from meshwright.compiler.collectives import Wire
 from meshwright.compiler.program import Program
-from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest, read_manifest, shard_name
+from meshwright.runtime.agreement import agreed, told
+from meshwright.runtime.checkpoint.files import cannot
+from meshwright.runtime.checkpoint.folder import NewSave
+from meshwright.runtime.checkpoint.header import Header
+from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor, saved_tensors
 from meshwright.runtime.checkpoint.optimizer_state import check_optimizer, optimizer_entries
 from meshwright.runtime.checkpoint.parts import Entry, own_parts
-from meshwright.runtime.checkpoint.shards import write_shard
+from meshwright.runtime.checkpoint.shards import (
+    Shard,
+    check_origin,
+    create_file,
+    read_header,
+    shard_path,
+    write_shard,
+)
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.weights import stored_tensors
 
-_SHARD = re.compile(r"(\d{6})-\d{5}\.safetensors")
+_ONE_FOLDER = "give every rank one folder, on a filesystem that all of them share"
 
 
 def save(
     program: Program, states: Sequence[RankState], path: Path, optimizer: Optimizer | None
 ) -> list[RankProgram]:
     """What each rank of this process does to write a checkpoint."""
-    options = None
-    if optimizer is not None:
-        options = check_optimizer(program, states, optimizer)
+    # On the virtual mesh there is one optimizer for all ranks.
+    found: list[dict[str, Any]] = []
+
+    def options() -> dict[str, Any] | None:
+        if optimizer is not None and not found:
+            found.append(check_optimizer(program, states, optimizer))
+        return found[0] if found else None
+
     return [_save(program, state, path, optimizer, options) for state in states]
 
 
@@ -43,23 +55,34 @@ def _save(
     state: RankState,
     path: Path,
     optimizer: Optimizer | None,
-    options: dict[str, Any] | None,
+    options: Callable[[], dict[str, Any] | None],
 ) -> RankProgram:
-    every_axis, first = state.mesh.names, state.rank == 0
-    told = torch.zeros(1, dtype=torch.int64, device=state.device)
-    if first:
-        told += _next_number(path)
-    number = int((yield Wire("broadcast", every_axis), told))
-    entries = _entries(program, state, optimizer)
-    write_shard(path / shard_name(number, state.rank), own_parts(entries, state))
-    yield Wire("all_reduce", every_axis), torch.zeros(1, device=state.device)
-    if first:
-        random = {"seed": state.random.seed, "step": state.random.step}
-        aliases = dict(program.captured.aliases)
-        manifest = Manifest.of(number, state.mesh, random, aliases, entries, options)
-        _replace(path / MANIFEST, manifest.to_json())
-        _remove_others(path, number)
-    yield Wire("all_reduce", every_axis), torch.zeros(1, device=state.device)
+    first, new = state.rank == 0, NewSave(path)
+
+    def prepare() -> tuple[dict[str, Any] | None, list[Entry], dict[str, Any]]:
+        checked = options()
+        entries = _entries(program, state, optimizer)
+        parts = own_parts(entries, state)
+        Header.of("", state.rank, parts)
+        if first:
+            new.begin()
+        return checked, entries, parts
+
+    def commit() -> None:
+        if first:
+            tensors = saved_tensors(entries, state.mesh)
+            shards = _whole_shards(path, name, state.mesh.num_ranks, tensors)
+            random = {"seed": state.random.seed, "step": state.random.step}
+            aliases = dict(program.captured.aliases)
+            new.commit(Manifest(name, state.mesh, random, aliases, tensors, checked, shards))
+
+    try:
+        checked, entries, parts = yield from agreed(state, prepare)
+        name = yield from told(state, new.name)
+        yield from agreed(state, lambda: _write(path, name, state.rank, parts, new))
+        yield from agreed(state, commit)
+    finally:
+        new.close()
 
 
 def _entries(program: Program, state: RankState, optimizer: Optimizer | None) -> list[Entry]:
@@ -72,34 +95,49 @@ def _entries(program: Program, state: RankState, optimizer: Optimizer | None) ->
     return found
 
 
-def _next_number(path: Path) -> int:
-    """The number of a new save into this folder, which is made if it is not there."""
+def _write(path: Path, name: str, rank: int, parts: dict[str, Any], new: NewSave) -> None:
+    """Write this rank's file; that of rank 0 is open since the save began."""
+    shard, header = shard_path(path, name, rank), Header.of(name, rank, parts)
+    if new.file is not None:
+        write_shard(new.file, shard, header, parts)
+        return
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        file = create_file(shard)
+    except FileNotFoundError:
         raise RunError(
-            f"cannot write into `{path}`: {error.strerror}", help="name a folder to write into"
+            f"cannot write `{shard}`: the folder that rank 0 made is not there", help=_ONE_FOLDER
         ) from None
-    if not (path / MANIFEST).exists():
-        return 1
-    return read_manifest(path).number % 999_999 + 1
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old text or the new one."""
-    temporary = path.with_suffix(".new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
     except OSError as error:
+        raise cannot("write", shard, error, "name a folder to write into") from None
+    with file:
+        write_shard(file, shard, header, parts)
+
+
+def _whole_shards(
+    path: Path, name: str, num_ranks: int, tensors: Mapping[str, SavedTensor]
+) -> tuple[Shard, ...]:
+    """The files of all ranks. Raises `RunError` unless each is there with all that it should have.
+
+    This is where it shows that a rank wrote into another folder than rank 0, or held other tensors.
+    """
+    wanted: list[dict[str, str]] = [{} for _ in range(num_ranks)]
+    for tensor, saved in tensors.items():
+        for owner in saved.owners:
+            wanted[owner][tensor] = saved.dtype
+    return tuple(_whole_shard(path, name, rank, wanted[rank]) for rank in range(num_ranks))
+
+
+def _whole_shard(path: Path, name: str, rank: int, wanted: Mapping[str, str]) -> Shard:
+    file = shard_path(path, name, rank)
+    if not file.exists():
+        raise RunError(f"`{file}`, which rank {rank} wrote, is not there", help=_ONE_FOLDER)
+    shard, header = read_header(file)
+    check_origin(file, header, name, rank)
+    found = {tensor: str(held.dtype) for tensor, held in header.tensors.items()}
+    differing = sorted(found.items() ^ {(t, f"torch.{dtype}") for t, dtype in wanted.items()})
+    if differing:
         raise RunError(
-            f"cannot write `{path}`: {error.strerror}",
-            help="make room there, or name another folder",
-        ) from None
-
-
-def _remove_others(path: Path, number: int) -> None:
-    for file in path.iterdir():
-        found = _SHARD.fullmatch(file.name)
-        if found and int(found[1]) != number:
-            file.unlink(missing_ok=True)
+            f"rank {rank} holds `{differing[0][0]}` otherwise than rank 0",
+            help="give every rank the same optimizer, in the same state",
+        )
+    return shard

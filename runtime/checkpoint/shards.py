@@ -1,101 +1,178 @@
-"""Shards on disk, in the safetensors format: a header of JSON, then the bytes of each tensor."""
+"""Shards on disk: each rank's tensors in one safetensors file, with a SHA-256 of each."""
 
 from __future__ import annotations
 
 import ctypes
-import json
-from collections.abc import Mapping
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from meshwright.runtime.checkpoint.manifest import shard_name
+from meshwright.runtime.checkpoint.files import (
+    cannot,
+    read_all,
+    read_bytes,
+    regular_file,
+    size_of,
+    write_all,
+)
+from meshwright.runtime.checkpoint.header import Header, header_length
 from meshwright.runtime.errors import RunError
 
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
+_COPY = "copy the whole folder of the checkpoint again, or load another one"
+_ROOM = "make room there, or name another folder"
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """The type that a manifest calls `name`, such as `float32`. Raises `RunError` for others."""
-    for dtype in _DTYPES:
-        if str(dtype) == f"torch.{name}":
-            return dtype
-    raise RunError(
-        f"a checkpoint says type `{name[:40]}`, which there is not",
-        help="load another checkpoint: this one is damaged",
-    )
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """What the manifest says of a file: its size in bytes and the SHA-256 of its header."""
+
+    size: int
+    digest: str
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file. (The library's own writer goes through numpy, which nothing else here needs.)
+def shard_path(folder: Path, save: str, rank: int) -> Path:
+    """The file that a rank writes in a save."""
+    return folder / save / f"{rank:05}.safetensors"
 
-    Raises `RunError` for a type that the format lacks, or where the file cannot be written.
+
+def create_file(path: Path) -> BinaryIO:
+    """A new file to write; it must not be there yet. Raises `OSError`."""
+    number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return open(number, "r+b", buffering=0)
+
+
+def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors that `header` describes into a new file, and see it onto the disk.
+
+    The header comes last, once the digests are known: a file that was not finished has none.
+    Raises `RunError`.
     """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise RunError(
-                f"`{name}` has type `{tensor.dtype}`, which checkpoints cannot hold",
-                help="hold it in another type, such as two real tensors for a complex one",
-            )
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     try:
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors.values():
-                _write(file, tensor)
+        file.seek(len(header.to_bytes()))
+        found = {
+            name: replace(header.tensors[name], digest=_write(file, tensor))
+            for name, tensor in tensors.items()
+        }
+        file.seek(0)
+        text = replace(header, tensors=found).to_bytes()
+        for _ in write_all(file, memoryview(text)):
+            pass
+        os.fsync(file.fileno())
     except OSError as error:
-        raise RunError(
-            f"cannot write `{path}`: {error.strerror}",
-            help="make room there, or name another folder",
-        ) from None
+        raise cannot("write", path, error, _ROOM) from None
 
 
-def _write(file: BinaryIO, tensor: Tensor) -> None:
-    data = tensor.detach().cpu().contiguous()
-    if data.nbytes:
-        file.write((ctypes.c_char * data.nbytes).from_address(data.data_ptr()))
+def _write(file: BinaryIO, tensor: Tensor) -> str:
+    """Write a tensor's bytes and return their SHA-256."""
+    data, digest = tensor.detach().cpu().contiguous(), hashlib.sha256()
+    for piece in write_all(file, _bytes_of(data)):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's memory, for as long as the tensor lives."""
+    if not tensor.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def read_header(path: Path, expected: Shard | None = None) -> tuple[Shard, Header]:
+    """The header of a shard, and its size and digest, which must be as `expected` if that is given.
+
+    Raises `RunError` for what is not a whole file of ours.
+    """
+    try:
+        with regular_file(path) as file:
+            size = size_of(file)
+            if expected is not None and size != expected.size:
+                raise ValueError(f"it has {size} bytes, not {expected.size}")
+            first = read_bytes(file, min(8, size))
+            text = read_bytes(file, header_length(first, size))
+        found = Shard(size, hashlib.sha256(first + text).hexdigest())
+        if expected is not None and found != expected:
+            raise ValueError("its header is not the one that was saved")
+        header = Header.parse(text)
+        if size != 8 + len(text) + header.num_bytes:
+            raise ValueError(f"its tensors do not fill its {size} bytes")
+    except OSError as error:
+        raise cannot("read", path, error, _COPY) from None
+    except ValueError as error:
+        raise RunError(f"`{path}` is damaged: {error}", help=_COPY) from None
+    return found, header
 
 
 class Shards:
-    """The files of one save, opened when first needed and mapped, not read whole."""
+    """The files of one save, opened when they are needed; all that is read is checked.
 
-    def __init__(self, path: Path, number: int) -> None:
-        self.path, self.number = path, number
-        self._open: dict[int, Any] = {}
+    They are not mapped into memory: a mapped file that somebody cuts ends the process.
+    """
 
-    def part(self, rank: int, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of the file that `rank` wrote. Raises `RunError` unless it is there in whole."""
-        file = self.path / shard_name(self.number, rank)
+    def __init__(self, folder: Path, save: str, shards: Sequence[Shard]) -> None:
+        self.folder, self.save, self.shards = folder, save, shards
+        self._headers: dict[int, tuple[Path, int, Header]] = {}
+
+    def check(self) -> None:
+        """Raise `RunError` unless every file is there, has its size and the header it was given."""
+        for rank in range(len(self.shards)):
+            self._header(rank)
+
+    def part(self, rank: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of the file that `rank` wrote.
+
+        Raises `RunError` naming file and tensor unless it is there as it was saved.
+        """
+        path, start, header = self._header(rank)
+        held = header.tensors.get(name)
+        if held is None:
+            raise RunError(f"`{path}` has no `{name}`", help=_COPY)
+        if (held.shape, held.dtype) != (shape, dtype):
+            raise RunError(
+                f"`{name}` in `{path}` is {held.dtype} {list(held.shape)}, "
+                f"and the manifest has it as {dtype} {list(shape)}",
+                help=_COPY,
+            )
+        tensor = torch.empty(shape, dtype=dtype)
+        digest = hashlib.sha256()
         try:
-            if rank not in self._open:
-                self._open[rank] = safe_open(file, framework="pt", device="cpu")
-            tensor: Tensor = self._open[rank].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            for piece in _read(path, start + held.start, _bytes_of(tensor)):
+                digest.update(piece)
+        except OSError as error:
+            raise cannot(f"read `{name}` from", path, error, _COPY) from None
+        if digest.hexdigest() != held.digest:
             raise RunError(
-                f"cannot read `{name}` from `{file}`: {error}",
-                help="copy the whole folder of the checkpoint, or load another one",
-            ) from None
-        if tuple(tensor.shape) != shape:
-            raise RunError(
-                f"`{name}` in `{file}` is {list(tensor.shape)}, not {list(shape)}",
-                help="load another checkpoint: this one is damaged",
+                f"`{name}` in `{path}` is damaged: its bytes are not those that were saved",
+                help=_COPY,
             )
         return tensor
+
+    def _header(self, rank: int) -> tuple[Path, int, Header]:
+        """The file, where its tensors begin, and what it says of itself."""
+        if rank not in self._headers:
+            path = shard_path(self.folder, self.save, rank)
+            shard, header = read_header(path, self.shards[rank])
+            check_origin(path, header, self.save, rank)
+            self._headers[rank] = path, shard.size - header.num_bytes, header
+        return self._headers[rank]
+
+
+def check_origin(path: Path, header: Header, save: str, rank: int) -> None:
+    """Raise `RunError` for a file of another save or another rank."""
+    if (header.save, header.rank) != (save, rank):
+        raise RunError(
+            f"`{path}` was written by rank {header.rank} in save `{header.save}`, "
+            f"not by rank {rank} in save `{save}`",
+            help=_COPY,
+        )
+
+
+def _read(path: Path, start: int, target: memoryview) -> Iterator[memoryview]:
+    with regular_file(path) as file:
+        file.seek(start)
+        yield from read_all(file, target)

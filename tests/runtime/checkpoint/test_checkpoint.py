@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 import meshwright as mw
+from tests.runtime.checkpoint.damage import manifest_of, reseal, sealed, shard
 from tests.runtime.models import PLANS, batch, make
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
@@ -69,10 +70,10 @@ def test_ranks_write_each_entry_once_and_no_padding(tmp_path: Path) -> None:
     run.save(tmp_path)
     entries: dict[str, int] = {}
     holders: dict[str, int] = {}
-    for file in tmp_path.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 - not a dictionary
-                entries[name] = entries.get(name, 0) + shard.get_tensor(name).numel()
+    for file in tmp_path.glob("*/*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a dictionary
+                entries[name] = entries.get(name, 0) + opened.get_tensor(name).numel()
                 holders[name] = holders.get(name, 0) + 1
     kept = {**run.state_dict(), "scratch": torch.ones(16)}
     del kept["head.weight"]
@@ -83,7 +84,7 @@ def test_ranks_write_each_entry_once_and_no_padding(tmp_path: Path) -> None:
 
 def test_replicated_tensors_are_written_by_ranks_in_turn(tmp_path: Path) -> None:
     launched("both").save(tmp_path)
-    tensors = json.loads((tmp_path / "manifest.json").read_text())["tensors"]
+    tensors = manifest_of(tmp_path)["tensors"]
     assert {
         tensors[f"blocks.{i}.ln.{which}"]["ranks"][0]
         for i in (0, 1)
@@ -111,8 +112,11 @@ def test_a_second_save_replaces_the_first_and_leaves_no_file_of_it(tmp_path: Pat
     run.save(tmp_path / "folders" / "are made", optimizer)
     train(run, optimizer, 0, 1)
     run.save(tmp_path / "folders" / "are made", optimizer)
-    names = sorted(file.name for file in (tmp_path / "folders" / "are made").iterdir())
-    assert names == ["000002-00000.safetensors", "000002-00001.safetensors", "manifest.json"]
+    folder = tmp_path / "folders" / "are made"
+    name = manifest_of(folder)["save"]
+    assert {str(file.relative_to(folder)) for file in folder.rglob("*")} == {
+        "manifest.json", name, f"{name}/00000.safetensors", f"{name}/00001.safetensors",
+    }  # fmt: skip
     other = launched("data")
     other.load(tmp_path / "folders" / "are made")
     assert equal(run, other)
@@ -153,12 +157,13 @@ def test_options_that_are_tensors_or_tuples_come_back_as_such(tmp_path: Path) ->
 
 
 MANIFESTS = {
-    "not-json": "{",
+    "not-json": sealed({"format": "meshwright checkpoint", "version": 2})[:-3] + "]",
     "nested-too-deeply": "[" * 100_000,
-    "another-format": '{"format": "something"}',
+    "another-format": sealed({"format": "something", "version": 2}),
     "a-list": "[1, 2]",
-    "another-version": '{"format": "meshwright checkpoint", "version": 9}',
-    "an-entry-missing": '{"format": "meshwright checkpoint", "version": 1, "mesh": []}',
+    "an-earlier-version": sealed({"format": "meshwright checkpoint", "version": 1}),
+    "a-later-version": sealed({"format": "meshwright checkpoint", "version": 9}),
+    "an-entry-missing": sealed({"format": "meshwright checkpoint", "version": 2, "mesh": []}),
 }
 
 
@@ -169,7 +174,7 @@ def test_a_manifest_that_is_not_ours_is_an_error(tmp_path: Path, case: str) -> N
         launched("tensor").load(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["mesh", "number", "random", "aliases", "optimizer", "tensors"])
+@pytest.mark.parametrize("key", ["mesh", "save", "random", "aliases", "optimizer", "tensors"])
 @pytest.mark.parametrize("value", [None, -1, "text", [[1]], {"a": 1}, [["tp", 0]], 1e300])
 def test_a_manifest_with_an_entry_of_another_kind_is_an_error(
     tmp_path: Path, key: str, value: Any
@@ -177,8 +182,7 @@ def test_a_manifest_with_an_entry_of_another_kind_is_an_error(
     run = launched("tensor")
     optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
     run.save(tmp_path, optimizer)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, key: value}))
+    reseal(tmp_path, {key: value})
     with pytest.raises(mw.RunError):
         run.load(tmp_path, optimizer)
 
@@ -195,9 +199,9 @@ def test_a_manifest_with_an_entry_of_another_kind_is_an_error(
 def test_a_damaged_description_of_a_tensor_is_an_error(tmp_path: Path, change: Any) -> None:
     run = launched("tensor")
     run.save(tmp_path)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["tensors"]["wte.weight"].update(change)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    tensors = manifest_of(tmp_path)["tensors"]
+    tensors["wte.weight"].update(change)
+    reseal(tmp_path, {"tensors": tensors})
     with pytest.raises(mw.RunError):
         run.load(tmp_path)
 
@@ -205,12 +209,12 @@ def test_a_damaged_description_of_a_tensor_is_an_error(tmp_path: Path, change: A
 def test_a_missing_or_cut_shard_is_an_error_that_names_it(tmp_path: Path) -> None:
     run = launched("tensor")
     run.save(tmp_path)
-    file = tmp_path / "000001-00001.safetensors"
+    file = shard(tmp_path, 1)
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(mw.RunError, match=r"000001-00001\.safetensors"):
+    with pytest.raises(mw.RunError, match=re.escape(str(file))):
         run.load(tmp_path)
     file.unlink()
-    with pytest.raises(mw.RunError, match=r"000001-00001\.safetensors"):
+    with pytest.raises(mw.RunError, match=re.escape(str(file))):
         run.load(tmp_path)
     with pytest.raises(mw.RunError, match="there is no checkpoint"):
         run.load(tmp_path / "elsewhere")

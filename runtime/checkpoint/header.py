@@ -1,0 +1,166 @@
+"""The header of a safetensors file: JSON that says where each tensor is, of what type and shape.
+
+Ours also has, in the format's `__metadata__`, the save and the rank that wrote the file and a
+SHA-256 of each tensor's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.runtime.errors import RunError
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+_MOST_BYTES = 100_000_000
+"""The library's limit on a header."""
+_MOST_DIMS = 64
+_DIGEST, _NO_DIGEST = "sha256/", "0" * 64
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A tensor in a file: type, shape, first and last byte after the header, SHA-256 in hex."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a shard says of itself."""
+
+    save: str
+    rank: int
+    tensors: Mapping[str, Held]
+
+    @staticmethod
+    def of(save: str, rank: int, tensors: Mapping[str, Tensor]) -> Header:
+        """The header of these tensors, one after the other; their digests are yet to be found.
+
+        Raises `RunError` for a type that the format lacks.
+        """
+        found: dict[str, Held] = {}
+        offset = 0
+        for name, tensor in tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise RunError(
+                    f"`{name}` has type `{tensor.dtype}`, which checkpoints cannot hold",
+                    help="hold it in another type, such as two real tensors for a complex one",
+                )
+            end = offset + tensor.nbytes
+            found[name] = Held(tensor.dtype, tuple(tensor.shape), offset, end, _NO_DIGEST)
+            offset = end
+        return Header(save, rank, found)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return max((held.end for held in self.tensors.values()), default=0)
+
+    def to_bytes(self) -> bytes:
+        """The length and the JSON; as long with one set of digests as with another."""
+        metadata = {"save": self.save, "rank": str(self.rank)}
+        metadata |= {_DIGEST + name: held.digest for name, held in self.tensors.items()}
+        rows = {
+            name: {
+                "dtype": _DTYPES[held.dtype],
+                "shape": held.shape,
+                "data_offsets": (held.start, held.end),
+            }
+            for name, held in self.tensors.items()
+        }
+        text = json.dumps({"__metadata__": metadata, **rows}, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @staticmethod
+    def parse(text: bytes) -> Header:
+        """The header that JSON describes. Raises `ValueError` for what `to_bytes` does not write.
+
+        Nothing in it is believed: tensors must follow each other without gaps, each as long as its
+        type and shape say.
+        """
+        try:
+            rows = json.loads(text, object_pairs_hook=unique)
+            metadata = rows.pop("__metadata__")
+            digests = {name: _digest(metadata[_DIGEST + name]) for name in rows}
+            held = {name: _held(row, digests[name]) for name, row in rows.items()}
+            _check_tiling(held.values())
+            return Header(metadata["save"], int(metadata["rank"]), held)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def header_length(first: bytes, file_size: int) -> int:
+    """The bytes of JSON that the first eight bytes of a file promise.
+
+    Raises `ValueError` where there is no room for them, or more than any header needs.
+    """
+    length = int.from_bytes(first, "little")
+    if not 2 <= length <= min(_MOST_BYTES, file_size - 8):
+        raise ValueError(f"a header of {length} bytes in a file of {file_size}")
+    return length
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type that a manifest calls `name`, such as `float32`. Raises `RunError` for others."""
+    for dtype in _DTYPES:
+        if str(dtype) == f"torch.{name}":
+            return dtype
+    raise RunError(
+        f"the checkpoint has a tensor of an unknown type `{name[:40]}`",
+        help="load another checkpoint: this one is damaged",
+    )
+
+
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError` for a key that comes twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _held(row: Mapping[str, Any], digest: str) -> Held:
+    dtype = _BY_NAME[row["dtype"]]
+    shape = tuple(row["shape"])
+    start, end = row["data_offsets"]
+    if len(row) != 3 or len(shape) > _MOST_DIMS:
+        raise ValueError("an entry of another form")
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (*shape, start, end)):
+        raise ValueError("a size that is not a count")
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{end - start} bytes for {list(shape)} of {dtype}")
+    return Held(dtype, shape, start, end, digest)
+
+
+def _digest(text: str) -> str:
+    if len(text) != 64 or len(bytes.fromhex(text)) != 32:
+        raise ValueError("a digest that is not 64 digits")
+    return text
+
+
+def _check_tiling(tensors: Iterable[Held]) -> None:
+    expected = 0
+    for held in sorted(tensors, key=lambda held: (held.start, held.end)):
+        if held.start != expected:
+            raise ValueError(f"byte {expected} belongs to no tensor, or to two")
+        expected = held.end

@@ -1,0 +1,24 @@
+"""Locks on open files that the kernel frees when a process ends, however it ends.
+
+A file's presence says nothing, so there is nothing stale to clear away. Some network filesystems
+have no locks: what depends on one has to be right without it too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+
+
+def try_lock(file: int, *, shared: bool) -> bool | None:
+    """Take a lock on an open file without waiting: whether that worked, None where there are none.
+
+    Closing the file frees it. Any number may share one; one that is not shared is held alone.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
