@@ -54,7 +54,7 @@ def _place_comments(
 
 def _keep_paragraphs(placed: Sequence[tuple[int, Line]], source: Source) -> None:
     """Mark the lines that had a blank line before them."""
-    texts = ["", *source.text.split("\n")]
+    texts = ["", *source.lines]
     before = 0
     for number, line in placed:
         line.blank_before = number > max(before, 1) and not texts[number - 1].strip()

@@ -17,9 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
+from meshwright.dsl.check import check
 from meshwright.dsl.errors import PlanError, quoted
 from meshwright.dsl.layouts import LayoutTemplate, format_axes
 from meshwright.dsl.plan import Plan
+from meshwright.dsl.statements import Axes, Let, MeshStatement, Statement
 
 if TYPE_CHECKING:
     from typing import Self
@@ -39,6 +41,8 @@ class PlanBuilder:
     def __init__(self, mesh: Mapping[str, int] | None, name: str) -> None:
         self._name = name
         self._lines: list[str] = []
+        self._named: list[str] = []
+        self._statements: list[Statement] = []
         if mesh:
             self._add("mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.items()))
 
@@ -167,8 +171,15 @@ class PlanBuilder:
             raise PlanError(
                 "P100", f"{quoted(line)} is more than one statement", help="remove what follows it"
             )
-        Plan.parse("".join(f"{each}\n" for each in [*self._lines, line]), self._name)
+        # What binds names, and blank lines for the rest: the line is read where it will stand.
+        plan = Plan.parse("".join(f"{each}\n" for each in [*self._named, line]), self._name)
+        added = next(
+            each for each in plan.statements if each.span and each.span.line > len(self._lines)
+        )
+        check([*self._statements, added], dict(plan.mesh))
+        self._statements.append(added)
         self._lines.append(line)
+        self._named.append(line if isinstance(added, (MeshStatement, Let, Axes)) else "")
         return self
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from meshwright.dsl.characters import width
 from meshwright.dsl.source import Span
 
 CODES = {
@@ -23,6 +24,7 @@ CODES = {
     "P112": "an option or a part that is missing",
     "P113": "a plan file that cannot be read",
     "P114": "a statement that has no place in a module's `__plan__`",
+    "P115": "something other than text, or than a path",
     "P120": "a name that no `let` binds",
     "P121": "`let` names defined by each other",
     "P122": "a division by zero",
@@ -46,6 +48,7 @@ CODES = {
 """Every code and its meaning. Codes are stable: new ones are added, none is reused."""
 
 _LONGEST_LINE = 160
+_MOST_CHOICES = 12
 
 
 class MeshwrightError(Exception):
@@ -108,11 +111,12 @@ def _excerpt(span: Span, margin: int) -> list[str]:
     text = printable(span.source.line(span.line))
     first = max(0, span.column - _LONGEST_LINE // 2) if len(text) > _LONGEST_LINE else 0
     shown = text[first : first + _LONGEST_LINE]
-    width = max(1, min(span.end - span.column, len(shown) - (span.column - 1 - first)))
+    start = span.column - 1 - first
+    carets = "^" * max(1, width(shown[start : start + span.end - span.column]))
     return [
         f"  --> {printable(span.place)}",
         f"  {span.line:>{margin}} | {shown}".rstrip(),
-        f"  {'':>{margin}} | {' ' * (span.column - 1 - first)}{'^' * width}",
+        f"  {'':>{margin}} | {' ' * width(shown[:start])}{carets}",
     ]
 
 
@@ -124,7 +128,7 @@ def printable(text: str) -> str:
 
 
 def _stand_in(char: str) -> str:
-    return " " if char in "\t\r\n\f" else "\N{REPLACEMENT CHARACTER}"
+    return " " if char.isspace() else "\N{REPLACEMENT CHARACTER}"
 
 
 def quoted(text: str, longest: int = 40) -> str:
@@ -133,16 +137,47 @@ def quoted(text: str, longest: int = 40) -> str:
     return f"`{text}`" if len(text) <= longest else f"`{text[: longest - 3]}...`"
 
 
+def spelled(value: object, longest: int = 40) -> str:
+    """A value as an error names it: on one line, short, and never the whole of a large one."""
+    kind = type(value).__name__
+    if value is None or isinstance(value, (bool, int, float)):
+        try:
+            return quoted(repr(value), longest)
+        except ValueError:  # an integer of too many digits to write
+            return f"an `{kind}` of {value.bit_length()} bits"  # type: ignore[union-attr]
+    if isinstance(value, str):
+        return quoted(repr(value[: longest + 1])[1:-1], longest) if value else "an empty text"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{_article(kind)} `{kind}` of shape `{list(shape)}`"
+    if isinstance(value, (list, tuple, dict, set, frozenset, bytes, bytearray)):
+        return f"{_article(kind)} `{kind}` of {len(value)}"
+    return f"{_article(kind)} `{kind}`"
+
+
+def _article(word: str) -> str:
+    return "an" if word[:1].lower() in "aeiou" else "a"
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
     """The choices that look most like `word`, the best first; none when none is close."""
-    return difflib.get_close_matches(word[:80], list(choices), n=count, cutoff=0.55)
+    by_form: dict[str, list[str]] = {}
+    for choice in choices:
+        by_form.setdefault(choice.lower(), []).append(choice)
+    close = difflib.get_close_matches(word[:80].lower(), by_form, n=count, cutoff=0.6)
+    return [choice for form in close for choice in by_form[form]][:count]
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """A help line for a misspelt word: the nearest choice, or all of them."""
     choices = list(choices)
     close = nearest(word, choices)
-    return f"write `{close[0]}`" if close else f"use {either(choices)}"
+    if close:
+        return f"write `{close[0]}`"
+    more = len(choices) - _MOST_CHOICES
+    if more > 1:
+        return f"use {either(choices[:_MOST_CHOICES], ',')} or one of {more} more"
+    return f"use {either(choices)}"
 
 
 def either(words: Iterable[str], last: str = "or") -> str:

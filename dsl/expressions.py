@@ -64,34 +64,30 @@ class ValueReader(Transformer[Token, object]):
     def range(self, meta: Meta, parts: list[object]) -> Items:
         return Items(tuple(map(self._value, parts)), self._span(meta), is_range=True)
 
-    def expression(self, meta: Meta, parts: list[object]) -> Value:
+    def sum(self, meta: Meta, parts: list[object]) -> Value:
         return self._fold(meta, parts, " ")
 
-    def term(self, meta: Meta, parts: list[object]) -> Value:
+    def product(self, meta: Meta, parts: list[object]) -> Value:
         return self._fold(meta, parts, "")
 
-    def unary(self, meta: Meta, parts: list[object]) -> Value:
-        minus, operand = parts
-        value = self._value(operand)
-        if minus is None:
-            return value
+    def negated(self, meta: Meta, parts: list[object]) -> Value:
+        value = self._value(parts[-1])
         return Number(-symbolic(value), f"-{value.text}", self._span(meta))
+
+    def group_of(self, meta: Meta, parts: list[object]) -> Value:
+        value = self._value(parts[0])
+        return Number(symbolic(value), f"({value.text})", self._span(meta))
 
     def atom(self, meta: Meta, parts: list[object]) -> Value:
         (part,) = parts
-        if not isinstance(part, Token):
-            value = self._value(part)
-            return Number(symbolic(value), f"({value.text})", self._span(meta))
+        assert isinstance(part, Token), part
         span = token_span(self.source, part)
         if part.type in ("WORD", "DIGIT_WORD"):
             return Word(str(part), span)
         return Number(_literal(part, span), str(part), span)
 
     def _fold(self, meta: Meta, parts: list[object], space: str) -> Value:
-        first, *rest = parts
-        if not rest:
-            return self._value(first)
-        if len(rest) > 2 * _MOST_TERMS:
+        if len(parts) > 2 * _MOST_TERMS + 1:
             raise PlanError(
                 "P108",
                 f"an expression has more than {_MOST_TERMS} terms",

@@ -20,6 +20,7 @@ from meshwright.dsl.source import Source, Span, token_span, tree_span
 from meshwright.dsl.values import Value, evaluate, symbolic, unbound_name
 
 _AXIS_SIZE = Count()
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,12 @@ class Names:
 
     def axes(self, names: Iterable[tuple[str, Span]]) -> tuple[str, ...]:
         """Axes by name, groups replaced by theirs; unknown and repeated ones are errors."""
-        found: list[str] = []
+        found: dict[str, None] = {}
         for name, span in names:
             for axis in self._expand(name, span):
                 if axis in found:
                     raise axis_twice(axis, [span])
-                found.append(axis)
+                found[axis] = None
         return tuple(found)
 
     def _expand(self, name: str, span: Span) -> tuple[str, ...]:
@@ -116,16 +117,18 @@ def _solve_lets(
     """The number of each name, from those it is defined by."""
     needs = {name: {s.name for s in symbolic(v).free_symbols} for name, v in values.items()}
     for name, others in needs.items():
-        for other in sorted(others - values.keys() - outer.keys()):
+        for other in sorted(each for each in others if each not in values and each not in outer):
             raise unbound_name(other, values[name].span, dict.fromkeys(values, sympy.Integer(0)))
     try:
         order = list(graphlib.TopologicalSorter(needs).static_order())
     except graphlib.CycleError as error:
-        cycle = [name for name in error.args[1] if name in values]
+        cycle = list(dict.fromkeys(name for name in error.args[1] if name in values))
+        more = f" and {len(cycle) - _MOST_NAMED} more" if len(cycle) > _MOST_NAMED else ""
         raise PlanError(
             "P121",
             "these names are defined by each other: "
-            + ", ".join(dict.fromkeys(map(quoted, cycle))),
+            + ", ".join(map(quoted, cycle[:_MOST_NAMED]))
+            + more,
             spans=list(dict.fromkeys(values[name].span for name in cycle))[:2],
             help="give one of them a number",
         ) from None

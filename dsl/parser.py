@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -11,13 +11,14 @@ from typing import TypeAlias
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput
 from lark.lark import PostLex
+from lark.parsers.lalr_interactive_parser import InteractiveParser
 
 from meshwright.dsl import syntax
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.source import Source, token_span
 from meshwright.dsl.statements import CONNECTIVES, STATEMENTS
 
-MOST_CHARACTERS = 1 << 18
+MOST_CHARACTERS = 1 << 16
 DEEPEST = 24
 
 _GRAMMAR = Path(__file__).parent / "grammar.lark"
@@ -36,6 +37,8 @@ class Reading:
     """The comma that ended the line above, until something follows it."""
     last: Token | None = None
     comments: list[Token] = field(default_factory=list)
+    reads: Callable[[str], bool] | None = None
+    """Whether the grammar takes a line, for what to write instead of one that it does not."""
 
     def filter(self, stream: Iterator[Token]) -> Iterator[Token]:
         """The tokens of the grammar: no comments, and line ends only where a statement ends."""
@@ -55,7 +58,7 @@ class Reading:
         if self.comma is not None and token.type in ("WORD", "SELECTOR") and token in STATEMENTS:
             raise syntax.trailing_comma(self.source, self.comma, token)
         if token.type == "SELECTOR" and (token in STATEMENTS or token in CONNECTIVES):
-            raise syntax.reserved(token, token_span(self.source, token))
+            raise syntax.reserved(token, token_span(self.source, token), self.reads)
 
     def _accepted(self, token: Token) -> None:
         if token.type in ("LPAR", "LSQB"):
@@ -99,19 +102,34 @@ def _parse(source: Source, text: str, rule: str) -> tuple[Node, list[Token]]:
             f"the text has more than {MOST_CHARACTERS} characters",
             help="use patterns, so that one statement covers many names",
         )
-    reading = Reading(source)
+    reading = Reading(source, reads=_reads if rule == "plan" else None)
     parser = _lark().parse_interactive(text, start=rule)
-    # lark leaves the three methods untyped
-    tokens = parser.lexer_thread.lex(parser.parser_state)  # type: ignore[no-untyped-call]
     try:
-        for token in reading.filter(tokens):
-            parser.feed_token(token)
-        tree: Node = parser.feed_eof(reading.last)  # type: ignore[no-untyped-call]
+        return _feed(parser, reading), reading.comments
     except UnexpectedInput as error:
         accepts = parser.accepts()  # type: ignore[no-untyped-call]
-        place = syntax.Place(source, reading.last, tuple(reading.brackets), accepts)
+        brackets = tuple(reading.brackets)
+        place = syntax.Place(source, rule, reading.last, brackets, accepts, _reads)
         raise syntax.explain(error, place) from None
-    return tree, reading.comments
+
+
+def _feed(parser: InteractiveParser, reading: Reading) -> Node:
+    # lark leaves these methods untyped
+    tokens = parser.lexer_thread.lex(parser.parser_state)  # type: ignore[no-untyped-call]
+    for token in reading.filter(tokens):
+        parser.feed_token(token)
+    tree: Node = parser.feed_eof(reading.last)  # type: ignore[no-untyped-call]
+    return tree
+
+
+def _reads(line: str) -> bool:
+    """Whether the grammar takes a line."""
+    source = Source("<line>", line)
+    try:
+        _feed(_lark().parse_interactive(source.text + "\n", start="plan"), Reading(source))
+    except (UnexpectedInput, PlanError):
+        return False
+    return True
 
 
 @lru_cache(maxsize=1)

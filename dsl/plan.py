@@ -14,6 +14,7 @@ from meshwright.dsl import statements as s
 from meshwright.dsl.arrange import arrange
 from meshwright.dsl.check import check
 from meshwright.dsl.errors import PlanError
+from meshwright.dsl.files import check_text, read_file
 from meshwright.dsl.layout_reader import LayoutReader
 from meshwright.dsl.layouts import LayoutTemplate
 from meshwright.dsl.names import Names, collect
@@ -52,6 +53,7 @@ class Plan:
 
         Raises `PlanError`, and nothing else, for any text that is not a plan.
         """
+        check_text(text, name)
         source = Source(name, text)
         trees, comments = parse_plan(source)
         names = collect(trees, source)
@@ -66,15 +68,7 @@ class Plan:
 
         Raises `PlanError` for a file that cannot be read (P113) and for what is wrong in it.
         """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise PlanError(
-                "P113", f"cannot read `{path}`: {reason}", help="check the path of the plan"
-            ) from None
-        return Plan.parse(text, path.name)
+        return Plan.parse(read_file(path), Path(path).name)
 
     @staticmethod
     def build(mesh: Mapping[str, int] | None = None, name: str = "<built plan>") -> PlanBuilder:

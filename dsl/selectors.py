@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
-from meshwright.dsl.errors import PlanError
+from meshwright.dsl.errors import PlanError, quoted
 from meshwright.dsl.source import Span
 
 RANKS = {"literal": 0, "slice": 1, "choice": 1, "wildcard": 2, "*": 3, "**": 4}
@@ -77,7 +77,12 @@ class Selector:
 
     def match(self, names: Collection[str]) -> list[str]:
         """The names that this selector matches, in their order."""
-        return [name for name in names if self.matches(name)]
+        segments = self.segments
+        literals = itertools.takewhile(lambda segment: segment.kind == "literal", segments)
+        start = ".".join(segment.text for segment in literals)
+        if self.is_name:
+            return [name for name in names if name == start]
+        return [name for name in names if name.startswith(start) and self.matches(name)]
 
     def matches(self, name: str) -> bool:
         return self.ranks(name) is not None
@@ -188,7 +193,10 @@ def _choice(piece: str, selector: Selector) -> list[str]:
 
 def _unreadable(selector: Selector, help: str) -> PlanError:
     return PlanError(
-        "P109", f"cannot read the selector `{selector.text}`", spans=[selector.span], help=help
+        "P109",
+        f"cannot read the selector {quoted(selector.text, 80)}",
+        spans=[selector.span],
+        help=help,
     )
 
 

@@ -7,13 +7,15 @@ what stands there, what is expected, and what to write.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from lark import Token
 from lark.exceptions import UnexpectedInput, UnexpectedToken
 
-from meshwright.dsl.errors import PlanError, nearest, quoted
+from meshwright.dsl.characters import described, is_strange, stand_in
+from meshwright.dsl.errors import PlanError, quoted
+from meshwright.dsl.slips import advice, example, repaired, verb_for
 from meshwright.dsl.source import Source, Span, make_span, token_span
 from meshwright.dsl.statements import CONNECTIVES, STATEMENTS
 
@@ -43,12 +45,17 @@ _IMPLIED = {"NUMBER": {"WORD", "LPAR", "MINUS"}, "COMMA": {"PLUS"}}
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the parser stopped: the token before, the brackets still open, what would fit."""
+    """Where the parser stopped: the token before, the brackets still open, what would fit.
+
+    `reads` says whether the grammar takes a line.
+    """
 
     source: Source
+    rule: str
     last: Token | None
     brackets: tuple[Token, ...]
     accepts: Collection[str]
+    reads: Callable[[str], bool]
 
 
 def explain(error: UnexpectedInput, place: Place) -> PlanError:
@@ -56,15 +63,50 @@ def explain(error: UnexpectedInput, place: Place) -> PlanError:
     if isinstance(error, UnexpectedToken) and error.token.type in ("$END", "_NL"):
         return _stops_early(error.token, place)
     span, found = _culprit(place.source, error)
+    if (strange := _strange(span)) is not None:
+        return _not_of_the_language(strange, place)
     if place.brackets and found in STATEMENTS and span.line > (place.brackets[-1].line or 0):
         return _never_closed(place, [span])
+    if place.brackets and found == {"(": "]", "[": ")"}[place.brackets[-1]]:
+        return _never_closed(place, [span])
     if place.last is None or place.last.type == "_NL":
-        return _no_verb(found, span)
+        return _no_verb(found, span, place)
+    help = _written_right(span, place)
     if match := re.fullmatch(r"([0-9]+)([^\W\d]\w*)", found):
-        help = f"write `{match[1]}*{match[2]}`"
+        if "KEY" in place.accepts:
+            help = help or f"begin the name with a letter: `{match[2]}{match[1]}`"
+        help = help or f"write `{match[1]}*{match[2]}`"
         return PlanError("P107", f"{quoted(found)} is no number", spans=[span], help=help)
-    help = _advice(found, span, place.last) or _expected(place.accepts)
+    help = help or _advice(found, span, place.last) or _expected(place, span)
     return PlanError("P100", f"{quoted(found)} is not expected here", spans=[span], help=help)
+
+
+def _strange(span: Span) -> Span | None:
+    """The first character of the culprit's line, from the culprit on, that no plan has."""
+    line, at = span.source.line(span.line), span.column - 1
+    code = re.sub(r'"[^"]*"|#.*', lambda found: " " * len(found[0]), line)
+    column = next((i for i, char in enumerate(code) if i >= at and is_strange(char)), None)
+    if column is None:
+        return None
+    return make_span(span.source, (span.line, column + 1), (span.line, column + 2))
+
+
+def _not_of_the_language(span: Span, place: Place) -> PlanError:
+    """A character that cannot be seen, or that looks like one of the language."""
+    char = span.text
+    alike = stand_in(char)
+    help = _written_right(span, place) or _other_format(span)
+    help = help or (f"write `{alike}`" if alike else "remove it")
+    shown = f"`{char}` ({described(char)})" if char.isprintable() else f"`{described(char)}`"
+    return PlanError("P100", f"{shown} is not of the language", spans=[span], help=help)
+
+
+def _written_right(span: Span, place: Place) -> str:
+    """The line of a slip as the language has it."""
+    if place.rule != "plan":
+        return ""
+    line = repaired(span.source.line(span.line), place.reads)
+    return f"write `{line}`" if line else ""
 
 
 def trailing_comma(source: Source, comma: Token, verb: Token) -> PlanError:
@@ -77,8 +119,16 @@ def trailing_comma(source: Source, comma: Token, verb: Token) -> PlanError:
     )
 
 
-def reserved(word: str, span: Span) -> PlanError:
+def reserved(word: str, span: Span, reads: Callable[[str], bool] | None) -> PlanError:
     """A word of the language stands where a name is due."""
+    line = repaired(span.source.line(span.line), reads) if reads is not None else ""
+    if line:
+        return PlanError(
+            "P105",
+            f"{quoted(word)} is a word of the language, not a name",
+            spans=[span],
+            help=f"write `{line}`",
+        )
     missing = f"write a name before `{word}`, or " if word in CONNECTIVES else ""
     return PlanError(
         "P105",
@@ -102,11 +152,12 @@ def _stops_early(token: Token, place: Place) -> PlanError:
     at = (token.line or 1, token.column or 1)
     if token.type == "$END" and last is not None:
         at = (last.end_line or 1, last.end_column or 1)
+    span = make_span(place.source, at, at)
     return PlanError(
         "P102",
         "the statement stops too early" if last is not None else "there is nothing to read",
-        spans=[make_span(place.source, at, at)],
-        help=_expected(place.accepts),
+        spans=[span],
+        help=_written_right(span, place) or _expected(place, span),
     )
 
 
@@ -120,10 +171,36 @@ def _never_closed(place: Place, also: list[Span]) -> PlanError:
     )
 
 
-def _no_verb(found: str, span: Span) -> PlanError:
-    close = nearest(found, STATEMENTS)
-    help = f"write `{close[0]}`" if close else "begin the line with a verb, such as `columns`"
+def _no_verb(found: str, span: Span, place: Place) -> PlanError:
+    verb = "" if found in STATEMENTS else verb_for(found)
+    with_verb = _with_verb(span, found, verb)
+    if verb in STATEMENTS and place.reads(with_verb):
+        help = f"write `{verb}`"
+    elif verb and len(with_verb) == len(verb):
+        help = f"write a statement such as `{example(verb)}`"
+    else:
+        help = _written_right(span, place) or _other_format(span) or advice(found)
+    if verb and not help:
+        help = f"write `{verb}`, as in `{example(verb)}`"
+    help = help or "begin the line with a verb, such as `columns`"
     return PlanError("P101", f"{quoted(found)} is not a verb", spans=[span], help=help)
+
+
+def _with_verb(span: Span, found: str, verb: str) -> str:
+    line = span.source.line(span.line)
+    return (line[: span.column - 1] + verb + line[span.column - 1 + len(found) :]).strip()
+
+
+def _other_format(span: Span) -> str:
+    """What to do with a path, a program or a data file in the place of a plan."""
+    line = span.source.line(span.line).strip()
+    if re.fullmatch(r"\S*(/\S+|\.(plan|txt|mesh))", line) and len(span.source.lines) <= 2:
+        return f"read a file with `Plan.load({quoted(line, 60)[1:-1]!r})`".replace("'", '"')
+    if line.startswith("```"):
+        return "remove the line: a plan has no fences"
+    if line[:1] in "{[":
+        return "write one statement on a line, such as `mesh dp=2, tp=2`"
+    return ""
 
 
 def _culprit(source: Source, error: UnexpectedInput) -> tuple[Span, str]:
@@ -143,6 +220,8 @@ def _advice(found: str, span: Span, last: Token) -> str:
         return f'put a name that has a dash in quotes: `"{name}"`'
     if found.startswith("'"):
         return "use double quotes"
+    if found == ";":
+        return "begin a new line in place of `;`"
     if found.startswith("{"):
         return "close the choice with `}`: `{q,k,v}_proj`"
     if found == '"':
@@ -156,14 +235,20 @@ def _advice(found: str, span: Span, last: Token) -> str:
     return ""
 
 
-def _expected(accepts: Collection[str]) -> str:
-    """A help line that names what would fit."""
-    implied = {each for name in _IMPLIED if name in accepts for each in _IMPLIED[name]}
-    fits = set(accepts) - implied
+def _expected(place: Place, span: Span) -> str:
+    """A help line that names what would fit, with an example of the statement."""
+    implied = {each for name in _IMPLIED if name in place.accepts for each in _IMPLIED[name]}
+    fits = set(place.accepts) - implied
     names = [text for name, text in TERMINALS.items() if name in fits]
     if {verb.upper() for verb in STATEMENTS} <= fits:
         names = ["a verb such as `columns`"]
     if not names:
         return "remove it"
     *most, last = names
-    return "write " + (f"{', '.join(most)} or {last}" if most else last)
+    verb = re.match(r"\s*(\w*)", span.source.line(span.line))
+    shown = example(verb[1]) if verb and verb[1] and place.rule == "plan" else ""
+    return (
+        "write "
+        + (f"{', '.join(most)} or {last}" if most else last)
+        + (f", as in `{shown}`" if shown else "")
+    )

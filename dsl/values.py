@@ -18,6 +18,10 @@ UNITS = {
     "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
 }  # fmt: skip
 LARGEST = 2**63 - 1
+_LONGEST_WORD = 40
+_LOOSE_UNITS = {unit.lower().removesuffix("b"): unit for unit in UNITS if unit != "B"} | {
+    short: f"{short.upper()}iB" for short in "mgt"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +94,21 @@ def symbolic(value: Value) -> sympy.Expr:
         return value.expression
     assert isinstance(value, Word), value
     if match := re.fullmatch(r"([0-9]+)([^\W\d]\w*)", value.text):
-        raise wrong_value(value, "is no number", f"write `{match[1]}*{match[2]}`", "P107")
+        if len(value.text) > _LONGEST_WORD:
+            raise wrong_value(value, "is no number", "write a number or the name of one", "P107")
+        raise wrong_value(value, "is no number", f"write `{_as_number(*match.groups())}`", "P107")
     return sympy.Symbol(value.text)
+
+
+def _as_number(digits: str, rest: str) -> str:
+    """What `60G`, `1_000`, `0x10` or `2d` was meant to be."""
+    if (unit := _LOOSE_UNITS.get(rest.lower().removesuffix("b"))) is not None:
+        return f"{digits}{unit}"
+    if rest.replace("_", "").isdigit():
+        return f"{digits}{rest}".replace("_", "")
+    if digits == "0" and re.fullmatch(r"x[0-9a-fA-F]{1,15}", rest):
+        return str(int(rest[1:], 16))
+    return f"{digits}*{rest}"
 
 
 def wrong_value(value: Value, what: str, help: str, code: str = "P111") -> PlanError:
@@ -102,7 +119,8 @@ def wrong_value(value: Value, what: str, help: str, code: str = "P111") -> PlanE
 def unbound_name(name: str, span: Span, bound: Mapping[str, object]) -> PlanError:
     """A word where a number is due, which no `let` binds."""
     close = nearest(name, bound)
-    help = f"write `{close[0]}`" if close else f"bind it: `let {name} = ...`"
+    help = f"write `{close[0]}`" if close else "write a number"
+    help += "" if close else f", or add a line such as `let {quoted(name)[1:-1]} = 2`"
     message = f"{quoted(name)} is no number: no `let` binds it"
     return PlanError("P120", message, spans=[span], help=help)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 
 from hypothesis import HealthCheck, given, settings
@@ -22,7 +23,9 @@ JUNK = [
     *"()[]{}@#,.:=*|-+/\"'\\ \n\t\r\0\x85\u2028é\ud800",
     "over ", "as ", "at ", "per ", "**", "->", "<=", "==", "2d", "1f1b", "9" * 30, "1e999", "1/0",
     "partial(tp)", "...", '""', "mesh dp=2\n", "let d = d\n", "((((((((", "{a,", "[0:", "\n\n",
-    ",\n",
+    ",\n", "\ufeff", "\u200b", "\u2013", "\u201c", "\uff1d", "\r\n", "; ",
+    " // ", "==", ": ", "[0]", "2x2 ",
+    "COLUMNS ", " on tp", "fsdp ", "`", "60 G",
 ]  # fmt: skip
 
 selector = (
@@ -118,11 +121,13 @@ def mutated(text: str, random: random.Random) -> str:
 
 def checked(text: str) -> Plan | None:
     """The plan, or `None` for an error that renders; any other exception is a failed test."""
+    before = time.process_time()
     try:
         return Plan.parse(text)
     except PlanError as wrong:
         error = wrong
     rendered = str(error)
+    assert time.process_time() - before < 1, text
     assert rendered.startswith(f"error[{error.code}]: "), text
     assert error.help, text
     assert all(line.isprintable() for line in rendered.splitlines()), text
