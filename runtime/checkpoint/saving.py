@@ -133,11 +133,13 @@ def _whole_shard(path: Path, name: str, rank: int, wanted: Mapping[str, str]) ->
         raise RunError(f"`{file}`, which rank {rank} wrote, is not there", help=_ONE_FOLDER)
     shard, header = read_header(file)
     check_origin(file, header, name, rank)
-    found = {tensor: str(held.dtype) for tensor, held in header.tensors.items()}
-    differing = sorted(found.items() ^ {(t, f"torch.{dtype}") for t, dtype in wanted.items()})
-    if differing:
-        raise RunError(
-            f"rank {rank} holds `{differing[0][0]}` otherwise than rank 0",
-            help="give every rank the same optimizer, in the same state",
-        )
+    for tensor in sorted(wanted.keys() | header.tensors.keys()):
+        held = header.tensors.get(tensor)
+        wrote = "no" if held is None else str(held.dtype).removeprefix("torch.")
+        has = f"as {wanted[tensor]}" if tensor in wanted else "on another rank, or not at all"
+        if f"as {wrote}" != has:
+            raise RunError(
+                f"rank {rank} wrote {wrote} `{tensor}`, which rank 0 has {has}",
+                help="give every rank the same optimizer, in the same state",
+            )
     return shard

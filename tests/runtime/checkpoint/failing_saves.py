@@ -1,0 +1,49 @@
+"""Run by every process of a test: saves that fail on rank 1, and the run goes on."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+import meshwright as mw
+from tests.runtime.models import PLANS, batch, make
+
+
+def attempt(run: mw.Run, path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Try to save, print what is raised, and train on."""
+    try:
+        run.save(path, optimizer)
+        print("saved")
+    except mw.RunError as error:
+        print(error)
+    run.step(*batch())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def main(folder: Path) -> None:
+    program = mw.compile(make(), mw.Plan.parse(PLANS["tensor"]), batch())
+    with program.launch() as run:
+        second = run.states[0].rank == 1
+        optimizer = run.optimizer(torch.optim.AdamW)
+        attempt(run, folder / "common", optimizer)
+        attempt(run, folder / "other" if second else folder / "common", optimizer)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if second:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        attempt(run, folder / "common", optimizer)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        foreign = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+        attempt(run, folder / "common", foreign if second else optimizer)
+        fresh = run.optimizer(torch.optim.AdamW)
+        attempt(run, folder / "common", fresh if second else optimizer)
+        run.load(folder / "common")
+        print("steps", int(run.state_dict()["steps"]))
+        attempt(run, folder / "common", optimizer)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,182 @@
+"""The manifest by itself: what was changed is found, and what makes no sense is refused at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import meshwright as mw
+from meshwright.compiler.layout import split
+from meshwright.compiler.mesh import Mesh
+from meshwright.runtime.checkpoint.manifest import (
+    Manifest,
+    SavedTensor,
+    check_replaceable,
+    manifest_text,
+    named_save,
+    parse_manifest,
+)
+from meshwright.runtime.checkpoint.shards import Shard
+from tests.runtime.checkpoint.damage import sealed
+
+SAVE = "0123456789abcdef" * 2
+
+
+@functools.cache
+def small() -> Manifest:
+    return Manifest(
+        save=SAVE,
+        mesh=Mesh((("tp", 2),)),
+        random={"seed": -3, "step": 7},
+        aliases={"w": "w", "head.ä": "w"},
+        tensors={"w": SavedTensor((3, 2), "float32", split((4, 2), {0: "tp"}), (0, 1))},
+        optimizer=None,
+        shards=(Shard(100, "a" * 64), Shard(200, "b" * 64)),
+    )
+
+
+def read(folder: Path) -> Manifest:
+    return parse_manifest(folder, manifest_text(folder))
+
+
+def test_a_manifest_says_what_was_written(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(small().to_text())
+    assert read(tmp_path) == small()
+    assert named_save(tmp_path) == SAVE
+
+
+def test_every_changed_byte_is_found(tmp_path: Path) -> None:
+    file, data = tmp_path / "manifest.json", small().to_text().encode()
+    for place in range(len(data)):
+        for bit in (0, 5, 7):
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            file.write_bytes(changed)
+            with pytest.raises(mw.RunError, match="is not a manifest that can be read"):
+                manifest_text(tmp_path)
+
+
+def test_every_cut_and_every_addition_is_found(tmp_path: Path) -> None:
+    file, data = tmp_path / "manifest.json", small().to_text().encode()
+    for changed in [*(data[:end] for end in range(len(data))), data + b"\n", b" " + data]:
+        file.write_bytes(changed)
+        with pytest.raises(mw.RunError, match="is not a manifest that can be read"):
+            manifest_text(tmp_path)
+    assert named_save(tmp_path) is None
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    return {**json.loads(small().to_text()), **changes}
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    row = json.loads(small().to_text())["tensors"]["w"]
+    return content(tensors={"w": {**row, **changes}})
+
+
+MANY = 100_000
+REFUSED = {
+    "an axis twice": content(mesh=[["tp", 2], ["tp", 1]]),
+    "a million axes": content(mesh=[[f"a{i}", 1] for i in range(1_000_000)]),
+    "other ranks than shards": content(mesh=[["tp", 4]]),
+    "a huge axis": content(mesh=[["tp", 2**62]], shards=[[1, "a" * 64]]),
+    "an axis without ranks": content(mesh=[["tp", 0]]),
+    "an axis that is a number": content(mesh=[[2, 2]]),
+    "another mesh": content(mesh=[["dp", 2]]),
+    "a shard without a digest": content(shards=[[100], [200]]),
+    "a shard of no bytes": content(shards=[[0, "a" * 64], [0, "b" * 64]]),
+    "no save": content(save=""),
+    "a save elsewhere": content(save="../" + SAVE[3:]),
+    "a save in capitals": content(save=SAVE.upper()),
+    "a step before the first": content(random={"seed": 0, "step": -1}),
+    "a seed that is text": content(random={"seed": "0", "step": 1}),
+    "a step that is true": content(random={"seed": 0, "step": True}),
+    "no shape": tensor(shape=None),
+    "a shape of another rank": tensor(shape=[3]),
+    "a size that is NaN": tensor(shape=[float("nan"), 2]),
+    "a size that is a fraction": tensor(shape=[3.0, 2]),
+    "a huge size": tensor(shape=[10**4000, 2]),
+    "a million dims": tensor(shape=[1] * MANY, dims=[[[[1]]]] * MANY),
+    "a million factors": tensor(dims=[[[[1]] * MANY], [[[2]]]]),
+    "a million segments": tensor(dims=[[[]] * MANY, [[[2]]]]),
+    "an axis twice in a tensor": tensor(dims=[[[[4, "tp"]]], [[[2, "tp"]]]], ranks=[0, 1]),
+    "an axis that the mesh lacks": tensor(dims=[[[[4, "pp"]]], [[[2]]]]),
+    "more padding than parts": tensor(shape=[2, 2]),
+    "a part too many": tensor(ranks=[0, 1, 0]),
+    "a rank that is not there": tensor(ranks=[0, 2]),
+    "a type that is a number": tensor(dtype=4),
+    "tensors that are a list": content(tensors=[]),
+    "an optimizer that is a list": content(optimizer=[]),
+    "aliases that are numbers": content(aliases={"w": 3}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_makes_no_sense_is_refused_at_once(tmp_path: Path, case: str) -> None:
+    (tmp_path / "manifest.json").write_text(sealed(REFUSED[case]))
+    begun = time.process_time()
+    with pytest.raises(mw.RunError, match="is not a manifest that can be read") as caught:
+        read(tmp_path)
+    assert time.process_time() - begun < 3
+    assert len(str(caught.value)) < 1000
+
+
+TEXTS = {
+    "a key twice": '{"mesh": [], "mesh": []}',
+    "nested too deeply": "[" * MANY,
+    "a number without end": '{"mesh": ' + "9" * MANY + "}",
+    "not JSON": "{",
+    "a list": "[]",
+    "half a character": '"\udcc3"',
+}
+
+
+@pytest.mark.parametrize("case", TEXTS)
+def test_json_that_is_no_manifest_is_refused(tmp_path: Path, case: str) -> None:
+    with pytest.raises(mw.RunError, match="is not a manifest that can be read"):
+        parse_manifest(tmp_path, TEXTS[case])
+
+
+def make_odd(kind: str, file: Path) -> None:
+    if kind == "a pipe":
+        os.mkfifo(file)
+    elif kind == "a folder":
+        file.mkdir()
+    elif kind == "a device":
+        file.symlink_to("/dev/zero")
+    elif kind == "a link to itself":
+        file.symlink_to(file)
+    else:
+        with file.open("wb") as opened:
+            opened.truncate(1 << 40)
+
+
+@pytest.mark.parametrize(
+    "kind", ["a pipe", "a folder", "a device", "a link to itself", "a terabyte"]
+)
+def test_what_is_not_a_file_of_text_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    make_odd(kind, tmp_path / "manifest.json")
+    with pytest.raises(mw.RunError):
+        manifest_text(tmp_path)
+    with pytest.raises(mw.RunError, match="a save would replace it"):
+        check_replaceable(tmp_path)
+
+
+def test_a_manifest_that_no_save_wrote_is_not_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "manifest.json"
+    check_replaceable(tmp_path)
+    file.write_text(small().to_text()[:200])
+    check_replaceable(tmp_path)
+    for other in ("", '{"name": "an extension"}', sealed({"format": "meshwright checkpoint"})):
+        file.write_text(other)
+        with pytest.raises(mw.RunError, match="a save would replace it"):
+            check_replaceable(tmp_path)
+    file.write_text('{\n  "format": "meshwright checkpoint",\n  "version": 1,\n  "number": 3,\n')
+    with pytest.raises(mw.RunError, match="version 1 of the format, and this is version 2"):
+        check_replaceable(tmp_path)
