@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
@@ -84,11 +85,26 @@ def code_spans(page: Path) -> list[str]:
     ]
 
 
+def rows_of(page: Path, heading: str) -> list[list[list[str]]]:
+    """The rows of the tables under a heading: the code spans of each cell."""
+    found: list[list[list[str]]] = []
+    under = False
+    for before, token in pairwise(tokens(page)):
+        if before.type == "heading_open":
+            under = token.content == heading
+        elif under and token.type == "tr_open" and before.type != "thead_open":
+            found.append([])
+        elif under and before.type == "td_open":
+            spans = [each.content for each in token.children or [] if each.type == "code_inline"]
+            found[-1].append(spans)
+    return found
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     found: set[str] = set()
     seen: Counter[str] = Counter()
-    for token, inline in zip(tokens(page), tokens(page)[1:], strict=False):
+    for token, inline in pairwise(tokens(page)):
         if token.type == "heading_open":
             slug = slug_of("".join(child.content for child in inline.children or []))
             found.add(f"{slug}-{seen[slug]}" if seen[slug] else slug)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import meshwright as mw
 
@@ -30,3 +31,12 @@ def test_an_example_learns_on_the_virtual_mesh(name: str) -> None:
 @pytest.mark.parametrize("plan", sorted(EXAMPLES.rglob("*.plan")), ids=lambda path: path.stem)
 def test_the_plan_of_an_example_is_in_canonical_form(plan: Path) -> None:
     assert mw.Plan.load(plan).format() == plan.read_text(encoding="utf-8")
+
+
+def test_a_resumed_training_has_the_losses_of_one_that_was_not_stopped(tmp_path: Path) -> None:
+    train = load("train")
+    whole = train.main(steps=6)
+    begun = train.main(steps=3, folder=tmp_path, save_every=3)
+    assert begun + train.main(steps=6, folder=tmp_path) == whole
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved.keys() == train.Classifier().state_dict().keys()
