@@ -210,7 +210,8 @@ mw.compile(Quantized(), plan, (x, y)).launch().step(x, y)
     Section(
         "Errors",
         """\
-All that Meshwright raises on purpose is a `MeshwrightError`; its text ends in one line of help.
+All that Meshwright raises on purpose is a `MeshwrightError`, whose text ends in a line that says
+what to do.
 
 ```python
 try:

@@ -41,7 +41,7 @@ class RunError(MeshwrightError, RuntimeError):
 
 
 class MismatchError(RunError):
-    """Ranks do not agree: on their programs, seeds, inputs, operations or copies of a tensor.
+    """Ranks do not agree: on their programs, inputs, operations or copies of a tensor.
 
     Raised by `Program.launch`, by every method that runs something, and by `Run.check`.
     """

@@ -136,7 +136,8 @@ class Run:
         there is no `backward` to call), or `(loss, *outputs)` where the program was compiled with
         `outputs`, which are global. The same on every rank; does not wait for the device. Gradients
         are views of buffers that the next step overwrites once they were set to None. Raises
-        `RunError` for inputs unlike the example's, unless `new_shapes` says to compile.
+        `RunError` for inputs unlike the example's, unless `new_shapes` says to compile. Inputs that
+        differ between ranks are a `MismatchError`, here or in the next call.
         """
         linked, tensors = self._find("train", args, kwargs)
         return _results(self._execute("step", linked, tensors))

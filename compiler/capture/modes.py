@@ -64,7 +64,7 @@ def _enter_autocast(self: Any) -> Any:
             f'the forward opens `torch.autocast("{self.device}")`',
             code="autocast",
             culprit=current_line(),
-            help="remove it, and ask for mixed precision in the plan: `precision bf16`",
+            help="remove it; to compute in bfloat16, convert the model: `model.bfloat16()`",
         )
     return self
 

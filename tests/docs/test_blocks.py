@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import meshwright as mw
+from meshwright.cli import main, parser
 from tests.docs.pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, name_of
 
 MESH = "mesh dp=2, tp=2, row=2, col=2, pp=2, cp=2, ep=2, z=2\n"
@@ -136,9 +137,7 @@ def test_what_the_shell_is_told_is_there() -> None:
                 assert words[0] in ("meshwright", "torchrun", "python"), block
 
 
-def test_every_command_that_a_page_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    from meshwright.cli import parser
-
+def test_every_command_that_a_page_names_exists() -> None:
     known = set(re.findall(r"^ {4}(\w+) ", parser().format_help(), re.M))
     assert {"check", "show", "run"} <= known
     spans = [span.split() for page in PAGES for span in code_spans(page)]
@@ -146,34 +145,52 @@ def test_every_command_that_a_page_names_exists(capsys: pytest.CaptureFixture[st
     assert named - known == set()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("block", SHELL, ids=str)
+def launches(words: list[str]) -> bool:
+    """Whether a command starts processes of its own; the others are called in this one."""
+    return words[0] in ("python", "torchrun") or words[:2] == ["meshwright", "run"]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=str(block), marks=[pytest.mark.slow] * any(map(launches, words)))
+        for block in SHELL
+        if (words := commands(block))
+    ],
+)
 def test_a_shell_block_runs_and_prints_what_the_page_says(block: Block, folder: Path) -> None:
-    following = [after for before, after in pairwise(blocks(block.page)) if before == block]
     printed = ""
     for words in commands(block):
         if words[0] not in ("make", "pip"):
-            printed += run_shell(words, folder)
-    for after in following:
-        if after.language == "output":
-            assert after.text in stripped(printed), f"{after}: not in\n{printed}"
+            printed += run_shell(words, folder) if launches(words) else run_here(words[1:])
+    page = blocks(block.page)
+    after = page[page.index(block) + 1 :][:1]
+    if after and after[0].language == "output":
+        assert after[0].text in stripped(printed), f"{after[0]}: not in\n{printed}"
+
+
+def run_here(words: list[str]) -> str:
+    """What one of our own commands prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(words) == 0, words
+    return printed.getvalue()
 
 
 def run_shell(words: list[str], folder: Path) -> str:
     """What a command prints. A benchmark, which takes minutes, is asked for its options instead."""
-    if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
-        known = run_shell([*words[:3], "--help"], folder)
-        assert [word for word in words[3:] if word.startswith("--") and word not in known] == []
-        return known
-    module = {"meshwright": "meshwright", "torchrun": "torch.distributed.run"}.get(words[0])
-    start = [sys.executable, *(["-m", module] if module else [])]
+    options = [word for word in words if word.startswith("--")]
+    if words[1] == "-m" and words[2].startswith("benchmarks."):
+        words = [*words[:3], "--help"]
+    module = {"meshwright": ["-m", "meshwright"], "torchrun": ["-m", "torch.distributed.run"]}
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
         "OMP_NUM_THREADS": "1",
     }
     found = subprocess.run(
-        [*start, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True,
-        check=False, timeout=240,
+        [sys.executable, *module.get(words[0], []), *words[1:]], cwd=folder, env=environment,
+        capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert found.returncode == 0, f"{shlex.join(words)}\n{found.stdout}\n{found.stderr}"
+    if words[-1] == "--help":
+        assert [option for option in options if option not in found.stdout] == []
     return found.stdout
