@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from meshwright.compiler.program import Program, Stored
 from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
+from meshwright.runtime.agreement import agreed
 from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.copies import check_found, compare, held
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
@@ -26,7 +27,8 @@ from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, check_elementwise, grouped, made
 from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
-from meshwright.runtime.start import check_seed, executable_digest, same_start, same_values
+from meshwright.runtime.start import check_seed, executable_digest, same_start
+from meshwright.runtime.state_dicts import take_over, targets_in
 from meshwright.runtime.transport import (
     ProcessMesh,
     Transport,
@@ -37,7 +39,6 @@ from meshwright.runtime.transport import (
 from meshwright.runtime.weights import (
     check_state,
     check_values,
-    name_in,
     shapes_of,
     state_names,
     stored_tensors,
@@ -88,7 +89,7 @@ class Run:
         interval = read_interval(check_inputs)
         if state_dict is not None:
             shapes = shapes_of(state_dict, "`state_dict`")
-            check_state(program, shapes, "`state_dict`", complete=False)
+            check_state(program, shapes, "`state_dict`", needed=())
             check_values(program, state_dict, "`state_dict`")
         self.program, self.mesh, self.new_shapes = program, program.mesh, new_shapes
         values = values_of(program, state_dict)
@@ -388,19 +389,10 @@ class Run:
 
         Raises `RunError` naming what in `state_dict` is missing, unknown or of another shape.
         """
-        check_state(self.program, shapes_of(state_dict, "the state"), "the state")
-        check_values(self.program, state_dict, "the state")
-        listed = [
-            (kind, stored)
-            for kind, stored in stored_tensors(self.program)
-            if name_in(self.program, stored.name, state_dict) is not None
-        ]
-        values = values_of(self.program, state_dict)
-        for state in self.states:
-            for kind, stored in listed:
-                state.tensors[kind, stored.name].copy_(state.local(values(stored), stored))
-        if isinstance(self.transport, ProcessMesh):
-            self._run([same_values(state, listed, values) for state in self.states])
+        alone = isinstance(self.transport, VirtualMesh)
+        self._run(
+            [take_over(self.program, state, state_dict, alone=alone) for state in self.states]
+        )
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the trained values into `model`, the one compiled or a copy of it.
@@ -408,19 +400,9 @@ class Run:
         Every rank calls it. Raises `RunError` for a model with other names or shapes, or without
         values of its own.
         """
-        check_kind(model, nn.Module, "what to copy to", _LIKE_COMPILED)
-        targets = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
-        shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
-        check_state(self.program, shapes, "what to copy to", help=_LIKE_COMPILED)
-        for name, tensor in targets.items():
-            if tensor.device.type == "meta":
-                raise RunError(
-                    f"`{name}` of this model is on the meta device and holds no values",
-                    help='make room first: `model.to_empty(device="cpu")`',
-                )
+        targets = self._run(
+            [agreed(state, lambda: targets_in(self.program, model)) for state in self.states]
+        )[0]
         found = self._everything()
         with torch.no_grad():
             for name, tensor in targets.items():
@@ -487,8 +469,7 @@ class Run:
         With `optimizer`, its state and its groups' options too. Nothing in it is executed. Raises
         `RunError` where it is damaged, incomplete or of another model.
         """
-        check_kind(path, (str, Path), "the path", "pass the name of a folder")
-        checkpoint.load(self.program, self.states, Path(path), optimizer)
+        self._run(checkpoint.load(self.program, self.states, path, optimizer))
 
     def close(self) -> None:
         """Leave the mesh. Afterwards whatever would run something raises `RunError`."""
@@ -518,7 +499,6 @@ class Run:
         self.close()
 
 
-_LIKE_COMPILED = "pass a model like the one compiled"
 _LIKE_EXAMPLE = 'pass inputs like the example\'s, or launch with `new_shapes="compile"`'
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -59,19 +60,16 @@ def check_state(
     shapes: Mapping[str, tuple[int, ...]],
     where: str,
     *,
-    complete: bool = True,
+    needed: Iterable[str],
     help: str = "use one that `state_dict()` or `save` of the same model gave",
 ) -> None:
-    """Raise `RunError` that names what is missing (if it must be `complete`), unknown or of
-    another shape."""
+    """Raise `RunError` that names which of the `needed` tensors are missing, and what is unknown
+    or of another shape."""
     aliases = program.captured.aliases
     problems = [f"`{name}` is unknown" for name in shapes if name not in aliases]
-    if complete:
-        problems += [
-            f"`{name}` is missing"
-            for name in state_names(program)
-            if name_in(program, aliases[name], shapes) is None
-        ]
+    problems += [
+        f"`{name}` is missing" for name in needed if name_in(program, aliases[name], shapes) is None
+    ]
     for name, shape in shapes.items():
         if name in aliases:
             own = aliases[name]
@@ -79,11 +77,43 @@ def check_state(
             if shape != stored.type.shape:
                 problems.append(f"`{name}` is {list(shape)}, not {list(stored.type.shape)}")
     if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise RunError(f"{where} does not fit the model: {listed(problems)}", help=help)
+
+
+def check_ties(program: Program, given: Mapping[str, str], where: str) -> None:
+    """Raise `RunError` where `given` has several tensors, by name, for one of the model's."""
+    found: dict[str, tuple[str, str]] = {}
+    for alias, name in given.items():
+        own = program.captured.aliases[alias]
+        other, tensor = found.setdefault(own, (alias, name))
+        if tensor != name:
+            raise RunError(
+                f"{where} does not fit the model: `{other}` and `{alias}` are one tensor in the "
+                "model, and two there",
+                help="build the model with those weights apart, as it was saved",
+            )
+
+
+def check_dtypes(program: Program, dtypes: Mapping[str, str], path: Path) -> None:
+    """Raise `RunError` that names tensors of a checkpoint that the model has in another type."""
+    problems = []
+    for name, dtype in dtypes.items():
+        own = program.captured.aliases[name]
+        stored = program.parameters.get(own) or program.buffers[own]
+        wanted = str(stored.type.dtype).removeprefix("torch.")
+        if dtype != wanted:
+            problems.append(f"`{name}` is {dtype}, not {wanted}")
+    if problems:
         raise RunError(
-            f"{where} does not fit the model: {'; '.join(problems[:6])}{more}",
-            help=help,
+            f"the checkpoint `{path}` has other types than the model: {listed(problems)}",
+            help="convert the weights: `run.load_state_dict(meshwright.read_state_dict(path))`",
         )
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first of these, and how many more there are."""
+    more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+    return "; ".join(problems[:6]) + more
 
 
 def check_values(program: Program, state_dict: Mapping[str, Tensor], where: str) -> None:
@@ -100,7 +130,7 @@ def check_values(program: Program, state_dict: Mapping[str, Tensor], where: str)
             problems.append(f"`{name}` is {tensor.dtype}, not {stored.type.dtype}")
     if problems:
         raise RunError(
-            f"{where} does not fit the model: {'; '.join(problems[:6])}",
+            f"{where} does not fit the model: {listed(problems)}",
             help="pass dense tensors with values, of the kind of number that the model has",
         )
 

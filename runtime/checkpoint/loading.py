@@ -1,51 +1,195 @@
-"""Read a checkpoint that any plan wrote into the ranks of any other."""
+"""Read a checkpoint that any plan wrote into the ranks of any other: all of it or nothing.
+
+Rank 0 reads the manifest for all, so that a save beside them cannot give ranks different ones. Each
+rank then reads and checks what it is to hold, in memory of its own; only when every rank has all of
+that is anything changed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
+from meshwright.runtime.agreement import agreed, told
 from meshwright.runtime.checkpoint.folder import OpenSave
-from meshwright.runtime.checkpoint.optimizer_state import check_optimizer, restore
+from meshwright.runtime.checkpoint.manifest import Manifest
+from meshwright.runtime.checkpoint.optimizer_loading import (
+    SavedOptimizer,
+    State,
+    saved_optimizer,
+    staged_state,
+)
+from meshwright.runtime.checkpoint.optimizer_state import OPTIMIZER, check_owner
 from meshwright.runtime.checkpoint.parts import Entry, read_into
-from meshwright.runtime.rank import RankState
-from meshwright.runtime.weights import check_state, name_in, stored_tensors
+from meshwright.runtime.errors import RunError, check_kind
+from meshwright.runtime.rank import RankProgram, RankState
+from meshwright.runtime.weights import (
+    check_dtypes,
+    check_state,
+    check_ties,
+    name_in,
+    stored_tensors,
+)
+
+_ATTEMPTS = 5
+_COPY = "copy the whole folder of the checkpoint again, or load another one"
 
 
 def load(
-    program: Program, states: Sequence[RankState], path: Path, optimizer: Optimizer | None
-) -> None:
-    """Read a checkpoint into the ranks of this process."""
-    with OpenSave.current(path) as opened:
-        _load(program, states, path, optimizer, opened)
+    program: Program, states: Sequence[RankState], path: Any, optimizer: Any
+) -> list[RankProgram]:
+    """What each rank of this process does to take over a checkpoint.
+
+    Until all ranks have everything, each holds a second copy: of its parameters and buffers in CPU
+    memory, of the optimizer's state on the device.
+    """
+    reader = _Reader(program, states, path, optimizer)
+    return [_load(reader, state) for state in states]
 
 
-def _load(
-    program: Program,
-    states: Sequence[RankState],
-    path: Path,
-    optimizer: Optimizer | None,
-    opened: OpenSave,
-) -> None:
-    manifest, shards = opened.manifest, opened.shards
-    shapes = {
-        alias: manifest.tensors[name].shape
-        for alias, name in manifest.aliases.items()
-        if name in manifest.tensors
-    }
-    check_state(program, shapes, f"the checkpoint `{path}`")
-    if optimizer is not None:
-        check_optimizer(program, states, optimizer)
-    for state in states:
-        for kind, stored in stored_tensors(program):
-            name = name_in(program, stored.name, shapes)
-            if name is not None:
-                entry = Entry.of(stored, state.tensors[kind, stored.name])
-                read_into(entry, manifest.aliases[name], manifest, shards, state)
-        state.random.seed = manifest.random["seed"]
-        state.random.step = manifest.random["step"]
-    if optimizer is not None:
-        restore(program, states, optimizer, manifest, shards)
+def _load(reader: _Reader, state: RankState) -> RankProgram:
+    try:
+        staged = yield from _staged(reader, state)
+    finally:
+        reader.close()
+    staged.give()
+
+
+def _staged(reader: _Reader, state: RankState) -> RankProgram:
+    """What the rank takes over, once every rank has its part."""
+    attempts = _ATTEMPTS
+    while True:
+        text = yield from agreed(state, lambda: reader.current(state.rank))
+        text = yield from told(state, text)
+        kind = yield from told(state, _spell(reader.optimizer))
+        try:
+            return (yield from agreed(state, partial(reader.staged, state, text, kind)))
+        except RunError:
+            # Where the filesystem has no locks, another save may have taken this one's place.
+            attempts -= 1
+            gone = yield from told(state, "gone" if reader.replaced() else "")
+            if not gone or not attempts:
+                raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """What one rank takes over."""
+
+    random: dict[str, int]
+    saved: SavedOptimizer | None
+    state: RankState
+    tensors: dict[tuple[str, str], Tensor]
+    optimizer: Optimizer | None
+    kept: State
+
+    def give(self) -> None:
+        """Change what the rank holds; what could fail was done before."""
+        for which, tensor in self.tensors.items():
+            self.state.tensors[which].copy_(tensor)
+        self.state.random.seed = self.random["seed"]
+        self.state.random.step = self.random["step"]
+        if self.optimizer is None or self.saved is None:
+            return
+        self.saved.give_options(self.optimizer)
+        for parameter, kept in self.kept.items():
+            self.optimizer.state.pop(parameter, None)
+            if kept:
+                self.optimizer.state[parameter] = kept
+
+
+class _Reader:
+    """One load by the ranks of this process."""
+
+    def __init__(
+        self, program: Program, states: Sequence[RankState], path: Any, optimizer: Any
+    ) -> None:
+        self.program, self.states = program, states
+        self.path, self.optimizer = path, optimizer
+        self.opened: OpenSave | None = None
+        self._saved: SavedOptimizer | None = None
+
+    def current(self, rank: int) -> str:
+        """Check what `load` was called with; on rank 0, the text of the current manifest."""
+        check_kind(self.path, (str, Path), "the path", "pass the name of a folder")
+        if self.optimizer is not None:
+            check_owner(self.states, self.optimizer)
+        if rank:
+            return ""
+        self.close()
+        self.opened = OpenSave.current(Path(self.path))
+        self._check(self.opened.manifest)
+        return self.opened.text
+
+    def replaced(self) -> bool:
+        """Whether the folder has another save than the one that was opened."""
+        return self.opened is not None and self.opened.replaced()
+
+    def close(self) -> None:
+        """Let the save be removed when it is no longer the current one."""
+        if self.opened is not None:
+            self.opened.close()
+
+    def staged(self, state: RankState, text: str, kind: str) -> _Staged:
+        """Read all that `state` is to hold of the save that rank 0 found.
+
+        Raises `RunError` where that is damaged, does not fit, or where rank 0 loads it with another
+        `kind` of optimizer.
+        """
+        if (own := _spell(self.optimizer)) != kind:
+            raise RunError(
+                f"this rank loads {own}, and rank 0 {kind}",
+                help="call `load` with the same arguments on every rank",
+            )
+        if self.opened is None or self.opened.text != text:
+            self.close()
+            self.opened = OpenSave(Path(self.path), text)
+            self._check(self.opened.manifest)
+        manifest, shards, program = self.opened.manifest, self.opened.shards, self.program
+        tensors: dict[tuple[str, str], Tensor] = {}
+        for which, stored in stored_tensors(program):
+            held = state.tensors[which, stored.name]
+            staged = tensors[which, stored.name] = torch.zeros_like(held, device="cpu")
+            name = manifest.aliases[name_in(program, stored.name, manifest.aliases) or ""]
+            read_into(Entry.of(stored, staged), name, manifest, shards, state)
+        kept: State = {}
+        if self._saved is not None:
+            kept = staged_state(program, state, self.optimizer, self._saved, manifest, shards)
+        return _Staged(manifest.random, self._saved, state, tensors, self.optimizer, kept)
+
+    def _check(self, manifest: Manifest) -> None:
+        """Raise `RunError` unless a checkpoint fits the model and the optimizer."""
+        self._check_model(manifest)
+        if self.optimizer is not None:
+            self._saved = saved_optimizer(self.program, self.states, self.optimizer, manifest)
+
+    def _check_model(self, manifest: Manifest) -> None:
+        """Raise `RunError` unless the checkpoint has the model's tensors, in its types."""
+        where = f"the checkpoint `{self.path}`"
+        there = {name for name in manifest.tensors if not name.startswith(OPTIMIZER)}
+        named = {**manifest.aliases, **{name: name for name in sorted(there)}}
+        if lost := sorted(set(named.values()) - there):
+            raise RunError(f"{where} is not whole: `{lost[0]}` is missing", help=_COPY)
+        saved = {alias: manifest.tensors[name] for alias, name in named.items()}
+        check_state(
+            self.program,
+            {name: tensor.shape for name, tensor in saved.items()},
+            where,
+            needed=[stored.name for _, stored in stored_tensors(self.program)],
+        )
+        check_ties(self.program, named, where)
+        check_dtypes(
+            self.program, {name: tensor.dtype for name, tensor in saved.items()}, self.path
+        )
+
+
+def _spell(optimizer: Any) -> str:
+    return "without `optimizer`" if optimizer is None else f"a `{type(optimizer).__name__}`"

@@ -1,0 +1,238 @@
+"""Read an optimizer's state and options: all is checked and at hand before any of it is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from meshwright.compiler.program import Program
+from meshwright.runtime.checkpoint.header import dtype_of
+from meshwright.runtime.checkpoint.manifest import Manifest
+from meshwright.runtime.checkpoint.optimizer_state import (
+    OPTIMIZER,
+    check_owner,
+    names_of,
+    tensor_name,
+)
+from meshwright.runtime.checkpoint.options import DAMAGED, check_kind_of, checked_options, put
+from meshwright.runtime.checkpoint.parts import Entry, read_into
+from meshwright.runtime.checkpoint.shards import Shards
+from meshwright.runtime.errors import RunError
+from meshwright.runtime.rank import RankState
+from meshwright.runtime.weights import listed
+
+State = dict[Tensor, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedOptimizer:
+    """What a checkpoint says of an optimizer, checked against the one that is to have it.
+
+    Names are those of the checkpoint; `own_names` has them by the names of the program.
+    """
+
+    own_names: Mapping[str, str]
+    options: Sequence[Mapping[str, Any]]
+    """What each group takes over."""
+    kept: Mapping[str, Sequence[str]]
+    """By parameter: what the optimizer kept of it."""
+    numbers: Mapping[str, Mapping[str, Any]]
+    """Those of them that are not tensors."""
+
+    def give_options(self, optimizer: Optimizer) -> None:
+        """Change the options of an optimizer to those that were saved."""
+        for group, options in zip(optimizer.param_groups, self.options, strict=True):
+            for name, value in options.items():
+                group[name] = put(group[name], value) if name in group else value
+
+
+def saved_optimizer(
+    program: Program, states: Sequence[RankState], optimizer: Optimizer, manifest: Manifest
+) -> SavedOptimizer:
+    """Compare what was saved with `optimizer`. Raises `RunError` where it cannot be taken over."""
+    check_owner(states, optimizer)
+    saved, kind = manifest.optimizer, type(optimizer).__name__
+    if saved is None:
+        raise RunError(
+            "the checkpoint was saved without its optimizer",
+            help="load without `optimizer`, or save with it",
+        )
+    if saved.get("class") != kind:
+        raise RunError(
+            f"the checkpoint has the state of `{saved.get('class')}`, not of `{kind}`",
+            help="load without `optimizer`, or make one of the saved class",
+        )
+    own_names = {alias: manifest.aliases.get(alias, "") for alias in program.captured.aliases}
+    try:
+        groups = [dict(group) for group in saved["groups"]]
+        kept = {name: _texts(keys) for name, keys in saved["kept"].items()}
+        numbers = {name: dict(given) for name, given in saved["numbers"].items()}
+        names = [_texts(group["names"]) for group in groups]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"the optimizer's entry in the manifest cannot be read: {error!r}", help=DAMAGED
+        ) from None
+    _check_groups(optimizer, states, names, own_names)
+    _check_kept(manifest, {name for group in names for name in group}, kept, numbers)
+    _check_numbers(optimizer, states, numbers)
+    places = [f" in group {place}" if len(groups) > 1 else "" for place in range(len(groups))]
+    options = [
+        checked_options(optimizer, group, given, place)
+        for group, given, place in zip(optimizer.param_groups, groups, places, strict=True)
+    ]
+    return SavedOptimizer(own_names, options, kept, numbers)
+
+
+def _texts(found: Any) -> list[str]:
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise TypeError("a list of names is not one")
+    if len(set(found)) != len(found):
+        raise ValueError("a list of names has one twice")
+    return found
+
+
+def _check_groups(
+    optimizer: Optimizer,
+    states: Sequence[RankState],
+    names: Sequence[Sequence[str]],
+    own_names: Mapping[str, str],
+) -> None:
+    theirs = _places(names)
+    if len(theirs) < sum(map(len, names)):
+        raise RunError(
+            "the checkpoint has a parameter in two groups of its optimizer", help=DAMAGED
+        )
+    groups = [names_of(group, states) for group in optimizer.param_groups]
+    ours = _places([[own_names[name] for name in group] for group in groups])
+    unlike = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if unlike or len(groups) != len(names):
+        raise RunError(
+            f"the optimizer's {_spell(groups)}, the checkpoint's {_spell(names)}",
+            where=[
+                f"`{name}`: {_spell_place(ours.get(name))} here, {_spell_place(theirs.get(name))} "
+                "in the checkpoint"
+                for name in unlike[:4]
+            ],
+            help="make the optimizer with the groups that it was saved with",
+        )
+
+
+def _places(groups: Sequence[Sequence[str]]) -> dict[str, int]:
+    """The group of each name."""
+    return {name: place for place, group in enumerate(groups) for name in group}
+
+
+def _spell_place(place: int | None) -> str:
+    return "in no group" if place is None else f"in group {place}"
+
+
+def _spell(groups: Sequence[Sequence[str]]) -> str:
+    sizes = " and ".join(str(len(names)) for names in groups)
+    return f"groups have {sizes} parameters" if len(groups) > 1 else f"group has {sizes} parameters"
+
+
+def _check_kept(
+    manifest: Manifest,
+    owners: set[str],
+    kept: Mapping[str, Sequence[str]],
+    numbers: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Raise `RunError` unless all that was kept is there, and nothing else."""
+    wanted = {(name, key) for name, keys in kept.items() for key in keys}
+    plain = {(name, key) for name, given in numbers.items() for key in given}
+    tensors = {tensor_name(key, name) for name, key in wanted - plain}
+    there = {name for name in manifest.tensors if name.startswith(OPTIMIZER)}
+    problems = [f"`{name}` is missing" for name in sorted(tensors - there)]
+    problems += [f"`{name}` is unknown" for name in sorted(there - tensors)]
+    problems += [f"`{key}` of `{name}` is unknown" for name, key in sorted(plain - wanted)]
+    problems += [f"`{name}` is in no group" for name in sorted(kept.keys() - owners)]
+    if problems:
+        raise RunError(
+            f"the optimizer's state in the checkpoint is not whole: {listed(problems)}",
+            help=DAMAGED,
+        )
+
+
+def _check_numbers(
+    optimizer: Optimizer,
+    states: Sequence[RankState],
+    numbers: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Raise `RunError` for a number unlike those of other parameters, or those that are here."""
+    kinds: dict[str, Any] = {}
+    for parameter in states[0].parameters.values():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            kinds.setdefault(key, value)
+    for name, given in numbers.items():
+        for key, value in given.items():
+            own = kinds.setdefault(key, value)
+            if value is not None and own is not None:
+                check_kind_of(value, own, f"the optimizer's `{key}` of `{name}` in the checkpoint")
+
+
+def staged_state(
+    program: Program,
+    state: RankState,
+    optimizer: Optimizer,
+    saved: SavedOptimizer,
+    manifest: Manifest,
+    shards: Shards,
+) -> State:
+    """What the optimizer is to keep of this rank's parameters, in new tensors where it has them;
+    nothing of those that it had kept nothing of when it was saved."""
+    listed = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    found: State = {}
+    for name, parameter in state.parameters.items():
+        if id(parameter) in listed:
+            own = saved.own_names[name]
+            numbers = saved.numbers.get(own, {})
+            found[parameter] = {
+                key: numbers[key]
+                if key in numbers
+                else _tensor(
+                    program, state, name, tensor_name(key, own), optimizer, manifest, shards
+                )
+                for key in saved.kept.get(own, ())
+            }
+    return found
+
+
+def _tensor(
+    program: Program,
+    state: RankState,
+    name: str,
+    saved_name: str,
+    optimizer: Optimizer,
+    manifest: Manifest,
+    shards: Shards,
+) -> Tensor:
+    """A tensor that an optimizer kept of a parameter: cut for this rank if it has its shape."""
+    parameter, saved = state.parameters[name], manifest.tensors[saved_name]
+    stored = program.parameters[name]
+    if saved.shape == stored.type.shape:
+        found = torch.zeros_like(parameter, dtype=dtype_of(saved.dtype), requires_grad=False)
+        read_into(Entry.of(stored, found), saved_name, manifest, shards, state)
+        return found
+    if saved.shape and stored.layout.split_axes:
+        raise RunError(
+            f"`{saved_name}` is {list(saved.shape)} in the checkpoint, which is not the shape of "
+            "its parameter, and that parameter is split here",
+            help="load without `optimizer`, or under a plan that does not split it",
+        )
+    whole = shards.part(saved.owners[0], saved_name, saved.shape, dtype_of(saved.dtype))
+    device = parameter.device if whole.dim() or _on_device(parameter, optimizer) else "cpu"
+    return whole.to(device, copy=True)
+
+
+def _on_device(parameter: Tensor, optimizer: Optimizer) -> bool:
+    """Whether torch keeps a parameter's step count beside it, and not on the CPU."""
+    return any(
+        group.get("fused") or group.get("capturable")
+        for group in optimizer.param_groups
+        if any(each is parameter for each in group["params"])
+    )

@@ -1,0 +1,101 @@
+"""Take over global tensors, and give them to a model: all of them or none, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.compiler.program import Program
+from meshwright.runtime.agreement import agree, agreed, told
+from meshwright.runtime.errors import RunError, check_kind
+from meshwright.runtime.rank import RankProgram, RankState
+from meshwright.runtime.start import same_values
+from meshwright.runtime.weights import (
+    check_state,
+    check_values,
+    listed,
+    name_in,
+    shapes_of,
+    state_names,
+    stored_tensors,
+    values_of,
+)
+
+_LIKE_COMPILED = "pass a model like the one compiled"
+
+
+def take_over(program: Program, state: RankState, given: Any, *, alone: bool) -> RankProgram:
+    """Change what a rank holds to the tensors in `given`; all ranks take those of rank 0.
+
+    With `alone` all ranks are in this process, and have the same ones. Nothing is changed where
+    any rank's do not fit the model.
+    """
+    names = yield from agreed(state, lambda: _checked(program, given))
+    first = (yield from told(state, "\0".join(names))).split("\0")
+    unlike = sorted(set(names) ^ set(first))
+    problem = f"the state has other tensors than that of rank 0: {listed(unlike)}"
+    help = "pass the same names on every rank"
+    yield from agree(state, RunError(problem, help=help) if unlike else None)
+    values = values_of(program, given)
+    which = [(kind, stored) for kind, stored in stored_tensors(program) if stored.name in names]
+    for kind, stored in which:
+        state.tensors[kind, stored.name].copy_(state.local(values(stored), stored))
+    if not alone:
+        yield from same_values(state, which, values)
+
+
+def _checked(program: Program, given: Any) -> list[str]:
+    """The parameters and buffers that a dictionary has values for."""
+    check_state(program, shapes_of(given, "the state"), "the state", needed=state_names(program))
+    check_values(program, given, "the state")
+    return [
+        stored.name
+        for _, stored in stored_tensors(program)
+        if name_in(program, stored.name, given) is not None
+    ]
+
+
+def targets_in(program: Program, model: Any) -> dict[str, Tensor]:
+    """The tensors of a model to copy to. Raises `RunError` unless each can hold what is trained."""
+    check_kind(model, nn.Module, "what to copy to", _LIKE_COMPILED)
+    targets = dict(_tensors_of(model))
+    shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
+    where = "what to copy to"
+    check_state(program, shapes, where, needed=state_names(program), help=_LIKE_COMPILED)
+    owners: dict[int, str] = {}
+    for name, tensor in targets.items():
+        if tensor.is_meta:
+            raise RunError(
+                f"`{name}` of this model is on the meta device and holds no values",
+                help='make room first: `model.to_empty(device="cpu")`',
+            )
+        own = program.captured.aliases[name]
+        problem = _why_not(tensor)
+        if owners.setdefault(id(tensor), own) != own:
+            problem = f"is also `{owners[id(tensor)]}`, which was trained apart from it"
+        if problem:
+            raise RunError(f"`{name}` of this model {problem}", help=_LIKE_COMPILED)
+    check_values(program, targets, where)
+    return targets
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _why_not(tensor: Tensor) -> str:
+    """Why nothing can be written to a tensor, if that is so."""
+    if tensor.is_inference():
+        return "was made under `torch.inference_mode` and cannot be written to"
+    strides = zip(tensor.stride(), tensor.shape, strict=True) if not _sparse(tensor) else ()
+    if any(not stride and size > 1 for stride, size in strides):
+        return "is expanded: its elements share memory"
+    return ""
+
+
+def _sparse(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided
