@@ -28,7 +28,7 @@ from meshwright.runtime.optimizer import Groups, check_elementwise, grouped, mad
 from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest, same_start
-from meshwright.runtime.state_dicts import take_over, targets_in
+from meshwright.runtime.state_dicts import fill, take_over, targets_in
 from meshwright.runtime.transport import (
     ProcessMesh,
     Transport,
@@ -404,9 +404,7 @@ class Run:
             [agreed(state, lambda: targets_in(self.program, model)) for state in self.states]
         )[0]
         found = self._everything()
-        with torch.no_grad():
-            for name, tensor in targets.items():
-                tensor.copy_(found[name])
+        self._run([fill(state, targets, found) for state in self.states])
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients so that their global norm is at most `max_norm`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.start import same_values
 from meshwright.runtime.weights import (
+    check_lossless,
     check_state,
     check_values,
     listed,
@@ -51,11 +52,16 @@ def _checked(program: Program, given: Any) -> list[str]:
     """The parameters and buffers that a dictionary has values for."""
     check_state(program, shapes_of(given, "the state"), "the state", needed=state_names(program))
     check_values(program, given, "the state")
-    return [
-        stored.name
+    named = [
+        (name, stored)
         for _, stored in stored_tensors(program)
-        if name_in(program, stored.name, given) is not None
+        if (name := name_in(program, stored.name, given)) is not None
     ]
+    check_lossless(
+        ((name, given[name], stored.type.dtype) for name, stored in named),
+        "the state does not fit the model",
+    )
+    return [stored.name for _, stored in named]
 
 
 def targets_in(program: Program, model: Any) -> dict[str, Tensor]:
@@ -91,11 +97,20 @@ def _why_not(tensor: Tensor) -> str:
     """Why nothing can be written to a tensor, if that is so."""
     if tensor.is_inference():
         return "was made under `torch.inference_mode` and cannot be written to"
-    strides = zip(tensor.stride(), tensor.shape, strict=True) if not _sparse(tensor) else ()
+    if tensor.layout is not torch.strided:
+        return f"is {tensor.layout}"
+    strides = zip(tensor.stride(), tensor.shape, strict=True)
     if any(not stride and size > 1 for stride, size in strides):
         return "is expanded: its elements share memory"
     return ""
 
 
-def _sparse(tensor: Tensor) -> bool:
-    return tensor.layout is not torch.strided
+def fill(
+    targets: Mapping[str, Tensor], found: Mapping[str, Tensor], state: RankState
+) -> RankProgram:
+    """Write values into the tensors of `targets_in`, once every rank's types can hold them."""
+    where = "what to copy to does not fit what was trained"
+    pairs = [(name, found[name], target.dtype) for name, target in targets.items()]
+    yield from agreed(state, lambda: check_lossless(pairs, where))
+    for name, target in targets.items():
+        target.copy_(found[name])

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from meshwright.compiler.program import Program, Stored
 from meshwright.runtime.errors import RunError, check_kind
@@ -117,15 +118,17 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def check_values(program: Program, state_dict: Mapping[str, Tensor], where: str) -> None:
-    """Raise `RunError` that names tensors without values, or of a type that would lose some."""
+    """Raise `RunError` that names tensors without values, or of a kind of number that is not the
+    model's."""
     aliases = program.captured.aliases
     problems = []
     for name, tensor in state_dict.items():
         own = aliases.get(name, "")
         stored = program.parameters.get(own) or program.buffers.get(own)
-        if tensor.is_meta or tensor.layout is not torch.strided:
-            kind = "on the meta device" if tensor.is_meta else str(tensor.layout)
-            problems.append(f"`{name}` is {kind}")
+        if tensor.layout is not torch.strided:
+            problems.append(f"`{name}` is {tensor.layout}")
+        elif tensor.is_meta:
+            problems.append(f"`{name}` is on the meta device")
         elif stored is not None and _kind(tensor.dtype) != _kind(stored.type.dtype):
             problems.append(f"`{name}` is {tensor.dtype}, not {stored.type.dtype}")
     if problems:
@@ -133,6 +136,32 @@ def check_values(program: Program, state_dict: Mapping[str, Tensor], where: str)
             f"{where} does not fit the model: {listed(problems)}",
             help="pass dense tensors with values, of the kind of number that the model has",
         )
+
+
+def check_lossless(tensors: Iterable[tuple[str, Tensor, torch.dtype]], where: str) -> None:
+    """Raise `RunError` that names tensors whose values another type wraps around or makes
+    infinite; rounding is not a loss."""
+    problems = [
+        f"`{name}` has values that `{dtype}` cannot hold"
+        for name, tensor, dtype in tensors
+        if tensor.dtype != dtype and _loses(tensor.detach(), dtype)
+    ]
+    if problems:
+        raise RunError(f"{where}: {listed(problems)}", help="use a type that holds them")
+
+
+def _loses(tensor: Tensor, dtype: torch.dtype) -> bool:
+    cast = tensor.to(dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        return bool((cast.isfinite() != tensor.isfinite()).any())
+    return not torch.equal(cast.to(tensor.dtype), tensor)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no more than its values: a `DTensor` is a part of several."""
+    if is_traceable_wrapper_subclass(tensor):
+        return False
+    return type(tensor) is Tensor or isinstance(tensor, nn.Parameter)
 
 
 def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
@@ -145,4 +174,7 @@ def shapes_of(state_dict: Mapping[str, Tensor], where: str) -> dict[str, tuple[i
     check_kind(state_dict, Mapping, where, help)
     for name, tensor in state_dict.items():
         check_kind(tensor, Tensor, f"`{name}` in {where}", help)
+        if not _plain(tensor):
+            kind = type(tensor).__name__
+            raise RunError(f"`{name}` in {where} is a `{kind}`, not a plain tensor", help=help)
     return {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
