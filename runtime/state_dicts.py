@@ -106,7 +106,7 @@ def _why_not(tensor: Tensor) -> str:
 
 
 def fill(
-    targets: Mapping[str, Tensor], found: Mapping[str, Tensor], state: RankState
+    state: RankState, targets: Mapping[str, Tensor], found: Mapping[str, Tensor]
 ) -> RankProgram:
     """Write values into the tensors of `targets_in`, once every rank's types can hold them."""
     where = "what to copy to does not fit what was trained"
