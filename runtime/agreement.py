@@ -19,6 +19,7 @@ from meshwright.runtime.errors import RunError, spell_ranks
 from meshwright.runtime.rank import RankProgram, RankState
 
 T = TypeVar("T")
+_DONE = "done "
 _PROBLEM_CHARS, _LINE_CHARS, _LINES = 2000, 300, 8
 """Bounds of the text that a rank sends; what is longer is cut."""
 
@@ -30,21 +31,21 @@ def agreed(state: RankState, work: Callable[[], T]) -> Generator[Any, Any, T]:
     be used afterwards. What has to be undone on the ranks where the work was done is up to the
     caller, who catches the error.
     """
-    problem = None
-    try:
-        found = work()
-    except RunError as error:
-        problem = error
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        problem = RunError(
-            f"ran out of memory: {reason}" if reason else "ran out of memory",
-            help="free memory on the machine of that rank, or use more ranks",
-        )
+    found, problem = _tried(work)
     yield from agree(state, problem)
     return found
+
+
+def first_says(state: RankState, work: Callable[[], str]) -> Generator[Any, Any, str]:
+    """What `work`, done on rank 0 for all, returns, on every rank; an error of it likewise."""
+    said = ""
+    if state.rank == 0:
+        text, problem = _tried(work)
+        said = _DONE + text if problem is None else _encoded(problem).decode()
+    heard: str = yield from told(state, said)
+    if not heard.startswith(_DONE):
+        raise RunError(**json.loads(heard), rank=state.rank, peers=(0,))
+    return heard.removeprefix(_DONE)
 
 
 def agree(state: RankState, problem: RunError | None) -> RankProgram:
@@ -75,6 +76,24 @@ def told(state: RankState, text: str) -> RankProgram:
     size = int((yield Wire("broadcast", every_axis), length))
     given = yield Wire("broadcast", every_axis), _tensor(data.ljust(size), state)
     return _bytes(given).decode()
+
+
+def _tried(work: Callable[[], T]) -> tuple[T, RunError | None]:
+    """What `work` returns, or the problem that it has; the caller looks at the problem first."""
+    nothing: Any = None
+    try:
+        return work(), None
+    except RunError as error:
+        return nothing, error
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        problem = RunError(
+            f"ran out of memory: {reason}" if reason else "ran out of memory",
+            help="free memory on the machine of that rank, or use more ranks",
+        )
+        return nothing, problem
 
 
 def _joint(found: Sequence[dict[str, Any] | None], rank: int) -> RunError:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
-from meshwright.runtime.agreement import agreed, told
+from meshwright.runtime.agreement import agreed, first_says, told
 from meshwright.runtime.checkpoint.folder import OpenSave
 from meshwright.runtime.checkpoint.manifest import Manifest
 from meshwright.runtime.checkpoint.optimizer_loading import (
@@ -67,8 +67,8 @@ def _staged(reader: _Reader, state: RankState) -> RankProgram:
     """What the rank takes over, once every rank has its part."""
     attempts = _ATTEMPTS
     while True:
-        text = yield from agreed(state, lambda: reader.current(state.rank))
-        text = yield from told(state, text)
+        yield from agreed(state, reader.check_arguments)
+        text = yield from first_says(state, reader.current)
         kind = yield from told(state, _spell(reader.optimizer))
         try:
             return (yield from agreed(state, partial(reader.staged, state, text, kind)))
@@ -116,17 +116,19 @@ class _Reader:
         self.path, self.optimizer = path, optimizer
         self.opened: OpenSave | None = None
         self._saved: SavedOptimizer | None = None
+        self._fits = False
+        """Whether what is opened was compared with the model and the optimizer."""
 
-    def current(self, rank: int) -> str:
-        """Check what `load` was called with; on rank 0, the text of the current manifest."""
+    def check_arguments(self) -> None:
+        """Raise `RunError` for a path or an optimizer that is not one."""
         check_kind(self.path, (str, Path), "the path", "pass the name of a folder")
         if self.optimizer is not None:
             check_owner(self.states, self.optimizer)
-        if rank:
-            return ""
+
+    def current(self) -> str:
+        """The text of the current manifest, whose save is there as a whole."""
         self.close()
-        self.opened = OpenSave.current(Path(self.path))
-        self._check(self.opened.manifest)
+        self.opened, self._fits = OpenSave.current(Path(self.path)), False
         return self.opened.text
 
     def replaced(self) -> bool:
@@ -151,9 +153,10 @@ class _Reader:
             )
         if self.opened is None or self.opened.text != text:
             self.close()
-            self.opened = OpenSave(Path(self.path), text)
-            self._check(self.opened.manifest)
+            self.opened, self._fits = OpenSave(Path(self.path), text), False
         manifest, shards, program = self.opened.manifest, self.opened.shards, self.program
+        if not self._fits:
+            self._check(manifest)
         tensors: dict[tuple[str, str], Tensor] = {}
         for which, stored in stored_tensors(program):
             held = state.tensors[which, stored.name]
@@ -170,6 +173,7 @@ class _Reader:
         self._check_model(manifest)
         if self.optimizer is not None:
             self._saved = saved_optimizer(self.program, self.states, self.optimizer, manifest)
+        self._fits = True
 
     def _check_model(self, manifest: Manifest) -> None:
         """Raise `RunError` unless the checkpoint has the model's tensors, in its types."""

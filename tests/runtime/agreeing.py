@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import meshwright as mw
-from meshwright.runtime.agreement import agreed, told
+from meshwright.runtime.agreement import agreed, first_says, told
 from meshwright.runtime.rank import RankProgram, RankState
 from tests.runtime.models import PLANS, batch, make
+
+Case = Mapping[int | str, Callable[[], Any]]
 
 
 def out_of_memory() -> None:
@@ -22,11 +24,11 @@ def fails(problem: str, *where: str, help: str = "make room there") -> Callable[
     return work
 
 
-def rest(size: int) -> dict[int, Callable[[], None]]:
+def rest(size: int) -> dict[int | str, Callable[[], None]]:
     return {rank: fails(f"cannot write `{rank}.safetensors`: disk full") for rank in range(size)}
 
 
-CASES: dict[str, Mapping[int, Callable[[], None]]] = {
+CASES: dict[str, Case] = {
     "one rank": {1: fails("cannot write `a`: disk full", "1.1 GB are wanted", "0 B are free")},
     "every rank, alike": dict.fromkeys(range(4), fails("there is no checkpoint in `a`")),
     "every rank, each its own": rest(4),
@@ -34,11 +36,14 @@ CASES: dict[str, Mapping[int, Callable[[], None]]] = {
         **dict.fromkeys((0, 2), fails("there is no checkpoint in `a`", help="name a folder")),
         3: out_of_memory,
     },
+    "rank 0 for all": {"first": fails("there is no checkpoint in `a`", "it is empty")},
     "a name that is not UTF-8, and very long": {0: fails("cannot read `\udcff" + "x" * 5000)},
 }
 
 
-def program(state: RankState, case: Mapping[int, Callable[[], None]]) -> RankProgram:
+def program(state: RankState, case: Case) -> RankProgram:
+    if "first" in case:
+        yield from first_says(state, case["first"])
     found = yield from agreed(state, case.get(state.rank, lambda: state.rank))
     return found, (yield from told(state, f"rank {state.rank} says: ü" * (state.rank == 0)))
 
@@ -57,7 +62,7 @@ def drive(run: mw.Run) -> str:
     return "\n".join(lines)
 
 
-def results(run: mw.Run, case: Mapping[int, Callable[[], None]]) -> list[Any]:
+def results(run: mw.Run, case: Case) -> list[Any]:
     return run.transport.run([program(state, case) for state in run.states])
 
 

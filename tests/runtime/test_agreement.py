@@ -14,7 +14,7 @@ import meshwright as mw
 from meshwright.compiler.mesh import Mesh
 from meshwright.runtime.agreement import agreed
 from meshwright.runtime.virtual import run_virtual
-from tests.runtime.agreeing import drive, fails, rest
+from tests.runtime.agreeing import Case, drive, fails, rest
 from tests.runtime.processes import ROOT, finish, start
 from tests.runtime.test_run import compiled
 
@@ -36,7 +36,7 @@ def test_processes_all_raise_the_same_words_and_go_on(
     assert outputs == outputs[:1] * 4
 
 
-def programs(size: int, case: dict[int, Callable[[], None]]) -> list[Any]:
+def programs(size: int, case: Case) -> list[Any]:
     mesh = Mesh((("dp", size),))
     cpu = torch.device("cpu")
     states = [SimpleNamespace(mesh=mesh, rank=rank, device=cpu) for rank in range(size)]
