@@ -8,6 +8,7 @@ four processes on two cores, torch 2.13, loopback.
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import socket
@@ -58,11 +59,11 @@ class GlooGroup:
         self.members = members
         self.size, self.position = len(members), members.index(rank)
         self.others = [(self.position + step) % self.size for step in range(1, self.size)]
-        before = set(_sockets())
+        before = set(connections())
         self.backend: Any = ProcessGroupGloo(
             store, self.position, self.size, timedelta(seconds=timeout)
         )
-        self.sockets = [found for found in _sockets() if found not in before]
+        self.connections = [found for found in connections() if found not in before]
         self._scratch: dict[tuple[Any, ...], list[Tensor]] = {}
         self._scratch_bytes = 0
         self._choices: dict[tuple[str, bool], list[tuple[float, Algorithm]]] = {}
@@ -122,12 +123,8 @@ class GlooGroup:
 
         Gloo has no other way: its `abort` leaves a waiting thread waiting.
         """
-        for number, inode in self.sockets:
-            with contextlib.suppress(OSError):
-                if os.fstat(number).st_ino != inode:
-                    continue
-                with socket.socket(fileno=os.dup(number)) as duplicate:
-                    duplicate.shutdown(socket.SHUT_RDWR)
+        for connection in self.connections:
+            connection.cut()
 
     def close(self) -> None:
         """Let go of Gloo's threads; without it processes abort at exit."""
@@ -135,8 +132,38 @@ class GlooGroup:
         del self.backend
 
 
-def _sockets() -> Iterator[tuple[int, int]]:
-    """This process's connected sockets: (file descriptor, inode)."""
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A connected socket that torch has opened: its descriptor, and what it then stood for."""
+
+    number: int
+    inode: int
+
+    def cut(self) -> None:
+        """Shut it down, so that whoever waits for it returns."""
+        with contextlib.suppress(OSError), self._duplicate() as duplicate:
+            duplicate.shutdown(socket.SHUT_RDWR)
+
+    def ended(self) -> bool:
+        """Whether the other end has closed it."""
+        try:
+            with self._duplicate() as duplicate:
+                return not duplicate.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def _duplicate(self) -> socket.socket:
+        duplicate = os.dup(self.number)
+        if os.fstat(duplicate).st_ino == self.inode:
+            return socket.socket(fileno=duplicate)
+        os.close(duplicate)
+        raise OSError(errno.EBADF, "closed, and its number used again")
+
+
+def connections() -> Iterator[Connection]:
+    """This process's connected sockets."""
     for name in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):
             number = int(name)
@@ -146,7 +173,7 @@ def _sockets() -> Iterator[tuple[int, int]]:
             with socket.socket(fileno=os.dup(number)) as duplicate:
                 if duplicate.family in (socket.AF_INET, socket.AF_INET6):
                     duplicate.getpeername()
-                    yield number, os.fstat(number).st_ino
+                    yield Connection(number, os.fstat(number).st_ino)
 
 
 def _wait(works: Sequence[Any]) -> None:

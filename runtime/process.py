@@ -16,22 +16,22 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from meshwright.compiler.collectives import Start, Wire
 from meshwright.compiler.mesh import Mesh
+from meshwright.runtime import launcher
 from meshwright.runtime.algorithms import everyone
 from meshwright.runtime.digest import check_digests, check_world
 from meshwright.runtime.errors import OperatorError, RunError
-from meshwright.runtime.gloo import GlooGroup
+from meshwright.runtime.gloo import GlooGroup, connections
 from meshwright.runtime.nccl import NcclGroup
-from meshwright.runtime.shared import SharedGroup, share
+from meshwright.runtime.rendezvous import Limit, connect, host_rank, meet, place
+from meshwright.runtime.shared import SharedGroup, host_name, share
 from meshwright.runtime.termination import Termination
-from meshwright.runtime.watch import Watch, linger, meet
+from meshwright.runtime.watch import Watch, linger
 
-_RENDEZVOUS_SECONDS = 600.0
 _COLLECTIVE_SECONDS = 30 * 24 * 3600.0
 """A limit on one collective would be one on its slowest member's compute: the watch ends runs."""
 _BACKEND_WORDS = ("gloo", "nccl", "connection", "timed out", "socket")
@@ -92,27 +92,43 @@ class ProcessTransport:
         if shared_memory is None:
             shared_memory = os.environ.get("MESHWRIGHT_SHARED_MEMORY") != "0"
         self.shared_memory = shared_memory
-        check_world(mesh, _world_size())
-        self.rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
-        self.store = PrefixStore(f"meshwright/{ProcessTransport._made}", _connect())
+        launcher.guard()
+        limit = Limit()
+        self.rank, num_processes = place()
+        check_world(mesh, num_processes)
+        self.store = PrefixStore(f"meshwright/{ProcessTransport._made}", connect(limit))
         ProcessTransport._made += 1
         self.lanes: dict[tuple[str, ...], _Lane] = {}
-        self.watch = self._start_watch(period, patience)
+        self.watch = self._start_watch(period, patience, limit)
+        hosts = self.store.multi_get([f"host/{rank}" for rank in range(mesh.num_ranks)])
+        self._ranks_here = hosts.count(hosts[self.rank])
+        self._detach = launcher.at_end(self.watch.abandon)
         self.termination = Termination(self.watch)
         self._closed = False
         atexit.register(self.close)
 
-    def _start_watch(self, period: float, patience: float) -> Watch:
+    def _start_watch(self, period: float, patience: float, limit: Limit) -> Watch:
         num_ranks = self.mesh.num_ranks
         peers = [rank for rank in range(num_ranks) if rank != self.rank]
         if num_ranks > 64:
             # The store serves one request a rank and period: past this, only those one waits for.
             near = {r for axis in self.mesh.names for r in self.mesh.group(self.rank, (axis,))}
             peers = sorted(near - {self.rank})
+        before = set(connections())
         own: Any = self.store.clone()  # type: ignore[attr-defined]  # missing in torch's stub
+        opened = [found for found in connections() if found not in before]
         own.set_timeout(timedelta(seconds=patience))
-        watch = Watch(own, self.rank, peers, _host(), period=period, patience=patience)
-        meet(self.store, watch, num_ranks)
+        watch = Watch(
+            own,
+            self.rank,
+            peers,
+            host_rank(),
+            opened[0] if len(opened) == 1 else None,
+            period=period,
+            patience=patience,
+        )
+        texts = {"host": host_name(), "beat": watch.beat()}
+        meet(self.store, self.rank, num_ranks, limit, texts)
         watch.start()
         return watch
 
@@ -225,15 +241,23 @@ class ProcessTransport:
         atexit.unregister(self.close)
         state, problem = self._last_state()
         self.watch.stop(state, problem)
+        self._detach()
         self.termination.close()
         # The store may be gone already, with the process that held it.
         with contextlib.suppress(RuntimeError):
-            if self.watch.peers and state != "lost":
-                linger(self.store, self.watch, self.watch.patience)
+            self._linger(state == "lost")
         for lane in self.lanes.values():
             if lane.group is not None:
                 lane.group.close()
         self.lanes.clear()
+
+    def _linger(self, lost: bool) -> None:
+        watch = self.watch
+        if lost and self.rank == watch.host:
+            # It has nothing to give, but the others are to read whom it has lost.
+            linger(watch, 3 * watch.period, whole=True)
+        elif watch.peers and not lost:
+            linger(watch, watch.patience)
 
     def _last_state(self) -> tuple[str, str]:
         if self.watch.state != "running":
@@ -259,9 +283,8 @@ class ProcessTransport:
         if self.device.type == "cuda":
             return NcclGroup(store, members, self.rank, _COLLECTIVE_SECONDS)
         group = GlooGroup(store, members, self.rank, _COLLECTIVE_SECONDS)
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", self.mesh.num_ranks))
         shared_store = PrefixStore("shared memory", store)
-        return share(shared_store, group, self.shared_memory, ranks_here)
+        return share(shared_store, group, self.shared_memory, self._ranks_here)
 
     def _ours(self, error: RuntimeError) -> RuntimeError:
         """The error to raise for one that came out of a backend."""
@@ -290,37 +313,3 @@ def _taken() -> Tensor:
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _world_size() -> int:
-    if dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _host() -> int | None:
-    """The rank whose process holds the store; none where torchrun's agent does."""
-    return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
-
-
-_store: Store | None = None
-
-
-def _connect() -> Store:
-    """The store that all ranks meet at, one connection a process."""
-    global _store
-    if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store()
-    if _store is None:
-        environment = os.environ
-        tcp = TCPStore(
-            environment["MASTER_ADDR"],
-            int(environment["MASTER_PORT"]),
-            int(environment["WORLD_SIZE"]),
-            environment["RANK"] == str(_host()),
-            timedelta(seconds=_RENDEZVOUS_SECONDS),
-            wait_for_workers=False,
-        )
-        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-        _store = PrefixStore(f"attempt/{attempt}", tcp)
-    return _store

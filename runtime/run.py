@@ -26,16 +26,11 @@ from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, check_elementwise, grouped, made
 from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
+from meshwright.runtime.rendezvous import under_torchrun
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
-from meshwright.runtime.transport import (
-    ProcessMesh,
-    Transport,
-    VirtualMesh,
-    check_device,
-    under_torchrun,
-)
+from meshwright.runtime.transport import ProcessMesh, Transport, VirtualMesh, check_device
 from meshwright.runtime.weights import (
     check_state,
     check_values,

@@ -370,7 +370,7 @@ def share(store: Store, large: GlooGroup, wanted: bool, ranks_here: int) -> Shar
 
     `ranks_here` is the number of ranks on this host. All members come to one decision.
     """
-    store.set(f"host/{large.position}", f"{_host()} {os.getpid()}" if wanted else "no 0")
+    store.set(f"host/{large.position}", f"{host_name()} {os.getpid()}" if wanted else "no 0")
     hosts = [text.decode().rpartition(" ") for text in _all(store, "host", large.size)]
     if len({host for host, _, _ in hosts}) > 1 or hosts[0][0] == "no":
         return large
@@ -390,7 +390,7 @@ def _all(store: Store, key: str, size: int) -> list[bytes]:
     return store.multi_get(keys)
 
 
-def _host() -> str:
+def host_name() -> str:
     """What processes that can share memory and see each other end have in common."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "no"

@@ -5,15 +5,41 @@ By itself it would end them before they can say which rank they have lost, and i
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
-
-from meshwright.runtime.watch import Watch
+from typing import Any, Protocol
 
 EXIT_CODE = 128 + signal.SIGTERM
+
+
+def say(text: str) -> None:
+    """Write a line to standard error from any thread, without ever waiting for its reader."""
+    with contextlib.suppress(OSError):
+        poller = select.poll()
+        poller.register(2, select.POLLOUT)
+        if poller.poll(1000):
+            os.write(2, f"{text}\n".encode()[: select.PIPE_BUF])
+
+
+class Watched(Protocol):
+    """What a signal is told to: see `Watch`."""
+
+    waits: Any
+    signals: Callable[[], bool]
+
+    def publish_failure(self, problem: str) -> None:
+        """Tell the others that this rank ends."""
+        ...
+
+    def told_to_stop(self) -> None:
+        """Find out why this rank waits, then end it."""
+        ...
 
 
 class Termination:
@@ -24,7 +50,7 @@ class Termination:
     that the watch reads. Does nothing where the script has its own handler.
     """
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watched) -> None:
         self.watch = watch
         self.installed = False
         if threading.current_thread() is not threading.main_thread():

@@ -88,8 +88,3 @@ def check_device(device: torch.device) -> None:
             f"and this process needs number {wanted}",
             help='compile with `device="cpu"`, or start as many processes as there are devices',
         )
-
-
-def under_torchrun() -> bool:
-    """Whether this process was started as one rank of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

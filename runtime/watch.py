@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,8 @@ from meshwright.runtime.errors import (
     spell_wire,
     verb,
 )
+from meshwright.runtime.gloo import Connection
+from meshwright.runtime.termination import say
 
 Waits = tuple[str, int, Wire]
 """What a rank waits for: the label of a group of axes, the place in its order, the operation."""
@@ -61,7 +62,7 @@ class Watch:
 
     The main thread writes `waits` and `counts` around its collectives; nothing else of it is
     needed, so a collective pays two assignments. `cuts` end whatever the main thread waits in.
-    `host` is the rank whose process holds the store, if a rank's does.
+    `host` is the rank whose process holds the store, if a rank's does, and `connection` that to it.
     """
 
     def __init__(
@@ -70,11 +71,13 @@ class Watch:
         rank: int,
         peers: Sequence[int],
         host: int | None,
+        connection: Connection | None = None,
         *,
         period: float,
         patience: float,
     ) -> None:
         self.store, self.rank, self.peers, self.host = store, rank, tuple(peers), host
+        self.connection = connection
         self.period, self.patience = period, patience
         self.waits: Waits | None = None
         self.counts: dict[str, int] = {}
@@ -142,6 +145,19 @@ class Watch:
             where=self._where(()),
         )
 
+    def abandon(self, error: RunError) -> None:
+        """Make the main thread raise `error` in the collective it waits in, or else in the next."""
+        self.failure = self.failure or error
+        self.state, self.problem = "failed", self.failure.problem
+        self._hurry.set()
+        self.failed.set()
+        for cut in self.cuts:
+            cut()
+
+    def store_ended(self) -> bool:
+        """Whether the process that holds the store has closed its connection: it has ended."""
+        return self.connection is not None and self.connection.ended()
+
     def beat(self) -> str:
         """What this rank publishes."""
         waits = self.waits
@@ -164,6 +180,8 @@ class Watch:
         while True:
             last = self._stopping.is_set()
             begin = time.monotonic()
+            if self.store_ended():
+                return
             try:
                 self.store.set(f"beat/{self.rank}", self.beat())
                 if last:
@@ -229,21 +247,31 @@ class Watch:
 
     def _exit(self, error: RunError) -> None:
         """End the process under a main thread that cannot be reached."""
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        say(f"{type(error).__name__}: {error}")
         os._exit(1)
 
     def examine(self, now: float) -> RunError | None:
         """Why this rank waits in vain, if it does; the nearest cause first."""
-        if now - self._answered > self.patience:
-            if self.host is None:
-                return self._error("the store that the ranks meet at does not answer", [])
-            what = f"rank {self.host}, which keeps the store of the run, does not answer"
-            return self._error(what, [self.host], _LOOK_AT_PROCESS)
         for peer, beat in self.beats.items():
             if beat.state == "failed":
                 return self._error(f"rank {peer} failed: {beat.problem}", [peer], _READ_TRACEBACK)
+        ended = self.store_ended()
+        if ended or now - self._answered > self.patience:
+            return self._relayed() or self._storeless(ended)
         blockers = self._blockers(self.rank)
         return self._silent() or self._finished(blockers) or self._in_circle() or self._relayed()
+
+    def _storeless(self, ended: bool) -> RunError:
+        """The store has ended, with the process that kept it, or does not answer."""
+        what = "has ended" if ended else "does not answer"
+        if self.host is None:
+            return self._error(f"torchrun's agent, which keeps the store of the run, {what}", [])
+        if ended:
+            what = "died" if self.beats[self.host].state == "running" else "has finished"
+        help = _READ_OUTPUT if ended else _LOOK_AT_PROCESS
+        return self._error(
+            f"rank {self.host}, which keeps the store of the run, {what}", [self.host], help
+        )
 
     def _silent(self) -> RunError | None:
         closed = self._closed_at
@@ -341,24 +369,18 @@ class Watch:
         return lines
 
 
-def meet(store: Store, watch: Watch, num_ranks: int) -> None:
-    """Publish the first beat and wait for that of every other rank."""
-    store.set(f"beat/{watch.rank}", watch.beat())
-    store.wait([f"beat/{rank}" for rank in range(num_ranks)])
-
-
-def linger(store: Store, watch: Watch, seconds: float) -> None:
-    """Stay until no other rank runs any more, or for as long as none of them moves.
+def linger(watch: Watch, seconds: float, *, whole: bool = False) -> None:
+    """Stay until no other rank runs any more, or for `seconds`: `whole`, or while none moves.
 
     The store of the run may be this process's, and others may still need its last bytes.
     """
     keys = [f"beat/{peer}" for peer in watch.peers]
     before: dict[int, bytes] = {}
     moved = time.monotonic()
-    while time.monotonic() - moved < seconds:
-        values = dict(zip(watch.peers, store.multi_get(keys), strict=True))
+    while time.monotonic() - moved < seconds and not watch.store_ended():
+        values = dict(zip(watch.peers, watch.store.multi_get(keys), strict=True))
         if all(json.loads(value)["state"] != "running" for value in values.values()):
             return
-        if values != before:
+        if values != before and not whole:
             before, moved = values, time.monotonic()
         time.sleep(0.05)

@@ -25,6 +25,7 @@ from meshwright.compiler.program import Program
 from meshwright.dsl.errors import MeshwrightError, PlanError
 from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
+from meshwright.runtime import launcher
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.run import Run, launch
 
@@ -82,6 +83,7 @@ def compile(
     model, `CaptureError` for a model or an argument that cannot be used, and `LayoutError` where an
     operator needs whole what the plan splits and the plan does not allow the gather.
     """
+    launcher.guard()
     return driver.compile_program(
         model,
         plan,

@@ -1,4 +1,4 @@
-"""One rank of `test_watch.py`: sums round after round, until what the scenario says happens."""
+"""A rank of `test_watch.py`: sums round after round, until what the scenario says happens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from meshwright.runtime.process import ProcessTransport
 
 NAMES = ("hidden_sum", "loss_sum")
 ROW, COLUMN = Wire("all_reduce", ("tp",), index=0), Wire("all_reduce", ("dp",), index=1)
-MESH = Mesh((("dp", int(os.environ["WORLD_SIZE"]) // 2), ("tp", 2)))
 PATIENCE = 2.0
 Program = Generator[Any, Any, Any]
 
@@ -70,7 +69,8 @@ SCENARIOS = {
 
 def main(culprits: str, scenario: str) -> None:
     torch.set_num_threads(1)
-    transport = ProcessTransport(MESH, period=0.4, patience=PATIENCE)
+    mesh = Mesh((("dp", int(os.environ["WORLD_SIZE"]) // 2), ("tp", 2)))
+    transport = ProcessTransport(mesh, period=0.4, patience=PATIENCE)
     own = str(transport.rank) in culprits.split(",")
     digest = "ab" if scenario == "compiles differently" and own else "cd"
     transport.check_same_program(digest * 32)

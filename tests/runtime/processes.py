@@ -19,14 +19,19 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def start(script: Path, num_ranks: int, *args: str) -> list[subprocess.Popen[str]]:
-    """The processes, by rank; their standard error goes to standard output."""
+def free_port() -> int:
+    """A port that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def start(script: Path, num_ranks: int, *args: str) -> list[subprocess.Popen[str]]:
+    """The processes, by rank; their standard error goes to standard output."""
     common = environment() | {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(num_ranks),
     }
     return [

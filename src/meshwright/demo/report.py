@@ -22,7 +22,7 @@ from meshwright.compiler.show import tables
 from meshwright.compiler.summary import summarise
 from meshwright.demo.corpus import Corpus
 from meshwright.demo.model import GPT, PLAN
-from meshwright.runtime.transport import under_torchrun
+from meshwright.runtime.rendezvous import under_torchrun
 
 if TYPE_CHECKING:
     from meshwright.demo import Loss
