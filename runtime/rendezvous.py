@@ -121,15 +121,16 @@ class Limit:
         None at the limit. `waits_for` is said on standard error when it has taken a while.
         """
         found: list[T] = []
-        raised: list[BaseException] = []
+        raised: list[RuntimeError] = []
         done = threading.Event()
 
         def target() -> None:
             try:
                 found.append(work())
-            except BaseException as error:
+            except RuntimeError as error:
                 raised.append(error)
-            done.set()
+            finally:
+                done.set()
 
         threading.Thread(target=target, name="rendezvous", daemon=True).start()
         quiet = True
