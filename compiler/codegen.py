@@ -31,6 +31,7 @@ from meshwright.compiler.ledger import TransferKey, transfer_key
 from meshwright.compiler.local_steps import Permute, Reshape, apply_all
 from meshwright.compiler.mesh import Mesh
 from meshwright.compiler.rules.local import local_args
+from meshwright.dsl.errors import plural
 
 aten = torch.ops.aten
 
@@ -75,6 +76,10 @@ class Code:
     constants: Mapping[str, Callable[[RankContext], Any]]
     wires: tuple[Wire, ...]
     wire_names: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        lines = len(self.source.splitlines())
+        return f"<Code of {self.name}: {lines} lines, {plural(len(self.wires), 'wire')}>"
 
     def link(self, context: RankContext) -> RankFunction:
         """The function for one rank."""

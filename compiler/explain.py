@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from meshwright.compiler.ir import INPUT, TensorType
 from meshwright.compiler.ledger import Moved
-from meshwright.compiler.show import size_text
 from meshwright.compiler.summary import statement_texts
-from meshwright.compiler.text import type_text
-from meshwright.dsl.errors import PlanError, did_you_mean
+from meshwright.compiler.text import size_text, type_text
+from meshwright.dsl.errors import PlanError, did_you_mean, plural
 
 if TYPE_CHECKING:
     from meshwright.compiler.program import Program, Stored
@@ -48,6 +47,13 @@ class Explanation:
     def to_json(self) -> dict[str, object]:
         """The same as plain dictionaries and lists."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        tensors, moved = len(self.tensors), len(self.collectives)
+        return (
+            f"<Explanation of {self.name} ({self.kind}): {plural(tensors, 'tensor')}, "
+            f"{plural(moved, 'collective')} per step>"
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.name} ({self.kind})"]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from meshwright.compiler.mesh import Mesh
+from meshwright.dsl.errors import plural
 
 if TYPE_CHECKING:
     from meshwright.compiler.layout import Layout
@@ -153,6 +154,13 @@ class Graph:
     def inputs(self) -> tuple[Node, ...]:
         """The nodes that stand for parameters, buffers, constants and arguments."""
         return tuple(node for node in self.nodes if node.op == INPUT)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Graph {self.name}: {plural(len(self.nodes), 'node')}, "
+            f"{plural(len(self.inputs), 'input')}, {plural(len(self.outputs), 'output')}, "
+            f"mesh {self.mesh}>"
+        )
 
     def users(self) -> dict[Node, list[Node]]:
         """Each node's users, in order, each once."""

@@ -193,6 +193,9 @@ class Layout:
         """Other dims, the same partial and varying axes."""
         return Layout(tuple(dims), self.partial, self.varying)
 
+    def __repr__(self) -> str:
+        return f"<Layout {self}>"
+
     def __str__(self) -> str:
         text = f"[{', '.join(format_dim(dim) for dim in self.dims)}]"
         if self.partial:

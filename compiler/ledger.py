@@ -11,7 +11,9 @@ from typing import TypeAlias
 from meshwright.compiler.collectives import COLLECTIVES, bytes_sent, plan_transfer
 from meshwright.compiler.ir import Arg, Graph, MeshOp, Node
 from meshwright.compiler.layout import Dim
-from meshwright.compiler.text import node_type_text
+from meshwright.compiler.text import node_type_text, size_text
+from meshwright.dsl.errors import plural
+from meshwright.dsl.html import html_table
 
 COUNTED = {"all_gather_replicated": "all_gather"}
 """Kinds that differ only in what becomes of their gradient count as one."""
@@ -51,6 +53,20 @@ class Comm:
     """
 
     moved: tuple[Moved, ...]
+
+    def __repr__(self) -> str:
+        size = size_text(self.total_bytes())
+        return f"<Comm: {plural(len(self), 'collective')}, {size} sent per rank per step>"
+
+    def _repr_html_(self) -> str:
+        groups: dict[tuple[str, str], list[int]] = {}
+        for item in self.moved:
+            key = item.phase, f"{item.kind}[{', '.join(item.axes)}]"
+            groups.setdefault(key, []).append(item.bytes)
+        rows = [(*key, str(len(found)), size_text(sum(found))) for key, found in groups.items()]
+        rows.append(("in all", "", str(len(self)), size_text(self.total_bytes())))
+        columns = ("", "collective", "per step", "sent per rank")
+        return html_table(columns, rows, right="  rr")
 
     def __iter__(self) -> Iterator[Moved]:
         return iter(self.moved)

@@ -20,6 +20,7 @@ from meshwright.compiler.ir import GETITEM, INPUT, Arg, Graph, MeshOp, Node
 from meshwright.compiler.ledger import counted, moves, transfer_key
 from meshwright.compiler.text import arg_text, arg_texts, call_text, node_type_text, op_text
 from meshwright.dsl.errors import plural
+from meshwright.dsl.html import html_table
 
 aten = torch.ops.aten
 
@@ -56,6 +57,16 @@ def graph_text(graph: Graph, *, local: bool = False, full: bool = False) -> str:
     return "\n".join(printer.text(lines))
 
 
+def graph_html(graph: Graph) -> str:
+    """A graph as a table of a notebook: name, type, operator and module; equal layers once."""
+    rows = [
+        (row.strip(),) if isinstance(row, str) else (*row.head.split(": ", 1), row.call, row.module)
+        for row in _Printer(graph, local=False, full=False).rows(fold_lines(graph))
+    ]
+    title = f"graph {graph.name}  mesh {graph.mesh}"
+    return html_table(("name", "type", "operator", "module"), rows, title=title)
+
+
 def exact_text(graph: Graph) -> str:
     """All that is in a graph, one line for each node, to compare programs: nothing is rounded."""
     nodes = [f"{n.name}: {node_type_text(n, graph)} = {call_text(n)}" for n in graph.nodes]
@@ -83,18 +94,18 @@ class _Printer:
 
     def text(self, lines: Sequence[Line | Repeat]) -> Iterator[str]:
         yield f"graph {self.graph.name}  mesh {self.graph.mesh}"
-        rows = list(self._rows(lines))
+        rows = list(self.rows(lines))
         width = _head_width([row for row in rows if isinstance(row, _Row)])
         for row in rows:
             yield from [row] if isinstance(row, str) else _laid_out(row, width)
 
-    def _rows(self, lines: Sequence[Line | Repeat]) -> Iterator[_Row | str]:
+    def rows(self, lines: Sequence[Line | Repeat]) -> Iterator[_Row | str]:
         for line in lines:
             if isinstance(line, Node):
                 head = f"{line.name}: {node_type_text(line, self.graph, local=self.local)}"
                 yield _Row(head, _call(line, self.full), line.origin.module)
             elif isinstance(line, Repeat):
-                yield from self._rows(line.first)
+                yield from self.rows(line.first)
                 yield from _wrapped(f"  … {_repeat_text(line)}", "    ")
             else:
                 yield from _wrapped(f"  return {line[0]} = {line[1].name}", "      ")
@@ -123,10 +134,12 @@ def _laid_out(row: _Row, width: int) -> Iterator[str]:
     if len(before) + len(row.tail) <= WIDTH and len(row.head) <= width:
         yield before + row.tail
         return
-    under = " " * (width + len("   = "))
     if len(row.head) > width:
         yield from _wrapped(f"  {row.head}", "      ")
-        before = f"{' ' * (width + 2)} = "
+        before = " " * (width + 2) + " = "
+        if len(before) + max(map(len, row.call.split())) > WIDTH:
+            before = "      = "
+    under = " " * len(before)
     *lines, last = _wrapped(before + row.call, f"{under}  ")
     yield from lines
     comment = f"  # {row.module}" if row.module else ""
@@ -134,7 +147,7 @@ def _laid_out(row: _Row, width: int) -> Iterator[str]:
         yield last + comment
     else:
         yield last
-        yield f"{under}  # {row.module}"
+        yield f"{under}{comment}"
 
 
 def _wrapped(line: str, indent: str) -> list[str]:

@@ -17,9 +17,11 @@ from meshwright.compiler.emit import Movement
 from meshwright.compiler.ir import Graph, MeshOp, Node, TensorType
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.ledger import Comm, ledger
-from meshwright.compiler.listing import exact_text, graph_text
+from meshwright.compiler.listing import exact_text, graph_html, graph_text
 from meshwright.compiler.memory import Memory, memory
 from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.text import size_text
+from meshwright.dsl.errors import plural
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,6 +89,20 @@ class Program:
     recompile: Callable[..., Program] = field(repr=False)
     """Compile the same model and plan for another input signature or mode."""
     launcher: Callable[..., Any] = field(repr=False)
+
+    def __repr__(self) -> str:
+        comm, peak = self.comm(), size_text(self.memory().peak)
+        return (
+            f"<Program: {type(self.model).__name__} under {self.plan.source.name}, "
+            f"mode {self.mode}, device {self.device.type}, mesh {self.mesh}; "
+            f"{plural(len(comm), 'collective')}, {size_text(comm.total_bytes())} sent per rank per "
+            f"step, peak memory {peak} per rank>"
+        )
+
+    def _repr_html_(self) -> str:
+        from meshwright.compiler.show import show_html
+
+        return show_html(self)
 
     def graphs(self) -> dict[str, Graph]:
         """Every graph by name: `stage0.forward` and, in training, `stage0.backward`."""
@@ -215,3 +231,9 @@ class GraphText:
 
     def __str__(self) -> str:
         return self.text()
+
+    def __repr__(self) -> str:
+        return repr(self.graph)
+
+    def _repr_html_(self) -> str:
+        return graph_html(self.graph)

@@ -25,6 +25,9 @@ _DTYPES = {
 }
 
 
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
 def dtype_text(dtype: torch.dtype) -> str:
     """`f32` for `torch.float32`."""
     return _DTYPES.get(dtype) or str(dtype).removeprefix("torch.")
@@ -96,3 +99,13 @@ def arg_text(arg: Any) -> str:
     if isinstance(arg, float) and math.isfinite(arg) and arg == int(arg) and abs(arg) < 1e15:
         return f"{arg:.1f}"
     return str(arg)
+
+
+def size_text(num_bytes: int) -> str:
+    """`768 B`, `1.5 KiB`, `12 MiB`."""
+    size, unit = float(num_bytes), _UNITS[0]
+    for unit in _UNITS:
+        if size < 1024 or unit == _UNITS[-1]:
+            break
+        size /= 1024
+    return f"{size:.1f} {unit}" if unit != "B" and size < 100 else f"{size:.0f} {unit}"

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 from meshwright.dsl.check import check
-from meshwright.dsl.errors import PlanError, quoted
+from meshwright.dsl.errors import PlanError, plural, quoted
 from meshwright.dsl.layouts import LayoutTemplate, format_axes
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Axes, Let, MeshStatement, Statement
@@ -45,6 +45,9 @@ class PlanBuilder:
         self._statements: list[Statement] = []
         if mesh:
             self._add("mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.items()))
+
+    def __repr__(self) -> str:
+        return f"<PlanBuilder {self._name}: {plural(len(self._lines), 'statement')}>"
 
     def plan(self) -> Plan:
         """The `Plan` of all statements so far."""

@@ -13,8 +13,9 @@ from lark import Token
 from meshwright.dsl import statements as s
 from meshwright.dsl.arrange import arrange
 from meshwright.dsl.check import check
-from meshwright.dsl.errors import PlanError
+from meshwright.dsl.errors import PlanError, plural
 from meshwright.dsl.files import check_text, read_file
+from meshwright.dsl.html import html_table
 from meshwright.dsl.layout_reader import LayoutReader
 from meshwright.dsl.layouts import LayoutTemplate
 from meshwright.dsl.names import Names, collect
@@ -162,6 +163,16 @@ class Plan:
 
     def __str__(self) -> str:
         return self.format()
+
+    def __repr__(self) -> str:
+        mesh = ", ".join(f"{axis}={size}" for axis, size in self.mesh)
+        where = f"mesh {mesh}" if mesh else "no mesh"
+        return f"<Plan {self.source.name}: {plural(len(self.statements), 'statement')}, {where}>"
+
+    def _repr_html_(self) -> str:
+        text = self.source.text or self.format()
+        rows = [(str(number), line) for number, line in enumerate(text.splitlines(), start=1)]
+        return html_table(("", ""), rows, title=f"plan {self.source.name}", right="r ")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan):

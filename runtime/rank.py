@@ -44,6 +44,9 @@ class RankState:
         for stored in program.buffers.values():
             self._hold("buffer", stored, values)
 
+    def __repr__(self) -> str:
+        return f"<RankState: rank {self.rank} of mesh {self.mesh}, on {self.device}>"
+
     def _hold(self, kind: str, stored: Stored, values: Values) -> Tensor:
         local = self.local(values(stored), stored)
         self.stored[kind, stored.name] = stored

@@ -122,6 +122,15 @@ class Run:
         if self.program.mode == "train":
             notice_optimizers_of(self.program.captured.parameters)
 
+    def __repr__(self) -> str:
+        program, step = self.program, self.states[0].random.step
+        when = "closed" if self._closed else f"after step {step}"
+        where = "every rank in this process"
+        if isinstance(self.transport, ProcessMesh):
+            where = f"rank {self.transport.ranks[0]}"
+        model, plan = type(program.model).__name__, program.plan.source.name
+        return f"<Run: {model} under {plan}, mesh {self.mesh}, {where}, {when}>"
+
     # -- training -----------------------------------------------------------------------------
 
     def step(self, *args: Any, **kwargs: Any) -> Any:

@@ -41,6 +41,9 @@ class VirtualMesh:
         self.mesh = mesh
         self.ranks: tuple[int, ...] = tuple(range(mesh.num_ranks))
 
+    def __repr__(self) -> str:
+        return f"<VirtualMesh {self.mesh}: {len(self.ranks)} ranks in this process>"
+
     def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
         """Drive all ranks to their ends."""
         return run_virtual(programs, self.mesh, names)
@@ -60,6 +63,9 @@ class ProcessMesh:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.process = ProcessTransport(mesh, device)
         self.ranks: tuple[int, ...] = (self.process.rank,)
+
+    def __repr__(self) -> str:
+        return f"<ProcessMesh: this process is rank {self.process.rank}>"
 
     def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
         """Drive this rank to its end."""

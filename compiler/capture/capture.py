@@ -33,6 +33,7 @@ from meshwright.compiler.capture.values import OnlyOnce, values_in_python
 from meshwright.compiler.capture.watch import watching
 from meshwright.compiler.ir import Graph
 from meshwright.compiler.mesh import Mesh
+from meshwright.dsl.errors import plural
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,13 @@ class Captured:
     """The parameters that ask for no gradient."""
     input_spec: InputSpec
     mode: Mode = field(default="train")
+
+    def __repr__(self) -> str:
+        return (
+            f"<Captured: {plural(len(self.graph.nodes), 'node')}, "
+            f"{plural(len(self.parameters), 'parameter')}, {plural(len(self.buffers), 'buffer')}, "
+            f"mode {self.mode}>"
+        )
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -15,7 +15,8 @@ from meshwright.compiler.graph_data import graph_data
 from meshwright.compiler.ir import Graph
 from meshwright.compiler.listing import graph_text
 from meshwright.compiler.program import Program
-from meshwright.compiler.show import show_text, size_text
+from meshwright.compiler.show import show_text
+from meshwright.compiler.text import size_text
 from meshwright.dsl.errors import did_you_mean, plural
 from meshwright.dsl.plan import Plan
 from meshwright.models import CommandError, UsageError, load_model
@@ -35,8 +36,9 @@ def check(arguments: Namespace) -> int:
     print(f"{plan.source.name}: {plural(len(plan.statements), 'statement')}, {where}")
     if program is not None:
         comm, peak = program.comm(), size_text(program.memory().peak)
-        moved = f"{plural(len(comm), 'collective')} of {size_text(comm.total_bytes())} a rank"
-        print(f"{type(program.model).__name__}: compiles; {moved} and step, peak memory {peak}")
+        moved = f"{plural(len(comm), 'collective')}, {size_text(comm.total_bytes())} sent"
+        name = type(program.model).__name__
+        print(f"{name}: compiles; {moved} per rank per step, peak memory {peak} per rank")
     return 0
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import re
 from collections.abc import Callable
 from functools import cache
+from random import Random
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright as mw
 from meshwright.compiler.names import fold
-from meshwright.compiler.show import show_text, size_text
+from meshwright.compiler.show import show, show_text
+from meshwright.compiler.text import size_text
+from meshwright.dsl.selectors import Selector
 
 PLAN = """\
 mesh     dp=2, tp=2
@@ -79,6 +86,64 @@ def test_show_with_local_prints_the_shapes_of_one_rank(golden: Callable[[str, st
     golden("show_local", show_text(program(), local=True))
 
 
+class Deep(nn.Module):
+    """Names as deep as Hugging Face's, and several modules in one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict(
+            {"layers": nn.ModuleList(nn.ModuleDict(self.parts()) for _ in range(3))}
+        )
+
+    @staticmethod
+    def parts() -> dict[str, nn.Module]:
+        attention = {f"{name}_projection": nn.Linear(8, 8) for name in ("query", "key", "output")}
+        norms = {"post_attention_layernorm": nn.LayerNorm(8)}
+        return {"self_attention": nn.ModuleDict(attention), **norms}
+
+    def forward(self, inputs_of_the_batch: Tensor) -> Tensor:
+        x = inputs_of_the_batch
+        for layer in self.model["layers"]:
+            attention = layer["self_attention"]
+            x = layer["post_attention_layernorm"](x)
+            y = attention["query_projection"](x) * attention["key_projection"](x)
+            x = x + attention["output_projection"](y)
+        return x.square().mean()
+
+
+@cache
+def deep() -> mw.Program:
+    plan = """mesh dp=2, tp=2
+    data inputs_of_the_batch over dp
+    columns model.layers.*.self_attention.{query,key}_projection over tp
+    rows model.layers.*.self_attention.output_projection over tp
+    """
+    plan = "\n".join(line.strip() for line in plan.splitlines())
+    return mw.compile(Deep(), mw.Plan.parse(plan, "deep.plan"), (torch.zeros(4, 8),), device="cpu")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_show_fits_the_terminal_and_breaks_no_name(width: int) -> None:
+    text = show_text(deep(), width=width)
+    names = re.compile(r"\w*(?:_\w+)+")
+    whole = set(names.findall(show_text(deep(), width=1000)))
+    assert set(names.findall(text)) == whole
+    assert max(map(len, text.splitlines())) <= max(width, 76)
+
+
+def test_show_keeps_to_the_width_of_a_console_in_colour_and_without() -> None:
+    for width in (80, 120):
+        for colour in (None, "truecolor"):
+            file = io.StringIO()
+            console = Console(
+                file=file, width=width, color_system=colour, force_terminal=bool(colour)
+            )
+            show(deep(), console=console)
+            text = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+            assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+            assert text.rstrip().endswith(show_text(deep(), width=width)[-40:].strip()[-20:])
+
+
 def test_show_names_gathers_that_no_line_asks_for(golden: Callable[[str, str], None]) -> None:
     plan = mw.Plan.parse("mesh tp=2\ncolumns up over tp\n", "sorting.plan")
     found = mw.compile(Sorting(), plan, (torch.zeros(4, 8),), device="cpu")
@@ -124,6 +189,22 @@ def test_names_fold_to_selectors_that_match_them() -> None:
         "blocks.2.up": [layers[2]],
         "head": ["head"],
     }
+
+
+def test_a_selector_matches_no_name_that_it_does_not_stand_for() -> None:
+    """A product of two sets of numbers would match the one name that is laid out otherwise."""
+    known = [f"stages.{i}.layer.{j}" for i in range(3) for j in range(2)]
+    assert fold(known[1:], known) == {
+        "stages.0.layer.1": known[1:2],
+        "stages.[1:3].layer.[0:2]": known[2:],
+    }
+    random = Random(0)
+    for _ in range(200):
+        names = random.sample(known, random.randint(1, len(known)))
+        folded = fold(names, known)
+        assert sorted(itertools.chain(*folded.values())) == sorted(names)
+        for selector, group in folded.items():
+            assert Selector(selector).match(known) == sorted(group)
 
 
 def test_sizes_read_as_a_person_writes_them() -> None:

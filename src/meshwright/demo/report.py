@@ -48,7 +48,7 @@ def opening(console: Console, model: GPT, corpus: Corpus) -> None:
 def program(console: Console, program: Program, *, seconds: float) -> None:
     """The mesh, the program's tables, and part of the graph of one rank."""
     console.print(f"Compiled in {seconds:.1f} s. ", mesh_text(program), sep="")
-    console.print(tables(summarise(program)))
+    console.print(tables(summarise(program), console.width))
     console.print(
         f"The feed-forward half of [bold]{_MODULE}[/], rewritten, and its backward. Every byte "
         "that moves is a node:\n"
