@@ -43,7 +43,20 @@ def build():
 
 def nothing():
     """Returns None."""
+
+
+def broken():
+    return Model(9)
 '''
+
+FILES = {
+    "a.plan": PLAN,
+    "model.py": MODEL,
+    "broken.py": "import not_installed_anywhere\n",
+    "syntax.py": "x = = 1\n",
+    "exits.py": "import sys\nsys.exit(2)\n",
+    "binary.plan": "\xff\xfe",
+}
 
 SCRIPT = """\
 import os, sys
@@ -61,8 +74,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name, text in (("a.plan", PLAN), ("model.py", MODEL), ("script.py", SCRIPT)):
-        Path(name).write_text(text, encoding="utf-8")
+    for name, text in {**FILES, "script.py": SCRIPT}.items():
+        Path(name).write_text(text, encoding="latin-1")
+    Path("folder").mkdir()
 
     def command(*words: str) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -79,7 +93,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
 def test_check_reads_a_plan_and_compiles_a_model_under_it(
     run: Run, golden: Callable[[str, str], None]
 ) -> None:
-    alone, with_model = run("check", "a.plan"), run("check", "a.plan", "model.py:build")
+    alone, with_model = run("check", "a.plan"), run("check", "model.py:build", "a.plan")
     assert (alone[0], with_model[0]) == (0, 0)
     golden("check", alone[1] + with_model[1])
 
@@ -93,8 +107,11 @@ def test_check_reads_a_plan_and_compiles_a_model_under_it(
         ("graph_local", ["graph", "model.py:build", "a.plan", "--name=stage0.forward", "--local"]),
         ("graph_module_json", ["graph", "model:build", "a.plan", "--module=down", "--json"]),
         ("explain", ["explain", "model.py:build", "a.plan", "down"]),
-        ("check_json", ["check", "a.plan", "model.py:build", "--json"]),
+        ("check_json", ["check", "model.py:build", "a.plan", "--json"]),
         ("infer", ["graph", "model.py:build", "a.plan", "--mode=infer"]),
+        ("help", ["help"]),
+        ("help_run", ["help", "run"]),
+        ("help_explain", ["explain", "model.py:build", "--help"]),
     ],
 )
 def test_a_command_prints_its_golden_text(
@@ -133,10 +150,56 @@ def test_fmt_prints_checks_and_writes_the_canonical_form(
         ("error_no_module_of_the_model", 1, ["graph", "model.py:build", "a.plan", "--module=u"]),
         ("error_nothing_to_explain", 1, ["explain", "model.py:build", "a.plan", "upp"]),
         ("error_no_script", 1, ["run", "other.py", "--processes", "2"]),
+        ("error_no_script_near", 1, ["run", "scrip.py", "--processes", "2"]),
+        ("error_script_is_a_folder", 1, ["run", "folder", "--processes", "2"]),
+        ("error_plan_is_a_folder", 1, ["check", "folder"]),
+        ("error_plan_is_binary", 1, ["check", "model.py:build", "binary.plan"]),
+        ("error_plan_is_a_folder_with_a_model", 1, ["show", "model.py:build", "folder"]),
+        ("error_import", 1, ["show", "broken.py:build", "a.plan"]),
+        ("error_import_json", 1, ["show", "broken.py:build", "a.plan", "--json"]),
+        ("error_import_of_a_module", 1, ["show", "broken:build", "a.plan"]),
+        ("error_call", 1, ["show", "model.py:broken", "a.plan"]),
+        ("error_syntax", 1, ["show", "syntax.py:build", "a.plan"]),
+        ("error_exit", 1, ["show", "exits.py:build", "a.plan"]),
+        ("usage_command", 2, ["shwo"]),
+        ("usage_command_json", 2, ["shwo", "--json"]),
+        ("usage_help_of_no_command", 2, ["help", "exlpain"]),
+        ("usage_option_first", 2, ["--json", "show"]),
+        ("usage_nothing", 2, []),
         ("usage_model", 2, ["show", "model.py", "a.plan"]),
+        ("usage_no_model", 2, ["show", "a.plan"]),
+        ("usage_no_plan", 2, ["graph", "model.py:build", "--local"]),
+        ("usage_neither", 2, ["show"]),
+        ("usage_check_nothing", 2, ["check"]),
+        ("usage_check_no_plan", 2, ["check", "model.py:build"]),
+        ("usage_two_plans", 2, ["check", "a.plan", "a.plan"]),
+        ("usage_two_models", 2, ["show", "model.py:build", "model:build"]),
+        ("usage_too_many", 2, ["show", "a.plan", "model.py:build", "down"]),
+        ("usage_no_name", 2, ["explain", "a.plan", "model.py:build"]),
+        ("usage_fmt_nothing", 2, ["fmt"]),
+        ("usage_fmt_both", 2, ["fmt", "a.plan", "--check", "--write"]),
+        ("usage_option", 2, ["show", "model.py:build", "a.plan", "--locla"]),
+        ("usage_option_without_value", 2, ["graph", "model.py:build", "a.plan", "--name"]),
+        ("usage_option_with_value", 2, ["show", "model.py:build", "a.plan", "--json=yes"]),
+        ("usage_mode", 2, ["show", "model.py:build", "a.plan", "--mode", "training"]),
+        ("usage_steps", 2, ["demo", "--steps", "x"]),
+        ("usage_steps_negative", 2, ["demo", "--steps", "-1"]),
+        ("usage_demo_processes", 2, ["demo", "--processes", "2"]),
+        ("usage_demo_word", 2, ["demo", "now"]),
         ("usage_no_processes", 2, ["run", "script.py"]),
         ("usage_processes", 2, ["run", "script.py", "--processes", "many"]),
+        ("usage_processes_zero", 2, ["run", "script.py", "--processes", "0"]),
+        ("usage_processes_negative", 2, ["run", "script.py", "--processes=-1"]),
+        ("usage_processes_fraction", 2, ["run", "script.py", "--processes", "2.5"]),
+        ("usage_processes_alone", 2, ["run", "script.py", "--processes"]),
+        ("usage_processes_twice", 2, ["run", "--processes", "2", "script.py", "--processes=4"]),
         ("usage_no_script", 2, ["run", "--processes", "2"]),
+        ("usage_no_module", 2, ["run", "--processes", "2", "-m"]),
+        ("usage_run_option", 2, ["run", "--proceses", "2", "script.py"]),
+        ("usage_grace", 2, ["run", "--processes=2", "script.py", "--grace", "soon"]),
+        ("usage_nodes", 2, ["run", "--processes=2", "script.py", "--nodes", "2"]),
+        ("usage_node_rank", 2, ["run", "--processes=2", "script.py", "--node-rank", "1"]),
+        ("usage_rendezvous", 2, ["run", "--processes=2", "script.py", "--rendezvous", "here"]),
     ],
 )
 def test_what_is_wrong_is_said_in_words(
@@ -144,8 +207,28 @@ def test_what_is_wrong_is_said_in_words(
 ) -> None:
     found, out, err = run(*words)
     assert found == code
-    assert "Traceback" not in err
-    golden(name, out + err)
+    said = "".join(line for line in (out + err).splitlines(keepends=True) if line.strip(" ^~\n"))
+    golden(name, said.replace(f"{Path.cwd()}/", ""))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["show", "a.plan", "model.py:build"],
+        ["graph", "a.plan", "model:build", "--name=stage0.forward"],
+        ["explain", "a.plan", "model.py:build", "down"],
+        ["explain", "down", "--mode", "train", "a.plan", "model.py:build"],
+        ["check", "a.plan", "model.py:build"],
+    ],
+)
+def test_model_and_plan_are_understood_in_either_order(words: list[str], run: Run) -> None:
+    usual = sorted(words[1:], key=lambda word: (":" not in word, "plan" not in word))
+    assert run(*words) == run(words[0], *usual)
+    assert run(*words)[0] == 0
+
+
+def test_the_version_is_that_of_the_package(run: Run) -> None:
+    assert run("--version") == (0, f"meshwright {meshwright.__version__}\n", "")
 
 
 def test_a_plan_that_does_not_fit_the_model_is_shown_with_its_caret(
@@ -162,14 +245,10 @@ def test_a_plan_that_does_not_fit_the_model_is_shown_with_its_caret(
     ]
 
 
-def test_an_unknown_command_is_a_usage_error(run: Run) -> None:
-    assert run("shwo")[0] == 2
-
-
 def test_run_starts_one_process_a_rank_and_returns_their_exit_code(run: Run) -> None:
     code, out, _ = run("run", "script.py", "--lr", "3", "--processes", "2", "0")
     assert code == 0
-    assert sorted(out.splitlines()) == ["0 2 --lr 3 0", "1 2 --lr 3 0"]
+    assert sorted(out.splitlines()) == ["0 2 --lr 3 0", "[rank 1] 1 2 --lr 3 0"]
     assert run("run", "--processes=1", "script.py", "1")[0] == 1
 
 

@@ -6,134 +6,253 @@ import argparse
 import json
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import meshwright
 from meshwright import commands as functions
-from meshwright.dsl.errors import MeshwrightError, PlanError
-from meshwright.models import UsageError
+from meshwright.dsl.errors import MeshwrightError, PlanError, did_you_mean
+from meshwright.launcher.job import GRACE
+from meshwright.models import ModelError, UsageError
+from meshwright.usage import assign, is_model, job, one_of, whole_number
 
-_MODEL = "`path/to/file.py:function` or `package.module:function`; it returns (model, example)"
+_ABOUT = "Compile a PyTorch model and a plan into what each device of a mesh runs."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for what is wrong, 2 for a wrong command."""
-    arguments = parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = arguments.command
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = command(arguments)
+        code = _dispatch(words)
         sys.stdout.flush()
     except MeshwrightError as error:
-        _report(error, as_json=getattr(arguments, "json", False))
+        _report(error, as_json="--json" in words and words[0] != "run")
         return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
         # Whoever read the output has seen enough; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        return 130
     return code
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    top = argparse.ArgumentParser(
-        prog="meshwright",
-        description="Compile a PyTorch model and a plan into what each device of a mesh runs.",
-    )
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
-    _check(_command(commands, "check", "read a plan; with a model, compile it too"))
-    _show(_command(commands, "show", "mesh, layouts, collectives, bytes and memory"))
-    _graph(_command(commands, "graph", "the rewritten graphs as typed text"))
-    _explain(_command(commands, "explain", "why one module is laid out as it is"))
-    _fmt(_command(commands, "fmt", "print plans in canonical form"))
-    _run(_command(commands, "run", "start a script in several processes of this machine"))
-    _demo(_command(commands, "demo", "train a small GPT on a mesh, beside one process"))
-    return top
+def _dispatch(words: Sequence[str]) -> int:
+    name, *rest = words or [""]
+    if name == "help" and rest:
+        name, rest = rest[0], ["--help"]
+    if name in ("", "help", "-h", "--help"):
+        print(_overview(), end="", file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name in ("-V", "--version"):
+        print(f"meshwright {meshwright.__version__}")
+        return 0
+    if name not in _COMMANDS:
+        what = f"`{name}` stands before the command" if name[0] == "-" else ""
+        help = "write the command first, such as `meshwright show`, and its options after it"
+        raise UsageError(
+            what or f"there is no command `{name}`",
+            help=help if what else did_you_mean(name, _COMMANDS),
+        )
+    asked = rest[:1] if name == "run" else rest
+    if "--help" in asked or "-h" in asked:
+        print(_COMMANDS[name].help(name), end="")
+        return 0
+    function: Callable[[Namespace], int] = getattr(functions, name)
+    return function(_arguments(name, rest))
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str
-) -> argparse.ArgumentParser:
-    added = commands.add_parser(name, help=help, description=help)
-    added.set_defaults(command=getattr(functions, name))
-    return added
+_Options = dict[str, dict[str, Any]]
 
 
-def _compiles(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", metavar="MODEL", help=_MODEL)
-    command.add_argument("plan", metavar="PLAN", help="a plan file")
-    _options(command)
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """One command: the words that it takes, in their usual order, and its options."""
+
+    about: str
+    usage: str
+    words: dict[str, str]
+    options: _Options
+    notes: str = ""
+
+    def help(self, name: str) -> str:
+        """What `meshwright NAME --help` prints."""
+        parser = argparse.ArgumentParser(
+            prog=f"meshwright {name}",
+            usage=f"meshwright {name} {self.usage}",
+            description=f"{self.about[0].upper()}{self.about[1:]}.",
+            epilog=self.notes,
+            formatter_class=partial(argparse.HelpFormatter, width=80),
+        )
+        for word, meaning in self.words.items():
+            parser.add_argument(word, help=meaning)
+        for option, settings in self.options.items():
+            parser.add_argument(option, **settings)
+        return parser.format_help()
+
+    def read(self, name: str, words: Sequence[str]) -> Namespace:
+        """The arguments for the command's function; raises `UsageError`."""
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("words", nargs="*")
+        for option, settings in self.options.items():
+            parser.add_argument(option, **settings)
+        try:
+            arguments, unknown = parser.parse_known_intermixed_args(words)
+        except argparse.ArgumentError as error:
+            raise self._in_words(error) from None
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            raise UsageError(
+                f"`{name}` has no option `{option}`", help=did_you_mean(option, self.options)
+            )
+        return arguments
+
+    def _in_words(self, error: argparse.ArgumentError) -> UsageError:
+        """What argparse found wrong with an option: its value is missing, or it takes none."""
+        option = error.argument_name or ""
+        if "action" in self.options[option]:
+            return UsageError(f"`{option}` takes no value", help=f"write `{option}` alone")
+        example = _EXAMPLES.get(option, "4")
+        return UsageError(f"`{option}` is missing its value", help=f"write `{option} {example}`")
 
 
-def _options(command: argparse.ArgumentParser) -> None:
-    modes = ("train", "infer")
-    command.add_argument("--mode", choices=modes, default="train", help="compile for this")
-    command.add_argument(
-        "--device", help="the device type to compile for (default: this machine's)"
-    )
-    _json(command)
+def _arguments(name: str, words: Sequence[str]) -> Namespace:
+    """A command's arguments; raises `UsageError`."""
+    command = _COMMANDS[name]
+    if name == "run":
+        return Namespace(job=job(words))
+    arguments = command.read(name, words)
+    given = arguments.words
+    if name == "fmt":
+        if arguments.check and arguments.write:
+            raise UsageError("`--check` and `--write` exclude each other", help="write one of them")
+        if not given:
+            raise UsageError(
+                "`fmt` is missing a plan", help="write `meshwright fmt path/to/a.plan`"
+            )
+        arguments.plans = given
+        return arguments
+    wanted = list(command.words)
+    if name == "check" and not any(is_model(word) for word in given) and len(given) < 2:
+        wanted, arguments.model = ["PLAN"], None
+    for what, word in assign(name, given, wanted).items():
+        setattr(arguments, what.lower(), word)
+    return arguments
 
 
-def _json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON")
+def _overview() -> str:
+    """What `meshwright help` prints."""
+    usages = {name: f"{name} {command.usage}" for name, command in _COMMANDS.items()}
+    lines = ["usage: meshwright COMMAND ...", "", _ABOUT, ""]
+    lines += [f"  {name:<8} {command.about}" for name, command in _COMMANDS.items()]
+    lines += ["", *(f"  meshwright {usage}" for usage in usages.values())]
+    lines += ["", "`meshwright help COMMAND` says more.", ""]
+    return "\n".join(lines)
 
 
-def _check(command: argparse.ArgumentParser) -> None:
-    command.add_argument("plan", metavar="PLAN", help="a plan file")
-    command.add_argument("model", metavar="MODEL", nargs="?", help=_MODEL)
-    _options(command)
-
-
-def _show(command: argparse.ArgumentParser) -> None:
-    _compiles(command)
-    command.add_argument("--local", action="store_true", help="the shapes that one rank holds")
-
-
-def _graph(command: argparse.ArgumentParser) -> None:
-    _compiles(command)
-    command.add_argument("--name", help="one graph, such as `stage0.forward` (default: all)")
-    command.add_argument("--module", help="only the nodes of this module, such as `blocks.0`")
-    command.add_argument("--full", action="store_true", help="every one of equal layers")
-    command.add_argument("--local", action="store_true", help="the shapes that one rank holds")
-
-
-def _explain(command: argparse.ArgumentParser) -> None:
-    _compiles(command)
-    command.add_argument("name", metavar="NAME", help="a module, parameter or input")
-
-
-def _fmt(command: argparse.ArgumentParser) -> None:
-    command.add_argument("plans", metavar="PLAN", nargs="+", help="plan files")
-    how = command.add_mutually_exclusive_group()
-    how.add_argument("--check", action="store_true", help="only say which would change: exit 1")
-    how.add_argument("--write", action="store_true", help="write the canonical form back")
-    _json(command)
-
-
-def _run(command: argparse.ArgumentParser) -> None:
-    command.usage = "meshwright run SCRIPT [ARGUMENT ...] --processes N"
-    command.add_argument(
-        "script",
-        metavar="SCRIPT",
-        nargs=argparse.REMAINDER,
-        help="a Python file and its arguments, `--processes N` anywhere among them",
-    )
-    command.add_argument("--processes", metavar="N", help="how many, one for each rank of the mesh")
-
-
-def _demo(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--steps", type=int, default=0, help="optimizer steps")
-    one_each = "a process for each of the 4 ranks, instead of all in this one"
-    command.add_argument("--processes", type=int, choices=[4], help=one_each)
-    _json(command)
+_EXAMPLES = {
+    "--mode": "infer",
+    "--device": "cpu",
+    "--name": "stage0.forward",
+    "--module": "blocks.0",
+}
+_BOTH = {
+    "MODEL": "`path/to/file.py:function` or `package.module:function`: it returns (model, example)",
+    "PLAN": "a plan file; model and plan are told by their form, in either order",
+}
+_JSON: _Options = {"--json": {"action": "store_true", "help": "print JSON"}}
+_COMPILED: _Options = {
+    "--mode": {
+        "type": one_of("--mode", ("train", "infer")),
+        "default": "train",
+        "help": "compile for this: train (the default) or infer",
+    },
+    "--device": {"help": "the device type to compile for (default: this machine's)"},
+    **_JSON,
+}
+_LOCAL: _Options = {"--local": {"action": "store_true", "help": "the shapes that one rank holds"}}
+_COMMANDS = {
+    "check": _Command(
+        "read a plan; with a model, compile it too", "[MODEL] PLAN", _BOTH, _COMPILED
+    ),
+    "show": _Command(
+        "mesh, layouts, collectives, bytes and memory", "MODEL PLAN", _BOTH, {**_COMPILED, **_LOCAL}
+    ),
+    "graph": _Command(
+        "the rewritten graphs as typed text",
+        "MODEL PLAN",
+        _BOTH,
+        {
+            "--name": {"help": "one graph, such as `stage0.forward` (default: all)"},
+            "--module": {"help": "only the nodes of this module, such as `blocks.0`"},
+            "--full": {"action": "store_true", "help": "every one of equal layers"},
+            **_COMPILED,
+            **_LOCAL,
+        },
+    ),
+    "explain": _Command(
+        "why one module is laid out as it is",
+        "MODEL PLAN NAME",
+        {**_BOTH, "NAME": "a module, parameter or input"},
+        _COMPILED,
+    ),
+    "fmt": _Command(
+        "print plans in canonical form",
+        "PLAN [PLAN ...]",
+        {"PLAN": "plan files"},
+        {
+            "--check": {"action": "store_true", "help": "only say which would change: exit 1"},
+            "--write": {"action": "store_true", "help": "write the canonical form back"},
+            **_JSON,
+        },
+    ),
+    "run": _Command(
+        "start a script in several processes of this machine",
+        "SCRIPT [ARGUMENT ...] --processes N",
+        {"SCRIPT": "a Python file and its arguments, or `-m` and a module with its own"},
+        {
+            "--processes": {"metavar": "N", "help": "how many, one for each rank of this machine"},
+            "--logs": {"metavar": "FOLDER", "help": "a file for the output of each rank there"},
+            "--grace": {
+                "metavar": "SECONDS",
+                "help": f"how long ranks have to end when told to (default: {GRACE:g})",
+            },
+            "--nodes": {"metavar": "N", "help": "how many machines, each with `--processes` ranks"},
+            "--node-rank": {"metavar": "I", "help": "which of them this is, from 0"},
+            "--rendezvous": {"metavar": "HOST:PORT", "help": "where ranks meet, on node 0"},
+        },
+        "These options may stand anywhere; what follows `--` is the script's alone.",
+    ),
+    "demo": _Command(
+        "train a small GPT on a mesh, beside one process",
+        "[--steps N] [--processes 4]",
+        {},
+        {
+            "--steps": {"type": whole_number("--steps"), "default": 0, "help": "optimizer steps"},
+            "--processes": {
+                "type": one_of("--processes", ("4",)),
+                "help": "a process for each of the 4 ranks, instead of all in this one",
+            },
+            **_JSON,
+        },
+    ),
+}
 
 
 def _report(error: MeshwrightError, *, as_json: bool) -> None:
     """The text of an error, on stderr; with --json, its data on stdout."""
+    traceback = error.traceback if isinstance(error, ModelError) else ""
     if not as_json:
-        print(error, file=sys.stderr)
+        print(f"{traceback}\n{error}" if traceback else error, file=sys.stderr)
         return
     data: dict[str, object] = {"type": type(error).__name__, "text": str(error)}
     data["code"] = getattr(error, "code", "")
     data["help"] = getattr(error, "help", "")
+    if traceback:
+        data["traceback"] = traceback
     if isinstance(error, PlanError):
         data["places"] = [
             {"plan": span.source.name, "line": span.line, "column": span.column, "end": span.end}

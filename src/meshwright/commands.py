@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +16,9 @@ from meshwright.compiler.show import show_text
 from meshwright.compiler.text import size_text
 from meshwright.dsl.errors import did_you_mean, plural
 from meshwright.dsl.plan import Plan
-from meshwright.models import CommandError, UsageError, load_model
+from meshwright.launcher.job import Job
+from meshwright.launcher.launch import launch as launch_processes
+from meshwright.models import CommandError, load_model
 from meshwright.passes import driver
 from meshwright.runtime.run import launch
 
@@ -135,52 +134,20 @@ def fmt(arguments: Namespace) -> int:
 
 
 def run(arguments: Namespace) -> int:
-    """Start a script under torchrun, one process a rank; its exit code."""
-    return _spawn(*_script(arguments.script, arguments.processes))
-
-
-def _spawn(script: Sequence[str], processes: int) -> int:
-    """What torchrun's exit code is for a script, or for `-m` and a module, and its arguments."""
-    environment = dict(os.environ)
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={processes}", *script]
-    return subprocess.run(command, env=environment, check=False).returncode
-
-
-def _script(words: Iterable[str], processes: str | None) -> tuple[list[str], int]:
-    """The script with its own arguments, and the number of processes, wherever it was written."""
-    script: list[str] = []
-    rest = iter(words)
-    for word in rest:
-        if word == "--":
-            script += rest
-        elif word == "--processes":
-            processes = next(rest, "")
-        elif word.startswith("--processes="):
-            processes = word.partition("=")[2]
-        else:
-            script.append(word)
-    if not script:
-        raise UsageError("there is no script to run", help="write `meshwright run train.py`")
-    if processes is None or not processes.isdecimal() or int(processes) < 1:
-        said = "is missing" if processes is None else f"is `{processes}`, not a number of processes"
-        raise UsageError(f"`--processes` {said}", help="write `--processes 4` for four ranks")
-    if not Path(script[0]).is_file():
-        raise CommandError(f"there is no file `{script[0]}`", help="check the path of the script")
-    return script, int(processes)
+    """Run a script in a process per rank; its exit code."""
+    return launch_processes(arguments.job)
 
 
 def demo(arguments: Namespace) -> int:
     """Train the demo's model; see `meshwright.demo`."""
     from meshwright import demo as demonstration
 
+    steps = arguments.steps or demonstration.STEPS
     if arguments.processes:
         options = ["--json"] if arguments.json else []
-        words = ["-m", "meshwright", "demo", f"--steps={arguments.steps}", *options]
-        return _spawn(words, arguments.processes)
-    return demonstration.run(arguments.steps or demonstration.STEPS, as_json=arguments.json)
+        words = ("-m", "meshwright", "demo", f"--steps={steps}", *options)
+        return launch_processes(Job(words, int(arguments.processes)))
+    return demonstration.run(steps, as_json=arguments.json)
 
 
 def _compiled(arguments: Namespace, plan: Plan | None = None) -> Program:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from meshwright.compiler.errors import CompilerError
-from meshwright.dsl.errors import did_you_mean
+from meshwright.dsl.errors import MeshwrightError, did_you_mean
 
 
 class CommandError(CompilerError):
@@ -24,20 +25,31 @@ class UsageError(CommandError):
     """A command was not written as it should be."""
 
 
+class ModelError(CommandError):
+    """The user's own code failed; `traceback` is its traceback, without what called it."""
+
+    def __init__(self, problem: str, *, traceback: str, help: str) -> None:
+        super().__init__(problem, help=help)
+        self.traceback = traceback
+
+
 def load_model(spec: str) -> tuple[nn.Module, Any]:
     """The model and its example: what the function named by `spec` returns.
 
     Raises `UsageError` for what names no function, `CommandError` for a file, module or function
-    that is not there and for a function that returns anything else. What the user's own code raises
-    passes through.
+    that is not there and for a function that returns anything else, `ModelError` for what the
+    user's own code raises.
     """
     where, _, name = spec.rpartition(":")
     if not where or not name.isidentifier():
         raise UsageError(
             f"`{spec}` names no function", help="write `path/to/file.py:function` for the model"
         )
-    module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where)
-    returned = _function(module, name, where)()
+    with _CodeOfTheUser(where, "is imported"):
+        module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where)
+    function = _function(module, name, where)
+    with _CodeOfTheUser(spec, "is called"):
+        returned = function()
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise CommandError(
             f"`{spec}` returns {_kind(returned)}, not a model and its example",
@@ -46,9 +58,54 @@ def load_model(spec: str) -> tuple[nn.Module, Any]:
     model, example = returned
     if not isinstance(model, nn.Module):
         raise CommandError(
-            f"`{spec}` returns {_kind(model)} where the model is due", help="return an `nn.Module`"
+            f"`{spec}` returns {_kind(model)} where the model should be",
+            help="return an `nn.Module`",
         )
     return model, example
+
+
+class _CodeOfTheUser:
+    """Makes a `ModelError` of what the user's own code raises inside of it; ours passes."""
+
+    def __init__(self, what: str, when: str) -> None:
+        self.what, self.when = what, when
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if isinstance(error, SystemExit):
+            raise CommandError(
+                f"`{self.what}` calls `sys.exit` as it {self.when}",
+                help='put what is meant for a script under `if __name__ == "__main__":`',
+            ) from None
+        if not isinstance(error, Exception) or isinstance(error, MeshwrightError):
+            return
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        first = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
+        raise ModelError(
+            f"`{self.what}` failed as it {self.when}: {first}",
+            traceback=_own_traceback(error),
+            help=f"install `{missing}`, or run where Python finds it"
+            if missing
+            else "mend the code that the traceback above ends in",
+        ) from None
+
+
+def _own_traceback(error: Exception) -> str:
+    """The traceback from the first line of the user's code on, if any was reached."""
+    trace = error.__traceback__
+    while trace is not None and _is_above(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+    if trace is None:
+        return "".join(traceback.format_exception_only(error))
+    return "".join(traceback.format_exception(type(error), error, trace))
+
+
+def _is_above(file: str) -> bool:
+    return file in (__file__, importlib.__file__) or file.startswith("<frozen importlib")
 
 
 def _function(module: ModuleType, name: str, where: str) -> Callable[[], Any]:

@@ -1,0 +1,234 @@
+"""What the words of a command line mean: which is the model, which the plan, which the script's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from meshwright.dsl.errors import did_you_mean, nearest
+from meshwright.launcher.job import GRACE, Job
+from meshwright.models import CommandError, UsageError
+
+MODEL = "path/to/file.py:function"
+_WANTED = {"MODEL": "a model", "PLAN": "a plan", "NAME": "the name of a module, parameter or input"}
+
+
+def is_model(word: str) -> bool:
+    """Whether a word has the form `file.py:function` or `package.module:function`."""
+    where, colon, name = word.rpartition(":")
+    written = bool(colon) and (name.isidentifier() or where.endswith(".py"))
+    return (written or word.endswith(".py")) and not (colon and Path(word).is_file())
+
+
+def is_plan(word: str) -> bool:
+    """Whether a word is called like a plan, or is a file that is not a model's."""
+    return not is_model(word) and (word.endswith(".plan") or Path(word).is_file())
+
+
+def assign(command: str, words: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
+    """The words by what they are, `wanted` being `MODEL`, `PLAN` and `NAME` in their usual order.
+
+    A model and a plan are told by their form, in whatever order they come; a word of neither form
+    is taken by its place. Raises `UsageError` for words that are missing or too many.
+    """
+    found: dict[str, str] = {}
+    rest = list(words)
+    for what, fits in (("MODEL", is_model), ("PLAN", is_plan)):
+        fitting = [word for word in rest if fits(word)]
+        if fitting and what in wanted:
+            found[what] = fitting[0]
+            rest.remove(fitting[0])
+    open_places = [what for what in wanted if what not in found]
+    if len(rest) > len(open_places):
+        raise _too_many(command, rest[len(open_places)], found, wanted)
+    if len(rest) < len(open_places):
+        missing = " and ".join(_WANTED[what] for what in open_places[len(rest) :])
+        written = dict(zip(open_places, rest, strict=False)) | found
+        raise UsageError(f"`{command}` is missing {missing}", help=_usage(command, wanted, written))
+    _check_kinds(command, dict(zip(open_places, rest, strict=True)), found, wanted)
+    return found | dict(zip(open_places, rest, strict=True))
+
+
+def _check_kinds(
+    command: str, placed: dict[str, str], found: dict[str, str], wanted: Sequence[str]
+) -> None:
+    """Refuse a second model in the place of the plan, and a second plan in that of the model."""
+    for what, kind, other, fits in (
+        ("PLAN", "models", "MODEL", is_model),
+        ("MODEL", "plans", "PLAN", is_plan),
+    ):
+        if what in placed and other in found and fits(placed[what]):
+            raise UsageError(
+                f"`{found[other]}` and `{placed[what]}` are both {kind}",
+                help=_usage(command, wanted, {other: found[other]}),
+            )
+
+
+def _too_many(command: str, word: str, found: dict[str, str], wanted: Sequence[str]) -> UsageError:
+    takes = " and ".join(_WANTED[what] for what in wanted) or "no words"
+    return UsageError(
+        f"`{word}` is one word too many: `{command}` takes {takes}",
+        help=_usage(command, wanted, found),
+    )
+
+
+def _usage(command: str, wanted: Sequence[str], written: dict[str, str]) -> str:
+    examples = {"MODEL": MODEL, "PLAN": "path/to/a.plan", "NAME": "blocks.0"}
+    words = ["meshwright", command, *(written.get(what, examples[what]) for what in wanted)]
+    return f"write `{' '.join(words)}`"
+
+
+def whole_number(option: str, least: int = 1) -> Callable[[str], int]:
+    """Reads an option's value; raises `UsageError` for what is not a number from `least` on."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < least:
+            raise UsageError(
+                f"`{option}` is `{text}`, not a whole number from {least} on",
+                help=f"write `{option} {max(least, 4)}`",
+            )
+        return int(text)
+
+    return read
+
+
+def one_of(option: str, choices: Sequence[str]) -> Callable[[str], str]:
+    """Reads an option's value; raises `UsageError` for what is none of `choices`."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            either = " or ".join(f"`{option} {choice}`" for choice in choices)
+            raise UsageError(f"`{option}` is `{text}`", help=f"write {either}")
+        return text
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise UsageError(
+            f"`--grace` is `{text}`, not a number of seconds", help=f"write `--grace {GRACE:g}`"
+        )
+    return seconds
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(
+            f"`--rendezvous` is `{text}`, not a host and a port",
+            help="write `--rendezvous HOST:29500`, HOST being node 0's name or address",
+        )
+    return host.strip("[]"), int(port)
+
+
+RUN_OPTIONS: dict[str, Callable[[str], object]] = {
+    "--processes": whole_number("--processes"),
+    "--logs": Path,
+    "--grace": _seconds,
+    "--nodes": whole_number("--nodes"),
+    "--node-rank": whole_number("--node-rank", least=0),
+    "--rendezvous": _address,
+}
+"""What `run` takes for itself, anywhere before a `--`."""
+_EXAMPLES = {"--logs": "logs", "--grace": f"{GRACE:g}", "--rendezvous": "HOST:29500"}
+
+
+def job(words: Sequence[str]) -> Job:
+    """What `meshwright run` was asked to launch.
+
+    Raises `UsageError` for what is not written as it should be, `CommandError` for a script that is
+    not there.
+    """
+    script, options = _split(words)
+    if not script or script == ["-m"]:
+        what = "module" if script else "script"
+        raise UsageError(
+            f"there is no {what} to run",
+            help=f"write `meshwright run {'-m package.module' if script else 'train.py'} "
+            "--processes 4`",
+        )
+    if "--processes" not in options:
+        raise UsageError("`--processes` is missing", help="write `--processes 4` for four ranks")
+    _check_script(script[0])
+    read = {name.lstrip("-"): RUN_OPTIONS[name](text) for name, text in options.items()}
+    nodes, node, meet = read.get("nodes", 1), read.get("node-rank", 0), read.get("rendezvous")
+    assert isinstance(nodes, int) and isinstance(node, int)
+    _check_nodes(nodes, node, options)
+    return Job(
+        tuple(script),
+        read["processes"],  # type: ignore[arg-type]  # as RUN_OPTIONS reads it, and the next ones
+        logs=read.get("logs"),  # type: ignore[arg-type]
+        grace=read.get("grace", GRACE),  # type: ignore[arg-type]
+        nodes=nodes,
+        node=node,
+        rendezvous=meet,  # type: ignore[arg-type]
+    )
+
+
+def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The script with its own arguments, and the options of `run` from wherever they stood."""
+    script: list[str] = []
+    options: dict[str, str] = {}
+    rest: Iterator[str] = iter(words)
+    for word in rest:
+        name, equals, text = word.partition("=")
+        if word == "--":
+            script += rest
+        elif name in RUN_OPTIONS:
+            text = text if equals else next(rest, "")
+            _check_option(name, text, options)
+            options[name] = text
+        elif not script and word.startswith("-") and word != "-m":
+            known = [*RUN_OPTIONS, "-m"]
+            raise UsageError(f"`run` has no option `{name}`", help=did_you_mean(name, known))
+        else:
+            script.append(word)
+    return script, options
+
+
+def _check_option(name: str, text: str, options: dict[str, str]) -> None:
+    if not text or text in RUN_OPTIONS:
+        raise UsageError(
+            f"`{name}` is missing its value", help=f"write `{name} {_EXAMPLES.get(name, '4')}`"
+        )
+    if name in options:
+        raise UsageError(
+            f"`{name}` is there twice, as `{options[name]}` and as `{text}`",
+            help="write it once; what is meant for the script goes after `--`",
+        )
+
+
+def _check_nodes(nodes: int, node: int, options: dict[str, str]) -> None:
+    if node >= nodes:
+        raise UsageError(
+            f"`--node-rank` is {node}, and `--nodes` is {nodes}",
+            help=f"write `--nodes {node + 1}`" if nodes == 1 else f"write 0 to {nodes - 1}",
+        )
+    missing = [name for name in ("--node-rank", "--rendezvous") if name not in options]
+    if nodes > 1 and missing:
+        raise UsageError(
+            f"with `--nodes {nodes}`, `{missing[0]}` is missing",
+            help=f"write `--nodes {nodes} --node-rank {node} --rendezvous HOST:29500`, "
+            "HOST being node 0's name or address",
+        )
+
+
+def _check_script(script: str) -> None:
+    path = Path(script)
+    if script == "-m" or path.is_file():
+        return
+    if path.is_dir():
+        raise CommandError(
+            f"`{script}` is a folder, not a script", help="write the path of a Python file in it"
+        )
+    close = nearest(path.stem, [each.stem for each in path.parent.glob("*.py")])
+    raise CommandError(
+        f"there is no file `{script}`",
+        help=f"write `{path.with_name(close[0])}.py`" if close else "check the path of the script",
+    )
