@@ -55,7 +55,7 @@ FILES = {
     "broken.py": "import not_installed_anywhere\n",
     "syntax.py": "x = = 1\n",
     "exits.py": "import sys\nsys.exit(2)\n",
-    "binary.plan": "\xff\xfe",
+    "binary.plan": "\x80\x81\xff",
 }
 
 SCRIPT = """\

@@ -148,8 +148,12 @@ def _overview() -> str:
     usages = {name: f"{name} {command.usage}" for name, command in _COMMANDS.items()}
     lines = ["usage: meshwright COMMAND ...", "", _ABOUT, ""]
     lines += [f"  {name:<8} {command.about}" for name, command in _COMMANDS.items()]
-    lines += ["", *(f"  meshwright {usage}" for usage in usages.values())]
-    lines += ["", "`meshwright help COMMAND` says more.", ""]
+    lines += ["  help     what one command takes", ""]
+    lines += [
+        *(f"  meshwright {usage}" for usage in usages.values()),
+        "  meshwright help COMMAND",
+        "",
+    ]
     return "\n".join(lines)
 
 
