@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from meshwright.compiler.draft import Draft
 from meshwright.compiler.ir import INPUT, Graph, Node
-from meshwright.compiler.linears import computed_weights
+from meshwright.compiler.linears import computed_weights, tables
+from meshwright.compiler.text import op_text
 from meshwright.dsl.errors import PlanError, either
-from meshwright.dsl.layouts import DimTemplate, FactorTemplate
-from meshwright.dsl.resolve import selectors_of
-from meshwright.dsl.statements import Columns, Rows, Spread
+from meshwright.dsl.layouts import DimTemplate, FactorTemplate, format_axes
+from meshwright.dsl.statements import Columns, Rows, Spread, Vocab
+from meshwright.dsl.suggest import selectors_of
 
 _LETTERS = "oiklmn"
 
@@ -32,8 +33,9 @@ def nothing_found(
     reason = (
         _used_elsewhere(draft, found, module, statement)
         or _computed(draft, module, statement)
+        or _other_operator(draft, module, statement)
         or _never_run(draft, module, found)
-        or Reason(f"`{module}` does not call one itself", _such_as(module, found))
+        or Reason(f"{_name(module)} does not call one itself", _such_as(module, found))
     )
     return draft.plan.error(
         "P501", f"`{statement.verb}` needs {what}, and {reason.why}", statement, help=reason.help
@@ -86,6 +88,28 @@ def _computed(draft: Draft, module: str, statement: Spread) -> Reason | None:
     return Reason(why, _shard_lines(draft, fitting or names, statement, module, found.biases))
 
 
+def _other_operator(draft: Draft, module: str, statement: Spread) -> Reason | None:
+    """The module uses its parameters in something else: a lookup, a recurrence."""
+    own = _own_parameters(draft, module)
+    users = draft.graph.users()
+    dim, ranks = 1 if isinstance(statement, Rows) else 0, draft.mesh.size(statement.over)
+    fitting = {
+        name: node
+        for name, node in own.items()
+        if len(node.tensor.shape) > 1 and node.tensor.shape[dim] % ranks == 0
+    }
+    uses = [user for node in fitting.values() for user in users[node]]
+    if not fitting or not uses or isinstance(statement, Vocab):
+        return None
+    operator = op_text(uses[0].op).removeprefix("mesh::")
+    why = f"{_name(module)} runs `{operator}`, which is not one"
+    if tables(draft.graph).get(module):
+        target = next(each for each in statement.targets if each.matches(module))
+        line = f"vocab {target} over {format_axes(statement.over)}"
+        return Reason(why, f"write `{line}`")
+    return Reason(why, _shard_lines(draft, fitting, statement, module))
+
+
 def _never_run(draft: Draft, module: str, found: Sequence[str]) -> Reason | None:
     holds_others = any(name.startswith(f"{module}.") for name in found)
     if holds_others or runs(draft.graph, module):
@@ -124,11 +148,12 @@ def _shard_lines(
     rows = isinstance(statement, Rows)
     named = {name: len(node.tensor.shape) for name, node in parameters.items()}
     named |= {node.args[1]: 1 for node in biases}
-    lines = [
-        f"shard {_selector(name, module, statement)} {_layout(statement, rank)}"
-        for name, rank in named.items()
-        if rank and not (rows and rank == 1)
-    ]
+    by_layout: dict[str, list[str]] = {}
+    for name, rank in named.items():
+        if rank and not (rows and rank == 1):
+            selectors = by_layout.setdefault(_layout(statement, rank), [])
+            selectors.append(_selector(name, module, statement))
+    lines = [f"shard {', '.join(names)} {layout}" for layout, names in by_layout.items()]
     return f"write {either(lines, 'and')}" if lines else "name another module"
 
 
@@ -145,6 +170,10 @@ def _layout(statement: Spread, rank: int) -> str:
     factors = statement.factors if isinstance(statement, Columns) else None
     split = (factors or dims[dim]).split_first_named(statement.over)
     return f"[{', '.join(str(split if i == dim else each) for i, each in enumerate(dims))}]"
+
+
+def _name(module: str) -> str:
+    return f"`{module}`" if module else "the model"
 
 
 def _shown(places: Iterable[str]) -> Iterator[str]:

@@ -8,15 +8,25 @@ from typing import TypeAlias, TypeVar
 from meshwright.compiler.draft import Draft
 from meshwright.compiler.ir import Graph
 from meshwright.compiler.missing import nothing_found, runs
-from meshwright.dsl.statements import Spread
+from meshwright.dsl.errors import either
+from meshwright.dsl.statements import Spread, Targeted
 
 S = TypeVar("S", bound=Spread)
 T = TypeVar("T")
 
 
-def modules_of(draft: Draft) -> list[str]:
-    """The qualified names of all modules of the model, the root left out."""
-    return list(draft.modules)
+def modules_of(draft: Draft, verb: type[Targeted] | None = None) -> list[str]:
+    """The qualified names of all modules of the model.
+
+    The root, whose name is empty, is among them where a statement of `verb` names it: `""`.
+    """
+    targets = (t for each in draft.plan.of(verb) for t in each.targets) if verb is not None else ()
+    return [*([""] if any(not target.segments for target in targets) else []), *draft.modules]
+
+
+def shown(module: str) -> str:
+    """A module as errors name it."""
+    return f"`{module}`" if module else "the model"
 
 
 def tensors_of(draft: Draft) -> list[str]:
@@ -42,7 +52,7 @@ def of_modules(
     does not use it, or only evaluation does.
     """
     found = find(draft.graph)
-    for module, statement in draft.plan.resolve(verb, modules_of(draft)).items():
+    for module, statement in draft.plan.resolve(verb, modules_of(draft, verb)).items():
         if found.get(module):
             yield statement, found[module]
         elif draft.variant_of is None and not _has(find, evaluated(draft, module), module):
@@ -70,10 +80,13 @@ def check_divides(draft: Draft, size: int, statement: Spread, tensor: str, what:
     usable = [str(n) for n in range(2, min(size, 64) + 1) if size % n == 0][:8]
     choices = " or ".join(filter(None, [", ".join(usable[:-1]), *usable[-1:]]))
     axis = statement.over[0]
+    help = f"use {axis}={choices}"
+    if len(statement.over) > 1:
+        help = f"give {either(statement.over, 'and')} sizes whose product is {choices}"
     raise draft.plan.error(
         "P203",
         f"cannot split {size} {what} over {over}",
         statement.at("over"),
         subject=tensor,
-        help=f"use {axis}={choices}" if usable else "leave it whole",
+        help=help if usable else "leave it whole",
     )

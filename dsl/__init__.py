@@ -14,7 +14,7 @@ from meshwright.dsl.builder import PlanBuilder
 from meshwright.dsl.errors import CODES, MeshwrightError, PlanError
 from meshwright.dsl.layouts import DimTemplate, FactorTemplate, LayoutTemplate
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.resolve import nothing_matches, resolve
+from meshwright.dsl.resolve import resolve
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.solve import Dim, Factor, Segment, solve, solve_columns
 from meshwright.dsl.source import Source, Span
@@ -46,6 +46,7 @@ from meshwright.dsl.statements import (
     Vocab,
     Zero,
 )  # fmt: skip
+from meshwright.dsl.suggest import nothing_matches
 
 __all__ = [
     "CODES",

@@ -127,9 +127,11 @@ class Plan:
         """The factors of each dim of a tensor of this shape; see `solve`."""
         return solve(layout, shape, dict(self.mesh), tensor)
 
-    def columns_dim(self, columns: s.Columns, size: int, tensor: str = "") -> Dim:
+    def columns_dim(
+        self, columns: s.Columns, shape: Sequence[int], dim: int = 0, tensor: str = ""
+    ) -> Dim:
         """The factors of a column-parallel linear's output features; see `solve_columns`."""
-        return solve_columns(columns, size, dict(self.mesh), tensor)
+        return solve_columns(columns, shape, dim, dict(self.mesh), tensor)
 
     def merged(self, paths: str | Iterable[str], text: str, name: str = "__plan__") -> Plan:
         """This plan with the fragment that the class of the modules at `paths` carries.

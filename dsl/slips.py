@@ -23,7 +23,7 @@ _OTHER_WORDS = {
     "columnparallellinear",
     "rows": "row rowwise rowparallel rowwiseparallel rowparallellinear",
     "data": "batch batches inputs input dataparallel",
-    "data *": "ddp distributeddataparallel",
+    "data **": "ddp distributeddataparallel",
     "zero 1": "zero1",
     "zero 2": "zero2 deepspeed",
     "zero 3": "zero3 fsdp fsdp2 fullyshard fullyshardeddataparallel",

@@ -46,15 +46,18 @@ def solve(
     )
 
 
-def solve_columns(columns: Columns, size: int, mesh: Mapping[str, int], tensor: str = "") -> Dim:
-    """The factors of a column-parallel linear's `size` output features.
+def solve_columns(
+    columns: Columns, shape: Sequence[int], dim: int, mesh: Mapping[str, int], tensor: str = ""
+) -> Dim:
+    """The factors of a column-parallel linear's output features: `dim` of a weight of this shape.
 
     The first named factor of every segment of `as` is split; without `as`, the whole dim.
     """
     whole = FactorTemplate(None, "output features", span=columns.at("over"))
     factors = columns.factors or DimTemplate(((whole,),), columns.at("over"))
-    layout = LayoutTemplate((factors.split_first_named(columns.over),), span=columns.span)
-    return solve(layout, (size,), mesh, tensor)[0]
+    dims = [DimTemplate(((FactorTemplate(size),),)) for size in shape]
+    dims[dim] = factors.split_first_named(columns.over)
+    return solve(LayoutTemplate(tuple(dims), span=columns.span), shape, mesh, tensor)[dim]
 
 
 @dataclass(slots=True)
@@ -82,10 +85,13 @@ class _Solver:
         return PlanError(code, message, spans=spans, subject=self.subject(), help=help)
 
     def subject(self) -> str:
-        """The tensor with the sizes found so far: `w: f32[(3 12 64), 768]`."""
-        dims = (self._show(dim, size) for dim, size in zip(self.dims, self.shape, strict=False))
-        rest = map(str, self.shape[len(self.dims) :])
-        return f"{self.tensor}[{', '.join([*dims, *rest])}]" if self.tensor else ""
+        """The tensor with the sizes found so far: `w: f32[(3 12 64), 768] = [2304, 768]`."""
+        if not self.tensor:
+            return ""
+        found = [self._show(dim, size) for dim, size in zip(self.dims, self.shape, strict=True)]
+        aligned, shape = ", ".join(found), ", ".join(map(str, self.shape))
+        own = "" if aligned == shape else f" = [{shape}]"
+        return f"{self.tensor}[{aligned}]{own}"
 
     def _show(self, dim: DimTemplate, size: int) -> str:
         if len(dim.segments) == 1 and len(dim.segments[0]) == 1:

@@ -22,8 +22,8 @@ from meshwright.compiler.rules.lookup import has_rule
 from meshwright.compiler.rules.views import RESHAPES
 from meshwright.compiler.targets import modules_of
 from meshwright.compiler.text import op_text
-from meshwright.dsl.resolve import selectors_of
 from meshwright.dsl.statements import Allow
+from meshwright.dsl.suggest import selectors_of
 
 LIMIT = 64 << 10
 """Bytes a rank and step that implicit gathers may move together."""

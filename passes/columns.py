@@ -27,8 +27,8 @@ def columns(draft: Draft) -> Draft:
         return draft
     for statement, found in of_modules(linears, Columns, draft, "a linear"):
         for linear in found:
-            size = linear.weight.tensor.shape[linear.features]
-            dim = to_dim(draft.plan.columns_dim(statement, size, f"{tensor_text(linear.weight)}"))
+            shape, text = linear.weight.tensor.shape, tensor_text(linear.weight)
+            dim = to_dim(draft.plan.columns_dim(statement, shape, linear.features, text))
             draft = pin(draft, linear.weight, {linear.features: dim}, statement)
             for bias in linear.biases:
                 draft = pin(draft, bias, {0: dim}, statement)

@@ -18,6 +18,7 @@ from meshwright.compiler.ir import Node
 from meshwright.compiler.layout import cut
 from meshwright.compiler.pins import pin, tensor_text
 from meshwright.compiler.targets import inputs_of
+from meshwright.dsl.layouts import format_axes
 from meshwright.dsl.statements import Data, Shard
 
 
@@ -67,17 +68,23 @@ def _check_complete(draft: Draft, arguments: Mapping[str, Node], found: Mapping[
         for target in statement.targets
         for name in target.match(list(arguments))
     }
-    for name, node in arguments.items():
-        shape = node.tensor.shape
-        if name in found or name in sharded or not shape or shape[0] not in sizes:
-            continue
-        statement = sizes[shape[0]]
-        over = ", ".join(statement.over)
+    missing = [
+        name
+        for name, node in arguments.items()
+        if name not in found
+        and name not in sharded
+        and node.tensor.shape[:1]
+        and node.tensor.shape[0] in sizes
+    ]
+    if missing:
+        name, node = missing[0], arguments[missing[0]]
+        statement = sizes[node.tensor.shape[0]]
+        dim = f" dim={statement.dim}" if statement.dim else ""
+        line = f"data {', '.join([*found, *missing])} over {format_axes(statement.over)}{dim}"
         raise draft.plan.error(
             "P501",
             f"the input `{name}` has the batch's size and is not under `data`",
             statement,
-            subject=f"{tensor_text(node)}{list(shape)}",
-            help=f"write `data {', '.join([*found, name])} over {over}`, "
-            f"or `shard {name} [...]` to keep it whole",
+            subject=f"{tensor_text(node)}{list(node.tensor.shape)}",
+            help=f"write `{line}`, or `shard {', '.join(missing)} [...]` to keep it whole",
         )

@@ -53,7 +53,8 @@ def measure(program: Program, statement: Expect, module: str) -> float:
 def _modules(program: Program, statement: Expect) -> list[str]:
     if not statement.targets:
         return []
-    names = [name for name, _ in program.model.named_modules() if name]
+    named = any(not target.segments for target in statement.targets)
+    names = [name for name, _ in program.model.named_modules() if name or named]
     return list(resolve([statement], names))
 
 
@@ -75,4 +76,7 @@ def _spell(statement: Expect) -> str:
 
 def _evidence(comm: Comm, statement: Expect, module: str) -> list[str]:
     items = [] if statement.metric == "peak_memory" else _counted(comm, statement, module)
-    return [f"{item.phase}: {item.kind} of {item.type} in {item.module}" for item in items[:5]]
+    return [
+        f"{item.phase}: {item.kind} of {item.type} in {item.module or 'the model'}"
+        for item in items[:5]
+    ]

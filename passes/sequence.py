@@ -27,15 +27,17 @@ from dataclasses import replace
 from meshwright.compiler.draft import Draft, Region
 from meshwright.compiler.ir import Node
 from meshwright.compiler.sequences import entered_activations
-from meshwright.compiler.targets import evaluated, modules_of
+from meshwright.compiler.targets import evaluated, modules_of, shown
+from meshwright.dsl.errors import either
 from meshwright.dsl.statements import Sequence
+from meshwright.dsl.suggest import selectors_of
 
 
 def sequence(draft: Draft) -> Draft:
     """Make one region of the modules of each `sequence` statement."""
     if not draft.plan.of(Sequence):
         return draft
-    found = draft.plan.resolve(Sequence, modules_of(draft))
+    found = draft.plan.resolve(Sequence, modules_of(draft, Sequence))
     by_statement: dict[int, tuple[Sequence, set[str]]] = {}
     for module, statement in found.items():
         by_statement.setdefault(id(statement), (statement, set()))[1].add(module)
@@ -66,7 +68,21 @@ def _check(draft: Draft, modules: frozenset[str], statement: Sequence) -> None:
             continue
         raise draft.plan.error(
             "P501",
-            f"no activation `[batch, sequence, ...]` enters `{module}`",
+            f"no activation `[batch, sequence, ...]` enters {shown(module)}",
             statement,
-            help="name modules that take one, such as whole blocks",
+            help=_such_as(draft),
         )
+
+
+def _such_as(draft: Draft) -> str:
+    """The outermost modules that an activation enters."""
+    entered = entered_activations(draft.graph, frozenset(modules_of(draft)))
+    outermost = (
+        name
+        for name in draft.modules
+        if name in entered and not any(name.startswith(f"{other}.") for other in entered)
+    )
+    found = sorted(selectors_of(outermost), key=lambda text: "*" not in text)
+    if not found:
+        return "remove the statement: no module of the model takes one"
+    return f"name modules that take one, such as {either(found[:3])}"

@@ -19,7 +19,7 @@ from meshwright.compiler.draft import Draft, Pin, input_key
 from meshwright.compiler.ir import INPUT, Node, TensorType
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.pins import contradiction, tensor_text, to_dim, with_pin
-from meshwright.compiler.targets import evaluated, modules_of, tensors_of
+from meshwright.compiler.targets import evaluated, modules_of, shown, tensors_of
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.layouts import LayoutTemplate
 from meshwright.dsl.statements import Columns, Rows, Shard, Statement, Vocab
@@ -79,7 +79,7 @@ def _layout(draft: Draft, template: LayoutTemplate, shape: tuple[int, ...], what
 
 
 def _outputs(draft: Draft) -> Draft:
-    resolved = draft.plan.resolve(Shard, modules_of(draft), of="output")
+    resolved = draft.plan.resolve(Shard, modules_of(draft, Shard), of="output")
     results = module_results(draft, set(resolved))
     values = dict(draft.values)
     for module, statement in resolved.items():
@@ -89,7 +89,7 @@ def _outputs(draft: Draft) -> Draft:
         if node is None:
             raise draft.plan.error(
                 "P501",
-                f"`{module}` gives no tensor that is used outside of it",
+                f"{shown(module)} gives no tensor that is used outside of it",
                 statement,
                 help="name a module with one output that the model uses",
             )
@@ -116,7 +116,7 @@ def module_results(draft: Draft, modules: set[str]) -> dict[str, Node]:
 
 
 def _inputs(draft: Draft) -> Draft:
-    resolved = draft.plan.resolve(Shard, modules_of(draft), of="input")
+    resolved = draft.plan.resolve(Shard, modules_of(draft, Shard), of="input")
     entering = dict(draft.entering)
     seen: set[str] = set()
     for node in draft.graph.nodes:
@@ -135,7 +135,7 @@ def _inputs(draft: Draft) -> Draft:
             continue
         raise draft.plan.error(
             "P501",
-            f"no tensor enters `{module}`",
+            f"no tensor enters {shown(module)}",
             resolved[module],
             help="name a module that takes a tensor",
         )

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from meshwright.compiler.program import Program
-from meshwright.dsl.resolve import nothing_matches
 from meshwright.dsl.selectors import Selector
+from meshwright.dsl.suggest import nothing_matches
 from meshwright.runtime.errors import RunError, check_kind
 
 Groups = Sequence[Mapping[str, Any]]

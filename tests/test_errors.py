@@ -130,6 +130,31 @@ PLANS: Mapping[str, tuple[str, str | None]] = {
         "mesh tp=2\nshard wte.weight [v@tp, d]",
     ),
     "module-that-is-not-there": ("mesh tp=2\ncolumns blocks.*.mlp over tp", None),
+    "prefix-missing": ("mesh tp=2\ncolumns up over tp", "mesh tp=2\n" + MLP),
+    "prefix-too-many": ("mesh tp=2\ncolumns module.blocks.*.up over tp", "mesh tp=2\n" + MLP),
+    "container-skipped": ("mesh tp=2\ncolumns blocks.up over tp", "mesh tp=2\n" + MLP),
+    "parameter-for-a-module": (
+        "mesh tp=2\ncolumns blocks.*.up.weight over tp",
+        "mesh tp=2\n" + MLP,
+    ),
+    "module-for-a-parameter": (
+        "mesh tp=2\nshard wte [v@tp, d]",
+        "mesh tp=2\nshard wte.weight [v@tp, d]",
+    ),
+    "number-out-of-range": ("mesh tp=2\ncolumns blocks.7.up over tp", "mesh tp=2\n" + MLP),
+    "range-in-braces": (
+        "mesh tp=2\ncolumns blocks.{0-1}.up over tp",
+        "mesh tp=2\n" + MLP.replace("*", "[0:2]"),
+    ),
+    "pattern-in-quotes": ('mesh tp=2\ncolumns "blocks.*.up" over tp', "mesh tp=2\n" + MLP),
+    "look-alike-letter": ("mesh tp=2\ncolumns bl\u043ecks.*.up over tp", "mesh tp=2\n" + MLP),
+    "input-that-is-not-there": ("mesh dp=2\ndata batch over dp", "mesh dp=2\n" + DATA),
+    "columns-of-an-embedding": ("mesh tp=2\ncolumns wte over tp", "mesh tp=2\nvocab wte over tp"),
+    "sequence-of-the-model": (
+        'mesh tp=2\nsequence "" over tp\n' + MLP,
+        "mesh tp=2\nsequence blocks.* over tp\n" + MLP,
+    ),
+    "rows-over-two-axes": ("mesh a=2, b=5\nrows blocks.*.down over (a, b)", "mesh tp=4\n" + MLP),
     "layout-of-another-rank": ("mesh tp=2\nshard blocks.*.up.weight [f@tp]", None),
 }
 
@@ -145,6 +170,52 @@ def test_a_wrong_plan_is_told_and_the_help_works(
     golden(f"plan-{case}", _with_lines(str(caught.value)))
     if mended is not None:
         check(GPT, mended)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(8, 16, num_layers=2, batch_first=True)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.rnn(batch["x"])[0].sum() + batch["y"].sum()
+
+
+RECURRENT = {
+    "columns-of-a-recurrence": ("mesh tp=2\ncolumns rnn over tp", "columns rnn over tp"),
+    "rows-of-a-recurrence": ("mesh tp=2\nrows rnn over tp", "rows rnn over tp"),
+    "structure-for-its-inputs": ("mesh dp=2\ndata batch over dp", "batch"),
+    "one-input-of-a-structure": ("mesh dp=2\ndata batch.x over dp", "data batch.x over dp"),
+    "input-of-a-structure-alone": ("mesh dp=2\ndata x, batch.y over dp", "x"),
+    "top-level-of-a-structure": ("mesh dp=2\ndata * over dp", "*"),
+}
+
+
+@pytest.mark.parametrize("case", RECURRENT)
+def test_following_the_help_of_an_error_about_the_model_compiles(golden: Golden, case: str) -> None:
+    text, wrong = RECURRENT[case]
+    example = ({"x": torch.randn(4, 5, 8), "y": torch.randn(4, 3)},)
+    with pytest.raises(mw.PlanError) as caught:
+        mw.compile(Recurrent(), mw.Plan.parse(text, "test.plan"), example)
+    golden(f"plan-{case}", str(caught.value))
+    line = re.findall(r"`([^`]+)`", caught.value.help)[0]
+    mw.compile(Recurrent(), mw.Plan.parse(text.replace(wrong, line, 1)), example)
+
+
+def test_the_selector_of_the_model_itself_is_a_region_and_has_contracts() -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x.square().mean()
+
+    text = 'mesh tp=2\nsequence "" over tp\nexpect all_reduce[tp] == 2 per ""\n' + MLP
+    program = mw.compile(Blocks(), mw.Plan.parse(text), (torch.randn(BATCH, LENGTH, D),))
+    assert any(item.kind == "reduce_scatter" for item in program.comm())
 
 
 def test_fewer_heads_than_ranks_has_both_ways_out(golden: Golden) -> None:

@@ -135,7 +135,7 @@ def test_fewer_heads_than_ranks_names_both_ways_out(golden: Golden) -> None:
     (columns,) = plan.of(Columns)
     golden(
         "error-fewer-heads-than-ranks",
-        error_of(lambda: plan.columns_dim(columns, 768, "layers.0.qkv.weight: bf16")),
+        error_of(lambda: plan.columns_dim(columns, (768, 64), 0, "layers.0.qkv.weight: bf16")),
     )
 
 

@@ -13,7 +13,7 @@ def test_selectors_of_a_fragment_are_relative_to_its_module() -> None:
     plan = Plan.parse("mesh tp=2, dp=2").merged(PATHS, FRAGMENT)
     assert list(plan.resolve(Rows, NAMES)) == ["blocks.0.mlp.down", "blocks.1.mlp.down"]
     columns = plan.resolve(Columns, NAMES)["blocks.1.mlp.up"]
-    assert plan.columns_dim(columns, 12) == (((4, ("tp",)), (3, ())),)
+    assert plan.columns_dim(columns, (12,)) == (((4, ("tp",)), (3, ())),)
 
 
 def test_the_plan_file_wins_where_it_names_the_same_target() -> None:
@@ -25,7 +25,7 @@ def test_the_plan_file_wins_where_it_names_the_same_target() -> None:
 def test_a_let_of_the_plan_wins_over_that_of_a_fragment() -> None:
     plan = Plan.parse("mesh tp=2\nlet f = 6").merged(PATHS, FRAGMENT)
     columns = plan.resolve(Columns, NAMES)["blocks.0.mlp.up"]
-    assert plan.columns_dim(columns, 12) == (((6, ("tp",)), (2, ())),)
+    assert plan.columns_dim(columns, (12,)) == (((6, ("tp",)), (2, ())),)
 
 
 def test_an_outer_module_wins_over_an_inner_one() -> None:

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from meshwright.dsl import Columns, Plan, PlanError, Selector
-from meshwright.dsl.resolve import selectors_of
+from meshwright.dsl.suggest import selectors_of
 
 NAMES = [
     "",

@@ -64,7 +64,7 @@ def test_columns_split_the_first_named_factor_of_every_segment(
     lets = f"let {let}\n" if let else ""
     plan = Plan.parse(f"mesh tp=2\n{lets}columns qkv over tp {factors}")
     (columns,) = plan.of(Columns)
-    assert shown((plan.columns_dim(columns, size),)) == expected
+    assert shown((plan.columns_dim(columns, (size,)),)) == expected
 
 
 def test_an_unknown_factor_before_a_split_one_must_be_bound() -> None:
