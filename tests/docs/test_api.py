@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from torch.nn import functional as F
 
 import meshwright as mw
 from docs.make_api import COMMAND, MACHINERY, PAGE, Entry, attributes, entries, members, page
-from tests.docs.pages import blocks
+from examples import gpt
+from tests.docs.pages import ROOT, blocks
 
 ENTRIES = list(entries())
 OWNERS = {entry.name: entry for entry in ENTRIES if isinstance(entry.object, type)}
@@ -73,6 +75,15 @@ def test_the_docstring_of_a_class_names_every_field(entry: Entry) -> None:
     shown = {member.name.rpartition(".")[2] for member in members(entry.object)}
     fields = [name for name in attributes(entry.object) if name not in shown]
     assert [name for name in fields if not re.search(rf"`{name}\b", entry.text)] == []
+
+
+def test_the_example_in_the_package_s_own_docstring_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "examples")
+    model, (tokens, targets) = gpt.build()
+    code = textwrap.dedent("\n".join(re.findall(r"^ {4}.*$", mw.__doc__ or "", re.M)))
+    found = {"torch": torch, "meshwright": mw, "model": model, "tokens": tokens, "targets": targets}
+    exec(code, found)
+    torch.testing.assert_close(found["loss"], model(tokens, targets).detach())
 
 
 # -- what is raised ---------------------------------------------------------------------------

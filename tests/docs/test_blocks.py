@@ -20,7 +20,7 @@ import torch
 
 import meshwright as mw
 from meshwright.cli import main
-from tests.docs.pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, name_of
+from tests.docs.pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, name_of, tokens
 
 MESH = "mesh dp=2, tp=2, row=2, col=2, pp=2, cp=2, ep=2, z=2\n"
 """For parts of plans: every axis that a page names."""
@@ -45,6 +45,19 @@ def test_every_block_says_what_becomes_of_it() -> None:
     found = [block for page in PAGES for block in blocks(page)]
     assert len(found) > 30
     assert [str(block) for block in found if block.language not in LANGUAGES] == []
+    indented = [name_of(page) for page in PAGES for t in tokens(page) if t.type == "code_block"]
+    assert indented == [], "fence these blocks, and say what becomes of them"
+
+
+def test_every_output_stands_after_what_prints_it() -> None:
+    for page in PAGES:
+        python = False
+        for before, block in pairwise([None, *blocks(page)]):
+            python = python or block.language == "python"
+            if block.language == "output":
+                assert before is not None, block
+                assert before.language in ("python", "plan", "sh"), block
+                assert python or before.language == "sh", block
 
 
 def test_the_blocks_that_are_not_run_are_known() -> None:
@@ -73,9 +86,9 @@ def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page: Path, fol
     for before, block in pairwise([None, *blocks(page)]):
         if block.language == "python":
             printed = run_python(block, namespace)
-        elif block.language == "output" and before is not None:
-            said = printed if before.language != "plan" else told(before, namespace)
-            if before.language != "sh" and block.text not in stripped(said):
+        elif block.language == "output" and before is not None and before.language != "sh":
+            said = printed if before.language == "python" else told(before, namespace)
+            if block.text not in stripped(said):
                 missing.append(f"{block}: not in\n{said}")
     assert missing == [], "\n".join(missing)
 
