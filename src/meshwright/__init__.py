@@ -25,8 +25,8 @@ from meshwright.compiler.program import Program
 from meshwright.dsl.errors import MeshwrightError, PlanError
 from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
-from meshwright.runtime import launcher
 from meshwright.runtime.errors import RunError
+from meshwright.runtime.launcher import guard
 from meshwright.runtime.run import Run, launch
 
 __version__ = "0.1.0"
@@ -83,7 +83,7 @@ def compile(
     model, `CaptureError` for a model or an argument that cannot be used, and `LayoutError` where an
     operator needs whole what the plan splits and the plan does not allow the gather.
     """
-    launcher.guard()
+    guard()
     return driver.compile_program(
         model,
         plan,
