@@ -458,12 +458,12 @@ class Run:
     def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write a checkpoint into the folder `path`, which every rank must reach.
 
-        Each rank writes the parts it owns; the one before stays until the new one is whole. With
-        `optimizer`, its state and its groups' options too. Raises `RunError`.
+        Each rank writes the parts it owns. With `optimizer`, its state and its groups' options too.
+        The checkpoint that is there stays until the new one is complete, and is then removed: save
+        into another folder to keep it. Raises `RunError` on every rank where any rank fails; the
+        run can go on, and the checkpoint before is as it was.
         """
-        check_kind(path, (str, Path), "the path", "pass the name of a folder")
-        programs = checkpoint.save(self.program, self.states, Path(path), optimizer)
-        self._run(programs)
+        self._run(checkpoint.save(self.program, self.states, path, optimizer))
 
     def load(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Read a checkpoint that any plan for this model wrote into the folder `path`.

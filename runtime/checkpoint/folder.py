@@ -52,8 +52,8 @@ class NewSave:
         """The subfolder of this save."""
         return self.folder / self.name
 
-    def begin(self) -> None:
-        """Make the subfolder and lock it. Raises `RunError` where that cannot be."""
+    def begin(self) -> str:
+        """Make the subfolder and lock it; its name. Raises `RunError` where that cannot be."""
         try:
             make_folder(self.folder)
             check_replaceable(self.folder)
@@ -62,7 +62,7 @@ class NewSave:
                 self.name = secrets.token_hex(16)
                 self.path.mkdir()
                 if self._lock():
-                    return
+                    return self.name
         except OSError as error:
             raise cannot("write into", self.folder, error, "name a folder to write into") from None
         raise RunError(

@@ -51,18 +51,10 @@ class Header:
 
     @staticmethod
     def of(save: str, rank: int, tensors: Mapping[str, Tensor]) -> Header:
-        """The header of these tensors, one after the other; their digests are yet to be found.
-
-        Raises `RunError` for a type that the format lacks.
-        """
+        """The header of these tensors, one after the other; their digests are yet to be found."""
         found: dict[str, Held] = {}
         offset = 0
         for name, tensor in tensors.items():
-            if tensor.dtype not in _DTYPES:
-                raise RunError(
-                    f"`{name}` has type `{tensor.dtype}`, which checkpoints cannot hold",
-                    help="hold it in another type, such as two real tensors for a complex one",
-                )
             end = offset + tensor.nbytes
             found[name] = Held(tensor.dtype, tuple(tensor.shape), offset, end, _NO_DIGEST)
             offset = end
@@ -107,6 +99,16 @@ class Header:
             raise ValueError("it is nested too deeply") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def check_types(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `RunError` for a tensor of a type that the format lacks."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise RunError(
+                f"`{name}` has type `{tensor.dtype}`, which checkpoints cannot hold",
+                help="hold it in another type, such as two real tensors for a complex one",
+            )
 
 
 def header_length(first: bytes, file_size: int) -> int:

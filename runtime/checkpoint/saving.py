@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
-from meshwright.runtime.agreement import agreed, told
+from meshwright.runtime.agreement import agreed, first_says
 from meshwright.runtime.checkpoint.files import cannot
 from meshwright.runtime.checkpoint.folder import NewSave
-from meshwright.runtime.checkpoint.header import Header
+from meshwright.runtime.checkpoint.header import Header, check_types
 from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor, saved_tensors
 from meshwright.runtime.checkpoint.optimizer_state import check_optimizer, optimizer_entries
 from meshwright.runtime.checkpoint.parts import Entry, own_parts
@@ -28,7 +29,7 @@ from meshwright.runtime.checkpoint.shards import (
     shard_path,
     write_shard,
 )
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.weights import stored_tensors
 
@@ -36,13 +37,14 @@ _ONE_FOLDER = "give every rank one folder, on a filesystem that all of them shar
 
 
 def save(
-    program: Program, states: Sequence[RankState], path: Path, optimizer: Optimizer | None
+    program: Program, states: Sequence[RankState], path: Any, optimizer: Any
 ) -> list[RankProgram]:
     """What each rank of this process does to write a checkpoint."""
     # On the virtual mesh there is one optimizer for all ranks.
     found: list[dict[str, Any]] = []
 
     def options() -> dict[str, Any] | None:
+        check_kind(path, (str, Path), "the path", "pass the name of a folder")
         if optimizer is not None and not found:
             found.append(check_optimizer(program, states, optimizer))
         return found[0] if found else None
@@ -53,34 +55,30 @@ def save(
 def _save(
     program: Program,
     state: RankState,
-    path: Path,
+    path: Any,
     optimizer: Optimizer | None,
     options: Callable[[], dict[str, Any] | None],
 ) -> RankProgram:
-    first, new = state.rank == 0, NewSave(path)
-
-    def prepare() -> tuple[dict[str, Any] | None, list[Entry], dict[str, Any]]:
+    def prepare() -> tuple[NewSave, dict[str, Any] | None, list[Entry], dict[str, Tensor]]:
         checked = options()
         entries = _entries(program, state, optimizer)
         parts = own_parts(entries, state)
-        Header.of("", state.rank, parts)
-        if first:
-            new.begin()
-        return checked, entries, parts
+        check_types(parts)
+        return NewSave(Path(path)), checked, entries, parts
 
-    def commit() -> None:
-        if first:
-            tensors = saved_tensors(entries, state.mesh)
-            shards = _whole_shards(path, name, state.mesh.num_ranks, tensors)
-            random = {"seed": state.random.seed, "step": state.random.step}
-            aliases = dict(program.captured.aliases)
-            new.commit(Manifest(name, state.mesh, random, aliases, tensors, checked, shards))
+    def commit() -> str:
+        tensors = saved_tensors(entries, state.mesh)
+        shards = _whole_shards(new.folder, name, state.mesh.num_ranks, tensors)
+        random = {"seed": state.random.seed, "step": state.random.step}
+        aliases = dict(program.captured.aliases)
+        new.commit(Manifest(name, state.mesh, random, aliases, tensors, checked, shards))
+        return name
 
+    new, checked, entries, parts = yield from agreed(state, prepare)
     try:
-        checked, entries, parts = yield from agreed(state, prepare)
-        name = yield from told(state, new.name)
-        yield from agreed(state, lambda: _write(path, name, state.rank, parts, new))
-        yield from agreed(state, commit)
+        name = yield from first_says(state, new.begin)
+        yield from agreed(state, lambda: _write(new, name, state.rank, parts))
+        yield from first_says(state, commit)
     finally:
         new.close()
 
@@ -95,9 +93,9 @@ def _entries(program: Program, state: RankState, optimizer: Optimizer | None) ->
     return found
 
 
-def _write(path: Path, name: str, rank: int, parts: dict[str, Any], new: NewSave) -> None:
+def _write(new: NewSave, name: str, rank: int, parts: dict[str, Tensor]) -> None:
     """Write this rank's file; that of rank 0 is open since the save began."""
-    shard, header = shard_path(path, name, rank), Header.of(name, rank, parts)
+    shard, header = shard_path(new.folder, name, rank), Header.of(name, rank, parts)
     if new.file is not None:
         write_shard(new.file, shard, header, parts)
         return

@@ -38,6 +38,7 @@ def main(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         foreign = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
         attempt(run, folder / "common", foreign if second else optimizer)
+        attempt(run, None if second else folder / "common", optimizer)  # type: ignore[arg-type]
         fresh = run.optimizer(torch.optim.AdamW)
         attempt(run, folder / "common", fresh if second else optimizer)
         run.load(folder / "common")

@@ -121,7 +121,7 @@ def test_a_file_that_is_gone_before_the_manifest_is_written_is_told(
 
     monkeypatch.setattr(saving, "write_shard", lost)
     with pytest.raises(
-        mw.RunError, match=r"on rank 0: `.*00001\.safetensors`, which rank 1 wrote, is not there"
+        mw.RunError, match=r"`.*00001\.safetensors`, which rank 1 wrote, is not there"
     ):
         run.save(tmp_path)
     monkeypatch.undo()
@@ -146,7 +146,7 @@ def test_an_interrupted_save_leaves_the_one_before(
 
 def test_a_manifest_that_no_save_wrote_stays(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "an extension"}')
-    with pytest.raises(mw.RunError, match=r"on rank 0: `.*` is there, and a save would replace it"):
+    with pytest.raises(mw.RunError, match=r"`.*` is there, and a save would replace it"):
         compiled().launch().save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
@@ -180,7 +180,9 @@ on rank 1: cannot write `/common/SAVE/00001.safetensors`: File too large
   help: make room there, or name another folder
 on rank 1: the optimizer has a parameter that this run does not hold
   help: make the optimizer with `run.optimizer(...)` of the same run
-on rank 0: rank 1 wrote no `optimizer/exp_avg/blocks.0.down.weight`, which rank 0 has as float64
+on rank 1: the path is a `NoneType`
+  help: pass the name of a folder
+rank 1 wrote no `optimizer/exp_avg/blocks.0.down.weight`, which rank 0 has as float64
   help: give every rank the same optimizer, in the same state
 steps 0
 saved

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import meshwright as mw
-from meshwright.runtime.checkpoint.header import Header
+from meshwright.runtime.checkpoint.header import Header, check_types
 from meshwright.runtime.checkpoint.shards import (
     Shard,
     Shards,
@@ -147,7 +147,7 @@ def test_a_tensor_that_is_missing_or_of_another_type_is_named(tmp_path: Path) ->
 
 def test_a_type_that_the_format_lacks_is_refused_by_name() -> None:
     with pytest.raises(mw.RunError, match=r"`w` has type `torch\.complex64`"):
-        Header.of(SAVE, 0, {"w": torch.zeros(2, dtype=torch.complex64)})
+        check_types({"w": torch.zeros(2, dtype=torch.complex64)})
 
 
 ROW = {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}
