@@ -51,7 +51,7 @@ def memory(program: Program) -> Memory:
         )
     buffers = sum(_bytes(s.type, s.layout, program) for s in program.buffers.values())
     fixed = parameters + buffers + 3 * gradients
-    saved = _saved(program.step.forward)
+    saved = {node.name: size for node, size in saved_bytes(program.step.forward).items()}
     peaks = [liveness_peak(program.step.forward, {})]
     if program.step.backward is not None:
         peaks.append(liveness_peak(program.step.backward, saved))
@@ -82,10 +82,10 @@ def storage(node: Node) -> Node:
     return node
 
 
-def _saved(graph: Graph) -> dict[str, int]:
-    """Bytes of each storage that the forward hands to the backward."""
-    owners = {storage(node) for label, node in graph.outputs if label.startswith("saved:")}
-    return {node.name: node_bytes(node, graph) for node in owners if node.op != INPUT}
+def saved_bytes(graph: Graph) -> dict[Node, int]:
+    """Bytes per rank of each storage that the forward hands to the backward."""
+    handed = (storage(node) for label, node in graph.outputs if label.startswith("saved:"))
+    return {node: node_bytes(node, graph) for node in dict.fromkeys(handed) if node.op != INPUT}
 
 
 def liveness_peak(graph: Graph, saved: Mapping[str, int]) -> int:

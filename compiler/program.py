@@ -166,8 +166,9 @@ class Program:
     def explain(self, name: str) -> Explanation:
         """Why the module, parameter or input `name` is laid out as it is, and what it moves.
 
-        It prints as text; `""` is the whole model. Raises `PlanError` for a name that the model
-        does not have.
+        It prints as text; `""` is the whole model. Of a module with modules inside, it sums up
+        what each rank holds and sends, and names those that count most. Raises `PlanError` for a
+        name that the model does not have.
         """
         from meshwright.compiler.explain import explain
 

@@ -16,7 +16,8 @@ _NARROWEST = 12
 """No column is made narrower than this."""
 _BREAKS = re.compile(r"(?<=\s)|(?<=,)(?!\s)|(?=\.)")
 """Where a cell may go on in another line: after blanks and commas, and before a name's dots."""
-_WORDS = re.compile(r"(?<=\s)|(?=\.)")
+_WORDS = re.compile(r"(?<=\s)")
+_NAMES = re.compile(r"(?=\.)")
 _ITEMS = re.compile(r"(?<=, )")
 
 
@@ -72,7 +73,7 @@ def broken(cell: str, width: int) -> str:
     """
     lines = [""]
     pieces = [cell]
-    for breaks in (_ITEMS, _WORDS, _BREAKS):
+    for breaks in (_ITEMS, _WORDS, _NAMES, _BREAKS):
         pieces = [
             part
             for piece in pieces

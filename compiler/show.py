@@ -46,6 +46,11 @@ def show_html(program: Program) -> str:
     return f"<div>{''.join(found)}</div>"
 
 
+def sheet_text(sheet: Sheet, width: int = WIDTH) -> str:
+    """One table, without its title, as plain text."""
+    return plain(_table(sheet, width))
+
+
 def plain(renderable: RenderableType) -> str:
     """The text of what rich prints, without colours or trailing blanks."""
     console = Console(file=io.StringIO(), width=_WIDEST, color_system=None, legacy_windows=False)

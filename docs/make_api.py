@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import meshwright as mw
-from meshwright.compiler import errors, explain, ir, ledger, memory, mesh, program
+from meshwright.compiler import errors, explain, ir, ledger, memory, mesh, program, sums
 from meshwright.dsl import PlanBuilder
 from meshwright.runtime import errors as run_errors
 
@@ -165,6 +165,8 @@ forward all_reduce ('tp',) 256 <plan>:5
             memory.Memory,
             explain.Explanation,
             explain.LaidOut,
+            sums.Part,
+            sums.Sum,
         ),
     ),
     Section(

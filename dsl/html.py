@@ -37,6 +37,14 @@ def html_table(
     return "\n".join([*lines, "</table>"])
 
 
+def html_text(text: str) -> str:
+    """A text as it is, escaped, with at most `LIMIT` lines."""
+    lines = text.splitlines()
+    if len(lines) > LIMIT:
+        lines = [*lines[:LIMIT], f"… {len(lines) - LIMIT} more lines"]
+    return f'<pre style="color:inherit;background:transparent">{escape(chr(10).join(lines))}</pre>'
+
+
 def _row(cells: Sequence[str], right: str, width: int, tag: str = "td") -> str:
     wide = f' colspan="{width}"' if len(cells) == 1 and width > 1 else ""
     found = []

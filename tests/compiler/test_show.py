@@ -211,3 +211,62 @@ def test_sizes_read_as_a_person_writes_them() -> None:
     sizes = [0, 1023, 1536, 200 << 10, 3 << 40, 5000 << 40]
     texts = ["0 B", "1023 B", "1.5 KiB", "200 KiB", "3.0 TiB", "5000 TiB"]
     assert [size_text(size) for size in sizes] == texts
+
+
+@pytest.mark.parametrize("name", ["", "blocks", "blocks.0"])
+def test_explain_of_a_container_sums_what_is_inside(
+    name: str, golden: Callable[[str, str], None]
+) -> None:
+    golden(f"explain_sums_{name.replace('.', '_')}", str(program().explain(name)))
+
+
+def test_the_sums_of_a_model_are_those_of_the_ledger_and_the_memory() -> None:
+    for compiled in (program(), deep()):
+        found, memory, comm = compiled.explain("").whole, compiled.memory(), compiled.comm()
+        assert found is not None
+        assert (found.sent, found.collectives) == (comm.total_bytes(), len(comm))
+        held = (found.parameters, found.buffers, found.gradients, found.optimizer, found.saved)
+        assert held == (
+            *(memory.parameters, memory.buffers, memory.gradients),
+            *(memory.optimizer, memory.activations),
+        )
+
+
+def test_the_modules_inside_sum_up_to_the_whole() -> None:
+    """Where no parameter is tied and nothing happens between the modules."""
+    for name in ("model", "model.layers", "model.layers.1.self_attention"):
+        found = deep().explain(name)
+        assert found.whole is not None
+        for field in ("num_parameters", "parameters", "gradients", "optimizer"):
+            parts = sum(getattr(part, field) for part in found.children)
+            assert parts == getattr(found.whole, field), (name, field)
+        assert sum(part.sent for part in found.children) == pytest.approx(found.whole.sent, abs=6)
+        assert sum(each.bytes for each in found.sums) == found.whole.sent
+
+
+def test_equal_modules_inside_are_named_together_and_the_largest_first() -> None:
+    (layers,) = deep().explain("model.layers").children
+    assert (layers.name, layers.kind, layers.count) == ("model.layers.*", "ModuleDict", 3)
+    children = deep().explain("model.layers.0.self_attention").children
+    assert [part.sent for part in children] == sorted((p.sent for p in children), reverse=True)
+
+
+class Twice(nn.Module):
+    """One linear under two names, which is called under both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(x))).sum()
+
+
+def test_explain_knows_every_name_of_what_has_two() -> None:
+    plan = mw.Plan.parse("mesh dp=2\ndata x over dp\n", "twice.plan")
+    found = mw.compile(Twice(), plan, (torch.zeros(4, 8),), device="cpu")
+    assert str(found.explain("second")).startswith("second (Linear, the same as first)\n")
+    assert found.explain("second").tensors == found.explain("first").tensors
+    assert "head.weight (tensor, the same as wte.weight)" in str(program().explain("head.weight"))
+    with pytest.raises(mw.PlanError, match=r"write `head\.weight`"):
+        program().explain("head.wieght")
