@@ -152,6 +152,15 @@ def test_no_handler_swallows_every_exception() -> None:
     assert found == []
 
 
+def test_no_name_of_the_package_is_also_that_of_another_module() -> None:
+    """Importing the module would put it in the name's place."""
+    package = importlib.import_module("meshwright")
+    folder = ROOT / "src" / "meshwright"
+    modules = {path.stem for path in folder.iterdir() if path.suffix in (".py", "")}
+    for name in sorted(modules & vars(package).keys() - {"__init__", "__main__", "__pycache__"}):
+        assert vars(package)[name] is sys.modules.get(f"meshwright.{name}"), name
+
+
 def lengths(path: Path) -> Iterator[tuple[str, int]]:
     for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -28,7 +28,6 @@ GROUPS = "axes model = (row, col)\n"
 NOT_RUN = {
     "docs/architecture.md": ["plan text ── dsl ──► Plan ────────────────┐"],
     "docs/launching.md": [
-        "meshwright run train.py --batch 64 --processes 4",
         "rank 1 of 2 failed: ValueError: no such label",
         "meshwright run train.py --processes 4 --nodes 2 --node-rank 0 --rendezvous first:29500",
     ],
