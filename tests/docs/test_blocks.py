@@ -20,7 +20,17 @@ import torch
 
 import meshwright as mw
 from meshwright.cli import main
-from tests.docs.pages import LANGUAGES, PAGES, ROOT, Block, blocks, code_spans, name_of, tokens
+from tests.docs.pages import (
+    LANGUAGES,
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    code_spans,
+    name_of,
+    rows_of,
+    tokens,
+)
 
 MESH = "mesh dp=2, tp=2, row=2, col=2, pp=2, cp=2, ep=2, z=2\n"
 """For parts of plans: every axis that a page names."""
@@ -156,11 +166,14 @@ def test_what_the_shell_is_told_is_there() -> None:
 
 def test_every_command_that_a_page_names_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["help"]) == 0
-    known = set(re.findall(r"^ {2}(\w+) {2,}", capsys.readouterr().out, re.M))
+    usages = re.findall(r"^ {2}(meshwright .*)$", capsys.readouterr().out, re.M)
+    known = {usage.split()[1] for usage in usages}
     assert {"check", "show", "run"} <= known
     spans = [span.split() for page in PAGES for span in code_spans(page)]
     named = {words[1] for words in spans if words[:1] == ["meshwright"] and len(words) > 1}
     assert named - known == set()
+    listed = [row[0] for row in rows_of(ROOT / "README.md", "The first hour")]
+    assert [spans[0] for spans in listed] == [u for u in usages if "help" not in u]
 
 
 def launches(words: list[str]) -> bool:
