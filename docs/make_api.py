@@ -187,7 +187,7 @@ with program.launch(seed=1) as run:
     run.save("checkpoint", optimizer)
     run.copy_to(model)
 ```""",
-        of(mw.Run),
+        (*of(mw.Run), Entry("meshwright.read_state_dict", mw.read_state_dict)),
     ),
     Section(
         "In a model",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,21 +96,17 @@ def batches(run: mw.Run, dataset: Dataset, first: int) -> Iterator[list[Tensor]]
 
 
 def save(run: mw.Run, optimizer: Optimizer, schedule: LRScheduler, step: int, folder: Path) -> None:
-    """Write what `resume` reads. All ranks write the checkpoint, the first one the rest."""
-    run.save(folder, optimizer)
-    if is_first():
-        rest = {"step": step, "schedule": schedule.state_dict()}
-        (folder / "train.json").write_text(json.dumps(rest), encoding="utf-8")
+    """Write a checkpoint, and beside the weights what else `resume` reads."""
+    run.save(folder, optimizer, extra={"step": step, "schedule": schedule.state_dict()})
 
 
 def resume(run: mw.Run, optimizer: Optimizer, schedule: LRScheduler, folder: Path) -> int:
     """Read what `save` wrote; the number of the step to go on with, 0 if there is none."""
-    if not (folder / "train.json").exists():
+    if not (folder / "manifest.json").exists():
         return 0
-    run.load(folder, optimizer)
-    rest = json.loads((folder / "train.json").read_text(encoding="utf-8"))
-    schedule.load_state_dict(rest["schedule"])
-    return int(rest["step"])
+    extra = run.load(folder, optimizer)
+    schedule.load_state_dict(extra["schedule"])
+    return int(extra["step"])
 
 
 def is_first() -> bool:

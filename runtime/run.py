@@ -455,23 +455,46 @@ class Run:
         ]
         check_found(self._run(programs)[0], self.states[0].rank)
 
-    def save(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def save(
+        self,
+        path: str | Path,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
         """Write a checkpoint into the folder `path`, which every rank must reach.
 
-        Each rank writes the parts it owns. With `optimizer`, its state and its groups' options too.
-        The checkpoint that is there stays until the new one is complete, and is then removed: save
-        into another folder to keep it. Raises `RunError` on every rank where any rank fails; the
-        run can go on, and the checkpoint before is as it was.
-        """
-        self._run(checkpoint.save(self.program, self.states, path, optimizer))
+        It has the parameters and buffers, the seed and the number of steps; with `optimizer`, its
+        state and its groups' options. Not in it: schedulers, and how far a loader has come. Those
+        go into `extra`, plain values that `load` gives back (numbers, texts, lists, tuples,
+        dictionaries; rank 0's count): `extra={"epoch": 3, "scheduler": scheduler.state_dict()}`.
 
-    def load(self, path: str | Path, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Read a checkpoint that any plan for this model wrote into the folder `path`.
-
-        With `optimizer`, its state and its groups' options too. Nothing in it is executed. Raises
-        `RunError` where it is damaged, incomplete or of another model.
+        Each rank writes the parts it owns into a subfolder of this save, and `manifest.json`, which
+        names it, is replaced last: the save before stays until this one is whole, and is removed
+        then. For several checkpoints, use several folders. Any plan for this model can `load` it.
+        Raises `RunError` on every rank where any rank cannot write; the run can go on.
         """
-        self._run(checkpoint.load(self.program, self.states, path, optimizer))
+        self._run(checkpoint.save(self.program, self.states, path, optimizer, extra))
+
+    def load(
+        self, path: str | Path, optimizer: torch.optim.Optimizer | None = None
+    ) -> dict[str, Any]:
+        """Take over the checkpoint in the folder `path`, which any plan for this model wrote.
+
+        Gives back the `extra` of `save`, or an empty dictionary. With `optimizer`, its state and
+        its options are taken over too, but for those that say how this process computes (`foreach`,
+        `fused`, `capturable`, `differentiable`). Make its schedulers before or after.
+
+        Nothing in the files is executed. All is read and checked before anything is changed, in CPU
+        memory as large as what a rank holds (the optimizer's state on its device). Raises
+        `RunError` on every rank, with all as it was, where the checkpoint is damaged or incomplete,
+        or where names, shapes, dtypes, groups or options are not those of this run; its text says
+        which. `meshwright.read_state_dict` reads weights of another dtype.
+        """
+        found: dict[str, Any] = self._run(
+            checkpoint.load(self.program, self.states, path, optimizer)
+        )[0]
+        return found
 
     def close(self) -> None:
         """Leave the mesh. Afterwards whatever would run something raises `RunError`."""

@@ -5,7 +5,7 @@ The manifest says how each tensor was cut and who wrote what, so that a reader w
 takes from each part what it needs. Padding is left out.
 """
 
-from meshwright.runtime.checkpoint.loading import load
+from meshwright.runtime.checkpoint.loading import load, read_state_dict
 from meshwright.runtime.checkpoint.saving import save
 
-__all__ = ["load", "save"]
+__all__ = ["load", "read_state_dict", "save"]

@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import BinaryIO, Self, cast
 
 from meshwright.runtime.checkpoint.files import cannot, make_folder, sync_folder, write_all
 from meshwright.runtime.checkpoint.locks import try_lock
@@ -28,11 +28,17 @@ from meshwright.runtime.checkpoint.manifest import (
     parse_manifest,
 )
 from meshwright.runtime.checkpoint.shards import Shards, create_file, shard_path
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import RunError, check_kind
 
 _SHARD = re.compile(r"\d{5,}\.safetensors")
 _ATTEMPTS, _PAUSE = 100, 0.01
 _ROOM = "make room there, or name another folder"
+
+
+def folder_of(path: object) -> Path:
+    """The folder that `save` and `load` are called with. Raises `RunError` for what is no path."""
+    check_kind(path, (str, Path), "the path", "pass the name of a folder")
+    return Path(cast(str | Path, path))
 
 
 class NewSave:

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
 from meshwright.runtime.agreement import agreed, first_says, told
-from meshwright.runtime.checkpoint.folder import OpenSave
+from meshwright.runtime.checkpoint.extra import read_extra
+from meshwright.runtime.checkpoint.folder import OpenSave, folder_of
 from meshwright.runtime.checkpoint.manifest import Manifest
 from meshwright.runtime.checkpoint.optimizer_loading import (
     SavedOptimizer,
@@ -28,8 +29,8 @@ from meshwright.runtime.checkpoint.optimizer_loading import (
     staged_state,
 )
 from meshwright.runtime.checkpoint.optimizer_state import OPTIMIZER, check_owner
-from meshwright.runtime.checkpoint.parts import Entry, read_into
-from meshwright.runtime.errors import RunError, check_kind
+from meshwright.runtime.checkpoint.parts import Entry, read_into, read_whole
+from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.weights import (
     check_dtypes,
@@ -46,7 +47,7 @@ _COPY = "copy the whole folder of the checkpoint again, or load another one"
 def load(
     program: Program, states: Sequence[RankState], path: Any, optimizer: Any
 ) -> list[RankProgram]:
-    """What each rank of this process does to take over a checkpoint.
+    """What each rank of this process does to take over a checkpoint; gives what was in `extra`.
 
     Until all ranks have everything, each holds a second copy: of its parameters and buffers in CPU
     memory, of the optimizer's state on the device.
@@ -61,6 +62,7 @@ def _load(reader: _Reader, state: RankState) -> RankProgram:
     finally:
         reader.close()
     staged.give()
+    return staged.extra
 
 
 def _staged(reader: _Reader, state: RankState) -> RankProgram:
@@ -80,11 +82,29 @@ def _staged(reader: _Reader, state: RankState) -> RankProgram:
                 raise
 
 
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The global parameters and buffers of the checkpoint in the folder `path`, by name.
+
+    In CPU memory; needs no model, plan or mesh. For other tools, or for a run of another dtype,
+    which `load` refuses: `run.load_state_dict(meshwright.read_state_dict(path))`. It has buffers
+    that are not persistent too. Raises `RunError` for a checkpoint that is damaged or not there.
+    """
+    with OpenSave.current(folder_of(path)) as opened:
+        manifest = opened.manifest
+        found = {
+            name: read_whole(name, manifest, opened.shards)
+            for name in manifest.tensors
+            if not name.startswith(OPTIMIZER)
+        }
+        return {alias: found[name] for alias, name in manifest.aliases.items() if name in found}
+
+
 @dataclass(frozen=True, slots=True)
 class _Staged:
     """What one rank takes over."""
 
     random: dict[str, int]
+    extra: dict[str, Any]
     saved: SavedOptimizer | None
     state: RankState
     tensors: dict[tuple[str, str], Tensor]
@@ -121,14 +141,14 @@ class _Reader:
 
     def check_arguments(self) -> None:
         """Raise `RunError` for a path or an optimizer that is not one."""
-        check_kind(self.path, (str, Path), "the path", "pass the name of a folder")
+        folder_of(self.path)
         if self.optimizer is not None:
             check_owner(self.states, self.optimizer)
 
     def current(self) -> str:
         """The text of the current manifest, whose save is there as a whole."""
         self.close()
-        self.opened, self._fits = OpenSave.current(Path(self.path)), False
+        self.opened, self._fits = OpenSave.current(folder_of(self.path)), False
         return self.opened.text
 
     def replaced(self) -> bool:
@@ -153,7 +173,7 @@ class _Reader:
             )
         if self.opened is None or self.opened.text != text:
             self.close()
-            self.opened, self._fits = OpenSave(Path(self.path), text), False
+            self.opened, self._fits = OpenSave(folder_of(self.path), text), False
         manifest, shards, program = self.opened.manifest, self.opened.shards, self.program
         if not self._fits:
             self._check(manifest)
@@ -166,7 +186,8 @@ class _Reader:
         kept: State = {}
         if self._saved is not None:
             kept = staged_state(program, state, self.optimizer, self._saved, manifest, shards)
-        return _Staged(manifest.random, self._saved, state, tensors, self.optimizer, kept)
+        extra = read_extra(manifest.extra)
+        return _Staged(manifest.random, extra, self._saved, state, tensors, self.optimizer, kept)
 
     def _check(self, manifest: Manifest) -> None:
         """Raise `RunError` unless a checkpoint fits the model and the optimizer."""

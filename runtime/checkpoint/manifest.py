@@ -60,6 +60,8 @@ class Manifest:
     optimizer: dict[str, Any] | None
     shards: tuple[Shard, ...]
     """The file of each rank."""
+    extra: Any = None
+    """Values of the caller's own, as `extra.written_extra` wrote them."""
 
     def to_text(self) -> str:
         """The file's text, one tensor a line. Raises `RunError` for one that is too long."""
@@ -81,6 +83,7 @@ class Manifest:
             "random": self.random,
             "aliases": self.aliases,
             "optimizer": self.optimizer,
+            "extra": self.extra,
             "shards": [(shard.size, shard.digest) for shard in self.shards],
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
@@ -221,6 +224,7 @@ def _checked(found: Mapping[str, Any]) -> Manifest:
         tensors,
         optimizer,
         shards,
+        found["extra"],
     )
 
 

@@ -83,8 +83,23 @@ def read_into(
     entry: Entry, name: str, manifest: Manifest, shards: Shards, state: RankState
 ) -> None:
     """Fill what this rank holds of `entry` from the parts of the tensor saved as `name`."""
-    saved = manifest.tensors[name]
     wanted = indices(entry.layout, state.mesh, state.coords)
+    _fill(entry.tensor.detach(), wanted, name, manifest, shards)
+
+
+def read_whole(name: str, manifest: Manifest, shards: Shards) -> Tensor:
+    """The global tensor saved as `name`."""
+    saved = manifest.tensors[name]
+    found = torch.zeros(saved.shape, dtype=dtype_of(saved.dtype))
+    _fill(found, [torch.arange(size) for size in saved.shape], name, manifest, shards)
+    return found
+
+
+def _fill(
+    target: Tensor, wanted: Sequence[Tensor], name: str, manifest: Manifest, shards: Shards
+) -> None:
+    """Fill `target`, which holds the global indices `wanted`, with those of each part it has."""
+    saved = manifest.tensors[name]
     for owner, coords in zip(saved.owners, part_coords(saved.layout, manifest.mesh), strict=True):
         given = indices(saved.layout, manifest.mesh, coords)
         given = [index[index < size] for index, size in zip(given, saved.shape, strict=True)]
@@ -92,7 +107,7 @@ def read_into(
         if all(len(mine) for mine, _ in places):
             shape = tuple(len(index) for index in given)
             part = shards.part(owner, name, shape, dtype_of(saved.dtype))
-            _copy(entry.tensor.detach(), part, places)
+            _copy(target, part, places)
 
 
 def _common(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:

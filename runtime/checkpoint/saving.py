@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
 from meshwright.runtime.agreement import agreed, first_says
+from meshwright.runtime.checkpoint.extra import written_extra
 from meshwright.runtime.checkpoint.files import cannot
-from meshwright.runtime.checkpoint.folder import NewSave
+from meshwright.runtime.checkpoint.folder import NewSave, folder_of
 from meshwright.runtime.checkpoint.header import Header, check_types
 from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor, saved_tensors
 from meshwright.runtime.checkpoint.optimizer_state import check_optimizer, optimizer_entries
@@ -29,7 +30,7 @@ from meshwright.runtime.checkpoint.shards import (
     shard_path,
     write_shard,
 )
-from meshwright.runtime.errors import RunError, check_kind
+from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.weights import stored_tensors
 
@@ -37,19 +38,18 @@ _ONE_FOLDER = "give every rank one folder, on a filesystem that all of them shar
 
 
 def save(
-    program: Program, states: Sequence[RankState], path: Any, optimizer: Any
+    program: Program, states: Sequence[RankState], path: Any, optimizer: Any, extra: Any = None
 ) -> list[RankProgram]:
-    """What each rank of this process does to write a checkpoint."""
+    """What each rank of this process does to write a checkpoint; `extra` is that of rank 0."""
     # On the virtual mesh there is one optimizer for all ranks.
     found: list[dict[str, Any]] = []
 
     def options() -> dict[str, Any] | None:
-        check_kind(path, (str, Path), "the path", "pass the name of a folder")
         if optimizer is not None and not found:
             found.append(check_optimizer(program, states, optimizer))
         return found[0] if found else None
 
-    return [_save(program, state, path, optimizer, options) for state in states]
+    return [_save(program, state, path, optimizer, options, extra) for state in states]
 
 
 def _save(
@@ -58,20 +58,29 @@ def _save(
     path: Any,
     optimizer: Optimizer | None,
     options: Callable[[], dict[str, Any] | None],
+    extra: Any,
 ) -> RankProgram:
-    def prepare() -> tuple[NewSave, dict[str, Any] | None, list[Entry], dict[str, Tensor]]:
-        checked = options()
+    def prepare() -> tuple[NewSave, dict[str, Any], list[Entry], dict[str, Tensor]]:
+        new = NewSave(folder_of(path))
+        checked = {"optimizer": options(), "extra": written_extra(extra)}
         entries = _entries(program, state, optimizer)
         parts = own_parts(entries, state)
         check_types(parts)
-        return NewSave(Path(path)), checked, entries, parts
+        return new, checked, entries, parts
 
     def commit() -> str:
         tensors = saved_tensors(entries, state.mesh)
         shards = _whole_shards(new.folder, name, state.mesh.num_ranks, tensors)
-        random = {"seed": state.random.seed, "step": state.random.step}
-        aliases = dict(program.captured.aliases)
-        new.commit(Manifest(name, state.mesh, random, aliases, tensors, checked, shards))
+        manifest = Manifest(
+            save=name,
+            mesh=state.mesh,
+            random={"seed": state.random.seed, "step": state.random.step},
+            aliases=dict(program.captured.aliases),
+            tensors=tensors,
+            shards=shards,
+            **checked,
+        )
+        new.commit(manifest)
         return name
 
     new, checked, entries, parts = yield from agreed(state, prepare)

@@ -25,6 +25,7 @@ from meshwright.compiler.program import Program
 from meshwright.dsl.errors import MeshwrightError, PlanError
 from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
+from meshwright.runtime.checkpoint import read_state_dict
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.launcher import guard
 from meshwright.runtime.run import Run, launch
@@ -44,6 +45,7 @@ __all__ = [
     "compile",
     "custom",
     "layout",
+    "read_state_dict",
 ]
 
 

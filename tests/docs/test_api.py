@@ -172,6 +172,7 @@ RAISED: Mapping[tuple[str, str], Callable[[], object] | Callable[[pytest.MonkeyP
     ("Run.check", "MismatchError"): differing,
     ("Run.save", "RunError"): lambda: launched().save(__file__),
     ("Run.load", "RunError"): lambda: launched().load("no such folder"),
+    ("meshwright.read_state_dict", "RunError"): lambda: mw.read_state_dict("no such folder"),
 }
 """A case for each error that an entry says it raises."""
 

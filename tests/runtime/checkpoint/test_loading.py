@@ -295,3 +295,54 @@ def test_no_nan_is_saved_as_an_option(tmp_path: Path) -> None:
     with pytest.raises(mw.RunError, match="the optimizer's option `lr` is nan"):
         run.save(tmp_path, optimizer)
     assert run.step(*batch()).isfinite()
+
+
+class Half(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(4, 6), torch.nn.Linear(6, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x)).sum()
+
+
+def test_a_checkpoint_of_another_dtype_is_converted_as_the_error_says(
+    tmp_path: Path, golden: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan = mw.Plan.parse("mesh tp=2\ncolumns up over tp\nrows down over tp")
+    runs = [
+        mw.compile(Half().to(dtype), plan, (torch.ones(2, 4, dtype=dtype),)).launch()
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    runs[0].save("checkpoint")
+    with pytest.raises(mw.RunError) as caught:
+        runs[1].load("checkpoint")
+    golden("loading_another_dtype", str(caught.value))
+    state = mw.read_state_dict("checkpoint")
+    assert all(torch.equal(state[name], value) for name, value in runs[0].state_dict().items())
+    runs[1].load_state_dict(state)
+    taken = runs[1].state_dict()
+    assert all(torch.equal(taken[name], state[name].bfloat16()) for name in state)
+
+
+def test_a_state_dict_is_read_without_a_model(tmp_path: Path) -> None:
+    run = launched("both", seed=3)
+    run.save(tmp_path, adamw(run))
+    found = mw.read_state_dict(tmp_path)
+    assert found.keys() == {*run.state_dict(), "scratch"}
+    assert all(torch.equal(found[name], value) for name, value in run.state_dict().items())
+    assert found["head.weight"] is found["wte.weight"]
+    with pytest.raises(mw.RunError, match="there is no checkpoint"):
+        mw.read_state_dict(tmp_path / "elsewhere")
+    with pytest.raises(mw.RunError, match="the path is a `int`"):
+        mw.read_state_dict(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", ["save", "load"])
+def test_arguments_of_another_kind_are_refused(tmp_path: Path, method: str) -> None:
+    run = launched("tensor")
+    with pytest.raises(mw.RunError, match="the path is a `NoneType`"):
+        getattr(run, method)(None)
+    with pytest.raises(mw.RunError, match="the optimizer is a `str`"):
+        getattr(run, method)(tmp_path, "AdamW")
