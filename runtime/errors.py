@@ -84,6 +84,21 @@ def operator_error(error: Exception, code: Code, graph: Graph) -> OperatorError:
     )
 
 
+class ToldToStop(SystemExit):
+    """This rank was sent SIGTERM while it waited for nobody."""
+
+
+def last_words(error: BaseException) -> tuple[str, str]:
+    """The state in which `error` leaves a rank, "failed" or "left", and what others say of it."""
+    if isinstance(error, ToldToStop):
+        return "left", "was told to stop (SIGTERM)"
+    if isinstance(error, KeyboardInterrupt):
+        return "left", "was interrupted (SIGINT)"
+    if isinstance(error, SystemExit):
+        return "left", f"left the program by `sys.exit({error.code!r})`".partition("\n")[0]
+    return "failed", f"failed: {type(error).__name__}: {error}".partition("\n")[0]
+
+
 def check_kind(value: object, kind: type | tuple[type, ...], what: str, help: str) -> None:
     """Raise `RunError` for an argument of another kind: `what` is a `str`, and what to pass."""
     if not isinstance(value, kind):

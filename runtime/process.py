@@ -24,7 +24,7 @@ from meshwright.compiler.mesh import Mesh
 from meshwright.runtime import launcher
 from meshwright.runtime.algorithms import everyone
 from meshwright.runtime.digest import check_digests, check_world
-from meshwright.runtime.errors import OperatorError, RunError
+from meshwright.runtime.errors import OperatorError, RunError, last_words
 from meshwright.runtime.gloo import GlooGroup, connections
 from meshwright.runtime.nccl import NcclGroup
 from meshwright.runtime.rendezvous import Limit, connect, host_rank, meet, place
@@ -156,10 +156,10 @@ class ProcessTransport:
             return stop.value
         except RunError as error:
             if isinstance(error, OperatorError):
-                self.watch.publish_failure(_first_line(error))
+                self.watch.publish_end(error)
             raise
         except BaseException as error:
-            self.watch.publish_failure(_first_line(error))
+            self.watch.publish_end(error)
             raise
         finally:
             # What the program has to put in order is not left to whoever drops the exception.
@@ -265,19 +265,33 @@ class ProcessTransport:
         # Set by the interpreter when an exception has ended the script.
         error = getattr(sys, "last_value", None)
         if error is not None:
-            return "failed", _first_line(error)
+            return last_words(error)
         return "finished", ""
 
     def _lane(self, axes: tuple[str, ...]) -> _Lane:
         label = ",".join(axes)
         members = self.mesh.group(self.rank, axes)
         group: _Group | None = None
-        if len(members) > 1:
-            group = self._connect_group(PrefixStore(f"{label}/{members[0]}", self.store), members)
-            self.watch.cuts.append(group.cut)
         self.watch.members[label] = partial(self.mesh.group, axes=axes)
+        if len(members) > 1:
+            group = self._watched_connection(axes, members)
+            self.watch.cuts.append(group.cut)
         lane = self.lanes[axes] = _Lane(group, label)
         return lane
+
+    def _watched_connection(self, axes: tuple[str, ...], members: tuple[int, ...]) -> _Group:
+        """A group that is waited for as collectives are: a member may be gone."""
+        watch, label = self.watch, ",".join(axes)
+        watch.members[f"connection {label}"] = watch.members[label]
+        watch.counts[f"connection {label}"] = 1
+        watch.waits = (f"connection {label}", 0, Wire("connection", axes))
+        try:
+            store = PrefixStore(f"{label}/{members[0]}", self.store)
+            return self._connect_group(store, members)
+        except RuntimeError as error:
+            raise watch.explain(error) from None
+        finally:
+            watch.waits = None
 
     def _connect_group(self, store: Store, members: tuple[int, ...]) -> _Group:
         if self.device.type == "cuda":
@@ -309,7 +323,3 @@ def _alone(wire: Wire, tensor: Tensor, size: int) -> Tensor:
 
 def _taken() -> Tensor:
     raise RunError("a started collective was waited for twice")
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -520,7 +520,7 @@ class Run:
     ) -> None:
         if error is not None and not self._closed:
             self._closed = True
-            self.transport.close(f"{type(error).__name__}: {error}".partition("\n")[0])
+            self.transport.close(error)
         self.close()
 
 

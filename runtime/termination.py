@@ -9,11 +9,12 @@ import contextlib
 import os
 import select
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
+
+from meshwright.runtime.errors import ToldToStop
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -33,8 +34,8 @@ class Watched(Protocol):
     waits: Any
     signals: Callable[[], bool]
 
-    def publish_failure(self, problem: str) -> None:
-        """Tell the others that this rank ends."""
+    def publish_end(self, error: BaseException) -> None:
+        """Tell the others what ends this rank."""
         ...
 
     def told_to_stop(self) -> None:
@@ -64,12 +65,14 @@ class Termination:
         signal.signal(signal.SIGTERM, self._on_signal)
         watch.signals = self._arrived
         self.installed = True
+        _installed.append(self)
 
     def close(self) -> None:
         """Put back what was there before."""
         if not self.installed or threading.current_thread() is not threading.main_thread():
             return
         self.installed = False
+        _installed.remove(self)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(self._before)
         os.close(self._read)
@@ -77,8 +80,9 @@ class Termination:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.watch.waits is None:
-            self.watch.publish_failure("it was told to stop (SIGTERM)")
-            sys.exit(EXIT_CODE)
+            error = ToldToStop(EXIT_CODE)
+            self.watch.publish_end(error)
+            raise error
         self.watch.told_to_stop()
 
     def _arrived(self) -> bool:
@@ -86,3 +90,18 @@ class Termination:
             return signal.SIGTERM in os.read(self._read, 64)
         except BlockingIOError:
             return False
+
+
+_installed: list[Termination] = []
+
+
+def _leave_to_the_parent() -> None:
+    """A child, as of a loader, that is told to stop would otherwise tell the rank itself."""
+    if _installed:
+        _installed.clear()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)

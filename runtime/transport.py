@@ -29,8 +29,8 @@ class Transport(Protocol):
         """Raise `MismatchError` on every rank unless all give the same digest."""
         ...
 
-    def close(self, problem: str = "") -> None:
-        """Leave the mesh; a `problem` is told to the other ranks."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the mesh; the `error` that ends this rank is told to the others."""
         ...
 
 
@@ -51,7 +51,7 @@ class VirtualMesh:
     def check_same_program(self, digest: str) -> None:
         """There is one program here."""
 
-    def close(self, problem: str = "") -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """There is nothing to leave."""
 
 
@@ -76,10 +76,10 @@ class ProcessMesh:
         """Compare digests over all ranks."""
         self.process.check_same_program(digest)
 
-    def close(self, problem: str = "") -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Say how this rank ended, and free its groups."""
-        if problem:
-            self.process.watch.publish_failure(problem)
+        if error is not None:
+            self.process.watch.publish_end(error)
         self.process.close()
 
 

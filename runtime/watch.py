@@ -22,6 +22,7 @@ from meshwright.runtime.errors import (
     DeadlockError,
     PeerError,
     RunError,
+    last_words,
     spell_ranks,
     spell_wire,
     verb,
@@ -33,9 +34,13 @@ Waits = tuple[str, int, Wire]
 """What a rank waits for: the label of a group of axes, the place in its order, the operation."""
 
 _READ_OUTPUT = "read the end of its output; the system's log names what was killed for its memory"
-_READ_TRACEBACK = "read its own traceback"
 _LOOK_AT_PROCESS = "look whether its process is stopped, or its machine out of reach"
 _RUN_SAME_STEPS = "run the same number of steps on every rank"
+_ENDS = {
+    "failed": "read its own traceback",
+    "left": "look for what ended it in its output; the other ranks cannot go on without it",
+}
+"""The states of ranks that did not come to the end of their program, and what to do then."""
 
 
 @dataclass(slots=True)
@@ -49,6 +54,8 @@ class Beat:
     doing: str = ""
     counts: dict[str, int] = field(default_factory=dict)
     problem: str = ""
+    help: str = ""
+    peers: list[int] = field(default_factory=list)
     circle: list[str] = field(default_factory=list)
     changed: float = 0.0
 
@@ -88,6 +95,7 @@ class Watch:
         self.failure: RunError | None = None
         self.failed = threading.Event()
         self.state, self.problem = "running", ""
+        self._help, self._peers = "", list[int]()
         self._number = 0
         self.signals: Callable[[], bool] = bool
         self._closed_at = 0.0
@@ -109,7 +117,7 @@ class Watch:
             thread.start()
 
     def stop(self, state: str, problem: str = "") -> None:
-        """Publish the last state, "finished", "failed" or "lost", and end both threads."""
+        """Publish the last state, "finished", "failed", "left" or "lost", and end both threads."""
         if self._stopping.is_set():
             return
         self.state, self.problem = state, problem
@@ -118,9 +126,10 @@ class Watch:
         for thread in self._threads:
             thread.join(timeout=self.patience)
 
-    def publish_failure(self, problem: str) -> None:
-        """Tell the others that this rank raised, at once."""
-        self.state, self.problem = "failed", problem
+    def publish_end(self, error: BaseException) -> None:
+        """Tell the others, at once, what ends this rank; the first time counts."""
+        if self.state == "running":
+            self.state, self.problem = last_words(error)
         self._hurry.set()
 
     def told_to_stop(self) -> None:
@@ -148,8 +157,7 @@ class Watch:
     def abandon(self, error: RunError) -> None:
         """Make the main thread raise `error` in the collective it waits in, or else in the next."""
         self.failure = self.failure or error
-        self.state, self.problem = "failed", self.failure.problem
-        self._hurry.set()
+        self.publish_end(error)
         self.failed.set()
         for cut in self.cuts:
             cut()
@@ -171,6 +179,8 @@ class Watch:
                 "doing": spell_wire(waits[2], self.names) if waits else "",
                 "counts": dict(self.counts),
                 "problem": self.problem,
+                "help": self._help,
+                "peers": self._peers,
                 "circle": self._told_circle,
             }
         )
@@ -233,6 +243,7 @@ class Watch:
         waits = self.waits
         self.failure = error
         self.state, self.problem = "lost", error.problem
+        self._help, self._peers = error.help, list(error.peers)
         if isinstance(error, DeadlockError):
             self._told_circle = list(error.where)
         self._hurry.set()
@@ -253,8 +264,8 @@ class Watch:
     def examine(self, now: float) -> RunError | None:
         """Why this rank waits in vain, if it does; the nearest cause first."""
         for peer, beat in self.beats.items():
-            if beat.state == "failed":
-                return self._error(f"rank {peer} failed: {beat.problem}", [peer], _READ_TRACEBACK)
+            if beat.state in _ENDS:
+                return self._error(f"rank {peer} {beat.problem}", [peer], _ENDS[beat.state])
         ended = self.store_ended()
         if ended or now - self._answered > self.patience:
             return self._relayed() or self._storeless(ended)
@@ -302,7 +313,10 @@ class Watch:
                 return self._deadlock(beat.circle)
             if beat.state == "lost":
                 where = [*self._where([]), f"rank {peer} says so, and has stopped"]
-                return PeerError(beat.problem, rank=self.rank, peers=(peer,), where=where)
+                peers = tuple(beat.peers) or (peer,)
+                return PeerError(
+                    beat.problem, rank=self.rank, peers=peers, where=where, help=beat.help
+                )
         return None
 
     def _in_circle(self) -> RunError | None:
@@ -331,7 +345,7 @@ class Watch:
             rank=self.rank,
             peers=self.peers,
             where=where,
-            help="give every rank of a group its collectives in one order",
+    X
         )
 
     def _beat(self, rank: int) -> Beat:

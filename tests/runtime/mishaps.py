@@ -40,6 +40,10 @@ def fail() -> None:
     raise ZeroDivisionError("the loss scale is 0")
 
 
+MISTAKES = (
+    *("another program", "another shape", "another call", "other inputs"),
+    *("fewer steps", "more steps"),
+)
 FAULTS: dict[str, Callable[[], object]] = {
     "kill": send(signal.SIGKILL),
     "stop": send(signal.SIGSTOP),
@@ -56,6 +60,7 @@ PHASES = {
     "before launch": "",
     "in compile": "/passes/",
     "in launch": "/runtime/",
+    "while connecting": "/runtime/gloo.py:GlooGroup.__init__",
     "in step": "<meshwright ",
     "between steps": "",
     "in optimizer.step": "/torch/optim/",
@@ -65,7 +70,7 @@ PHASES = {
     "in check": "/runtime/",
     "in close": "/runtime/",
 }
-"""Each with where in the code it strikes: after a few calls into files of that name."""
+"""Each with where in the code it strikes: in the first call there, in folders after a few."""
 CALLS = 5
 
 
@@ -78,7 +83,10 @@ class Mishap:
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Code that it may strike in."""
-        strikes = self.here and phase == self.when and self.what in FAULTS
+        if phase != self.when:
+            yield
+            return
+        strikes = self.here and self.what in FAULTS
         if strikes and not PHASES[phase]:
             FAULTS[self.what]()
         elif strikes:
@@ -89,10 +97,11 @@ class Mishap:
             sys.setprofile(None)
 
     def _counting(self, where: str) -> Callable[[FrameType, str, Any], None]:
-        left = [CALLS if "/" in where else 1]
+        left = [CALLS if where.endswith("/") else 1]
 
         def profile(frame: FrameType, event: str, arg: Any) -> None:
-            if event == "call" and where in frame.f_code.co_filename:
+            code = frame.f_code
+            if event == "call" and where in f"{code.co_filename}:{code.co_qualname}":
                 left[0] -= 1
                 if not left[0]:
                     sys.setprofile(None)
@@ -114,7 +123,7 @@ def train(mishap: Mishap, num_ranks: int) -> None:
             compiled.cache_clear()
         extra = "\ncheckpoint blocks.0" if mishap.differs("another program") else ""
         program = compiled(num_ranks, extra)
-    with mishap.during("in launch"):
+    with mishap.during("in launch"), mishap.during("while connecting"):
         run = program.launch(new_shapes="compile")
     optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2)
     for number in range(STEPS):
@@ -138,7 +147,7 @@ def step(mishap: Mishap, run: mw.Run, number: int) -> None:
     with mishap.during("in step"):
         run.step(
             *batch(
-                seed=2 if last and mishap.differs("other inputs") else 1,
+                seed=2 if mishap.differs("other inputs") else 1,
                 rows=4 if last and mishap.differs("another shape") else 8,
             )
         )
