@@ -345,7 +345,7 @@ class Watch:
             rank=self.rank,
             peers=self.peers,
             where=where,
-    X
+            help="call the same methods on every rank, in one order: none under `if rank == 0`",
         )
 
     def _beat(self, rank: int) -> Beat:

@@ -121,7 +121,7 @@ def train(mishap: Mishap, num_ranks: int) -> None:
     with mishap.during("in compile"):
         if mishap.when == "in compile":
             compiled.cache_clear()
-        extra = "\ncheckpoint blocks.0" if mishap.differs("another program") else ""
+        extra = "\nsequence blocks.* over tp" if mishap.differs("another program") else ""
         program = compiled(num_ranks, extra)
     with mishap.during("in launch"), mishap.during("while connecting"):
         run = program.launch(new_shapes="compile")

@@ -102,6 +102,21 @@ def session() -> None:
     not_launched()
 
 
+def loader() -> None:
+    """A loader's process is told to stop; the rank is not."""
+    rank = transport()
+    child = os.fork()
+    if not child:
+        here()
+        time.sleep(MINUTES)
+    while not Path(os.environ["CELL"], "0").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    assert not rank.watch.signals()
+    print("goes on")
+
+
 def here() -> None:
     folder = Path(os.environ["CELL"])
     folder.mkdir(exist_ok=True)
@@ -114,7 +129,7 @@ MODES = {
     mode.__name__: mode
     for mode in (
         *(not_launched, rendezvous, step, gloo, computes, operator),
-        *(stubborn, handles, detached, session),
+        *(stubborn, handles, detached, session, loader),
     )
 }
 

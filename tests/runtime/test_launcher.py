@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.runtime.forked import Forked, Ranks
+from tests.runtime.forked import Forked, Ranks, runs, wait_until
 
-SECONDS = 90.0
-"""On a busy machine; on another, three, which are the grace."""
 ENDING = ("not_launched", "rendezvous", "step", "gloo", "computes", "operator", "stubborn")
 AGENT = ("TORCHELASTIC_RUN_ID", "none")
 
@@ -34,22 +31,6 @@ def ranks(folder: Path, jobs: list[Ranks]) -> Iterator[tuple[Forked, list[list[i
         for process in [each for found in processes for each in found]:
             if runs(process):
                 os.kill(process, signal.SIGKILL)
-
-
-def runs(process: int) -> bool:
-    """Whether the process is there, and no zombie."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = SECONDS) -> None:
-    """Until it holds; fails if it does not within `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "not within the time"
-        time.sleep(0.05)
 
 
 def test_ranks_end_with_their_launcher_whatever_they_do(tmp_path: Path) -> None:
@@ -82,3 +63,9 @@ def test_a_handler_of_the_script_is_called_first_and_ranks_that_are_detached_sta
         wait_until(lambda: not runs(handles) and not runs(under_agent))
         assert "handled\n" in server.output(1, 0).read_text()
         assert runs(detached) and runs(session)
+
+
+def test_a_process_of_a_loader_that_is_told_to_stop_does_not_end_its_rank(forked: Forked) -> None:
+    ((_, ended),) = forked.run(Ranks("tests.runtime.orphans", 1, ("loader",)))
+    assert ended.outputs == ["goes on\n"]
+    assert ended.codes == [0]
