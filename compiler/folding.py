@@ -21,6 +21,8 @@ from meshwright.compiler.names import numbers, starred
 
 Line: TypeAlias = "Node | tuple[str, Node]"
 """A node, or an output: its label and its node."""
+Folded: TypeAlias = "Line | Repeat | str"
+"""A line, equal copies of lines, or what is said about the lines after it."""
 Key: TypeAlias = tuple[Any, ...]
 
 
@@ -29,6 +31,10 @@ def node_of(line: Line) -> Node:
     return line if isinstance(line, Node) else line[1]
 
 
+LATER = "buckets of gradients, each as soon as its gradients are there"
+"""Said before buckets that are not printed where they run."""
+_WORTH = 0.8
+"""Buckets move if at most this part of the lines is left."""
 _MIN_SAVED = 4
 """Fewer lines than this are not worth a line that stands for them."""
 _MAX_TRIED = 64
@@ -54,7 +60,7 @@ class Repeat:
     takes in its place and so on, and that of the last copy.
     """
 
-    first: tuple[Line | Repeat, ...]
+    first: tuple[Folded, ...]
     others: tuple[tuple[Line, ...], ...]
     paths: tuple[str, ...]
     step: int
@@ -139,10 +145,41 @@ def _literals(arg: Arg) -> Arg:
     return type(arg), str(arg) if isinstance(arg, float) else arg
 
 
-def fold_lines(graph: Graph) -> tuple[Line | Repeat, ...]:
-    """The lines of a graph, in their order, with repetitions in the place of equal copies."""
-    folder = _Folder((*graph.nodes, *graph.outputs))
-    return folder.fold(0, len(folder.lines))
+def fold_lines(graph: Graph) -> tuple[Folded, ...]:
+    """The lines of a graph, in their order, with repetitions in the place of equal copies.
+
+    Buckets of gradients are as full as they may be, wherever a layer ends: where they would hide
+    that layers are equal, they come after all other nodes, under `LATER`.
+    """
+    found = _fold(graph.nodes, (), graph.outputs)
+    later = [node for node in graph.nodes if _in_bucket(node)]
+    rest = [node for node in graph.nodes if not _in_bucket(node)]
+    if not later or any(_in_bucket(operand) for node in rest for operand in node.operands()):
+        return found
+    apart = _fold(rest, later, graph.outputs)
+    return apart if num_lines(apart) < _WORTH * num_lines(found) else found
+
+
+def _fold(
+    nodes: Sequence[Node], later: Sequence[Node], outputs: Sequence[Line]
+) -> tuple[Folded, ...]:
+    folder = _Folder((*nodes, *later, *outputs))
+    if not later:
+        return folder.fold(0, len(folder.lines))
+    start, end = len(nodes), len(nodes) + len(later)
+    parts = folder.fold(0, start), folder.fold(start, end), folder.fold(end, len(folder.lines))
+    return (*parts[0], LATER, *parts[1], *parts[2])
+
+
+def num_lines(lines: Sequence[Folded]) -> int:
+    """How many lines print."""
+    return sum(num_lines(line.first) + 1 if isinstance(line, Repeat) else 1 for line in lines)
+
+
+def _in_bucket(node: Node) -> bool:
+    """Whether a node puts gradients together, reduces them together, or takes one of them out."""
+    ends = MeshOp("bucket"), MeshOp("bucket_item")
+    return node.op in ends or any(operand.op == ends[0] for operand in node.operands())
 
 
 class _Folder:
@@ -162,9 +199,9 @@ class _Folder:
         self.places: dict[Node, list[_Place]] = {}
         self.num_runs = 0
 
-    def fold(self, start: int, end: int) -> tuple[Line | Repeat, ...]:
+    def fold(self, start: int, end: int) -> tuple[Folded, ...]:
         """The lines from `start` to before `end`, folded."""
-        found: list[Line | Repeat] = []
+        found: list[Folded] = []
         while start < end:
             best = max(self._tried(start, end), key=lambda each: each.num_saved, default=None)
             if best is None or best.num_saved < _MIN_SAVED:

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from meshwright.compiler.folding import Line, Repeat, fold_lines
+from meshwright.compiler.folding import Folded, Line, Repeat, fold_lines
 from meshwright.compiler.ir import GETITEM, INPUT, Arg, Graph, MeshOp, Node
 from meshwright.compiler.ledger import counted, moves, transfer_key
 from meshwright.compiler.text import arg_text, arg_texts, call_text, node_type_text, op_text
@@ -50,7 +50,7 @@ def graph_text(graph: Graph, *, local: bool = False, full: bool = False) -> str:
 
     Deterministic: the same program prints the same text. With `local`, what one rank holds.
     """
-    lines: tuple[Line | Repeat, ...] = (*graph.nodes, *graph.outputs)
+    lines: tuple[Folded, ...] = (*graph.nodes, *graph.outputs)
     if not full:
         lines = fold_lines(graph)
     printer = _Printer(graph, local, full)
@@ -92,14 +92,14 @@ class _Printer:
         self.graph, self.local, self.full = graph, local, full
         self.position = {node: i for i, node in enumerate(graph.nodes)}
 
-    def text(self, lines: Sequence[Line | Repeat]) -> Iterator[str]:
+    def text(self, lines: Sequence[Folded]) -> Iterator[str]:
         yield f"graph {self.graph.name}  mesh {self.graph.mesh}"
         rows = list(self.rows(lines))
         width = _head_width([row for row in rows if isinstance(row, _Row)])
         for row in rows:
             yield from [row] if isinstance(row, str) else _laid_out(row, width)
 
-    def rows(self, lines: Sequence[Line | Repeat]) -> Iterator[_Row | str]:
+    def rows(self, lines: Sequence[Folded]) -> Iterator[_Row | str]:
         for line in lines:
             if isinstance(line, Node):
                 head = f"{line.name}: {node_type_text(line, self.graph, local=self.local)}"
@@ -107,6 +107,8 @@ class _Printer:
             elif isinstance(line, Repeat):
                 yield from self.rows(line.first)
                 yield from _wrapped(f"  … {_repeat_text(line)}", "    ")
+            elif isinstance(line, str):
+                yield f"  … {line}"
             else:
                 yield from _wrapped(f"  return {line[0]} = {line[1].name}", "      ")
 
@@ -173,7 +175,7 @@ def _repeat_text(repeat: Repeat) -> str:
     where = f"{' to '.join(ends)}: " if ends else ""
     times = "" if ends else f", {plural(len(repeat.others), 'time')} more"
     if abs(repeat.step) > 1 and each:
-        each = f" for each {abs(repeat.step)} of them"
+        each = f" for every {abs(repeat.step)} of them"
     text = f"{where}the same {plural(len(copy), _noun(copy))}{each}{times}"
     counts = [f"{count} {kind}" for kind, count in _collectives(copy).items()]
     found = [*counts, *_own(copy)]

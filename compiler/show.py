@@ -11,6 +11,7 @@ from rich.text import Text
 
 from meshwright.compiler.sheets import Sheet, broken, heading, sheets
 from meshwright.compiler.summary import Summary, summarise
+from meshwright.compiler.text import spelt
 from meshwright.dsl.html import html_table
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ def show(program: Program, *, local: bool = False, console: Console | None = Non
     """Print a program's tables; with `local`, with the shapes that one rank holds."""
     console = console or Console()
     found = tables(summarise(program, local=local), console.width)
+    text = plain(found)
+    if spelt(text, console.encoding) != text:
+        console.out(spelt(text, console.encoding), highlight=False)
+        return
     console.print(found, width=_WIDEST, crop=False, no_wrap=True, overflow="ignore")
 
 

@@ -109,3 +109,14 @@ def size_text(num_bytes: int) -> str:
             break
         size /= 1024
     return f"{size:.1f} {unit}" if unit != "B" and size < 100 else f"{size:.0f} {unit}"
+
+
+def spelt(text: str, encoding: str | None) -> str:
+    """A text as a stream of this encoding can have it: `...` for `…`, `3*64` for `3·64`."""
+    encoding = encoding or "utf-8"
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        plain = text.replace("…", "...").replace("·", "*")
+        return plain.encode(encoding, "backslashreplace").decode(encoding)
+    return text

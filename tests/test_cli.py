@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -270,3 +271,20 @@ def test_the_demo_ends_in_the_largest_difference(run: Run) -> None:
     code, out, _ = run("demo", "--steps", "2", "--json")
     assert code == 0
     assert json.loads(out)["largest_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_commands_print_on_a_stream_without_unicode(
+    encoding: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Path("a.plan").read_text(encoding="utf-8")
+    Path("größe→.plan").write_text(f"# größe → …\n{plan}", encoding="utf-8")
+    assert run("check", "größe→.plan")[0] == 0
+    for words in (["check"], ["show"], ["graph"], ["fmt"], ["show", "--json"], ["fmt", "--check"]):
+        command, *options = words
+        model = [] if command == "fmt" else ["model.py:build"]
+        data = io.BytesIO()
+        monkeypatch.setattr("sys.stdout", io.TextIOWrapper(data, encoding))
+        assert main([command, *model, "größe→.plan", *options]) in (0, 1)
+        sys.stdout.flush()
+        assert data.getvalue()

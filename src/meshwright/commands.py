@@ -13,7 +13,7 @@ from meshwright.compiler.ir import Graph
 from meshwright.compiler.listing import graph_text
 from meshwright.compiler.program import Program
 from meshwright.compiler.show import show_text
-from meshwright.compiler.text import size_text
+from meshwright.compiler.text import size_text, spelt
 from meshwright.dsl.errors import did_you_mean, plural
 from meshwright.dsl.plan import Plan
 from meshwright.launcher.job import Job
@@ -32,7 +32,7 @@ def check(arguments: Namespace) -> int:
         return 0
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh)
     where = f"mesh {mesh}" if mesh else "no mesh"
-    print(f"{plan.source.name}: {plural(len(plan.statements), 'statement')}, {where}")
+    _print(f"{plan.source.name}: {plural(len(plan.statements), 'statement')}, {where}")
     if program is not None:
         comm, peak = program.comm(), size_text(program.memory().peak)
         moved = f"{plural(len(comm), 'collective')}, {size_text(comm.total_bytes())} sent"
@@ -63,7 +63,7 @@ def show(arguments: Namespace) -> int:
     elif sys.stdout.isatty():
         program.show(local=arguments.local)
     else:
-        print(show_text(program, local=arguments.local))
+        _print(show_text(program, local=arguments.local))
     return 0
 
 
@@ -77,7 +77,7 @@ def graph(arguments: Namespace) -> int:
         _print_json({each.name: graph_data(each, local=arguments.local) for each in graphs})
     else:
         options = {"local": arguments.local, "full": arguments.full or bool(arguments.module)}
-        print("\n\n".join(graph_text(each, **options) for each in graphs))
+        _print("\n\n".join(graph_text(each, **options) for each in graphs))
     return 0
 
 
@@ -106,7 +106,7 @@ def explain(arguments: Namespace) -> int:
     if arguments.json:
         _print_json(explanation.to_json())
     else:
-        print(explanation)
+        _print(str(explanation))
     return 0
 
 
@@ -127,9 +127,11 @@ def fmt(arguments: Namespace) -> int:
         )
     elif arguments.check or arguments.write:
         for path in changed:
-            print(f"{path}: {'written' if arguments.write else 'not in canonical form'}")
+            _print(f"{path}: {'written' if arguments.write else 'not in canonical form'}")
     else:
-        print("\n".join(formatted.values()), end="")
+        # A plan is UTF-8 text wherever it is written to.
+        sys.stdout.flush()
+        sys.stdout.buffer.write("\n".join(formatted.values()).encode("utf-8"))
     return 1 if arguments.check and changed else 0
 
 
@@ -157,5 +159,11 @@ def _compiled(arguments: Namespace, plan: Plan | None = None) -> Program:
     return driver.compile_program(model, plan, example, launcher=launch, **options)
 
 
+def _print(text: str) -> None:
+    print(spelt(text, sys.stdout.encoding))
+
+
 def _print_json(data: object) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    spells = spelt(text, sys.stdout.encoding) == text
+    print(text if spells else json.dumps(data, indent=2))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright as mw
-from meshwright.compiler.folding import Line, Repeat, fold_lines
-from meshwright.compiler.ir import INPUT, Graph, Node, TensorType
+from meshwright.compiler.folding import LATER, Folded, Line, Repeat, fold_lines
+from meshwright.compiler.ir import INPUT, Graph, MeshOp, Node, TensorType
 from meshwright.compiler.ledger import moves
 from meshwright.compiler.listing import graph_text
 from tests.models import GPT_DATA, GPT_TENSOR, Block, Gpt, tokens
@@ -32,13 +32,13 @@ def compiled(model: nn.Module, plan: str = PLAN) -> mw.Program:
     return mw.compile(model, mw.Plan.parse(plan), tokens(), device="cpu")
 
 
-def flat(lines: Sequence[Line | Repeat]) -> Iterator[Line]:
+def flat(lines: Sequence[Folded]) -> Iterator[Line]:
     for line in lines:
         if isinstance(line, Repeat):
             yield from flat(line.first)
             for other in line.others:
                 yield from other
-        else:
+        elif not isinstance(line, str):
             yield line
 
 
@@ -238,3 +238,21 @@ def test_ninety_six_layers_print_within_a_second() -> None:
     for _ in range(8):
         graph_text(graph), graph_text(graph, full=True)
     assert time.process_time() - began < 1
+
+
+def test_buckets_that_close_anywhere_do_not_hide_that_layers_are_equal() -> None:
+    with torch.device("meta"):
+        model, example = Gpt(d=576, layers=8), tokens()
+    program = mw.compile(model, mw.Plan.parse(PLAN), example, device="cpu")
+    graph = program.graphs()["stage0.backward"]
+    text = graph_text(graph)
+    folded = hidden(graph)
+    before, _, after = text.partition(f"  … {LATER}\n")
+    assert "… blocks.6 to blocks.1: the same" in before
+    assert "bucket" not in before
+    for node in graph.nodes:
+        if node.op == MeshOp("bucket") or node.origin.module == "gradients":
+            assert f"  {node.name}: " in after or node in folded
+    nodes = [line for line in flat(fold_lines(graph)) if isinstance(line, Node)]
+    assert sorted(nodes, key=id) == sorted(graph.nodes, key=id)
+    assert LATER not in graph_text(graph, full=True)

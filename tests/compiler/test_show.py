@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import meshwright as mw
 from meshwright.compiler.names import fold
 from meshwright.compiler.show import show, show_text
-from meshwright.compiler.text import size_text
+from meshwright.compiler.text import size_text, spelt
 from meshwright.dsl.selectors import Selector
 
 PLAN = """\
@@ -142,6 +142,20 @@ def test_show_keeps_to_the_width_of_a_console_in_colour_and_without() -> None:
             text = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
             assert max(len(line.rstrip()) for line in text.splitlines()) <= width
             assert text.rstrip().endswith(show_text(deep(), width=width)[-40:].strip()[-20:])
+
+
+def test_a_stream_without_unicode_gets_what_it_can_spell() -> None:
+    assert spelt("3·64 …", "ascii") == "3*64 ..."
+    assert spelt("3·64 …", "latin-1") == "3*64 ..."
+    assert spelt("3·64 …", "utf-8") == "3·64 …"
+    assert spelt("ö", "ascii") == "\\xf6"
+    data = io.BytesIO()
+    plan = mw.Plan.parse(PLAN, "größe.plan")
+    tokens = torch.zeros(4, 6, dtype=torch.int64)
+    compiled = mw.compile(Model(), plan, (tokens, tokens), device="cpu")
+    stream = io.TextIOWrapper(data, "ascii", write_through=True)
+    show(compiled, console=Console(file=stream))
+    assert b"Model under gr\\xf6\\xdfe.plan" in data.getvalue()
 
 
 def test_show_names_gathers_that_no_line_asks_for(golden: Callable[[str, str], None]) -> None:
