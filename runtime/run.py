@@ -183,7 +183,8 @@ class Run:
         `args` and `kwargs` are what the model takes, of any shape; labels that it can do without
         may be left out. Returns global tensors, the same on every rank: one, or a dictionary by
         path (`"logits"`, `"hidden_states.0"`), of `outputs` alone where the program was compiled
-        with them. Raises `PlanError` for a batch that does not divide.
+        with them, so what the model returns without labels must have these paths too. Raises
+        `PlanError` for a batch that does not divide.
         """
         linked, tensors = self._find("infer", args, kwargs)
         found = self._execute("forward", linked, tensors)

@@ -20,6 +20,7 @@ import torch
 
 import meshwright as mw
 from meshwright.cli import main
+from meshwright.dsl import STATEMENTS
 from tests.docs.pages import (
     LANGUAGES,
     PAGES,
@@ -136,6 +137,26 @@ def test_every_plan_is_one_and_prints_as_an_equal_one(page: Path) -> None:
             text = ("" if whole else MESH) + groups + block.text
             plan = mw.Plan.parse(text, str(block))
             assert mw.Plan.parse(plan.format()) == plan, block
+
+
+def statements(page: Path) -> list[str]:
+    """What stands in running text as a statement of the language; two words only name one."""
+    found = [span.replace("SEL", "x").replace("LAYOUT", "[b@dp, d]") for span in code_spans(page)]
+    return [
+        text
+        for text in found
+        if text.split()[0] in STATEMENTS and len(text.split()) > 2 and "..." not in text
+    ]
+
+
+@pytest.mark.parametrize("page", [*filter(statements, PAGES)], ids=name_of)
+def test_every_statement_in_running_text_is_one(page: Path) -> None:
+    for text in statements(page):
+        stages = re.match(r"stages (\d+)", text)
+        mesh = MESH.replace("pp=2", f"pp={stages.group(1)}") if stages else MESH
+        head = "" if text.startswith("mesh") else mesh
+        groups = "" if text.startswith(("mesh", "axes")) else GROUPS
+        assert mw.Plan.parse(head + groups + text, name_of(page)).statements
 
 
 # -- the shell --------------------------------------------------------------------------------
