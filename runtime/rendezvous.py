@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 LIMIT = "MESHWRIGHT_RENDEZVOUS_SECONDS"
 _SECONDS, _AGENT_SECONDS, _QUIET_SECONDS = 600.0, 30.0, 30.0
-"""Until ranks that have not come are given up; until torchrun's agent is, which is there before
-them; and until a rank says whom it waits for."""
+"""Until ranks that have not come are given up; until the launcher is, which is there before them;
+and until a rank says whom it waits for."""
 _TORCHRUN = "start the script with `torchrun`, which sets it"
 
 
@@ -72,7 +72,7 @@ def place() -> tuple[int, int]:
 
 
 def host_rank() -> int | None:
-    """The rank whose process holds the store; none where torchrun's agent does."""
+    """The rank whose process holds the store; none where the launcher's does."""
     return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 
 
@@ -186,7 +186,7 @@ def _serve(world: World, limit: Limit) -> Store:
 
 
 def _reach(world: World, limit: Limit) -> Store:
-    """The store that rank 0 or torchrun's agent keeps, as soon as it is there."""
+    """The store that rank 0 or the launcher keeps, as soon as it is there."""
     reason = ["no answer"]
     seconds = limit.seconds if host_rank() is not None else min(_AGENT_SECONDS, limit.seconds)
 
@@ -221,14 +221,16 @@ def _tcp(world: World, limit: Limit, *, serve: bool) -> Store:
 
 
 def _keeper() -> str:
-    return "torchrun's agent" if host_rank() is None else "rank 0"
+    return "the launcher" if host_rank() is None else "rank 0"
 
 
 def _unreachable(world: World, limit: Limit, reason: str) -> RunError:
     waited = time.monotonic() - limit.begin
     problem = f"rank {world.rank} cannot reach {_keeper()} at `{world}` after {waited:.0f} s"
     if host_rank() is None:
-        help = "look at torchrun's output: its agent has ended, or another machine cannot reach it"
+        help = (
+            "read the output of the launcher: it has ended, or its port cannot be reached from here"
+        )
     else:
         help = (
             "look whether rank 0 has come to `launch`, and give every rank its host in "

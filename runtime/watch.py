@@ -276,7 +276,7 @@ class Watch:
         """The store has ended, with the process that kept it, or does not answer."""
         what = "has ended" if ended else "does not answer"
         if self.host is None:
-            return self._error(f"torchrun's agent, which keeps the store of the run, {what}", [])
+            return self._error(f"the launcher, which keeps the store of the run, {what}", [])
         if ended:
             what = "died" if self.beats[self.host].state == "running" else "has finished"
         help = _READ_OUTPUT if ended else _LOOK_AT_PROCESS
