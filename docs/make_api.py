@@ -69,7 +69,6 @@ MACHINERY: Mapping[type, tuple[str, ...]] = {
     ),
     program.Stored: ("padding", "plan_line"),
     mw.Plan: ("names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error"),
-    mw.Run: (),
     mesh.Mesh: ("groups", "position"),
     ir.Graph: ("users",),
     ir.Node: ("tensor", "placed", "operands", "requires_grad"),
@@ -105,8 +104,9 @@ def of(*classes: type, prefix: str = "") -> tuple[Entry, ...]:
 
 
 def run_error_kinds() -> list[type]:
-    """The kinds of `RunError`, wherever in the runtime they are defined."""
-    return sorted(mw.RunError.__subclasses__(), key=lambda kind: kind.__name__)
+    """The kinds of `RunError`, in the order of the source."""
+    classes = [value for value in vars(run_errors).values() if isinstance(value, type)]
+    return [kind for kind in classes if issubclass(kind, mw.RunError) and kind is not mw.RunError]
 
 
 SECTIONS: tuple[Section, ...] = (
