@@ -36,7 +36,7 @@ def take_over(program: Program, state: RankState, given: Any, *, alone: bool) ->
     """
     names = yield from agreed(state, lambda: _checked(program, given))
     first = (yield from told(state, "\0".join(names))).split("\0")
-    unlike = sorted(set(names) ^ set(first))
+    unlike = [f"`{name}`" for name in sorted(set(names) ^ set(first))]
     problem = f"the state has other tensors than that of rank 0: {listed(unlike)}"
     help = "pass the same names on every rank"
     yield from agree(state, RunError(problem, help=help) if unlike else None)

@@ -168,7 +168,7 @@ class _Reader:
         """
         if (own := _spell(self.optimizer)) != kind:
             raise RunError(
-                f"this rank loads {own}, and rank 0 {kind}",
+                f"`load` was called {own}, and on rank 0 {kind}",
                 help="call `load` with the same arguments on every rank",
             )
         if self.opened is None or self.opened.text != text:
@@ -217,4 +217,4 @@ class _Reader:
 
 
 def _spell(optimizer: Any) -> str:
-    return "without `optimizer`" if optimizer is None else f"a `{type(optimizer).__name__}`"
+    return "without an optimizer" if optimizer is None else f"with `{type(optimizer).__name__}`"

@@ -1,0 +1,50 @@
+"""Loads by real processes: from and to the virtual mesh, and with one rank that cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.checkpoint.resuming import go_on
+from tests.runtime.processes import ROOT, finish, start
+
+HERE = Path(__file__).parent
+
+
+def test_what_one_rank_cannot_load_is_an_error_of_all_that_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    processes = start(HERE / "failing_loads.py", 2, str(tmp_path / "checkpoint"))
+    first, second = finish(processes, 240)
+    golden("failing_loads", first)
+    assert first == second
+    assert [process.returncode for process in processes] == [0, 0]
+
+
+@pytest.mark.slow
+def test_processes_and_the_virtual_mesh_go_on_from_each_others_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.chdir(tmp_path)
+
+    def processes(plan: str, num_ranks: int, *args: str) -> str:
+        outputs = finish(start(HERE / "resuming.py", num_ranks, plan, *args), 240)
+        assert outputs == outputs[:1] * num_ranks
+        return outputs[0].strip()
+
+    steps = [
+        go_on("tensor", "-", "first", 0),
+        processes("tensor", 2, "first", "second", "2"),
+        processes("both", 4, "second", "third", "4"),
+        processes("data", 2, "third", "fourth", "6"),
+        go_on("tensor", "fourth", "fifth", 8),
+    ]
+    expected = [
+        go_on("tensor", f"virtual {first}" if first else "-", f"virtual {first + 2}", first)
+        for first in range(0, 10, 2)
+    ]
+    assert steps == expected
