@@ -12,7 +12,7 @@ from meshwright.compiler.sheets import Column, Sheet
 from meshwright.compiler.summary import statement_texts
 from meshwright.compiler.sums import Part, Sum, Sums, inside
 from meshwright.compiler.text import size_text, type_text
-from meshwright.dsl.errors import PlanError, did_you_mean, plural
+from meshwright.dsl.errors import PlanError, did_you_mean, plural, spelled
 from meshwright.dsl.html import html_text
 
 if TYPE_CHECKING:
@@ -162,6 +162,12 @@ def _parts_sheet(parts: Sequence[Part]) -> Sheet:
 
 def explain(program: Program, name: str) -> Explanation:
     """What is said of the module, parameter, buffer or input `name`; see `Program.explain`."""
+    if not isinstance(name, str):
+        raise PlanError(
+            "P115",
+            f"a name is text, not {spelled(name)}",
+            help='pass the name of a module, parameter or input, or `""` for the model',
+        )
     modules = dict(program.model.named_modules(remove_duplicate=False))
     tensors = _tensors(program)
     own = program.captured.aliases.get(name, name)

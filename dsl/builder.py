@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
 from meshwright.dsl.check import check
-from meshwright.dsl.errors import PlanError, plural, quoted
+from meshwright.dsl.errors import PlanError, either, plural, quoted, spelled
 from meshwright.dsl.layouts import LayoutTemplate, format_axes
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Axes, Let, MeshStatement, Statement
@@ -43,6 +43,9 @@ class PlanBuilder:
         self._lines: list[str] = []
         self._named: list[str] = []
         self._statements: list[Statement] = []
+        if mesh is not None and not isinstance(mesh, Mapping):
+            help = 'write `Plan.build(mesh={"dp": 2, "tp": 2})`'
+            raise PlanError("P115", f"`mesh` is {spelled(mesh)}, not a dict", help=help)
         if mesh:
             self._add("mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.items()))
 
@@ -72,8 +75,12 @@ class PlanBuilder:
         `of` is `"tensor"` for a parameter, buffer or input, `"output"` (`->`) or `"input"` (`<-`)
         for those of a module.
         """
-        arrow = {"output": "->", "input": "<-"}.get(of, "")
-        return self._add("shard", ", ".join(targets), arrow, str(layout))
+        arrows = {"tensor": "", "output": "->", "input": "<-"}
+        if of not in arrows:
+            raise PlanError("P111", f"`of` is {spelled(of)}", help=f"use {either(arrows)}")
+        if not isinstance(layout, (str, LayoutTemplate)):
+            raise _not_text("the layout", layout, 'write one such as `layout="[f@tp, d]"`')
+        return self._add("shard", _listed(targets), arrows[of], str(layout))
 
     def columns(self, *targets: str, over: AxisNames, factors: str = "") -> Self:
         """Split the output features of these linears.
@@ -81,7 +88,7 @@ class PlanBuilder:
         `factors` is what follows `as`, for a fused output: `"(3 heads hd)"`.
         """
         place = f"over {_axes(over)}"
-        return self._add("columns", ", ".join(targets), place, f"as {factors}" if factors else "")
+        return self._add("columns", _listed(targets), place, f"as {factors}" if factors else "")
 
     def rows(self, *targets: str, over: AxisNames) -> Self:
         """Split the input features of these linears, and reduce their outputs."""
@@ -112,7 +119,7 @@ class PlanBuilder:
 
     def zero(self, level: int, *targets: str, over: AxisNames) -> Self:
         """Shard optimizer state (`level` 1), gradients too (2), parameters too (3)."""
-        return self._add("zero", str(level), ", ".join(targets), f"over {_axes(over)}")
+        return self._add("zero", str(level), _listed(targets), f"over {_axes(over)}")
 
     def stages(
         self, *at: str, count: int | None = None, over: AxisNames, **options: Option
@@ -134,18 +141,18 @@ class PlanBuilder:
 
     def checkpoint(self, *targets: str, **options: Option) -> Self:
         """Recompute these regions in the backward; `options` are `keep` and `budget`."""
-        return self._add("checkpoint", ", ".join(targets), _options(options))
+        return self._add("checkpoint", _listed(targets), _options(options))
 
     def offload(self, what: str, *targets: str, **options: Option) -> Self:
         """Keep `what` (`"activations"`, `"parameters"`, `"optimizer"`) in host memory.
 
         `options` are `fraction`, `budget` and `prefetch`.
         """
-        return self._add("offload", what, ", ".join(targets), _options(options))
+        return self._add("offload", what, _listed(targets), _options(options))
 
     def share(self, *targets: str) -> Self:
         """Let the selected layers use one layer's parameters."""
-        return self._add("share", ", ".join(targets))
+        return self._add("share", _listed(targets))
 
     def precision(self, dtype: str, **options: Option) -> Self:
         """Compute in this `dtype`, such as `"bf16"`; `options` are `master`, `keep`, `dropout`."""
@@ -156,17 +163,19 @@ class PlanBuilder:
 
         The contract is what follows the verb: `"all_reduce[tp] == 0"`.
         """
+        if not isinstance(contract, str):
+            raise _not_text("a contract", contract, 'write one such as `"all_reduce[tp] == 0"`')
         targets = [per] if isinstance(per, str) else list(per)
         return self._add("expect", contract, f"per {', '.join(targets)}" if targets else "")
 
     def allow(self, what: str, *targets: str) -> Self:
         """Accept in these modules what is refused: `what` is `"replicate"` or `"local"`."""
-        return self._add("allow", what, ", ".join(targets))
+        return self._add("allow", what, _listed(targets))
 
     def _spread(
         self, verb: str, targets: Iterable[str], over: AxisNames, **options: Option
     ) -> Self:
-        return self._add(verb, ", ".join(targets), f"over {_axes(over)}", _options(options))
+        return self._add(verb, _listed(targets), f"over {_axes(over)}", _options(options))
 
     def _add(self, *parts: str) -> Self:
         line = " ".join(filter(None, parts))
@@ -187,7 +196,22 @@ class PlanBuilder:
 
 
 def _axes(axes: AxisNames) -> str:
-    return axes if isinstance(axes, str) else format_axes(tuple(axes))
+    names = (axes,) if isinstance(axes, str) else axes
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise _not_text("`over`", axes, 'write an axis, `over="tp"`, or several in a tuple')
+    return format_axes(tuple(names))
+
+
+def _listed(targets: Iterable[str]) -> str:
+    targets = tuple(targets)
+    for target in targets:
+        if not isinstance(target, str):
+            raise _not_text("a target", target, 'write selectors one by one: `"wte", "head"`')
+    return ", ".join(targets)
+
+
+def _not_text(what: str, value: object, help: str) -> PlanError:
+    return PlanError("P115", f"{what} is {spelled(value)}, not text", help=help)
 
 
 def _options(options: Mapping[str, Option]) -> str:
@@ -199,4 +223,6 @@ def _value(value: Option) -> str:
         return "true" if value else "false"
     if value is None or isinstance(value, (str, int, float)):
         return str(value)
+    if not isinstance(value, (tuple, list)) or not all(isinstance(each, str) for each in value):
+        raise _not_text("an option", value, "write a number, a word or a list of words")
     return f"[{', '.join(value)}]"

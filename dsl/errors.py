@@ -146,13 +146,19 @@ def spelled(value: object, longest: int = 40) -> str:
         except ValueError:  # an integer of too many digits to write
             return f"an `{kind}` of {value.bit_length()} bits"  # type: ignore[union-attr]
     if isinstance(value, str):
-        return quoted(repr(value[: longest + 1])[1:-1], longest) if value else "an empty text"
+        return quoted(repr(value[: longest + 1]), longest) if value else "an empty text"
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
         return f"{_article(kind)} `{kind}` of shape `{list(shape)}`"
     if isinstance(value, (list, tuple, dict, set, frozenset, bytes, bytearray)):
         return f"{_article(kind)} `{kind}` of {len(value)}"
     return f"{_article(kind)} `{kind}`"
+
+
+def one_line(text: str, longest: int = 400) -> str:
+    """A text of someone else's on one line, cut when it is long."""
+    line = " ".join(text[: 4 * longest].split())
+    return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
 
 def _article(word: str) -> str:

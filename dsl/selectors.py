@@ -151,7 +151,7 @@ def _pieces(selector: Selector) -> Iterator[str]:
             return
         if text[found.end()] != ".":
             break
-    raise _unreadable(selector, "a selector is names and patterns joined by dots")
+    raise _unreadable(selector, "write names and patterns joined by dots, such as `blocks.*.up`")
 
 
 def _read(piece: str, selector: Selector) -> Iterator[Segment]:

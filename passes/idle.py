@@ -58,6 +58,8 @@ def _use(program: Program, axis: str) -> str:
     if len(before) > 1 or not inputs:
         return weights
     over, dim = before.pop() if before else ((), 0)
+    if axis in over:
+        return "give the inputs a batch that is not empty"
     over = (*over, axis)
     shapes = [program.captured.input_spec.types[name].shape for name in inputs]
     if any(shape[dim] % program.mesh.size(over) for shape in shapes):

@@ -9,7 +9,7 @@ from meshwright.compiler.codegen import Code
 from meshwright.compiler.collectives import Wire
 from meshwright.compiler.ir import Graph
 from meshwright.compiler.text import op_text
-from meshwright.dsl.errors import MeshwrightError
+from meshwright.dsl.errors import MeshwrightError, one_line
 
 
 class RunError(MeshwrightError, RuntimeError):
@@ -67,7 +67,7 @@ class OperatorError(RunError):
 
 def operator_error(error: Exception, code: Code, graph: Graph) -> OperatorError:
     """The error for one that an operator of `graph` raised, as its generated `code` ran."""
-    problem = str(error).partition("\n")[0] or type(error).__name__
+    problem = one_line(str(error).partition("\n")[0]) or type(error).__name__
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)

@@ -52,7 +52,9 @@ class Inputs:
         if len(given) != len(self._expected):
             return None
         for tensor, (shape, dtype) in zip(given, self._expected, strict=True):
-            if not isinstance(tensor, Tensor) or tensor.shape != shape or tensor.dtype != dtype:
+            if not isinstance(tensor, Tensor) or tensor.is_nested:
+                return None
+            if tensor.shape != shape or tensor.dtype != dtype:
                 return None
         return given
 
@@ -66,7 +68,9 @@ class Inputs:
         try:
             return self.spec.flatten(args, kwargs, self.types)
         except CaptureError as error:
-            if "missing" in error.problem or "do not fit" in error.problem:
+            if error.code == "not-a-tensor":
+                help = error.help
+            elif "missing" in error.problem or "do not fit" in error.problem:
                 help = "pass what `forward` takes, as the example did"
             raise RunError(error.problem, help=help) from None
 

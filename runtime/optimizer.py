@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from meshwright.compiler.program import Program
+from meshwright.dsl.errors import one_line
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.suggest import nothing_matches
 from meshwright.runtime.errors import RunError, check_kind
@@ -54,7 +55,8 @@ def made(
         found = kind(parameters, **options)
     except (TypeError, ValueError) as error:
         raise RunError(
-            f"`{_spell(kind)}` cannot be made with these options: {error}", help=_OPTIONS_HELP
+            f"`{_spell(kind)}` cannot be made with these options: {one_line(str(error))}",
+            help=_OPTIONS_HELP,
         ) from error
     if not isinstance(found, torch.optim.Optimizer):
         raise RunError(
@@ -68,7 +70,7 @@ _OPTIONS_HELP = "pass a class and its options: `run.optimizer(torch.optim.AdamW,
 
 
 def _spell(kind: object) -> str:
-    return getattr(kind, "__name__", None) or repr(kind)
+    return getattr(kind, "__name__", None) or type(kind).__name__
 
 
 def _same_on_halves(kind: Callable[..., Any], options: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from meshwright.dsl.errors import spelled
 from meshwright.runtime.errors import PeerError, RunError, spell_ranks, verb
 from meshwright.runtime.termination import say
 
@@ -83,7 +84,7 @@ def _number(name: str, least: int, end: float) -> int:
     if text.strip().isascii() and text.strip().isdigit() and least <= int(text) < end:
         return int(text)
     above = f"{least} or more" if math.isinf(end) else f"{least} to {int(end) - 1}"
-    raise RunError(f"`{name}` is {text!r}, not a number of {above}", help=_TORCHRUN)
+    raise RunError(f"`{name}` is {spelled(text)}, not a number of {above}", help=_TORCHRUN)
 
 
 def _world() -> World:
@@ -107,7 +108,9 @@ class Limit:
         except ValueError:
             self.seconds = math.nan
         if not 0 < self.seconds < math.inf:
-            raise RunError(f"`{LIMIT}` is {text!r}", help=f"set `{LIMIT}` to a number of seconds")
+            raise RunError(
+                f"`{LIMIT}` is {spelled(text)}", help=f"set `{LIMIT}` to a number of seconds"
+            )
         self.begin = time.monotonic()
 
     @property

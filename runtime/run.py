@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meshwright.compiler.program import Program, Stored
+from meshwright.dsl.errors import spelled
 from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
 from meshwright.runtime.agreement import agreed
@@ -75,9 +76,9 @@ class Run:
 
         See `Program.launch` for the options.
         """
-        if new_shapes not in ("error", "compile"):
+        if not isinstance(new_shapes, str) or new_shapes not in ("error", "compile"):
             raise RunError(
-                f"`new_shapes` is {new_shapes!r}",
+                f"`new_shapes` is {spelled(new_shapes)}",
                 help='write `new_shapes="compile"` or leave it out',
             )
         check_seed(seed)
@@ -420,6 +421,8 @@ class Run:
         """
         for value in (max_norm, norm_type):
             check_kind(value, (int, float, Tensor), "a norm", "pass a number")
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise RunError(f"a norm is {spelled(value)}", help="pass a number")
         if not norm_type > 0:
             raise RunError(
                 f"`norm_type` is {norm_type}", help='use a positive number, or `float("inf")`'

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.collectives import Wire
+from meshwright.dsl.errors import spelled
 from meshwright.runtime.copies import by_value
 from meshwright.runtime.errors import MismatchError, RunError, spell_ranks, verb
 from meshwright.runtime.inputs import check_dense
@@ -40,7 +41,7 @@ def read_interval(check_inputs: object) -> int:
         return INTERVAL
     if not isinstance(check_inputs, int) or check_inputs < 0:
         raise RunError(
-            f"`check_inputs` is {check_inputs!r}",
+            f"`check_inputs` is {spelled(check_inputs)}",
             help="write `True`, `False`, or a number of steps from one comparison to the next",
         )
     return int(check_inputs)

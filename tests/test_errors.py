@@ -307,6 +307,11 @@ ARGUMENTS: Mapping[str, Callable[[], object]] = {
     "wrapped-model": lambda: mw.compile(nn.DataParallel(Model()), PLAN, X),
     "model-of-torch-compile": lambda: mw.compile(torch.compile(Model()), PLAN, X),  # type: ignore[arg-type]  # is the test
     "array-in-the-example": lambda: mw.compile(Model(), PLAN, (X[0].numpy(),)),
+    "loss-of-two-arguments": lambda: mw.compile(Model(), PLAN, X, loss=lambda y, t: y),
+    "loss-that-is-a-module": lambda: mw.compile(Model(), PLAN, X, loss=nn.MSELoss()),
+    "outputs-as-an-array": lambda: mw.compile(Model(), PLAN, X, outputs=X[0].numpy()),
+    "example-of-numbers": lambda: mw.compile(Model(), PLAN, ([[1.0] * 4] * 8000,)),
+    "example-without-a-batch": lambda: mw.compile(Model(), PLAN, (torch.ones(0, 4),)),
     "unknown-device": lambda: mw.compile(Model(), PLAN, X, device="gpu"),
 }
 RUNS: Mapping[str, Callable[[mw.Run], object]] = {
@@ -327,6 +332,9 @@ RUNS: Mapping[str, Callable[[mw.Run], object]] = {
         torch.optim.SGD, groups=[{"params": "linear.weigth"}]
     ),
     "input-that-requires-a-gradient": lambda run: run.step(torch.ones(8, 4, requires_grad=True)),
+    "nested-tensor": lambda run: run.step(torch.nested.nested_tensor([X[0]])),
+    "norm-of-many-numbers": lambda run: run.clip_grad_norm_(X[0]),  # type: ignore[arg-type]
+    "selector-of-a-group": lambda run: run.optimizer(torch.optim.SGD, groups=[{"params": ["["]}]),
     "input-that-is-an-array": lambda run: run.step(X[0].numpy()),
     "state-of-other-numbers": lambda run: run.load_state_dict(
         {"linear.weight": torch.ones(4, 4, dtype=torch.int64), "linear.bias": torch.ones(4)}
@@ -340,6 +348,82 @@ RUNS: Mapping[str, Callable[[mw.Run], object]] = {
     "rows-of-no-batch": lambda run: run.data_slice(0),
     "no-checkpoint": lambda run: run.load("no such folder"),
 }
+
+
+class Odd:
+    """Prints itself in a million lines."""
+
+    def __repr__(self) -> str:
+        return "line\n" * 10**6
+
+
+class Silent:
+    """Cannot be printed."""
+
+    def __repr__(self) -> str:
+        raise ValueError("no text")
+
+
+VALUES: Mapping[str, Callable[[], Any]] = {
+    "tensor": lambda: torch.ones(1000, 1000),
+    "array": lambda: torch.ones(1000, 1000).numpy(),
+    "list": lambda: [1.0] * 10**6,
+    "nested-list": lambda: [[1.0] * 1000] * 1000,
+    "dict": lambda: dict.fromkeys(range(10**6), 1.0),
+    "text": lambda: "line\n" * 10**6,
+    "bytes": lambda: b"line\n" * 10**6,
+    "many-lines": Odd,
+    "no-text": Silent,
+    "large-number": lambda: 10**10_000,
+    "nothing": lambda: None,
+}
+
+
+class Scaled(Model):
+    def forward(self, x: Tensor, scale: Any = 1.0) -> Any:
+        return super().forward(x)
+
+
+@functools.cache
+def scaled() -> mw.Program:
+    return mw.compile(Scaled(), PLAN, (*X, 2.0))
+
+
+TAKEN: Mapping[str, Callable[[Any], object]] = {
+    "plan": lambda value: mw.compile(Model(), value, X),
+    "text-of-a-plan": lambda value: mw.Plan.parse(value),
+    "path-of-a-plan": lambda value: mw.Plan.load(value),
+    "example": lambda value: mw.compile(Model(), PLAN, (value,)),
+    "mode": lambda value: mw.compile(Model(), PLAN, X, mode=value),
+    "outputs": lambda value: mw.compile(Model(), PLAN, X, outputs=(value, 1)),
+    "loss": lambda value: mw.compile(Model(), PLAN, X, loss=[value]),
+    "seed": lambda value: compiled().launch(seed=[value]),  # type: ignore[arg-type]
+    "new-shapes": lambda value: compiled().launch(new_shapes=value),
+    "check-inputs": lambda value: compiled().launch(check_inputs=[value]),  # type: ignore[arg-type]
+    "state": lambda value: compiled().launch(state_dict={"linear.weight": value}),
+    "step": lambda value: compiled().launch().step(value),
+    "step-by-name": lambda value: compiled().launch().step(x=value),
+    "constant-of-a-step": lambda value: scaled().launch().step(*X, value),
+    "norm": lambda value: compiled().launch().clip_grad_norm_([value]),  # type: ignore[arg-type]
+    "path-of-a-checkpoint": lambda value: compiled().launch().save([value]),  # type: ignore[arg-type]
+    "rows": lambda value: compiled().launch().data_slice([value]),  # type: ignore[arg-type]
+    "option-of-an-optimizer": lambda value: (
+        compiled().launch().optimizer(torch.optim.SGD, lr=[value])
+    ),
+    "groups": lambda value: compiled().launch().optimizer(torch.optim.SGD, groups=[value]),
+    "name-to-explain": lambda value: compiled().explain([value]),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_an_error_names_a_value_shortly_on_one_line_however_large_it_is(value: str) -> None:
+    for taken, call in TAKEN.items():
+        with pytest.raises(mw.MeshwrightError) as caught:
+            call(VALUES[value]())
+        problem, *rest = str(caught.value).splitlines()
+        assert len(problem) < 450, (taken, problem[:500])
+        assert len(rest) < 9, taken
+        assert any(line.startswith("  help: ") for line in rest), taken
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
@@ -416,6 +500,6 @@ def test_every_error_here_is_lower_case_with_one_line_of_help_that_begins_with_a
 
 VERBS = {
     "add", "change", "check", "choose", "compile", "give", "keep", "launch", "leave", "make",
-    "name", "pass", "read", "reduce", "register", "remove", "return", "set", "split", "start",
+    "name", "pad", "pass", "read", "reduce", "register", "remove", "return", "set", "split", "start",
     "use", "write",
 }  # fmt: skip

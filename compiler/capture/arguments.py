@@ -10,6 +10,7 @@ from torch import nn
 
 from meshwright.compiler.capture.outputs import Mode
 from meshwright.compiler.errors import CaptureError
+from meshwright.dsl.errors import spelled
 from meshwright.dsl.plan import Plan
 
 
@@ -27,8 +28,10 @@ def check_arguments(model: Any, plan: Any, loss: Any, outputs: Any, static: Any,
         _refuse("`outputs`", outputs, 'pass a list of paths, such as `outputs=["logits"]`')
     if not _is_names(static):
         _refuse("`static`", static, 'pass a list of inputs, such as `static=["image_grid_thw"]`')
-    if mode not in get_args(Mode):
-        raise CaptureError(f"`mode` is {mode!r}", help='write `mode="train"` or `mode="infer"`')
+    if not isinstance(mode, str) or mode not in get_args(Mode):
+        raise CaptureError(
+            f"`mode` is {spelled(mode)}", help='write `mode="train"` or `mode="infer"`'
+        )
 
 
 def _is_names(value: Any) -> bool:
@@ -48,10 +51,11 @@ def _wrapped(model: nn.Module) -> str | None:
 def target_device(device: Any, default: str) -> torch.device:
     """The device that is compiled for. Raises `CaptureError` for what torch does not know."""
     try:
-        return torch.device(device or default)
+        return torch.device(default if device is None else device)
     except (RuntimeError, TypeError):
         raise CaptureError(
-            f"`device` is {device!r}", help='write one that torch knows: `device="cpu"` or `"cuda"`'
+            f"`device` is {spelled(device)}",
+            help='write one that torch knows: `device="cpu"` or `"cuda"`',
         ) from None
 
 

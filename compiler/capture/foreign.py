@@ -12,7 +12,7 @@ from types import TracebackType
 
 from meshwright.compiler.capture.origin import line_of, raised_by_user
 from meshwright.compiler.errors import CaptureError
-from meshwright.dsl.errors import MeshwrightError
+from meshwright.dsl.errors import MeshwrightError, one_line
 
 _CHATTY = (
     "torch.export",
@@ -127,7 +127,7 @@ def _translated(error: Exception) -> CaptureError:
 
 def _first_line(error: Exception) -> str:
     line = next((line for line in str(error).splitlines() if line.strip()), "no message")
-    return line if len(line) <= 300 else line[:297] + "..."
+    return one_line(line, 300)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,12 @@ from torch.utils import _pytree as pytree
 
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.ir import TensorType
+from meshwright.dsl.errors import spelled
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+_MOST_DIFFERENCES = 6
+_MOST_VALUES = 10_000
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,44 @@ class InputSpec:
         `types` replaces the expected types, for a caller that holds only some rows of the batch.
         Raises `CaptureError` that names every input that is missing, extra or different.
         """
+        types = types or self.types
+        self._check_no_lists(bind(self.signature, args, kwargs), types)
         given = dict(named_leaves(self.signature, args, kwargs)[0])
-        differences = [*self._differences(given, types or self.types)]
+        differences = self._differences(given, types)
         if differences:
+            more = len(differences) - _MOST_DIFFERENCES
             raise CaptureError(
-                "the inputs differ from those that were compiled: " + "; ".join(differences),
+                "the inputs differ from those that were compiled: "
+                + "; ".join(differences[:_MOST_DIFFERENCES])
+                + (f"; and {more} more" if more > 0 else ""),
                 help="pass inputs like the example's, or compile for these too",
             )
         return tuple(given[name] for name in self.types)
+
+    def _was(self, name: str, value: Any) -> str:
+        """What the example gave for an input that is no tensor and has another value now."""
+        if name not in self.constants:
+            return "which the example did not give"
+        before = spelled(self.constants[name])
+        return f"not {before}" if before != spelled(value) else "another than the example's"
+
+    def _check_no_lists(self, given: Mapping[str, Any], names: Iterable[str]) -> None:
+        """Refuse lists and arrays in the place of tensors, without a look at what they hold."""
+        for name in names:
+            value = _at(given, name)
+            if isinstance(value, Tensor) and value.is_nested:
+                raise CaptureError(
+                    f"`{name}` is a nested tensor",
+                    code="not-a-tensor",
+                    help="pad it: `torch.nested.to_padded_tensor`",
+                )
+            if value is not None and not isinstance(value, Tensor):
+                raise CaptureError(
+                    f"the inputs differ from those that were compiled: `{name}` is "
+                    f"{spelled(value)}, not a tensor",
+                    code="not-a-tensor",
+                    help=f"pass tensors: `torch.as_tensor({name})`",
+                )
 
     def static_values(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -88,14 +122,11 @@ class InputSpec:
                     found.append(f"`{name}` is static and has another value than the example's")
             elif isinstance(value, Tensor):
                 found += _tensor_difference(name, value, types.get(name))
-            elif name in types:
-                found += [f"`{name}` is a `{type(value).__name__}`, not a tensor"] * (
-                    value is not None
-                )
-            elif not _same(value, self.constants.get(name)):
-                found.append(f"`{name}` is {value!r}, not {self.constants.get(name)!r}")
+            elif name not in types and not _same(value, self.constants.get(name)):
+                found.append(f"`{name}` is {spelled(value)}, {self._was(name, value)}")
         found += [
-            f"`{name}` is missing" + ("" if isinstance(value, Tensor) else f": it was {value!r}")
+            f"`{name}` is missing"
+            + ("" if isinstance(value, Tensor) else f": it was {spelled(value)}")
             for name, value in self.constants.items()
             if name not in given and value is not None
         ]
@@ -126,6 +157,34 @@ def input_spec(
     }
     _check_no_arrays(constants)
     return InputSpec(signature, tree, tuple(name for name, _ in leaves), types, constants)
+
+
+def _at(given: Mapping[str, Any], name: str) -> Any:
+    """What stands at a dotted name of the arguments; nothing where there is none."""
+    value: Any = given
+    for part in name.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, (list, tuple)) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def _holds_more(value: Any, budget: int) -> int:
+    """What is left of `budget` after one for each leaf of lists and dicts; negative: more."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return budget - 1
+    if len(value) > budget:
+        return -1
+    for item in value:
+        budget = _holds_more(item, budget)
+        if budget < 0:
+            break
+    return budget
 
 
 def _check_no_arrays(constants: Mapping[str, Any]) -> None:
@@ -171,7 +230,15 @@ def named_leaves(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[list[tuple[str, Any]], pytree.TreeSpec]:
     """Every leaf with its dotted name: `tokens`, `batch.x`, `args.0`; `**kwargs` adds no prefix."""
-    leaves, tree = pytree.tree_flatten_with_path(bind(signature, args, kwargs))
+    bound = bind(signature, args, kwargs)
+    for name, value in bound.items():
+        if _holds_more(value, _MOST_VALUES) < 0:
+            raise CaptureError(
+                f"the input `{name}` is {spelled(value)}, with more than {_MOST_VALUES} values",
+                code="not-a-tensor",
+                help=f"pass tensors: `torch.as_tensor({name})`",
+            )
+    leaves, tree = pytree.tree_flatten_with_path(bound)
     free = [n for n, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD]
     prefix = f"{free[0]}." if free else "\0"
     return [(_name(path).removeprefix(prefix), leaf) for path, leaf in leaves], tree

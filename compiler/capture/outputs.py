@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from meshwright.compiler.capture.generators import draws_noticed
 from meshwright.compiler.capture.state import StateBefore
 from meshwright.compiler.errors import CaptureError
+from meshwright.dsl.errors import one_line
 
 Mode: TypeAlias = Literal["train", "eval", "infer"]
 Loss: TypeAlias = "str | Callable[[Any], Tensor] | None"
@@ -88,7 +90,7 @@ def pick_loss(output: Any, loss: Loss) -> Tensor:
     """The scalar to differentiate; `CaptureError` where there is none, or more than one."""
     held = dict(tensors_of(output))
     if callable(loss):
-        value = loss(output)
+        value = _called(loss, output)
         if not isinstance(value, Tensor):
             raise CaptureError(
                 f"the `loss` function returned {describe(value)}, not a tensor",
@@ -104,6 +106,20 @@ def pick_loss(output: Any, loss: Loss) -> Tensor:
             help="reduce it: pass `loss=lambda output: ...` that returns a 0-d tensor",
         )
     return value
+
+
+def _called(loss: Callable[[Any], Any], output: Any) -> Any:
+    try:
+        called = loss.forward if isinstance(loss, nn.Module) else loss
+        inspect.signature(called).bind(output)
+    except TypeError as error:
+        raise CaptureError(
+            f"the `loss` function does not take the model's output alone: {one_line(str(error))}",
+            help="pass a function of the output: `loss=lambda output: ...`",
+        ) from None
+    except ValueError:
+        pass  # no signature to ask: a builtin
+    return loss(output)
 
 
 def describe(output: Any) -> str:

@@ -91,9 +91,9 @@ def compile(
         plan,
         example,
         loss=loss,
-        outputs=outputs or (),
+        outputs=() if outputs is None else outputs,  # type: ignore[redundant-expr]  # as a default
         mode=mode,
         device=device,
-        static=static or (),
+        static=() if static is None else static,  # type: ignore[redundant-expr]  # as a default
         launcher=launch,
     )
