@@ -76,7 +76,8 @@ class Run:
 
         See `Program.launch` for the options.
         """
-        if not isinstance(new_shapes, str) or new_shapes not in ("error", "compile"):
+        known: object = new_shapes
+        if not (isinstance(known, str) and known in ("error", "compile")):
             raise RunError(
                 f"`new_shapes` is {spelled(new_shapes)}",
                 help='write `new_shapes="compile"` or leave it out',
