@@ -203,14 +203,29 @@ class _Folder:
         """The lines from `start` to before `end`, folded."""
         found: list[Folded] = []
         while start < end:
-            best = max(self._tried(start, end), key=lambda each: each.num_saved, default=None)
-            if best is None or best.num_saved < _MIN_SAVED:
+            best = self._best(start, end)
+            if best is not None and best.num_saved >= _MIN_SAVED:
+                best = self._aligned(best, end)
+                found += [*self.lines[start : best.start], self._repeat(best)]
+                start = best.start + best.period * best.count
+            else:
                 found.append(self.lines[start])
                 start += 1
-            else:
-                found.append(self._repeat(best))
-                start += best.period * best.count
         return tuple(found)
+
+    def _best(self, start: int, end: int) -> _Copies | None:
+        return max(self._tried(start, end), key=lambda each: each.num_saved, default=None)
+
+    def _aligned(self, run: _Copies, end: int) -> _Copies:
+        """A run that stands for no fewer lines and begins where a module does, if there is one."""
+        lines = range(run.start, run.start + run.period)
+        paths = [self._moved_path(i + run.period, i) for i in lines]
+        for i in range(1, len(paths)):
+            if paths[i] and paths[i - 1] and paths[i] != paths[i - 1]:
+                other = self._best(run.start + i, end)
+                if other is not None and other.num_saved >= run.num_saved:
+                    return other
+        return run
 
     def _repeat(self, run: _Copies) -> Repeat:
         self.num_runs += 1

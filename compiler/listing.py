@@ -97,7 +97,7 @@ class _Printer:
         rows = list(self.rows(lines))
         width = _head_width([row for row in rows if isinstance(row, _Row)])
         for row in rows:
-            yield from [row] if isinstance(row, str) else _laid_out(row, width)
+            yield from [row] if isinstance(row, str) else _laid_out(row, width, self.full)
 
     def rows(self, lines: Sequence[Folded]) -> Iterator[_Row | str]:
         for line in lines:
@@ -130,7 +130,7 @@ def _head_width(rows: Sequence[_Row]) -> int:
     return min(range(24, min(widest, _WIDEST) + 1, 2), key=broken, default=widest)
 
 
-def _laid_out(row: _Row, width: int) -> Iterator[str]:
+def _laid_out(row: _Row, width: int, full: bool) -> Iterator[str]:
     """The lines of a row: `=` is in one column, and what does not fit is under the operator."""
     before = f"  {row.head:<{width}} = "
     if len(before) + len(row.tail) <= WIDTH and len(row.head) <= width:
@@ -144,12 +144,23 @@ def _laid_out(row: _Row, width: int) -> Iterator[str]:
     under = " " * len(before)
     *lines, last = _wrapped(before + row.call, f"{under}  ")
     yield from lines
-    comment = f"  # {row.module}" if row.module else ""
+    comment = _comment(row.module, WIDTH - len(last), full)
     if len(last) + len(comment) <= WIDTH:
         yield last + comment
     else:
         yield last
         yield f"{under}{comment}"
+
+
+def _comment(module: str, room: int, full: bool) -> str:
+    """`  # encoder.block.0.ln`; where that does not fit, and unless `full`, `  # …ln`."""
+    comment = f"  # {module}" if module else ""
+    if full or len(comment) <= room:
+        return comment
+    parts = module.split(".")
+    starts = (i for i in range(1, len(parts)) if not parts[i].isdecimal())
+    shorter = (f"  # …{'.'.join(parts[i:])}" for i in starts)
+    return next((each for each in shorter if len(each) <= room), comment)
 
 
 def _wrapped(line: str, indent: str) -> list[str]:

@@ -174,6 +174,15 @@ def test_a_layer_that_differs_prints_whole_wherever_it_is() -> None:
     assert "to blocks.3: the same" not in text
 
 
+def test_copies_begin_where_a_module_does_if_that_folds_as_much() -> None:
+    def first(model: Gpt) -> None:
+        model.blocks[0].ln1.eps = 1e-3
+
+    before, _, after = odd(first).partition("  … blocks.2 to blocks.3: the same 27 nodes each")
+    assert before.splitlines()[-1].endswith("# blocks.1")
+    assert "# ln\n" in "\n".join(after.splitlines()[:5]) + "\n"
+
+
 class Universal(nn.Module):
     """One block that is called six times: nothing tells its calls apart."""
 
@@ -248,7 +257,7 @@ def test_buckets_that_close_anywhere_do_not_hide_that_layers_are_equal() -> None
     text = graph_text(graph)
     folded = hidden(graph)
     before, _, after = text.partition(f"  … {LATER}\n")
-    assert "… blocks.6 to blocks.1: the same" in before
+    assert "… blocks.5 to blocks.0: the same" in before
     assert "bucket" not in before
     for node in graph.nodes:
         if node.op == MeshOp("bucket") or node.origin.module == "gradients":
