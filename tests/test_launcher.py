@@ -19,7 +19,7 @@ from meshwright.cli import main
 from tests.runtime.processes import environment, free_port
 
 SCRIPT = """\
-import os, signal, subprocess, sys, time
+import os, signal, subprocess, sys, threading, time
 
 RANK = int(os.environ["RANK"])
 
@@ -34,6 +34,11 @@ def act(name):
         sys.exit("the data is not there")
     if name == "is parsed":
         compile("x = (", "labels.py", "exec")
+    if name == "lingers":
+        threading.Thread(target=time.sleep, args=(600,)).start()
+        raise ValueError("no such label")
+    if name == "leaves as if":
+        sys.exit(128 + signal.SIGTERM)
     if name == "leaves":
         sys.exit(3)
     if name == "sleeps":
@@ -116,9 +121,12 @@ def launched(folder: Path, capfd: pytest.CaptureFixture[str]) -> Launched:
         ("says_why", 1, ["sleeps", "says why"]),
         ("exit_code", 3, ["sleeps", "leaves"]),
         ("hook", 1, ["has a hook", "sleeps"]),
+        ("lingers", 1, ["sleeps", "lingers"]),
         ("killed", 137, ["sleeps", "SIGKILL"]),
         ("segfault", 139, ["sleeps", "SIGSEGV"]),
         ("terminated", 143, ["SIGTERM", "sleeps"]),
+        ("warned", 138, ["sleeps", "SIGUSR1"]),
+        ("terminated_in_order", 143, ["sleeps", "leaves as if"]),
     ],
 )
 def test_a_failed_launch_ends_in_one_paragraph(

@@ -14,7 +14,7 @@ from typing import Any
 
 import meshwright
 from meshwright import commands as functions
-from meshwright.dsl.errors import MeshwrightError, PlanError, did_you_mean
+from meshwright.dsl.errors import MeshwrightError, PlanError, did_you_mean, nearest
 from meshwright.launcher.job import GRACE
 from meshwright.models import ModelError, UsageError
 from meshwright.usage import assign, is_model, job, one_of, whole_number
@@ -51,18 +51,25 @@ def _dispatch(words: Sequence[str]) -> int:
         print(f"meshwright {meshwright.__version__}")
         return 0
     if name not in _COMMANDS:
-        what = f"`{name}` stands before the command" if name[0] == "-" else ""
-        help = "write the command first, such as `meshwright show`, and its options after it"
-        raise UsageError(
-            what or f"there is no command `{name}`",
-            help=help if what else did_you_mean(name, _COMMANDS),
-        )
+        raise _no_command(name)
     asked = rest[:1] if name == "run" else rest
     if "--help" in asked or "-h" in asked:
         print(_COMMANDS[name].help(name), end="")
         return 0
     function: Callable[[Namespace], int] = getattr(functions, name)
     return function(_arguments(name, rest))
+
+
+def _no_command(name: str) -> UsageError:
+    if name[0] != "-":
+        choices = [*_COMMANDS, "help", "--version"]
+        return UsageError(f"there is no command `{name}`", help=did_you_mean(name, choices))
+    if close := nearest(name.strip("-"), ["version", "help"]):
+        return UsageError(f"there is no option `{name}`", help=f"write `--{close[0]}`")
+    return UsageError(
+        f"`{name}` stands before the command",
+        help="write the command first, such as `meshwright show`, and its options after it",
+    )
 
 
 _Options = dict[str, dict[str, Any]]

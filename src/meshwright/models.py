@@ -41,7 +41,7 @@ def load_model(spec: str) -> tuple[nn.Module, Any]:
     user's own code raises.
     """
     where, _, name = spec.rpartition(":")
-    if not where or not name.isidentifier():
+    if not where or where.endswith(":") or not name.isidentifier():
         raise UsageError(
             f"`{spec}` names no function", help="write `path/to/file.py:function` for the model"
         )
@@ -114,7 +114,8 @@ def _function(module: ModuleType, name: str, where: str) -> Callable[[], Any]:
         function: Callable[[], Any] = found
         return function
     own = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-    raise CommandError(f"`{where}` has no function `{name}`", help=did_you_mean(name, own))
+    help = did_you_mean(name, own) if own else "write the path of a file that has one"
+    raise CommandError(f"`{where}` has no function `{name}`", help=help)
 
 
 def _from_file(path: Path) -> ModuleType:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from meshwright.dsl.errors import did_you_mean, nearest
@@ -32,6 +35,10 @@ def assign(command: str, words: Sequence[str], wanted: Sequence[str]) -> dict[st
     A model and a plan are told by their form, in whatever order they come; a word of neither form
     is taken by its place. Raises `UsageError` for words that are missing or too many.
     """
+    if "" in words[:2]:
+        raise UsageError(
+            f"a word of `{command}` is empty", help="write a path; a shell's variable may be unset"
+        )
     found: dict[str, str] = {}
     rest = list(words)
     for what, fits in (("MODEL", is_model), ("PLAN", is_plan)):
@@ -154,8 +161,14 @@ def job(words: Sequence[str]) -> Job:
             "--processes 4`",
         )
     if "--processes" not in options:
-        raise UsageError("`--processes` is missing", help="write `--processes 4` for four ranks")
-    _check_script(script[0])
+        where = ", before the `--`" if "--" in words else ""
+        raise UsageError(
+            "`--processes` is missing", help=f"write `--processes 4` for four ranks{where}"
+        )
+    if script[0] == "-m":
+        _check_module(script[1])
+    else:
+        _check_script(script[0])
     read = {name.lstrip("-"): RUN_OPTIONS[name](text) for name, text in options.items()}
     nodes, node, meet = read.get("nodes", 1), read.get("node-rank", 0), read.get("rendezvous")
     assert isinstance(nodes, int) and isinstance(node, int)
@@ -208,7 +221,9 @@ def _check_nodes(nodes: int, node: int, options: dict[str, str]) -> None:
     if node >= nodes:
         raise UsageError(
             f"`--node-rank` is {node}, and `--nodes` is {nodes}",
-            help=f"write `--nodes {node + 1}`" if nodes == 1 else f"write 0 to {nodes - 1}",
+            help=f"write `--nodes {node + 1}`"
+            if nodes == 1
+            else f"write a number from 0 to {nodes - 1}",
         )
     missing = [name for name in ("--node-rank", "--rendezvous") if name not in options]
     if nodes > 1 and missing:
@@ -219,13 +234,27 @@ def _check_nodes(nodes: int, node: int, options: dict[str, str]) -> None:
         )
 
 
+def _check_module(name: str) -> None:
+    package = name.partition(".")[0]
+    if PathFinder.find_spec(package, [os.getcwd(), *sys.path]) is None:
+        raise CommandError(
+            f"there is no module `{package}`",
+            help="check its name, and run where it is: in this folder, or installed",
+        )
+
+
 def _check_script(script: str) -> None:
     path = Path(script)
-    if script == "-m" or path.is_file():
+    if path.is_file():
         return
-    if path.is_dir():
+    if path.exists():
+        what = "a folder" if path.is_dir() else "a device or a pipe"
         raise CommandError(
-            f"`{script}` is a folder, not a script", help="write the path of a Python file in it"
+            f"`{script}` is {what}, not a script", help="write the path of a Python file"
+        )
+    if Path(script.partition(" ")[0]).is_file():
+        raise CommandError(
+            f"there is no file `{script}`", help="write the script's arguments without quotes"
         )
     close = nearest(path.stem, [each.stem for each in path.parent.glob("*.py")])
     raise CommandError(

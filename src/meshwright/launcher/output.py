@@ -34,7 +34,8 @@ def prefixed(rank: int, text: str) -> str:
     """Lines as they are printed for a rank: those of rank 0 are unmarked."""
     if not rank:
         return text
-    return "".join(f"[rank {rank}] {line}" for line in text.splitlines(keepends=True))
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return "".join(f"[rank {rank}] {line}\n" for line in lines)
 
 
 class _Lines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from meshwright.dsl.errors import printable
+from meshwright.launcher.signals import PASSED_ON, STOPS
 from meshwright.runtime.errors import spell_ranks, verb
 
+_NAMED = {int(number) for number in signal.Signals}
 _TOGETHER = 1.0
 """Seconds: a rank that was killed so shortly after another's error had caused it."""
 _LONGEST = 500
 
-_SIGNALS = {
+_SIGNALS: dict[int, tuple[str, str]] = {
     signal.SIGKILL: (
         "killed by the system (SIGKILL); out of memory is the usual cause",
         "look for `Out of memory` in the system's log (`dmesg`); lower the batch or the processes",
@@ -34,6 +35,10 @@ _SIGNALS = {
         "look whether `/dev/shm` is full (`df -h /dev/shm`) or a file that it maps was cut",
     ),
 }
+_PASSED = (
+    "ended by {name}, which the script does not handle",
+    "handle it in the script (`signal.signal`), or do not send it",
+)
 _OTHER_SIGNAL = (
     "ended by {name}, which this launcher did not send",
     "look for what ends processes here: a time limit, a batch system, a person",
@@ -92,8 +97,11 @@ def exit_code(ends: Sequence[End], stopped: signal.Signals | None) -> int:
     failed = [end for end in ends if end.failed]
     if not failed:
         return 0
-    code = culprit(failed).code
-    return 128 - code if code < 0 else code or 1
+    first = culprit(failed)
+    if first.report is not None:
+        # Its process may have been told to end before it was done with leaving by itself.
+        return 128 + signal.SIGINT if first.report.kind == "KeyboardInterrupt" else 1
+    return 128 - first.code if first.code < 0 else first.code
 
 
 def culprit(failed: Sequence[End]) -> End:
@@ -135,9 +143,7 @@ def _what(end: End, who: str, alone: bool) -> tuple[list[str], str]:
     """What happened in a line or more, and what to do."""
     report = end.report
     if report is None:
-        said, help = _ended(end.code)
-        if end.code < 0:
-            said = f"{'was' if alone else 'were'} {said}"
+        said, help = _ended(end.code, alone)
         return [f"{who} {said}"], help
     if report.kind == "SystemExit":
         found = "search the script for this text, which it gave to `sys.exit`"
@@ -146,7 +152,7 @@ def _what(end: End, who: str, alone: bool) -> tuple[list[str], str]:
         return [f"{who} failed: {report.line}"], "read the traceback above, and mend the script"
     problem, *rest = printed_lines(report.text)
     helps = [line.strip() for line in rest if line.strip().startswith("help: ")]
-    where = [f"  {line.rstrip()}" for line in rest if line.strip() not in helps]
+    where = [line.rstrip() for line in rest if line.strip() not in helps]
     help = helps[-1].removeprefix("help: ") if helps else "read the traceback above"
     return [f"{who} failed: {report.kind}: {problem}", *where], help
 
@@ -156,16 +162,16 @@ def printed_lines(text: str) -> list[str]:
     return [printable(line) for line in text.strip().splitlines()] or [""]
 
 
-def _ended(code: int) -> tuple[str, str]:
-    if code >= 0:
+def _ended(code: int, alone: bool = True) -> tuple[str, str]:
+    """What a process did that ended with `code`, and what to do."""
+    # A handler that leaves in order says by its exit code which signal it was.
+    number = code - 128 if code - 128 in STOPS else -code
+    if number <= 0:
         what = f"ended with exit code {code}"
         return what, "read what it printed last: it ended itself, without an error of Python's"
-    try:
-        number = signal.Signals(-code)
-    except ValueError:
-        return f"ended by signal {-code}", _OTHER_SIGNAL[1]
-    said, help = _SIGNALS.get(number, _OTHER_SIGNAL)
-    return said.format(name=number.name), help
+    name = signal.Signals(number).name if number in _NAMED else f"signal {number}"
+    said, help = _SIGNALS.get(number, _PASSED if number in PASSED_ON else _OTHER_SIGNAL)
+    return f"{'was' if alone else 'were'} {said.format(name=name)}", help
 
 
 def stop(number: signal.Signals, killed: Sequence[int], grace: float, hurried: bool) -> str:
@@ -185,9 +191,3 @@ def stop(number: signal.Signals, killed: Sequence[int], grace: float, hurried: b
 def _cut(text: str) -> str:
     text = printable(text.strip())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
-
-
-def shown_path(path: Path) -> str:
-    """A path as one would write it here."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith(os.pardir) else relative
