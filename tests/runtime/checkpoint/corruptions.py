@@ -7,6 +7,7 @@ its equal) is drawn again.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from tests.runtime.checkpoint.shard_bytes import ShardBytes
 from tests.runtime.checkpoint.states import shards
+from tests.runtime.checkpoint.tensor_changes import TENSOR_CHANGES, TensorChange
 
 MANIFEST = "manifest.json"
 
@@ -182,121 +184,51 @@ def a_file_of_noise(scene: Scene) -> Damage:
 # -- tensors ----------------------------------------------------------------------------------
 
 
-def _change(scene: Scene, change: Callable[[ShardBytes, list[str]], list[str]]) -> Damage:
-    """Change a shard whose names come in an order of their own; the change says of which."""
+def _data_of(scene: Scene, replace: Callable[[ShardBytes, str], bytes]) -> Damage:
+    """Put other bytes for those of a tensor, where they differ."""
     file = scene.shard()
-    found = ShardBytes.read(file)
-    names = list(found.tensors)
-    scene.dice.shuffle(names)
-    tensors = change(found, names)
-    found.write(file)
-    return Damage([file], tensors)
+    raw, found = bytearray(file.read_bytes()), ShardBytes.read(file)
+    name = scene.dice.choice([n for n in found.tensors if replace(found, n) != found.bytes_of(n)])
+    begin = _header_size(file) + found.header[name]["data_offsets"][0]
+    data = replace(found, name)
+    raw[begin : begin + len(data)] = data
+    file.write_bytes(raw)
+    return Damage([file], [name])
 
 
 @corruption
 def a_tensor_of_zeros(scene: Scene) -> Damage:
-    def change(found: ShardBytes, names: list[str]) -> list[str]:
-        begin, end = found.header[names[0]]["data_offsets"]
-        found.data[begin:end] = bytes(end - begin)
-        return names[:1]
-
-    return _change(scene, change)
+    return _data_of(scene, lambda found, name: bytes(len(found.bytes_of(name))))
 
 
 @corruption
-def a_tensor_missing(scene: Scene) -> Damage:
-    def change(found: ShardBytes, names: list[str]) -> list[str]:
-        found.remove(names[0])
-        return names[:1]
-
-    return _change(scene, change)
-
-
-@corruption
-def a_tensor_of_the_optimizer_missing(scene: Scene) -> Damage:
-    def change(found: ShardBytes, names: list[str]) -> list[str]:
-        name = next(name for name in names if "exp_avg" in name)
-        found.remove(name)
-        return [name]
-
-    return _change(scene, change)
-
-
-@corruption
-def a_tensor_more(scene: Scene) -> Damage:
-    def change(found: ShardBytes, names: list[str]) -> list[str]:
-        name = scene.dice.choice(["unknown", names[0] + " ", "optimizer/exp_avg/unknown"])
-        found.add(name, like=names[0])
-        return [name]
-
-    return _change(scene, change)
-
-
-@corruption
-def a_tensor_renamed(scene: Scene) -> Damage:
-    def change(found: ShardBytes, names: list[str]) -> list[str]:
-        found.header[names[0] + "s"] = found.header.pop(names[0])
-        return names[:1]
-
-    return _change(scene, change)
-
-
-@corruption
-def another_dtype_with_the_same_bytes(scene: Scene) -> Damage:
-    def change(found: ShardBytes, names: list[str]) -> list[str]:
-        row = found.header[names[0]]
-        kinds = [["F64", "I64", "U64"], ["F32", "I32", "U32"]]
-        same = next(kinds for kinds in kinds if row["dtype"] in kinds)
-        row["dtype"] = scene.dice.choice([kind for kind in same if kind != row["dtype"]])
-        return names[:1]
-
-    return _change(scene, change)
-
-
-@corruption
-def another_shape_with_the_same_bytes(scene: Scene) -> Damage:
-    def change(found: ShardBytes, names: list[str]) -> list[str]:
-        name = next(name for name in names if found.header[name]["shape"])
-        row = found.header[name]
-        last = row["shape"][-1]
-        row["shape"] = [*row["shape"][:-1], *scene.dice.choice([[last, 1], [1, last]])]
-        return [name]
-
-    return _change(scene, change)
-
-
-@corruption
-def two_tensors_under_each_other_s_name(scene: Scene) -> Damage:
-    def change(found: ShardBytes, names: list[str]) -> list[str]:
-        pairs = [
-            (one, other)
-            for one in names
-            for other in names
-            if len(found.bytes_of(one)) == len(found.bytes_of(other))
-            and found.bytes_of(one) != found.bytes_of(other)
-        ]
-        one, other = scene.dice.choice(pairs)
-        first, second = found.header[one], found.header[other]
-        found.header[one], found.header[other] = second, first
-        return [one, other]
-
-    return _change(scene, change)
+def a_tensor_shifted_by_a_byte(scene: Scene) -> Damage:
+    return _data_of(scene, lambda found, name: b"\1" + found.bytes_of(name)[:-1])
 
 
 @corruption
 def a_tensor_of_another_save(scene: Scene) -> Damage:
     """Into a shard whose metadata stay those of its save."""
-    files = shards(scene.folder)
+    others = [ShardBytes.read(file) for file in shards(scene.others["other weights"])]
+
+    def replace(found: ShardBytes, name: str) -> bytes:
+        data = next(other.bytes_of(name) for other in others if name in other.tensors)
+        return data[: len(found.bytes_of(name))]
+
+    return _data_of(scene, replace)
+
+
+def _header_of(scene: Scene, change: TensorChange) -> Damage:
+    """Write a shard anew as somebody would who knows safetensors, and nothing of digests."""
     file = scene.shard()
-    other = ShardBytes.read(shards(scene.others["other weights"])[files.index(file)])
     found = ShardBytes.read(file)
-    name = scene.dice.choice(
-        [name for name in found.tensors if found.bytes_of(name) != other.bytes_of(name)]
-    )
-    begin, end = found.header[name]["data_offsets"]
-    found.data[begin:end] = other.bytes_of(name)
+    change(found, scene.dice)
     found.write(file)
-    return Damage([file], [name])
+    return Damage([file])
+
+
+for _name, _change in TENSOR_CHANGES.items():
+    CORRUPTIONS[_name] = functools.partial(_header_of, change=_change)
 
 
 # -- files ------------------------------------------------------------------------------------

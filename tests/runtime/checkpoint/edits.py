@@ -7,13 +7,16 @@ after which the same is loaded as before is not damage: see `test_corruptions.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.runtime.checkpoint.corruptions import Damage, Scene
+from tests.runtime.checkpoint.shard_bytes import ShardBytes
 from tests.runtime.checkpoint.states import shards
+from tests.runtime.checkpoint.tensor_changes import TensorChange
 
 Edit = Callable[[dict[str, Any], Scene], list[str]]
 """Changes the parsed manifest, and gives the names of the tensors that this is about, if any."""
@@ -29,6 +32,7 @@ def edit(function: Edit) -> Edit:
 def edited(scene: Scene, change: Edit) -> Damage:
     """Make the edit, with the checksum of the manifest that it then has."""
     manifest = json.loads(scene.manifest.read_text())
+    manifest.pop("sha256", None)
     tensors = change(manifest, scene)
     write(scene.manifest, manifest)
     files = [scene.folder, scene.manifest, *shards(scene.folder)]
@@ -36,8 +40,30 @@ def edited(scene: Scene, change: Edit) -> Damage:
 
 
 def write(file: Path, manifest: dict[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1)
-    file.write_text(text.replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000))
+    """Write a manifest with the checksum of its own text, as its writer would."""
+    rows = [
+        f"  {json.dumps(key)}: {json.dumps(value)},\n"
+        for key, value in manifest.items()
+        if key != "sha256"
+    ]
+    text = "{\n" + "".join(rows).replace(json.dumps(DEEP), "[" * 100_000 + "]" * 100_000)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(f'{text}  "sha256": "{digest}"\n}}\n')
+
+
+def rechained(scene: Scene, change: TensorChange) -> Damage:
+    """Change a shard, with all digests made right again: of tensors, of headers, of the manifest."""
+    file = scene.shard()
+    rank = shards(scene.folder).index(file)
+    found = ShardBytes.read(file)
+    tensor = change(found, scene.dice)
+    found.write(file)
+    raw = file.read_bytes()
+    manifest = json.loads(scene.manifest.read_text())
+    header = raw[: 8 + int.from_bytes(raw[:8], "little")]
+    manifest["shards"][rank] = [len(raw), hashlib.sha256(header).hexdigest()]
+    write(scene.manifest, manifest)
+    return Damage([file], [tensor] if tensor else [])
 
 
 Place = tuple[Any, Any, tuple[Any, ...]]
@@ -128,23 +154,9 @@ def a_key_missing(manifest: dict[str, Any], scene: Scene) -> list[str]:
 
 
 @edit
-def a_tensor_missing(manifest: dict[str, Any], scene: Scene) -> list[str]:
+def a_tensor_missing_in_the_manifest(manifest: dict[str, Any], scene: Scene) -> list[str]:
     name, _ = _tensor_row(manifest, scene)
     del manifest["tensors"][name]
-    return [name]
-
-
-@edit
-def a_tensor_missing_here_and_in_its_file(manifest: dict[str, Any], scene: Scene) -> list[str]:
-    from tests.runtime.checkpoint.shard_bytes import ShardBytes
-
-    name, _ = _tensor_row(manifest, scene)
-    del manifest["tensors"][name]
-    for file in shards(scene.folder):
-        found = ShardBytes.read(file)
-        if name in found.header:
-            found.remove(name)
-            found.write(file)
     return [name]
 
 

@@ -25,7 +25,7 @@ class ShardBytes:
         return cls(json.loads(raw[8 : 8 + size]), bytearray(raw[8 + size :]))
 
     def write(self, file: Path) -> None:
-        header = json.dumps(self.header).encode()
+        header = json.dumps(self.header, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         file.write_bytes(struct.pack("<Q", len(header)) + header + self.data)
 

@@ -21,8 +21,9 @@ import torch
 
 import meshwright as mw
 from tests.runtime.checkpoint.corruptions import CORRUPTIONS, Damage, Scene
-from tests.runtime.checkpoint.edits import EDITS, edited
+from tests.runtime.checkpoint.edits import EDITS, edited, rechained
 from tests.runtime.checkpoint.states import differing, snapshot
+from tests.runtime.checkpoint.tensor_changes import TENSOR_CHANGES
 from tests.runtime.models import PLANS, batch, make
 
 SECONDS = 5.0
@@ -142,24 +143,32 @@ class Victim:
             self.failures.append(f"{kind} ({text}): {outcome}")
 
 
-KINDS = [*CORRUPTIONS, *EDITS]
+KINDS: dict[str, Callable[[Scene], Damage]] = {
+    **CORRUPTIONS,
+    **{kind: functools.partial(edited, change=change) for kind, change in EDITS.items()},
+    **{
+        f"{kind}, with digests": functools.partial(rechained, change=change)
+        for kind, change in TENSOR_CHANGES.items()
+    },
+}
+"""Those that know of the digests may leave what is loaded as it was; then they are drawn again."""
 
 
-def attack(victim: Victim, kind: str, seed: int, checkpoints: dict[str, Path], folder: Path) -> None:
+def attack(
+    victim: Victim, kind: str, seed: int, checkpoints: dict[str, Path], folder: Path
+) -> None:
     """Damage a copy in the way `kind` until it does damage; load it, train, and note the outcome."""
     whole = checkpoints["whole"]
     for draw in range(100):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole, folder)
         scene = Scene(folder, checkpoints, random.Random(f"{kind} {seed} {draw}"))
-        make_damage: Callable[[Scene], Damage]
-        make_damage = CORRUPTIONS.get(kind) or functools.partial(edited, change=EDITS[kind])
-        damage = make_damage(scene)
+        damage = KINDS[kind](scene)
         if contents(folder) == contents(whole):
             continue
         disturb(victim.optimizer)
         outcome = victim.load(scene, damage)
-        if kind in EDITS and outcome == "loaded" and victim.loads_what_was_saved(whole):
+        if kind not in CORRUPTIONS and outcome == "loaded" and victim.loads_what_was_saved(whole):
             continue
         victim.note(kind, outcome, f"seed {seed}, draw {draw}")
         if outcome != "refused":
@@ -192,7 +201,7 @@ def test_damaged_checkpoints_are_refused_and_the_run_goes_on(
     victims = [Victim(*trained(plan, seed=3, steps=1)) for plan in ("both", "tensor", "data")]
     for seed in range(count):
         victim = victims[(seed // len(KINDS)) % len(victims)]
-        attack(victim, KINDS[seed % len(KINDS)], seed, checkpoints, tmp_path / "damaged")
+        attack(victim, list(KINDS)[seed % len(KINDS)], seed, checkpoints, tmp_path / "damaged")
     failures = [failure for victim in victims for failure in victim.failures]
     assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(failures)
     assert sum(victim.outcomes["refused"] for victim in victims) == count
