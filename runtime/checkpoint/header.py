@@ -92,7 +92,7 @@ class Header:
             rows = json.loads(text, object_pairs_hook=unique)
             metadata = rows.pop("__metadata__")
             digests = {name: _digest(metadata[_DIGEST + name]) for name in rows}
-            held = {name: _held(row, digests[name]) for name, row in rows.items()}
+            held = {name: _named(name, row, digests[name]) for name, row in rows.items()}
             _check_tiling(held.values())
             return Header(metadata["save"], int(metadata["rank"]), held)
         except RecursionError:
@@ -123,14 +123,11 @@ def header_length(first: bytes, file_size: int) -> int:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The type that a manifest calls `name`, such as `float32`. Raises `RunError` for others."""
+    """The type that a manifest calls `name`, such as `float32`. Raises `ValueError` for others."""
     for dtype in _DTYPES:
         if str(dtype) == f"torch.{name}":
             return dtype
-    raise RunError(
-        f"the checkpoint has a tensor of an unknown type `{name[:40]}`",
-        help="load another checkpoint: this one is damaged",
-    )
+    raise ValueError(f"unknown type `{name[:40]}`")
 
 
 def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,8 +138,19 @@ def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _named(name: str, row: Mapping[str, Any], digest: str) -> Held:
+    try:
+        return _held(row, digest)
+    except KeyError as error:
+        raise ValueError(f"`{name}`: `{error.args[0]}` is missing") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"`{name}`: {error}") from None
+
+
 def _held(row: Mapping[str, Any], digest: str) -> Held:
-    dtype = _BY_NAME[row["dtype"]]
+    dtype = _BY_NAME.get(row["dtype"])
+    if dtype is None:
+        raise ValueError(f"unknown type `{str(row['dtype'])[:40]}`")
     shape = tuple(row["shape"])
     start, end = row["data_offsets"]
     if len(row) != 3 or len(shape) > _MOST_DIMS:

@@ -18,7 +18,7 @@ from meshwright.compiler.factors import Dim, Factor, dim_axes
 from meshwright.compiler.layout import Layout, LayoutError
 from meshwright.compiler.mesh import Mesh
 from meshwright.runtime.checkpoint.files import read_bytes, regular_file, size_of
-from meshwright.runtime.checkpoint.header import unique
+from meshwright.runtime.checkpoint.header import dtype_of, unique
 from meshwright.runtime.checkpoint.shards import Shard
 from meshwright.runtime.errors import RunError
 
@@ -174,7 +174,16 @@ def parse_manifest(folder: Path, text: str) -> Manifest:
     try:
         return _checked(json.loads(text, object_pairs_hook=unique))
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, LayoutError) as e:
-        _refuse(folder / MANIFEST, f"{type(e).__name__}: {e}".partition("\n")[0][:300])
+        _refuse(folder / MANIFEST, _spelled(e))
+
+
+def _spelled(error: Exception) -> str:
+    """What is wrong with an entry, in a line."""
+    if isinstance(error, KeyError):
+        return f"`{error.args[0]}` is missing"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error).partition("\n")[0][:300]
 
 
 def _version_problem(data: bytes) -> str:
@@ -209,7 +218,7 @@ def _refuse(file: Path, problem: str) -> NoReturn:
 def _checked(found: Mapping[str, Any]) -> Manifest:
     shards = tuple(Shard(_count(size), _text(digest)) for size, digest in found["shards"])
     mesh = _mesh(found["mesh"], len(shards))
-    tensors = {_text(name): _tensor(row, mesh) for name, row in found["tensors"].items()}
+    tensors = {name: _named_tensor(name, row, mesh) for name, row in found["tensors"].items()}
     optimizer = found["optimizer"]
     if optimizer is not None and not isinstance(optimizer, dict):
         raise TypeError("the optimizer's entry is not a dictionary")
@@ -240,6 +249,13 @@ def _mesh(rows: Sequence[Any], num_ranks: int) -> Mesh:
     return mesh
 
 
+def _named_tensor(name: str, row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
+    try:
+        return _tensor(row, mesh)
+    except (LookupError, TypeError, ValueError, AttributeError, LayoutError) as error:
+        raise ValueError(f"`{name}`: {_spelled(error)}") from None
+
+
 def _tensor(row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
     if len(row["dims"]) > _MOST_FACTORS:
         raise ValueError(f"a tensor of {len(row['dims'])} dims")
@@ -253,7 +269,13 @@ def _tensor(row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
     owners = tuple(_count(rank, 0) for rank in row["ranks"])
     if len(owners) != mesh.size(layout.split_axes) or max(owners) >= mesh.num_ranks:
         raise ValueError(f"{len(owners)} parts do not fit layout {layout}")
-    return SavedTensor(shape, _text(row["dtype"]), layout, owners)
+    axes = tuple(axis for axis in mesh.names if axis in layout.split_axes)
+    for part, rank in enumerate(owners):
+        # A part of the right size in another's place would load without a word.
+        if mesh.position(mesh.coords(rank), axes) != part:
+            raise ValueError(f"rank {rank} does not hold part {part} of layout {layout}")
+    dtype_of(dtype := _text(row["dtype"]))
+    return SavedTensor(shape, dtype, layout, owners)
 
 
 def _dim(dim: Sequence[Any]) -> Dim:

@@ -19,7 +19,11 @@ def sealed(content: Mapping[str, Any]) -> str:
     """The text of a manifest with this content, and the digest of that."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in rest.items()]
-    text = "".join(["{\n", *lines])
+    return with_digest("".join(["{\n", *lines]))
+
+
+def with_digest(text: str) -> str:
+    """The text of a manifest but for its last line, and that line."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f'{text}  "sha256": "{digest}"\n}}\n'
 

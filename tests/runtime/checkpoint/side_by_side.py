@@ -57,8 +57,7 @@ def start(
         if place % 2 == 0:
             port = free_port()
         jobs.append(lambda place=place, port=port: paired(program, folder, place, port))  # type: ignore[misc]
-    for _ in range(readers):
-        jobs.append(lambda: load_again_and_again(launched(program, 0), folder, seconds))
+    jobs += [lambda: load_again_and_again(launched(program, 0), folder, seconds)] * readers
     return [forked(job) for job in jobs]
 
 

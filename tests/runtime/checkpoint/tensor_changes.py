@@ -1,4 +1,4 @@
-"""Changes to the tensors of one shard, as safetensors describes them: each names what it changes."""
+"""Changes to the tensors of one shard, as safetensors describes them."""
 
 from __future__ import annotations
 

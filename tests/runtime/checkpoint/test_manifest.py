@@ -110,6 +110,8 @@ REFUSED = {
     "more padding than parts": tensor(shape=[2, 2]),
     "a part too many": tensor(ranks=[0, 1, 0]),
     "a rank that is not there": tensor(ranks=[0, 2]),
+    "parts in another order": tensor(ranks=[1, 0]),
+    "one part twice": tensor(ranks=[0, 0]),
     "a type that is a number": tensor(dtype=4),
     "tensors that are a list": content(tensors=[]),
     "an optimizer that is a list": content(optimizer=[]),
@@ -125,6 +127,16 @@ def test_what_makes_no_sense_is_refused_at_once(tmp_path: Path, case: str) -> No
         read(tmp_path)
     assert time.process_time() - begun < 3
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("key", ["shape", "dtype", "dims", "ranks"])
+@pytest.mark.parametrize("value", [None, 3, "text", [[1]], [-1, -1], {"a": 1}])
+def test_the_tensor_that_makes_no_sense_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(mw.RunError, match="can be read: `w`: "):
+        parse_manifest(tmp_path, json.dumps(tensor(**{key: value})))
+    row = {name: value for name, value in tensor()["tensors"]["w"].items() if name != key}
+    with pytest.raises(mw.RunError, match=f"`w`: `{key}` is missing"):
+        parse_manifest(tmp_path, json.dumps(content(tensors={"w": row})))
 
 
 TEXTS = {

@@ -196,6 +196,20 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, case: str) -> N
         read_header(path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"dtype": "U64"}, {"dtype": []}, {"shape": 3}, {"shape": [9]}, {"data_offsets": [0]}, None],
+)
+def test_the_tensor_whose_entry_makes_no_sense_is_named(
+    tmp_path: Path, changes: dict[str, Any] | None
+) -> None:
+    row = {} if changes is None else {**ROW, **changes}
+    text = json.dumps({"__metadata__": META, "w": row}).encode()
+    (tmp_path / "shard").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    with pytest.raises(mw.RunError, match="is damaged: `w`: "):
+        read_header(tmp_path / "shard")
+
+
 @pytest.mark.parametrize("length", [0, 1, 100, 2**31, 2**63, 2**64 - 1])
 def test_a_header_longer_than_its_file_is_refused_at_once(tmp_path: Path, length: int) -> None:
     path = tmp_path / "shard"
