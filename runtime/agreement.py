@@ -2,12 +2,13 @@
 
 A rank that raised alone would leave the others in a collective that never completes. So what can
 fail on one rank (a full disk, a file that is not there) is done apart from collectives, and then
-every rank says whether it could. Where all could, that is one all-reduce of one number.
+every rank says whether it could. Where all could, that is one all-reduce of three numbers.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
@@ -15,24 +16,25 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.collectives import Wire
-from meshwright.runtime.errors import RunError, spell_ranks
+from meshwright.runtime.errors import MismatchError, RunError, spell_ranks
 from meshwright.runtime.rank import RankProgram, RankState
 
 T = TypeVar("T")
 _DONE = "done "
-_PROBLEM_CHARS, _LINE_CHARS, _LINES = 2000, 300, 8
+_METHOD_CHARS, _PROBLEM_CHARS, _LINE_CHARS, _LINES = 32, 2000, 300, 8
 """Bounds of the text that a rank sends; what is longer is cut."""
 
 
-def agreed(state: RankState, work: Callable[[], T]) -> Generator[Any, Any, T]:
+def agreed(state: RankState, work: Callable[[], T], method: str = "") -> Generator[Any, Any, T]:
     """What `work`, done on every rank and free of collectives, returns on this one.
 
-    Raises a `RunError` on every rank where it raised one on any, or ran out of memory; the run can
-    be used afterwards. What has to be undone on the ranks where the work was done is up to the
-    caller, who catches the error.
+    A method of the run gives its name where it first agrees: where ranks called different methods,
+    all of them raise `MismatchError`. Raises a `RunError` on every rank where it raised one on any,
+    or ran out of memory; the run can be used afterwards. What has to be undone on the ranks where
+    the work was done is up to the caller, who catches the error.
     """
     found, problem = _tried(work)
-    yield from agree(state, problem)
+    yield from agree(state, problem, method)
     return found
 
 
@@ -48,15 +50,19 @@ def first_says(state: RankState, work: Callable[[], str]) -> Generator[Any, Any,
     return heard.removeprefix(_DONE)
 
 
-def agree(state: RankState, problem: RunError | None) -> RankProgram:
+def agree(state: RankState, problem: RunError | None, method: str = "") -> RankProgram:
     """Raise on every rank, in the same words, the problem that any rank has.
 
     The error names the ranks with a problem; where all have the same one, it is theirs as it is.
+    Ranks that called different methods all raise that instead.
     """
     every_axis = state.mesh.names
     data = b"" if problem is None else _encoded(problem)
-    length = torch.tensor([len(data)], device=state.device)
-    longest = int((yield Wire("all_reduce", every_axis, "max"), length))
+    code = zlib.crc32(method.encode())
+    numbers = torch.tensor([len(data), code, -code], device=state.device)
+    longest, most, least = (yield Wire("all_reduce", every_axis, "max"), numbers).tolist()
+    if most != -least:
+        yield from _refuse_methods(state, method)
     if not longest:
         return
     own = _tensor(data.ljust(longest), state)
@@ -66,6 +72,21 @@ def agree(state: RankState, problem: RunError | None) -> RankProgram:
         problem.peers = tuple(range(state.mesh.num_ranks))
         raise problem
     raise _joint([json.loads(text) if text else None for text in texts], state.rank)
+
+
+def _refuse_methods(state: RankState, method: str) -> RankProgram:
+    name = _tensor(method.encode()[:_METHOD_CHARS].ljust(_METHOD_CHARS), state)
+    every = yield Wire("all_gather", state.mesh.names), name
+    callers: dict[str, list[int]] = {}
+    for rank, row in enumerate(every):
+        callers.setdefault(_bytes(row).decode().strip(), []).append(rank)
+    raise MismatchError(
+        "ranks called different methods",
+        rank=state.rank,
+        peers=tuple(range(state.mesh.num_ranks)),
+        where=[f"`{called}` on {spell_ranks(ranks)}" for called, ranks in callers.items()],
+        help="call the same methods on every rank: none under `if rank == 0`",
+    )
 
 
 def told(state: RankState, text: str) -> RankProgram:

@@ -408,7 +408,10 @@ class Run:
         values of its own.
         """
         targets = self._run(
-            [agreed(state, lambda: targets_in(self.program, model)) for state in self.states]
+            [
+                agreed(state, lambda: targets_in(self.program, model), "copy_to")
+                for state in self.states
+            ]
         )[0]
         found = self._everything()
         self._run([fill(state, targets, found) for state in self.states])

@@ -34,7 +34,7 @@ def take_over(program: Program, state: RankState, given: Any, *, alone: bool) ->
     With `alone` all ranks are in this process, and have the same ones. Nothing is changed where
     any rank's do not fit the model.
     """
-    names = yield from agreed(state, lambda: _checked(program, given))
+    names = yield from agreed(state, lambda: _checked(program, given), "load_state_dict")
     first = (yield from told(state, "\0".join(names))).split("\0")
     unlike = [f"`{name}`" for name in sorted(set(names) ^ set(first))]
     problem = f"the state has other tensors than that of rank 0: {listed(unlike)}"

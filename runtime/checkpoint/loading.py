@@ -69,7 +69,7 @@ def _staged(reader: _Reader, state: RankState) -> RankProgram:
     """What the rank takes over, once every rank has its part."""
     attempts = _ATTEMPTS
     while True:
-        yield from agreed(state, reader.check_arguments)
+        yield from agreed(state, reader.check_arguments, "load")
         text = yield from first_says(state, reader.current)
         kind = yield from told(state, _spell(reader.optimizer))
         try:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.layout import replicated
 from meshwright.compiler.program import Program
-from meshwright.runtime.checkpoint.options import written
+from meshwright.runtime.checkpoint.options import OWN_CHOICE, written
 from meshwright.runtime.checkpoint.parts import Entry
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankState
@@ -52,6 +52,41 @@ def check_optimizer(
     return {
         "class": type(optimizer).__name__, "groups": groups, "kept": kept, "numbers": numbers,
     }  # fmt: skip
+
+
+def unlike_first(own: dict[str, Any] | None, first: dict[str, Any] | None) -> RunError | None:
+    """The error where `check_optimizer` says something else on this rank than on the first.
+
+    The manifest has what the first rank says: what another trained with would be lost.
+    """
+    kinds = ["without `optimizer`" if d is None else f"a `{d['class']}`" for d in (own, first)]
+    if kinds[0] != kinds[1]:
+        return RunError(
+            f"this rank saves {kinds[0]}, and rank 0 {kinds[1]}",
+            help="call `save` with the same arguments on every rank",
+        )
+    if own is None or first is None:
+        return None
+    for place, (ours, theirs) in enumerate(zip(own["groups"], first["groups"], strict=False)):
+        for key in sorted({*ours, *theirs} - {*OWN_CHOICE}):
+            if ours.get(key) != theirs.get(key):
+                return RunError(
+                    f"`{key}` of the optimizer's group {place} is {_short(ours.get(key))} on this "
+                    f"rank, and {_short(theirs.get(key))} on rank 0",
+                    help="make the optimizer alike on every rank, and set the same options",
+                )
+    if len(own["groups"]) != len(first["groups"]):
+        return RunError(
+            f"the optimizer has {len(own['groups'])} groups on this rank, and "
+            f"{len(first['groups'])} on rank 0",
+            help="make the optimizer alike on every rank",
+        )
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def check_owner(states: Sequence[RankState], optimizer: Optimizer) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from meshwright.runtime.errors import RunError
 
-_OWN_CHOICE = ("foreach", "fused", "capturable", "differentiable")
+OWN_CHOICE = ("foreach", "fused", "capturable", "differentiable")
 """Options that say how this process computes, not what: they stay as they are here."""
 _OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
 """Options that torch's schedulers add: an optimizer has them once it has such a scheduler."""
@@ -64,7 +64,7 @@ def checked_options(
     taken: dict[str, Any] = {}
     for name, value in saved.items():
         what = f"the checkpoint's option `{name}`{place}"
-        if name in _OWN_CHOICE:
+        if name in OWN_CHOICE:
             check_kind_of(value, False if value is not None else None, what)
         elif name != "names":
             check_kind_of(value, own.get(name, 0.0), what)

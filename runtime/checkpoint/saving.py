@@ -6,6 +6,7 @@ it was until this one is whole, on the disk, and named by the manifest.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
-from meshwright.runtime.agreement import agreed, first_says
+from meshwright.runtime.agreement import agree, agreed, first_says, told
 from meshwright.runtime.checkpoint.extra import written_extra
 from meshwright.runtime.checkpoint.files import cannot
 from meshwright.runtime.checkpoint.folder import NewSave, folder_of
 from meshwright.runtime.checkpoint.header import Header, check_types
 from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor, saved_tensors
-from meshwright.runtime.checkpoint.optimizer_state import check_optimizer, optimizer_entries
+from meshwright.runtime.checkpoint.optimizer_state import (
+    check_optimizer,
+    optimizer_entries,
+    unlike_first,
+)
 from meshwright.runtime.checkpoint.parts import Entry, own_parts
 from meshwright.runtime.checkpoint.shards import (
     Shard,
@@ -83,7 +88,9 @@ def _save(
         new.commit(manifest)
         return name
 
-    new, checked, entries, parts = yield from agreed(state, prepare)
+    new, checked, entries, parts = yield from agreed(state, prepare, "save")
+    first = json.loads((yield from told(state, json.dumps(checked["optimizer"]))))
+    yield from agree(state, unlike_first(checked["optimizer"], first))
     try:
         name = yield from first_says(state, new.begin)
         yield from agreed(state, lambda: _write(new, name, state.rank, parts))

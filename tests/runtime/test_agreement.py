@@ -13,6 +13,7 @@ import torch
 import meshwright as mw
 from meshwright.compiler.mesh import Mesh
 from meshwright.runtime.agreement import agreed
+from meshwright.runtime.errors import MismatchError
 from meshwright.runtime.virtual import run_virtual
 from tests.runtime.agreeing import Case, drive, fails, rest
 from tests.runtime.processes import ROOT, finish, start
@@ -66,10 +67,21 @@ def test_an_error_that_is_not_of_a_run_goes_through_as_it_is() -> None:
         run_virtual(programs(2, {0: bug}), Mesh((("dp", 2),)))
 
 
+def test_ranks_that_called_different_methods_are_told_by_name() -> None:
+    mesh, cpu = Mesh((("dp", 3),)), torch.device("cpu")
+    states: list[Any] = [SimpleNamespace(mesh=mesh, rank=rank, device=cpu) for rank in range(3)]
+    called = zip(states, ["save", "load", "save"], strict=True)
+    with pytest.raises(MismatchError) as caught:
+        run_virtual([agreed(state, bool, method) for state, method in called], mesh)
+    assert str(caught.value).startswith(
+        "ranks called different methods\n  `save` on ranks 0 and 2\n  `load` on rank 1\n"
+    )
+
+
 def test_agreeing_costs_one_all_reduce_where_all_is_well() -> None:
     (program,) = programs(1, {})
     wire, operand = program.send(None)
-    assert (wire.kind, operand.numel()) == ("all_reduce", 1)
+    assert (wire.kind, operand.numel()) == ("all_reduce", 3)
     with pytest.raises(StopIteration) as end:
         program.send(operand)
     assert end.value.value is False

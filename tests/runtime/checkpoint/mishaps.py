@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import meshwright as mw
 from tests.runtime.checkpoint.forks import become, compiled, ended, forked, free_port, launched
 from tests.runtime.checkpoint.shard_bytes import ShardBytes
 from tests.runtime.checkpoint.states import differing, fill, numbers, shards, snapshot
-from tests.runtime.models import batch
+from tests.runtime.models import batch, make
 
 SECONDS = 30.0
 """For the error of a mishap, of which a loaded machine and the wait for a peer take most."""
@@ -190,7 +191,8 @@ def a_folder_may_not_be_written(rank: Rank) -> None:
 def ranks_save_into_different_folders(rank: Rank) -> None:
     folder = rank.whole.with_name("different")
     own = folder / str(rank.rank)
-    rank.refused(lambda: rank.save(own), str(own))
+    rank.refused(lambda: rank.save(own), str(folder))
+    rank.meet()
     assert not (own / "manifest.json").exists()
     assert not shards(folder), f"left over: {shards(folder)}"
 
@@ -289,6 +291,7 @@ CALLS: dict[str, Callable[[Rank], Any]] = {
     "save": lambda rank: rank.save(rank.whole),
     "load": lambda rank: rank.load(rank.whole),
     "step": lambda rank: rank.run.step(*batch()),
+    "copy_to": lambda rank: rank.run.copy_to(make()),
     "close": lambda rank: rank.run.close(),
 }
 
@@ -297,13 +300,24 @@ def _differ(rank: Rank, methods: tuple[str, str]) -> None:
     method = methods[rank.rank]
     if method == "close":
         CALLS[method](rank)
+    elif method == "step":  # which has begun, and counted itself
+        with pytest.raises(mw.RunError):
+            CALLS[method](rank)
     else:
-        rank.refused(lambda: CALLS[method](rank))
+        agrees = not {"step", "close"} & {*methods}
+        words = [f"`{called}` on rank" for called in methods] if agrees else []
+        rank.refused(lambda: CALLS[method](rank), *words)
 
 
 DIFFERENT_CALLS: dict[str, Mishap] = {
     f"one rank calls {one} and the other {other}": functools.partial(_differ, methods=(one, other))
-    for one, other in [("save", "step"), ("step", "load"), ("save", "load"), ("save", "close")]
+    for one, other in [
+        ("save", "step"),
+        ("step", "load"),
+        ("save", "load"),
+        ("load", "copy_to"),
+        ("save", "close"),
+    ]
 }
 
 
