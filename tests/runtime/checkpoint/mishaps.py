@@ -324,14 +324,16 @@ DIFFERENT_CALLS: dict[str, Mishap] = {
 def main(program: mw.Program, number: int, port: int, folder: Path) -> None:
     become(number, 2, port)
     for name, meets in {"nothing": _nothing, **MISHAPS, **DIFFERENT_CALLS}.items():
+        outcome = "right"
         try:
             run, optimizer = launched(program, 1)
             with run:
                 meets(Rank(number, run, optimizer, folder / "whole"))
         except (AssertionError, Exception) as error:
-            print(f"{name}: {type(error).__name__}: {error}".replace("\n", " / "), flush=True)
-        else:
-            print(f"{name}: right", flush=True)
+            outcome = f"{type(error).__name__}: {error}".replace("\n", " / ")
+        # In one piece, for the other rank prints too.
+        sys.stdout.write(f"{name}: {outcome}\n")
+        sys.stdout.flush()
 
 
 def start(folder: Path) -> None:

@@ -60,4 +60,4 @@ def test_ranks_that_meet_or_do_different_things_all_say_so_and_go_on(tmp_path: P
     assert lines[-1] == "statuses [0, 0]"
     wrong = [line for line in lines[:-1] if not line.endswith(": right")]
     assert not wrong, "\n".join(wrong)
-    assert len(lines) - 1 == 2 * len(set(lines[:-1]))
+    assert len(lines) == 1 + 2 * len(set(lines[:-1]))
