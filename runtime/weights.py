@@ -95,7 +95,7 @@ def check_ties(program: Program, given: Mapping[str, str], where: str) -> None:
             )
 
 
-def check_dtypes(program: Program, dtypes: Mapping[str, str], path: Path) -> None:
+def check_dtypes(program: Program, dtypes: Mapping[str, str], path: str | Path) -> None:
     """Raise `RunError` that names tensors of a checkpoint that the model has in another type."""
     problems = []
     for name, dtype in dtypes.items():

@@ -181,8 +181,9 @@ class _Reader:
         for which, stored in stored_tensors(program):
             held = state.tensors[which, stored.name]
             staged = tensors[which, stored.name] = torch.zeros_like(held, device="cpu")
-            name = manifest.aliases[name_in(program, stored.name, manifest.aliases) or ""]
-            read_into(Entry.of(stored, staged), name, manifest, shards, state)
+            name = name_in(program, stored.name, manifest.aliases)
+            assert name is not None
+            read_into(Entry.of(stored, staged), manifest.aliases[name], manifest, shards, state)
         kept: State = {}
         if self._saved is not None:
             kept = staged_state(program, state, self.optimizer, self._saved, manifest, shards)
@@ -200,9 +201,11 @@ class _Reader:
         """Raise `RunError` unless the checkpoint has the model's tensors, in its types."""
         where = f"the checkpoint `{self.path}`"
         there = {name for name in manifest.tensors if not name.startswith(OPTIMIZER)}
-        named = {**manifest.aliases, **{name: name for name in sorted(there)}}
+        named = manifest.aliases
         if lost := sorted(set(named.values()) - there):
             raise RunError(f"{where} is not whole: `{lost[0]}` is missing", help=_COPY)
+        if nameless := sorted(there - named.keys()):
+            raise RunError(f"{where} is not whole: no name leads to `{nameless[0]}`", help=_COPY)
         saved = {alias: manifest.tensors[name] for alias, name in named.items()}
         check_state(
             self.program,

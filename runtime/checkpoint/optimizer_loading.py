@@ -26,6 +26,8 @@ from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankState
 from meshwright.runtime.weights import listed
 
+_TENSOR = torch.zeros(1)
+"""In place of any tensor that was kept, where only that it is one counts."""
 State = dict[Tensor, dict[str, Any]]
 
 
@@ -79,10 +81,10 @@ def saved_optimizer(
         ) from None
     _check_groups(optimizer, states, names, own_names)
     _check_kept(manifest, {name for group in names for name in group}, kept, numbers)
-    _check_numbers(optimizer, states, numbers)
+    _check_kinds(optimizer, states, kept, numbers)
     places = [f" in group {place}" if len(groups) > 1 else "" for place in range(len(groups))]
     options = [
-        checked_options(optimizer, group, given, place)
+        checked_options(group, given, place)
         for group, given, place in zip(optimizer.param_groups, groups, places, strict=True)
     ]
     return SavedOptimizer(own_names, options, kept, numbers)
@@ -158,21 +160,30 @@ def _check_kept(
         )
 
 
-def _check_numbers(
+def _check_kinds(
     optimizer: Optimizer,
     states: Sequence[RankState],
+    kept: Mapping[str, Sequence[str]],
     numbers: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Raise `RunError` for a number unlike those of other parameters, or those that are here."""
+    """Raise `RunError` for what was kept as a number and is a tensor for other parameters, or here,
+    or the other way round, and for another kind of number."""
     kinds: dict[str, Any] = {}
     for parameter in states[0].parameters.values():
         for key, value in optimizer.state.get(parameter, {}).items():
             kinds.setdefault(key, value)
-    for name, given in numbers.items():
-        for key, value in given.items():
+    for name, keys in kept.items():
+        for key in keys:
+            what = f"the optimizer's `{key}` of `{name}` in the checkpoint"
+            value = numbers.get(name, {}).get(key, _TENSOR)
             own = kinds.setdefault(key, value)
-            if value is not None and own is not None:
-                check_kind_of(value, own, f"the optimizer's `{key}` of `{name}` in the checkpoint")
+            if value is None or own is None:
+                continue
+            if isinstance(value, Tensor) != isinstance(own, Tensor):
+                found = "a tensor" if isinstance(value, Tensor) else "not a tensor"
+                raise RunError(f"{what} is {found}, unlike the others", help=DAMAGED)
+            if not isinstance(value, Tensor):
+                check_kind_of(value, own, what)
 
 
 def staged_state(

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from meshwright.runtime.errors import RunError
 
@@ -42,9 +41,7 @@ def written(value: Any, what: str) -> Any:
     )
 
 
-def checked_options(
-    optimizer: Optimizer, own: Mapping[str, Any], saved: Mapping[str, Any], place: str
-) -> dict[str, Any]:
+def checked_options(own: Mapping[str, Any], saved: Mapping[str, Any], place: str) -> dict[str, Any]:
     """The options that the group `own` takes over of what was `saved`, each of the kind it has.
 
     Raises `RunError` that names an option that is unknown, missing or of another kind; `place` is
@@ -91,13 +88,14 @@ def put(own: Any, value: Any) -> Any:
     if isinstance(own, Tensor):
         return own.fill_(value)
     if isinstance(own, (list, tuple)):
-        return type(own)(put(each, item) for each, item in zip(own, value, strict=True))
+        items = [put(each, item) for each, item in zip(own, value, strict=True)]
+        return tuple(items) if isinstance(own, tuple) else items
     return value
 
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return _kind(value.item())
+        return "a tensor" if value.dim() else _kind(value.item())
     if isinstance(value, bool):
         return "`True` or `False`"
     if isinstance(value, (int, float)):

@@ -177,6 +177,13 @@ CHANGES: dict[str, Change] = {
     "an optimizer's number unknown": lambda m: with_entry(
         m, lambda saved: saved["numbers"].update({BIAS: {"more": 1}})
     ),
+    "a number where others have a tensor": lambda m: with_entry(
+        without(m, f"optimizer/exp_avg/{BIAS}"),
+        lambda saved: saved["numbers"].update({BIAS: {"exp_avg": 3}}),
+    ),
+    "a name without an alias": lambda m: replace(
+        m, aliases={n: own for n, own in m.aliases.items() if n != BIAS}
+    ),
     "state of a parameter of no group": lambda m: with_entry(
         m, lambda saved: saved["groups"][0]["names"].remove(BIAS)
     ),
@@ -346,3 +353,24 @@ def test_arguments_of_another_kind_are_refused(tmp_path: Path, method: str) -> N
         getattr(run, method)(None)
     with pytest.raises(mw.RunError, match="the optimizer is a `str`"):
         getattr(run, method)(tmp_path, "AdamW")
+
+
+def test_a_save_that_goes_while_it_is_read_is_followed_by_the_one_that_took_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "try_lock", lambda *_, **__: None)
+    run, other = launched("both", seed=1), launched("tensor", seed=2)
+    run.save(tmp_path, extra={"number": 1})
+    original, calls = loading.read_into, 0
+
+    def read_into(*given: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            other.save(tmp_path, extra={"number": 2})
+        original(*given)
+
+    monkeypatch.setattr(loading, "read_into", read_into)
+    third = launched("data", seed=3)
+    assert third.load(tmp_path) == {"number": 2}
+    assert equal(third, other)
