@@ -15,6 +15,8 @@ from meshwright.runtime.virtual import run_virtual
 
 RankProgram = Generator[Any, Any, Any]
 
+_MOST_VIRTUAL_RANKS = 4096
+
 
 class Transport(Protocol):
     """Runs one generator for each of `ranks`, which are those that live in this process."""
@@ -38,6 +40,12 @@ class VirtualMesh:
     """Every rank of the mesh in this process."""
 
     def __init__(self, mesh: Mesh) -> None:
+        if mesh.num_ranks > _MOST_VIRTUAL_RANKS:
+            raise RunError(
+                f"the mesh has {mesh.num_ranks} ranks, and one process runs at most "
+                f"{_MOST_VIRTUAL_RANKS}",
+                help="start a process for each rank with `meshwright run` or torchrun",
+            )
         self.mesh = mesh
         self.ranks: tuple[int, ...] = tuple(range(mesh.num_ranks))
 

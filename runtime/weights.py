@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -78,7 +78,20 @@ def check_state(
             if shape != stored.type.shape:
                 problems.append(f"`{name}` is {list(shape)}, not {list(stored.type.shape)}")
     if problems:
+        prefix = _prefix(shapes, aliases)
+        help = f"remove `{prefix}` from the beginning of the names" if prefix else help
         raise RunError(f"{where} does not fit the model: {listed(problems)}", help=help)
+
+
+def _prefix(names: Iterable[str], known: Container[str]) -> str:
+    """What a wrapper of the model puts before each name: `module.` of DDP, `_orig_mod.`."""
+    names = list(names)
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if names and all(
+            name.startswith(prefix) and name.removeprefix(prefix) in known for name in names
+        ):
+            return prefix
+    return ""
 
 
 def check_ties(program: Program, given: Mapping[str, str], where: str) -> None:

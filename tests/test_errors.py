@@ -323,6 +323,9 @@ RUNS: Mapping[str, Callable[[mw.Run], object]] = {
     "input-not-a-tensor": lambda run: run.step([1.0, 2.0]),
     "evaluated-batch-does-not-divide": lambda run: run.evaluate(torch.ones(5, 4)),
     "state-of-another-model": lambda run: run.load_state_dict({"linear.weight": torch.ones(3, 3)}),
+    "state-of-a-wrapped-model": lambda run: run.load_state_dict(
+        {"module.linear.weight": torch.ones(4, 4), "module.linear.bias": torch.ones(4)}
+    ),
     "state-of-no-tensors": lambda run: run.load_state_dict({"linear.weight": 1.0}),  # type: ignore[dict-item]
     "copied-to-another-model": lambda run: run.copy_to(nn.Linear(4, 4)),
     "norm-of-type-zero": lambda run: run.clip_grad_norm_(1.0, 0),
@@ -450,6 +453,13 @@ def test_a_seed_of_more_than_64_bits_is_told(golden: Golden) -> None:
 
 def test_following_the_help_for_another_batch_size_works() -> None:
     assert compiled().launch(new_shapes="compile").step(torch.ones(6, 4)).isfinite()
+
+
+def test_a_mesh_of_more_ranks_than_one_process_holds_is_told(golden: Golden) -> None:
+    plan = mw.Plan.parse("mesh a=1000, b=1000\nallow replicate **")
+    with pytest.raises(mw.RunError) as caught:
+        mw.compile(Model(), plan, X).launch()
+    golden("run-mesh-too-large-for-a-process", str(caught.value))
 
 
 def test_a_program_without_gradients_is_told_at_step(golden: Golden) -> None:
