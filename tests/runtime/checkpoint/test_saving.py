@@ -19,7 +19,7 @@ from meshwright.runtime.checkpoint import saving
 from tests.runtime.checkpoint import failing_saves
 from tests.runtime.checkpoint.damage import manifest_of
 from tests.runtime.models import PLANS, batch, make
-from tests.runtime.processes import finish, start
+from tests.runtime.processes import ROOT, finish, start
 
 
 @functools.cache
@@ -162,8 +162,9 @@ def test_a_save_draws_no_random_numbers_of_the_script(tmp_path: Path) -> None:
 
 
 def test_a_save_that_fails_on_one_process_is_told_by_all_and_training_goes_on(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     outputs = finish(start(Path(failing_saves.__file__), 2, str(tmp_path)), 240)
     assert outputs[0] == outputs[1]
     text = re.sub(r"[0-9a-f]{32}", "SAVE", outputs[0].replace(str(tmp_path), ""))
