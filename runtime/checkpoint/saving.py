@@ -7,6 +7,7 @@ it was until this one is whole, on the disk, and named by the manifest.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ def _whole_shards(
 
 def _whole_shard(path: Path, name: str, rank: int, wanted: Mapping[str, str]) -> Shard:
     file = shard_path(path, name, rank)
-    if not file.exists():
+    if not os.path.exists(file):
         raise RunError(f"`{file}`, which rank {rank} wrote, is not there", help=_ONE_FOLDER)
     shard, header = read_header(file)
     check_origin(file, header, name, rank)

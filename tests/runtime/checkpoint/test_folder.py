@@ -197,6 +197,23 @@ def test_a_save_whose_folder_is_removed_before_its_lock_takes_another(
     assert names(tmp_path) == {"manifest.json", name}
 
 
+def test_a_save_that_begins_while_its_folder_is_looked_at_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    begins, list_files = tmp_path / ("ab" * 16), os.scandir
+    begins.mkdir()
+
+    def late(path: Path) -> object:
+        if path == begins:
+            (begins / "00000.safetensors").touch()
+        return list_files(path)
+
+    monkeypatch.setattr(os, "scandir", late)
+    remove_unused(tmp_path, None)
+    assert (begins / "00000.safetensors").exists()
+
+
 def test_a_folder_whose_saves_vanish_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
