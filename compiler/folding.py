@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import islice, product
 from typing import Any, TypeAlias
 
 from meshwright.compiler.ir import INPUT, Arg, Graph, MeshOp, Node
@@ -39,6 +39,8 @@ _MIN_SAVED = 4
 """Fewer lines than this are not worth a line that stands for them."""
 _MAX_TRIED = 64
 """How many later lines like one are looked at for the beginning of the next copy."""
+_MAX_BEGINS = 4
+"""How many beginnings of modules are tried as the beginning of a copy."""
 _NUMBERED = {
     "saved": 0,
     "bucket_item": 1,
@@ -127,7 +129,7 @@ class _Facts:
         self.path = str(node.args[1]) if node.op == INPUT else node.origin.module
         args: tuple[Arg, ...] = node.args[:1] if node.op == INPUT else node.args
         place = _NUMBERED.get(node.op.name) if isinstance(node.op, MeshOp) else None
-        if place is not None:
+        if place is not None and place < len(args) and isinstance(args[place], int):
             self.numbers = ((str(node.op), args[place]),)
             args = (*args[:place], "#", *args[place + 1 :])
         origin = node.origin
@@ -190,10 +192,10 @@ class _Folder:
         self.facts = [_Facts(line) for line in lines]
         known: dict[Key, int] = {}
         self.keys = [known.setdefault(facts.key, len(known)) for facts in self.facts]
-        self.later: list[list[int]] = [[] for _ in known]
+        self.alike: list[list[int]] = [[] for _ in known]
         """By key: the lines that have it, in their order."""
         for i, key in enumerate(self.keys):
-            self.later[key].append(i)
+            self.alike[key].append(i)
         self.indices = [numbers(facts.path) for facts in self.facts]
         self.position = {line: i for i, line in enumerate(lines) if isinstance(line, Node)}
         self.places: dict[Node, list[_Place]] = {}
@@ -220,11 +222,11 @@ class _Folder:
         """A run that stands for no fewer lines and begins where a module does, if there is one."""
         lines = range(run.start, run.start + run.period)
         paths = [self._moved_path(i + run.period, i) for i in lines]
-        for i in range(1, len(paths)):
-            if paths[i] and paths[i - 1] and paths[i] != paths[i - 1]:
-                other = self._best(run.start + i, end)
-                if other is not None and other.num_saved >= run.num_saved:
-                    return other
+        begins = (i for i in range(1, len(paths)) if "" != paths[i - 1] != paths[i] != "")
+        for i in islice(begins, _MAX_BEGINS):
+            other = self._best(run.start + i, end)
+            if other is not None and other.num_saved >= run.num_saved:
+                return other
         return run
 
     def _repeat(self, run: _Copies) -> Repeat:
@@ -261,7 +263,7 @@ class _Folder:
 
     def _tried(self, start: int, end: int) -> Iterator[_Copies]:
         """The longest run of copies from `start` on, for each period that it might have."""
-        same = self.later[self.keys[start]]
+        same = self.alike[self.keys[start]]
         at = bisect_right(same, start)
         tried: set[tuple[bool, ...]] = set()
         for other in same[at : at + _MAX_TRIED]:

@@ -69,7 +69,10 @@ def graph_html(graph: Graph) -> str:
 
 def exact_text(graph: Graph) -> str:
     """All that is in a graph, one line for each node, to compare programs: nothing is rounded."""
-    nodes = [f"{n.name}: {node_type_text(n, graph)} = {call_text(n)}" for n in graph.nodes]
+    nodes = (
+        f"{node.name}: {node_type_text(node, graph)} = {call_text(node)}  # {node.origin.module}"
+        for node in graph.nodes
+    )
     outputs = [f"return {label} = {node.name}" for label, node in graph.outputs]
     return "\n".join((f"graph {graph.name} mesh {graph.mesh}", *nodes, *outputs))
 
@@ -90,7 +93,6 @@ class _Row:
 class _Printer:
     def __init__(self, graph: Graph, local: bool, full: bool) -> None:
         self.graph, self.local, self.full = graph, local, full
-        self.position = {node: i for i, node in enumerate(graph.nodes)}
 
     def text(self, lines: Sequence[Folded]) -> Iterator[str]:
         yield f"graph {self.graph.name}  mesh {self.graph.mesh}"
