@@ -6,6 +6,9 @@ READY  := $(VENV)/ready
 
 # One thread a process: the tests start several, and their tensors are small.
 export OMP_NUM_THREADS ?= 1
+# As many test files at a time as there are cores; a file stays in one process, which compiles its models once.
+WORKERS ?= auto
+PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test slow lint format types wheel bench ci clean
 .DEFAULT_GOAL := test
@@ -21,10 +24,10 @@ demo: $(READY)  ## train a small GPT on a virtual 2 x 2 mesh beside one process
 	$(BIN)/python -m meshwright demo
 
 test: $(READY)  ## all but the slow tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 slow: $(READY)  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
