@@ -7,7 +7,6 @@ the store that the ranks meet at.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import os
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -30,7 +29,7 @@ from meshwright.runtime.nccl import NcclGroup
 from meshwright.runtime.rendezvous import Limit, connect, host_rank, meet, place
 from meshwright.runtime.shared import SharedGroup, host_name, share
 from meshwright.runtime.termination import Termination
-from meshwright.runtime.watch import Watch, linger
+from meshwright.runtime.watch import Watch
 
 _COLLECTIVE_SECONDS = 30 * 24 * 3600.0
 """A limit on one collective would be one on its slowest member's compute: the watch ends runs."""
@@ -240,24 +239,19 @@ class ProcessTransport:
         self._closed = True
         atexit.unregister(self.close)
         state, problem = self._last_state()
-        self.watch.stop(state, problem)
+        self.watch.leave(state, problem)
         self._detach()
         self.termination.close()
-        # The store may be gone already, with the process that held it.
-        with contextlib.suppress(RuntimeError):
-            self._linger(state == "lost")
+        if state != "lost":
+            self.watch.linger(self.watch.patience)
+        elif self.rank == self.watch.host:
+            # It has nothing to give, but the others are to read whom it has lost.
+            self.watch.linger(3 * self.watch.period, whole=True)
+        self.watch.stop()
         for lane in self.lanes.values():
             if lane.group is not None:
                 lane.group.close()
         self.lanes.clear()
-
-    def _linger(self, lost: bool) -> None:
-        watch = self.watch
-        if lost and self.rank == watch.host:
-            # It has nothing to give, but the others are to read whom it has lost.
-            linger(watch, 3 * watch.period, whole=True)
-        elif watch.peers and not lost:
-            linger(watch, watch.patience)
 
     def _last_state(self) -> tuple[str, str]:
         if self.watch.state != "running":

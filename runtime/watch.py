@@ -103,28 +103,47 @@ class Watch:
         self._answered = time.monotonic()
         self._circle: tuple[Any, int] = (None, 0)
         self._told_circle: list[str] = []
-        self._stopping, self._hurry = threading.Event(), threading.Event()
-        self._threads = [
-            threading.Thread(target=self._publish_and_read, name="heartbeat", daemon=True),
-            threading.Thread(target=self._judge, name="heartbeat judge", daemon=True),
-        ]
+        self._left, self._stopping, self._hurry = (threading.Event() for _ in range(3))
+        self._thread = threading.Thread(
+            target=self._publish_and_read, name="heartbeat", daemon=True
+        )
+        self._judge_thread = threading.Thread(
+            target=self._judge, name="heartbeat judge", daemon=True
+        )
 
     def start(self) -> None:
         """Begin once every rank has published its first beat (the caller meets them before)."""
         now = self._answered = time.monotonic()
         self.beats = {peer: Beat(changed=now) for peer in self.peers}
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
+        self._judge_thread.start()
 
-    def stop(self, state: str, problem: str = "") -> None:
-        """Publish the last state, "finished", "failed", "left" or "lost", and end both threads."""
-        if self._stopping.is_set():
-            return
+    def leave(self, state: str, problem: str) -> None:
+        """Publish the last state, "finished", "failed", "left" or "lost", and judge no more."""
         self.state, self.problem = state, problem
+        self._left.set()
+        self._hurry.set()
+        self._judge_thread.join(timeout=self.patience)
+
+    def linger(self, seconds: float, *, whole: bool = False) -> None:
+        """Stay until no other rank runs any more, or for `seconds`: `whole`, or while none moves.
+
+        The store of the run may be this process's, and others may still need its last bytes.
+        """
+        begin = time.monotonic()
+        while self._thread.is_alive() and not self.store_ended():
+            beats = list(self.beats.values())
+            moved = begin if whole else max([begin, *(beat.changed for beat in beats)])
+            running = any(beat.state == "running" for beat in beats)
+            if not running or time.monotonic() - moved > seconds:
+                return
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Publish a last time, and end the heartbeat; where the store holds it, leave it there."""
         self._stopping.set()
         self._hurry.set()
-        for thread in self._threads:
-            thread.join(timeout=self.patience)
+        self._thread.join(timeout=self.patience)
 
     def publish_end(self, error: BaseException) -> None:
         """Tell the others, at once, what ends this rank; the first time counts."""
@@ -202,8 +221,8 @@ class Watch:
             slept = time.monotonic() - begin
             if slept > 2 * self.period:
                 self._forgive(slept)
-            hurry = bool(self._closed_at)
-            self._hurry.wait(self.period / 5 if hurry else self.period)
+            hurry = 20 if self._left.is_set() else 5 if self._closed_at else 1
+            self._hurry.wait(self.period / hurry)
             self._hurry.clear()
 
     def _read(self, values: Sequence[bytes]) -> None:
@@ -221,7 +240,7 @@ class Watch:
 
     def _judge(self) -> None:
         last = time.monotonic()
-        while not self._stopping.wait(self.period / 4):
+        while not self._left.wait(self.period / 4):
             now = time.monotonic()
             if now - last > 2 * self.period:
                 self._forgive(now - last)
@@ -252,8 +271,8 @@ class Watch:
             cut()
         if waits is None:
             return
-        self._stopping.wait(2 * self.period)
-        if self.waits is waits and not self._stopping.is_set():
+        self._left.wait(2 * self.period)
+        if self.waits is waits and not self._left.is_set():
             self._exit(error)
 
     def _exit(self, error: RunError) -> None:
@@ -381,20 +400,3 @@ class Watch:
             place = f"in {beat.doing}" if beat.waits else "outside collectives"
             lines.append(f"rank {peer} was last seen {place}")
         return lines
-
-
-def linger(watch: Watch, seconds: float, *, whole: bool = False) -> None:
-    """Stay until no other rank runs any more, or for `seconds`: `whole`, or while none moves.
-
-    The store of the run may be this process's, and others may still need its last bytes.
-    """
-    keys = [f"beat/{peer}" for peer in watch.peers]
-    before: dict[int, bytes] = {}
-    moved = time.monotonic()
-    while time.monotonic() - moved < seconds and not watch.store_ended():
-        values = dict(zip(watch.peers, watch.store.multi_get(keys), strict=True))
-        if all(json.loads(value)["state"] != "running" for value in values.values()):
-            return
-        if values != before and not whole:
-            before, moved = values, time.monotonic()
-        time.sleep(0.05)
