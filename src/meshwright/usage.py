@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 from meshwright.dsl.errors import did_you_mean, nearest
 from meshwright.launcher.job import GRACE, Job
@@ -134,7 +135,7 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-RUN_OPTIONS: dict[str, Callable[[str], object]] = {
+RUN_OPTIONS: dict[str, Callable[[str], Any]] = {
     "--processes": whole_number("--processes"),
     "--logs": Path,
     "--grace": _seconds,
@@ -169,18 +170,17 @@ def job(words: Sequence[str]) -> Job:
         _check_module(script[1])
     else:
         _check_script(script[0])
-    read = {name.lstrip("-"): RUN_OPTIONS[name](text) for name, text in options.items()}
-    nodes, node, meet = read.get("nodes", 1), read.get("node-rank", 0), read.get("rendezvous")
-    assert isinstance(nodes, int) and isinstance(node, int)
+    read = {name: RUN_OPTIONS[name](text) for name, text in options.items()}
+    nodes, node = read.get("--nodes", 1), read.get("--node-rank", 0)
     _check_nodes(nodes, node, options)
     return Job(
         tuple(script),
-        read["processes"],  # type: ignore[arg-type]  # as RUN_OPTIONS reads it, and the next ones
-        logs=read.get("logs"),  # type: ignore[arg-type]
-        grace=read.get("grace", GRACE),  # type: ignore[arg-type]
+        read["--processes"],
+        logs=read.get("--logs"),
+        grace=read.get("--grace", GRACE),
         nodes=nodes,
         node=node,
-        rendezvous=meet,  # type: ignore[arg-type]
+        rendezvous=read.get("--rendezvous"),
     )
 
 
