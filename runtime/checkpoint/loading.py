@@ -7,7 +7,8 @@ that is anything changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from meshwright.compiler.program import Program
 from meshwright.runtime.agreement import agreed, first_says, told
 from meshwright.runtime.checkpoint.extra import read_extra
 from meshwright.runtime.checkpoint.folder import OpenSave, folder_of
-from meshwright.runtime.checkpoint.manifest import Manifest
+from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
 from meshwright.runtime.checkpoint.optimizer_loading import (
     SavedOptimizer,
     State,
@@ -187,15 +188,26 @@ class _Reader:
         kept: State = {}
         if self._saved is not None:
             kept = staged_state(program, state, self.optimizer, self._saved, manifest, shards)
-        extra = read_extra(manifest.extra)
+        with self._naming_manifest():
+            extra = read_extra(manifest.extra)
         return _Staged(manifest.random, extra, self._saved, state, tensors, self.optimizer, kept)
 
     def _check(self, manifest: Manifest) -> None:
         """Raise `RunError` unless a checkpoint fits the model and the optimizer."""
         self._check_model(manifest)
         if self.optimizer is not None:
-            self._saved = saved_optimizer(self.program, self.states, self.optimizer, manifest)
+            with self._naming_manifest():
+                self._saved = saved_optimizer(self.program, self.states, self.optimizer, manifest)
         self._fits = True
+
+    @contextlib.contextmanager
+    def _naming_manifest(self) -> Iterator[None]:
+        """Say in an error which file has what it is about."""
+        try:
+            yield
+        except RunError as error:
+            error.where = (f"in `{Path(self.path) / MANIFEST}`", *error.where)
+            raise
 
     def _check_model(self, manifest: Manifest) -> None:
         """Raise `RunError` unless the checkpoint has the model's tensors, in its types."""

@@ -32,6 +32,9 @@ _START = re.compile(rf'{{\n  "format": "{_FORMAT}",\n  "version": (\d{{1,9}}),\n
 _SAVE = re.compile(r'  "save": "([0-9a-f]{32})",\n')
 _END = re.compile(rb'  "sha256": "([0-9a-f]{64})"\n}\n')
 _END_BYTES = len('  "sha256": ""\n}\n') + 64
+_START_BYTES = 128
+_COPY = "copy the whole folder of the checkpoint again, or load another one"
+_OTHER_VERSION = "load it with the version of Meshwright that wrote it"
 _MOST_BYTES, _MOST_AXES, _MOST_FACTORS = 256 << 20, 64, 1024
 """Far above what any mesh or model needs, and low enough to be refused at once."""
 
@@ -129,7 +132,8 @@ def manifest_text(folder: Path) -> str:
             help=f"name a folder that `save` wrote, with its `{MANIFEST}`",
         ) from None
     if problem := _damage(data):
-        _refuse(file, problem)
+        other = _version_of(data) not in (None, _VERSION)
+        _refuse(file, problem, _OTHER_VERSION if other else _COPY)
     # What `save` writes is ASCII; for anything else the JSON will not do.
     return data.decode(errors="replace")
 
@@ -154,7 +158,7 @@ def check_replaceable(folder: Path) -> None:
     file = folder / MANIFEST
     try:
         with regular_file(file) as opened:
-            problem = _version_problem(read_bytes(opened, min(size_of(opened), 128)))
+            problem = _version_problem(read_bytes(opened, min(size_of(opened), _START_BYTES)))
     except FileNotFoundError:
         return
     except OSError as error:
@@ -188,17 +192,22 @@ def _spelled(error: Exception) -> str:
 
 def _version_problem(data: bytes) -> str:
     """Why a file is not a manifest of this format, by its first bytes."""
-    start = _START.match(data.decode(errors="replace"))
-    if start is None:
+    version = _version_of(data)
+    if version is None:
         return f'it does not begin with "format": "{_FORMAT}"'
-    if int(start[1]) != _VERSION:
-        return f"it has version {start[1]} of the format, and this is version {_VERSION}"
+    if version != _VERSION:
+        return f"it has version {version} of the format, and this is version {_VERSION}"
     return ""
+
+
+def _version_of(data: bytes) -> int | None:
+    start = _START.match(data[:_START_BYTES].decode(errors="replace"))
+    return int(start[1]) if start else None
 
 
 def _damage(data: bytes) -> str:
     """Why a file is not a manifest as it was written."""
-    if problem := _version_problem(data[:128]):
+    if problem := _version_problem(data):
         return problem
     end = _END.fullmatch(data, max(0, len(data) - _END_BYTES))
     if end is None:
@@ -208,11 +217,8 @@ def _damage(data: bytes) -> str:
     return ""
 
 
-def _refuse(file: Path, problem: str) -> NoReturn:
-    raise RunError(
-        f"`{file}` is not a manifest that can be read: {problem}",
-        help="copy the whole folder of the checkpoint again, or load another one",
-    )
+def _refuse(file: Path, problem: str, help: str = _COPY) -> NoReturn:
+    raise RunError(f"`{file}` is not a manifest that can be read: {problem}", help=help)
 
 
 def _checked(found: Mapping[str, Any]) -> Manifest:

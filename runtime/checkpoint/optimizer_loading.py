@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
 from meshwright.runtime.checkpoint.header import dtype_of
-from meshwright.runtime.checkpoint.manifest import Manifest
+from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
 from meshwright.runtime.checkpoint.optimizer_state import (
     OPTIMIZER,
     check_owner,
@@ -233,6 +233,7 @@ def _tensor(
         raise RunError(
             f"`{saved_name}` is {list(saved.shape)} in the checkpoint, which is not the shape of "
             "its parameter, and that parameter is split here",
+            where=(f"in `{shards.folder / MANIFEST}`",),
             help="load without `optimizer`, or under a plan that does not split it",
         )
     whole = shards.part(saved.owners[0], saved_name, saved.shape, dtype_of(saved.dtype))

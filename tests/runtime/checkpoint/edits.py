@@ -38,8 +38,7 @@ def edited(scene: Scene, change: Edit) -> Damage:
     if DEEP in json.dumps(manifest):
         tensors = []  # there is no tensor to name in what cannot be parsed
     write(scene.manifest, manifest)
-    said = [Path(words) for words in ("the checkpoint", "the manifest")]
-    files = [scene.folder, scene.manifest, *shards(scene.folder), *said]
+    files = [scene.folder, scene.manifest, *shards(scene.folder)]
     return Damage(files, tensors)
 
 

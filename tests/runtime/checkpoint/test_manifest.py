@@ -192,3 +192,18 @@ def test_a_manifest_that_no_save_wrote_is_not_replaced(tmp_path: Path) -> None:
     file.write_text('{\n  "format": "meshwright checkpoint",\n  "version": 1,\n  "number": 3,\n')
     with pytest.raises(mw.RunError, match="version 1 of the format, and this is version 2"):
         check_replaceable(tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 9])
+def test_a_manifest_of_another_version_is_left_to_who_wrote_it(
+    tmp_path: Path, version: int
+) -> None:
+    text = sealed({"format": "meshwright checkpoint", "version": version})
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(mw.RunError, match=r"(?s)it has version .* the version of Meshwright that"):
+        manifest_text(tmp_path)
+
+
+def test_an_entry_more_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(sealed(content(more={"written by": "another"})))
+    assert read(tmp_path) == small()
