@@ -82,9 +82,9 @@ def tensor(**changes: Any) -> dict[str, Any]:
 
 MANY = 100_000
 REFUSED = {
-    "an axis twice": content(mesh=[["tp", 2], ["tp", 1]]),
-    "a million axes": content(mesh=[[f"a{i}", 1] for i in range(1_000_000)]),
-    "other ranks than shards": content(mesh=[["tp", 4]]),
+    "an axis twice": content(mesh=[["tp", 2], ["dp", 1], ["dp", 1]]),
+    "a million axes": content(mesh=[["tp", 2], *([f"a{i}", 1] for i in range(1_000_000))]),
+    "more ranks than shards": content(mesh=[["tp", 2], ["dp", 2]]),
     "a huge axis": content(mesh=[["tp", 2**62]], shards=[[1, "a" * 64]]),
     "an axis without ranks": content(mesh=[["tp", 0]]),
     "an axis that is a number": content(mesh=[[2, 2]]),

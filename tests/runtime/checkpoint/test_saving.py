@@ -8,6 +8,7 @@ import random
 import re
 import resource
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,6 +17,7 @@ import torch
 
 import meshwright as mw
 from meshwright.runtime.checkpoint import saving
+from meshwright.runtime.checkpoint.header import Header
 from tests.runtime.checkpoint import failing_saves
 from tests.runtime.checkpoint.damage import manifest_of
 from tests.runtime.models import PLANS, batch, make
@@ -123,6 +125,22 @@ def test_a_file_that_is_gone_before_the_manifest_is_written_is_told(
     with pytest.raises(
         mw.RunError, match=r"`.*00001\.safetensors`, which rank 1 wrote, is not there"
     ):
+        run.save(tmp_path)
+    monkeypatch.undo()
+
+
+def test_a_file_of_another_save_under_a_ranks_name_is_told(
+    run: mw.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = saving.write_shard
+
+    def stale(file: BinaryIO, path: Path, header: Header, *rest: object) -> None:
+        if path.name.startswith("00001"):
+            header = replace(header, save="f" * 32)
+        write(file, path, header, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving, "write_shard", stale)
+    with pytest.raises(mw.RunError, match=r"00001\.safetensors` was written by rank 1 in save `ff"):
         run.save(tmp_path)
     monkeypatch.undo()
 

@@ -66,6 +66,8 @@ def test_a_shard_is_a_safetensors_file(tmp_path: Path) -> None:
     digest = hashlib.sha256(TENSORS["w"].numpy().tobytes()).hexdigest()
     assert header["__metadata__"]["sha256/w"] == digest
     assert header["__metadata__"]["save"] == SAVE
+    # As the library does, so that what is mapped is aligned.
+    assert int.from_bytes(data[:8], "little") % 8 == 0
 
 
 @pytest.mark.parametrize(
@@ -134,6 +136,16 @@ def test_a_shard_of_another_save_or_rank_is_refused(tmp_path: Path) -> None:
         read(tmp_path, stranger, shards[1])
 
 
+def test_a_shard_written_anew_with_other_values_is_refused(tmp_path: Path) -> None:
+    shard, path = write(tmp_path, 0, TENSORS), shard_path(tmp_path, SAVE, 0)
+    path.unlink()
+    other = write(tmp_path, 0, {**TENSORS, "w": TENSORS["w"] + 1})
+    assert other.size == shard.size
+    assert read(tmp_path, other)["w"][0, 0] == 1
+    with pytest.raises(mw.RunError, match=f"`{path}` is damaged"):
+        read(tmp_path, shard)
+
+
 def test_a_tensor_that_is_missing_or_of_another_type_is_named(tmp_path: Path) -> None:
     opened = Shards(tmp_path, SAVE, (write(tmp_path, 0, TENSORS),))
     for name, shape, dtype in (
@@ -158,6 +170,7 @@ def of(changes: dict[str, Any]) -> dict[str, Any]:
     return {"__metadata__": META, "w": {**ROW, **changes}}
 
 
+TWICE = json.dumps({"__metadata__": META, "w": ROW, "x": ROW}).replace("x", "w").encode()
 HEADERS: dict[str, Any] = {
     "no JSON": b"{",
     "a list": [],
@@ -168,7 +181,7 @@ HEADERS: dict[str, Any] = {
     "no digest": {"__metadata__": {"save": SAVE, "rank": "0"}, "w": ROW},
     "a digest that is short": {"__metadata__": {**META, "sha256/w": "00"}, "w": ROW},
     "a rank that is a word": {"__metadata__": {**META, "rank": "first"}, "w": ROW},
-    "a tensor twice": b'{"__metadata__":' + json.dumps(META).encode() + b',"w":1,"w":2}',
+    "a tensor twice": TWICE,
     "an unknown type": of({"dtype": "U7"}),
     "a type that is a list": of({"dtype": []}),
     "a size below zero": of({"shape": [-8]}),
