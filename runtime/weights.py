@@ -85,7 +85,7 @@ def check_state(
 
 def _prefix(names: Iterable[str], known: Container[str]) -> str:
     """What a wrapper of the model puts before each name: `module.` of DDP, `_orig_mod.`."""
-    names = list(names)
+    names = list(map(str, names))
     for prefix in ("module.", "_orig_mod.", "model."):
         if names and all(
             name.startswith(prefix) and name.removeprefix(prefix) in known for name in names

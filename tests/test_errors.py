@@ -326,6 +326,7 @@ RUNS: Mapping[str, Callable[[mw.Run], object]] = {
     "state-of-a-wrapped-model": lambda run: run.load_state_dict(
         {"module.linear.weight": torch.ones(4, 4), "module.linear.bias": torch.ones(4)}
     ),
+    "state-of-numbered-tensors": lambda run: run.load_state_dict({1: X[0]}),  # type: ignore[dict-item]
     "state-of-no-tensors": lambda run: run.load_state_dict({"linear.weight": 1.0}),  # type: ignore[dict-item]
     "copied-to-another-model": lambda run: run.copy_to(nn.Linear(4, 4)),
     "norm-of-type-zero": lambda run: run.clip_grad_norm_(1.0, 0),

@@ -122,7 +122,9 @@ class InputSpec:
                     found.append(f"`{name}` is static and has another value than the example's")
             elif isinstance(value, Tensor):
                 found += _tensor_difference(name, value, types.get(name))
-            elif name not in types and not _same(value, self.constants.get(name)):
+            elif name in types:
+                found += [f"`{name}` is {spelled(value)}, not a tensor"] * (value is not None)
+            elif not _same(value, self.constants.get(name)):
                 found.append(f"`{name}` is {spelled(value)}, {self._was(name, value)}")
         found += [
             f"`{name}` is missing"
