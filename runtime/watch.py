@@ -132,9 +132,8 @@ class Watch:
         """
         begin = time.monotonic()
         while self._thread.is_alive() and not self.store_ended():
-            beats = list(self.beats.values())
-            moved = begin if whole else max([begin, *(beat.changed for beat in beats)])
-            running = any(beat.state == "running" for beat in beats)
+            running = [beat for beat in self.beats.values() if beat.state == "running"]
+            moved = begin if whole else max([begin, *(beat.changed for beat in running)])
             if not running or time.monotonic() - moved > seconds:
                 return
             time.sleep(0.02)

@@ -122,7 +122,7 @@ def test_a_few_mishaps_in_a_few_phases(forked: Forked) -> None:
         Cell(4, 0, "kill", "in save"),
         Cell(2, 1, "raise", "in load"),
         Cell(2, 0, "_exit", "in check"),
-        Cell(2, 0, "kill", "in close"),
+        Cell(4, 3, "kill", "in close"),
         Cell(2, 1, "fewer steps"),
     ]
     check(forked, cells, at_once=4)
