@@ -235,12 +235,21 @@ def _checked(found: Mapping[str, Any]) -> Manifest:
         save,
         mesh,
         {"seed": _count(random["seed"], -(2**63)), "step": _count(random["step"], 0)},
-        {_text(alias): _text(name) for alias, name in found["aliases"].items()},
+        _aliases(found["aliases"], tensors),
         tensors,
         optimizer,
         shards,
         found["extra"],
     )
+
+
+def _aliases(found: Mapping[str, Any], tensors: Mapping[str, SavedTensor]) -> dict[str, str]:
+    """The names that tensors go by; that of a tensor is its own, and no other's."""
+    aliases = {_text(alias): _text(name) for alias, name in found.items()}
+    for name in tensors.keys() & aliases.keys():
+        if aliases[name] != name:
+            raise ValueError(f"`{name}` is a tensor, and its name leads to `{aliases[name]}`")
+    return aliases
 
 
 def _mesh(rows: Sequence[Any], num_ranks: int) -> Mesh:

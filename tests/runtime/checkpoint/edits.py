@@ -164,8 +164,10 @@ def a_tensor_missing_in_the_manifest(manifest: dict[str, Any], scene: Scene) -> 
 def a_key_renamed(manifest: dict[str, Any], scene: Scene) -> list[str]:
     places = [place for place in _places(manifest) if isinstance(place[0], dict)]
     container, key, path = scene.dice.choice(places)
-    container[scene.dice.choice([key + "x", key.upper(), ""])] = container.pop(key)
-    return _tensor(path)
+    renamed = scene.dice.choice([key + "x", key.upper(), ""])
+    container[renamed] = container.pop(key)
+    names = _tensor(path)
+    return [*names, f"`{renamed}`"] if names == [key] else names
 
 
 @edit
@@ -194,6 +196,15 @@ def an_alias_of_another_tensor(manifest: dict[str, Any], scene: Scene) -> list[s
     one, other = scene.dice.sample(list(aliases), 2)
     aliases[one] = aliases[other]
     return []
+
+
+@edit
+def two_aliases_swapped(manifest: dict[str, Any], scene: Scene) -> list[str]:
+    aliases = manifest["aliases"]
+    alike = [[n for n in aliases if f".{end}" in n] for end in ("ln.", "up.bias", "down.weight")]
+    one, other = scene.dice.sample(scene.dice.choice(alike), 2)
+    aliases[one], aliases[other] = aliases[other], aliases[one]
+    return [one, other]
 
 
 @edit

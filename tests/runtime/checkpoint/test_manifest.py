@@ -115,6 +115,7 @@ REFUSED = {
     "a type that is a number": tensor(dtype=4),
     "tensors that are a list": content(tensors=[]),
     "an optimizer that is a list": content(optimizer=[]),
+    "a name that leads to another tensor": content(aliases={"w": "v", "v": "w"}),
     "aliases that are numbers": content(aliases={"w": 3}),
 }
 
