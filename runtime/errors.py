@@ -11,6 +11,8 @@ from meshwright.compiler.ir import Graph
 from meshwright.compiler.text import op_text
 from meshwright.dsl.errors import MeshwrightError, one_line
 
+CALL_SAME_METHODS = "call the same methods on every rank, in one order: none under `if rank == 0`"
+
 
 class RunError(MeshwrightError, RuntimeError):
     """A run that cannot go on, or a call of one that is wrong.
@@ -85,7 +87,7 @@ def operator_error(error: Exception, code: Code, graph: Graph) -> OperatorError:
 
 
 class ToldToStop(SystemExit):
-    """This rank was sent SIGTERM while it waited for nobody."""
+    """This rank was sent SIGTERM, and waits for nobody, or does so no more."""
 
 
 def last_words(error: BaseException) -> tuple[str, str]:

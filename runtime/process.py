@@ -183,6 +183,8 @@ class ProcessTransport:
         except RuntimeError as error:
             raise self._ours(error) from None
         watch.waits = None
+        if watch.told_at:
+            watch.end_as_told()
         return result
 
     def start(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Handle:
@@ -214,6 +216,8 @@ class ProcessTransport:
         except RuntimeError as error:
             raise self._ours(error) from None
         watch.waits = None
+        if watch.told_at:
+            watch.end_as_told()
         handle.works, handle.finish = [], _taken
         return result
 
@@ -281,11 +285,14 @@ class ProcessTransport:
         watch.waits = (f"connection {label}", 0, Wire("connection", axes))
         try:
             store = PrefixStore(f"{label}/{members[0]}", self.store)
-            return self._connect_group(store, members)
+            group = self._connect_group(store, members)
         except RuntimeError as error:
             raise watch.explain(error) from None
         finally:
             watch.waits = None
+        if watch.told_at:
+            watch.end_as_told()
+        return group
 
     def _connect_group(self, store: Store, members: tuple[int, ...]) -> _Group:
         if self.device.type == "cuda":

@@ -12,9 +12,7 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Protocol
-
-from meshwright.runtime.errors import ToldToStop
+from typing import Any, NoReturn, Protocol
 
 EXIT_CODE = 128 + signal.SIGTERM
 
@@ -34,21 +32,22 @@ class Watched(Protocol):
     waits: Any
     signals: Callable[[], bool]
 
-    def publish_end(self, error: BaseException) -> None:
-        """Tell the others what ends this rank."""
+    def end_as_told(self) -> NoReturn:
+        """Tell the others, and raise what ends this rank."""
         ...
 
     def told_to_stop(self) -> None:
-        """Find out why this rank waits, then end it."""
+        """Find out why this rank waits; its wait ends it."""
         ...
 
 
 class Termination:
     """A handler of SIGTERM for as long as a transport is open.
 
-    A rank that waits for others is given the time to find out why; any other exits at once. A main
-    thread inside a backend runs no handler, so the number of the signal also goes through a pipe
-    that the watch reads. Does nothing where the script has its own handler.
+    A rank that waits for others is given the time to find out why, and ends when its wait does; any
+    other exits at once. A main thread inside a backend runs no handler, so the number of the signal
+    also goes through a pipe that the watch reads. Does nothing where the script has its own
+    handler.
     """
 
     def __init__(self, watch: Watched) -> None:
@@ -80,9 +79,7 @@ class Termination:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.watch.waits is None:
-            error = ToldToStop(EXIT_CODE)
-            self.watch.publish_end(error)
-            raise error
+            self.watch.end_as_told()
         self.watch.told_to_stop()
 
     def _arrived(self) -> bool:

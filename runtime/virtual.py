@@ -16,6 +16,7 @@ from meshwright.compiler.collectives import Start, Wire
 from meshwright.compiler.mesh import Mesh
 from meshwright.runtime.algorithms import everyone
 from meshwright.runtime.errors import (
+    CALL_SAME_METHODS,
     DeadlockError,
     MismatchError,
     RunError,
@@ -225,7 +226,7 @@ class _Driver:
             "no rank can go on: each waits for another",
             peers=tuple(sorted(peers)),
             where=where,
-            help="give every rank of a group its collectives in one order",
+            help=CALL_SAME_METHODS,
         )
 
     def spell_place(self, rank: int) -> str:

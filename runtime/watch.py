@@ -13,22 +13,24 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import Store
 
 from meshwright.compiler.collectives import Wire
 from meshwright.runtime.errors import (
+    CALL_SAME_METHODS,
     DeadlockError,
     PeerError,
     RunError,
+    ToldToStop,
     last_words,
     spell_ranks,
     spell_wire,
     verb,
 )
 from meshwright.runtime.gloo import Connection
-from meshwright.runtime.termination import say
+from meshwright.runtime.termination import EXIT_CODE, say
 
 Waits = tuple[str, int, Wire]
 """What a rank waits for: the label of a group of axes, the place in its order, the operation."""
@@ -98,8 +100,8 @@ class Watch:
         self._help, self._peers = "", list[int]()
         self._number = 0
         self.signals: Callable[[], bool] = bool
+        self.told_at = 0.0
         self._closed_at = 0.0
-        self._told_at = 0.0
         self._answered = time.monotonic()
         self._circle: tuple[Any, int] = (None, 0)
         self._told_circle: list[str] = []
@@ -151,9 +153,17 @@ class Watch:
         self._hurry.set()
 
     def told_to_stop(self) -> None:
-        """Another process wants this one to end: find out why it waits, then end it."""
-        self._told_at = self._closed_at = time.monotonic()
-        self._hurry.set()
+        """Another process wants this one to end: find out why it waits, or let its wait end it."""
+        if self.state == "running" and not self.told_at:
+            self.told_at = self._closed_at = time.monotonic()
+            self._hurry.set()
+
+    def end_as_told(self) -> NoReturn:
+        """End the main thread, which waits for nobody; what it cleans up has all the time."""
+        self.told_at = 0.0
+        error = ToldToStop(EXIT_CODE)
+        self.publish_end(error)
+        raise error
 
     def explain(self, error: RuntimeError) -> RunError:
         """Ours for a backend's error: waits until the others' heartbeats tell what happened."""
@@ -245,10 +255,10 @@ class Watch:
                 self._forgive(now - last)
                 self._answered += now - last
             last = now
-            if not self._told_at and self.signals():
+            if not self.told_at and self.signals():
                 self.told_to_stop()
-            if self._told_at and now - self._told_at > self.patience + 2 * self.period:
-                self._exit(self._error("it was told to stop (SIGTERM)", self._blockers(self.rank)))
+            if 0 < self.told_at < now - self.patience - 2 * self.period:
+                self._end_unreachable()
             if self.waits is None and not self._closed_at:
                 continue
             error = self.failure or self.examine(now)
@@ -274,10 +284,17 @@ class Watch:
         if self.waits is waits and not self._left.is_set():
             self._exit(error)
 
-    def _exit(self, error: RunError) -> None:
+    def _end_unreachable(self) -> None:
+        """As told, after a time in which neither its wait has ended nor a reason for it came."""
+        error = self._error("it was told to stop (SIGTERM)", self._blockers(self.rank))
+        self.publish_end(ToldToStop(EXIT_CODE))
+        if not self._left.wait(2 * self.period) and self.told_at:
+            self._exit(error, EXIT_CODE)
+
+    def _exit(self, error: RunError, code: int = 1) -> None:
         """End the process under a main thread that cannot be reached."""
         say(f"{type(error).__name__}: {error}")
-        os._exit(1)
+        os._exit(code)
 
     def examine(self, now: float) -> RunError | None:
         """Why this rank waits in vain, if it does; the nearest cause first."""
@@ -363,7 +380,7 @@ class Watch:
             rank=self.rank,
             peers=self.peers,
             where=where,
-            help="call the same methods on every rank, in one order: none under `if rank == 0`",
+            help=CALL_SAME_METHODS,
         )
 
     def _beat(self, rank: int) -> Beat:

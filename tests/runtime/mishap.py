@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Generator
 from typing import Any
@@ -40,6 +41,16 @@ def signalled(number: signal.Signals) -> Program:
     yield from train(20)
 
 
+def told_while_it_waits() -> Program:
+    """The others come to the collective a while after rank 1 was told to stop in it."""
+    yield from train(20)
+    if os.environ["RANK"] == "1":
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    else:
+        time.sleep(1.0)
+    yield from train(20)
+
+
 def slow() -> Program:
     yield from train(20)
     time.sleep(2 * PATIENCE)
@@ -63,6 +74,7 @@ SCENARIOS = {
     "finishes": lambda: train(20),
     "hangs in a backend": lambda: signalled(signal.SIGSTOP),
     "is slow": slow,
+    "is told to stop": told_while_it_waits,
     "turns round": turned,
 }
 

@@ -46,11 +46,11 @@ def problem(kind: type[RunError] = RunError) -> str:
     ("name", "value", "text"),
     [
         ("RANK", None, "`RANK` is not in the environment"),
-        ("RANK", "2", "`RANK` is '2', not a number of 0 to 1"),
-        ("RANK", "first", "`RANK` is 'first', not a number of 0 to 1"),
-        ("WORLD_SIZE", "", "`WORLD_SIZE` is '', not a number of 1 or more"),
+        ("RANK", "2", "`RANK` is `'2'`, not a number of 0 to 1"),
+        ("RANK", "first", "`RANK` is `'first'`, not a number of 0 to 1"),
+        ("WORLD_SIZE", "", "`WORLD_SIZE` is an empty text, not a number of 1 or more"),
         ("MASTER_PORT", None, "`MASTER_PORT` is not in the environment"),
-        ("MASTER_PORT", "0", "`MASTER_PORT` is '0', not a number of 1 to 65535"),
+        ("MASTER_PORT", "0", "`MASTER_PORT` is `'0'`, not a number of 1 to 65535"),
     ],
 )
 def test_a_variable_that_is_missing_or_wrong_is_named(
@@ -151,6 +151,6 @@ def test_whom_a_rank_waits_for_is_said_before_the_limit(
 def test_the_limit_is_a_number_of_seconds(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("MESHWRIGHT_RENDEZVOUS_SECONDS", value)
     assert problem() == (
-        f"`MESHWRIGHT_RENDEZVOUS_SECONDS` is {value!r}\n"
+        f"`MESHWRIGHT_RENDEZVOUS_SECONDS` is `{value!r}`\n"
         "  help: set `MESHWRIGHT_RENDEZVOUS_SECONDS` to a number of seconds"
     )

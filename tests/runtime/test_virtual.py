@@ -190,7 +190,7 @@ def test_a_deadlock_names_ranks_axes_and_nodes() -> None:
         "  rank 1 waits for rank 3 in `column_sum` (all_reduce over `dp`)\n"
         "  rank 2 waits for rank 0 in `column_sum` (all_reduce over `dp`)\n"
         "  rank 3 waits for rank 2 in `row_sum` (all_reduce over `tp`)\n"
-        "  help: give every rank of a group its collectives in one order"
+        "  help: call the same methods on every rank, in one order: none under `if rank == 0`"
     )
 
 

@@ -86,6 +86,18 @@ def test_a_long_computation_is_no_stall(forked: Forked) -> None:
     assert ended.codes == [0, 0]
 
 
+@pytest.mark.parametrize("shared_memory", ["1", "0"])
+def test_a_rank_that_is_told_to_stop_while_it_waits_ends_as_soon_as_it_does_not(
+    forked: Forked, shared_memory: str
+) -> None:
+    environment = (("MESHWRIGHT_SHARED_MEMORY", shared_memory),)
+    args = ("0,1", "is told to stop")
+    ((_, ended),) = forked.run(Ranks("tests.runtime.mishap", 2, args, environment=environment))
+    assert ended.codes == [1, 143], ended
+    assert "PeerError: rank 1 was told to stop (SIGTERM)\n" in ended.outputs[0]
+    assert not ended.outputs[1]
+
+
 def test_under_torchrun_the_dead_rank_is_named_before_the_others_are_stopped() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = subprocess.run(
