@@ -20,6 +20,8 @@ from meshwright.runtime.checkpoint.header import Header
 from meshwright.runtime.checkpoint.locks import try_lock
 from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor, named_save
 from meshwright.runtime.checkpoint.shards import read_header, shard_path, write_shard
+from tests.runtime.checkpoint.forks import ended, forked
+from tests.runtime.checkpoint.kills import killer
 from tests.runtime.processes import environment
 
 
@@ -131,6 +133,28 @@ def test_leavings_of_a_process_that_was_killed_are_removed(tmp_path: Path) -> No
     process.communicate()
     third = save(tmp_path, 3)
     assert names(tmp_path) == {"manifest.json", third}
+
+
+def test_a_save_that_is_killed_after_any_call_leaves_one_whole_save(tmp_path: Path) -> None:
+    before = 0.0
+    save(tmp_path, before)
+
+    def dies(number: int) -> None:
+        sys.setprofile(killer(number))
+        save(tmp_path, number)
+        sys.setprofile(None)
+
+    for number in range(1, 200):
+        status = ended([forked(lambda number=number: dies(number))], 60)  # type: ignore[misc]
+        found = value(tmp_path)
+        assert found in (before, number)
+        if status == [0]:
+            break
+        assert status == [-9]
+        before = found
+    assert found == number > 15
+    name = save(tmp_path, 0)
+    assert names(tmp_path) == {"manifest.json", name}
 
 
 @pytest.fixture
