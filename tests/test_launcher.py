@@ -193,7 +193,10 @@ def swept() -> Iterator[list[int]]:
     ("number", "words", "code", "said"),
     [
         (signal.SIGTERM, ["waits"], 143, "stopped by SIGTERM: every rank has ended"),
-        (signal.SIGHUP, ["waits"], 129, "stopped by SIGHUP: every rank has ended"),
+        pytest.param(
+            *(signal.SIGHUP, ["waits"], 129, "stopped by SIGHUP: every rank has ended"),
+            marks=pytest.mark.slow,
+        ),
         (signal.SIGKILL, ["waits"], -9, ""),
         (
             signal.SIGTERM,
@@ -330,7 +333,10 @@ MISHAP = Path(__file__).parent / "runtime" / "mishap.py"
             "dies",
             "rank 1 of 2 was killed by the system (SIGKILL); out of memory is the usual cause",
         ),
-        ("fails", "rank 1 of 2 failed: ZeroDivisionError: the loss scale is 0"),
+        pytest.param(
+            *("fails", "rank 1 of 2 failed: ZeroDivisionError: the loss scale is 0"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_follows_from_another_rank_is_one_line(

@@ -175,7 +175,7 @@ def main(what: str, when: str, culprit: str) -> None:
 
 
 def warm_up() -> None:
-    """Compile what every rank runs, and what evaluation will ask for."""
+    """Compile what every rank trains; what it evaluates, each compiles by itself."""
     torch.set_num_threads(1)
     for num_ranks in (2, 4):
         compiled(num_ranks)

@@ -129,16 +129,22 @@ def test_a_few_mishaps_in_a_few_phases(forked: Forked) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("what", FAULTS)
-def test_every_mishap_in_every_phase(forked: Forked, num_ranks: int, what: str) -> None:
-    ranks = (0, num_ranks - 1)
-    cells = [Cell(num_ranks, culprit, what, phase) for culprit in ranks for phase in PHASES]
-    check(forked, cells, at_once=6 if num_ranks == 2 else 3)
+def test_every_mishap_in_every_phase_of_two_ranks(forked: Forked, what: str) -> None:
+    check(forked, [Cell(2, c, what, phase) for c in (0, 1) for phase in PHASES], at_once=6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_every_mistake(forked: Forked, num_ranks: int) -> None:
-    ranks = (0, num_ranks - 1)
-    check(forked, [Cell(num_ranks, c, what) for c in ranks for what in MISTAKES], at_once=4)
+@pytest.mark.parametrize("what", FAULTS)
+def test_every_mishap_in_some_phases_of_four_ranks(forked: Forked, what: str) -> None:
+    """Each befalls each of the four, and each phase meets some of them."""
+    first, phases = list(FAULTS).index(what), list(PHASES)
+    cells = [Cell(4, c, what, phases[(first + 3 * c) % len(phases)]) for c in range(4)]
+    check(forked, cells, at_once=4)
+
+
+@pytest.mark.slow
+def test_every_mistake(forked: Forked) -> None:
+    cells = [Cell(2, c, what) for c in (0, 1) for what in MISTAKES]
+    cells += [Cell(4, place % 4, what) for place, what in enumerate(MISTAKES)]
+    check(forked, cells, at_once=4)

@@ -14,18 +14,33 @@ from tests.runtime.processes import environment
 MISHAP = Path(__file__).with_name("mishap.py")
 
 
-def run(forked: Forked, num_ranks: int, culprits: str, scenario: str, *gone: int) -> Ended:
-    """How the ranks of a scenario ended; those `gone` need not end."""
-    job = Ranks("tests.runtime.mishap", num_ranks, (culprits, scenario), gone)
-    ((_, ended),) = forked.run(job)
-    return ended
+SCENARIOS = (
+    *((2, "1", scenario) for scenario in ("dies", "stands still", "fails", "finishes")),
+    *((2, "0", scenario) for scenario in ("dies", "stands still")),
+    *((2, "1", scenario) for scenario in ("hangs in a backend", "is slow")),
+    *((4, "3", scenario) for scenario in ("dies", "fails")),
+    *((4, "1,2", "turns round"), (2, "1", "compiles differently")),
+)
+"""Number of ranks, culprits, and what they do; those of a culprit that is gone need not end."""
+ENDS_BY_ITSELF = ("is slow", "compiles differently")
+Outcomes = dict[tuple[int, str, str], Ended]
 
 
-def survivors(forked: Forked, num_ranks: int, culprits: str, scenario: str) -> dict[int, str]:
+@pytest.fixture(scope="module")
+def outcomes(forked: Forked) -> Outcomes:
+    """How the ranks of every scenario ended; they wait most of the time, so beside one another."""
+    jobs = {}
+    for num_ranks, culprits, scenario in SCENARIOS:
+        gone = () if scenario in ENDS_BY_ITSELF else tuple(map(int, culprits.split(",")))
+        job = Ranks("tests.runtime.mishap", num_ranks, (culprits, scenario), gone)
+        jobs[job] = (num_ranks, culprits, scenario)
+    return {jobs[job]: ended for job, ended in forked.run(*jobs, at_once=4)}
+
+
+def survivors(outcomes: Outcomes, num_ranks: int, culprits: str, scenario: str) -> dict[int, str]:
     """What every rank but the culprits printed; each has ended by itself, with an error."""
-    gone = [int(culprit) for culprit in culprits.split(",")]
-    ended = run(forked, num_ranks, culprits, scenario, *gone)
-    kept = [rank for rank in range(num_ranks) if rank not in gone]
+    ended = outcomes[num_ranks, culprits, scenario]
+    kept = [rank for rank in range(num_ranks) if str(rank) not in culprits.split(",")]
     assert all(ended.codes[rank] == 1 for rank in kept), ended
     return {rank: ended.outputs[rank] for rank in kept}
 
@@ -46,10 +61,10 @@ ROW, COLUMN = "`hidden_sum` (all_reduce over `tp`)", "`loss_sum` (all_reduce ove
     ],
 )
 def test_the_other_rank_says_what_happened(
-    forked: Forked, culprit: int, scenario: str, problem: str
+    outcomes: Outcomes, culprit: int, scenario: str, problem: str
 ) -> None:
     other = 1 - culprit
-    output = survivors(forked, 2, str(culprit), scenario)[other]
+    output = survivors(outcomes, 2, str(culprit), scenario)[other]
     assert f"{problem}\n  rank {other} waits in {ROW}\n  rank {culprit} was last seen" in output
 
 
@@ -61,27 +76,27 @@ def test_the_other_rank_says_what_happened(
     ],
 )
 def test_ranks_that_share_no_group_with_the_culprit_name_it_too(
-    forked: Forked, scenario: str, problem: str
+    outcomes: Outcomes, scenario: str, problem: str
 ) -> None:
-    for rank, output in survivors(forked, 4, "3", scenario).items():
+    for rank, output in survivors(outcomes, 4, "3", scenario).items():
         assert f"PeerError: {problem}" in output, output
         assert f"rank {rank} waits in {COLUMN if rank < 2 else ROW}" in output
 
 
-def test_ranks_that_wait_in_a_circle_say_so(forked: Forked) -> None:
-    for output in survivors(forked, 4, "1,2", "turns round").values():
+def test_ranks_that_wait_in_a_circle_say_so(outcomes: Outcomes) -> None:
+    for output in survivors(outcomes, 4, "1,2", "turns round").values():
         assert "DeadlockError: no rank can go on: each waits for another" in output
         assert f"rank 0 waits in {ROW}" in output
         assert f"rank 1 waits in {COLUMN}" in output
 
 
-def test_every_rank_says_which_program_differs(forked: Forked) -> None:
-    for output in run(forked, 2, "1", "compiles differently").outputs:
+def test_every_rank_says_which_program_differs(outcomes: Outcomes) -> None:
+    for output in outcomes[2, "1", "compiles differently"].outputs:
         assert "MismatchError: rank 1 compiled a different program than rank 0" in output
 
 
-def test_a_long_computation_is_no_stall(forked: Forked) -> None:
-    ended = run(forked, 2, "1", "is slow")
+def test_a_long_computation_is_no_stall(outcomes: Outcomes) -> None:
+    ended = outcomes[2, "1", "is slow"]
     assert ended.outputs == ["trained\n"] * 2
     assert ended.codes == [0, 0]
 
