@@ -197,6 +197,19 @@ def test_an_empty_folder_of_a_save_that_never_began_is_removed(tmp_path: Path) -
     assert names(tmp_path) == {"manifest.json", name}
 
 
+def test_what_a_network_filesystem_keeps_of_an_open_file_does_not_keep_the_others(
+    tmp_path: Path,
+) -> None:
+    kept = tmp_path / save(tmp_path, 1) / ".nfs000000000000002a00000001"
+    kept.write_text("")
+    second = save(tmp_path, 2)
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    kept.unlink()
+    third = save(tmp_path, 3)
+    assert second != third
+    assert names(tmp_path) == {"manifest.json", third}
+
+
 def test_a_save_whose_folder_is_removed_before_its_lock_takes_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,8 +320,9 @@ def test_an_error_while_the_manifest_is_put_in_place_leaves_the_save_before(
     assert value(tmp_path) == 1
 
 
+@pytest.mark.parametrize("can_read", [True, False])
 def test_an_interruption_after_the_manifest_is_in_place_keeps_the_new_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_read: bool
 ) -> None:
     save(tmp_path, 1)
     new, replace = begun(tmp_path), os.replace
@@ -321,7 +335,9 @@ def test_an_interruption_after_the_manifest_is_in_place_keeps_the_new_save(
         patch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             commit(new, 2)
-    new.close()
+        if not can_read:
+            patch.setattr(folder_module, "named_save", lambda _: None)
+        new.close()
     assert value(tmp_path) == 2
     third = save(tmp_path, 3)
     assert names(tmp_path) == {"manifest.json", third}
