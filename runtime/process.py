@@ -182,6 +182,10 @@ class ProcessTransport:
             result = finish()
         except RuntimeError as error:
             raise self._ours(error) from None
+        except BaseException as error:
+            watch.waits = None
+            watch.publish_end(error)
+            raise
         watch.waits = None
         if watch.told_at:
             watch.end_as_told()
@@ -215,6 +219,10 @@ class ProcessTransport:
             result = handle.finish()
         except RuntimeError as error:
             raise self._ours(error) from None
+        except BaseException as error:
+            watch.waits = None
+            watch.publish_end(error)
+            raise
         watch.waits = None
         if watch.told_at:
             watch.end_as_told()
@@ -288,6 +296,9 @@ class ProcessTransport:
             group = self._connect_group(store, members)
         except RuntimeError as error:
             raise watch.explain(error) from None
+        except BaseException as error:
+            watch.publish_end(error)
+            raise
         finally:
             watch.waits = None
         if watch.told_at:

@@ -113,7 +113,7 @@ def check(forked: Forked, cells: Sequence[Cell], at_once: int) -> None:
 def test_a_few_mishaps_in_a_few_phases(forked: Forked) -> None:
     cells = [
         Cell(2, 0, "kill", "before launch"),
-        Cell(2, 1, "exit", "in compile"),
+        Cell(2, 1, "exit", "while connecting"),
         Cell(2, 1, "kill", "while connecting"),
         Cell(2, 1, "exit 3", "in step"),
         Cell(4, 3, "segfault", "between steps"),
