@@ -51,6 +51,11 @@ class RandomState:
         else:
             self.evaluations += 1
 
+    def restore(self, earlier: RandomState) -> None:
+        """Take over where `earlier`, a copy, stood: what began since then did not happen."""
+        self.step, self.evaluations = earlier.step, earlier.evaluations
+        self.training = earlier.training
+
     @property
     def draw(self) -> int:
         """The number of the step, or another for each evaluation."""

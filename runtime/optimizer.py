@@ -20,6 +20,26 @@ _WHOLE_TENSORS = ("Muon", "Adafactor", "LBFGS", "Shampoo", "SOAP", "LAMB", "Lamb
 """Optimizers whose update of an element looks at its whole tensor, or at all tensors."""
 
 
+def make_optimizer(
+    program: Program,
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    kind: Callable[..., torch.optim.Optimizer],
+    groups: Groups,
+    options: Mapping[str, Any],
+) -> torch.optim.Optimizer:
+    """What `Run.optimizer` gives, over the local shards `parameters`."""
+    check_elementwise(kind, program, options)
+    aliases = program.captured.aliases
+    named = {alias: own for alias, own in aliases.items() if own in program.parameters}
+    listed = grouped(parameters, groups, named)
+    if not listed:
+        raise RunError(
+            "no parameter asks for a gradient: there is nothing to optimize",
+            help="set `requires_grad` on a parameter before `compile`",
+        )
+    return made(kind, listed, options)
+
+
 def check_elementwise(
     kind: Callable[..., Any], program: Program, options: Mapping[str, Any]
 ) -> None:

@@ -104,6 +104,8 @@ class ProcessTransport:
         self._detach = launcher.at_end(self.watch.abandon)
         self.termination = Termination(self.watch)
         self._closed = False
+        self._ended: RunError | None = None
+        """Why nothing can run any more: a collective or a method was left half done."""
         atexit.register(self.close)
 
     def _start_watch(self, period: float, patience: float, limit: Limit) -> Watch:
@@ -135,8 +137,10 @@ class ProcessTransport:
         """Drive this rank's generator to its end; returns what it returned.
 
         `names[i]` is the node of the collective with index i, for errors. An exception of the
-        program's own is told to the other ranks before it goes on.
+        program's own is told to the other ranks before it goes on, and ends the run: the next
+        collective of this rank would meet one that the others are still in.
         """
+        self._check_going()
         self.watch.names = names
         send = program.send
         value: Any = None
@@ -155,14 +159,27 @@ class ProcessTransport:
             return stop.value
         except RunError as error:
             if isinstance(error, OperatorError):
-                self.watch.publish_end(error)
+                self._end(error)
             raise
         except BaseException as error:
-            self.watch.publish_end(error)
+            self._end(error)
             raise
         finally:
             # What the program has to put in order is not left to whoever drops the exception.
             program.close()
+
+    def _check_going(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+
+    def _end(self, error: BaseException) -> None:
+        """Tell the others what ends this rank, and refuse whatever is called afterwards."""
+        self.watch.publish_end(error)
+        self._ended = self._ended or RunError(
+            f"rank {self.rank} cannot go on: `{type(error).__name__}` left a call half done",
+            rank=self.rank,
+            help="start all ranks again, and load the last checkpoint",
+        )
 
     def collective(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Tensor:
         """This rank's result; with `donate` its operand may be overwritten and returned."""
@@ -237,6 +254,7 @@ class ProcessTransport:
 
     def check_same_program(self, digest: str) -> None:
         """Compare a SHA-256 in hexadecimal over all ranks; raises `MismatchError` on every one."""
+        self._check_going()
         own = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8).to(self.device)
         every = self.collective(Wire("all_gather", self.mesh.names), own)
         check_digests([bytes(row).hex() for row in every.tolist()], self.rank)
@@ -318,8 +336,10 @@ class ProcessTransport:
             text = str(error).lower()
             if isinstance(error, RunError) or not any(word in text for word in _BACKEND_WORDS):
                 self.watch.waits = None
+                if isinstance(error, RunError):
+                    self._ended = error
                 return error
-        ours = self.watch.explain(error)
+        ours = self._ended = self.watch.explain(error)
         self.watch.waits = None
         return ours
 

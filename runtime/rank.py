@@ -22,6 +22,8 @@ from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
 
 RankProgram = Generator[Any, Any, Any]
+Kept = Tensor | list[tuple[Tensor, Tensor]] | None
+"""The gradients of a bucket before a step: all as one, each with its view, or none."""
 Values = Callable[[Stored], Tensor]
 """The global value of a parameter or buffer."""
 
@@ -33,6 +35,8 @@ class RankState:
         self.mesh, self.device, self.rank = program.mesh, _indexed(program.device), rank
         self.coords = program.mesh.coords(rank)
         self.random = RandomState()
+        self.num_updates = 0
+        """How often optimizers of this run changed the parameters since the launch or a load."""
         self.parameters: dict[str, nn.Parameter] = {}
         self.tensors: dict[tuple[str, str], Tensor] = {}
         """What graphs take as inputs, by kind and name; without autograd."""
@@ -46,6 +50,11 @@ class RankState:
 
     def __repr__(self) -> str:
         return f"<RankState: rank {self.rank} of mesh {self.mesh}, on {self.device}>"
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many steps this rank has made, and its optimizers since the launch or a load."""
+        return self.random.step, self.num_updates
 
     def _hold(self, kind: str, stored: Stored, values: Values) -> Tensor:
         local = self.local(values(stored), stored)
@@ -101,6 +110,8 @@ class RankStep:
         self.written = [label for label in self.labels if label.startswith("buffer:")]
         self.held = {label for label, node in step.forward.outputs if storage(node).op == INPUT}
         """Outputs that are a tensor which lives on, and may be written to, or a view of one."""
+        self._kept: list[Kept] = []
+        """What each bucket held before the step that is under way."""
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}
         self.inputs = [_Inputs(graph, self, places) for graph in step.graphs.values()]
 
@@ -126,22 +137,34 @@ class RankStep:
         """One step: forward, backward where there is one, then what is still under way.
 
         `arguments` are the local parts of the inputs, in the program's order. Returns the outputs
-        by label, in memory that no later step writes to; gradients are in the flat buffers.
+        by label, in memory that no later step writes to; gradients are in the flat buffers. It
+        counts when `commit` has been called; `undo` makes it as if it had not been.
         """
+        self._kept = []
         outputs, saved = yield from self._graph(0, arguments, [])
         if len(self.functions) > 1:
-            kept = [bucket.keep() for bucket in self.buckets]
+            self._kept = [bucket.keep() for bucket in self.buckets]
             yield from self._graph(1, arguments, saved)
-            for bucket, gradients in zip(self.buckets, kept, strict=True):
-                bucket.give(gradients)
         results: dict[str, Tensor] = {}
         for label, value in zip(self.labels, outputs, strict=True):
             result = (yield Wait(value.handle)) if type(value) is Pending else value
             results[label] = result.clone() if label in self.held else result
+        return results
+
+    def commit(self, results: dict[str, Tensor]) -> None:
+        """Give the parameters their gradients, and take new values of buffers out of `results`."""
+        kept, self._kept = self._kept, []
+        for bucket, gradients in zip(self.buckets, kept, strict=bool(kept)):
+            bucket.give(gradients)
         for label in self.written:
             name = label.removeprefix("buffer:")
             self.state.tensors["buffer", name].copy_(results.pop(label))
-        return results
+
+    def undo(self) -> None:
+        """Put back the gradients that an unfinished step has overwritten."""
+        kept, self._kept = self._kept, []
+        for bucket, gradients in zip(self.buckets, kept, strict=bool(kept)):
+            bucket.put_back(gradients)
 
     def _graph(self, number: int, arguments: Sequence[Tensor], saved: list[Any]) -> RankProgram:
         """Run one graph; an operator that fails is named."""
@@ -184,7 +207,7 @@ class _Bucket:
     def __init__(self, flat: Tensor, parameters: list[nn.Parameter], views: list[Tensor]) -> None:
         self.flat, self.pairs = flat, list(zip(parameters, views, strict=True))
 
-    def keep(self) -> Tensor | list[tuple[Tensor, Tensor]] | None:
+    def keep(self) -> Kept:
         """Gradients to add to, safe from being overwritten: all as one buffer, or one by one."""
         gradients = [parameter.grad for parameter, _ in self.pairs]
         if not any(gradient is not None for gradient in gradients):
@@ -198,7 +221,7 @@ class _Bucket:
             if gradient is not None
         ]
 
-    def give(self, kept: Tensor | list[tuple[Tensor, Tensor]] | None) -> None:
+    def give(self, kept: Kept) -> None:
         """Add what was kept, and let the parameters have their gradients."""
         if isinstance(kept, Tensor):
             self.flat.add_(kept)
@@ -207,6 +230,14 @@ class _Bucket:
             view.add_(gradient)
         for parameter, view in self.pairs:
             parameter.grad = view
+
+    def put_back(self, kept: Kept) -> None:
+        """Let the buffer hold what it held at `keep`; gradients elsewhere were not touched."""
+        if isinstance(kept, Tensor):
+            self.flat.copy_(kept)
+            return
+        for view, gradient in kept or ():
+            view.copy_(gradient)
 
 
 def padded(value: Tensor, stored: Stored) -> Tensor:

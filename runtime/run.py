@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,7 @@ from meshwright.dsl.errors import spelled
 from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
 from meshwright.runtime.agreement import agreed
+from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.copies import check_found, compare, held
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
@@ -25,7 +26,7 @@ from meshwright.runtime.gather import gathered_all
 from meshwright.runtime.inputs import Cut, Inputs, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
-from meshwright.runtime.optimizer import Groups, check_elementwise, grouped, made
+from meshwright.runtime.optimizer import Groups, make_optimizer
 from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
 from meshwright.runtime.rendezvous import under_torchrun
 from meshwright.runtime.same_inputs import InputCheck, read_interval
@@ -207,31 +208,48 @@ class Run:
         training = method in ("step", "step_local")
         if training:
             check_leaves(linked.input_names, tensors)
-        for state in self.states:
-            state.random.begin(training=training)
-        programs = [
-            step.run([cut(tensor) for cut, tensor in zip(cuts, tensors, strict=True)])
-            for step, cuts in ranks or linked.ranks
-        ]
-        found: list[dict[str, Tensor]] = self._run(programs, linked.wire_names)
+        found = self._whole_or_not(ranks or linked.ranks, tensors, linked.wire_names, training)
         if check is not None:
             check.after(method, linked.input_names, tensors, axes)
         else:
             self._results = found if len(found) > 1 else []
         return found[0]
 
+    def _whole_or_not(
+        self,
+        ranks: Sequence[tuple[RankStep, list[Cut]]],
+        tensors: Sequence[Tensor],
+        names: Sequence[str],
+        training: bool,
+    ) -> list[dict[str, Tensor]]:
+        """Run one step on every rank of this process; an interrupted one leaves all as it was."""
+        before = [replace(state.random) for state in self.states]
+        try:
+            for state in self.states:
+                state.random.begin(training=training)
+            programs = [
+                step.run([cut(tensor) for cut, tensor in zip(cuts, tensors, strict=True)])
+                for step, cuts in ranks
+            ]
+            found: list[dict[str, Tensor]] = self._run(programs, names)
+            with torch.no_grad():
+                for (step, _), results in zip(ranks, found, strict=True):
+                    step.commit(results)
+        except BaseException:
+            with torch.no_grad():
+                for (step, _), state, random in zip(ranks, self.states, before, strict=True):
+                    step.undo()
+                    state.random.restore(random)
+            raise
+        return found
+
     def _run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
         if self._closed:
             self._check_usable(self.program.mode)
         if self._input_check is not None:
             self._input_check.settle()
-        device = self.program.device.type
-        with torch.no_grad():
-            if not torch.is_autocast_enabled(device):
-                return self.transport.run(programs, names)
-            # The types are those of the graph; autocast would change them behind its back.
-            with torch.autocast(device, enabled=False):
-                return self.transport.run(programs, names)
+        with apart_from_caller(self.program.device.type), torch.no_grad():
+            return self.transport.run(programs, names)
 
     # -- programs by input signature ----------------------------------------------------------
 
@@ -271,7 +289,8 @@ class Run:
                 self._input_check.settle()
             program = self.program.recompile(example=(args, kwargs), mode=mode)
             self.transport.check_same_program(executable_digest(program))
-            self._signatures[key] = self._link(program)
+            with apart_from_caller(program.device.type):
+                self._signatures[key] = self._link(program)
         return self._signatures[key]
 
     def _link(self, program: Program) -> _Linked:
@@ -346,16 +365,14 @@ class Run:
         whole tensors (Muon, Adafactor, LBFGS) where a parameter is split; `PlanError` for a
         selector that matches nothing.
         """
-        check_elementwise(kind, self.program, options)
-        aliases = self.program.captured.aliases
-        named = {alias: own for alias, own in aliases.items() if own in self.program.parameters}
-        listed = grouped(self.named_parameters(), groups, named)
-        if not listed:
-            raise RunError(
-                "no parameter asks for a gradient: there is nothing to optimize",
-                help="set `requires_grad` on a parameter before `compile`",
-            )
-        return made(kind, listed, options)
+        with apart_from_caller(self.program.device.type):
+            found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
+        found.register_step_post_hook(self._count_update)
+        return found
+
+    def _count_update(self, *_: object) -> None:
+        for state in self.states:
+            state.num_updates += 1
 
     def gradients(self) -> dict[str, Tensor]:
         """Global gradients under every name of each parameter; those without one are left out.
@@ -457,10 +474,11 @@ class Run:
             check_owner(self.states, optimizer)
         self._check_usable(self.program.mode)
         results = self._results or [{} for _ in self.states]
-        programs = [
-            compare(state, held(self.program, state, optimizer, own), tolerance)
-            for state, own in zip(self.states, results, strict=True)
-        ]
+        with apart_from_caller(self.program.device.type):
+            programs = [
+                compare(state, held(self.program, state, optimizer, own), tolerance)
+                for state, own in zip(self.states, results, strict=True)
+            ]
         check_found(self._run(programs)[0], self.states[0].rank)
 
     def save(
@@ -537,7 +555,8 @@ _LIKE_EXAMPLE = 'pass inputs like the example\'s, or launch with `new_shapes="co
 
 def launch(program: Program, **options: Any) -> Run:
     """Start a run of `program`; see `Run`."""
-    return Run(program, **options)
+    with apart_from_caller(program.device.type):
+        return Run(program, **options)
 
 
 def _results(found: Mapping[str, Tensor]) -> Any:

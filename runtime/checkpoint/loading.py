@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
 from meshwright.runtime.agreement import agreed, first_says, told
+from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
 from meshwright.runtime.checkpoint.folder import OpenSave, folder_of
 from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
@@ -90,7 +91,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     which `load` refuses: `run.load_state_dict(meshwright.read_state_dict(path))`. It has buffers
     that are not persistent too. Raises `RunError` for a checkpoint that is damaged or not there.
     """
-    with OpenSave.current(folder_of(path)) as opened:
+    with apart_from_caller("cpu"), OpenSave.current(folder_of(path)) as opened:
         manifest = opened.manifest
         found = {
             name: read_whole(name, manifest, opened.shards)
@@ -118,6 +119,7 @@ class _Staged:
             self.state.tensors[which].copy_(tensor)
         self.state.random.seed = self.random["seed"]
         self.state.random.step = self.random["step"]
+        self.state.num_updates = 0
         if self.optimizer is None or self.saved is None:
             return
         self.saved.give_options(self.optimizer)

@@ -90,14 +90,27 @@ def _save(
         return name
 
     new, checked, entries, parts = yield from agreed(state, prepare, "save")
-    first = json.loads((yield from told(state, json.dumps(checked["optimizer"]))))
-    yield from agree(state, unlike_first(checked["optimizer"], first))
+    own = {"progress": state.progress, "optimizer": checked["optimizer"]}
+    first = json.loads((yield from told(state, json.dumps(own))))
+    problem = unlike_first(own["optimizer"], first["optimizer"])
+    yield from agree(state, problem or _not_abreast(own["progress"], first["progress"]))
     try:
         name = yield from first_says(state, new.begin)
         yield from agreed(state, lambda: _write(new, name, state.rank, parts))
         yield from first_says(state, commit)
     finally:
         new.close()
+
+
+def _not_abreast(own: Sequence[int], first: Sequence[int]) -> RunError | None:
+    """The error where this rank has come to another step than the first: parts would not fit."""
+    for ours, theirs, what in zip(own, first, ("steps", "steps of the optimizer"), strict=True):
+        if ours != theirs:
+            return RunError(
+                f"this rank has made {ours} {what}, and rank 0 {theirs}",
+                help="call `save` after the same step on every rank, not where a signal came",
+            )
+    return None
 
 
 def _entries(program: Program, state: RankState, optimizer: Optimizer | None) -> list[Entry]:
