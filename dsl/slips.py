@@ -93,7 +93,7 @@ EXAMPLES = {
 """A statement of each verb, to show how it is written."""
 
 _LONGEST = 120
-_AXES = ("dp", "tp", "pp")
+_AXES = ("dp", "tp", "pp", "cp", "ep")
 _Edit: TypeAlias = "str | Callable[[re.Match[str]], str]"
 
 
@@ -149,7 +149,8 @@ def _mended(line: str, slip: tuple[Iterable[str], str, _Edit]) -> str:
     verb = code.split(maxsplit=1)[0] if code.strip() else ""
     if verbs and verb not in verbs:
         return line
-    return (re.sub(pattern, edit, code).rstrip() + (f"  {mark}{comment}" if mark else "")).strip()
+    code = re.sub(pattern, edit, code.rstrip()).rstrip()
+    return (code + (f"  {mark}{comment}" if mark else "")).strip()
 
 
 def _axis_sizes(found: re.Match[str]) -> str:

@@ -15,6 +15,8 @@ import torch
 
 import meshwright
 from meshwright.cli import main
+from meshwright.models import UsageError
+from meshwright.usage import job
 
 PLAN = """\
 mesh dp=2, tp=2
@@ -235,6 +237,29 @@ def test_model_and_plan_are_understood_in_either_order(words: list[str], run: Ru
     usual = sorted(words[1:], key=lambda word: (":" not in word, "plan" not in word))
     assert run(*words) == run(words[0], *usual)
     assert run(*words)[0] == 0
+
+
+def test_a_plan_may_be_called_like_a_function_of_a_module(run: Run) -> None:
+    Path("gpt:v2").write_text(PLAN, encoding="utf-8")
+    assert run("check", "gpt:v2", "model.py:build")[0] == 0
+
+
+@pytest.mark.usefixtures("run")
+def test_values_of_options_are_read_up_to_their_bounds() -> None:
+    words = ["script.py", "--processes=999999999", "--rendezvous=[::1]:65535", "--grace=0"]
+    found = job(words)
+    assert (found.rendezvous, found.grace) == (("::1", 65535), 0.0)
+    assert found.processes == 999_999_999
+    for word in (
+        "--rendezvous=host:65536",
+        "--rendezvous=host:0",
+        "--grace=inf",
+        "--grace=nan",
+        "--grace=-1",
+        "--nodes=1000000000",
+    ):
+        with pytest.raises(UsageError, match=f"`{word.split('=')[0]}` is `"):
+            job([*words[:2], word])
 
 
 def test_the_version_is_that_of_the_package(run: Run) -> None:

@@ -58,6 +58,8 @@ MISTAKES = {
     # The mesh
     "mesh 2x2": "mesh dp=2, tp=2",
     "mesh 2 x 2 x 4": "mesh dp=2, tp=2, pp=4",
+    "mesh 2x2x2x2": "mesh dp=2, tp=2, pp=2, cp=2",
+    "mesh 2x2  # two by two": "mesh dp=2, tp=2  # two by two",
     "mesh 2 2": "mesh dp=2, tp=2",
     "mesh 4": "mesh dp=4",
     "mesh (2, 2)": "mesh dp=2, tp=2",
@@ -230,6 +232,7 @@ MISTAKES = {
     MESH + "shard w [d] ->": "shard w -> [d]",
     MESH + "shard w [d@tp, e] over tp": "shard w [d@tp, e]",
     MESH + "shard w over tp": "shard blocks.*.up.weight [f@tp, d]",
+    MESH + "memory budget 60 GB": "memory budget=60GB",
     # Contracts
     MESH + "expect all_reduce[tp] = 0": "expect all_reduce[tp] == 0",
     MESH + "expect all_reduce[tp] =< 0": "expect all_reduce[tp] <= 0",
@@ -313,15 +316,23 @@ def test_carets_stand_right_after_a_byte_order_mark_and_windows_lines() -> None:
 def test_carets_count_the_cells_of_wide_and_combining_characters() -> None:
     line, caret = str(error_of(MESH + "rows \u5c64.e\u0301, b over")).split("\n")[2:4]
     assert line.endswith("over")
-    error = error_of(MESH + "rows \u5c64\u5c64 over tq")
-    caret = str(error).split("\n")[3]
-    assert caret.index("^") == len("  2 | rows ") + 4 + len(" over ")
+    for name, cells in (("\u5c64\u5c64", 4), ('"\uff21"', 4)):
+        caret = str(error_of(MESH + f"rows {name} over tq")).split("\n")[3]
+        assert caret.index("^") == len("  2 | rows ") + cells + len(" over ")
 
 
 @pytest.mark.parametrize("blank", "\t\v\f\u00a0\u2009\u202f\u3000")
 def test_blanks_of_any_width_are_blanks(blank: str) -> None:
     plan = Plan.parse(f"mesh dp=2,{blank}tp{blank}=2\n{LINE.replace(' ', blank)}")
     assert plan.format() == Plan.parse(MESH + LINE).format()
+
+
+def test_a_blank_is_not_what_is_wrong_with_a_line_whatever_its_width() -> None:
+    assert error_of(MESH + "columns up on\u00a0tp").message == "`on` is not expected here"
+
+
+def test_a_mesh_of_more_sizes_than_there_are_usual_axes_loses_none() -> None:
+    assert "mesh" not in error_of("mesh 2x2x2x2x2x2").help
 
 
 LOOK_ALIKES = {
