@@ -45,7 +45,7 @@ def program(state: RankState, case: Case) -> RankProgram:
     if "first" in case:
         yield from first_says(state, case["first"])
     found = yield from agreed(state, case.get(state.rank, lambda: state.rank))
-    return found, (yield from told(state, f"rank {state.rank} says: ü" * (state.rank == 0)))
+    return found, (yield from told(state, f"rank {state.rank} says: ü" * (1 + state.rank)))
 
 
 def drive(run: mw.Run) -> str:

@@ -59,6 +59,11 @@ def test_an_error_that_names_its_ranks_has_no_note_of_the_rank_that_raised_it_fi
         assert not hasattr(caught.value, "__notes__")
 
 
+def test_memory_that_torch_cannot_have_is_an_error_of_the_run() -> None:
+    with pytest.raises(mw.RunError, match="on rank 1: ran out of memory"):
+        run_virtual(programs(2, {1: lambda: torch.empty(1 << 60)}), Mesh((("dp", 2),)))
+
+
 def test_an_error_that_is_not_of_a_run_goes_through_as_it_is() -> None:
     def bug() -> None:
         raise ValueError("a defect")
