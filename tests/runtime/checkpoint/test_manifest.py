@@ -110,6 +110,9 @@ REFUSED = {
     "more padding than parts": tensor(shape=[2, 2]),
     "a part too many": tensor(ranks=[0, 1, 0]),
     "a rank that is not there": tensor(ranks=[0, 2]),
+    "a rank that is not there for a whole": tensor(
+        shape=[4, 2], dims=[[[[4]]], [[[2]]]], ranks=[2]
+    ),
     "parts in another order": tensor(ranks=[1, 0]),
     "one part twice": tensor(ranks=[0, 0]),
     "a type that is a number": tensor(dtype=4),
