@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.cli import main
+from meshwright.launcher.verdict import End, culprit
 from tests.runtime.processes import environment, free_port
 
 SCRIPT = """\
@@ -142,6 +143,15 @@ def test_a_failed_launch_ends_in_one_paragraph(
     found, out, err = launched("script.py", *words, "--processes", "2")
     assert (found, out) == (code, "")
     golden(f"launch_{name}", err)
+
+
+def test_a_rank_that_was_killed_is_the_culprit_though_a_peer_was_seen_to_end_first() -> None:
+    peer, killed, later = (
+        End(rank, code, time, told=False, log=None)
+        for rank, code, time in ((0, 1, 10.0), (1, -9, 10.5), (1, -9, 11.5))
+    )
+    assert culprit([peer, killed]) is killed
+    assert culprit([peer, later]) is peer
 
 
 def agent(*words: str) -> subprocess.Popen[str]:

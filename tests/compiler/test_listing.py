@@ -145,6 +145,25 @@ def test_blocks_that_are_wired_differently_print_whole() -> None:
     assert "  … blocks.3: the same 28 nodes" in text
 
 
+class Lagging(Gpt):
+    """Each block but the first adds what the one before it has found, the first its own."""
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x, before = self.wte(tokens), None
+        for block in self.blocks:
+            found = F.gelu(block.up(block.ln2(x)))
+            x = x + block.down(found if before is None else before)
+            before = found
+        return F.cross_entropy(self.head(self.ln(x)).flatten(0, 1), targets.flatten())
+
+
+def test_a_block_that_takes_its_own_value_is_not_one_that_takes_another() -> None:
+    program = compiled(Lagging(layers=5), "mesh dp=2\n" + GPT_DATA)
+    found = [text for text in folds(str(program.graph("stage0.forward"))) if "take" in text]
+    assert found
+    assert not any(text.startswith("… blocks.1") for text in found), found
+
+
 def odd(change: Callable[[Gpt], None]) -> str:
     model = Gpt(layers=4)
     change(model)
