@@ -13,7 +13,7 @@ from lark import Token
 from meshwright.dsl import statements as s
 from meshwright.dsl.arrange import arrange
 from meshwright.dsl.check import check
-from meshwright.dsl.errors import PlanError, plural
+from meshwright.dsl.errors import PlanError, plural, spelled
 from meshwright.dsl.files import check_text, read_file
 from meshwright.dsl.html import html_table
 from meshwright.dsl.layout_reader import LayoutReader
@@ -47,6 +47,14 @@ class Plan:
     source: Source = field(default_factory=lambda: Source("<plan>", ""))
     names: Names = field(default_factory=Names, repr=False)
     comments: tuple[Token, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.statements, tuple):
+            raise PlanError(
+                "P115",
+                f"a plan is made of statements, not of {spelled(self.statements)}",
+                help="read it: `Plan.parse(text)` or `Plan.load(path)`",
+            )
 
     @staticmethod
     def parse(text: str, name: str = "<plan>") -> Plan:

@@ -43,7 +43,7 @@ def refuse_random(node: Node) -> None:
         "make the numbers of `torch.rand` or `torch.randn`, or pass them to the model as an input"
     )
     if node.op in _RECURRENT:
-        help = "build it with `dropout=0`, one layer each, with an `nn.Dropout` between them"
+        help = "stack networks of one layer and `dropout=0`, with an `nn.Dropout` between them"
     raise CaptureError(
         f"`{node.op}` draws random numbers that would differ between ranks",
         code="random",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +84,24 @@ def made(
             f"`{_spell(kind)}` makes a `{type(found).__name__}`, not an optimizer",
             help=_OPTIONS_HELP,
         )
+    _warn_of_unread(found)
     return found
+
+
+_BESIDE_OPTIONS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr"}
+"""What groups have beside the options of a class, for schedulers and for people."""
+
+
+def _warn_of_unread(optimizer: torch.optim.Optimizer) -> None:
+    """Name the options of groups that the class does not have: torch keeps them and is silent."""
+    given = {name for group in optimizer.param_groups for name in group}
+    for name in sorted(given - set(optimizer.defaults) - _BESIDE_OPTIONS):
+        known = ", ".join(f"`{each}`" for each in optimizer.defaults)
+        warnings.warn(
+            f"`{_spell(type(optimizer))}` has no option `{name}`: in a parameter group it changes "
+            f"nothing by itself; its options are {known}",
+            stacklevel=4,
+        )
 
 
 _OPTIONS_HELP = "pass a class and its options: `run.optimizer(torch.optim.AdamW, lr=1e-3)`"
@@ -113,19 +131,26 @@ def grouped(
     """Parameter groups for a torch optimizer. The `"params"` of `groups` are selectors; the first
     group that matches a parameter has it, and the rest are in a group of their own.
 
-    Raises `PlanError` for a selector that matches nothing, `RunError` for a group without `params`.
+    Raises `PlanError` for a selector that matches nothing, `RunError` for a group without `params`
+    and for one of which groups before it have all.
     """
     check_kind(groups, (list, tuple), "`groups`", _GROUPS_HELP)
     names = list(aliases)
     chosen: dict[str, int] = {}
     for i, group in enumerate(groups):
-        for text in _selectors(group):
+        texts = _selectors(group)
+        for text in texts:
             selector = Selector(text)
             matched = selector.match(names)
             if not matched:
                 raise nothing_matches(selector, names)
             for name in matched:
                 chosen.setdefault(aliases[name], i)
+        if texts and i not in chosen.values():
+            raise RunError(
+                f"groups before it have all parameters of the group of `{'`, `'.join(texts)}`",
+                help="move it before them: the first group that matches a parameter has it",
+            )
     members: list[list[nn.Parameter]] = [[] for _ in range(len(groups) + 1)]
     for name, parameter in parameters:
         if parameter.requires_grad:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,12 @@ class Run:
             where = f"rank {self.transport.ranks[0]}"
         model, plan = type(program.model).__name__, program.plan.source.name
         return f"<Run: {model} under {plan}, mesh {self.mesh}, {where}, {when}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise RunError(
+            "a run cannot be pickled or copied: its tensors are parts, and it holds the mesh",
+            help="keep it with `run.save(folder, optimizer)`, or its weights: `run.state_dict()`",
+        )
 
     # -- training -----------------------------------------------------------------------------
 

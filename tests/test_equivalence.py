@@ -216,6 +216,46 @@ def test_the_batch_may_be_another_dim(cell: type[nn.RNNCellBase]) -> None:
     assert implicit_gathers(program) == []
 
 
+class Layers(nn.Module):
+    """A recurrent network of torch, of which both the sequence and the last state are used."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.rnn = kind(16, 8, 2, **options)  # type: ignore[arg-type]
+        self.head = nn.Linear(16 if self.rnn.bidirectional else 8, 4)
+        if self.rnn.proj_size:
+            self.head = nn.Linear(self.rnn.proj_size, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, state = self.rnn(self.embed(x))
+        last = state if isinstance(state, Tensor) else state[1]
+        return self.head(out).square().mean() + last.square().mean()
+
+
+RECURRENT: dict[str, tuple[type[nn.RNNBase], dict[str, Any]]] = {
+    "lstm": (nn.LSTM, {}),
+    "lstm, batch first, both directions": (
+        nn.LSTM,
+        {"batch_first": True, "bidirectional": True},
+    ),
+    "lstm, projected, without bias": (nn.LSTM, {"proj_size": 4, "bias": False}),
+    "gru, batch first": (nn.GRU, {"batch_first": True}),
+    "tanh": (nn.RNN, {}),
+    "relu": (nn.RNN, {"nonlinearity": "relu", "bidirectional": True}),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_network_works_on_its_part_of_the_batch(name: str) -> None:
+    kind, options = RECURRENT[name]
+    torch.manual_seed(0)
+    dim = 0 if options.get("batch_first") else 1
+    plan = f"mesh dp=2, tp=2\ndata x over dp dim={dim}\ncolumns embed over tp\n"
+    program = check_equal(Layers(kind, **options), lambda: (real(4, 4, 8),), plan)
+    assert {moved.kind for moved in program.comm() if "dp" in moved.axes} == {"all_reduce"}
+
+
 class Positions(nn.Module):
     def __init__(self) -> None:
         super().__init__()

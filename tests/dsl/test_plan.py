@@ -13,6 +13,7 @@ from meshwright.dsl import (
     Memory,
     Offload,
     Plan,
+    PlanError,
     Shard,
     Stages,
 )
@@ -160,3 +161,12 @@ def test_options_are_typed() -> None:
         (0, "backward"),
         (60 << 30, ""),
     ]
+
+
+def test_a_plan_is_read_and_not_made_of_a_text() -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan("mesh dp=2")  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "error[P115]: a plan is made of statements, not of `'mesh dp=2'`\n"
+        "  help: read it: `Plan.parse(text)` or `Plan.load(path)`"
+    )

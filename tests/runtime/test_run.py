@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -313,6 +315,38 @@ def test_groups_choose_parameters_by_selector_and_the_first_match_counts() -> No
         4 * len(g) for g in (plain, first, rest)
     ]
     assert difference(run.state_dict(), reference.state_dict()) < 1e-11
+
+
+def test_a_group_that_others_leave_nothing_is_an_error_that_says_to_move_it() -> None:
+    run = compiled().launch()
+    first, second = {"params": ["**.bias"]}, {"params": ["blocks.0.up.bias"], "lr": 1e-4}
+    with pytest.raises(mw.RunError) as caught:
+        run.optimizer(torch.optim.AdamW, groups=[first, second])
+    assert str(caught.value) == (
+        "groups before it have all parameters of the group of `blocks.0.up.bias`\n"
+        "  help: move it before them: the first group that matches a parameter has it"
+    )
+    found = run.optimizer(torch.optim.AdamW, groups=[second, first])
+    assert [group["lr"] for group in found.param_groups] == [1e-4, 1e-3, 1e-3]
+
+
+def test_an_option_of_a_group_that_the_class_does_not_have_is_warned_of() -> None:
+    run = compiled().launch()
+    with pytest.warns(UserWarning, match="`SGD` has no option `wd`: in a parameter group") as seen:
+        run.optimizer(torch.optim.SGD, lr=0.1, groups=[{"params": ["**.bias"], "wd": 0.0}])
+    assert seen[0].filename == __file__
+    named = {"params": ["**.bias"], "weight_decay": 0.0, "name": "bias", "initial_lr": 0.1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.optimizer(torch.optim.SGD, lr=0.1, groups=[named])
+
+
+def test_a_run_is_not_copied_or_pickled() -> None:
+    run = compiled().launch()
+    for copied in (copy.deepcopy, lambda each: torch.save(each, io.BytesIO())):
+        with pytest.raises(mw.RunError, match="a run cannot be pickled or copied") as caught:
+            copied(run)
+        assert "help: keep it with `run.save(folder, optimizer)`" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -577,6 +577,32 @@ COMPOSITES = [
     ),
 ]
 
+RECURRENT = [
+    call(
+        aten.lstm.input,
+        *(f(3, 4, 2), [f(1, 4, 2), f(1, 4, 2)], [f(8, 2), f(8, 2), f(8), f(8)]),
+        *(True, 1, 0.0, True, False, False),
+    ),
+    call(
+        aten.lstm.input,
+        *(f(4, 3, 2), [f(1, 4, 2), f(1, 4, 4)], [f(16, 2), f(16, 2), f(2, 4)]),
+        *(False, 1, 0.0, True, False, True),
+    ),
+    call(
+        aten.gru.input,
+        *(f(3, 4, 2), f(2, 4, 2), [f(6, 2), f(6, 2), f(6, 2), f(6, 2)]),
+        *(False, 1, 0.0, True, True, False),
+    ),
+    *(
+        call(
+            op,
+            *(f(4, 3, 2), f(1, 4, 2), [f(2, 2), f(2, 2), f(2), f(2)]),
+            *(True, 1, 0.0, True, False, True),
+        )
+        for op in (aten.rnn_tanh.input, aten.rnn_relu.input)
+    ),
+]
+
 POOLS = [
     call(aten.max_pool1d.default, f(2, 4, 6), [2]),
     call(aten.max_pool2d.default, f(2, 4, 6, 5), [2, 2]),
@@ -623,5 +649,6 @@ SAMPLES = [
     *FACTORIES,
     *COMPOSITES,
     *POOLS,
+    *RECURRENT,
     *ROUTING,
 ]
