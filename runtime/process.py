@@ -201,7 +201,7 @@ class ProcessTransport:
             raise self._ours(error) from None
         except BaseException as error:
             watch.waits = None
-            watch.publish_end(error)
+            self._end(error)
             raise
         watch.waits = None
         if watch.told_at:
@@ -238,7 +238,7 @@ class ProcessTransport:
             raise self._ours(error) from None
         except BaseException as error:
             watch.waits = None
-            watch.publish_end(error)
+            self._end(error)
             raise
         watch.waits = None
         if watch.told_at:
@@ -315,7 +315,7 @@ class ProcessTransport:
         except RuntimeError as error:
             raise watch.explain(error) from None
         except BaseException as error:
-            watch.publish_end(error)
+            self._end(error)
             raise
         finally:
             watch.waits = None
