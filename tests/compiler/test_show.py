@@ -256,6 +256,10 @@ def test_the_modules_inside_sum_up_to_the_whole() -> None:
             assert parts == getattr(found.whole, field), (name, field)
         assert sum(part.sent for part in found.children) == pytest.approx(found.whole.sent, abs=6)
         assert sum(each.bytes for each in found.sums) == found.whole.sent
+        # Of the sums for gradients of several modules none is inside one.
+        apart = sum(each.count for each in found.sums if each.phase == "gradients")
+        assert apart > 0
+        assert found.whole.collectives == sum(each.count for each in found.sums) - apart
 
 
 def test_equal_modules_inside_are_named_together_and_the_largest_first() -> None:
