@@ -390,3 +390,14 @@ def test_two_launches_of_one_rank_each_meet(folder: Path) -> None:
     assert [launch.returncode for launch in launches] == [0, 0], found
     every = "[('0', '0'), ('1', '0')]\n"
     assert [out for out, _ in found] == [f"[rank 1] {every}", every]
+
+
+def test_a_run_whose_standard_streams_are_closed_ends_as_any_other(folder: Path) -> None:
+    (folder / "writes.py").write_text(
+        "import os\nprint('nobody reads this', flush=True)\n"
+        "open(os.environ['RANK'] + '.txt', 'w').write('done')\n"
+    )
+    words = [sys.executable, "-m", "meshwright", "run", "writes.py", "--processes", "2"]
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words]
+    assert subprocess.run(closed, env=environment(), cwd=folder, timeout=120).returncode == 0
+    assert [(folder / f"{rank}.txt").read_text() for rank in (0, 1)] == ["done", "done"]

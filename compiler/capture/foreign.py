@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from types import TracebackType
 
 from meshwright.compiler.capture.origin import line_of, raised_by_user
@@ -142,7 +142,10 @@ def quiet() -> Iterator[None]:
         with redirect_stderr(said), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assigned during export")
             yield
-        sys.stderr.write(said.getvalue())
+        # Where nobody can be told, that is no reason not to compile.
+        if sys.stderr is not None:
+            with suppress(OSError):
+                sys.stderr.write(said.getvalue())
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import collections
 import copy
 import functools
+import io
 import random
 from contextvars import ContextVar
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -103,3 +105,18 @@ def test_tensors_are_to_python_what_they_were() -> None:
     before = seen()
     capture(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), (torch.randn(4, 3),), MESH, mode="infer")
     assert seen() == before
+
+
+class Full(io.StringIO):
+    """A stream on a disk that is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stderr", [None, Full()])
+def test_a_process_that_cannot_print_errors_compiles(
+    stderr: io.StringIO | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert capture(nn.Linear(4, 4), (torch.randn(2, 4),), MESH, loss=torch.sum)
