@@ -100,7 +100,7 @@ def _warn_of_unread(optimizer: torch.optim.Optimizer) -> None:
         warnings.warn(
             f"`{_spell(type(optimizer))}` has no option `{name}`: in a parameter group it changes "
             f"nothing by itself; its options are {known}",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
