@@ -1,7 +1,8 @@
 """Where the words of ranks go: rank 0's as they are, the others' in whole lines with their rank.
 
 With a folder for logs, each rank's standard output and error are one file there, in the order in
-which they were written, and only rank 0's are on the terminal too.
+which they were written, and only rank 0's are on the terminal too. Those two go through pipes of
+their own: what rank 0 writes to both at once is logged in the order in which it is read.
 """
 
 from __future__ import annotations
