@@ -12,16 +12,21 @@ import meshwright as mw
 from tests.runtime.models import PLANS, batch, make
 
 
-def attempt(run: mw.Run, path: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Try to save, print what is raised, and train on."""
+def attempt(
+    run: mw.Run,
+    path: Path,
+    optimizer: torch.optim.Optimizer,
+    trains: torch.optim.Optimizer | None = None,
+) -> None:
+    """Try to save, print what is raised, and train on with that optimizer, or with `trains`."""
     try:
         run.save(path, optimizer)
         print("saved")
     except mw.RunError as error:
         print(error)
     run.step(*batch())
-    optimizer.step()
-    optimizer.zero_grad()
+    (trains or optimizer).step()
+    (trains or optimizer).zero_grad()
 
 
 def main(folder: Path) -> None:
@@ -37,7 +42,7 @@ def main(folder: Path) -> None:
         attempt(run, folder / "common", optimizer)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         foreign = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-        attempt(run, folder / "common", foreign if second else optimizer)
+        attempt(run, folder / "common", foreign if second else optimizer, optimizer)
         attempt(run, None if second else folder / "common", optimizer)  # type: ignore[arg-type]
         fresh = run.optimizer(torch.optim.AdamW)
         attempt(run, folder / "common", fresh if second else optimizer)
