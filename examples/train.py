@@ -148,6 +148,7 @@ def main(steps: int = STEPS, folder: Path | None = None, save_every: int = 20) -
         run.check(optimizer)  # that all copies of weights, gradients and optimizer state are equal
         run.copy_to(model)  # an ordinary model again
         if folder and is_first():
+            folder.mkdir(parents=True, exist_ok=True)  # no step may have saved
             torch.save(model.state_dict(), folder / "model.pt")
     return losses
 

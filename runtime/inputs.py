@@ -68,7 +68,7 @@ class Inputs:
         try:
             return self.spec.flatten(args, kwargs, self.types)
         except CaptureError as error:
-            if error.code == "not-a-tensor":
+            if error.code in ("not-a-tensor", "another-dtype"):
                 help = error.help
             elif "missing" in error.problem or "do not fit" in error.problem:
                 help = "pass what `forward` takes, as the example did"

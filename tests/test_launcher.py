@@ -297,12 +297,15 @@ def test_output_is_in_whole_lines_with_the_rank_and_logs_keep_it(
     (folder / "says.py").write_text(
         "import os, sys, time\n"
         "rank = int(os.environ['RANK'])\n"
-        "time.sleep(rank / 2)\n"
+        "said = 'said-' + os.environ['MASTER_PORT']\n"
+        "while rank and not os.path.exists(said):\n"
+        "    time.sleep(0.01)\n"
         "print('its input:', repr(sys.stdin.read()), flush=True)\n"
         "print('half a', end=' ', flush=True)\n"
         "print('step 1\\rstep 2\\rstep 3\\nwarned', file=sys.stderr, flush=True)\n"
         "print('line', flush=True)\n"
         "print(sys.argv[1:], os.environ['LOCAL_RANK'], end='', flush=True)\n"
+        "open(said, 'w').close()\n"
         "assert rank == 0, 'an odd rank'\n",
         encoding="utf-8",
     )

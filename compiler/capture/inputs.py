@@ -59,11 +59,15 @@ class InputSpec:
         differences = self._differences(given, types)
         if differences:
             more = len(differences) - _MOST_DIFFERENCES
+            other = _of_other_dtype(given, types)
             raise CaptureError(
                 "the inputs differ from those that were compiled: "
                 + "; ".join(differences[:_MOST_DIFFERENCES])
                 + (f"; and {more} more" if more > 0 else ""),
-                help="pass inputs like the example's, or compile for these too",
+                code="another-dtype" if other else "",
+                help=f"convert it: `{other}.to({types[other].dtype})`"
+                if other
+                else "pass inputs like the example's, or compile for these too",
             )
         return tuple(given[name] for name in self.types)
 
@@ -274,6 +278,15 @@ def _tensor_difference(name: str, value: Tensor, expected: TensorType | None) ->
     if type_of(value) != expected:
         return [f"`{name}` is {spell(type_of(value))}, not {spell(expected)}"]
     return []
+
+
+def _of_other_dtype(given: Mapping[str, Any], types: Mapping[str, TensorType]) -> str | None:
+    """The first tensor in another dtype than the example's, which has to be converted."""
+    for name, expected in types.items():
+        value = given.get(name)
+        if isinstance(value, Tensor) and value.dtype != expected.dtype:
+            return name
+    return None
 
 
 def _same(value: Any, constant: Any) -> bool:
