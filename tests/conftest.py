@@ -1,7 +1,8 @@
-"""Golden texts: what a person reads is compared with a file beside the test."""
+"""Golden texts: what a person reads is compared with a file beside the test. And signals."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,17 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite the golden texts")
+
+
+def pytest_configure() -> None:
+    """Let processes that tests start take signals as from a terminal, whatever started pytest.
+
+    A signal that is ignored, as under `nohup` or in the background of a script, would be so in them
+    too; one with a handler is not.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture
