@@ -8,6 +8,8 @@ from meshwright.dsl.errors import PlanError, quoted, spelled
 from meshwright.dsl.source import Source, make_span
 from meshwright.dsl.statements import STATEMENTS
 
+_LONGEST_PATH = 300
+"""Characters of a path in an error: which file it is must be seen."""
 _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -46,15 +48,15 @@ def read_file(path: object) -> str:
 
 def _unreadable(path: str, error: Exception) -> PlanError:
     words = path.split(maxsplit=1)
-    help = "check the path of the plan"
+    help, longest = "check the path of the plan", _LONGEST_PATH
     if "\n" in path or (len(words) > 1 and words[0] in STATEMENTS):
-        help = "read a text with `Plan.parse`"
+        help, longest = "read a text with `Plan.parse`", 80
     reason = (isinstance(error, OSError) and error.strerror) or "it is not a path"
-    return PlanError("P113", f"cannot read {quoted(path, 80)}: {reason}", help=help)
+    return PlanError("P113", f"cannot read {quoted(path, longest)}: {reason}", help=help)
 
 
 def _decoded(data: bytes, path: Path) -> str:
-    name = quoted(str(path), 80)
+    name = quoted(str(path), _LONGEST_PATH)
     encoding = _OTHER_ENCODINGS.get(data[:2])
     if encoding is not None or b"\0" in data:
         what = f"it is {encoding} text" if encoding else "it is not text, or not in UTF-8"

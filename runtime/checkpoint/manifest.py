@@ -6,6 +6,7 @@ has the digest of each shard's header, and those have the digests of their tenso
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
@@ -176,9 +177,21 @@ def parse_manifest(folder: Path, text: str) -> Manifest:
     What it says is checked before it is used: the file may come from anywhere.
     """
     try:
-        return _checked(json.loads(text, object_pairs_hook=unique))
+        return _checked(_read(text))
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, LayoutError) as e:
         _refuse(folder / MANIFEST, _spelled(e))
+
+
+def _read(text: str) -> Any:
+    """The JSON, without Python's collector, which would go through millions of lists again and
+    again: four fifths of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _spelled(error: Exception) -> str:
