@@ -65,7 +65,7 @@ class InputSpec:
                 + "; ".join(differences[:_MOST_DIFFERENCES])
                 + (f"; and {more} more" if more > 0 else ""),
                 code="another-dtype" if other else "",
-                help=f"convert it: `{other}.to({types[other].dtype})`"
+                help=f"convert it: `.to({types[other].dtype})`"
                 if other
                 else "pass inputs like the example's, or compile for these too",
             )
