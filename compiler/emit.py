@@ -6,6 +6,7 @@ backward obey the same rules and every change of layout is an explicit node.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,7 +29,7 @@ from meshwright.compiler.ir import (
 )
 from meshwright.compiler.layout import Layout
 from meshwright.compiler.mesh import Mesh
-from meshwright.compiler.reshard import Step, steps
+from meshwright.compiler.reshard import Step, cost, steps
 from meshwright.compiler.rules.engine import operand_cost, place
 from meshwright.compiler.rules.factories import filled_with, makes_zeros
 from meshwright.compiler.rules.notation import Call, Operand, Placement
@@ -67,6 +68,12 @@ class Movement:
         to.
         """
         return self.value.requires_grad and self.value.op != INPUT
+
+    def sent_bytes(self, mesh: Mesh) -> int:
+        """The bytes sent per rank for it and, where it is differentiated, its adjoint."""
+        size = self.value.tensor.dtype.itemsize
+        step, differentiated = self.step, self.value.requires_grad
+        return math.ceil(cost(step.source, step.target, size, mesh, differentiated))
 
 
 class Emitter:

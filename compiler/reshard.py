@@ -220,7 +220,7 @@ class _Reshard:
         """Whether the digits that the axes are to take are free in every stretch."""
         for length, cuts, goal in zip(self.lengths, self.cuts, self.goal, strict=True):
             wanted = _of(axes, goal)
-            # An axis can not stay in one segment and move in another.
+            # An axis cannot stay in one segment and move in another.
             if moves and wanted & cuts:
                 return False
             if not is_chain(ordered(cuts | wanted), length):

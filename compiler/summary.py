@@ -13,7 +13,6 @@ from meshwright.compiler.ledger import Moved
 from meshwright.compiler.memory import Memory
 from meshwright.compiler.names import fold
 from meshwright.compiler.pins import plan_line
-from meshwright.compiler.reshard import cost
 from meshwright.compiler.rules.lookup import has_rule
 from meshwright.compiler.text import op_text, type_text
 from meshwright.dsl.statements import Statement
@@ -178,16 +177,9 @@ def _gathers(program: Program) -> Iterable[Gather]:
             groups.setdefault(key, []).append(movement)
     for (op, source, target, known), found in groups.items():
         modules = _modules((m.node.origin.module for m in found), program)
-        size = sum(moved_bytes(m, program) for m in found)
+        size = sum(movement.sent_bytes(program.mesh) for movement in found)
         value = found[0].value.name
         yield Gather(op, value, source, target, modules, len(found), size, known)
-
-
-def moved_bytes(movement: Movement, program: Program) -> int:
-    """The bytes a rank sends for a movement and, where it is differentiated, its adjoint."""
-    value, step = movement.value, movement.step
-    size = value.tensor.dtype.itemsize
-    return math.ceil(cost(step.source, step.target, size, program.mesh, value.requires_grad))
 
 
 def _lines(program: Program) -> Iterable[PlanLine]:

@@ -6,18 +6,14 @@ or small together.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 
-from meshwright.compiler.collectives import COLLECTIVES
 from meshwright.compiler.draft import Draft
 from meshwright.compiler.emit import Movement
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.factors import Factor, concatenation, dim_axes, spelled_dim
-from meshwright.compiler.ir import MeshOp
 from meshwright.compiler.regroup import factors_for
-from meshwright.compiler.reshard import cost
 from meshwright.compiler.rules.lookup import has_rule
 from meshwright.compiler.rules.views import RESHAPES
 from meshwright.compiler.targets import modules_of
@@ -26,7 +22,7 @@ from meshwright.dsl.statements import Allow
 from meshwright.dsl.suggest import selectors_of
 
 LIMIT = 64 << 10
-"""Bytes a rank and step that implicit gathers may move together."""
+"""Bytes per rank per step that implicit gathers may move together."""
 _MOST_SELECTORS = 4
 
 
@@ -34,11 +30,11 @@ def check_replication(draft: Draft) -> None:
     """Raises `LayoutError` naming the largest implicit gather where they move too much together."""
     allowed = draft.plan.resolve(Allow, ["", *modules_of(draft)]) if draft.plan.of(Allow) else {}
     implicit = [m for m in draft.movements if m.implicit and not _is_allowed(m, set(allowed))]
-    total = sum(moved_bytes(m, draft) for m in implicit)
+    total = sum(m.sent_bytes(draft.mesh) for m in implicit)
     limit = int(os.environ.get("MESHWRIGHT_IMPLICIT_BYTES", LIMIT))
     if total <= limit:
         return
-    worst = max(implicit, key=lambda m: moved_bytes(m, draft))
+    worst = max(implicit, key=lambda m: m.sent_bytes(draft.mesh))
     what = "splitting" if worst.step.kind == "slice" else "gathering"
     where = worst.node.origin
     raise LayoutError(
@@ -108,17 +104,3 @@ def _why(movement: Movement) -> str:
 
 def _is_allowed(movement: Movement, allowed: set[str]) -> bool:
     return bool(allowed & {path for path, _ in movement.node.origin.modules})
-
-
-def moved_bytes(movement: Movement, draft: Draft) -> int:
-    """The bytes a rank sends for a movement and, where it is differentiated, its adjoint."""
-    value = movement.value
-    assert isinstance(movement.node.op, MeshOp) and movement.node.op.name in COLLECTIVES
-    price = cost(
-        movement.step.source,
-        movement.step.target,
-        value.tensor.dtype.itemsize,
-        draft.mesh,
-        value.requires_grad,
-    )
-    return math.ceil(price)

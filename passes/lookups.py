@@ -117,7 +117,7 @@ def _index(rewriter: Rewriter) -> Node | None:
     index = _gather_index(rewriter, found, x)
     taken = rewriter.call(aten.gather.default, x, len(found.axes), index)
     sizes = [found.sizes[axis] for axis in (*found.axes.values(), *found.others)]
-    taken = _view(rewriter, taken, (*sizes, *x.tensor.shape[len(found.axes) + 1 :]))
+    taken = rewriter.view(taken, (*sizes, *x.tensor.shape[len(found.axes) + 1 :]))
     return _permuted(rewriter, taken, found.result_order(rank))
 
 
@@ -135,7 +135,7 @@ def _index_put(rewriter: Rewriter) -> Node | None:
     ordered = [*ahead, *x.tensor.shape[len(found.axes) + 1 :]]
     value = _expanded(rewriter, value, tuple(ordered[place] for place in order))
     value = _permuted(rewriter, value, tuple(order.index(i) for i in range(len(order))))
-    value = _view(rewriter, value, index.tensor.shape)
+    value = rewriter.view(value, index.tensor.shape)
     op = aten.scatter_add.default if rewriter.option(3, "accumulate", False) else aten.scatter.src
     return rewriter.call(op, x, len(found.axes), index, value)
 
@@ -148,11 +148,11 @@ def _gather_index(rewriter: Rewriter, found: _Counted, x: Node) -> Node:
         index = rewriter.call(aten._to_copy.default, index, dtype=torch.int64)
     index = _from_the_start(rewriter, index, size)
     shape = index.tensor.shape
-    index = _view(rewriter, index, (*[1] * (len(found.sizes) - len(shape)), *shape))
+    index = rewriter.view(index, (*[1] * (len(found.sizes) - len(shape)), *shape))
     index = _expanded(rewriter, index, found.sizes)
     index = _permuted(rewriter, index, (*found.axes.values(), *found.others))
     counted, rest = x.tensor.shape[:place], x.tensor.shape[place + 1 :]
-    index = _view(rewriter, index, (*counted, found.looked_up, *[1] * len(rest)))
+    index = rewriter.view(index, (*counted, found.looked_up, *[1] * len(rest)))
     return _expanded(rewriter, index, (*counted, found.looked_up, *rest))
 
 
@@ -166,16 +166,16 @@ def _from_the_start(rewriter: Rewriter, index: Node, size: int) -> Node:
 def _take(rewriter: Rewriter) -> Node:
     """`take(x, index)`: a lookup in the elements of x in a row."""
     x, index = rewriter.args
-    return rewriter.call(aten.index.Tensor, _view(rewriter, x, (-1,)), [index])
+    return rewriter.call(aten.index.Tensor, rewriter.view(x, (-1,)), [index])
 
 
 def _put(rewriter: Rewriter) -> Node:
     """`put(x, index, source)`: a write to the elements of x in a row."""
     x, index, source = rewriter.args[:3]
-    flat, index, source = (_view(rewriter, each, (-1,)) for each in (x, index, source))
+    flat, index, source = (rewriter.view(each, (-1,)) for each in (x, index, source))
     accumulate = rewriter.option(3, "accumulate", False)
     found = rewriter.call(aten.index_put.default, flat, [index], source, accumulate)
-    return _view(rewriter, found, x.tensor.shape)
+    return rewriter.view(found, x.tensor.shape)
 
 
 def _take_along(rewriter: Rewriter) -> Node:
@@ -183,7 +183,7 @@ def _take_along(rewriter: Rewriter) -> Node:
     x, index = rewriter.args[:2]
     dim = rewriter.option(2, "dim")
     if dim is None:
-        x, index, dim = _view(rewriter, x, (-1,)), _view(rewriter, index, (-1,)), 0
+        x, index, dim = rewriter.view(x, (-1,)), rewriter.view(index, (-1,)), 0
     dim %= len(x.tensor.shape)
     pairs = list(zip(x.tensor.shape, index.tensor.shape, strict=True))
     shape = [max(a, b) if 0 not in (a, b) else 0 for a, b in pairs]
@@ -231,11 +231,11 @@ def _bag(rewriter: Rewriter) -> Node | None:
     if size is None or by_frequency or sparse or (mode == 2 and padding >= 0):
         return None
     count = index.tensor.shape[0] // size
-    index = _view(rewriter, index, (count, size))
+    index = rewriter.view(index, (count, size))
     rows = rewriter.call(aten.embedding.default, weight, index)
     if mode == 2:
         return _largest(rewriter, rows)
-    share = None if scale is None else _view(rewriter, scale, (count, size))
+    share = None if scale is None else rewriter.view(scale, (count, size))
     number: Node | int = size
     if padding >= 0:
         kept = rewriter.call(aten.ne.Scalar, index, padding)
@@ -244,7 +244,7 @@ def _bag(rewriter: Rewriter) -> Node | None:
         number = rewriter.call(aten.sum.dim_IntList, kept, [1], True)
         number = rewriter.call(aten.clamp.default, number, 1)
     if share is not None:
-        rows = rewriter.call(aten.mul.Tensor, rows, _view(rewriter, share, (count, size, 1)))
+        rows = rewriter.call(aten.mul.Tensor, rows, rewriter.view(share, (count, size, 1)))
     total = rewriter.call(aten.sum.dim_IntList, rows, [1])
     return total if mode == 0 else rewriter.call(aten.div.Tensor, total, number)
 
@@ -267,12 +267,6 @@ def _bag_size(index: Node, offsets: Node, last: bool) -> int | None:
         return None
     even = torch.arange(len(starts)) * (total // count)
     return total // count if torch.equal(starts, even) else None
-
-
-def _view(rewriter: Rewriter, x: Node, shape: tuple[int, ...]) -> Node:
-    if shape == (-1,):
-        shape = (math.prod(x.tensor.shape),)
-    return x if x.tensor.shape == shape else rewriter.call(aten.view.default, x, list(shape))
 
 
 def _expanded(rewriter: Rewriter, x: Node, shape: tuple[int, ...]) -> Node:

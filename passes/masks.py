@@ -45,13 +45,13 @@ def _assign(rewriter: Rewriter) -> Node | None:
         mask = rewriter.call(aten._to_copy.default, mask, dtype=torch.bool)
     chosen = len(mask.tensor.shape)
     after = x.tensor.shape[first + chosen :]
-    over = _view(rewriter, mask, (*mask.tensor.shape, *[1] * len(after)))
+    over = rewriter.view(mask, (*mask.tensor.shape, *[1] * len(after)))
     shape = value.tensor.shape
     place = len(shape) - 1 - len(after)
     if place >= 0 and shape[place] != 1:
         return _rows(rewriter, x, mask, over, place)
     if place >= 0:
-        value = _view(rewriter, value, (*shape[:place], *[1] * chosen, *shape[place + 1 :]))
+        value = rewriter.view(value, (*shape[:place], *[1] * chosen, *shape[place + 1 :]))
     if rewriter.option(3, "accumulate", False):
         value = rewriter.call(aten.add.Tensor, x, value)
     return rewriter.call(aten.where.self, over, value, x)
@@ -66,10 +66,10 @@ def _rows(rewriter: Rewriter, x: Node, mask: Node, over: Node, place: int) -> No
     shape = value.tensor.shape
     if shape[place] == 0:
         return x
-    flags = _view(rewriter, mask, (math.prod(mask.tensor.shape),))
+    flags = rewriter.view(mask, (math.prod(mask.tensor.shape),))
     chosen = rewriter.call(aten.index_select.default, value, place, _places(rewriter, flags))
     shape = (*shape[:place], *mask.tensor.shape, *shape[place + 1 :])
-    return rewriter.call(aten.where.self, over, _view(rewriter, chosen, shape), x)
+    return rewriter.call(aten.where.self, over, rewriter.view(chosen, shape), x)
 
 
 def _places(rewriter: Rewriter, flags: Node) -> Node:
@@ -96,18 +96,12 @@ def _fill(rewriter: Rewriter) -> Node | None:
     size = x.tensor.shape[dim]
     nowhere = rewriter.call(aten.full.default, [size], False, dtype=torch.bool)
     at = rewriter.call(aten.index_fill.int_Scalar, nowhere, 0, index, True)
-    at = _view(rewriter, at, (size, *[1] * (rank - 1 - dim % rank)))
+    at = rewriter.view(at, (size, *[1] * (rank - 1 - dim % rank)))
     if not isinstance(value, Node):
         return rewriter.call(aten.masked_fill.Scalar, x, at, value)
     if value.tensor.dtype != x.tensor.dtype:
         value = rewriter.call(aten._to_copy.default, value, dtype=x.tensor.dtype)
     return rewriter.call(aten.where.self, at, value, x)
-
-
-def _view(rewriter: Rewriter, x: Node, shape: tuple[int, ...]) -> Node:
-    if x.tensor.shape == shape:
-        return x
-    return rewriter.call(aten.view.default, x, list(shape))
 
 
 _REWRITES = {

@@ -163,10 +163,8 @@ def _pixel_shuffle(rewriter: Rewriter) -> Node:
     x, r = rewriter.args
     *batch, channels, h, w = x.tensor.shape
     n = len(batch)
-    x = rewriter.call(aten.view.default, x, (*batch, channels // (r * r), r, r, h, w))
-    order = (*range(n), n, n + 3, n + 1, n + 4, n + 2)
-    x = rewriter.call(aten.permute.default, x, order)
-    return rewriter.call(aten.view.default, x, rewriter.node.tensor.shape)
+    apart = (*batch, channels // (r * r), r, r, h, w)
+    return _reordered(rewriter, x, apart, (*range(n), n, n + 3, n + 1, n + 4, n + 2))
 
 
 @rewrites(aten.pixel_unshuffle.default)
@@ -175,8 +173,13 @@ def _pixel_unshuffle(rewriter: Rewriter) -> Node:
     x, r = rewriter.args
     *batch, channels, h, w = x.tensor.shape
     n = len(batch)
-    x = rewriter.call(aten.view.default, x, (*batch, channels, h // r, r, w // r, r))
-    order = (*range(n), n, n + 2, n + 4, n + 1, n + 3)
+    apart = (*batch, channels, h // r, r, w // r, r)
+    return _reordered(rewriter, x, apart, (*range(n), n, n + 2, n + 4, n + 1, n + 3))
+
+
+def _reordered(rewriter: Rewriter, x: Node, apart: tuple[int, ...], order: tuple[int, ...]) -> Node:
+    """`x` with its dims taken apart, put into another order, and in the result's shape again."""
+    x = rewriter.call(aten.view.default, x, apart)
     x = rewriter.call(aten.permute.default, x, order)
     return rewriter.call(aten.view.default, x, rewriter.node.tensor.shape)
 

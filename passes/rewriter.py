@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,6 +60,12 @@ class Rewriter:
             and _floating(type)
             and any(operand.requires_grad for operand in nodes_in((args, *kwargs.values()))),
         )
+
+    def view(self, x: Node, shape: tuple[int, ...]) -> Node:
+        """`x` in another shape, which may be `(-1,)`; itself where it has that shape."""
+        if shape == (-1,):
+            shape = (math.prod(x.tensor.shape),)
+        return x if x.tensor.shape == shape else self.call(aten.view.default, x, list(shape))
 
     def stopped(self, x: Arg) -> Arg:
         """The same values without a gradient; numbers are left as they are."""

@@ -110,8 +110,8 @@ class RankStep:
         self.written = [label for label in self.labels if label.startswith("buffer:")]
         self.held = {label for label, node in step.forward.outputs if storage(node).op == INPUT}
         """Outputs that are a tensor which lives on, and may be written to, or a view of one."""
-        self._kept: list[Kept] = []
-        """What each bucket held before the step that is under way."""
+        self._kept: list[tuple[_Bucket, Kept]] = []
+        """What each bucket held before the step that is under way, if that came to its backward."""
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}
         self.inputs = [_Inputs(graph, self, places) for graph in step.graphs.values()]
 
@@ -143,7 +143,7 @@ class RankStep:
         self._kept = []
         outputs, saved = yield from self._graph(0, arguments, [])
         if len(self.functions) > 1:
-            self._kept = [bucket.keep() for bucket in self.buckets]
+            self._kept = [(bucket, bucket.keep()) for bucket in self.buckets]
             yield from self._graph(1, arguments, saved)
         results: dict[str, Tensor] = {}
         for label, value in zip(self.labels, outputs, strict=True):
@@ -154,7 +154,7 @@ class RankStep:
     def commit(self, results: dict[str, Tensor]) -> None:
         """Give the parameters their gradients, and take new values of buffers out of `results`."""
         kept, self._kept = self._kept, []
-        for bucket, gradients in zip(self.buckets, kept, strict=bool(kept)):
+        for bucket, gradients in kept:
             bucket.give(gradients)
         for label in self.written:
             name = label.removeprefix("buffer:")
@@ -163,7 +163,7 @@ class RankStep:
     def undo(self) -> None:
         """Put back the gradients that an unfinished step has overwritten."""
         kept, self._kept = self._kept, []
-        for bucket, gradients in zip(self.buckets, kept, strict=bool(kept)):
+        for bucket, gradients in kept:
             bucket.put_back(gradients)
 
     def _graph(self, number: int, arguments: Sequence[Tensor], saved: list[Any]) -> RankProgram:

@@ -38,7 +38,7 @@ SLOTS = 8
 _WORDS = 32
 """A member's numbers: 8 published, 8 consumed, each 8 apart from what other members write."""
 _STAGGER = 4 * KIB + 64
-"""Between slots, lest their first bytes compete for the same lines of a cache."""
+"""Between slots, so that their first bytes do not compete for the same lines of a cache."""
 _TAG_BITS = 24
 _KINDS = (
     *("all_reduce", "all_gather", "reduce_scatter", "all_to_all"),

@@ -355,7 +355,7 @@ class Watch:
         return None
 
     def _in_circle(self) -> RunError | None:
-        """Whether nobody that this rank waits for, at any remove, computes or moves bytes."""
+        """Whether nobody that this rank waits for, itself or through others, computes or sends."""
         reached: dict[int, tuple[str, int]] = {}
         stack = [self.rank]
         while stack:

@@ -19,7 +19,7 @@ from meshwright.compiler.rules.notation import Call, Operand, Placement, Spec
 from meshwright.compiler.rules.placements import spec_placements
 
 EXPLICIT = 1e6
-"""How many times dearer it is to use a value in another layout than the plan wrote for it."""
+"""How many times as much it costs to use a value in another layout than the plan wrote for it."""
 
 PREFERRED = 0.5
 """What a byte counts that brings a value to a layout which the plan asks for around it."""

@@ -117,7 +117,7 @@ class Spec:
     groups of operands: a sum may stay pending where all operands of one group, and no other
     operand, have it pending. Of `shape_only` operands the values do not matter. `derived` letters
     are not chosen: `bind` works them out, and any letter that only results have, from those that
-    are; it raises LayoutError for a choice that the operator can not run on. `offers` are ways to
+    are; it raises LayoutError for a choice that the operator cannot run on. `offers` are ways to
     split a letter that no operand shows.
     """
 

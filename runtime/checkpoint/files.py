@@ -13,6 +13,8 @@ from typing import BinaryIO
 from meshwright.runtime.errors import RunError
 
 _PIECE = 4 << 20
+COPY_AGAIN = "copy the whole folder of the checkpoint again, or load another one"
+"""Help for what is damaged or not there."""
 
 
 @contextlib.contextmanager

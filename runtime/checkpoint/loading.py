@@ -22,6 +22,7 @@ from meshwright.compiler.program import Program
 from meshwright.runtime.agreement import agreed, first_says, told
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
+from meshwright.runtime.checkpoint.files import COPY_AGAIN
 from meshwright.runtime.checkpoint.folder import OpenSave, folder_of
 from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
 from meshwright.runtime.checkpoint.optimizer_loading import (
@@ -43,7 +44,6 @@ from meshwright.runtime.weights import (
 )
 
 _ATTEMPTS = 5
-_COPY = "copy the whole folder of the checkpoint again, or load another one"
 
 
 def load(
@@ -217,9 +217,11 @@ class _Reader:
         there = {name for name in manifest.tensors if not name.startswith(OPTIMIZER)}
         named = manifest.aliases
         if lost := sorted(set(named.values()) - there):
-            raise RunError(f"{where} is not whole: `{lost[0]}` is missing", help=_COPY)
+            raise RunError(f"{where} is not whole: `{lost[0]}` is missing", help=COPY_AGAIN)
         if nameless := sorted(there - named.keys()):
-            raise RunError(f"{where} is not whole: no name leads to `{nameless[0]}`", help=_COPY)
+            raise RunError(
+                f"{where} is not whole: no name leads to `{nameless[0]}`", help=COPY_AGAIN
+            )
         saved = {alias: manifest.tensors[name] for alias, name in named.items()}
         check_state(
             self.program,

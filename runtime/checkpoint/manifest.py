@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from meshwright.compiler.factors import Dim, Factor, dim_axes
 from meshwright.compiler.layout import Layout, LayoutError
 from meshwright.compiler.mesh import Mesh
-from meshwright.runtime.checkpoint.files import read_bytes, regular_file, size_of
+from meshwright.runtime.checkpoint.files import COPY_AGAIN, read_bytes, regular_file, size_of
 from meshwright.runtime.checkpoint.header import dtype_of, unique
 from meshwright.runtime.checkpoint.shards import Shard
 from meshwright.runtime.errors import RunError
@@ -34,7 +34,6 @@ _SAVE = re.compile(r'  "save": "([0-9a-f]{32})",\n')
 _END = re.compile(rb'  "sha256": "([0-9a-f]{64})"\n}\n')
 _END_BYTES = len('  "sha256": ""\n}\n') + 64
 _START_BYTES = 128
-_COPY = "copy the whole folder of the checkpoint again, or load another one"
 _OTHER_VERSION = "load it with the version of Meshwright that wrote it"
 _MOST_BYTES, _MOST_AXES, _MOST_FACTORS = 256 << 20, 64, 1024
 """Far above what any mesh or model needs, and low enough to be refused at once."""
@@ -134,7 +133,7 @@ def manifest_text(folder: Path) -> str:
         ) from None
     if problem := _damage(data):
         other = _version_of(data) not in (None, _VERSION)
-        _refuse(file, problem, _OTHER_VERSION if other else _COPY)
+        _refuse(file, problem, _OTHER_VERSION if other else COPY_AGAIN)
     # What `save` writes is ASCII; for anything else the JSON will not do.
     return data.decode(errors="replace")
 
@@ -230,7 +229,7 @@ def _damage(data: bytes) -> str:
     return ""
 
 
-def _refuse(file: Path, problem: str, help: str = _COPY) -> NoReturn:
+def _refuse(file: Path, problem: str, help: str = COPY_AGAIN) -> NoReturn:
     raise RunError(f"`{file}` is not a manifest that can be read: {problem}", help=help)
 
 

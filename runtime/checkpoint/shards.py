@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from meshwright.runtime.checkpoint.files import (
+    COPY_AGAIN,
     cannot,
     read_all,
     read_bytes,
@@ -24,7 +25,6 @@ from meshwright.runtime.checkpoint.files import (
 from meshwright.runtime.checkpoint.header import Header, header_length
 from meshwright.runtime.errors import RunError
 
-_COPY = "copy the whole folder of the checkpoint again, or load another one"
 _ROOM = "make room there, or name another folder"
 
 
@@ -102,9 +102,9 @@ def read_header(path: Path, expected: Shard | None = None) -> tuple[Shard, Heade
         if size != 8 + len(text) + header.num_bytes:
             raise ValueError(f"its tensors do not fill its {size} bytes")
     except OSError as error:
-        raise cannot("read", path, error, _COPY) from None
+        raise cannot("read", path, error, COPY_AGAIN) from None
     except ValueError as error:
-        raise RunError(f"`{path}` is damaged: {error}", help=_COPY) from None
+        raise RunError(f"`{path}` is damaged: {error}", help=COPY_AGAIN) from None
     return found, header
 
 
@@ -131,12 +131,12 @@ class Shards:
         path, start, header = self._header(rank)
         held = header.tensors.get(name)
         if held is None:
-            raise RunError(f"`{path}` has no `{name}`", help=_COPY)
+            raise RunError(f"`{path}` has no `{name}`", help=COPY_AGAIN)
         if (held.shape, held.dtype) != (shape, dtype):
             raise RunError(
                 f"`{name}` in `{path}` is {held.dtype} {list(held.shape)}, "
                 f"and the manifest has it as {dtype} {list(shape)}",
-                help=_COPY,
+                help=COPY_AGAIN,
             )
         tensor = torch.empty(shape, dtype=dtype)
         digest = hashlib.sha256()
@@ -144,11 +144,11 @@ class Shards:
             for piece in _read(path, start + held.start, _bytes_of(tensor)):
                 digest.update(piece)
         except OSError as error:
-            raise cannot(f"read `{name}` from", path, error, _COPY) from None
+            raise cannot(f"read `{name}` from", path, error, COPY_AGAIN) from None
         if digest.hexdigest() != held.digest:
             raise RunError(
                 f"`{name}` in `{path}` is damaged: its bytes are not those that were saved",
-                help=_COPY,
+                help=COPY_AGAIN,
             )
         return tensor
 
@@ -168,7 +168,7 @@ def check_origin(path: Path, header: Header, save: str, rank: int) -> None:
         raise RunError(
             f"`{path}` was written by rank {header.rank} in save `{header.save}`, "
             f"not by rank {rank} in save `{save}`",
-            help=_COPY,
+            help=COPY_AGAIN,
         )
 
 
