@@ -11,23 +11,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from meshwright.compiler.capture import Captured
-from meshwright.compiler.codegen import Code, generate
-from meshwright.compiler.draft import Padding
-from meshwright.compiler.emit import Movement
-from meshwright.compiler.ir import Graph, MeshOp, Node, TensorType
-from meshwright.compiler.layout import Layout
-from meshwright.compiler.ledger import Comm, ledger
-from meshwright.compiler.listing import exact_text, graph_html, graph_text
-from meshwright.compiler.memory import Memory, memory
-from meshwright.compiler.mesh import Mesh
-from meshwright.compiler.text import size_text
+from meshwright.compiler.codegen.printing import Code, generate
+from meshwright.compiler.graph.ir import Graph, MeshOp, Node, TensorType
+from meshwright.compiler.graph.text import size_text
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.report.ledger import Comm, ledger
+from meshwright.compiler.report.listing import exact_text, graph_html, graph_text
+from meshwright.compiler.report.memory import Memory, memory
 from meshwright.dsl.errors import plural
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from meshwright.compiler.explain import Explanation
+    from meshwright.compiler.report.explain import Explanation
     from meshwright.dsl.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """A parameter stored with more entries than the model has: `dim` is `size` of `padded`."""
+
+    dim: int
+    size: int
+    padded: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,7 @@ class Program:
         )
 
     def _repr_html_(self) -> str:
-        from meshwright.compiler.show import show_html
+        from meshwright.compiler.report.show import show_html
 
         return show_html(self)
 
@@ -153,13 +161,13 @@ class Program:
 
         With `local`, shapes are those that one rank holds.
         """
-        from meshwright.compiler.show import show
+        from meshwright.compiler.report.show import show
 
         show(self, local=local)
 
     def to_json(self) -> dict[str, object]:
         """All that `show` prints, and every collective, as plain dictionaries and lists."""
-        from meshwright.compiler.summary import summarise
+        from meshwright.compiler.report.summary import summarise
 
         return {**summarise(self).to_json(), "collectives": self.comm().to_json()}
 
@@ -170,7 +178,7 @@ class Program:
         what each rank holds and sends, and names those that count most. Raises `PlanError` for a
         name that the model does not have.
         """
-        from meshwright.compiler.explain import explain
+        from meshwright.compiler.report.explain import explain
 
         return explain(self, name)
 

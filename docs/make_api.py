@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import meshwright as mw
-from meshwright.compiler import errors, explain, ir, ledger, memory, mesh, program, sums
+from meshwright.compiler import errors, program
+from meshwright.compiler.graph import ir
+from meshwright.compiler.layout import mesh
+from meshwright.compiler.report import explain, ledger, memory, sums
 from meshwright.dsl import PlanBuilder
 from meshwright.runtime import errors as run_errors
 

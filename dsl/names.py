@@ -14,8 +14,8 @@ import sympy
 from lark import Token, Tree
 
 from meshwright.dsl.errors import PlanError, did_you_mean, nearest, quoted
-from meshwright.dsl.expressions import Sizing, ValueReader
 from meshwright.dsl.kinds import Count
+from meshwright.dsl.reading.expressions import Sizing, ValueReader
 from meshwright.dsl.source import Source, Span, token_span, tree_span
 from meshwright.dsl.values import Value, evaluate, symbolic, unbound_name
 

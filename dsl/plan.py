@@ -11,21 +11,21 @@ import sympy
 from lark import Token
 
 from meshwright.dsl import statements as s
-from meshwright.dsl.arrange import arrange
 from meshwright.dsl.check import check
 from meshwright.dsl.errors import PlanError, plural, spelled
 from meshwright.dsl.files import check_text, read_file
-from meshwright.dsl.html import html_table
-from meshwright.dsl.layout_reader import LayoutReader
 from meshwright.dsl.layouts import LayoutTemplate
 from meshwright.dsl.names import Names, collect
-from meshwright.dsl.parser import parse_part, parse_plan
-from meshwright.dsl.printer import align
-from meshwright.dsl.reader import Reader
+from meshwright.dsl.reading.layout_reader import LayoutReader
+from meshwright.dsl.reading.parser import parse_part, parse_plan
+from meshwright.dsl.reading.reader import Reader
 from meshwright.dsl.resolve import resolve
 from meshwright.dsl.scopes import fragment
 from meshwright.dsl.solve import Dim, solve, solve_columns
 from meshwright.dsl.source import Source, Span
+from meshwright.dsl.writing.arrange import arrange
+from meshwright.dsl.writing.html import html_table
+from meshwright.dsl.writing.printer import align
 
 if TYPE_CHECKING:
     from meshwright.dsl.builder import PlanBuilder

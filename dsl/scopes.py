@@ -9,8 +9,8 @@ from meshwright.dsl import statements as s
 from meshwright.dsl.check import check
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.names import Names, collect
-from meshwright.dsl.parser import parse_plan
-from meshwright.dsl.reader import Reader
+from meshwright.dsl.reading.parser import parse_plan
+from meshwright.dsl.reading.reader import Reader
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.source import Source
 

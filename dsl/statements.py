@@ -50,6 +50,11 @@ class Statement:
         """The place of a part (`over`, `as`, an option's name), else of the whole statement."""
         return self.parts.get(part, self.span)
 
+    @property
+    def plan_line(self) -> str:
+        """Where it stands, `gpt.plan:6`; nothing where it was not read from a text."""
+        return f"{self.span.source.name}:{self.span.line}" if self.span is not None else ""
+
     @classmethod
     def options(cls) -> Iterator[Field[Any]]:
         """The fields that are written `name=value`."""

@@ -17,14 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from meshwright.compiler.collectives import COLLECTIVES
-from meshwright.compiler.draft import Draft, input_key
-from meshwright.compiler.functions import IDENTITIES
-from meshwright.compiler.ir import INPUT, Builder, Graph, MeshOp, Node
-from meshwright.compiler.layout import Layout
-from meshwright.compiler.pins import pin_lines, plan_line
-from meshwright.compiler.views import is_view
+from meshwright.compiler.graph.aliasing import IDENTITIES, is_view
+from meshwright.compiler.graph.ir import INPUT, Builder, Graph, MeshOp, Node
+from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.statements import Spread
+from meshwright.passes.statements.draft import Draft, input_key
+from meshwright.passes.statements.pins import pin_lines
 
 _SPLITTING = ("reduce_scatter", "slice")
 
@@ -39,7 +38,7 @@ def attribute(graph: Graph, draft: Draft) -> Graph:
         if node in lines:
             new.origin = replace(new.origin, plan_line=lines[node])
         mapping[node] = new
-    return builder.graph(tuple((label, mapping[node]) for label, node in graph.outputs))
+    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
 
 
 class _Lines:
@@ -53,7 +52,7 @@ class _Lines:
         self.forward: dict[str, Node] = {}
         self.weights: dict[Node, str] = {}
         self.regions = {
-            axis: plan_line(region.statement) for region in draft.regions for axis in region.axes
+            axis: region.statement.plan_line for region in draft.regions for axis in region.axes
         }
         for node in graph.nodes:
             self._visit(node)
@@ -87,7 +86,7 @@ class _Lines:
             self.weights[node] = self.found[node]
         for axis in pin.layout.axes_used:
             chosen = [s for s in pin.statements if not isinstance(s, Spread) or axis in s.over]
-            self.axes[node][axis] = plan_line((chosen or list(pin.statements))[-1])
+            self.axes[node][axis] = (chosen or list(pin.statements))[-1].plan_line
 
     def _explain(self, node: Node, axis: str, line: str) -> None:
         """What was brought to the state of another value has that value's line."""

@@ -21,8 +21,18 @@ from dataclasses import dataclass, field
 
 import torch
 
-from meshwright.compiler.ir import Builder, Graph, MeshOp, Node, Origin, TensorType
-from meshwright.compiler.layout import Layout, whole
+from meshwright.compiler.graph.ir import (
+    Builder,
+    Graph,
+    MeshOp,
+    Node,
+    Origin,
+    Output,
+    OutputKind,
+    Phase,
+    TensorType,
+)
+from meshwright.compiler.layout.layout import Layout, whole
 
 BUCKET_BYTES = 25 << 20
 """The size at which a bucket is closed: large enough that latency does not count."""
@@ -34,8 +44,8 @@ BUCKET, BUCKET_ITEM = MeshOp("bucket"), MeshOp("bucket_item")
 class _Bucket:
     axes: tuple[str, ...]
     dtype: torch.dtype
-    gradients: list[tuple[str, Node, Node]] = field(default_factory=list)
-    """Label, the gradient before its reduction, and after."""
+    gradients: list[tuple[Output, Node]] = field(default_factory=list)
+    """A gradient, and the node that computes it before its reduction."""
     num_bytes: int = 0
 
 
@@ -45,39 +55,36 @@ def bucket(graph: Graph, *, limit: int = BUCKET_BYTES) -> Graph:
     closing: dict[Node, list[_Bucket]] = {}
     order = {node: i for i, node in enumerate(graph.nodes)}
     for found in buckets:
-        last = max((g for _, g, _ in found.gradients), key=order.__getitem__)
+        last = max((before for _, before in found.gradients), key=order.__getitem__)
         closing.setdefault(last, []).append(found)
     builder = Builder(graph.name, graph.mesh)
-    outputs: dict[str, Node] = {}
+    outputs: dict[Output, Node] = {}
     mapping: dict[Node, Node] = {}
     for node in graph.nodes:
         mapping[node] = builder.copy(node, mapping)
         for found in closing.get(node, ()):
             outputs.update(_emit(builder, found, mapping))
     return builder.graph(
-        tuple((label, outputs.get(label) or mapping[node]) for label, node in graph.outputs)
+        output.of(outputs.get(output) or mapping[output.node]) for output in graph.outputs
     )
 
 
 def _collect(graph: Graph, limit: int) -> list[_Bucket]:
     """The buckets, filled in the order of the backward."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    gradients = [
-        (label, _pending(node), node)
-        for label, node in graph.outputs
-        if label.startswith("gradient:")
-    ]
+    gradients = [(each, _pending(each.node)) for each in graph.outputs_of(OutputKind.GRADIENT)]
     gradients.sort(key=lambda item: order[item[1]])
     open_buckets: dict[tuple[tuple[str, ...], torch.dtype], _Bucket] = {}
     buckets: list[_Bucket] = []
-    for label, before, after in gradients:
+    for gradient, before in gradients:
+        after = gradient.node
         axes = after.kwargs["axes"] if after is not before else ()
         key = (axes, after.tensor.dtype)
         found = open_buckets.get(key)
         if found is None or found.num_bytes >= limit:
             found = open_buckets[key] = _Bucket(axes, after.tensor.dtype)
             buckets.append(found)
-        found.gradients.append((label, before, after))
+        found.gradients.append((gradient, before))
         found.num_bytes += local_numel(before, graph) * after.tensor.dtype.itemsize
     return buckets
 
@@ -94,8 +101,9 @@ def local_numel(node: Node, graph: Graph) -> int:
     return math.prod(node.placed.local_shape(graph.mesh))
 
 
-def _emit(builder: Builder, found: _Bucket, mapping: dict[Node, Node]) -> dict[str, Node]:
-    parts = tuple(mapping[before] for _, before, _ in found.gradients)
+def _emit(builder: Builder, found: _Bucket, mapping: dict[Node, Node]) -> dict[Output, Node]:
+    builder.phase = Phase.WEIGHT
+    parts = tuple(mapping[before] for _, before in found.gradients)
     size = sum(math.prod(part.placed.local_shape(builder.mesh)) for part in parts)
     origin = Origin(module="gradients", forward=parts[-1].origin.forward)
     flat = Layout((whole(size),)).add_partial(found.axes)
@@ -112,13 +120,13 @@ def _emit(builder: Builder, found: _Bucket, mapping: dict[Node, Node]) -> dict[s
             origin=origin,
         )
     return {
-        label: builder.emit(
+        gradient: builder.emit(
             BUCKET_ITEM,
             (value, i),
-            type=after.type,
-            layout=after.layout,
-            origin=after.origin,
-            name=label.removeprefix("gradient:").replace(".", "_") + "_grad",
+            type=gradient.node.type,
+            layout=gradient.node.layout,
+            origin=gradient.node.origin,
+            name=gradient.name.replace(".", "_") + "_grad",
         )
-        for i, (label, _, after) in enumerate(found.gradients)
+        for i, (gradient, _) in enumerate(found.gradients)
     }

@@ -10,43 +10,43 @@ from typing import Any
 import torch
 from torch import nn
 
+from meshwright.compiler.autodiff.differentiate import differentiate
 from meshwright.compiler.capture import capture
 from meshwright.compiler.capture.arguments import check_arguments, target_device
-from meshwright.compiler.check import check
-from meshwright.compiler.differentiate import differentiate
-from meshwright.compiler.draft import Draft, pinned_inputs
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.ir import Graph, TensorType
-from meshwright.compiler.layout import Layout, replicated
-from meshwright.compiler.mesh import Mesh
-from meshwright.compiler.pins import pin_lines
+from meshwright.compiler.graph.ir import Graph, OutputKind, TensorType
+from meshwright.compiler.layout.layout import Layout, replicated
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.placing.check import check
 from meshwright.compiler.program import Program, Step, Stored
 from meshwright.dsl.plan import Plan
-from meshwright.passes.allow import check_replication
 from meshwright.passes.attribute import attribute
 from meshwright.passes.bucket import bucket
-from meshwright.passes.columns import columns
-from meshwright.passes.data import data
-from meshwright.passes.expect import check_contracts
-from meshwright.passes.fragments import with_fragments
+from meshwright.passes.contracts.allow import check_replication
+from meshwright.passes.contracts.expect import check_contracts
+from meshwright.passes.contracts.idle import check_axes
+from meshwright.passes.contracts.supported import check_supported
 from meshwright.passes.hoist import hoist
-from meshwright.passes.idle import check_axes
-from meshwright.passes.lookups import lookups
 from meshwright.passes.lower import lower
-from meshwright.passes.masks import masks
-from meshwright.passes.normalise import normalise
 from meshwright.passes.overlap import overlap
-from meshwright.passes.pad import pad
-from meshwright.passes.pad_sequences import pad_sequences
 from meshwright.passes.partition import partition
-from meshwright.passes.route import route
-from meshwright.passes.rows import rows
-from meshwright.passes.sequence import gathers_again, sequence
-from meshwright.passes.shard import shard
+from meshwright.passes.rewriting.lookups import lookups
+from meshwright.passes.rewriting.masks import masks
+from meshwright.passes.rewriting.normalise import normalise
+from meshwright.passes.rewriting.route import route
 from meshwright.passes.split import split
-from meshwright.passes.supported import check_supported
+from meshwright.passes.statements.columns import columns
+from meshwright.passes.statements.data import data
+from meshwright.passes.statements.draft import Draft, pinned_inputs
+from meshwright.passes.statements.fragments import with_fragments
+from meshwright.passes.statements.pad import pad
+from meshwright.passes.statements.pad_sequences import pad_sequences
+from meshwright.passes.statements.pins import pin_lines
+from meshwright.passes.statements.rows import rows
+from meshwright.passes.statements.sequence import gathers_again, sequence
+from meshwright.passes.statements.shard import shard
+from meshwright.passes.statements.vocab import vocab
 from meshwright.passes.vary import vary
-from meshwright.passes.vocab import vocab
 
 REWRITING: tuple[Callable[[Graph], Graph], ...] = (masks, lookups, normalise, route)
 """What every model is rewritten by, whatever its plan."""
@@ -173,7 +173,7 @@ def _checked(each: Callable[[Graph], Graph], graph: Graph) -> Graph:
 
 
 def _trains(graph: Graph) -> bool:
-    return any(label == "loss" and node.requires_grad for label, node in graph.outputs)
+    return any(loss.node.requires_grad for loss in graph.outputs_of(OutputKind.LOSS))
 
 
 def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:

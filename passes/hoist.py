@@ -21,11 +21,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from meshwright.compiler.calls import call_operands, make_call
-from meshwright.compiler.collectives import COLLECTIVES
-from meshwright.compiler.draft import Draft
-from meshwright.compiler.emit import Emitter
-from meshwright.compiler.ir import (
+from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
     Builder,
@@ -36,11 +32,15 @@ from meshwright.compiler.ir import (
     TensorType,
     map_nodes,
 )
-from meshwright.compiler.layout import Layout
-from meshwright.compiler.mesh import Mesh
-from meshwright.compiler.reshard import cost, steps
-from meshwright.compiler.rules.engine import candidates
-from meshwright.compiler.rules.notation import Call, Operand, Placement
+from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.reshard import cost, steps
+from meshwright.compiler.placing.calls import call_operands, make_call
+from meshwright.compiler.placing.emit import Emitter
+from meshwright.compiler.placing.engine import candidates
+from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
+from meshwright.passes.statements.draft import Draft
 
 SLICE, VARY, ALL_REDUCE = MeshOp("slice"), MeshOp("vary"), MeshOp("all_reduce")
 _FREE = {"slice", "vary"}
@@ -58,7 +58,7 @@ class _Hoister:
     def __init__(self, draft: Draft) -> None:
         self.draft, self.graph, self.mesh = draft, draft.graph, draft.mesh
         self.users = self.graph.users()
-        self.returned = {node for _, node in self.graph.outputs}
+        self.returned = self.graph.returned
         self.placements: dict[Node, Placement] = {}
         """How a call could run that gives no more than the slice its users want."""
         self.wanted: dict[Node, Layout] = {}
@@ -165,7 +165,7 @@ class _Hoister:
                 mapping[node] = mapping[node.args[0]]
             else:
                 mapping[node] = emitter.builder.copy(node, mapping)
-        outputs = tuple((label, mapping[node]) for label, node in self.graph.outputs)
+        outputs = tuple(output.of(mapping[output.node]) for output in self.graph.outputs)
         kept = (m for m in self.draft.movements if m.node.op != SLICE or m.value not in chosen)
         return replace(
             self.draft,

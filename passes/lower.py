@@ -19,10 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from meshwright.compiler.custom import REGISTRY
-from meshwright.compiler.ir import GETITEM, Arg, Builder, Graph, MeshOp, Node, NodeType, TensorType
-from meshwright.compiler.layout import Layout, cut, dim_axes, whole
-from meshwright.compiler.types import result_type, statistic
+from meshwright.compiler.graph.custom import REGISTRY
+from meshwright.compiler.graph.ir import (
+    GETITEM,
+    Arg,
+    Builder,
+    Graph,
+    MeshOp,
+    Node,
+    NodeType,
+    TensorType,
+)
+from meshwright.compiler.graph.types import result_type, statistic
+from meshwright.compiler.layout.layout import Layout, cut, dim_axes, whole
 
 
 class Lowering:
@@ -68,7 +77,7 @@ def lower(graph: Graph) -> Graph:
             mapping[node] = mapping[returned]
         else:
             mapping[node] = builder.copy(node, mapping)
-    return builder.graph(tuple((label, mapping[node]) for label, node in graph.outputs))
+    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
 
 
 def _returned(node: Node) -> Node | None:

@@ -24,11 +24,8 @@ from functools import partial
 
 import torch
 
-from meshwright.compiler.calls import call_operands
-from meshwright.compiler.decompositions import DECOMPOSITIONS, Piece, decompose
-from meshwright.compiler.draft import Draft, Pin, input_key
-from meshwright.compiler.emit import Emitter, is_floating
-from meshwright.compiler.ir import (
+from meshwright.compiler.autodiff.decompositions import DECOMPOSITIONS, Piece, decompose
+from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
     Arg,
@@ -36,17 +33,22 @@ from meshwright.compiler.ir import (
     MeshOp,
     Node,
     Op,
+    Output,
+    OutputKind,
     TensorType,
     map_nodes,
     nodes_in,
 )
-from meshwright.compiler.layout import Layout, dim_axes, replicated
-from meshwright.compiler.linears import contracted_dim, is_convolution
-from meshwright.compiler.pins import pin_lines
-from meshwright.compiler.recognise import repeated_heads
-from meshwright.compiler.rules.notation import Slot
-from meshwright.compiler.sequences import Sequences
-from meshwright.compiler.types import freeze
+from meshwright.compiler.graph.types import freeze
+from meshwright.compiler.layout.layout import Layout, dim_axes, replicated
+from meshwright.compiler.placing.calls import call_operands
+from meshwright.compiler.placing.emit import Emitter, is_floating
+from meshwright.compiler.placing.rules.notation import Slot
+from meshwright.passes.rewriting.recognise import repeated_heads
+from meshwright.passes.statements.draft import Draft, Pin, input_key
+from meshwright.passes.statements.linears import contracted_dim, is_convolution
+from meshwright.passes.statements.pins import pin_lines
+from meshwright.passes.statements.sequences import Sequences
 
 aten = torch.ops.aten
 
@@ -80,7 +82,7 @@ class _Partitioner:
             self.mapping[node] = new
             if len(self.users[node]) > 1 and isinstance(new.type, TensorType):
                 self.emitter.shared.add(new)
-        outputs = tuple((label, self._output(label, node)) for label, node in self.graph.outputs)
+        outputs = tuple(output.of(self._output(output)) for output in self.graph.outputs)
         return replace(
             self.draft,
             graph=self.emitter.builder.graph(outputs),
@@ -266,10 +268,12 @@ class _Partitioner:
             self.emitter.explicit.add(new)
         return new
 
-    def _output(self, label: str, node: Node) -> Node:
+    def _output(self, output: Output) -> Node:
         """Results are whole on every rank; a buffer's new value is laid out as the buffer."""
-        kind, _, name = label.partition(":")
-        pin: Pin | None = self.draft.inputs.get(name) if kind == "buffer" else None
+        node = output.node
+        pin: Pin | None = None
+        if output.kind is OutputKind.BUFFER:
+            pin = self.draft.inputs.get(output.name)
         layout = pin.layout if pin else replicated(node.tensor.shape)
         value = self.mapping[node]
         if value.placed.varying:

@@ -22,8 +22,17 @@ from collections.abc import Callable
 
 import torch
 
-from meshwright.compiler.ir import INPUT, Builder, Graph, MeshOp, Node
-from meshwright.compiler.memory import storage
+from meshwright.compiler.graph.aliasing import storage
+from meshwright.compiler.graph.ir import (
+    INPUT,
+    Builder,
+    Graph,
+    MeshOp,
+    Node,
+    Output,
+    OutputKind,
+    Phase,
+)
 
 aten = torch.ops.aten
 
@@ -52,7 +61,7 @@ def split(graph: Graph, *, regather: Callable[[Node], bool]) -> tuple[Graph, Gra
 
 def is_backward(node: Node) -> bool:
     """Whether a node of a joint graph belongs to the backward."""
-    return bool(node.origin.forward)
+    return node.phase is not Phase.FORWARD
 
 
 class _Splitter:
@@ -122,7 +131,7 @@ class _Splitter:
         """Let the loss write its gradient over the logits, where nothing else will read them."""
         readers = Counter(n for node in self.backward.nodes for n in set(node.operands()))
         kept = Counter(storage(node) for node in self.saved)
-        kept.update({storage(node) for _, node in self.graph.outputs})
+        kept.update({storage(node) for node in self.graph.returned})
         handed = {new: old for old, new in self.saved.items()}
         for node in self.backward.nodes:
             if node.op == MeshOp("cross_entropy_backward"):
@@ -135,19 +144,18 @@ class _Splitter:
 
     def _forward_graph(self) -> Graph:
         results = [
-            (label, self.ahead[node])
-            for label, node in self.graph.outputs
-            if not label.startswith("gradient:")
+            output.of(self.ahead[output.node])
+            for output in self.graph.outputs
+            if output.kind is not OutputKind.GRADIENT
         ]
         # The backward pops from the end, so what it needs first is saved last.
-        kept = [(f"saved:{i}", self.ahead[node]) for i, node in enumerate(self.saved)]
+        kept = [
+            Output(OutputKind.SAVED, str(i), self.ahead[node]) for i, node in enumerate(self.saved)
+        ]
         return self.forward.graph((*results, *reversed(kept)))
 
     def _backward_graph(self) -> Graph:
         return self.backward.graph(
-            tuple(
-                (label, self.mapping[node])
-                for label, node in self.graph.outputs
-                if label.startswith("gradient:")
-            )
+            gradient.of(self.mapping[gradient.node])
+            for gradient in self.graph.outputs_of(OutputKind.GRADIENT)
         )

@@ -21,11 +21,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from meshwright.compiler.ir import INPUT, Builder, Graph, MeshOp, Node, map_nodes
-from meshwright.compiler.layout import Layout
-from meshwright.compiler.memory import node_bytes
-from meshwright.compiler.pending import keeps_pending
-from meshwright.compiler.views import is_view
+from meshwright.compiler.autodiff.pending import keeps_pending
+from meshwright.compiler.graph.aliasing import is_view, node_bytes
+from meshwright.compiler.graph.ir import INPUT, Builder, Graph, MeshOp, Node, map_nodes
+from meshwright.compiler.layout.layout import Layout
 
 VARY = MeshOp("vary")
 
@@ -64,13 +63,13 @@ def _hoisted(graph: Graph) -> Graph:
             mapping[node] = _varying(node, of[node], builder, mapping, varied)
         else:
             mapping[node] = builder.copy(node, mapping)
-    return builder.graph(tuple((label, mapping[node]) for label, node in graph.outputs))
+    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
 
 
 class _Finder:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.users = graph, graph.users()
-        self.returned = {node for _, node in graph.outputs}
+        self.returned = graph.returned
         self.varied = {(n.args[0], n.kwargs["axes"]) for n in graph.nodes if n.op == VARY}
         self.reduces: dict[tuple[Node, tuple[str, ...]], bool] = {}
 
@@ -187,7 +186,7 @@ def _joined(graph: Graph) -> Graph:
             mapping[node] = builder.copy(node, mapping)
             if node in found.sources:
                 varied[node] = _vary_node(builder, mapping[node], found.axes[node], node)
-    return builder.graph(tuple((label, mapping[node]) for label, node in graph.outputs))
+    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
 
 
 class _Views:
@@ -195,7 +194,7 @@ class _Views:
     that are varied, and together not much smaller than the value."""
 
     def __init__(self, graph: Graph) -> None:
-        users, returned = graph.users(), {node for _, node in graph.outputs}
+        users, returned = graph.users(), graph.returned
         self.graph = graph
         self.axes: dict[Node, tuple[str, ...]] = {}
         bytes_of: dict[Node, list[int]] = {}
@@ -245,7 +244,7 @@ def _on_varied(builder: Builder, view: Node, value: Node, axes: tuple[str, ...])
 def _chained(graph: Graph) -> Graph:
     """Of one value's `vary` nodes over nested sets of axes, each is made from the one before; those
     over the same axes are one."""
-    users, returned = graph.users(), {node for _, node in graph.outputs}
+    users, returned = graph.users(), graph.returned
     wanted: dict[Node, dict[frozenset[str], Node]] = {}
     varied: dict[Node, tuple[Node, frozenset[str]]] = {}
     for node in graph.nodes:
@@ -269,4 +268,4 @@ def _chained(graph: Graph) -> Graph:
             source = made[node, base] if base else mapping[node]
             rest = tuple(axis for axis in graph.mesh.names if axis in axes - base)
             made[node, axes] = _vary_node(builder, source, rest, first)
-    return builder.graph(tuple((label, mapping[node]) for label, node in graph.outputs))
+    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from meshwright.compiler.collectives import Wire
-from meshwright.compiler.layout import Layout, replicated
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.layout import Layout, replicated
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Program
 from meshwright.runtime.errors import MismatchError, spell_ranks, verb
 from meshwright.runtime.rank import RankProgram, RankState

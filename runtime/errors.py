@@ -5,10 +5,10 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable, Sequence
 
-from meshwright.compiler.codegen import Code
-from meshwright.compiler.collectives import Wire
-from meshwright.compiler.ir import Graph
-from meshwright.compiler.text import op_text
+from meshwright.compiler.codegen.printing import Code
+from meshwright.compiler.graph.ir import Graph
+from meshwright.compiler.graph.text import op_text
+from meshwright.compiler.layout.collectives import Wire
 from meshwright.dsl.errors import MeshwrightError, one_line
 
 CALL_SAME_METHODS = "call the same methods on every rank, in one order: none under `if rank == 0`"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from meshwright.compiler.local_steps import apply_all
+from meshwright.compiler.layout.local_steps import apply_all
+from meshwright.compiler.layout.reshard import steps
 from meshwright.compiler.program import Stored
-from meshwright.compiler.reshard import steps
 from meshwright.runtime.rank import RankProgram, RankState
 
 

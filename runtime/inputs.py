@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.ir import TensorType
-from meshwright.compiler.layout import Dim, Layout, block_map, dim_axes, shard, whole
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.graph.ir import TensorType
+from meshwright.compiler.layout.layout import Dim, Layout, block_map, dim_axes, shard, whole
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Program
 from meshwright.dsl.statements import Data
 from meshwright.runtime.errors import RunError

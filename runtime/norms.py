@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from meshwright.compiler.collectives import Wire
-from meshwright.compiler.cuts import parts_of
-from meshwright.compiler.layout import Layout
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.cuts import parts_of
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Program
 from meshwright.runtime.rank import RankProgram, RankState
 

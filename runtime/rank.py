@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.bindings import RandomState
-from meshwright.compiler.codegen import Pending, RankContext
-from meshwright.compiler.collectives import Wait
+from meshwright.compiler.codegen.linking import RandomState
+from meshwright.compiler.codegen.printing import Pending, RankContext
 from meshwright.compiler.errors import PassError
-from meshwright.compiler.ir import INPUT, Graph, MeshOp, Node
-from meshwright.compiler.layout import shard
-from meshwright.compiler.memory import storage
+from meshwright.compiler.graph.aliasing import storage
+from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node, OutputKind
+from meshwright.compiler.layout.collectives import Wait
+from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.program import Program, Stored
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
@@ -106,9 +106,8 @@ class RankStep:
         context = RankContext(state.mesh, state.coords, state.device, state.random, buckets)
         self.codes, self.graphs = program.code, list(step.graphs.values())
         self.functions = [code.link(context) for code in self.codes]
-        self.labels = [label for label, _ in step.forward.outputs if not label.startswith("saved:")]
-        self.written = [label for label in self.labels if label.startswith("buffer:")]
-        self.held = {label for label, node in step.forward.outputs if storage(node).op == INPUT}
+        self.outputs = [o for o in step.forward.outputs if o.kind is not OutputKind.SAVED]
+        self.held = {o.label for o in self.outputs if storage(o.node).op == INPUT}
         """Outputs that are a tensor which lives on, and may be written to, or a view of one."""
         self._kept: list[tuple[_Bucket, Kept]] = []
         """What each bucket held before the step that is under way, if that came to its backward."""
@@ -146,8 +145,9 @@ class RankStep:
             self._kept = [(bucket, bucket.keep()) for bucket in self.buckets]
             yield from self._graph(1, arguments, saved)
         results: dict[str, Tensor] = {}
-        for label, value in zip(self.labels, outputs, strict=True):
+        for output, value in zip(self.outputs, outputs, strict=True):
             result = (yield Wait(value.handle)) if type(value) is Pending else value
+            label = output.label
             results[label] = result.clone() if label in self.held else result
         return results
 
@@ -156,9 +156,9 @@ class RankStep:
         kept, self._kept = self._kept, []
         for bucket, gradients in kept:
             bucket.give(gradients)
-        for label in self.written:
-            name = label.removeprefix("buffer:")
-            self.state.tensors["buffer", name].copy_(results.pop(label))
+        for output in self.outputs:
+            if output.kind is OutputKind.BUFFER:
+                self.state.tensors["buffer", output.name].copy_(results.pop(output.label))
 
     def undo(self) -> None:
         """Put back the gradients that an unfinished step has overwritten."""
@@ -186,7 +186,7 @@ class _Inputs:
         self.known: list[Any] = []
         self.arguments: list[tuple[int, int]] = []
         used = {n for node in graph.nodes for n in node.operands()}
-        used.update(node for _, node in graph.outputs)
+        used |= graph.returned
         for i, node in enumerate(graph.inputs):
             if node.args[0] == "argument":
                 self.known.append(None)
@@ -255,10 +255,10 @@ def _owners(program: Program) -> dict[str, tuple[tuple[str, ...], Node]]:
     if graph is None:
         return {}
     names: dict[tuple[str, int], str] = {}
-    for label, node in graph.outputs:
-        source: Node = node.args[0]
+    for gradient in graph.outputs_of(OutputKind.GRADIENT):
+        source: Node = gradient.node.args[0]
         bucket = source if source.op == MeshOp("bucket") else source.args[0]
-        names[bucket.name, node.args[1]] = label.removeprefix("gradient:")
+        names[bucket.name, gradient.node.args[1]] = gradient.name
     return {
         name: (tuple(names[name, i] for i in range(len(node.args))), node)
         for name, node in program.buckets().items()

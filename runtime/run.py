@@ -17,7 +17,6 @@ from meshwright.compiler.program import Program, Stored
 from meshwright.dsl.errors import spelled
 from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
-from meshwright.runtime.agreement import agreed
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.copies import check_found, compare, held
@@ -28,11 +27,15 @@ from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, make_optimizer
 from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
-from meshwright.runtime.rendezvous import under_torchrun
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
-from meshwright.runtime.transport import ProcessMesh, Transport, VirtualMesh, check_device
+from meshwright.runtime.transports.meshes import (
+    ProcessMesh,
+    Transport,
+    VirtualMesh,
+    check_device,
+)
 from meshwright.runtime.weights import (
     check_state,
     check_values,
@@ -41,6 +44,8 @@ from meshwright.runtime.weights import (
     stored_tensors,
     values_of,
 )
+from meshwright.runtime.world.agreement import agreed
+from meshwright.runtime.world.rendezvous import under_torchrun
 
 
 @dataclass(frozen=True, slots=True)

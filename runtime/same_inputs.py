@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.compiler.collectives import Wire
+from meshwright.compiler.layout.collectives import Wire
 from meshwright.dsl.errors import spelled
 from meshwright.runtime.copies import by_value
 from meshwright.runtime.errors import MismatchError, RunError, spell_ranks, verb
 from meshwright.runtime.inputs import check_dense
-from meshwright.runtime.process import Handle, ProcessTransport
 from meshwright.runtime.start import checksum
+from meshwright.runtime.transports.process import Handle, ProcessTransport
 
 INTERVAL = 100
 """Calls from one comparison to the next, once the first ones are over."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.collectives import Wire
+from meshwright.compiler.layout.collectives import Wire
 from meshwright.compiler.program import Program, Stored
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState, Values

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.compiler.program import Program
-from meshwright.runtime.agreement import agree, agreed, told
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.start import same_values
@@ -24,6 +23,7 @@ from meshwright.runtime.weights import (
     stored_tensors,
     values_of,
 )
+from meshwright.runtime.world.agreement import agree, agreed, told
 
 _LIKE_COMPILED = "pass a model like the one compiled"
 

@@ -15,7 +15,7 @@ import torch
 
 import meshwright as mw
 from meshwright.dsl.statements import STATEMENTS
-from meshwright.passes.supported import CARRIED_OUT
+from meshwright.passes.contracts.supported import CARRIED_OUT
 from tests.docs.pages import blocks
 
 README = Path(__file__).parents[1] / "README.md"

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from meshwright.compiler.annotate import capturing
 from meshwright.compiler.capture.aliases import NamedTensors, named_tensors
 from meshwright.compiler.capture.convert import Converter
 from meshwright.compiler.capture.fakes import Fakes
@@ -25,14 +24,15 @@ from meshwright.compiler.capture.generators import refuse_generators
 from meshwright.compiler.capture.inputs import InputSpec, input_spec, split_example
 from meshwright.compiler.capture.modes import translated_modes
 from meshwright.compiler.capture.mutation import detach_out_of_place, functionalised
-from meshwright.compiler.capture.outputs import Loss, Mode, Wrapper
+from meshwright.compiler.capture.outputs import Loss, Mode, OutputKey, Wrapper
 from meshwright.compiler.capture.regions import inline_regions
 from meshwright.compiler.capture.state import put_back
 from meshwright.compiler.capture.stops import stop_gradients
 from meshwright.compiler.capture.values import OnlyOnce, values_in_python
 from meshwright.compiler.capture.watch import watching
-from meshwright.compiler.ir import Graph
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.graph.annotate import capturing
+from meshwright.compiler.graph.ir import Graph
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.dsl.errors import plural
 
 
@@ -66,7 +66,7 @@ class Captured:
 
     @property
     def output_labels(self) -> tuple[str, ...]:
-        return tuple(label for label, _ in self.graph.outputs)
+        return tuple(output.label for output in self.graph.outputs)
 
 
 def capture(
@@ -93,11 +93,11 @@ def capture(
     once = OnlyOnce()
     with only_capture_errors():
         spec = input_spec(model, args, kwargs, static)
-        program, labels = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode, once)
+        program, returned = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode, once)
     converter = Converter(
         program, named, spec, mesh, torch.device(device), differentiable=mode == "train"
     )
-    graph = converter.convert(labels)
+    graph = converter.convert(returned)
     check_backwards(graph)
     once.warn()
     return _captured(converter, graph, named, spec, mode)
@@ -126,10 +126,10 @@ def _export(
     outputs: tuple[str, ...],
     mode: Mode,
     once: OnlyOnce,
-) -> tuple[ExportedProgram, tuple[str, ...]]:
-    """The functional exported program and the labels of what it returns."""
-    labels: list[tuple[str, ...]] = []
-    record, changed = labels.append, once.note_changed
+) -> tuple[ExportedProgram, tuple[OutputKey, ...]]:
+    """The functional exported program and what it returns."""
+    returned: list[tuple[OutputKey, ...]] = []
+    record, changed = returned.append, once.note_changed
     wrapper = Wrapper(model, spec.unflatten, loss, outputs, mode, record, changed)
     known = [value for value in spec.constants.values() if isinstance(value, Tensor)]
     fakes = Fakes()
@@ -149,4 +149,4 @@ def _export(
     stopped = inline_regions(program.graph_module)
     detach_out_of_place(program.graph)
     stop_gradients(program.graph, stopped)
-    return functionalised(program), labels[-1]
+    return functionalised(program), returned[-1]

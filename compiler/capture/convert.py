@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -12,17 +13,29 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import OutputKind as ExportedKind
 
 from meshwright.compiler.capture.aliases import NamedTensors
 from meshwright.compiler.capture.inputs import InputSpec, type_of
 from meshwright.compiler.capture.origin import origin_of
+from meshwright.compiler.capture.outputs import OutputKey
 from meshwright.compiler.capture.simplify import simplify
 from meshwright.compiler.capture.values import picked_by_a_mask
-from meshwright.compiler.emit import FIRST_ONLY
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.ir import GETITEM, INPUT, Builder, Graph, Node, NodeType, TensorType
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.graph.ir import (
+    GETITEM,
+    INPUT,
+    Builder,
+    Graph,
+    Node,
+    NodeType,
+    Output,
+    OutputKind,
+    TensorType,
+)
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.placing.emit import FIRST_ONLY
 
 _aten = torch.ops.aten
 
@@ -60,19 +73,19 @@ class Converter:
         self.by_target: dict[tuple[str, str], Node] = {}
         self.constants: dict[str, Tensor] = {}
 
-    def convert(self, labels: tuple[str, ...]) -> Graph:
-        """The graph, whose returned values are called `labels`."""
+    def convert(self, returned: Sequence[OutputKey]) -> Graph:
+        """The graph, whose outputs are `returned`."""
         live = _live(self.program.graph)
         self._inputs()
         for node in self.program.graph.nodes:
             if node.op == "call_function" and node in live:
                 self.env[node] = self._call(node)
-        return self._without_unused_constants(self.builder.graph(tuple(self._outputs(labels))))
+        return self._without_unused_constants(self.builder.graph(self._outputs(returned)))
 
     def _without_unused_constants(self, graph: Graph) -> Graph:
         """Simplifying leaves some behind: the empty tensors that caches start with."""
         used = {operand for node in graph.nodes for operand in node.operands()}
-        used |= {node for _, node in graph.outputs}
+        used |= graph.returned
         idle = {n for n in graph.inputs if n.args[0] == "constant" and n not in used}
         for node in idle:
             del self.constants[node.args[1]]
@@ -155,19 +168,19 @@ class Converter:
             return self.device
         return value
 
-    def _outputs(self, labels: tuple[str, ...]) -> list[tuple[str, Node]]:
-        returned: Any = self.program.graph.output_node().args[0]
-        remaining = iter(labels)
-        found: list[tuple[str, Node]] = []
-        updates: list[tuple[str, Node]] = []
+    def _outputs(self, returned: Sequence[OutputKey]) -> list[Output]:
+        values: Any = self.program.graph.output_node().args[0]
+        remaining = iter(returned)
+        found: list[Output] = []
+        updates: list[Output] = []
         specs = self.program.graph_signature.output_specs
-        for node, spec in zip(returned, specs, strict=True):
-            if spec.kind is OutputKind.USER_OUTPUT:
-                found.append((next(remaining), self.env[node]))
-            elif spec.kind is OutputKind.BUFFER_MUTATION:
+        for node, spec in zip(values, specs, strict=True):
+            if spec.kind is ExportedKind.USER_OUTPUT:
+                found.append(Output(*next(remaining), self.env[node]))
+            elif spec.kind is ExportedKind.BUFFER_MUTATION:
                 name = self.named.aliases[str(spec.target).removeprefix("model.")]
-                updates.append((f"buffer:{name}", self.env[node]))
-            elif spec.kind is OutputKind.PARAMETER_MUTATION:
+                updates.append(Output(OutputKind.BUFFER, name, self.env[node]))
+            elif spec.kind is ExportedKind.PARAMETER_MUTATION:
                 _refuse_parameter_write(str(spec.target).removeprefix("model."), node)
         return found + updates
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from meshwright.compiler import vjp
+from meshwright.compiler.autodiff import vjp
 from meshwright.compiler.capture.origin import current_line
-from meshwright.compiler.custom import REGISTRY, returning_first, signature_of
 from meshwright.compiler.errors import CaptureError, PassError
-from meshwright.compiler.ir import Graph, Node
-from meshwright.compiler.rules.notation import Slot
+from meshwright.compiler.graph.custom import REGISTRY, returning_first, signature_of
+from meshwright.compiler.graph.ir import Graph, Node
+from meshwright.compiler.placing.rules.notation import Slot
 from meshwright.dsl.errors import MeshwrightError
 
 Function = type[torch.autograd.Function]

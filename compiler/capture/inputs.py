@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.ir import TensorType
+from meshwright.compiler.graph.ir import TensorType
 from meshwright.dsl.errors import spelled
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

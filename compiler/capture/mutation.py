@@ -10,7 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from meshwright.compiler.capture.writes import writes
-from meshwright.compiler.types import portable_operators
+from meshwright.compiler.graph.types import portable_operators
 
 _aten = torch.ops.aten
 

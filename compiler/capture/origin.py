@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
-from meshwright.compiler.ir import Origin
+from meshwright.compiler.graph.ir import Origin
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 _TORCH = str(Path(torch.__file__).parent)

@@ -12,16 +12,19 @@ from torch import Tensor, nn
 from meshwright.compiler.capture.generators import draws_noticed
 from meshwright.compiler.capture.state import StateBefore
 from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.graph.ir import OutputKind
 from meshwright.dsl.errors import one_line
 
 Mode: TypeAlias = Literal["train", "eval", "infer"]
 Loss: TypeAlias = "str | Callable[[Any], Tensor] | None"
+OutputKey: TypeAlias = tuple[OutputKind, str]
+"""What an output is, and its name: see `Output`."""
 
 
 class Wrapper(nn.Module):
     """Calls the model on flat tensors and returns flat tensors, so that caches stop nothing.
 
-    `record` is told the labels of what comes out, in order, and `changed` of each number that a
+    `record` is told what comes out, in order, and `changed` of each number that a
     module keeps in Python and that the forward changed; export puts attributes back.
     """
 
@@ -32,7 +35,7 @@ class Wrapper(nn.Module):
         loss: Loss,
         outputs: tuple[str, ...],
         mode: Mode,
-        record: Callable[[tuple[str, ...]], None],
+        record: Callable[[tuple[OutputKey, ...]], None],
         changed: Callable[[nn.Module, str], None],
     ) -> None:
         super().__init__()
@@ -48,14 +51,14 @@ class Wrapper(nn.Module):
         found = dict(self.select(output))
         for module, name in before.changed_numbers():
             self.changed(module, name)
-        found |= {f"buffer:{name}": tensor for name, tensor in before.assigned()}
+        found |= {(OutputKind.BUFFER, name): tensor for name, tensor in before.assigned()}
         self.record(tuple(found))
         return tuple(found.values())
 
-    def select(self, output: Any) -> Iterator[tuple[str, Tensor]]:
-        """The labels and values that the graph returns."""
+    def select(self, output: Any) -> Iterator[tuple[OutputKey, Tensor]]:
+        """What the graph returns."""
         if self.mode != "infer":
-            yield "loss", pick_loss(output, self.loss)
+            yield (OutputKind.LOSS, ""), pick_loss(output, self.loss)
         held = dict(tensors_of(output))
         wanted = self.outputs or (tuple(held) if self.mode == "infer" else ())
         if self.mode == "infer" and not held:
@@ -64,7 +67,7 @@ class Wrapper(nn.Module):
                 help="return a tensor, or a tuple, dict or dataclass of tensors",
             )
         for path in wanted:
-            yield _label(path), _at(held, path, output)
+            yield (OutputKind.OUTPUT, path if path != "output" else ""), _at(held, path, output)
 
 
 def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -159,10 +162,6 @@ def _at(held: dict[str, Tensor], path: str, output: Any) -> Tensor:
             help="name one of those",
         )
     return held[key]
-
-
-def _label(path: str) -> str:
-    return f"output:{path}" if path not in ("", "output") else "output"
 
 
 def _is_scalar(value: Tensor) -> bool:

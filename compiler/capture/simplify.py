@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from meshwright.compiler.ir import Arg, Node, Op, TensorType
+from meshwright.compiler.graph.ir import Arg, Node, Op, TensorType
 
 _aten = torch.ops.aten
 

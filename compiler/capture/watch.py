@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.distributions.dirichlet import _Dirichlet
 from torch.utils.checkpoint import CheckpointFunction
 
-from meshwright.compiler import custom
 from meshwright.compiler.capture.functions import traced
 from meshwright.compiler.capture.modes import replaced
 from meshwright.compiler.capture.origin import current_line
 from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.graph import custom
 
 
 @contextmanager

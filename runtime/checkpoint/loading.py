@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
-from meshwright.runtime.agreement import agreed, first_says, told
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
 from meshwright.runtime.checkpoint.files import COPY_AGAIN
@@ -42,6 +41,7 @@ from meshwright.runtime.weights import (
     name_in,
     stored_tensors,
 )
+from meshwright.runtime.world.agreement import agreed, first_says, told
 
 _ATTEMPTS = 5
 

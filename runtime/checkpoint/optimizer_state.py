@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from meshwright.compiler.layout import replicated
+from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.program import Program
 from meshwright.runtime.checkpoint.options import OWN_CHOICE, written
 from meshwright.runtime.checkpoint.parts import Entry

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout import Layout, block_map
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.layout.layout import Layout, block_map
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Stored
 from meshwright.runtime.checkpoint.header import dtype_of
 from meshwright.runtime.checkpoint.manifest import Manifest

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.compiler.program import Program
-from meshwright.runtime.agreement import agree, agreed, first_says, told
 from meshwright.runtime.checkpoint.extra import written_extra
 from meshwright.runtime.checkpoint.files import cannot
 from meshwright.runtime.checkpoint.folder import NewSave, folder_of
@@ -39,6 +38,7 @@ from meshwright.runtime.checkpoint.shards import (
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.weights import stored_tensors
+from meshwright.runtime.world.agreement import agree, agreed, first_says, told
 
 _ONE_FOLDER = "give every rank one folder, on a filesystem that all of them share"
 

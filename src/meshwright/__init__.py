@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshwright.compiler.annotate import layout
-from meshwright.compiler.custom import custom
 from meshwright.compiler.errors import CaptureError, LayoutError, PassError
+from meshwright.compiler.graph.annotate import layout
+from meshwright.compiler.graph.custom import custom
 from meshwright.compiler.program import Program
 from meshwright.dsl.errors import MeshwrightError, PlanError
 from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
 from meshwright.runtime.checkpoint import read_state_dict
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.launcher import guard
 from meshwright.runtime.run import Run, launch
+from meshwright.runtime.world.launcher import guard
 
 __version__ = "0.1.0"
 

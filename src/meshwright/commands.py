@@ -8,12 +8,12 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from meshwright.compiler.graph_data import graph_data
-from meshwright.compiler.ir import Graph
-from meshwright.compiler.listing import graph_text
+from meshwright.compiler.graph.data import graph_data
+from meshwright.compiler.graph.ir import Graph
+from meshwright.compiler.graph.text import size_text, spelt
 from meshwright.compiler.program import Program
-from meshwright.compiler.show import show_text
-from meshwright.compiler.text import size_text, spelt
+from meshwright.compiler.report.listing import graph_text
+from meshwright.compiler.report.show import show_text
 from meshwright.dsl.errors import did_you_mean, plural
 from meshwright.dsl.plan import Plan
 from meshwright.launcher.job import Job

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.compiler.capture import Captured, capture
-from meshwright.compiler.ir import GETITEM, INPUT, Node, map_nodes
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.graph.ir import GETITEM, INPUT, Node, map_nodes
+from meshwright.compiler.layout.mesh import Mesh
 
 MESH = Mesh(())
 
@@ -29,7 +29,7 @@ def run(captured: Captured, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         values[node] = _value(node, values, tensors)
         for value, type in zip(_many(values[node]), _many(node.type), strict=True):
             assert (tuple(value.shape), value.dtype) == (type.shape, type.dtype), node.name
-    return {label: values[node] for label, node in captured.graph.outputs}
+    return {each.label: values[each.node] for each in captured.graph.outputs}
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:

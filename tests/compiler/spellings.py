@@ -6,8 +6,8 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from meshwright.compiler.layout import Dim, Factor, Layout, Segment
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.layout.layout import Dim, Factor, Layout, Segment
+from meshwright.compiler.layout.mesh import Mesh
 
 SQUARE = Mesh((("a", 2), ("b", 2)))
 OBLONG = Mesh((("a", 2), ("b", 3)))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from meshwright.compiler.collectives import Transfer, Wire
-from meshwright.compiler.layout import combine
-from meshwright.compiler.local_steps import apply_all, shape_after
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.layout.collectives import Transfer, Wire
+from meshwright.compiler.layout.layout import combine
+from meshwright.compiler.layout.local_steps import apply_all, shape_after
+from meshwright.compiler.layout.mesh import Mesh
 
 
 def run_wire(wire: Wire, tensors: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:

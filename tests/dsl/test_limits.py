@@ -7,7 +7,7 @@ import time
 import pytest
 
 from meshwright.dsl import Columns, Plan, PlanError
-from meshwright.dsl.parser import MOST_CHARACTERS
+from meshwright.dsl.reading.parser import MOST_CHARACTERS
 
 MESH = "mesh dp=2, tp=2\n"
 MANY, SOME = 10**5, 2500

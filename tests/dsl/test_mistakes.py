@@ -10,7 +10,7 @@ import pytest
 
 from meshwright.dsl import Plan, PlanError
 from meshwright.dsl.characters import described
-from meshwright.dsl.slips import EXAMPLES
+from meshwright.dsl.reading.slips import EXAMPLES
 from meshwright.dsl.statements import STATEMENTS
 
 MESH = "mesh dp=2, tp=2\n"

@@ -9,15 +9,15 @@ from typing import Any
 from torch import nn
 
 import meshwright
+from meshwright.compiler.autodiff.differentiate import differentiate
 from meshwright.compiler.capture import capture
-from meshwright.compiler.differentiate import differentiate
-from meshwright.compiler.draft import Draft, pinned_inputs
-from meshwright.compiler.ir import Graph, Node
-from meshwright.compiler.mesh import Mesh
-from meshwright.compiler.text import call_text, node_type_text
+from meshwright.compiler.graph.ir import Graph, Node
+from meshwright.compiler.graph.text import call_text, node_type_text
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.passes.bucket import bucket
 from meshwright.passes.driver import PLACING, REWRITING
 from meshwright.passes.lower import lower
+from meshwright.passes.statements.draft import Draft, pinned_inputs
 from meshwright.passes.vary import vary
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import meshwright
-from meshwright.compiler.ir import Graph
+from meshwright.compiler.graph.ir import Graph
 from meshwright.passes import overlap as passed
 from meshwright.passes.overlap import overlap
 from tests.passes.examples import Lm, Mlp, labelled, rows

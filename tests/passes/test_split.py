@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 import meshwright
-from meshwright.compiler.ir import Graph
+from meshwright.compiler.graph.ir import Graph, OutputKind
 from meshwright.passes import split as passed
 from meshwright.passes.split import split
 from tests.passes.examples import Blocks, Mlp, rows, sequences
@@ -18,7 +18,7 @@ SEQUENCE = "mesh tp=2\ncolumns block.up over tp\nrows block.down over tp\nsequen
 
 def saved(graph: Graph) -> list[str]:
     """What a forward hands over, in the order of the list."""
-    return [node.name for label, node in graph.outputs if label.startswith("saved:")]
+    return [saved.node.name for saved in graph.outputs_of(OutputKind.SAVED)]
 
 
 def popped(graph: Graph) -> list[str]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meshwright.compiler.ir import MeshOp
+from meshwright.compiler.graph.ir import MeshOp
 from meshwright.passes import vary
 from tests.equivalence import check_equal
 from tests.models import real

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from meshwright.runtime import shared
+from meshwright.runtime.transports import shared
 from tests.runtime.mishaps import compiled
 from tests.runtime.models import batch
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from meshwright.compiler.collectives import Wire
-from meshwright.compiler.mesh import Mesh
-from meshwright.runtime.process import ProcessTransport
+from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.runtime.transports.process import ProcessTransport
 
 NAMES = ("hidden_sum", "loss_sum")
 ROW, COLUMN = Wire("all_reduce", ("tp",), index=0), Wire("all_reduce", ("dp",), index=1)

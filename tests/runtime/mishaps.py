@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import meshwright as mw
-from meshwright.runtime.process import ProcessTransport
+from meshwright.runtime.transports.process import ProcessTransport
 from tests.runtime.models import PLANS, batch, make
 
 PERIOD, PATIENCE = 0.4, 2.0

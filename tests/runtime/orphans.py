@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from meshwright.compiler.collectives import Wire
-from meshwright.compiler.mesh import Mesh
-from meshwright.runtime import launcher
-from meshwright.runtime.process import ProcessTransport
+from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.runtime.transports.process import ProcessTransport
+from meshwright.runtime.world import launcher
 
 MINUTES = 120.0
 

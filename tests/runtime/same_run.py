@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import meshwright as mw
-from meshwright.runtime import gloo, run
+from meshwright.runtime import run
+from meshwright.runtime.transports import gloo
 from tests.runtime.models import BATCH, PLANS, batch, make
 
 RANK = int(os.environ["RANK"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import meshwright as mw
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.copies import copy_groups
 from tests.runtime.models import PLANS, batch, make
 from tests.runtime.test_run import compiled

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright as mw
-from meshwright.runtime import virtual
+from meshwright.runtime.transports import virtual
 from tests.runtime.processes import ROOT, finish, start
 
 PLAN = "mesh dp=2, tp=2\ndata x over dp\ncolumns up over tp\nrows down over tp\n"

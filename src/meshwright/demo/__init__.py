@@ -20,8 +20,8 @@ from meshwright.demo.corpus import Corpus
 from meshwright.demo.model import GPT, LENGTH, PLAN
 from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
-from meshwright.runtime.rendezvous import under_torchrun
 from meshwright.runtime.run import launch
+from meshwright.runtime.world.rendezvous import under_torchrun
 
 STEPS = 60
 BATCH = 16

@@ -14,15 +14,15 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from meshwright.compiler.collectives import COLLECTIVES
-from meshwright.compiler.ir import INPUT, MeshOp, Node, TensorType
-from meshwright.compiler.listing import graph_text
+from meshwright.compiler.graph.ir import INPUT, MeshOp, Node, TensorType
+from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.program import Program
-from meshwright.compiler.show import tables
-from meshwright.compiler.summary import summarise
+from meshwright.compiler.report.listing import graph_text
+from meshwright.compiler.report.show import tables
+from meshwright.compiler.report.summary import summarise
 from meshwright.demo.corpus import Corpus
 from meshwright.demo.model import GPT, PLAN
-from meshwright.runtime.rendezvous import under_torchrun
+from meshwright.runtime.world.rendezvous import under_torchrun
 
 if TYPE_CHECKING:
     from meshwright.demo import Loss

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.kernels.grouped import grouped_mm, grouped_mm_weight
-from tests.compiler.rules import references
+from tests.compiler.placing.rules import references
 from tests.models import real
 
 GROUPS = [

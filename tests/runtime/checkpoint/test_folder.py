@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import meshwright as mw
-from meshwright.compiler.layout import replicated
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.layout.layout import replicated
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.checkpoint import folder as folder_module
 from meshwright.runtime.checkpoint.folder import NewSave, OpenSave, remove_unused
 from meshwright.runtime.checkpoint.header import Header

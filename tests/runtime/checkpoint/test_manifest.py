@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import meshwright as mw
-from meshwright.compiler.layout import split
-from meshwright.compiler.mesh import Mesh
+from meshwright.compiler.layout.layout import split
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.checkpoint.manifest import (
     Manifest,
     SavedTensor,

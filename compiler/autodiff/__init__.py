@@ -1,0 +1,1 @@
+"""The backward as a graph, operator by operator."""

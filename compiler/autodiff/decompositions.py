@@ -1,0 +1,394 @@
+"""What operators are made of, for where a layout splits what they need whole.
+
+Each entry is a function of the operator's own arguments, in torch operators that have rules for
+such splits: a sum over a split dim stays pending. Maxima are detached, since only a pending sum has
+an adjoint. A loss is its rows, summed, over their count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from meshwright.compiler.graph.ir import Arg, MeshOp, NodeType, Op, TensorType
+from meshwright.compiler.graph.types import (
+    fake_mode,
+    fake_tensor,
+    freeze,
+    portable_operators,
+    type_of,
+)
+from meshwright.compiler.placing.rules.notation import Slot
+
+aten = torch.ops.aten
+
+DECOMPOSITIONS: dict[Op, Callable[..., Any]] = {}
+
+
+def decomposes(*ops: Op) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register what these operators are made of."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        DECOMPOSITIONS.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One call; its arguments hold `Slot`s of the operands, then of the calls before."""
+
+    op: Op
+    args: tuple[Arg, ...]
+    kwargs: tuple[tuple[str, Arg], ...]
+    type: NodeType
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """The calls that an operator is made of, and which slot holds each of its results."""
+
+    calls: tuple[Piece, ...]
+    results: tuple[int, ...]
+
+
+@lru_cache(maxsize=4096)
+def decompose(
+    op: Op,
+    args: tuple[Arg, ...],
+    kwargs: tuple[tuple[str, Arg], ...],
+    operands: tuple[TensorType, ...],
+) -> Pieces:
+    """The calls behind `op` at these types; `args` hold a `Slot` for each operand."""
+
+    def run(tensors: list[Tensor]) -> list[Tensor]:
+        named = {key: _fill(value, tensors) for key, value in kwargs}
+        result = DECOMPOSITIONS[op](*(_fill(arg, tensors) for arg in args), **named)
+        return list(result) if isinstance(result, (tuple, list)) else [result]
+
+    with fake_mode(), portable_operators(), torch.no_grad():
+        graph = make_fx(run)([fake_tensor(type) for type in operands]).graph
+    return _read(graph)
+
+
+def _fill(arg: Arg, tensors: Sequence[Tensor]) -> Arg:
+    if isinstance(arg, Slot):
+        return tensors[arg.index]
+    return [_fill(item, tensors) for item in arg] if isinstance(arg, tuple) else arg
+
+
+def _read(graph: torch.fx.Graph) -> Pieces:
+    slots: dict[torch.fx.Node, Slot] = {}
+    calls: list[Piece] = []
+    results: tuple[int, ...] = ()
+    for node in graph.nodes:
+        if node.op == "output":
+            results = tuple(slots[item].index for item in node.args[0])
+            continue
+        slots[node] = Slot(len(slots))
+        if node.op == "call_function":
+            args, named = (_slotted(given, slots) for given in (node.args, node.kwargs))
+            kwargs = tuple((key, freeze(value)) for key, value in sorted(named.items()))
+            own = isinstance(node.target, torch._ops.OpOverload)
+            op = node.target if own else MeshOp("getitem")
+            calls.append(Piece(op, freeze(args), kwargs, type_of(node.meta["val"])))
+    return Pieces(tuple(calls), results)
+
+
+def _slotted(given: Any, slots: Mapping[torch.fx.Node, Slot]) -> Any:
+    return torch.utils._pytree.tree_map_only(torch.fx.Node, slots.__getitem__, given)
+
+
+def _count(x: Tensor, dims: list[int]) -> int:
+    return math.prod(x.shape[dim] for dim in dims)
+
+
+def _mean(x: Tensor, dims: list[int]) -> Tensor:
+    return x.sum(dims, keepdim=True) / _count(x, dims)
+
+
+@decomposes(aten._native_batch_norm_legit_functional.default)
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Statistics of the whole batch, as on one rank; the running ones carry no gradient."""
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    across = [1, -1, *[1] * (x.dim() - 2)]
+    if not training:
+        mean, var = running_mean.view(across), running_var.view(across)
+    else:
+        mean = _mean(x, dims)
+        var = _mean((x - mean).square(), dims)
+    rstd = torch.rsqrt(var + eps)
+    y = (x - mean) * rstd
+    if weight is not None:
+        y = y * weight.view(across)
+    if bias is not None:
+        y = y + bias.view(across)
+    flat_mean, flat_var, flat_rstd = (each.reshape(-1) for each in (mean, var, rstd))
+    if training:
+        count = _count(x, dims)
+        unbiased = flat_var.detach() * (count / max(count - 1, 1))
+        running_mean = running_mean * (1 - momentum) + flat_mean.detach() * momentum
+        running_var = running_var * (1 - momentum) + unbiased * momentum
+    else:
+        flat_mean, flat_rstd = flat_mean[:0], flat_rstd[:0]  # as torch's: nothing is kept
+    return y, flat_mean, flat_rstd, running_mean, running_var
+
+
+@decomposes(aten.group_norm.default)
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    grouped = x.view(x.shape[0], num_groups, x.shape[1] // num_groups, *x.shape[2:])
+    dims = list(range(2, grouped.dim()))
+    centred = grouped - _mean(grouped, dims)
+    y = (centred * torch.rsqrt(_mean(centred.square(), dims) + eps)).view(x.shape)
+    across = [1, -1, *[1] * (x.dim() - 2)]
+    y = y if weight is None else y * weight.view(across)
+    return y if bias is None else y + bias.view(across)
+
+
+@decomposes(aten._log_softmax.default)
+def log_softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    shifted = x - x.detach().amax(dim, keepdim=True)
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
+@decomposes(aten.log_softmax.int)
+def log_softmax_int(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    x = x if dtype is None else x.to(dtype)
+    shifted = x - x.detach().amax(dim, keepdim=True)
+    return shifted - shifted.exp().sum(dim, keepdim=True).log()
+
+
+@decomposes(aten._softmax.default)
+def softmax(x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    exponentials = (x - x.detach().amax(dim, keepdim=True)).exp()
+    return exponentials / exponentials.sum(dim, keepdim=True)
+
+
+@decomposes(aten.softmax.int)
+def softmax_int(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    x = x if dtype is None else x.to(dtype)
+    exponentials = (x - x.detach().amax(dim, keepdim=True)).exp()
+    return exponentials / exponentials.sum(dim, keepdim=True)
+
+
+@decomposes(aten.logsumexp.default)
+def logsumexp(x: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
+    largest = x.detach().amax(dim, keepdim=True)
+    total = (x - largest).exp().sum(dim, keepdim=True).log() + largest
+    return total if keepdim else total.squeeze(dim)
+
+
+@decomposes(aten.var.correction)
+def var(
+    x: Tensor,
+    dim: list[int] | None = None,
+    *,
+    correction: float | None = None,
+    keepdim: bool = False,
+) -> Tensor:
+    dims = list(range(x.dim())) if not dim else [d % x.dim() for d in dim]
+    squares = (x - _mean(x, dims)).square().sum(dims, keepdim=keepdim)
+    return squares / max(_count(x, dims) - (1 if correction is None else correction), 0)
+
+
+@decomposes(aten.std.correction)
+def std(x: Tensor, dim: list[int] | None = None, **options: Any) -> Tensor:
+    found: Tensor = var(x, dim, **options).sqrt()
+    return found
+
+
+@decomposes(aten.var.dim)
+def var_dim(
+    x: Tensor, dim: list[int] | None, unbiased: bool = True, keepdim: bool = False
+) -> Tensor:
+    found: Tensor = var(x, dim, correction=int(unbiased), keepdim=keepdim)
+    return found
+
+
+@decomposes(aten.std.dim)
+def std_dim(
+    x: Tensor, dim: list[int] | None, unbiased: bool = True, keepdim: bool = False
+) -> Tensor:
+    found: Tensor = var(x, dim, correction=int(unbiased), keepdim=keepdim).sqrt()
+    return found
+
+
+@decomposes(aten.var.default)
+def var_all(x: Tensor, unbiased: bool = True) -> Tensor:
+    found: Tensor = var(x, correction=int(unbiased))
+    return found
+
+
+@decomposes(aten.std.default)
+def std_all(x: Tensor, unbiased: bool = True) -> Tensor:
+    found: Tensor = var(x, correction=int(unbiased)).sqrt()
+    return found
+
+
+def _reduced(rows: Tensor, reduction: int) -> Tensor:
+    """Rows of a loss as torch reduces them: 0 not at all, 1 to their mean, 2 to their sum."""
+    if reduction == 0:
+        return rows
+    return rows.sum() / rows.numel() if reduction == 1 else rows.sum()
+
+
+@decomposes(aten.l1_loss.default)
+def l1_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    return _reduced((x - target).abs(), reduction)
+
+
+@decomposes(aten.smooth_l1_loss.default)
+def smooth_l1_loss(x: Tensor, target: Tensor, reduction: int = 1, beta: float = 1.0) -> Tensor:
+    distance = (x - target).abs()
+    if beta == 0:
+        return _reduced(distance, reduction)
+    near = distance.square() * (0.5 / beta)
+    return _reduced(torch.where(distance < beta, near, distance - 0.5 * beta), reduction)
+
+
+@decomposes(aten.huber_loss.default)
+def huber_loss(x: Tensor, target: Tensor, reduction: int = 1, delta: float = 1.0) -> Tensor:
+    distance = (x - target).abs()
+    near, far = distance.square() * 0.5, delta * (distance - 0.5 * delta)
+    return _reduced(torch.where(distance < delta, near, far), reduction)
+
+
+@decomposes(aten.kl_div.default)
+def kl_div(x: Tensor, target: Tensor, reduction: int = 1, *, log_target: bool = False) -> Tensor:
+    if log_target:
+        return _reduced(target.exp() * (target - x), reduction)
+    return _reduced(torch.special.xlogy(target, target) - target * x, reduction)
+
+
+@decomposes(aten.binary_cross_entropy.default)
+def binary_cross_entropy(
+    x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1
+) -> Tensor:
+    """Logarithms end at -100, as torch's do."""
+    hit, miss = x.log().clamp(min=-100), (-x).log1p().clamp(min=-100)
+    rows = (target - 1) * miss - target * hit
+    return _reduced(rows if weight is None else rows * weight, reduction)
+
+
+@decomposes(aten.binary_cross_entropy_with_logits.default)
+def binary_cross_entropy_with_logits(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    reduction: int = 1,
+) -> Tensor:
+    softplus = torch.nn.functional.softplus(-x)
+    positive = 1 if pos_weight is None else 1 + (pos_weight - 1) * target
+    rows = (1 - target) * x + positive * softplus
+    return _reduced(rows if weight is None else rows * weight, reduction)
+
+
+@decomposes(aten.nll_loss_nd.default, aten.nll_loss.default)
+def nll_loss(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+) -> Tensor:
+    """`x[n, c, ...]` are log-probabilities; the mean is over the weights of labels that count."""
+    classes = x if x.dim() > 1 else x.unsqueeze(0)
+    labels = target.view(classes.shape[0], *classes.shape[2:])
+    counts = labels != ignore_index
+    safe = torch.where(counts, labels, 0)
+    share = counts.to(x.dtype) if weight is None else weight[safe] * counts
+    rows = -classes.gather(1, safe.unsqueeze(1)).squeeze(1) * share
+    if reduction == 0:
+        return rows.view(target.shape)
+    return rows.sum() / share.sum() if reduction == 1 else rows.sum()
+
+
+def _gates(x: Tensor, count: int) -> list[Tensor]:
+    """Equal parts of the last dim, each an operator of its own."""
+    size = x.shape[-1] // count
+    return [x.narrow(-1, i * size, size) for i in range(count)]
+
+
+@decomposes(aten.rnn_tanh_cell.default)
+def rnn_tanh_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    linear = torch.nn.functional.linear
+    return torch.tanh(linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh))
+
+
+@decomposes(aten.rnn_relu_cell.default)
+def rnn_relu_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    linear = torch.nn.functional.linear
+    return torch.relu(linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh))
+
+
+@decomposes(aten.gru_cell.default)
+def gru_cell(
+    x: Tensor,
+    h: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> Tensor:
+    linear = torch.nn.functional.linear
+    reset_x, update_x, new_x = _gates(linear(x, w_ih, b_ih), 3)
+    reset_h, update_h, new_h = _gates(linear(h, w_hh, b_hh), 3)
+    update = torch.sigmoid(update_x + update_h)
+    new = torch.tanh(new_x + torch.sigmoid(reset_x + reset_h) * new_h)
+    return new + update * (h - new)
+
+
+@decomposes(aten.lstm_cell.default)
+def lstm_cell(
+    x: Tensor,
+    state: Sequence[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    linear = torch.nn.functional.linear
+    h, c = state
+    gates = linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)
+    entry, forget, cell, out = _gates(gates, 4)
+    c = torch.sigmoid(forget) * c + torch.sigmoid(entry) * torch.tanh(cell)
+    return torch.sigmoid(out) * torch.tanh(c), c

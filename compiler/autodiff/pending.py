@@ -1,0 +1,63 @@
+"""Find out whether the adjoint of a call leaves a pending cotangent pending.
+
+The cotangent of a varying value is a pending sum. Most adjoints are linear in it by rules that say
+so, and pass it on as it is. Others (that of a Cholesky factor) need it whole: they would have it
+reduced, and what they give would be reduced once more at the parameter.
+"""
+
+from __future__ import annotations
+
+from meshwright.compiler.autodiff.differentiate import node_cotangents
+from meshwright.compiler.autodiff.vjp import VjpContext
+from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node, map_nodes
+from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.placing.emit import Emitter
+
+
+def keeps_pending(node: Node, axes: tuple[str, ...], mesh: Mesh) -> bool:
+    """Whether a cotangent of a placed call that is pending over `axes` gives the operands
+    cotangents that are, and nothing is reduced on the way.
+
+    Requires: a call with one result, replicated over `axes`. Found out by writing its backward.
+    """
+    if isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES:
+        return True
+    emitter = Emitter(Builder("pending", mesh), backward=True)
+    context = _context(emitter, node, axes)
+    found = node_cotangents(context)
+    return not emitter.movements and all(
+        set(axes) <= set(grad.placed.partial_axes)
+        for grad, operand in zip(found, context.operands, strict=True)
+        if grad is not None and operand.requires_grad
+    )
+
+
+def _context(emitter: Emitter, node: Node, axes: tuple[str, ...]) -> VjpContext:
+    """The backward of `node` on operands that vary over `axes`."""
+    builder = emitter.builder
+
+    def stand_in(value: Node, layout: Layout) -> Node:
+        return builder.emit(
+            INPUT,
+            ("operand", value.name),
+            type=value.type,
+            layout=layout.canonical(builder.mesh),
+            requires_grad=value.requires_grad,
+        )
+
+    operands = {
+        n: stand_in(n, n.placed.add_varying(axes) if n.requires_grad else n.placed)
+        for n in node.operands()
+    }
+    result = builder.emit(
+        node.op,
+        map_nodes(node.args, operands.__getitem__),
+        {key: map_nodes(value, operands.__getitem__) for key, value in node.kwargs.items()},
+        type=node.type,
+        layout=node.placed.add_varying(axes).canonical(builder.mesh),
+        requires_grad=True,
+    )
+    cotangent = stand_in(node, result.placed.dual())
+    return VjpContext(emitter, result, (result,), (cotangent,), node.origin)

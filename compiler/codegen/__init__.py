@@ -1,0 +1,1 @@
+"""A graph as the Python generator of one rank."""

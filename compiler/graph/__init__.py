@@ -1,0 +1,1 @@
+"""Graphs of operators: nodes, their types, their text, and which of them share memory."""

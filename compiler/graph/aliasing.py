@@ -1,0 +1,44 @@
+"""Which values share memory, and how many bytes are behind each."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from meshwright.compiler.graph.ir import GETITEM, Graph, MeshOp, Node, Op
+
+aten = torch.ops.aten
+
+IDENTITIES: frozenset[Op] = frozenset({aten.detach.default, aten.alias.default, MeshOp("vary")})
+"""Operators that do nothing when a graph runs: no autograd is there to see them."""
+
+
+@lru_cache(maxsize=4096)
+def is_view(op: Op) -> bool:
+    """Whether the result aliases an operand without writing to it, by the operator's schema."""
+    if isinstance(op, MeshOp):
+        return op.name in ("slice", "narrow", "bucket_item")
+    returns = op._schema.returns
+    return bool(returns) and all(
+        value.alias_info is not None and not value.alias_info.is_write for value in returns
+    )
+
+
+def node_bytes(node: Node, graph: Graph) -> int:
+    """What one rank holds of all results of a node."""
+    types = node.type if isinstance(node.type, tuple) else (node.type,)
+    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
+    return sum(
+        math.prod(layout.local_shape(graph.mesh)) * type.dtype.itemsize
+        for type, layout in zip(types, layouts, strict=True)
+        if type is not None and layout is not None
+    )
+
+
+def storage(node: Node) -> Node:
+    """The node whose memory a view shares; itself for any other."""
+    while node.op in IDENTITIES or node.op == GETITEM or is_view(node.op):
+        node = next(node.operands())
+    return node

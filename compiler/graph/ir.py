@@ -1,0 +1,330 @@
+"""The graph: nodes over torch operators and mesh operators, with global types and layouts.
+
+A node's `type` is always the *global* one; what a rank holds follows from its `layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum, StrEnum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.dsl.errors import plural
+
+if TYPE_CHECKING:
+    from meshwright.compiler.layout.layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """A global shape and an element type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        size = self.dtype.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a value of this type can carry a gradient."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+
+@dataclass(frozen=True, slots=True)
+class MeshOp:
+    """An operator of Meshwright's own: a composite, a collective or part of the graph's frame."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"mesh::{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a node comes from: module path and class, source line, plan line, forward node."""
+
+    module: str = ""
+    module_type: str = ""
+    source: str = ""
+    plan_line: str = ""
+    """`gpt.plan:6`: the statement behind an input's layout or a collective."""
+    forward: str = ""
+    modules: tuple[tuple[str, str], ...] = ()
+    """The stack of (path, class) from the root to the innermost module."""
+
+
+Op: TypeAlias = "torch._ops.OpOverload | MeshOp"
+Arg: TypeAlias = Any  # Node | number | str | bool | dtype | device | None | tuple or list of those
+NodeType: TypeAlias = "TensorType | tuple[TensorType | None, ...] | None"
+NodeLayout: TypeAlias = "Layout | tuple[Layout | None, ...] | None"
+
+
+class Phase(Enum):
+    """When a node runs: what a schedule moves about is all nodes of one phase of a stage."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    """It computes cotangents of activations, for which the stages before it wait."""
+    WEIGHT = "weight"
+    """It computes gradients of parameters, for which nothing waits but the optimizer."""
+
+
+class OutputKind(StrEnum):
+    """What an output of a graph is."""
+
+    LOSS = "loss"
+    OUTPUT = "output"
+    """A part of the model's output; its name is the path."""
+    BUFFER = "buffer"
+    """A buffer's new value."""
+    GRADIENT = "gradient"
+    """A parameter's gradient."""
+    SAVED = "saved"
+    """What the backward takes over, numbered in the order in which it does."""
+
+
+INPUT = MeshOp("input")
+"""A parameter, buffer, constant or argument; `args` is `(kind, target)`."""
+GETITEM = MeshOp("getitem")
+"""One result of a node with several: `args` is `(node, index)`."""
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """One operation of a graph, with global shapes.
+
+    `name` is unique in its graph, `op` is torch's operator or one of the mesh (a collective),
+    `args` and `kwargs` what it is called with, `type` its shape and dtype (several for several
+    results), `layout` where the result lies on the mesh, and `origin` the module, the source line
+    and the plan line that it comes from. Nodes are compared by identity; a pass never edits one in
+    place, it emits another.
+    """
+
+    name: str
+    op: Op
+    args: tuple[Arg, ...]
+    kwargs: dict[str, Arg]
+    type: NodeType
+    layout: NodeLayout = None
+    origin: Origin = field(default_factory=Origin)
+    requires_grad: bool = False
+    """Whether a parameter that wants a gradient feeds it through differentiable operators."""
+    phase: Phase = Phase.FORWARD
+
+    @property
+    def tensor(self) -> TensorType:
+        """The type of a node that is one tensor."""
+        assert isinstance(self.type, TensorType), self.name
+        return self.type
+
+    @property
+    def placed(self) -> Layout:
+        """The layout of a node that is one tensor."""
+        assert self.layout is not None and not isinstance(self.layout, tuple), self.name
+        return self.layout
+
+    def operands(self) -> Iterator[Node]:
+        """Every node among the arguments, in order, repeats included."""
+        yield from nodes_in(self.args)
+        for value in self.kwargs.values():
+            yield from nodes_in(value)
+
+    def __repr__(self) -> str:
+        return f"%{self.name}"
+
+
+def nodes_in(arg: Arg) -> Iterator[Node]:
+    """Every node inside a nested argument."""
+    if isinstance(arg, Node):
+        yield arg
+    elif isinstance(arg, (tuple, list)):
+        for item in arg:
+            yield from nodes_in(item)
+
+
+def map_nodes(arg: Arg, function: Callable[[Node], Arg]) -> Arg:
+    """The same nested argument with each node replaced by `function(node)`."""
+    if isinstance(arg, Node):
+        return function(arg)
+    if isinstance(arg, tuple):
+        return tuple(map_nodes(item, function) for item in arg)
+    if isinstance(arg, list):
+        return [map_nodes(item, function) for item in arg]
+    return arg
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A value that a graph returns: what it is, what it is called, and what computes it."""
+
+    kind: OutputKind
+    name: str
+    node: Node
+
+    @property
+    def label(self) -> str:
+        """The output as texts call it: `loss`, `output:logits`, `gradient:blocks.0.up.weight`."""
+        return f"{self.kind}:{self.name}" if self.name else str(self.kind)
+
+    def of(self, node: Node) -> Output:
+        """The same output, computed by another node."""
+        return replace(self, node=node)
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The nodes of a forward or a backward, in an order in which they can run.
+
+    `name` is `stage0.forward` or `stage0.backward`, `mesh` the axes, `nodes` every `Node`, and
+    `outputs` what is returned, in order: see `OutputKind`.
+    """
+
+    name: str
+    mesh: Mesh
+    nodes: tuple[Node, ...]
+    outputs: tuple[Output, ...]
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        """The nodes that stand for parameters, buffers, constants and arguments."""
+        return tuple(node for node in self.nodes if node.op == INPUT)
+
+    @property
+    def returned(self) -> frozenset[Node]:
+        """The nodes that outputs are computed by."""
+        return frozenset(output.node for output in self.outputs)
+
+    def outputs_of(self, *kinds: OutputKind) -> tuple[Output, ...]:
+        """The outputs of these kinds, in order."""
+        return tuple(output for output in self.outputs if output.kind in kinds)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Graph {self.name}: {plural(len(self.nodes), 'node')}, "
+            f"{plural(len(self.inputs), 'input')}, {plural(len(self.outputs), 'output')}, "
+            f"mesh {self.mesh}>"
+        )
+
+    def users(self) -> dict[Node, list[Node]]:
+        """Each node's users, in order, each once."""
+        users: dict[Node, list[Node]] = {node: [] for node in self.nodes}
+        for node in self.nodes:
+            for operand in dict.fromkeys(node.operands()):
+                users[operand].append(node)
+        return users
+
+
+class Builder:
+    """Collects the nodes of a new graph and keeps their names unique."""
+
+    def __init__(self, name: str, mesh: Mesh) -> None:
+        self.name, self.mesh = name, mesh
+        self.nodes: list[Node] = []
+        self.phase = Phase.FORWARD
+        """The phase of what is emitted; a copy keeps its own."""
+        self._taken: dict[str, int] = {}
+
+    def unique(self, stem: str) -> str:
+        """`stem`, or `stem_1`, `stem_2`, ... if it is taken."""
+        count = self._taken.get(stem)
+        if count is None:
+            self._taken[stem] = 0
+            return stem
+        while True:
+            count += 1
+            name = f"{stem}_{count}"
+            if name not in self._taken:
+                self._taken[stem] = count
+                self._taken[name] = 0
+                return name
+
+    def emit(
+        self,
+        op: Op,
+        args: tuple[Arg, ...],
+        kwargs: Mapping[str, Arg] | None = None,
+        *,
+        type: NodeType,
+        layout: NodeLayout = None,
+        origin: Origin | None = None,
+        requires_grad: bool = False,
+        name: str = "",
+        phase: Phase | None = None,
+    ) -> Node:
+        """Append a node; its name is made unique from `name` or the operator's."""
+        node = Node(
+            self.unique(name or op_stem(op)),
+            op,
+            args,
+            dict(kwargs or {}),
+            type,
+            layout,
+            origin or Origin(),
+            requires_grad,
+            phase or self.phase,
+        )
+        self.nodes.append(node)
+        return node
+
+    def adopt(self, node: Node) -> None:
+        """Append a node as it is, its operands being in this builder already."""
+        name = self.unique(node.name)
+        assert name == node.name, name
+        self.nodes.append(node)
+
+    def copy(self, node: Node, mapping: Mapping[Node, Node]) -> Node:
+        """Append `node` with its operands replaced by `mapping`, which must hold each of them."""
+        return self.emit(
+            node.op,
+            map_nodes(node.args, mapping.__getitem__),
+            {key: map_nodes(value, mapping.__getitem__) for key, value in node.kwargs.items()},
+            type=node.type,
+            layout=node.layout,
+            origin=node.origin,
+            requires_grad=node.requires_grad,
+            name=node.name,
+            phase=node.phase,
+        )
+
+    def graph(self, outputs: Iterable[Output]) -> Graph:
+        """The finished graph, without nodes that no output needs (inputs stay)."""
+        outputs = tuple(outputs)
+        needed: set[Node] = {output.node for output in outputs}
+        kept: list[Node] = []
+        for node in reversed(self.nodes):
+            if node in needed or node.op == INPUT:
+                kept.append(node)
+                needed.update(node.operands())
+        return Graph(self.name, self.mesh, tuple(reversed(kept)), outputs)
+
+
+def rewrite(
+    graph: Graph, function: Callable[[Builder, Node, Mapping[Node, Node]], Node | None]
+) -> Graph:
+    """The graph with each node replaced by what `function(builder, node, mapping)` emits for it.
+
+    `mapping` gives what stands for each node before it; where the function returns nothing, the
+    node is copied.
+    """
+    builder = Builder(graph.name, graph.mesh)
+    mapping: dict[Node, Node] = {}
+    for node in graph.nodes:
+        mapping[node] = function(builder, node, mapping) or builder.copy(node, mapping)
+    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
+
+
+def op_stem(op: Op) -> str:
+    """A short name for nodes of this operator: `linear` for `aten.linear.default`."""
+    if isinstance(op, MeshOp):
+        return op.name
+    return op._schema.name.split("::")[-1].strip("_")

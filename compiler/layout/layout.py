@@ -1,0 +1,382 @@
+"""Layouts: which part of a global tensor each rank holds.
+
+A dim is an ordered product of factors, major to minor, each split by mesh axes; or a concatenation
+of such products, of which a rank holds its part of each. `3·12@tp·64` is a dim of 2304 whose middle
+factor is split over `tp`. Underneath, a split is a `Cut`: axis `a` takes the digit with weight
+`stride` in the index of the dim. A set of cuts is the same thing in every spelling, so that
+equality, reshapes and changes of layout are all worked out on cuts (see `cuts.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.layout.cuts import Part, dim_of, merged, parts_of
+from meshwright.compiler.layout.factors import (
+    Dim,
+    Factor,
+    Segment,
+    check_axis,
+    concatenation,
+    cut,
+    dim_axes,
+    dim_size,
+    format_dim,
+    local_size,
+    product,
+    whole,
+)
+from meshwright.compiler.layout.mesh import Mesh
+
+__all__ = [
+    "Dim",
+    "Factor",
+    "Layout",
+    "LayoutError",
+    "Segment",
+    "block_map",
+    "concatenation",
+    "cut",
+    "dim_axes",
+    "dim_size",
+    "format_dim",
+    "product",
+    "replicated",
+    "shard",
+    "split",
+    "unshard",
+    "whole",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One product of factors a dim, and the state of the axes that split no dim.
+
+    `partial` holds (axis, "sum" | "max" | "min"): the value is that reduction over the axis.
+    `varying` holds the axes over which the value is the same but each rank's use counts by itself.
+    On every other axis the value is split, if a dim is cut by it, or replicated.
+    Raises LayoutError for an axis used twice or pending reductions of two kinds.
+    """
+
+    dims: tuple[Dim, ...]
+    partial: tuple[tuple[str, str], ...] = ()
+    varying: tuple[str, ...] = ()
+    # A layout is hashed and made canonical far more often than it is made.
+    _hash: int = field(init=False, compare=False, repr=False)
+    _canonical: tuple[Mesh, Layout] | None = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.dims, self.partial, self.varying)))
+        object.__setattr__(self, "_canonical", None)
+        _check_axes(self)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # String hashes, and so the one kept here, differ between processes.
+        return Layout, (self.dims, self.partial, self.varying)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The global shape."""
+        return tuple(dim_size(dim) for dim in self.dims)
+
+    def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        """What each rank holds. Raises LayoutError if a factor does not divide."""
+        return tuple(local_size(dim, mesh) for dim in self.dims)
+
+    def canonical(self, mesh: Mesh) -> Layout:
+        """The one spelling of this layout on `mesh`: equal layouts have equal canonical forms.
+
+        Raises LayoutError for an axis that `mesh` lacks or a factor that does not divide.
+        """
+        kept = self._canonical
+        if kept is not None and (kept[0] is mesh or kept[0] == mesh):
+            return kept[1]
+        found = _canonical(self, mesh)
+        object.__setattr__(found, "_canonical", (mesh, found))
+        object.__setattr__(self, "_canonical", (mesh, found))
+        return found
+
+    def equals(self, other: Layout, mesh: Mesh) -> bool:
+        """Whether every rank of `mesh` holds the same under both."""
+        return self is other or self.canonical(mesh) == other.canonical(mesh)
+
+    @property
+    def split_axes(self) -> tuple[str, ...]:
+        """The axes that cut a dim, in the order of the dims."""
+        return tuple(dict.fromkeys(axis for dim in self.dims for axis in dim_axes(dim)))
+
+    @property
+    def partial_axes(self) -> tuple[str, ...]:
+        return tuple(axis for axis, _ in self.partial)
+
+    @property
+    def reduction(self) -> str:
+        """How pending values combine: "sum", also when none is pending, "max" or "min"."""
+        return self.partial[0][1] if self.partial else "sum"
+
+    @property
+    def axes_used(self) -> tuple[str, ...]:
+        """The axes on which the value is not replicated."""
+        return (*self.split_axes, *self.partial_axes, *self.varying)
+
+    def state(self, axis: str) -> str:
+        """`replicated`, `split`, `partial` or `varying`."""
+        if axis in self.varying:
+            return "varying"
+        if axis in self.partial_axes:
+            return "partial"
+        return "split" if axis in self.split_axes else "replicated"
+
+    def split_dim(self, axis: str) -> int | None:
+        """The dim that `axis` cuts, if any."""
+        return next((i for i, dim in enumerate(self.dims) if axis in dim_axes(dim)), None)
+
+    def dual(self) -> Layout:
+        """The layout of the value's cotangent: partial sums and varying change places.
+
+        Raises LayoutError for a pending max or min, which has no linear adjoint.
+        """
+        if self.partial and self.reduction != "sum":
+            raise LayoutError(
+                f"a pending {self.reduction} has no cotangent",
+                code="not-differentiable",
+                culprit=str(self),
+                help="reduce it first, or detach it",
+            )
+        if not self.partial and not self.varying:
+            return self
+        pending = tuple((axis, "sum") for axis in self.varying)
+        return Layout(self.dims, pending, self.partial_axes)
+
+    def add_partial(self, axes: Iterable[str], reduce: str = "sum") -> Layout:
+        """Also pending over `axes`."""
+        added = dict.fromkeys(axes, reduce)
+        return replace(self, partial=tuple(sorted({**dict(self.partial), **added}.items())))
+
+    def drop_partial(self, axes: Iterable[str] | None = None) -> Layout:
+        """Replicated where it was pending, over `axes` or everywhere."""
+        gone = self.partial_axes if axes is None else set(axes)
+        return replace(self, partial=tuple(item for item in self.partial if item[0] not in gone))
+
+    def add_varying(self, axes: Iterable[str]) -> Layout:
+        """Also varying over `axes`."""
+        return replace(self, varying=tuple(sorted({*self.varying, *axes})))
+
+    def drop_varying(self, axes: Iterable[str] | None = None) -> Layout:
+        """Replicated where it was varying, over `axes` or everywhere."""
+        gone = self.varying if axes is None else set(axes)
+        return replace(self, varying=tuple(axis for axis in self.varying if axis not in gone))
+
+    def drop_states(self) -> Layout:
+        """Only the dims."""
+        return Layout(self.dims) if self.partial or self.varying else self
+
+    def drop_split(self, axes: Iterable[str], mesh: Mesh) -> Layout:
+        """Replicated over those of `axes` that cut a dim; the other cuts stay where they are."""
+        gone = frozenset(axes)
+        parts = (parts_of(dim, mesh) for dim in self.dims)
+        return self.with_dims(dim_of(merged(part.without(gone) for part in dim)) for dim in parts)
+
+    def with_dims(self, dims: Iterable[Dim]) -> Layout:
+        """Other dims, the same partial and varying axes."""
+        return Layout(tuple(dims), self.partial, self.varying)
+
+    def __repr__(self) -> str:
+        return f"<Layout {self}>"
+
+    def __str__(self) -> str:
+        text = f"[{', '.join(format_dim(dim) for dim in self.dims)}]"
+        if self.partial:
+            word = "" if self.reduction == "sum" else f"{self.reduction} over "
+            text += f" partial({word}{', '.join(self.partial_axes)})"
+        if self.varying:
+            text += f" varying({', '.join(self.varying)})"
+        return text
+
+
+def replicated(shape: Iterable[int]) -> Layout:
+    """The whole tensor on every rank."""
+    return Layout(tuple(whole(size) for size in shape))
+
+
+def split(shape: Iterable[int], axes: Mapping[int, str | tuple[str, ...]]) -> Layout:
+    """Dim i of `shape` in equal blocks over `axes[i]`; a negative i counts from the end."""
+    sizes = tuple(shape)
+    by_dim: dict[int, tuple[str, ...]] = {}
+    for dim, names in axes.items():
+        by_dim[dim % len(sizes)] = (names,) if isinstance(names, str) else tuple(names)
+    return Layout(tuple(cut(size, *by_dim.get(i, ())) for i, size in enumerate(sizes)))
+
+
+def _canonical(layout: Layout, mesh: Mesh) -> Layout:
+    dims = tuple(dim_of(parts_of(dim, mesh)) for dim in layout.dims)
+    sizes = dict(mesh.axes)
+    for axis in (*layout.partial_axes, *layout.varying):
+        check_axis(axis, mesh, str(layout))
+    partial = tuple(sorted(item for item in layout.partial if sizes[item[0]] > 1))
+    varying = tuple(sorted(axis for axis in layout.varying if sizes[axis] > 1))
+    same = dims == layout.dims and partial == layout.partial and varying == layout.varying
+    return layout if same else Layout(dims, partial, varying)
+
+
+def _check_axes(layout: Layout) -> None:
+    """Each axis once over dims, partial and varying; segments of one dim may share axes."""
+    used: list[str] = [*layout.partial_axes, *layout.varying]
+    for dim in layout.dims:
+        if len(dim) == 1:
+            for factor in dim[0]:
+                used += factor.axes
+            continue
+        for segment in dim:
+            _check_once([axis for factor in segment for axis in factor.axes], layout)
+        used += dim_axes(dim)
+    if used:
+        _check_once(used, layout)
+    if len({reduce for _, reduce in layout.partial}) > 1:
+        pending = ", ".join(f"{reduce} over {axis}" for axis, reduce in layout.partial)
+        raise LayoutError(
+            "pending reductions of two kinds do not commute",
+            code="mixed-reductions",
+            culprit=f"partial({pending})",
+            help="reduce over one of the axes first",
+        )
+
+
+def _check_once(axes: list[str], layout: Layout) -> None:
+    if len(axes) == len(set(axes)):
+        return
+    twice = next(axis for axis in axes if axes.count(axis) > 1)
+    raise LayoutError(
+        f"axis `{twice}` is used twice in `{layout}`",
+        code="axis-twice",
+        help=f"split one dim by `{twice}`, or name another axis for the second",
+    )
+
+
+def shard(tensor: Tensor, layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Tensor:
+    """What the rank at `coords` holds of a global tensor: a view of it wherever that is possible.
+
+    Of a pending sum the first coordinate holds the value and the others zeros; of a pending max or
+    min every one holds the value.
+    """
+    for dim, spelling in enumerate(layout.dims):
+        parts = parts_of(spelling, mesh)
+        if len(parts) == 1:
+            tensor = _own(tensor, dim, parts[0], coords)
+        else:
+            pieces = torch.split_with_sizes(tensor, [part.length for part in parts], dim)
+            own = (
+                _own(piece, dim, part, coords) for piece, part in zip(pieces, parts, strict=True)
+            )
+            tensor = torch.cat(tuple(own), dim)
+    pending = layout.partial_axes if layout.reduction == "sum" else ()
+    if any(coords[axis] for axis in pending):
+        return torch.zeros_like(tensor)
+    return tensor
+
+
+def unshard(locals_by_rank: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Tensor:
+    """The global tensor of what the ranks hold, in rank order; pending reductions are applied.
+
+    Where the value is replicated or varying the first coordinate's copy is taken.
+    """
+    whole_tensor = locals_by_rank[0].new_empty(layout.shape)
+    parts = [parts_of(spelling, mesh) for spelling in layout.dims]
+    cutting = {cut.axis for dim in parts for part in dim for cut in part.cuts}
+    for coords in _coordinates(mesh, cutting):
+        pending = _coordinates(mesh, set(layout.partial_axes), coords)
+        held = [locals_by_rank[mesh.rank(place)] for place in pending]
+        _write(whole_tensor, parts, coords, combine(held, layout.reduction))
+    return whole_tensor
+
+
+def combine(tensors: Sequence[Tensor], reduce: str) -> Tensor:
+    """The elementwise "sum", "max" or "min" of tensors of one shape."""
+    if len(tensors) == 1:
+        return tensors[0]
+    stacked = torch.stack(tuple(tensors))
+    if reduce == "sum":
+        return stacked.sum(0, dtype=stacked.dtype)
+    return stacked.amax(0) if reduce == "max" else stacked.amin(0)
+
+
+def block_map(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Tensor:
+    """The global flat index of each element that the rank at `coords` holds."""
+    shape = layout.shape
+    indices = torch.arange(math.prod(shape)).view(shape)
+    return shard(indices, layout.drop_states(), mesh, coords)
+
+
+def _coordinates(
+    mesh: Mesh, axes: set[str], base: Mapping[str, int] | None = None
+) -> Iterator[dict[str, int]]:
+    """Every coordinate over `axes`, the other axes as in `base`, or 0."""
+    start = dict.fromkeys(mesh.names, 0) if base is None else dict(base)
+    names = [axis for axis in mesh.names if axis in axes]
+    for place in itertools.product(*(range(mesh.size(axis)) for axis in names)):
+        yield {**start, **dict(zip(names, place, strict=True))}
+
+
+def _own(tensor: Tensor, dim: int, part: Part, coords: Mapping[str, int]) -> Tensor:
+    """The rank's share of one dim that is one part."""
+    if not part.cuts:
+        return tensor
+    held = _select(tensor, dim, part, coords)
+    return held.reshape(*tensor.shape[:dim], part.local_length, *tensor.shape[dim + 1 :])
+
+
+def _select(tensor: Tensor, dim: int, part: Part, coords: Mapping[str, int]) -> Tensor:
+    """A view of the rank's share, with the dim unflattened into what lies between the cuts."""
+    digits = part.digits()
+    view = _unflatten(tensor, dim, [size for size, _ in digits])
+    place = dim
+    for _, axis in digits:
+        if axis is None:
+            place += 1
+        else:
+            view = view.select(place, coords[axis])
+    return view
+
+
+def _unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
+    """Always a view. (torch's `unflatten` refuses an empty product.)"""
+    return tensor.view((*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :]))
+
+
+def _write(
+    target: Tensor, parts: Sequence[tuple[Part, ...]], coords: Mapping[str, int], held: Tensor
+) -> None:
+    """Copy what a rank holds to its places in the global tensor, segment by segment."""
+    for grid in itertools.product(*(_stretches(dim) for dim in parts)):
+        view, source = target, held
+        for dim, (start, local_start, part) in enumerate(grid):
+            view = view.narrow(dim, start, part.length)
+            source = source.narrow(dim, local_start, part.local_length)
+        for dim in reversed(range(len(grid))):
+            part = grid[dim][2]
+            if part.cuts:
+                view = _select(view, dim, part, coords)
+                between = [size for size, axis in part.digits() if axis is None]
+                source = _unflatten(source, dim, between)
+        view.copy_(source)
+
+
+def _stretches(parts: Iterable[Part]) -> list[tuple[int, int, Part]]:
+    """Each part with its first index, globally and on a rank."""
+    found, start, local_start = [], 0, 0
+    for part in parts:
+        found.append((start, local_start, part))
+        start, local_start = start + part.length, local_start + part.local_length
+    return found

@@ -1,0 +1,142 @@
+"""What a rank does to its own tensor before and after a collective: data that code is printed from.
+
+Sizes are local, and known when the program is compiled; what depends on the rank is its coordinate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.layout.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Reshape:
+    """`tensor.reshape(shape)`: a view wherever the strides allow one."""
+
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Permute:
+    """`tensor.permute(order)`."""
+
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Select:
+    """`tensor.select(dim, i)`, i being this rank's place over `axes`, the first of them major."""
+
+    dim: int
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The inverse of `Select`: a new dim of zeros but for the tensor at this rank's place."""
+
+    dim: int
+    size: int
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """`tensor.select(dim, 0)`: the ranks of that dim hold the same."""
+
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """`tensor.expand(size, *tensor.shape)`: the same for each rank of a new first dim."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeepFirst:
+    """The tensor where the coordinates on `axes` are all 0, zeros elsewhere."""
+
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Split along `dim` into lengths, run each piece's steps, concatenate along `into`."""
+
+    dim: int
+    into: int
+    parts: tuple[tuple[int, tuple[LocalStep, ...]], ...]
+
+
+LocalStep: TypeAlias = "Reshape | Permute | Select | Place | Take | Spread | KeepFirst | Pieces"
+
+
+def apply(step: LocalStep, tensor: Tensor, coords: Mapping[str, int], mesh: Mesh) -> Tensor:
+    """Interpret one step on the rank at `coords`."""
+    match step:
+        case Reshape(shape):
+            return tensor.reshape(shape)
+        case Permute(order):
+            return tensor.permute(order)
+        case Select(dim, axes):
+            return tensor.select(dim, mesh.position(coords, axes))
+        case Take(dim):
+            return tensor.select(dim, 0)
+        case Spread(size):
+            return tensor.expand(size, *tensor.shape)
+        case KeepFirst(axes):
+            return torch.zeros_like(tensor) if mesh.position(coords, axes) else tensor
+        case Place(dim, size, axes):
+            padded = tensor.new_zeros((*tensor.shape[:dim], size, *tensor.shape[dim:]))
+            padded.select(dim, mesh.position(coords, axes)).copy_(tensor)
+            return padded
+        case Pieces(dim, into, parts):
+            pieces = torch.split_with_sizes(tensor, [length for length, _ in parts], dim)
+            done = [
+                apply_all(steps, piece, coords, mesh)
+                for piece, (_, steps) in zip(pieces, parts, strict=True)
+            ]
+            return torch.cat(done, into)
+
+
+def apply_all(
+    steps: Iterable[LocalStep], tensor: Tensor, coords: Mapping[str, int], mesh: Mesh
+) -> Tensor:
+    """Interpret steps in order."""
+    for step in steps:
+        tensor = apply(step, tensor, coords, mesh)
+    return tensor
+
+
+def shape_after(steps: Iterable[LocalStep], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a rank's tensor after steps."""
+    for step in steps:
+        match step:
+            case Reshape(new):
+                shape = new
+            case Permute(order):
+                shape = tuple(shape[i] for i in order)
+            case Select(dim, _) | Take(dim):
+                shape = (*shape[:dim], *shape[dim + 1 :])
+            case Place(dim, size, _):
+                shape = (*shape[:dim], size, *shape[dim:])
+            case Spread(size):
+                shape = (size, *shape)
+            case Pieces(dim, into, parts):
+                shapes = [
+                    shape_after(inner, (*shape[:dim], length, *shape[dim + 1 :]))
+                    for length, inner in parts
+                ]
+                total = sum(part[into] for part in shapes)
+                shape = (*shapes[0][:into], total, *shapes[0][into + 1 :])
+            case KeepFirst():
+                pass
+    return shape

@@ -1,0 +1,260 @@
+"""From any layout to any other: a short chain of collectives, and its cost in bytes.
+
+The chain shrinks the tensor first and grows it last, and takes as many axes at once as it can. It
+sends the least that is possible between the layouts that plans ask for; where axes must change
+places in one another's way, up to a third more than the best chain (a test holds that bound).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.layout.alignment import align
+from meshwright.compiler.layout.collectives import COLLECTIVES, Transfer, plan_transfer
+from meshwright.compiler.layout.cuts import Cut, Part, dim_of, is_chain, merged, ordered
+from meshwright.compiler.layout.factors import Dim, dim_axes
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.local_steps import shape_after
+from meshwright.compiler.layout.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One collective over `axes` between two canonical layouts."""
+
+    kind: str
+    axes: tuple[str, ...]
+    source: Layout
+    target: Layout
+
+    def transfer(self, mesh: Mesh) -> Transfer:
+        """What each rank does."""
+        return plan_transfer(self.kind, self.axes, self.source, self.target, mesh)
+
+    def adjoint(self) -> Step:
+        """The collective that takes the cotangent back."""
+        kind = COLLECTIVES[self.kind].adjoint
+        return Step(kind, self.axes, self.target.dual(), self.source.dual())
+
+
+# The kind of step that takes an axis from one state towards another.
+_TOWARDS = {
+    ("varying", "split"): "narrow",
+    ("replicated", "split"): "slice",
+    ("partial", "split"): "reduce_scatter",
+    ("split", "split"): "all_to_all",
+    # From a pending max or min to a pending sum.
+    ("partial", "partial"): "all_reduce",
+    ("partial", "replicated"): "all_reduce",
+    ("partial", "varying"): "all_reduce",
+    ("replicated", "varying"): "vary",
+    ("split", "replicated"): "all_gather_replicated",
+    ("split", "varying"): "all_gather",
+    ("split", "partial"): "pad",
+    ("replicated", "partial"): "pad",
+}
+# What shrinks the tensor comes first and what grows it last, so that the steps between, and the
+# adjoints of all, move as little as possible.
+_ORDER = tuple(dict.fromkeys(_TOWARDS.values()))
+_INTO_SPLIT = tuple(name for name in _ORDER if COLLECTIVES[name].target == "split")
+
+
+def steps(source: Layout, target: Layout, mesh: Mesh) -> tuple[Step, ...]:
+    """The collectives from one layout of a tensor to another, axes fused where they can be.
+
+    Layouts of steps are canonical; no steps if the layouts are equal. Raises LayoutError if the
+    shapes differ, or if a varying value would have to become replicated or partial: ask from the
+    value that was varied.
+    """
+    return _steps(source.canonical(mesh), target.canonical(mesh), mesh)
+
+
+def cost(source: Layout, target: Layout, itemsize: int, mesh: Mesh, differentiable: bool) -> float:
+    """The bytes one rank sends for `steps`, and for their adjoints if `differentiable`."""
+    if source is target:
+        return 0.0
+    volume = _volume(source.canonical(mesh), target.canonical(mesh), mesh, differentiable)
+    return volume * itemsize
+
+
+@lru_cache(maxsize=65536)
+def _volume(source: Layout, target: Layout, mesh: Mesh, differentiable: bool) -> float:
+    """`cost` in elements."""
+    total = 0.0
+    for step in _steps(source, target, mesh):
+        total += _sent(step, mesh)
+        if differentiable and step.source.reduction == "sum":
+            total += _sent(step.adjoint(), mesh)
+    return total
+
+
+def _sent(step: Step, mesh: Mesh) -> float:
+    """The elements that one rank sends."""
+    ranks = mesh.size(step.axes)
+    match COLLECTIVES[step.kind].wire:
+        case "all_reduce":
+            return 2 * (ranks - 1) / ranks * _numel(step.source, mesh)
+        case "all_gather":
+            return (ranks - 1) * _numel(step.source, mesh)
+        case "reduce_scatter":
+            return (ranks - 1) * _numel(step.target, mesh)
+        case "all_to_all":
+            # Segments that only one of the layouts cuts are sent to every rank.
+            before = step.transfer(mesh).before
+            given = shape_after(before, step.source.local_shape(mesh))
+            return (ranks - 1) / ranks * math.prod(given)
+    return 0.0
+
+
+def _numel(layout: Layout, mesh: Mesh) -> int:
+    return math.prod(layout.local_shape(mesh))
+
+
+@lru_cache(maxsize=65536)
+def _steps(source: Layout, target: Layout, mesh: Mesh) -> tuple[Step, ...]:
+    if source == target:
+        return ()
+    _check(source, target)
+    crossing = {
+        axis
+        for before, after in zip(source.dims, target.dims, strict=True)
+        if align(before, after, mesh) is None
+        for axis in dim_axes(before)
+    }
+    if crossing:
+        # Segments end inside the other layout's blocks: only the whole dim is common to both.
+        middle = source.drop_split(crossing, mesh).canonical(mesh)
+        return (*_steps(source, middle, mesh), *_steps(middle, target, mesh))
+    return _Reshard(source, target, mesh).run()
+
+
+def _check(source: Layout, target: Layout) -> None:
+    """Raises `LayoutError` where no steps lead from one layout to the other."""
+    if source.shape != target.shape:
+        raise LayoutError(
+            f"`{source}` and `{target}` are layouts of different shapes",
+            code="wrong-shape",
+            help="reshape the value before it is resharded",
+        )
+    started = target.reduction == "sum" or set(target.partial) <= set(source.partial)
+    if not started:
+        raise LayoutError(
+            f"a pending {target.reduction} can not be made from `{source}`",
+            code="pending-extremum",
+            culprit=f"{source} to {target}",
+            help="leave the value as it is",
+        )
+    for axis in source.varying:
+        if target.state(axis) in ("replicated", "partial"):
+            raise LayoutError(
+                f"a value that varies over `{axis}` can not become {target.state(axis)}",
+                code="varying-source",
+                culprit=f"{source} to {target}",
+                help="start from the value before it was varied",
+            )
+
+
+class _Reshard:
+    """The cuts and states on the way from one layout to another."""
+
+    def __init__(self, source: Layout, target: Layout, mesh: Mesh) -> None:
+        self.mesh, self.target, self.now = mesh, target, source
+        self.lengths: list[int] = []
+        self.cuts: list[set[Cut]] = []
+        self.goal: list[set[Cut]] = []
+        self.counts: list[int] = []
+        for before, after in zip(source.dims, target.dims, strict=True):
+            dim = align(before, after, mesh)
+            assert dim is not None
+            self.counts.append(len(dim))
+            for stretch in dim:
+                self.lengths.append(stretch.length)
+                self.cuts.append(set(stretch.before))
+                self.goal.append(set(stretch.after))
+        self.done: list[Step] = []
+
+    def run(self) -> tuple[Step, ...]:
+        while waiting := self._waiting():
+            for kind in _ORDER:
+                axes = self._fitting(kind, waiting.get(kind, []))
+                if axes:
+                    self._step(kind, axes)
+                    break
+            else:
+                self._step("all_gather_replicated", [self._in_the_way(waiting)])
+        return tuple(self.done)
+
+    def _waiting(self) -> dict[str, list[str]]:
+        """The axes that are not yet as in the target, by the kind of step they need next."""
+        found: dict[str, list[str]] = {}
+        for axis in self.mesh.names:
+            now, goal = self.now.state(axis), self.target.state(axis)
+            if now != goal or not self._arrived(axis, now):
+                found.setdefault(_TOWARDS[now, goal], []).append(axis)
+        return found
+
+    def _arrived(self, axis: str, state: str) -> bool:
+        if state == "split":
+            return all(
+                _of(axis, cuts) == _of(axis, goal)
+                for cuts, goal in zip(self.cuts, self.goal, strict=True)
+            )
+        return state != "partial" or self.now.reduction == self.target.reduction
+
+    def _fitting(self, kind: str, axes: list[str]) -> list[str]:
+        """As many of the axes as one step of this kind can take now."""
+        if kind not in _INTO_SPLIT:
+            return axes
+        fitting: list[str] = []
+        for axis in axes:
+            if self._fits([*fitting, axis], moves=kind == "all_to_all"):
+                fitting.append(axis)
+        return fitting
+
+    def _fits(self, axes: list[str], *, moves: bool) -> bool:
+        """Whether the digits that the axes are to take are free in every stretch."""
+        for length, cuts, goal in zip(self.lengths, self.cuts, self.goal, strict=True):
+            wanted = _of(axes, goal)
+            # An axis cannot stay in one segment and move in another.
+            if moves and wanted & cuts:
+                return False
+            if not is_chain(ordered(cuts | wanted), length):
+                return False
+        return True
+
+    def _in_the_way(self, waiting: dict[str, list[str]]) -> str:
+        """Of axes that block each other's places, the cheapest to gather."""
+        return min(waiting["all_to_all"], key=self.mesh.size)
+
+    def _step(self, kind: str, axes: list[str]) -> None:
+        state = COLLECTIVES[kind].target
+        for cuts, goal in zip(self.cuts, self.goal, strict=True):
+            cuts -= _of(axes, cuts)
+            if state == "split":
+                cuts |= _of(axes, goal)
+        following = self.now.drop_partial(axes).drop_varying(axes).with_dims(self._dims())
+        if state == "partial":
+            following = following.add_partial(axes, self.target.reduction)
+        if state == "varying":
+            following = following.add_varying(axes)
+        target = following.canonical(self.mesh)
+        self.done.append(Step(kind, tuple(axes), self.now, target))
+        self.now = target
+
+    def _dims(self) -> list[Dim]:
+        parts = (
+            Part(length, ordered(cuts))
+            for length, cuts in zip(self.lengths, self.cuts, strict=True)
+        )
+        return [dim_of(merged(itertools.islice(parts, count))) for count in self.counts]
+
+
+def _of(axes: str | Iterable[str], cuts: set[Cut]) -> set[Cut]:
+    """The cuts by these axes."""
+    names = {axes} if isinstance(axes, str) else set(axes)
+    return {cut for cut in cuts if cut.axis in names}

@@ -1,0 +1,102 @@
+"""Check a graph after a pass: it is well formed, and every placed node obeys its rule.
+
+So a wrong rewrite fails at the pass that made it, with the node's name. Equal calls are checked
+once: a hundred equal layers cost one.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from meshwright.compiler.errors import LayoutError, PassError
+from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, MeshOp, Node
+from meshwright.compiler.layout.collectives import COLLECTIVES, plan_transfer
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.placing.calls import make_call
+from meshwright.compiler.placing.engine import candidates
+from meshwright.compiler.placing.rules.factories import makes_zeros
+from meshwright.compiler.placing.rules.notation import Call, Operand
+
+_FRAME = {
+    INPUT.name, "saved", "bucket", "bucket_item", "cross_entropy_stats", "cross_entropy_combine",
+    "norm_stats", "norm_finish", "norm_backward_sums", "norm_backward_apply",
+}  # fmt: skip
+"""Mesh operators that have no rule of their own: frame of the graph, and steps of composites."""
+
+
+def check(graph: Graph, after: str) -> None:
+    """Raises `PassError` naming the first node that is out of order or ill placed, and the pass."""
+    seen: set[Node] = set()
+    names: set[str] = set()
+    for node in graph.nodes:
+        for operand in node.operands():
+            if operand not in seen:
+                raise _broken(node, after, f"uses `{operand.name}` before it is computed")
+        if node.name in names:
+            raise _broken(node, after, "has the name of another node")
+        seen.add(node)
+        names.add(node.name)
+        if node.layout is not None:
+            _check_placed(node, graph, after)
+
+
+def _broken(node: Node, after: str, what: str) -> PassError:
+    return PassError(
+        f"after `{after}`, `{node.name}` {what}",
+        culprit=f"{node.origin.module} {node.origin.source}".strip(),
+        help="report this: it is a bug of the pass",
+    )
+
+
+def _check_placed(node: Node, graph: Graph, after: str) -> None:
+    """The node's layout is one that its rule gives for the layouts of its operands."""
+    if node.op == GETITEM:
+        source, index = node.args
+        if source.layout[index] != node.layout:
+            raise _broken(node, after, f"is laid out as {node.layout}, not {source.layout[index]}")
+        return
+    if isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES:
+        options = {key: value for key, value in node.kwargs.items() if key != "axes"}
+        try:
+            plan_transfer(
+                node.op.name,
+                node.kwargs["axes"],
+                node.args[0].placed,
+                node.placed,
+                graph.mesh,
+                **options,
+            )
+        except LayoutError as error:
+            raise _broken(node, after, f"is no such collective: {error.problem}") from error
+        return
+    if isinstance(node.op, MeshOp) and node.op.name in _FRAME:
+        return
+    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
+    call = make_call(
+        node.op,
+        node.args,
+        node.kwargs,
+        node.type,
+        graph.mesh,
+        lambda n: Operand(
+            n.tensor,
+            n.placed,
+            differentiable=n.requires_grad and node.requires_grad,
+            zero=makes_zeros(n.op, n.args),
+        ),
+        tuple(layout for layout in layouts[:1] if layout is not None),
+    )
+    if not _allowed(call, layouts):
+        given = ", ".join(str(operand.layout) for operand in call.operands)
+        raise _broken(node, after, f"may not give {layouts} on operands {given}")
+
+
+@lru_cache(maxsize=65536)
+def _allowed(call: Call, layouts: tuple[Layout | None, ...]) -> bool:
+    mesh = call.mesh
+    own = tuple(operand.layout for operand in call.operands)
+    return any(
+        tuple(layout.canonical(mesh) for layout in placement.operands) == own
+        and tuple(layout and layout.canonical(mesh) for layout in placement.results) == layouts
+        for placement in candidates(call)
+    )

@@ -1,0 +1,340 @@
+"""Emit placed nodes: each call is typed, placed by its rule, and its operands brought there.
+
+Both the partitioner and the differentiator write their graphs through an `Emitter`, so forward and
+backward obey the same rules and every change of layout is an explicit node.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from meshwright.compiler.errors import PassError
+from meshwright.compiler.graph.ir import (
+    GETITEM,
+    INPUT,
+    Arg,
+    Builder,
+    MeshOp,
+    Node,
+    NodeType,
+    Op,
+    Origin,
+    TensorType,
+    map_nodes,
+)
+from meshwright.compiler.graph.types import result_type
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.reshard import Step, cost, steps
+from meshwright.compiler.placing.calls import call_operands, make_call
+from meshwright.compiler.placing.engine import operand_cost, place
+from meshwright.compiler.placing.rules.factories import filled_with, makes_zeros
+from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
+
+_GATHERING = ("all_gather", "all_gather_replicated", "all_to_all")
+
+FIRST_ONLY = {torch.ops.aten._native_batch_norm_legit_functional.default}
+"""Operators of which only the first result is differentiable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """A change of layout that was inserted, and the call that asked for it."""
+
+    value: Node
+    user: Op
+    step: Step
+    node: Node
+    forced: bool
+    """Whether the plan left no other choice: it wrote the layout of another operand, which stays as
+    it is, or splits the sequence that this moves."""
+
+    @property
+    def implicit(self) -> bool:
+        """Whether it or its adjoint gathers, and nothing that the plan wrote made that the only
+        way."""
+        gathers = self.step.kind in _GATHERING
+        return not self.forced and (gathers or (self.step.kind == "slice" and self.gathers_back))
+
+    @property
+    def gathers_back(self) -> bool:
+        """Whether the adjoint of a slice, a gather, will be there.
+
+        That of a parameter's slice gathers a gradient, as whatever splits the parameter's work has
+        to.
+        """
+        return self.value.requires_grad and self.value.op != INPUT
+
+    def sent_bytes(self, mesh: Mesh) -> int:
+        """The bytes sent per rank for it and, where it is differentiated, its adjoint."""
+        size = self.value.tensor.dtype.itemsize
+        step, differentiated = self.step, self.value.requires_grad
+        return math.ceil(cost(step.source, step.target, size, mesh, differentiated))
+
+
+class Emitter:
+    """A builder that places what it emits."""
+
+    def __init__(self, builder: Builder, *, backward: bool = False) -> None:
+        self.builder, self.backward = builder, backward
+        self.explicit: set[Node] = set()
+        self.planned: Callable[[Node, Step], bool] = lambda value, step: False
+        """Whether the plan asks for this change of a value's layout, as for sequences."""
+        self.shared: set[Node] = set()
+        """Values with several users: a pending sum is reduced once for all of them."""
+        self.movements: list[Movement] = []
+        self._have: dict[Node, dict[Layout, Node]] = {}
+        self._items: dict[tuple[Node, int], Node] = {}
+        self._rooted: dict[Node, bool] = {}
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.builder.mesh
+
+    def call(
+        self,
+        op: Op,
+        args: tuple[Arg, ...],
+        kwargs: Mapping[str, Arg] | None = None,
+        *,
+        origin: Origin,
+        type: NodeType = None,
+        proposals: Mapping[Node, Layout] | None = None,
+        wanted: tuple[Layout, ...] = (),
+        requires_grad: bool = False,
+        free: bool = False,
+        name: str = "",
+    ) -> Node:
+        """Emit `op` on these nodes, resharding operands as its cheapest placement asks.
+
+        `free` says that what it moves would move in any case.
+        """
+        kwargs = {key: (kwargs or {})[key] for key in sorted(kwargs or {})}
+        operands = call_operands(args, kwargs)
+        if type is None:
+            type = result_type(op, args, kwargs)
+        asked = self._ask(op, args, kwargs, type, proposals, wanted)
+        placement = place(asked)
+        kept = self._kept(operands, placement)
+        brought = iter(
+            [
+                self.reshard(
+                    value,
+                    layout,
+                    origin,
+                    user=op,
+                    forced=None if free else _others(kept, value),
+                )
+                for value, layout in zip(operands, placement.operands, strict=True)
+            ]
+        )
+        return self.builder.emit(
+            op,
+            map_nodes(args, lambda _: next(brought)),
+            {key: map_nodes(value, lambda _: next(brought)) for key, value in kwargs.items()},
+            type=type,
+            layout=self._layout(placement, type),
+            origin=origin,
+            requires_grad=requires_grad,
+            name=name,
+        )
+
+    def moved_bytes(
+        self,
+        op: Op,
+        args: tuple[Arg, ...],
+        kwargs: Mapping[str, Arg],
+        type: NodeType,
+        proposals: Mapping[Node, Layout] | None = None,
+    ) -> float:
+        """The bytes that the cheapest placement of a call moves, adjoint included."""
+        asked = self._ask(op, args, kwargs, type, proposals)
+        placed = place(asked).operands
+        pairs = zip(asked.operands, placed, strict=True)
+        return sum(operand_cost(operand, layout, self.mesh) for operand, layout in pairs)
+
+    def _ask(
+        self,
+        op: Op,
+        args: tuple[Arg, ...],
+        kwargs: Mapping[str, Arg],
+        type: NodeType,
+        proposals: Mapping[Node, Layout] | None = None,
+        wanted: tuple[Layout, ...] = (),
+    ) -> Call:
+        def operand(node: Node) -> Operand:
+            return self._operand(node, proposals or {})
+
+        return make_call(op, args, kwargs, type, self.mesh, operand, wanted)
+
+    def item(self, source: Node, index: int, origin: Origin, *, name: str = "") -> Node:
+        """One result of a node with several; emitted once."""
+        if (source, index) not in self._items:
+            assert isinstance(source.type, tuple) and isinstance(source.layout, tuple)
+            self._items[source, index] = self.builder.emit(
+                GETITEM,
+                (source, index),
+                type=source.type[index],
+                layout=source.layout[index],
+                origin=origin,
+                requires_grad=source.requires_grad
+                and is_floating(source.type[index])
+                and not (index and source.op in FIRST_ONLY),
+                name=name,
+            )
+        return self._items[source, index]
+
+    def adopt(self, node: Node) -> None:
+        """Take over a node that is already placed."""
+        self.builder.adopt(node)
+        if node.op == GETITEM:
+            self._items[node.args[0], node.args[1]] = node
+
+    def reshard(
+        self,
+        value: Node,
+        target: Layout,
+        origin: Origin,
+        *,
+        user: Op = MeshOp("output"),
+        forced: frozenset[str] | None = None,
+    ) -> Node:
+        """`value` in the layout `target`, by explicit collectives, each emitted once per value.
+
+        `forced` are the axes over which the plan left no choice; by default every one.
+        """
+        target = target.canonical(self.mesh)
+        have = self._have.setdefault(value, {value.placed: value})
+        if target in have:
+            return have[target]
+        if is_filled(value) and not target.partial and not target.varying:
+            have[target] = self._filled(value, target)
+            return have[target]
+        node = self._counted_once(value, target, origin) if self.backward else value
+        for step in steps(node.placed, target, self.mesh):
+            if step.target in have:
+                node = have[step.target]
+                continue
+            following = self._step(node, step, _reducing(value, origin))
+            planned = forced is None or bool(forced & set(step.axes)) or self.planned(value, step)
+            self.movements.append(Movement(value, user, step, following, planned))
+            node = have[step.target] = following
+        return node
+
+    def _filled(self, value: Node, layout: Layout) -> Node:
+        """A tensor of one number, made in the layout that is wanted of it."""
+        return self.builder.emit(
+            torch.ops.aten.full.default,
+            (list(value.tensor.shape), filled_with(value.op, value.args)),
+            {"dtype": value.tensor.dtype},
+            type=value.type,
+            layout=layout,
+            origin=value.origin,
+        )
+
+    def _counted_once(self, value: Node, target: Layout, origin: Origin) -> Node:
+        """`value` without the varying axes that `target` lacks.
+
+        Nothing is differentiated again behind a backward: there a varying value is a replicated
+        one, that of which operand it was made of aside.
+        """
+        states = ("replicated", "partial")
+        gone = tuple(axis for axis in value.placed.varying if target.state(axis) in states)
+        if not gone:
+            return value
+        layout = value.placed.drop_varying(gone)
+        have = self._have[value]
+        if layout not in have:
+            have[layout] = self._step(value, Step("narrow", gone, value.placed, layout), origin)
+        return have[layout]
+
+    def _kept(self, operands: Sequence[Node], placement: Placement) -> dict[Node, frozenset[str]]:
+        """The operands that the plan laid out, and the axes over which they stay split so."""
+        return {
+            value: frozenset(
+                axis
+                for axis in value.placed.split_axes
+                if layout.split_dim(axis) == value.placed.split_dim(axis)
+            )
+            for value, layout in zip(operands, placement.operands, strict=True)
+            if value in self.explicit
+        }
+
+    def _step(self, value: Node, step: Step, origin: Origin) -> Node:
+        return self.builder.emit(
+            MeshOp(step.kind),
+            (value,),
+            {"axes": step.axes},
+            type=value.type,
+            layout=step.target,
+            origin=origin,
+            requires_grad=value.requires_grad,
+        )
+
+    def _operand(self, value: Node, proposals: Mapping[Node, Layout]) -> Operand:
+        return Operand(
+            value.tensor,
+            value.placed,
+            differentiable=value.requires_grad and not self.backward,
+            explicit=value in self.explicit,
+            available=frozenset(self._have.get(value, ())),
+            proposals=(proposals[value],) if value in proposals else (),
+            keep_partial=value not in self.shared,
+            zero=makes_zeros(value.op, value.args),
+            rooted=value.op != INPUT and self._is_rooted(value),
+            filled=is_filled(value),
+        )
+
+    def _is_rooted(self, value: Node) -> bool:
+        """Whether a value is computed from parameters, buffers and constants alone."""
+        if value not in self._rooted:
+            self._rooted[value] = (
+                value.args[0] != "argument"
+                if value.op == INPUT
+                else all(map(self._is_rooted, value.operands()))
+            )
+        return self._rooted[value]
+
+    def _layout(self, placement: Placement, type: NodeType) -> Layout | tuple[Layout | None, ...]:
+        layouts = tuple(
+            None if layout is None else layout.canonical(self.mesh) for layout in placement.results
+        )
+        if isinstance(type, tuple):
+            return layouts
+        if layouts[0] is None:
+            raise PassError("a rule gave no layout for a tensor result", help="report this")
+        return layouts[0]
+
+
+def _others(kept: Mapping[Node, frozenset[str]], value: Node) -> frozenset[str]:
+    """The axes over which `value` has to yield, since other operands keep what the plan wrote."""
+    return frozenset().union(*(axes for node, axes in kept.items() if node is not value))
+
+
+def _reducing(value: Node, origin: Origin) -> Origin:
+    """Where a change of layout belongs: a pending sum is reduced by the module that left it, any
+    other value moved for the module that wants it."""
+    if not value.placed.partial:
+        return origin
+    own = value.origin
+    return replace(
+        origin,
+        module=own.module,
+        module_type=own.module_type,
+        modules=own.modules,
+        source=own.source,
+    )
+
+
+def is_filled(value: Node) -> bool:
+    """Whether a value is one number all over and no cotangent will reach it."""
+    return not value.requires_grad and filled_with(value.op, value.args) is not None
+
+
+def is_floating(type: NodeType) -> bool:
+    """Whether a value of this type can carry a gradient."""
+    return isinstance(type, TensorType) and type.differentiable

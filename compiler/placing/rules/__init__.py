@@ -1,0 +1,1 @@
+"""One rule for each operator: the splits it allows, and the pending sums they leave."""

@@ -1,0 +1,94 @@
+"""Rules of products whose letters follow from the ranks of their operands, or from an equation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from meshwright.compiler.graph.ir import MeshOp
+from meshwright.compiler.placing.rules.notation import (
+    Call,
+    Letters,
+    Spec,
+    broadcast_letters,
+    letter_sizes,
+)
+from meshwright.compiler.placing.rules.registry import rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.matmul.default)
+def _matmul(call: Call) -> Spec:
+    """Vectors, matrices or batches of matrices, the batches broadcast."""
+    ranks = [len(operand.type.shape) for operand in call.operands]
+    left = (*_batch(ranks[0] - 2), "m", "k")[-ranks[0] if ranks[0] > 1 else -1 :]
+    right = (*_batch(ranks[1] - 2), "k", "n") if ranks[1] > 1 else ("k",)
+    batch = _batch(max(ranks) - 2)
+    result = (*batch, *(("m",) if ranks[0] > 1 else ()), *(("n",) if ranks[1] > 1 else ()))
+    return _product(call, (left, right), result)
+
+
+def _batch(count: int) -> Letters:
+    """Letters of leading dims, aligned at the right."""
+    return tuple(f".{count - 1 - i}" for i in range(max(count, 0)))
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def _added_product(call: Call) -> Spec:
+    """`addmm(bias, x, y)`: with k split, the broadcast bias would be added once a rank."""
+    batch = ("b",) if len(call.operands[1].type.shape) == 3 else ()
+    result = (*batch, "m", "n")
+    bias = result[len(result) - len(call.operands[0].type.shape) :]
+    found = _product(call, (bias, (*batch, "m", "k"), (*batch, "k", "n")), result)
+    return replace(found, whole=frozenset("k"), linear=(frozenset({0, 1}), frozenset({0, 2})))
+
+
+@rule(aten.einsum.default)
+def _einsum(call: Call) -> Spec:
+    """The equation is the rule."""
+    left, right = call.arg(0).replace(" ", "").split("->")
+    terms = left.split(",")
+    ellipsis = [
+        len(operand.type.shape) - len(term.replace("...", ""))
+        for term, operand in zip(terms, call.operands, strict=True)
+    ]
+    operands = tuple(_term(term, count) for term, count in zip(terms, ellipsis, strict=True))
+    return _product(call, operands, _term(right, max(ellipsis)))
+
+
+def _term(term: str, ellipsis: int) -> Letters:
+    head, dots, tail = term.partition("...")
+    return (*head, *(_batch(ellipsis) if dots else ()), *tail)
+
+
+def _product(call: Call, operands: tuple[Letters, ...], result: Letters) -> Spec:
+    sizes = letter_sizes(operands, call)
+    return Spec(
+        tuple(
+            broadcast_letters(letters, operand.type, sizes)
+            for letters, operand in zip(operands, call.operands, strict=True)
+        ),
+        (result,),
+        linear=tuple(frozenset({i}) for i in range(len(operands))),
+    )
+
+
+@rule(MeshOp("grouped_mm"))
+def _grouped(call: Call) -> Spec:
+    """`x[r, k]` or `x[r, t, k]`, `weight[e, k, n]` and `group[r, t]` give `[r, t, n]`."""
+    terms = (_rows(call), ("e", "k", "n"), ("r", "t"))
+    linear = (frozenset({0}), frozenset({1}))
+    return Spec(terms, (("r", "t", "n"),), whole=frozenset("e"), linear=linear)
+
+
+@rule(MeshOp("grouped_mm_weight"))
+def _grouped_weight(call: Call) -> Spec:
+    """`x`, `grad[r, t, n]` and `group[r, t]` give `[e, k, n]`: a sum over all rows."""
+    terms = (_rows(call), ("r", "t", "n"), ("r", "t"))
+    return Spec(terms, (("e", "k", "n"),), linear=(frozenset({0}), frozenset({1})))
+
+
+def _rows(call: Call) -> Letters:
+    return ("r", "k") if len(call.operands[0].type.shape) == 2 else ("r", "t", "k")

@@ -1,0 +1,101 @@
+"""The rules table: one line an operator, in named factors.
+
+`linear` names the terms through which pending sums pass: "each" by itself, "all" together, or
+groups.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from meshwright.compiler.graph.ir import MeshOp, Op
+from meshwright.compiler.placing.rules.notation import Row, row
+
+aten = torch.ops.aten
+
+_FIRST = ((0,),)
+
+CONTRACTIONS: dict[Op, Row] = {
+    aten.linear.default: row("... i, o i, o? -> ... o", ((0, 2), (1, 2)), added=2),
+    aten.mm.default: row("m k, k n -> m n", "each"),
+    aten.bmm.default: row("b m k, b k n -> b m n", "each"),
+    aten.mv.default: row("m k, k -> m", "each"),
+    aten.dot.default: row("k, k -> ", "each"),
+    aten.outer.default: row("m, n -> m n", "each"),
+    aten.addmv.default: row("m, m k, k -> m", ((0, 1), (0, 2)), added=0),
+}
+
+WHOLE_LAST: dict[Op, Row] = {
+    aten.tril.default: row("... m! n! -> ... m n", _FIRST),
+    aten.triu.default: row("... m! n! -> ... m n", _FIRST),
+}
+
+EMBEDDINGS: dict[Op, Row] = {
+    aten.embedding.default: row("v! d, ... -> ... d", _FIRST),
+    aten.embedding_dense_backward.default: row("... d, ... -> v! d", _FIRST),
+    aten.one_hot.default: row("... -> ... c!"),
+}
+
+COMPOSITES: dict[Op, Row] = {
+    # A split v is a masked lookup, whose misses are zeros: partial.
+    MeshOp("embedding"): row("v^ d, ... -> ... d", _FIRST),
+    MeshOp("embedding_backward"): row("... d, ..., v^ d -> v d", _FIRST, shape_only=(2,)),
+    MeshOp("cross_entropy"): row("... v~^, ..., c!? -> ..., ..."),
+    MeshOp("cross_entropy_backward"): row("..., ... v~, ..., ..., c!? -> ... v", _FIRST),
+    MeshOp("norm"): row("... n~, n?, n? -> ... n, ..., ..."),
+    MeshOp("norm_backward"): row(
+        "... n~, ... n, ...?, ..., n?, n? -> ... n, n, n", _FIRST, shape_only=(5,)
+    ),
+    MeshOp("dropout"): row("... -> ..."),
+    MeshOp("standard_gamma"): row("... -> ..."),
+    MeshOp("dirichlet"): row("... n! -> ... n"),
+    MeshOp("poisson"): row("... -> ..."),
+    MeshOp("binomial"): row("..., ... -> ..."),
+}
+
+NORMS: dict[Op, Row] = {
+    aten._native_batch_norm_legit_functional.default: row(
+        "b! c ...!, c?, c?, c, c -> b c ..., c, c, c, c"
+    ),
+    aten._native_batch_norm_legit.no_stats: row("b! c ...!, c?, c? -> b c ..., c, c"),
+    aten._native_batch_norm_legit_no_training.default: row(
+        "b c ..., c?, c?, c, c -> b c ..., z, z"
+    ),
+    aten.native_batch_norm.default: row("b! c ...!, c?, c?, c?, c? -> b c ..., c, c"),
+    aten.native_batch_norm_backward.default: row(
+        "b! c ...!, b c ..., c?, c?, c?, c?, c? -> b c ..., c, c", _FIRST
+    ),
+    aten.group_norm.default: row("b c! ...!, c?, c? -> b c ..."),
+    aten.native_group_norm.default: row("b c! ...!, c?, c? -> b c ..., b g, b g"),
+    aten.native_group_norm_backward.default: row(
+        "b c! ...!, b c ..., b g!, b g, c? -> b c ..., c, c", _FIRST
+    ),
+}
+
+_POOL_2D = row("... h! w! -> ... x! y!")
+_POOL_2D_BACKWARD = row("... x! y!, ... h! w! -> ... h! w!", _FIRST, shape_only=(1,))
+
+POOLS: dict[Op, Row] = {
+    aten.max_pool1d.default: row("... h! -> ... x!"),
+    aten.max_pool2d.default: _POOL_2D,
+    aten.max_pool2d_with_indices.default: row("... h! w! -> ... x! y!, ... x! y!"),
+    aten.max_pool2d_with_indices_backward.default: row(
+        "... x! y!, ... h! w!, ... x! y! -> ... h! w!", _FIRST, shape_only=(1,)
+    ),
+    aten.avg_pool1d.default: row("... h! -> ... x!", _FIRST),
+    aten.avg_pool2d.default: row("... h! w! -> ... x! y!", _FIRST),
+    aten.avg_pool2d_backward.default: _POOL_2D_BACKWARD,
+    aten.adaptive_avg_pool1d.default: row("... h! -> ... x!", _FIRST),
+    aten.adaptive_avg_pool2d.default: row("... h! w! -> ... x! y!", _FIRST),
+    aten._adaptive_avg_pool2d.default: row("... h! w! -> ... x! y!", _FIRST),
+    aten._adaptive_avg_pool2d_backward.default: _POOL_2D_BACKWARD,
+}
+
+TABLE: dict[Op, Row] = {
+    **CONTRACTIONS,
+    **WHOLE_LAST,
+    **EMBEDDINGS,
+    **COMPOSITES,
+    **NORMS,
+    **POOLS,
+}

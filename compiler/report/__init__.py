@@ -1,0 +1,1 @@
+"""What is in a program, in numbers, tables and text."""

@@ -1,0 +1,242 @@
+"""Why one module is laid out as it is: its parameters, their statements, and what it moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from meshwright.compiler.graph.ir import INPUT, OutputKind, TensorType
+from meshwright.compiler.graph.text import size_text, type_text
+from meshwright.compiler.report.ledger import Moved
+from meshwright.compiler.report.sheets import Column, Sheet
+from meshwright.compiler.report.summary import statement_texts
+from meshwright.compiler.report.sums import Part, Sum, Sums, inside
+from meshwright.dsl.errors import PlanError, did_you_mean, plural, spelled
+from meshwright.dsl.writing.html import html_text
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from meshwright.compiler.program import Program, Stored
+
+
+WIDTH = 100
+"""Columns of the text."""
+_MOST = 12
+"""How many of the modules inside a module are named."""
+_RIGHT = (Column("", right=True), Column("sent per rank", right=True))
+
+
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A parameter, buffer or input with its layout.
+
+    `name` is the model's, `type` has the global shape and the axes that split it, as in
+    `f32[64, 256@tp]`, and `plan_line` are the places of the statements behind it.
+    """
+
+    name: str
+    type: str
+    plan_line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why one part of a model is laid out as it is; it prints as text.
+
+    `name` and `kind` say of what, `tensors` are its `LaidOut` parameters, buffers and inputs,
+    `collectives` what `Moved` because of it, and `statements` maps places, such as `gpt.plan:6`,
+    to what stands there. Of a module with modules inside, `whole` is the `Part` that sums them up,
+    `sums` are its collectives with equal ones together, and `children` the largest first.
+    """
+
+    name: str
+    kind: str
+    tensors: tuple[LaidOut, ...]
+    collectives: tuple[Moved, ...]
+    statements: dict[str, str]
+    whole: Part | None = None
+    sums: tuple[Sum, ...] = ()
+    children: tuple[Part, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """The same as plain dictionaries and lists."""
+        return asdict(self)
+
+    def __repr__(self) -> str:
+        tensors, moved = len(self.tensors), len(self.collectives)
+        return (
+            f"<Explanation of {self.name} ({self.kind}): {plural(tensors, 'tensor')}, "
+            f"{plural(moved, 'collective')} per step>"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_text(str(self))
+
+    def __str__(self) -> str:
+        lines = [f"{self.name} ({self.kind})"]
+        width = max((len(each.name) + len(each.type) + 2 for each in self.tensors), default=0)
+        for each in self.tensors:
+            head = f"{each.name}: {each.type}"
+            lines.append(f"  {head:<{width}}{self._why(each.plan_line) or '  no statement: whole'}")
+        if self.whole is not None:
+            return "\n".join([*lines, *self._summed(self.whole)])
+        for phase in ("forward", "backward"):
+            found = [item for item in self.collectives if item.phase == phase]
+            if found:
+                lines += [f"  {phase}", *self._moves(found)]
+        if not self.collectives:
+            lines.append("  moves nothing")
+        return "\n".join(lines)
+
+    def _summed(self, whole: Part) -> Iterable[str]:
+        from meshwright.compiler.report.show import sheet_text
+
+        sheets = (_held_sheet(whole), self._sums_sheet(whole), _parts_sheet(self.children))
+        for sheet in sheets:
+            yield f"\n{sheet.title}"
+            yield sheet_text(sheet, WIDTH) if sheet.rows else "  nothing"
+
+    def _sums_sheet(self, whole: Part) -> Sheet:
+        columns = (Column(""), Column("", fixed=True), *_RIGHT[:2], Column("because of"))
+        rows = [
+            (
+                each.phase,
+                f"{each.kind}[{', '.join(each.axes)}]",
+                f"x {each.count}",
+                size_text(each.bytes),
+                self._why(each.plan_line).removeprefix("  <- "),
+            )
+            for each in self.sums
+        ]
+        total = ("in all", "", "", size_text(whole.sent), "")
+        totals = (total,) if len(rows) > 1 else ()
+        return Sheet("sent by each rank in a step", columns, tuple(rows), totals)
+
+    def _moves(self, items: list[Moved]) -> Iterable[str]:
+        heads = [f"{item.kind}[{', '.join(item.axes)}]" for item in items]
+        width, types = max(map(len, heads)), max(len(item.type) for item in items)
+        for item, head in zip(items, heads, strict=True):
+            size = size_text(item.bytes)
+            line = f"    {head:<{width}}  of {item.type:<{types}}  {size:>8}"
+            yield line + self._why(item.plan_line)
+
+    def _why(self, places: str) -> str:
+        said = [f"{place}: {self.statements.get(place, '')}" for place in places.split(", ")]
+        return f"  <- {'; '.join(said)}" if places else ""
+
+
+def _held_sheet(whole: Part) -> Sheet:
+    rows = (
+        ("parameters", whole.parameters),
+        ("buffers", whole.buffers),
+        ("gradients", whole.gradients),
+        ("optimizer, two moments", whole.optimizer),
+        ("saved for the backward", whole.saved),
+    )
+    kept = tuple((name, size_text(size)) for name, size in rows if size)
+    title = f"held by each rank, of {whole.num_parameters:,} parameters in all"
+    return Sheet(title, (Column(""), _RIGHT[0]), kept)
+
+
+def _parts_sheet(parts: Sequence[Part]) -> Sheet:
+    headings = ("parameters", "held per rank", "sent per rank")
+    right = (Column(heading, right=True) for heading in headings)
+    columns = (Column("name"), Column("", fixed=True), _RIGHT[0], *right)
+    rows = tuple(
+        (
+            part.name,
+            part.kind,
+            f"x {part.count}" if part.count > 1 else "",
+            f"{part.num_parameters:,}",
+            size_text(part.parameters + part.buffers),
+            size_text(part.sent),
+        )
+        for part in parts[:_MOST]
+    )
+    rest = (f"and {len(parts) - _MOST} more",) + ("",) * 5
+    totals = (rest,) if len(parts) > _MOST else ()
+    return Sheet("the modules inside, the largest first", columns, rows, totals)
+
+
+def explain(program: Program, name: str) -> Explanation:
+    """What is said of the module, parameter, buffer or input `name`; see `Program.explain`."""
+    if not isinstance(name, str):
+        raise PlanError(
+            "P115",
+            f"a name is text, not {spelled(name)}",
+            help='pass the name of a module, parameter or input, or `""` for the model',
+        )
+    modules = dict(program.model.named_modules(remove_duplicate=False))
+    tensors = _tensors(program)
+    own = program.captured.aliases.get(name, name)
+    if name in modules:
+        return _of_module(program, name, modules, tensors)
+    if own not in tensors:
+        raise PlanError(
+            "P401",
+            f"the model has no module, parameter or input `{name}`",
+            help=did_you_mean(name, [*filter(None, modules), *tensors, *program.captured.aliases]),
+        )
+    kind = "tensor" if own == name else f"tensor, the same as {own}"
+    reduced = _moved_for(program, {own})
+    moved = tuple(item for item in program.comm() if (item.phase, item.value) in reduced)
+    return Explanation(name, kind, (tensors[own],), moved, statement_texts(program.plan))
+
+
+def _of_module(
+    program: Program, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, LaidOut]
+) -> Explanation:
+    module = modules[name]
+    path = next(path for path, each in modules.items() if each is module)
+    kind = type(module).__name__ + (f", the same as {path}" if path != name else "")
+    names = {**{key: key for key in tensors}, **program.captured.aliases}
+    direct = {own: tensors[own] for key, own in names.items() if key.rpartition(".")[0] == path}
+    held = {own for key, own in names.items() if not path or key.startswith(f"{path}.")}
+    moved = _moved(program, path, held)
+    texts = statement_texts(program.plan)
+    shown = (name or "the model", kind, tuple(direct.values()), moved, texts)
+    if not any(True for _ in module.children()):
+        return Explanation(*shown)
+    sums = Sums(program)
+    whole = sums.of(path, type(module).__name__)
+    return Explanation(*shown, whole, sums.sums(path), sums.children(path, module))
+
+
+def _moved(program: Program, path: str, names: set[str]) -> tuple[Moved, ...]:
+    """What moves inside a module, or for its tensors."""
+    reduced = _moved_for(program, names)
+    return tuple(
+        item
+        for item in program.comm()
+        if inside(path, item.modules) or (item.phase, item.value) in reduced
+    )
+
+
+def _moved_for(program: Program, names: set[str]) -> set[tuple[str, str]]:
+    """(phase, node) of collectives that take these tensors or reduce their gradients."""
+    found: set[tuple[str, str]] = set()
+    for graph in program.graphs().values():
+        phase = graph.name.rpartition(".")[2]
+        for node in graph.nodes:
+            source = next(node.operands(), None)
+            if source is not None and source.op == INPUT and source.args[1] in names:
+                found.add((phase, node.name))
+        for gradient in graph.outputs_of(OutputKind.GRADIENT):
+            if gradient.name in names:
+                found.update((phase, operand.name) for operand in gradient.node.operands())
+    return found
+
+
+def _tensors(program: Program) -> dict[str, LaidOut]:
+    stored: dict[str, Stored] = {**program.parameters, **program.buffers}
+    graph = program.step.forward
+    found: dict[str, LaidOut] = {}
+    for name, each in stored.items():
+        type = TensorType(each.padded_shape, each.type.dtype)
+        found[name] = LaidOut(name, type_text(type, each.layout, graph), each.plan_line)
+    for node in program.inputs():
+        text = type_text(node.tensor, node.placed, graph)
+        found[str(node.args[1])] = LaidOut(str(node.args[1]), text, node.origin.plan_line)
+    return found

@@ -1,0 +1,161 @@
+"""The ledger of what moves: every collective of a program, with its bytes and its origin."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
+
+from meshwright.compiler.graph.ir import Arg, Graph, MeshOp, Node
+from meshwright.compiler.graph.text import node_type_text, size_text
+from meshwright.compiler.layout.collectives import COLLECTIVES, bytes_sent, plan_transfer
+from meshwright.compiler.layout.layout import Dim
+from meshwright.dsl.errors import plural
+from meshwright.dsl.writing.html import html_table
+
+COUNTED = {"all_gather_replicated": "all_gather"}
+"""Kinds that differ only in what becomes of their gradient count as one."""
+
+TransferKey: TypeAlias = tuple[Node, str, tuple[tuple[str, Arg], ...], tuple[Dim, ...]]
+"""The operand, the kind, its axes and options, and how the result is cut."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """One collective of a step, as one rank sees it.
+
+    `phase` is `forward` or `backward`, `kind` torch's name (`all_reduce`), `axes` those of the
+    mesh. `bytes` is what a rank sends under a bandwidth-optimal algorithm: 2(n-1)/n of an
+    all-reduce's operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's.
+    `value` is the node in the graph and `type` that of its operand; `module` is where it stands in
+    the model and `modules` that and all around it; `plan_line` are the places of the statements
+    behind it, such as `gpt.plan:6`.
+    """
+
+    phase: str
+    kind: str
+    axes: tuple[str, ...]
+    bytes: int
+    value: str
+    type: str
+    module: str
+    modules: tuple[str, ...]
+    plan_line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Comm:
+    """Every collective of a step, forward and backward: a sequence of `Moved`.
+
+    `moved` is the tuple of them.
+    """
+
+    moved: tuple[Moved, ...]
+
+    def __repr__(self) -> str:
+        size = size_text(self.total_bytes())
+        return f"<Comm: {plural(len(self), 'collective')}, {size} sent per rank per step>"
+
+    def _repr_html_(self) -> str:
+        groups: dict[tuple[str, str], list[int]] = {}
+        for item in self.moved:
+            key = item.phase, f"{item.kind}[{', '.join(item.axes)}]"
+            groups.setdefault(key, []).append(item.bytes)
+        rows = [(*key, str(len(found)), size_text(sum(found))) for key, found in groups.items()]
+        rows.append(("in all", "", str(len(self)), size_text(self.total_bytes())))
+        columns = ("", "collective", "per step", "sent per rank")
+        return html_table(columns, rows, right="  rr")
+
+    def __iter__(self) -> Iterator[Moved]:
+        return iter(self.moved)
+
+    def __len__(self) -> int:
+        return len(self.moved)
+
+    def bytes_by_axis(self) -> dict[str, int]:
+        """Bytes that one rank sends in a step, by axis; `dp, tp` for collectives over both."""
+        total: Counter[str] = Counter()
+        for item in self.moved:
+            total[", ".join(item.axes)] += item.bytes
+        return dict(sorted(total.items()))
+
+    def counts(self) -> dict[str, int]:
+        """How many collectives a step has, by kind and axes: `{"all_reduce[tp]": 8}`."""
+        found = Counter(f"{item.kind}[{', '.join(item.axes)}]" for item in self.moved)
+        return dict(sorted(found.items()))
+
+    def where(self, test: Callable[[Moved], bool]) -> Comm:
+        """Those for which `test`, a function of a `Moved`, is true."""
+        return Comm(tuple(item for item in self.moved if test(item)))
+
+    def under(self, module: str) -> Comm:
+        """Those of `module`, such as `blocks.0`, and the modules inside it."""
+        return self.where(lambda item: module in item.modules)
+
+    def total_bytes(self) -> int:
+        """Bytes that one rank sends in a step."""
+        return sum(item.bytes for item in self.moved)
+
+    def to_json(self) -> list[dict[str, object]]:
+        """One plain dictionary per collective."""
+        return [asdict(item) for item in self.moved]
+
+
+def ledger(graphs: Iterable[Graph]) -> Comm:
+    """What the graphs of one step move; a transfer that two nodes share counts once."""
+    return Comm(tuple(item for graph in graphs for item in _graph_items(graph)))
+
+
+def _graph_items(graph: Graph) -> Iterator[Moved]:
+    phase = graph.name.rpartition(".")[2]
+    shared: set[TransferKey] = set()
+    for node in graph.nodes:
+        if not moves(node):
+            continue
+        key = transfer_key(node)
+        if key not in shared:
+            shared.add(key)
+            yield _moved(node, graph, phase)
+
+
+def moves(node: Node) -> bool:
+    """Whether a node is a collective that moves bytes."""
+    return (
+        isinstance(node.op, MeshOp)
+        and node.op.name in COLLECTIVES
+        and COLLECTIVES[node.op.name].moves
+    )
+
+
+def counted(node: Node) -> str:
+    """The kind that a collective counts as."""
+    assert isinstance(node.op, MeshOp)
+    return COUNTED.get(node.op.name, node.op.name)
+
+
+def transfer_key(node: Node) -> TransferKey:
+    """What two collectives that share one transfer have in common."""
+    return (node.args[0], counted(node), tuple(sorted(node.kwargs.items())), node.placed.dims)
+
+
+def _moved(node: Node, graph: Graph, phase: str) -> Moved:
+    assert isinstance(node.op, MeshOp)
+    source: Node = node.args[0]
+    kwargs = {key: value for key, value in node.kwargs.items() if key != "axes"}
+    axes = node.kwargs["axes"]
+    wire = plan_transfer(node.op.name, axes, source.placed, node.placed, graph.mesh, **kwargs).wire
+    numel = math.prod(source.placed.local_shape(graph.mesh))
+    size = 0 if wire is None else bytes_sent(wire, numel, source.tensor.dtype.itemsize, graph.mesh)
+    return Moved(
+        phase,
+        counted(node),
+        axes,
+        size,
+        node.name,
+        node_type_text(source, graph),
+        node.origin.module,
+        tuple(path for path, _ in node.origin.modules),
+        node.origin.plan_line,
+    )

@@ -1,0 +1,99 @@
+"""What a rank needs to hold: known from the graphs before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from meshwright.compiler.graph.aliasing import node_bytes, storage
+from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node, OutputKind, TensorType
+from meshwright.compiler.layout.layout import Layout
+
+if TYPE_CHECKING:
+    from meshwright.compiler.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes per rank of `parameters`, `buffers`, `gradients` and more.
+
+    `optimizer` is for two moments per parameter, as Adam keeps; `activations` are what the forward
+    saves for the backward; `peak` is the most alive at once in a step, parameters, gradients and
+    optimizer state included, but not what operators use inside themselves.
+    """
+
+    parameters: int
+    buffers: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int
+
+    def to_json(self) -> dict[str, int]:
+        """The same as a plain dictionary."""
+        return asdict(self)
+
+
+def memory(program: Program) -> Memory:
+    """The memory of one rank and step."""
+    trained = [s for s in program.parameters.values() if s.requires_grad]
+    parameters = sum(
+        _bytes(TensorType(s.padded_shape, s.type.dtype), s.layout, program)
+        for s in program.parameters.values()
+    )
+    gradients = 0
+    if program.step.backward is not None:
+        gradients = sum(
+            _bytes(TensorType(s.padded_shape, s.type.dtype), s.layout, program) for s in trained
+        )
+    buffers = sum(_bytes(s.type, s.layout, program) for s in program.buffers.values())
+    fixed = parameters + buffers + 3 * gradients
+    saved = {node.name: size for node, size in saved_bytes(program.step.forward).items()}
+    peaks = [liveness_peak(program.step.forward, {})]
+    if program.step.backward is not None:
+        peaks.append(liveness_peak(program.step.backward, saved))
+    return Memory(
+        parameters, buffers, gradients, 2 * gradients, sum(saved.values()), fixed + max(peaks)
+    )
+
+
+def _bytes(type: TensorType, layout: Layout, program: Program) -> int:
+    return math.prod(layout.local_shape(program.mesh)) * type.dtype.itemsize
+
+
+def saved_bytes(graph: Graph) -> dict[Node, int]:
+    """Bytes per rank of each storage that the forward hands to the backward."""
+    handed = (storage(output.node) for output in graph.outputs_of(OutputKind.SAVED))
+    return {node: node_bytes(node, graph) for node in dict.fromkeys(handed) if node.op != INPUT}
+
+
+def liveness_peak(graph: Graph, saved: Mapping[str, int]) -> int:
+    """The most bytes alive at once while `graph` runs, inputs not counted, `saved` as popped."""
+    last: dict[Node, int] = {}
+    for i, node in enumerate(graph.nodes):
+        last[storage(node)] = i
+        for operand in node.operands():
+            last[storage(operand)] = i
+    for node in graph.returned:
+        last[storage(node)] = len(graph.nodes)
+    dying: dict[int, list[Node]] = {}
+    for node, i in last.items():
+        dying.setdefault(i, []).append(node)
+    alive = peak = sum(saved.values())
+    for i, node in enumerate(graph.nodes):
+        if storage(node) is node and not _held_elsewhere(node):
+            alive += node_bytes(node, graph)
+            peak = max(peak, alive)
+        alive -= sum(
+            saved.get(gone.name, 0) if gone.op == MeshOp("saved") else node_bytes(gone, graph)
+            for gone in dying.get(i, ())
+            if gone.op == MeshOp("saved") or not _held_elsewhere(gone)
+        )
+    return peak
+
+
+def _held_elsewhere(node: Node) -> bool:
+    """Inputs, handed-over values and gradient buckets are counted once for the whole step."""
+    return node.op in (INPUT, MeshOp("saved"), MeshOp("bucket"), MeshOp("bucket_item"))

@@ -1,0 +1,209 @@
+"""A program in figures, for `show` and `--json`: equal layers fold into one row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from meshwright.compiler.graph.ir import TensorType
+from meshwright.compiler.graph.names import fold
+from meshwright.compiler.graph.text import op_text, type_text
+from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.placing.rules.lookup import has_rule
+from meshwright.compiler.report.ledger import Moved
+from meshwright.compiler.report.memory import Memory
+from meshwright.dsl.statements import Statement
+
+if TYPE_CHECKING:
+    from meshwright.compiler.program import Program, Stored
+    from meshwright.dsl.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Parameters, buffers or inputs that are laid out alike: `count` of them under one selector.
+
+    `bytes` is what one rank holds of all of them.
+    """
+
+    kind: str
+    names: str
+    count: int
+    type: str
+    bytes: int
+    note: str
+    plan_line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Collectives of a step that are alike: `bytes` is what one rank sends for all of them."""
+
+    phase: str
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: int
+    modules: tuple[str, ...]
+    plan_line: str
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """Gathers not asked for: an operator needs whole what is split, or has no rule."""
+
+    op: str
+    value: str
+    source: str
+    target: str
+    modules: tuple[str, ...]
+    count: int
+    bytes: int
+    has_rule: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLine:
+    """A statement, and what moves in a step because of it."""
+
+    place: str
+    text: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `show` prints. The text is deterministic: no addresses, no paths, no times."""
+
+    model: str
+    plan: str
+    mode: str
+    device: str
+    mesh: tuple[tuple[str, int], ...]
+    held: tuple[Held, ...]
+    traffic: tuple[Traffic, ...]
+    bytes_by_axis: tuple[tuple[str, int], ...]
+    gathers: tuple[Gather, ...]
+    lines: tuple[PlanLine, ...]
+    memory: Memory
+
+    def to_json(self) -> dict[str, object]:
+        """Plain dictionaries and lists."""
+        pairs = {"mesh": dict(self.mesh), "bytes_by_axis": dict(self.bytes_by_axis)}
+        return {**asdict(self), **pairs}
+
+
+def summarise(program: Program, *, local: bool = False) -> Summary:
+    """The figures of a program; with `local`, shapes are those that one rank holds."""
+    return Summary(
+        type(program.model).__name__,
+        program.plan.source.name,
+        program.mode,
+        program.device.type,
+        program.mesh.axes,
+        (*_stored(program, local), *_inputs(program, local)),
+        tuple(_traffic(program)),
+        tuple(program.comm().bytes_by_axis().items()),
+        tuple(_gathers(program)),
+        tuple(_lines(program)),
+        program.memory(),
+    )
+
+
+def _stored(program: Program, local: bool) -> Iterable[Held]:
+    for kind, tensors in (("parameter", program.parameters), ("buffer", program.buffers)):
+        groups: dict[tuple[str, str, str], list[Stored]] = {}
+        for stored in tensors.values():
+            type = TensorType(stored.padded_shape, stored.type.dtype)
+            text = type_text(type, stored.layout, program.step.forward, local=local)
+            note = "buffer" if kind == "buffer" else _note(stored)
+            groups.setdefault((text, note, stored.plan_line), []).append(stored)
+        order = {name: i for i, name in enumerate(tensors)}
+        folded = [
+            (order[names[0]], Held(kind, selector, len(names), text, size, note, line))
+            for (text, note, line), group in groups.items()
+            for selector, names in fold([s.name for s in group], list(tensors)).items()
+            for size in [sum(_bytes(tensors[name], program) for name in names)]
+        ]
+        yield from (held for _, held in sorted(folded, key=lambda item: item[0]))
+
+
+def _note(stored: Stored) -> str:
+    padding = stored.padding
+    if padding is not None:
+        return f"{padding.size} padded to {padding.padded}"
+    return "" if stored.requires_grad else "frozen"
+
+
+def _bytes(stored: Stored, program: Program) -> int:
+    return math.prod(stored.layout.local_shape(program.mesh)) * stored.type.dtype.itemsize
+
+
+def _inputs(program: Program, local: bool) -> Iterable[Held]:
+    graph = program.step.forward
+    for node in program.inputs():
+        text = type_text(node.tensor, node.placed, graph, local=local)
+        size = math.prod(node.placed.local_shape(graph.mesh)) * node.tensor.dtype.itemsize
+        yield Held("input", str(node.args[1]), 1, text, size, "", node.origin.plan_line)
+
+
+def _traffic(program: Program) -> Iterable[Traffic]:
+    groups: dict[tuple[str, str, tuple[str, ...], str], list[Moved]] = {}
+    for item in program.comm():
+        key = (item.phase, item.kind, item.axes, item.plan_line)
+        groups.setdefault(key, []).append(item)
+    for (phase, kind, axes, line), items in groups.items():
+        size = sum(item.bytes for item in items)
+        modules = _modules((item.module for item in items), program)
+        yield Traffic(phase, kind, axes, len(items), size, modules, line)
+
+
+def _modules(paths: Iterable[str], program: Program) -> tuple[str, ...]:
+    known = [name for name, _ in program.model.named_modules() if name]
+    found = dict.fromkeys(paths)
+    return tuple(fold([path for path in found if path], known))
+
+
+def _gathers(program: Program) -> Iterable[Gather]:
+    groups: dict[tuple[str, str, str, bool], list[Movement]] = {}
+    for movement in program.movements:
+        if movement.implicit:
+            source, target = str(movement.step.source), str(movement.step.target)
+            key = (op_text(movement.user), source, target, has_rule(movement.user))
+            groups.setdefault(key, []).append(movement)
+    for (op, source, target, known), found in groups.items():
+        modules = _modules((m.node.origin.module for m in found), program)
+        size = sum(movement.sent_bytes(program.mesh) for movement in found)
+        value = found[0].value.name
+        yield Gather(op, value, source, target, modules, len(found), size, known)
+
+
+def _lines(program: Program) -> Iterable[PlanLine]:
+    moved: dict[str, list[Moved]] = {}
+    for item in program.comm():
+        moved.setdefault(item.plan_line, []).append(item)
+    texts = statement_texts(program.plan)
+    for place in dict.fromkeys((*texts, *filter(None, moved))):
+        items = moved.get(place, [])
+        text = texts.get(place, "both together")
+        yield PlanLine(place, text, len(items), sum(item.bytes for item in items))
+
+
+def statement_texts(plan: Plan) -> dict[str, str]:
+    """What stands at each place, `gpt.plan:6`: the plan's own lines first."""
+    found: dict[str, str] = {}
+    for statement in plan.statements:
+        found.setdefault(statement.plan_line, _text(statement))
+    found.pop("", None)
+    return found
+
+
+def _text(statement: Statement) -> str:
+    span = statement.span
+    if span is None:
+        return ""
+    lines = (span.source.line(n) for n in range(span.line, span.last_line + 1))
+    return " ".join(" ".join(line.partition("#")[0].split()) for line in lines)

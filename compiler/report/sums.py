@@ -1,0 +1,185 @@
+"""Sums over a part of a model: what each rank holds of its modules and sends for them in a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
+from meshwright.compiler.graph.names import fold
+from meshwright.compiler.report.ledger import Moved
+from meshwright.compiler.report.memory import saved_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from meshwright.compiler.program import Program, Stored
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Modules of a model and their sums: `count` equal ones, of class `kind`.
+
+    `name` is their path or a selector that matches all of them. `num_parameters` counts numbers of
+    the whole model. In bytes per rank: `parameters`, `buffers`, `gradients` and `optimizer`, as in
+    `Memory`, and what is `saved` for the backward. In one step, `collectives` run inside, and each
+    rank sends `sent` bytes for these and for the gradients. A tied parameter counts in each module
+    that has it.
+    """
+
+    name: str
+    kind: str
+    count: int
+    num_parameters: int
+    parameters: int
+    buffers: int
+    gradients: int
+    optimizer: int
+    saved: int
+    collectives: int
+    sent: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """Equal collectives of one part: `count` of them, for which each rank sends `bytes` per step.
+
+    `kind`, `axes` and `plan_line` are those of `Moved`. `phase` is `forward`, `backward` or, for
+    those that reduce gradients of several modules at once, `gradients`: there `bytes` is the share
+    of the part's own parameters.
+    """
+
+    phase: str
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    bytes: int
+    plan_line: str
+
+
+class Sums:
+    """The sums of a program's modules, by path; the empty path is the whole model."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.moved = program.comm().moved
+        backward = program.step.backward
+        self.shares = {} if backward is None else _shares(backward)
+        self.saved: list[tuple[tuple[str, ...], int]] = []
+        if backward is not None:
+            for node, size in saved_bytes(program.step.forward).items():
+                self.saved.append((tuple(path for path, _ in node.origin.modules), size))
+
+    def of(self, path: str, kind: str) -> Part:
+        """The sums of one module and all inside it."""
+        own = [*self._stored(path)]
+        trained = sum(self._bytes(each) for each in own if each.requires_grad)
+        gradients = trained if self.program.step.backward is not None else 0
+        sums = self.sums(path)
+        buffers = _under(path, self.program.buffers)
+        return Part(
+            path,
+            kind,
+            1,
+            sum(math.prod(each.type.shape) for each in own),
+            sum(self._bytes(each) for each in own),
+            sum(self._bytes(self.program.buffers[name]) for name in buffers),
+            gradients,
+            2 * gradients,
+            sum(size for modules, size in self.saved if inside(path, modules)),
+            sum(each.count for each in sums if not path or each.phase != "gradients"),
+            sum(each.bytes for each in sums),
+        )
+
+    def children(self, path: str, module: nn.Module) -> tuple[Part, ...]:
+        """The children of a module that hold or send anything, the largest first, equal ones once.
+
+        Largest is what sends most, then what holds most.
+        """
+        found: dict[Part, list[str]] = {}
+        names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
+        for name, child in zip(names, module.children(), strict=False):
+            part = self.of(name, type(child).__name__)
+            if part.parameters or part.buffers or part.saved or part.sent:
+                found.setdefault(replace(part, name=""), []).append(name)
+        parts = [
+            _times(part, selector, len(group))
+            for part, equal in found.items()
+            for selector, group in fold(equal, names).items()
+        ]
+        return tuple(sorted(parts, key=lambda part: (-part.sent, -part.parameters - part.saved)))
+
+    def sums(self, path: str) -> tuple[Sum, ...]:
+        """What moves for a module and all inside it, equal collectives together."""
+        groups: dict[tuple[str, str, tuple[str, ...], str], list[float]] = {}
+        names = {each.name for each in self._stored(path)}
+        for item in self.moved:
+            phase, share = self._share(item, path, names)
+            if share:
+                key = (phase, item.kind, item.axes, item.plan_line)
+                groups.setdefault(key, []).append(share * item.bytes)
+        return tuple(
+            Sum(phase, kind, axes, len(sizes), round(sum(sizes)), line)
+            for (phase, kind, axes, line), sizes in sorted(groups.items(), key=_phase)
+        )
+
+    def _share(self, item: Moved, path: str, names: set[str]) -> tuple[str, float]:
+        """The phase of a collective, and which share of its bytes is the module's."""
+        shares = self.shares.get(item.value, {}) if item.phase == "backward" else {}
+        phase = "gradients" if shares and not any(item.modules) else item.phase
+        if inside(path, item.modules):
+            return phase, 1.0
+        return phase, sum(share for name, share in shares.items() if name in names)
+
+    def _stored(self, path: str) -> Iterator[Stored]:
+        parameters, aliases = self.program.parameters, self.program.captured.aliases
+        own = dict.fromkeys(
+            aliases.get(name, name) for name in _under(path, {**parameters, **aliases})
+        )
+        yield from (parameters[name] for name in own if name in parameters)
+
+    def _bytes(self, stored: Stored) -> int:
+        return math.prod(stored.layout.local_shape(self.program.mesh)) * stored.type.dtype.itemsize
+
+
+def inside(path: str, modules: Iterable[str]) -> bool:
+    """Whether one of these modules is that at `path`, or inside it, though it is never called."""
+    return not path or any(f"{each}.".startswith(f"{path}.") for each in modules)
+
+
+def _under(path: str, names: Iterable[str]) -> Iterator[str]:
+    return (name for name in names if not path or name.startswith(f"{path}."))
+
+
+def _phase(group: tuple[tuple[str, str, tuple[str, ...], str], list[float]]) -> int:
+    return ("forward", "backward", "gradients").index(group[0][0])
+
+
+def _times(part: Part, name: str, count: int) -> Part:
+    """The sums of so many equal parts."""
+    fields = ("num_parameters", "parameters", "buffers", "gradients", "optimizer", "saved")
+    sums = {each: count * getattr(part, each) for each in (*fields, "collectives", "sent")}
+    return replace(part, name=name, count=count, **sums)
+
+
+def _shares(backward: Graph) -> dict[str, dict[str, float]]:
+    """By collective that reduces gradients: each parameter's share of what it moves."""
+    found: dict[str, dict[str, float]] = {}
+    for gradient in backward.outputs_of(OutputKind.GRADIENT):
+        for value, share in _reduced(gradient.node, backward):
+            found.setdefault(value.name, {})[gradient.name] = share
+    return found
+
+
+def _reduced(gradient: Node, graph: Graph) -> Iterator[tuple[Node, float]]:
+    """The collectives behind a gradient, with its share of each."""
+    yield gradient, 1.0
+    if gradient.op != MeshOp("bucket_item"):
+        yield from ((operand, 1.0) for operand in gradient.operands())
+        return
+    flat, position = gradient.args
+    bucket = flat if flat.op == MeshOp("bucket") else flat.args[0]
+    sizes = [math.prod(part.placed.local_shape(graph.mesh)) for part in bucket.args]
+    yield flat, sizes[position] / sum(sizes)

@@ -1,0 +1,1 @@
+"""Text to statements: the parser, and what it says of text that it cannot read."""

@@ -1,0 +1,1 @@
+"""Statements to text, and to the tables of notebooks."""

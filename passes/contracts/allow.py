@@ -1,0 +1,106 @@
+"""Refuse gathers that no statement of the plan asked for, unless they are small or allowed.
+
+Requires: the movements of forward and backward. Ensures: those that remain were asked for, allowed
+or small together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.graph.text import op_text
+from meshwright.compiler.layout.factors import Factor, concatenation, dim_axes, spelled_dim
+from meshwright.compiler.layout.regroup import factors_for
+from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.placing.rules.lookup import has_rule
+from meshwright.compiler.placing.rules.views import RESHAPES
+from meshwright.dsl.statements import Allow
+from meshwright.dsl.suggest import selectors_of
+from meshwright.passes.statements.draft import Draft
+from meshwright.passes.statements.targets import modules_of
+
+LIMIT = 64 << 10
+"""Bytes per rank per step that implicit gathers may move together."""
+_MOST_SELECTORS = 4
+
+
+def check_replication(draft: Draft) -> None:
+    """Raises `LayoutError` naming the largest implicit gather where they move too much together."""
+    allowed = draft.plan.resolve(Allow, ["", *modules_of(draft)]) if draft.plan.of(Allow) else {}
+    implicit = [m for m in draft.movements if m.implicit and not _is_allowed(m, set(allowed))]
+    total = sum(m.sent_bytes(draft.mesh) for m in implicit)
+    limit = int(os.environ.get("MESHWRIGHT_IMPLICIT_BYTES", LIMIT))
+    if total <= limit:
+        return
+    worst = max(implicit, key=lambda m: m.sent_bytes(draft.mesh))
+    what = "splitting" if worst.step.kind == "slice" else "gathering"
+    where = worst.node.origin
+    raise LayoutError(
+        f"`{op_text(worst.user)}` in {_shown(where.module)} {_why(worst)}: {what} "
+        f"`{worst.value.name}` from `{worst.step.source}` to `{worst.step.target}` was not asked "
+        "for",
+        code="implicit-gather",
+        culprit=f"{where.source}; {_many(len(implicit))} {total} bytes a step",
+        help=_help(worst, implicit, draft),
+    )
+
+
+def _help(worst: Movement, implicit: Sequence[Movement], draft: Draft) -> str:
+    allow = f"write `allow replicate {_targets(implicit)}`"
+    dim = _composite(worst, draft)
+    if dim is None:
+        return f"{allow}, or lay the value out with `shard`"
+    return f"lay out the dim as `{dim}` with `shard` or `columns ... as`, or {allow}"
+
+
+def _composite(worst: Movement, draft: Draft) -> str | None:
+    """The split dim as factors or segments that the operator can take apart, if there are such."""
+    name, layout = worst.node.name, worst.step.source
+    dims = [dim for dim in layout.dims if dim_axes(dim)]
+    users = [
+        node
+        for node in draft.graph.nodes
+        if node.op == worst.user and any(n.name == name for n in node.operands())
+    ]
+    if len(dims) != 1 or len(dims[0]) != 1 or len(dims[0][0]) != 1 or not users:
+        return None
+    types = users[0].type if isinstance(users[0].type, tuple) else (users[0].type,)
+    shapes = [type.shape for type in types if type is not None]
+    if worst.user in RESHAPES:
+        return factors_for(layout, shapes[0], draft.mesh)
+    axes, at = dim_axes(dims[0]), layout.dims.index(dims[0])
+    sizes = [shape[at] for shape in shapes if len(shape) == len(layout.dims)]
+    segments = len(sizes) > 1 and sum(sizes) == layout.shape[at]
+    if not segments or any(size % draft.mesh.size(axes) for size in sizes):
+        return None
+    return spelled_dim(concatenation(*((Factor(size, axes),) for size in sizes)))
+
+
+def _targets(movements: Sequence[Movement]) -> str:
+    """Selectors for all modules that gather, so that one statement allows them."""
+    modules = [movement.node.origin.module for movement in movements]
+    found = selectors_of(modules)
+    return "**" if "" in modules or len(found) > _MOST_SELECTORS else ", ".join(found)
+
+
+def _many(count: int) -> str:
+    return "it moves" if count == 1 else f"{count} such gathers move"
+
+
+def _shown(module: str) -> str:
+    return f"`{module}`" if module else "the model"
+
+
+def _why(movement: Movement) -> str:
+    """What makes an operator ask for the movement."""
+    if not has_rule(movement.user):
+        return "has no rule and runs whole on every rank"
+    if movement.step.kind == "slice":
+        return "takes part of a whole value, whose gradient is then gathered"
+    return "needs whole what is split"
+
+
+def _is_allowed(movement: Movement, allowed: set[str]) -> bool:
+    return bool(allowed & {path for path, _ in movement.node.origin.modules})

@@ -1,0 +1,82 @@
+"""Hold the compiled program to the contracts of its plan.
+
+Requires: a whole program. Ensures: in training, every `expect` holds.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+
+from meshwright.compiler.program import Program
+from meshwright.compiler.report.ledger import Comm, Moved
+from meshwright.dsl.resolve import resolve
+from meshwright.dsl.statements import Expect
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+
+
+def check_contracts(program: Program) -> None:
+    """Raises `PlanError` at the first `expect` that does not hold, with the number found."""
+    if program.mode != "train":
+        return
+    for statement in program.plan.of(Expect):
+        for module in _modules(program, statement) or [""]:
+            found = measure(program, statement, module)
+            if not _COMPARE[statement.comparison](found, statement.bound):
+                where = f" in `{module}`" if module else ""
+                raise program.plan.error(
+                    "P502",
+                    f"the program has {_spell(statement)} of {found:g}{where}, "
+                    f"not {statement.comparison} {statement.bound:g}",
+                    statement,
+                    subject=_evidence(program.comm(), statement, module),
+                    help="change the plan, or the bound if it was wrong",
+                )
+
+
+def measure(program: Program, statement: Expect, module: str) -> float:
+    """The number that a contract is about, for one module ("" is the whole model)."""
+    if statement.metric == "peak_memory":
+        return program.memory().peak
+    items = _counted(program.comm(), statement, module)
+    return sum(item.bytes for item in items) if statement.metric == "bytes" else len(items)
+
+
+def _modules(program: Program, statement: Expect) -> list[str]:
+    if not statement.targets:
+        return []
+    named = any(not target.segments for target in statement.targets)
+    names = [name for name, _ in program.model.named_modules() if name or named]
+    return list(resolve([statement], names))
+
+
+def _counted(comm: Comm, statement: Expect, module: str) -> list[Moved]:
+    items: Iterable[Moved] = comm.under(module) if module else comm
+    return [
+        item
+        for item in items
+        if (statement.metric in ("bytes", item.kind))
+        and (not statement.axes or set(statement.axes) <= set(item.axes))
+        and statement.window in ("", "step", item.phase)
+    ]
+
+
+def _spell(statement: Expect) -> str:
+    axes = f"[{', '.join(statement.axes)}]" if statement.axes else ""
+    return f"{statement.metric}{axes}"
+
+
+def _evidence(comm: Comm, statement: Expect, module: str) -> list[str]:
+    items = [] if statement.metric == "peak_memory" else _counted(comm, statement, module)
+    return [
+        f"{item.phase}: {item.kind} of {item.type} in {item.module or 'the model'}"
+        for item in items[:5]
+    ]

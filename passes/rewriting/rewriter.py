@@ -1,0 +1,141 @@
+"""What the rewrites of operators are written with, and the table of those of `normalise`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from meshwright.compiler.graph.ir import (
+    Arg,
+    Builder,
+    Graph,
+    MeshOp,
+    Node,
+    NodeType,
+    Op,
+    TensorType,
+    map_nodes,
+    nodes_in,
+)
+from meshwright.compiler.graph.types import result_type
+
+aten = torch.ops.aten
+
+
+class Rewriter:
+    """What one rewrite is written with: the node it replaces and a builder for the new ones."""
+
+    def __init__(self, builder: Builder) -> None:
+        self.builder = builder
+        self.mapping: dict[Node, Node] = {}
+        self.num_random = 0
+        self.items: dict[Node, tuple[Node, ...]] = {}
+        """By node with several results that was replaced: what stands for each."""
+
+    def begin(self, node: Node) -> None:
+        """Turn to the next node to be replaced."""
+        self.node = node
+        self.args = map_nodes(node.args, self.mapping.__getitem__)
+        self.kwargs = {k: map_nodes(v, self.mapping.__getitem__) for k, v in node.kwargs.items()}
+
+    def option(self, position: int, name: str, default: Arg = None) -> Arg:
+        """An argument given by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+    def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
+        """Emit a node in place of the current one."""
+        type = type or result_type(op, args, kwargs)
+        return self.builder.emit(
+            op,
+            args,
+            kwargs,
+            type=type,
+            origin=self.node.origin,
+            requires_grad=self.node.requires_grad
+            and _floating(type)
+            and any(operand.requires_grad for operand in nodes_in((args, *kwargs.values()))),
+        )
+
+    def view(self, x: Node, shape: tuple[int, ...]) -> Node:
+        """`x` in another shape, which may be `(-1,)`; itself where it has that shape."""
+        if shape == (-1,):
+            shape = (math.prod(x.tensor.shape),)
+        return x if x.tensor.shape == shape else self.call(aten.view.default, x, list(shape))
+
+    def stopped(self, x: Arg) -> Arg:
+        """The same values without a gradient; numbers are left as they are."""
+        if not isinstance(x, Node) or not x.requires_grad:
+            return x
+        return self._emit(aten.detach.default, (x,), x.type)
+
+    def draw(
+        self, kind: str, like: Node | None, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Node:
+        """Emit random numbers of this kind, laid out as `like` where it is given."""
+        args = (like, shape, kind, dtype, self.random_id())
+        return self._emit(MeshOp("random"), args, TensorType(shape, dtype))
+
+    def _emit(self, op: Op, args: tuple[Arg, ...], type: NodeType) -> Node:
+        return self.builder.emit(op, args, type=type, origin=self.node.origin)
+
+    def random_id(self) -> int:
+        """A number for an operator that draws random numbers: its place in the model."""
+        self.num_random += 1
+        return self.num_random
+
+
+def _floating(type: NodeType) -> bool:
+    if isinstance(type, tuple):
+        return any(_floating(item) for item in type)
+    dtype = type.dtype if isinstance(type, TensorType) else torch.bool
+    return dtype.is_floating_point or dtype.is_complex
+
+
+Rewrite = Callable[[Rewriter], "Node | None"]
+REWRITES: dict[Any, Rewrite] = {}
+"""By operator, or by the name of one that a library brings; a rewrite that returns nothing leaves
+its node as it is."""
+
+
+def rewrites(*ops: Any) -> Callable[[Rewrite], Rewrite]:
+    """Register the rewrite of these operators."""
+
+    def register(function: Rewrite) -> Rewrite:
+        for op in ops:
+            REWRITES[op] = function
+        return function
+
+    return register
+
+
+def rewrite(
+    graph: Graph, table: Mapping[Any, Rewrite], *, unchanged: Callable[[Node], None] | None = None
+) -> Graph:
+    """The graph with each operator of a table replaced; `unchanged` is shown every other node."""
+    rewriter = Rewriter(Builder(graph.name, graph.mesh))
+    for node in graph.nodes:
+        rewriter.begin(node)
+        found = table.get(node.op) or table.get(_library_name(node.op))
+        replacement = found(rewriter) if found else None
+        if replacement is None and unchanged is not None:
+            unchanged(node)
+        rewriter.mapping[node] = replacement or rewriter.builder.copy(node, rewriter.mapping)
+    return rewriter.builder.graph(
+        output.of(rewriter.mapping[output.node]) for output in graph.outputs
+    )
+
+
+def _library_name(op: Op) -> str:
+    """The name of an operator that a library registers when it is imported."""
+    return str(op) if isinstance(op, MeshOp) else op._schema.name
+
+
+def to_dtype(rewriter: Rewriter, x: Node, dtype: torch.dtype) -> Node:
+    if x.tensor.dtype == dtype:
+        return x
+    return rewriter.call(aten._to_copy.default, x, dtype=dtype)

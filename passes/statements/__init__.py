@@ -1,0 +1,1 @@
+"""Passes that carry out what a statement of the plan says of layouts."""

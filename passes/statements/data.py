@@ -1,0 +1,90 @@
+"""Split the batch of the inputs under `data`.
+
+Before:  x: f32[8, 16] = input(argument x)
+After:   x: f32[8@dp, 16] = input(argument x)
+
+Gradients are reduced over the axis by the `vary` rule alone: a parameter that meets a split value
+is varying, and its cotangent partial. Requires: nothing. Ensures: each input with the batch's
+size is split or named in `shard`.
+Elsewhere: DDP, DistributedSampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from meshwright.compiler.graph.ir import Node
+from meshwright.compiler.layout.layout import cut
+from meshwright.dsl.layouts import format_axes
+from meshwright.dsl.statements import Data, Shard
+from meshwright.passes.statements.draft import Draft
+from meshwright.passes.statements.pins import pin, tensor_text
+from meshwright.passes.statements.targets import inputs_of
+
+
+def data(draft: Draft) -> Draft:
+    """Pin every input that a `data` statement names."""
+    arguments = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == "argument"}
+    if not draft.plan.of(Data):
+        return draft
+    resolved = draft.plan.resolve(Data, inputs_of(draft))
+    found = {name: each for name, each in resolved.items() if name in arguments}
+    for name, statement in found.items():
+        draft = _split(draft, arguments[name], statement)
+    _check_complete(draft, arguments, found)
+    return draft
+
+
+def _split(draft: Draft, node: Node, statement: Data) -> Draft:
+    shape, ranks = node.tensor.shape, draft.mesh.size(statement.over)
+    if statement.dim >= len(shape):
+        raise draft.plan.error(
+            "P206",
+            f"`{node.args[1]}` has no dim {statement.dim}",
+            statement.at("dim"),
+            subject=f"{tensor_text(node)}{list(shape)}",
+            help=f"use a dim below {len(shape)}" if shape else "take it out of `data`",
+        )
+    size = shape[statement.dim]
+    if size % ranks:
+        lower = size - size % ranks or ranks
+        over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
+        raise draft.plan.error(
+            "P203",
+            f"cannot split a batch of {size} over {over}",
+            statement.at("over"),
+            subject=f"{tensor_text(node)}{list(shape)}",
+            help=f"use a batch of {lower} or {lower + ranks}",
+        )
+    return pin(draft, node, {statement.dim: cut(size, *statement.over)}, statement)
+
+
+def _check_complete(draft: Draft, arguments: Mapping[str, Node], found: Mapping[str, Data]) -> None:
+    """An input with the batch's size that stays whole is more often forgotten than meant."""
+    sizes = {arguments[name].tensor.shape[s.dim]: s for name, s in found.items()}
+    sharded = {
+        name
+        for statement in draft.plan.of(Shard)
+        for target in statement.targets
+        for name in target.match(list(arguments))
+    }
+    missing = [
+        name
+        for name, node in arguments.items()
+        if name not in found
+        and name not in sharded
+        and node.tensor.shape[:1]
+        and node.tensor.shape[0] in sizes
+    ]
+    if missing:
+        name, node = missing[0], arguments[missing[0]]
+        statement = sizes[node.tensor.shape[0]]
+        dim = f" dim={statement.dim}" if statement.dim else ""
+        line = f"data {', '.join([*found, *missing])} over {format_axes(statement.over)}{dim}"
+        raise draft.plan.error(
+            "P501",
+            f"the input `{name}` has the batch's size and is not under `data`",
+            statement,
+            subject=f"{tensor_text(node)}{list(node.tensor.shape)}",
+            help=f"write `{line}`, or `shard {', '.join(missing)} [...]` to keep it whole",
+        )

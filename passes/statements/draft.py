@@ -1,0 +1,76 @@
+"""A program on its way through the passes: the graph, and what the plan has said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from meshwright.compiler.capture import Captured
+from meshwright.compiler.graph.ir import Graph, Node
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.program import Padding
+from meshwright.dsl.plan import Plan
+from meshwright.dsl.statements import Statement
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """A layout that statements of the plan wrote, each some of its dims."""
+
+    layout: Layout
+    statements: tuple[Statement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Modules between whose split linears activations are split along the sequence."""
+
+    modules: frozenset[str]
+    axes: tuple[str, ...]
+    statement: Statement
+    keep_gathered: bool = False
+    """Whether what is gathered is saved for the backward, not gathered again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What the passes that carry out the plan take and return; none of them edits one in place.
+
+    Passes after them read no plan: they take graphs.
+    """
+
+    plan: Plan
+    mesh: Mesh
+    captured: Captured
+    graph: Graph
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Every module of the model but the root: qualified name to class name."""
+    inputs: Mapping[str, Pin] = field(default_factory=dict)
+    """Layouts of parameters, buffers and arguments, by `input_key`."""
+    values: Mapping[Node, Pin] = field(default_factory=dict)
+    """Layouts of activations, by the node that computes them."""
+    entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)
+    """By the first node inside a module: layouts of the values that enter there."""
+    regions: tuple[Region, ...] = ()
+    paddings: Mapping[str, Padding] = field(default_factory=dict)
+    """Parameters that are stored padded, by canonical name."""
+    movements: tuple[Movement, ...] = ()
+    """Every change of layout that was inserted, in the forward and in the backward."""
+    variant_of: tuple[str, ...] | None = None
+    """Of a compiled program for another mode or other inputs: the inputs that the first one has.
+    What statements say of inputs and modules that are not used here has no effect."""
+    evaluation: Callable[[], Graph | None] = lambda: None
+    """Captures the model's eval mode, for modules that only run there; nothing if it cannot be."""
+
+
+def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:
+    """The inputs of `graph` that the plan laid out."""
+    return frozenset(node for node in graph.inputs if input_key(node) in draft.inputs)
+
+
+def input_key(node: Node) -> str:
+    """An input's canonical name; an argument may be called as a parameter is, and is not it."""
+    kind, name = node.args[:2]
+    return f"argument {name}" if kind == "argument" else str(name)

@@ -1,0 +1,92 @@
+"""What selectors of a plan can name in a captured model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias, TypeVar
+
+from meshwright.compiler.graph.ir import Graph
+from meshwright.dsl.errors import either
+from meshwright.dsl.statements import Spread, Targeted
+from meshwright.passes.statements.draft import Draft
+from meshwright.passes.statements.missing import nothing_found, runs
+
+S = TypeVar("S", bound=Spread)
+T = TypeVar("T")
+
+
+def modules_of(draft: Draft, verb: type[Targeted] | None = None) -> list[str]:
+    """The qualified names of all modules of the model.
+
+    The root, whose name is empty, is among them where a statement of `verb` names it: `""`.
+    """
+    targets = (t for each in draft.plan.of(verb) for t in each.targets) if verb is not None else ()
+    return [*([""] if any(not target.segments for target in targets) else []), *draft.modules]
+
+
+def shown(module: str) -> str:
+    """A module as errors name it."""
+    return f"`{module}`" if module else "the model"
+
+
+def tensors_of(draft: Draft) -> list[str]:
+    """The names of all parameters and buffers, every alias, and of the inputs."""
+    return [*draft.captured.aliases, *inputs_of(draft)]
+
+
+def inputs_of(draft: Draft) -> list[str]:
+    """The names of the example's inputs, and of those that only the first program has."""
+    return list(dict.fromkeys([*draft.captured.input_names, *(draft.variant_of or ())]))
+
+
+Find: TypeAlias = Callable[[Graph], Mapping[str, Sequence[T]]]
+"""Finds something in a graph, by module."""
+
+
+def of_modules(
+    find: Find[T], verb: type[S], draft: Draft, what: str
+) -> Iterator[tuple[S, Sequence[T]]]:
+    """For every module under a statement of `verb`: the statement, and what `find` finds there.
+
+    Raises `PlanError` for a module that has nothing of the kind, unless this variant of a program
+    does not use it, or only evaluation does.
+    """
+    found = find(draft.graph)
+    for module, statement in draft.plan.resolve(verb, modules_of(draft, verb)).items():
+        if found.get(module):
+            yield statement, found[module]
+        elif draft.variant_of is None and not _has(find, evaluated(draft, module), module):
+            raise nothing_found(draft, found, module, statement, what)
+
+
+def _has(find: Find[T], graph: Graph | None, module: str) -> bool:
+    return graph is not None and bool(find(graph).get(module))
+
+
+def evaluated(draft: Draft, module: str) -> Graph | None:
+    """The graph of the model's eval mode, if `module` runs there and not in training."""
+    if draft.captured.mode != "train" or runs(draft.graph, module):
+        return None
+    graph = draft.evaluation()
+    return graph if graph is not None and runs(graph, module) else None
+
+
+def check_divides(draft: Draft, size: int, statement: Spread, tensor: str, what: str) -> None:
+    """Raises `PlanError` where `size` does not divide over the statement's axes."""
+    ranks = draft.mesh.size(statement.over)
+    if size % ranks == 0:
+        return
+    over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
+    usable = [str(n) for n in range(2, min(size, 64) + 1) if size % n == 0][:8]
+    choices = " or ".join(filter(None, [", ".join(usable[:-1]), *usable[-1:]]))
+    axis = statement.over[0]
+    help = f"use {axis}={choices}"
+    if len(statement.over) > 1:
+        help = f"give {either(statement.over, 'and')} sizes whose product is {choices}"
+    raise draft.plan.error(
+        "P203",
+        f"cannot split {size} {what} over {over}",
+        statement.at("over"),
+        subject=tensor,
+        help=help if usable else "leave it whole",
+    )

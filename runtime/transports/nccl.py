@@ -1,0 +1,117 @@
+"""Collectives over NCCL: always its own, which choose their algorithm themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import (
+    AllreduceOptions,
+    AllToAllOptions,
+    BroadcastOptions,
+    ReduceOp,
+    ReduceOptions,
+    ReduceScatterOptions,
+    Store,
+)
+
+from meshwright.compiler.layout.collectives import Wire
+from meshwright.runtime.transports.gloo import Begun
+
+_REDUCE_OPS: dict[str, Any] = {"sum": ReduceOp.SUM, "max": ReduceOp.MAX, "min": ReduceOp.MIN}
+
+
+class NcclGroup:
+    """The processes of one group; `members` are ranks, in the order of the group."""
+
+    def __init__(self, store: Store, members: tuple[int, ...], rank: int, timeout: float) -> None:
+        # This class exists only in builds of torch that have NCCL.
+        from torch.distributed import ProcessGroupNCCL
+
+        self.members = members
+        self.size, self.position = len(members), members.index(rank)
+        options = ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=timeout)
+        self.backend: Any = ProcessGroupNCCL(store, self.position, self.size, options)
+
+    def begin(self, wire: Wire, tensor: Tensor, started: bool, donate: bool) -> Begun:
+        """Enqueue a collective; its wait makes the current stream wait, not the caller."""
+        if not tensor.is_contiguous():
+            tensor, donate = tensor.contiguous(), True
+        return _BEGIN[wire.kind](self, wire, tensor, donate)
+
+    def cut(self) -> None:
+        """End what is under way, so that whoever waits for it returns with an error."""
+        self.backend.abort()
+
+    def close(self) -> None:
+        """Wait for what is under way, then let go of the communicator."""
+        self.backend.shutdown()
+        del self.backend
+
+
+def _all_reduce(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    options = AllreduceOptions()
+    options.reduceOp = _REDUCE_OPS[wire.reduce]
+    result = tensor if donate else tensor.clone()
+    return [group.backend.allreduce([result], options)], lambda: result
+
+
+def _all_gather(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    whole = tensor.new_empty((group.size, *tensor.shape))
+    return [group.backend._allgather_base(whole.view(-1), tensor.view(-1))], lambda: whole
+
+
+def _reduce_scatter(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    options = ReduceScatterOptions()
+    options.reduceOp = _REDUCE_OPS[wire.reduce]
+    part = tensor.new_empty(tensor.shape[1:])
+    work = group.backend._reduce_scatter_base(part.view(-1), tensor.view(-1), options)
+    return [work], lambda: part
+
+
+def _all_to_all(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    whole = torch.empty_like(tensor)
+    work = group.backend.alltoall_base(whole, tensor, [], [], AllToAllOptions())
+    return [work], lambda: whole
+
+
+def _permute(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    """An all_to_all in which one part has everything: its sends and receives are one NCCL group."""
+    sent, taken = [0] * group.size, [0] * group.size
+    sent[(group.position + wire.shift) % group.size] = tensor.numel()
+    taken[(group.position - wire.shift) % group.size] = tensor.numel()
+    result = torch.empty_like(tensor)
+    work = group.backend.alltoall_base(
+        result.view(-1), tensor.view(-1), taken, sent, AllToAllOptions()
+    )
+    return [work], lambda: result
+
+
+def _broadcast(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    options = BroadcastOptions()
+    options.rootRank = wire.root
+    result = tensor.clone()
+    return [group.backend.broadcast([result], options)], lambda: result
+
+
+def _reduce(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    options = ReduceOptions()
+    options.reduceOp, options.rootRank = _REDUCE_OPS[wire.reduce], wire.root
+    result = tensor.clone()
+    works = [group.backend.reduce([result], options)]
+    return works, lambda: result if group.position == wire.root else result.zero_()
+
+
+_BEGIN: dict[str, Callable[[NcclGroup, Wire, Tensor, bool], Begun]] = {
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "permute": _permute,
+    "broadcast": _broadcast,
+    "reduce": _reduce,
+}

@@ -1,0 +1,357 @@
+"""The process mesh: this process is one rank, and runs one generator against its peers.
+
+Nothing here pickles: tensors travel as bytes over Gloo or NCCL, everything else as short texts in
+the store that the ranks meet at.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from collections.abc import Callable, Generator, Sequence
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from meshwright.compiler.layout.collectives import Start, Wire
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.runtime.errors import OperatorError, RunError, last_words
+from meshwright.runtime.transports.algorithms import everyone
+from meshwright.runtime.transports.gloo import GlooGroup, connections
+from meshwright.runtime.transports.nccl import NcclGroup
+from meshwright.runtime.transports.shared import SharedGroup, host_name, share
+from meshwright.runtime.world import launcher
+from meshwright.runtime.world.digest import check_digests, check_world
+from meshwright.runtime.world.rendezvous import Limit, connect, host_rank, meet, place
+from meshwright.runtime.world.termination import Termination
+from meshwright.runtime.world.watch import Watch
+
+_COLLECTIVE_SECONDS = 30 * 24 * 3600.0
+"""A limit on one collective would be one on its slowest member's compute: the watch ends runs."""
+_BACKEND_WORDS = ("gloo", "nccl", "connection", "timed out", "socket")
+
+
+_Group = GlooGroup | SharedGroup | NcclGroup
+
+
+class _Lane:
+    """One set of axes on this rank: its group (none if it is alone) and how many were begun."""
+
+    __slots__ = ("group", "label", "order")
+
+    def __init__(self, group: _Group | None, label: str) -> None:
+        self.group, self.label, self.order = group, label, 0
+
+
+class Handle:
+    """A started collective; keeps what it was lent until it is waited for."""
+
+    __slots__ = ("finish", "label", "order", "wire", "works")
+
+    def __init__(
+        self, label: str, order: int, wire: Wire, works: list[Any], finish: Callable[[], Tensor]
+    ) -> None:
+        self.label, self.order, self.wire = label, order, wire
+        self.works, self.finish = works, finish
+
+
+class ProcessTransport:
+    """This rank's end of a mesh of processes.
+
+    Reads torchrun's environment variables (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`), or
+    joins the default process group where the caller made one. Made by every rank in the same order.
+    Groups of axes are made on first use, or beforehand by `prepare`.
+
+    `period` is the seconds between heartbeats, `patience` those without one after which a peer that
+    this rank waits for counts as stalled. Raises `RunError` where the world's size is not the
+    mesh's, and on any collective `PeerError` or `DeadlockError` once it can no longer complete.
+
+    Small tensors of ranks on one host go through memory that they share. Where `shared_memory` is
+    false on any member of a group, all of them go over Gloo; if it is not given, it is false where
+    the environment has `MESHWRIGHT_SHARED_MEMORY=0`.
+    """
+
+    _made = 0
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device | str = "cpu",
+        *,
+        period: float = 1.0,
+        patience: float = 5.0,
+        shared_memory: bool | None = None,
+    ) -> None:
+        self.mesh, self.device = mesh, torch.device(device)
+        if shared_memory is None:
+            shared_memory = os.environ.get("MESHWRIGHT_SHARED_MEMORY") != "0"
+        self.shared_memory = shared_memory
+        launcher.guard()
+        limit = Limit()
+        self.rank, num_processes = place()
+        check_world(mesh, num_processes)
+        self.store = PrefixStore(f"meshwright/{ProcessTransport._made}", connect(limit))
+        ProcessTransport._made += 1
+        self.lanes: dict[tuple[str, ...], _Lane] = {}
+        self.watch = self._start_watch(period, patience, limit)
+        hosts = self.store.multi_get([f"host/{rank}" for rank in range(mesh.num_ranks)])
+        self._ranks_here = hosts.count(hosts[self.rank])
+        self._detach = launcher.at_end(self.watch.abandon)
+        self.termination = Termination(self.watch)
+        self._closed = False
+        self._ended: RunError | None = None
+        """Why nothing can run any more: a collective or a method was left half done."""
+        atexit.register(self.close)
+
+    def _start_watch(self, period: float, patience: float, limit: Limit) -> Watch:
+        num_ranks = self.mesh.num_ranks
+        peers = [rank for rank in range(num_ranks) if rank != self.rank]
+        if num_ranks > 64:
+            # The store serves one request a rank and period: past this, only those one waits for.
+            near = {r for axis in self.mesh.names for r in self.mesh.group(self.rank, (axis,))}
+            peers = sorted(near - {self.rank})
+        before = set(connections())
+        own: Any = self.store.clone()  # type: ignore[attr-defined]  # missing in torch's stub
+        opened = [found for found in connections() if found not in before]
+        own.set_timeout(timedelta(seconds=patience))
+        watch = Watch(
+            own,
+            self.rank,
+            peers,
+            host_rank(),
+            opened[0] if len(opened) == 1 else None,
+            period=period,
+            patience=patience,
+        )
+        texts = {"host": host_name(), "beat": watch.beat()}
+        meet(self.store, self.rank, num_ranks, limit, texts)
+        watch.start()
+        return watch
+
+    def run(self, program: Generator[Any, Any, Any], names: Sequence[str] = ()) -> Any:
+        """Drive this rank's generator to its end; returns what it returned.
+
+        `names[i]` is the node of the collective with index i, for errors. An exception of the
+        program's own is told to the other ranks before it goes on, and ends the run: the next
+        collective of this rank would meet one that the others are still in.
+        """
+        self._check_going()
+        self.watch.names = names
+        send = program.send
+        value: Any = None
+        try:
+            while True:
+                request, value = send(value), None
+                kind = type(request)
+                if kind is tuple:
+                    value = self.collective(*request)
+                elif kind is Start:
+                    value = self.start(request.wire, request.tensor, request.donate)
+                else:
+                    value = self.wait(request.handle)
+                del request
+        except StopIteration as stop:
+            return stop.value
+        except RunError as error:
+            if isinstance(error, OperatorError):
+                self._end(error)
+            raise
+        except BaseException as error:
+            self._end(error)
+            raise
+        finally:
+            # What the program has to put in order is not left to whoever drops the exception.
+            program.close()
+
+    def _check_going(self) -> None:
+        if self._ended is not None:
+            raise self._ended
+
+    def _end(self, error: BaseException) -> None:
+        """Tell the others what ends this rank, and refuse whatever is called afterwards."""
+        self.watch.publish_end(error)
+        self._ended = self._ended or RunError(
+            f"rank {self.rank} cannot go on: `{type(error).__name__}` left a call half done",
+            rank=self.rank,
+            help="start all ranks again, and load the last checkpoint",
+        )
+
+    def collective(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Tensor:
+        """This rank's result; with `donate` its operand may be overwritten and returned."""
+        lane = self.lanes.get(wire.axes) or self._lane(wire.axes)
+        group, watch = lane.group, self.watch
+        if group is None or not tensor.numel():
+            return _alone(wire, tensor, 1 if group is None else group.size)
+        if watch.failure is not None:
+            raise watch.failure
+        order = lane.order
+        lane.order = watch.counts[lane.label] = order + 1
+        watch.waits = (lane.label, order, wire)
+        try:
+            works, finish = group.begin(wire, tensor, False, donate)
+            for work in works:
+                work.wait()
+            result = finish()
+        except RuntimeError as error:
+            raise self._ours(error) from None
+        except BaseException as error:
+            watch.waits = None
+            self._end(error)
+            raise
+        watch.waits = None
+        if watch.told_at:
+            watch.end_as_told()
+        return result
+
+    def start(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Handle:
+        """Begin a collective; until its wait the operand must stay as it is."""
+        lane = self.lanes.get(wire.axes) or self._lane(wire.axes)
+        group, watch = lane.group, self.watch
+        if group is None or not tensor.numel():
+            result = _alone(wire, tensor, 1 if group is None else group.size)
+            return Handle(lane.label, -1, wire, [], lambda: result)
+        if watch.failure is not None:
+            raise watch.failure
+        order = lane.order
+        lane.order = watch.counts[lane.label] = order + 1
+        try:
+            works, finish = group.begin(wire, tensor, True, donate)
+        except RuntimeError as error:
+            watch.waits = (lane.label, order, wire)
+            raise self._ours(error) from None
+        return Handle(lane.label, order, wire, works, finish)
+
+    def wait(self, handle: Handle) -> Tensor:
+        """The result of a started collective; each handle is waited for once."""
+        watch = self.watch
+        watch.waits = (handle.label, handle.order, handle.wire)
+        try:
+            for work in handle.works:
+                work.wait()
+            result = handle.finish()
+        except RuntimeError as error:
+            raise self._ours(error) from None
+        except BaseException as error:
+            watch.waits = None
+            self._end(error)
+            raise
+        watch.waits = None
+        if watch.told_at:
+            watch.end_as_told()
+        handle.works, handle.finish = [], _taken
+        return result
+
+    def prepare(self, axes_sets: Sequence[tuple[str, ...]]) -> None:
+        """Connect the groups over each of `axes_sets`, given in one order on all ranks."""
+        for axes in axes_sets:
+            if axes not in self.lanes:
+                self._lane(axes)
+
+    def check_same_program(self, digest: str) -> None:
+        """Compare a SHA-256 in hexadecimal over all ranks; raises `MismatchError` on every one."""
+        self._check_going()
+        own = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8).to(self.device)
+        every = self.collective(Wire("all_gather", self.mesh.names), own)
+        check_digests([bytes(row).hex() for row in every.tolist()], self.rank)
+
+    def close(self) -> None:
+        """Leave the mesh: say how it ended, stay while others need this process, free the groups.
+
+        Runs by itself when the interpreter exits.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        state, problem = self._last_state()
+        self.watch.leave(state, problem)
+        self._detach()
+        self.termination.close()
+        if state != "lost":
+            self.watch.linger(self.watch.patience)
+        elif self.rank == self.watch.host:
+            # It has nothing to give, but the others are to read whom it has lost.
+            self.watch.linger(3 * self.watch.period, whole=True)
+        self.watch.stop()
+        for lane in self.lanes.values():
+            if lane.group is not None:
+                lane.group.close()
+        self.lanes.clear()
+
+    def _last_state(self) -> tuple[str, str]:
+        if self.watch.state != "running":
+            return self.watch.state, self.watch.problem
+        # Set by the interpreter when an exception has ended the script.
+        error = getattr(sys, "last_value", None)
+        if error is not None:
+            return last_words(error)
+        return "finished", ""
+
+    def _lane(self, axes: tuple[str, ...]) -> _Lane:
+        label = ",".join(axes)
+        members = self.mesh.group(self.rank, axes)
+        group: _Group | None = None
+        self.watch.members[label] = partial(self.mesh.group, axes=axes)
+        if len(members) > 1:
+            group = self._watched_connection(axes, members)
+            self.watch.cuts.append(group.cut)
+        lane = self.lanes[axes] = _Lane(group, label)
+        return lane
+
+    def _watched_connection(self, axes: tuple[str, ...], members: tuple[int, ...]) -> _Group:
+        """A group that is waited for as collectives are: a member may be gone."""
+        watch, label = self.watch, ",".join(axes)
+        watch.members[f"connection {label}"] = watch.members[label]
+        watch.counts[f"connection {label}"] = 1
+        watch.waits = (f"connection {label}", 0, Wire("connection", axes))
+        try:
+            store = PrefixStore(f"{label}/{members[0]}", self.store)
+            group = self._connect_group(store, members)
+        except RuntimeError as error:
+            raise watch.explain(error) from None
+        except BaseException as error:
+            self._end(error)
+            raise
+        finally:
+            watch.waits = None
+        if watch.told_at:
+            watch.end_as_told()
+        return group
+
+    def _connect_group(self, store: Store, members: tuple[int, ...]) -> _Group:
+        if self.device.type == "cuda":
+            return NcclGroup(store, members, self.rank, _COLLECTIVE_SECONDS)
+        group = GlooGroup(store, members, self.rank, _COLLECTIVE_SECONDS)
+        shared_store = PrefixStore("shared memory", store)
+        return share(shared_store, group, self.shared_memory, self._ranks_here)
+
+    def _ours(self, error: RuntimeError) -> RuntimeError:
+        """The error to raise for one that came out of a backend."""
+        if self.watch.failure is None:
+            text = str(error).lower()
+            if isinstance(error, RunError) or not any(word in text for word in _BACKEND_WORDS):
+                self.watch.waits = None
+                if isinstance(error, RunError):
+                    self._ended = error
+                return error
+        ours = self._ended = self.watch.explain(error)
+        self.watch.waits = None
+        return ours
+
+
+def _alone(wire: Wire, tensor: Tensor, size: int) -> Tensor:
+    """The result where nothing has to move: a group of one, or a tensor without elements."""
+    if size == 1:
+        return everyone(wire, [tensor])[0]
+    if wire.kind == "all_gather":
+        return tensor.new_empty((size, *tensor.shape))
+    return tensor.new_empty(tensor.shape[1:] if wire.kind == "reduce_scatter" else tensor.shape)
+
+
+def _taken() -> Tensor:
+    raise RunError("a started collective was waited for twice")

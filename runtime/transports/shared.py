@@ -1,0 +1,441 @@
+"""Small collectives between processes of one host, through memory that they share.
+
+A member copies its operand into a slot of its own and publishes the slot's number; the others see
+the number and read the slot. No thread and no system call is in between, where a message over
+Gloo's sockets wakes two threads. The bytes are in place before the number because x86-64 keeps the
+order of plain stores and of plain loads: Python has no fences, so other processors use Gloo.
+
+The memory is an unnamed file that the others open through its creator's `/proc` entry: it is gone
+with the last process that maps it, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import platform
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+
+from meshwright.compiler.layout.collectives import Wire
+from meshwright.runtime.errors import MismatchError
+from meshwright.runtime.transports.algorithms import combine
+from meshwright.runtime.transports.gloo import Begun, GlooGroup
+
+KIB, MIB = 2**10, 2**20
+SLOTS = 8
+"""As many 8-byte numbers as a cache line has."""
+_WORDS = 32
+"""A member's numbers: 8 published, 8 consumed, each 8 apart from what other members write."""
+_STAGGER = 4 * KIB + 64
+"""Between slots, so that their first bytes do not compete for the same lines of a cache."""
+_TAG_BITS = 24
+_KINDS = (
+    *("all_reduce", "all_gather", "reduce_scatter", "all_to_all"),
+    *("permute", "broadcast", "reduce"),
+)
+_TAGS = {kind: place for place, kind in enumerate(_KINDS)}
+_SPIN_SECONDS, _YIELD_SECONDS = 50e-6, 1e-3
+_SHORTEST_SLEEP, _LONG_SLEEP, _LONGEST_SLEEP = 1e-6, 100e-6, 2e-3
+_MAX_VIEWS = 4096
+
+
+def slot_bytes(size: int) -> int:
+    """The largest operand that a group of `size` members moves through shared memory."""
+    return max(64 * KIB, min(MIB, 4 * MIB // size))
+
+
+class _Operation:
+    """One collective of this member, until it is waited for; `word` is what every one publishes."""
+
+    __slots__ = (
+        *("donate", "number", "published", "result", "slot"),
+        *("sources", "tensor", "wire", "word"),
+    )
+
+    def __init__(self, wire: Wire, tensor: Tensor, donate: bool, number: int) -> None:
+        self.wire, self.tensor, self.donate, self.number = wire, tensor, donate, number
+        self.slot = number % SLOTS
+        self.word = number << _TAG_BITS | tensor.nbytes << 3 | _TAGS[wire.kind]
+        self.sources: Sequence[int] = ()
+        self.published = False
+        self.result: Tensor | None = None
+
+
+class SharedGroup:
+    """The processes of one group, all on this host; `large` moves what does not fit a slot.
+
+    A start never waits: where a member still reads the slot, the operand follows once it is free,
+    carried by a thread that exists only from then on. `crowded` is whether the host has more ranks
+    than cores, so that polling would keep from running whom it waits for.
+    """
+
+    def __init__(
+        self, large: GlooGroup, memory: mmap.mmap, processes: Sequence[int], crowded: bool
+    ) -> None:
+        self.large, self.crowded = large, crowded
+        self.members, self.size, self.position = large.members, large.size, large.position
+        self.limit = slot_bytes(self.size)
+        self.processes = tuple(processes)
+        self._poller = select.poll()
+        for place in large.others:
+            self._poller.register(self.processes[place], select.POLLIN)
+        self._memory = memory
+        self._words = memoryview(memory)[: self.size * _WORDS * 8].cast("q")
+        self._views: dict[Any, list[Tensor]] = {}
+        self._number = 0
+        self._own: list[_Operation | None] = [None] * SLOTS
+        self._deferred: deque[_Operation] = deque()
+        self._lock, self._kick = threading.Lock(), threading.Event()
+        self._carrier: threading.Thread | None = None
+        self._ended = False
+
+    def begin(self, wire: Wire, tensor: Tensor, started: bool, donate: bool) -> Begun:
+        """Publish the operand; what is returned waits for the others and gives the result."""
+        if tensor.nbytes > self.limit:
+            return self.large.begin(wire, tensor, started, donate)
+        if not tensor.is_contiguous():
+            tensor, donate = tensor.contiguous(), True
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        self._number = number = self._number + 1
+        operation = _Operation(wire, tensor, donate, number)
+        operation.sources = _sources(self, wire)
+        if self._deferred or not self._free(number):
+            self._defer(operation)
+        else:
+            self._publish(operation)
+        return [], partial(self._finish, operation)
+
+    def cut(self) -> None:
+        """Make a thread that waits for another member return with an error."""
+        self._ended = True
+        self.large.cut()
+
+    def close(self) -> None:
+        """Let go of the memory and the connections."""
+        self._ended = True
+        self._kick.set()
+        if self._carrier is not None:
+            self._carrier.join()
+        self._views.clear()
+        self._words.release()
+        # A view may live on in a traceback; the memory then goes with it.
+        with contextlib.suppress(BufferError):
+            self._memory.close()
+        for descriptor in self.processes:
+            os.close(descriptor)
+        self.large.close()
+
+    def parts(self, operation: _Operation) -> list[Tensor]:
+        """Every member's operand, this one's its own tensor; for parts in turn, the own part."""
+        kind, tensor = operation.wire.kind, operation.tensor
+        place = self.position
+        if kind in ("reduce_scatter", "all_to_all"):
+            parts = self._view(operation.slot, tensor, place).copy()
+            parts[place] = tensor[place]
+        else:
+            parts = self._view(operation.slot, tensor).copy()
+            parts[place] = tensor
+        return parts
+
+    def _view(self, slot: int, like: Tensor, part: int = -1) -> list[Tensor]:
+        """Every member's slot with the dtype and shape of `like`, or that part of it."""
+        key = (slot, like.dtype, like.shape, part)
+        found = self._views.get(key)
+        if found is not None:
+            return found
+        if len(self._views) >= _MAX_VIEWS:
+            self._views.clear()
+        start = _offset(self.size, 0, slot)
+        stride = _offset(self.size, 1, slot) - start
+        # Else views made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            views = [
+                torch.frombuffer(
+                    self._memory, dtype=like.dtype, count=like.numel(), offset=start + m * stride
+                ).view(like.shape)
+                for m in range(self.size)
+            ]
+            if part >= 0:
+                views = [view[part] for view in views]
+        self._views[key] = views
+        return views
+
+    def _free(self, number: int) -> bool:
+        """Whether every member has done with the use of the slot before `number`."""
+        words, before, first = self._words, number - SLOTS, 8 + number % SLOTS
+        return all(words[index] >= before for index in range(first, len(words), _WORDS))
+
+    def _publish(self, operation: _Operation) -> None:
+        slot, wire = operation.slot, operation.wire
+        self._own[slot] = operation
+        if wire.kind != "broadcast" or self.position == wire.root:
+            self._view(slot, operation.tensor)[self.position].copy_(operation.tensor)
+        self._words[self.position * _WORDS + slot] = operation.word
+        operation.published = True
+
+    def _take(self, operation: _Operation) -> None:
+        operation.result = _RECEIVE[operation.wire.kind](self, operation)
+        self._own[operation.slot] = None
+        self._words[self.position * _WORDS + 8 + operation.slot] = operation.number
+
+    def _finish(self, operation: _Operation) -> Tensor:
+        words, slot, word = self._words, operation.slot, operation.word
+        if not operation.published:
+            self._poll(lambda: self._carried(operation), operation, self.large.others)
+        for place in operation.sources if operation.result is None else ():
+            index = place * _WORDS + slot
+            if words[index] != word:
+                self._await(index, operation, place)
+        with self._lock:
+            if operation.result is None:
+                self._take(operation)
+        assert operation.result is not None
+        return operation.result
+
+    def _await(self, index: int, operation: _Operation, place: int) -> None:
+        """Until a peer's number is there: at first in the tightest of loops."""
+        words, word = self._words, operation.word
+        if not self.crowded:
+            end = time.perf_counter() + _SPIN_SECONDS
+            while time.perf_counter() < end:
+                for _ in range(8):
+                    if words[index] == word:
+                        return
+        self._poll(
+            lambda: operation.result is not None or words[index] == word, operation, (place,)
+        )
+
+    def _poll(
+        self, there: Callable[[], bool], operation: _Operation, places: Sequence[int]
+    ) -> None:
+        """Until `there`; raises once the members in `places` can no longer bring it about."""
+        begin = now = time.perf_counter()
+        while now < begin + _YIELD_SECONDS:
+            os.sched_yield()
+            if there():
+                return
+            now = time.perf_counter()
+        pause = _SHORTEST_SLEEP
+        while True:
+            time.sleep(pause)
+            # A wait of seconds need not end within microseconds.
+            longest = max(_LONG_SLEEP, (time.perf_counter() - begin) / 50)
+            pause = min(2 * pause, longest, _LONGEST_SLEEP)
+            if there():
+                return
+            gone = self._gone(places)
+            # Who has ended may have published first.
+            if there():
+                return
+            if self._ended or gone:
+                raise RuntimeError("connection through shared memory: the other process has ended")
+            self._compare(operation, places)
+
+    def _gone(self, places: Sequence[int]) -> bool:
+        ended = {descriptor for descriptor, _ in self._poller.poll(0)}
+        return any(self.processes[place] in ended for place in places)
+
+    def _compare(self, operation: _Operation, places: Sequence[int]) -> None:
+        for place in places:
+            word = self._words[place * _WORDS + operation.slot]
+            if word >> _TAG_BITS == operation.number and word != operation.word:
+                ours, theirs = _spell(operation.word), _spell(word)
+                rank, peer = self.members[self.position], self.members[place]
+                raise MismatchError(
+                    "members of a group asked for different operations",
+                    rank=rank,
+                    peers=(peer,),
+                    where=(f"rank {rank}: {ours}", f"rank {peer}: {theirs}"),
+                    help="call the same methods on every rank: none under `if rank == 0`",
+                )
+
+    def _defer(self, operation: _Operation) -> None:
+        with self._lock:
+            self._deferred.append(operation)
+        self._kick.set()
+        if self._carrier is None:
+            self._carrier = threading.Thread(target=self._carry, name="shared memory", daemon=True)
+            self._carrier.start()
+
+    def _carry(self) -> None:
+        while not self._ended:
+            with self._lock:
+                self._advance()
+                if not self._deferred:
+                    self._kick.clear()
+            self._kick.wait()
+            time.sleep(_LONG_SLEEP)
+
+    def _carried(self, operation: _Operation) -> bool:
+        with self._lock:
+            self._advance()
+        return operation.published
+
+    def _advance(self) -> None:
+        """Publish deferred operands, in order; results that hold up a slot are taken early."""
+        while self._deferred:
+            operation = self._deferred[0]
+            before = self._own[operation.slot]
+            if before is not None and self._ready(before):
+                # The carrier has a mode of its own, in which it could not write to the operand.
+                with torch.inference_mode(before.tensor.is_inference()):
+                    self._take(before)
+            if not self._free(operation.number):
+                return
+            self._publish(operation)
+            self._deferred.popleft()
+
+    def _ready(self, operation: _Operation) -> bool:
+        slot, word = operation.slot, operation.word
+        return all(self._words[place * _WORDS + slot] == word for place in operation.sources)
+
+
+def _offset(size: int, member: int, slot: int) -> int:
+    """Where a slot begins, in bytes."""
+    stride = slot_bytes(size) + _STAGGER
+    return size * _WORDS * 8 + (member * SLOTS + slot) * stride
+
+
+def _spell(word: int) -> str:
+    tag = word & (1 << _TAG_BITS) - 1
+    return f"{_KINDS[tag & 7]} of {tag >> 3} bytes"
+
+
+def _sources(group: SharedGroup, wire: Wire) -> Sequence[int]:
+    """The members whose operands this one's result needs."""
+    kind, place = wire.kind, group.position
+    if kind == "permute":
+        source = (place - wire.shift) % group.size
+        return () if source == place else (source,)
+    if kind == "broadcast":
+        return () if place == wire.root else (wire.root,)
+    if kind == "reduce" and place != wire.root:
+        return ()
+    return group.large.others
+
+
+def _all_reduce(group: SharedGroup, operation: _Operation) -> Tensor:
+    out = operation.tensor if operation.donate else None
+    return combine(group.parts(operation), operation.wire.reduce, out)
+
+
+def _reduce_scatter(group: SharedGroup, operation: _Operation) -> Tensor:
+    return combine(group.parts(operation), operation.wire.reduce)
+
+
+def _stack(group: SharedGroup, operation: _Operation) -> Tensor:
+    return torch.stack(group.parts(operation))
+
+
+def _permute(group: SharedGroup, operation: _Operation) -> Tensor:
+    source = (group.position - operation.wire.shift) % group.size
+    return group.parts(operation)[source].clone()
+
+
+def _broadcast(group: SharedGroup, operation: _Operation) -> Tensor:
+    return group.parts(operation)[operation.wire.root].clone()
+
+
+def _reduce(group: SharedGroup, operation: _Operation) -> Tensor:
+    if group.position != operation.wire.root:
+        return torch.zeros_like(operation.tensor)
+    return combine(group.parts(operation), operation.wire.reduce)
+
+
+_RECEIVE: dict[str, Callable[[SharedGroup, _Operation], Tensor]] = {
+    "all_reduce": _all_reduce,
+    "all_gather": _stack,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _stack,
+    "permute": _permute,
+    "broadcast": _broadcast,
+    "reduce": _reduce,
+}
+
+
+def share(store: Store, large: GlooGroup, wanted: bool, ranks_here: int) -> SharedGroup | GlooGroup:
+    """Shared memory before `large` where all members want it, are on one host and can attach.
+
+    `ranks_here` is the number of ranks on this host. All members come to one decision.
+    """
+    store.set(f"host/{large.position}", f"{host_name()} {os.getpid()}" if wanted else "no 0")
+    hosts = [text.decode().rpartition(" ") for text in _all(store, "host", large.size)]
+    if len({host for host, _, _ in hosts}) > 1 or hosts[0][0] == "no":
+        return large
+    with contextlib.ExitStack() as opened, contextlib.ExitStack() as kept:
+        file = _file(store, large, int(hosts[0][2]), opened)
+        attached = _attach(file, large.size, [int(process) for _, _, process in hosts], kept)
+        store.set(f"attached/{large.position}", "no" if attached is None else "yes")
+        if b"no" in _all(store, "attached", large.size) or attached is None:
+            return large
+        kept.pop_all()
+    return SharedGroup(large, *attached, ranks_here > len(os.sched_getaffinity(0)))
+
+
+def _all(store: Store, key: str, size: int) -> list[bytes]:
+    keys = [f"{key}/{place}" for place in range(size)]
+    store.wait(keys)
+    return store.multi_get(keys)
+
+
+def host_name() -> str:
+    """What processes that can share memory and see each other end have in common."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "no"
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{platform.node()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return "no"
+
+
+def _file(store: Store, large: GlooGroup, first: int, opened: contextlib.ExitStack) -> int:
+    """A descriptor, open for as long as `opened`, of the file that process `first` makes; or -1."""
+    number = -1
+    if large.position == 0:
+        with contextlib.suppress(OSError):
+            number = os.memfd_create("meshwright")
+            opened.callback(os.close, number)
+        store.set("file", str(number))
+        return number
+    number = int(store.get("file"))
+    if number >= 0:
+        with contextlib.suppress(OSError):
+            number = os.open(f"/proc/{first}/fd/{number}", os.O_RDWR)
+            opened.callback(os.close, number)
+            return number
+    return -1
+
+
+def _attach(
+    file: int, size: int, processes: Sequence[int], kept: contextlib.ExitStack
+) -> tuple[mmap.mmap, list[int]] | None:
+    """The memory and a descriptor a member that tells its end; none where something fails."""
+    if file < 0:
+        return None
+    num_bytes = _offset(size, size, 0)
+    descriptors = []
+    try:
+        # Every member does it, so that none maps a file that is still empty.
+        os.ftruncate(file, num_bytes)
+        memory = mmap.mmap(file, num_bytes)
+        kept.callback(memory.close)
+        for process in processes:
+            descriptors.append(os.pidfd_open(process))
+            kept.callback(os.close, descriptors[-1])
+    except OSError:
+        return None
+    return memory, descriptors

@@ -1,0 +1,238 @@
+"""The virtual mesh: every rank's generator in this process, driven to its next yield in turn.
+
+A collective happens when the last member of its group has asked for it. Members are matched by
+order within the group, so ranks may be at different points of different programs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from meshwright.compiler.layout.collectives import Start, Wire
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.runtime.errors import (
+    CALL_SAME_METHODS,
+    DeadlockError,
+    MismatchError,
+    RunError,
+    spell_ranks,
+    spell_wire,
+    verb,
+)
+from meshwright.runtime.transports.algorithms import everyone
+
+RankProgram = Generator[Any, Any, Any]
+
+
+class _Slot:
+    """One collective of one group: what the members gave so far."""
+
+    __slots__ = ("first", "given", "handles", "members", "missing", "wire")
+
+    def __init__(self, members: tuple[int, ...], wire: Wire, first: int) -> None:
+        self.members, self.wire, self.first = members, wire, first
+        self.missing = len(members)
+        self.given: list[Tensor | None] = [None] * len(members)
+        self.handles: list[_Handle | None] = [None] * len(members)
+
+
+class _Handle:
+    """A started collective of one rank; `result` is there once every member has given."""
+
+    __slots__ = ("rank", "result", "slot", "waited")
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.slot: _Slot | None = None
+        self.result: Tensor | None = None
+        self.waited = False
+
+
+class _Group:
+    """The ranks over a tuple of axes, and their collectives under way, by order."""
+
+    __slots__ = ("counts", "members", "slots")
+
+    def __init__(self, members: tuple[int, ...]) -> None:
+        self.members = members
+        self.counts = [0] * len(members)
+        self.slots: dict[int, _Slot] = {}
+
+
+def run_virtual(
+    programs: Sequence[RankProgram], mesh: Mesh, names: Sequence[str] = ()
+) -> list[Any]:
+    """Run one generator a rank to its end; returns what each returned, by rank.
+
+    `names[i]` is the node of the collective with index i, for errors. Raises `MismatchError` where
+    the members of a group ask for different operations, `DeadlockError` where no rank can go on.
+    An exception of a rank's own goes through with a note of the rank, unless it names its ranks.
+    """
+    if len(programs) != mesh.num_ranks:
+        raise ValueError(f"{len(programs)} programs for a mesh of {mesh.num_ranks} ranks")
+    driver = _Driver(programs, mesh, names)
+    try:
+        return driver.run()
+    finally:
+        for program in programs:
+            program.close()
+
+
+class _Driver:
+    def __init__(self, programs: Sequence[RankProgram], mesh: Mesh, names: Sequence[str]) -> None:
+        self.programs, self.mesh, self.names = programs, mesh, names
+        self.places: list[dict[tuple[str, ...], tuple[_Group, int]]] = [{} for _ in programs]
+        self.inbox: list[Any] = [None] * len(programs)
+        self.waiting: list[_Handle | None] = [None] * len(programs)
+        self.ready = deque(range(len(programs)))
+        self.results: list[Any] = [None] * len(programs)
+        self.num_left = len(programs)
+
+    def run(self) -> list[Any]:
+        while self.ready:
+            rank = self.ready.popleft()
+            try:
+                self.advance(rank, self.programs[rank].send)
+            except StopIteration as stop:
+                self.results[rank] = stop.value
+                self.num_left -= 1
+            except BaseException as error:
+                if not (isinstance(error, RunError) and (error.peers or error.rank is not None)):
+                    error.add_note(f"on rank {rank} of the virtual mesh ({self.spell_place(rank)})")
+                raise
+        if self.num_left:
+            raise self.deadlock()
+        return self.results
+
+    def advance(self, rank: int, send: Any) -> None:
+        """Drive one rank until it has to wait for another."""
+        inbox = self.inbox
+        while True:
+            value, inbox[rank] = inbox[rank], None
+            request = send(value)
+            value = None
+            if type(request) is tuple:
+                handle = _Handle(rank)
+                self.give(handle, request[0], request[1])
+            elif type(request) is Start:
+                handle = inbox[rank] = _Handle(rank)
+                self.give(handle, request.wire, request.tensor)
+                continue
+            else:
+                handle = request.handle
+            request = None
+            if handle.result is None:
+                handle.waited = True
+                self.waiting[rank] = handle
+                return
+            inbox[rank], handle.result = handle.result, None
+
+    def give(self, handle: _Handle, wire: Wire, tensor: Tensor) -> None:
+        """Post a rank's operand; the last of the group computes for all."""
+        rank = handle.rank
+        place = self.places[rank].get(wire.axes)
+        group, position = place if place is not None else self.join(rank, wire.axes)
+        order = group.counts[position]
+        group.counts[position] = order + 1
+        slot = group.slots.get(order)
+        if slot is None:
+            slot = group.slots[order] = _Slot(group.members, wire, position)
+            self.check_operand(rank, wire, tensor, len(group.members))
+        else:
+            self.check_same(slot, rank, wire, tensor)
+        handle.slot = slot
+        slot.given[position] = tensor
+        slot.handles[position] = handle
+        slot.missing -= 1
+        if not slot.missing:
+            del group.slots[order]
+            self.finish(slot)
+
+    def finish(self, slot: _Slot) -> None:
+        given: list[Any] = slot.given
+        results = everyone(slot.wire, given)
+        slot.given = []
+        for handle, result in zip(slot.handles, results, strict=True):
+            assert handle is not None
+            handle.slot = None
+            if handle.waited:
+                self.inbox[handle.rank] = result
+                self.waiting[handle.rank] = None
+                self.ready.append(handle.rank)
+            else:
+                handle.result = result
+        slot.handles = []
+
+    def join(self, rank: int, axes: tuple[str, ...]) -> tuple[_Group, int]:
+        """Make the group of `rank` over `axes` known to each of its members."""
+        group = _Group(self.mesh.group(rank, axes))
+        for position, member in enumerate(group.members):
+            self.places[member][axes] = (group, position)
+        return self.places[rank][axes]
+
+    def check_operand(self, rank: int, wire: Wire, tensor: Tensor, size: int) -> None:
+        if wire.kind not in ("reduce_scatter", "all_to_all"):
+            return
+        if not tensor.dim() or tensor.shape[0] != size:
+            raise MismatchError(
+                f"{spell_wire(wire, self.names)} needs a first dim of {size}, one part a member",
+                rank=rank,
+                where=(f"rank {rank} gives {spell_tensor(tensor)}",),
+            )
+
+    def check_same(self, slot: _Slot, rank: int, wire: Wire, tensor: Tensor) -> None:
+        first = slot.given[slot.first]
+        assert first is not None
+        same = wire is slot.wire or wire == slot.wire
+        if same and tensor.shape == first.shape and tensor.dtype == first.dtype:
+            return
+        other = slot.members[slot.first]
+        raise MismatchError(
+            f"ranks {other} and {rank} disagree on their collective over `{', '.join(wire.axes)}`",
+            rank=rank,
+            peers=(other,),
+            where=(
+                f"rank {other}: {spell_wire(slot.wire, self.names)} of {spell_tensor(first)}",
+                f"rank {rank}: {spell_wire(wire, self.names)} of {spell_tensor(tensor)}",
+            ),
+            help="run the same program on every rank of a group",
+        )
+
+    def deadlock(self) -> DeadlockError:
+        """What each rank waits for, ranks that wait for the same thing on one line."""
+        lines: dict[str, list[int]] = {}
+        peers: set[int] = set()
+        for rank, handle in enumerate(self.waiting):
+            if handle is None:
+                continue
+            slot = handle.slot
+            if slot is None:
+                lines.setdefault("a handle whose result it took already", []).append(rank)
+                continue
+            given = zip(slot.members, slot.given, strict=True)
+            absent = [member for member, tensor in given if tensor is None]
+            peers.update(absent)
+            text = f"{spell_ranks(absent)} in {spell_wire(slot.wire, self.names)}"
+            lines.setdefault(text, []).append(rank)
+        where = [f"{verb(ranks, 'waits', 'wait')} for {text}" for text, ranks in lines.items()]
+        done = sorted(peers - {r for r, handle in enumerate(self.waiting) if handle is not None})
+        if done:
+            where.append(verb(done, "has finished", "have finished"))
+        return DeadlockError(
+            "no rank can go on: each waits for another",
+            peers=tuple(sorted(peers)),
+            where=where,
+            help=CALL_SAME_METHODS,
+        )
+
+    def spell_place(self, rank: int) -> str:
+        return ", ".join(f"{axis}={place}" for axis, place in self.mesh.coords(rank).items())
+
+
+def spell_tensor(tensor: Tensor) -> str:
+    """`f32`-like text is for graphs; errors say torch's own name: `float32[2, 3]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

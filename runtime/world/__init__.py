@@ -1,0 +1,1 @@
+"""Where ranks meet, who is alive, and what they agree on."""

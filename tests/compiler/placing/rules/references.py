@@ -1,0 +1,183 @@
+"""Composites by their definitions, in the arguments of their mesh operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from meshwright.compiler.graph.ir import MeshOp
+from tests.compiler.placing.rules.brute import Sample
+
+
+def embedding(weight: Tensor, index: Tensor, padding_idx: int | None) -> Tensor:
+    return weight[index]
+
+
+def embedding_backward(
+    grad: Tensor, index: Tensor, weight_like: Tensor, padding_idx: int | None
+) -> Tensor:
+    place = -1 if padding_idx is None else padding_idx
+    kept = (index != place).unsqueeze(-1)
+    rows = (grad * kept).flatten(0, -2)
+    return torch.zeros_like(weight_like).index_add(0, index.flatten(), rows)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    num_classes: int,
+) -> tuple[Tensor, Tensor]:
+    rows = functional.cross_entropy(
+        logits.flatten(0, -2),
+        target.flatten(),
+        class_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction="none",
+    )
+    return rows.view(target.shape), logits.logsumexp(-1)
+
+
+def cross_entropy_backward(
+    grad_rows: Tensor, logits: Tensor, target: Tensor, lse: Tensor, *rest: Any
+) -> Tensor:
+    """From the log-sum-exp that is handed over, whatever it is: rows do not mix."""
+    with torch.enable_grad():
+        own = logits.detach().requires_grad_()
+        rows, _ = cross_entropy(own, target, *rest)
+        (grad,) = torch.autograd.grad(rows, own, grad_rows)
+    return grad * lse.unsqueeze(-1)
+
+
+def norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kind: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    mean = x.mean(-1, keepdim=True) if kind == "layer" else torch.zeros_like(x[..., :1])
+    rstd = ((x - mean).square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = (x - mean) * rstd
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    return y, (mean.squeeze(-1) if kind == "layer" else None), rstd.squeeze(-1)
+
+
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias_like: Tensor | None,
+    kind: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    rstd = rstd.unsqueeze(-1)
+    normal = (x if mean is None else x - mean.unsqueeze(-1)) * rstd
+    scaled = grad if weight is None else grad * weight
+    centre = scaled.mean(-1, keepdim=True) if kind == "layer" else 0
+    dx = rstd * (scaled - centre - normal * (scaled * normal).mean(-1, keepdim=True))
+    rows = tuple(range(x.dim() - 1))
+    return (
+        dx,
+        None if weight is None else (grad * normal).sum(rows),
+        None if bias_like is None else torch.zeros_like(bias_like).copy_(grad.sum(rows)),
+    )
+
+
+def dropout(x: Tensor, p: float, op_id: int) -> Tensor:
+    """Any elementwise function that is not linear."""
+    return x.exp()
+
+
+def random(like: Tensor, shape: Any, kind: str, dtype: torch.dtype, op_id: int) -> Tensor:
+    """Any constant, of the shape of the operand."""
+    return torch.ones_like(like)
+
+
+def standard_gamma(x: Tensor, shape: Any, op_id: int) -> Tensor:
+    """As `dropout`."""
+    return x.exp()
+
+
+def dirichlet(x: Tensor, shape: Any, op_id: int) -> Tensor:
+    """Any function of rows."""
+    return x.softmax(-1)
+
+
+def poisson(x: Tensor, shape: Any, op_id: int) -> Tensor:
+    """As `dropout`."""
+    return x.exp()
+
+
+def binomial(count: Tensor, p: Tensor, shape: Any, op_id: int) -> Tensor:
+    """Any elementwise function that is linear in neither."""
+    return (count * p).exp()
+
+
+def extend(x: Tensor, dim: int, size: int) -> Tensor:
+    last = x.narrow(dim, x.shape[dim] - 1, 1)
+    return torch.cat([x, *(last for _ in range(size - x.shape[dim]))], dim)
+
+
+def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
+    """What is of the last group, which has no matrix, is zeros."""
+    padded = functional.pad(weight, (0, 0, 0, 0, 0, 1))
+    rows = x.unsqueeze(1) if x.dim() == 2 else x
+    return (rows.unsqueeze(2) @ padded[group]).squeeze(2)
+
+
+def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    rows = x.unsqueeze(1) if x.dim() == 2 else x
+    pairs = rows.unsqueeze(3) * grad.unsqueeze(2)
+    zeros = x.new_zeros(num_groups, *pairs.shape[2:])
+    return zeros.index_add(0, group.flatten(), pairs.flatten(0, 1))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    scale = rest[0] or 1 / math.sqrt(q.shape[-1])
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    if is_causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    scores = scores if bias is None else scores + bias
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor | None, ...]:
+    """From the output and log-sum-exp of the forward, without a causal mask; linear in `grad`."""
+    *_, scale, _, _, wants_bias = rest
+    scale = scale or 1 / math.sqrt(q.shape[-1])
+    repeats = q.shape[1] // k.shape[1]
+    keys, values = (t.repeat_interleave(repeats, 1) for t in (k, v))
+    scores = q @ keys.transpose(-1, -2) * scale
+    weights = ((scores if bias is None else scores + bias) - lse.unsqueeze(-1)).exp()
+    dweights = grad @ values.transpose(-1, -2) - (grad * out).sum(-1, keepdim=True)
+    dscores = weights * dweights
+    dk, dv = dscores.transpose(-1, -2) @ q * scale, weights.transpose(-1, -2) @ grad
+    dk, dv = (t.unflatten(1, (-1, repeats)).sum(2) for t in (dk, dv))
+    dbias = dscores.sum_to_size(bias.shape) if bias is not None and wants_bias else None
+    return dscores @ keys * scale, dk, dv, dbias
+
+
+def attention_backward_sample(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Sample:
+    options = (False, None, 0.0, 0)
+    out, lse = attention(q, k, v, bias, *options)
+    args = (torch.randn_like(out), q, k, v, out, lse, bias, *options, bias is not None)
+    return Sample(MeshOp("attention_backward"), args, {}, attention_backward, gradients=False)

@@ -1,0 +1,59 @@
+"""Real processes over shared memory and Gloo, beside the virtual mesh."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.runtime.errors import MismatchError, RunError
+from meshwright.runtime.transports.gloo import ALGORITHMS, choose
+from meshwright.runtime.world.digest import check_digests, check_world
+from tests.runtime.processes import finish, start
+
+EVERY_WIRE = Path(__file__).with_name("every_wire.py")
+
+
+@pytest.mark.parametrize("shared_memory", ["1", "0"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_collective_gives_what_the_virtual_mesh_gives(
+    num_ranks: int, shared_memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHWRIGHT_SHARED_MEMORY", shared_memory)
+    processes = start(EVERY_WIRE, num_ranks)
+    outputs = finish(processes, 120)
+    for output in outputs:
+        assert output == "the same bits\n304 cases\n"
+    assert [process.returncode for process in processes] == [0] * num_ranks
+
+
+@pytest.mark.parametrize("kind", sorted({row.kind for row in ALGORITHMS}))
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("size", [2, 3, 4, 8, 64])
+def test_every_kind_has_an_algorithm_at_every_size(kind: str, started: bool, size: int) -> None:
+    assert choose(kind, size, started)[-1][0] == math.inf
+
+
+def test_a_world_of_another_size_is_an_error_with_both_numbers() -> None:
+    with pytest.raises(RunError) as caught:
+        check_world(Mesh((("dp", 2), ("tp", 4))), 4)
+    assert str(caught.value) == (
+        "the mesh `dp=2, tp=4` has 8 ranks, but 4 processes run\n"
+        "  help: start 8 processes (`torchrun --nproc-per-node 8`), or change the mesh"
+    )
+    check_world(Mesh((("dp", 2), ("tp", 4))), 8)
+
+
+def test_different_programs_are_an_error_that_names_the_ranks_that_differ() -> None:
+    with pytest.raises(MismatchError) as caught:
+        check_digests(["a" * 64, "b" * 64, "a" * 64, "c" * 64], 0)
+    assert str(caught.value) == (
+        "ranks 1 and 3 compiled a different program than ranks 0 and 2\n"
+        "  ranks 0 and 2: digest aaaaaaaaaaaa\n"
+        "  rank 1: digest bbbbbbbbbbbb\n"
+        "  rank 3: digest cccccccccccc\n"
+        "  help: give every rank the same model, plan, example and versions"
+    )
+    check_digests(["a" * 64] * 4, 0)
