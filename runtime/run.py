@@ -30,12 +30,7 @@ from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
-from meshwright.runtime.transports.meshes import (
-    ProcessMesh,
-    Transport,
-    VirtualMesh,
-    check_device,
-)
+from meshwright.runtime.transports.meshes import ProcessMesh, Transport, VirtualMesh, check_device
 from meshwright.runtime.weights import (
     check_state,
     check_values,
