@@ -56,6 +56,7 @@ class Lowering:
             type=type or result_type(MeshOp(name), args, kwargs),
             layout=layout,
             origin=self.node.origin,
+            phase=self.node.phase,
         )
 
     @property

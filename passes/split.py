@@ -69,6 +69,7 @@ class _Splitter:
         self.graph, self.regather = graph, regather
         self.forward = Builder("stage0.forward", graph.mesh)
         self.backward = Builder("stage0.backward", graph.mesh)
+        self.backward.phase = Phase.BACKWARD
         self.ahead: dict[Node, Node] = {}
         self.mapping: dict[Node, Node] = {}
         self.saved: dict[Node, Node] = {}

@@ -106,8 +106,8 @@ class Node:
     `name` is unique in its graph, `op` is torch's operator or one of the mesh (a collective),
     `args` and `kwargs` what it is called with, `type` its shape and dtype (several for several
     results), `layout` where the result lies on the mesh, and `origin` the module, the source line
-    and the plan line that it comes from. Nodes are compared by identity; a pass never edits one in
-    place, it emits another.
+    and the plan line that it comes from, and `phase` when it runs. Nodes are compared by identity;
+    a pass never edits one in place, it emits another.
     """
 
     name: str
@@ -205,7 +205,7 @@ class Graph:
         return frozenset(output.node for output in self.outputs)
 
     def outputs_of(self, *kinds: OutputKind) -> tuple[Output, ...]:
-        """The outputs of these kinds, in order."""
+        """The outputs that are one of `kinds`, in order."""
         return tuple(output for output in self.outputs if output.kind in kinds)
 
     def __repr__(self) -> str:

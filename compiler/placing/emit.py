@@ -185,6 +185,7 @@ class Emitter:
                 and is_floating(source.type[index])
                 and not (index and source.op in FIRST_ONLY),
                 name=name,
+                phase=source.phase,
             )
         return self._items[source, index]
 

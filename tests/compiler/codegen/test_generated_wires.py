@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from meshwright.compiler.codegen.printing import generate
-from meshwright.compiler.graph.ir import INPUT, Arg, Builder, Graph, MeshOp, Origin, TensorType
+from meshwright.compiler.graph.ir import (
+    INPUT,
+    Arg,
+    Builder,
+    Graph,
+    MeshOp,
+    Origin,
+    Output,
+    OutputKind,
+    TensorType,
+)
 from meshwright.compiler.layout.layout import Layout, replicated, split
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.report.ledger import ledger
@@ -31,7 +41,7 @@ def two_of(*calls: tuple[str, Layout, dict[str, Arg]]) -> Graph:
         )
         for name, layout, options in calls
     ]
-    return builder.graph(tuple((f"output:{i}", node) for i, node in enumerate(made)))
+    return builder.graph(Output(OutputKind.OUTPUT, str(i), node) for i, node in enumerate(made))
 
 
 @pytest.mark.parametrize(
