@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.compiler.layout.collectives import Wire
-from meshwright.compiler.layout.layout import Layout, replicated
+from meshwright.compiler.layout.layout import uniform_blocks
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.program import Program
+from meshwright.compiler.program import Program, Stored
 from meshwright.runtime.errors import MismatchError, spell_ranks, verb
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.start import checksum
@@ -30,11 +30,11 @@ _SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor that a rank holds, and the layout that says which ranks hold the same part."""
+    """What a rank holds of a tensor, or a block of it, and the axes that split it."""
 
     label: str
     tensor: Tensor
-    layout: Layout
+    split_axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +64,23 @@ def held(
     """All that this rank holds, in one order on all ranks."""
     found: list[Held] = []
     for kind, stored in stored_tensors(program):
-        found.append(Held(f"`{stored.name}`", state.tensors[kind, stored.name], stored.layout))
+        found += _blocks(f"`{stored.name}`", state.tensors[kind, stored.name], stored, program)
     for name, parameter in state.parameters.items():
         if parameter.grad is not None:
-            layout = program.parameters[name].layout
-            found.append(Held(f"the gradient of `{name}`", parameter.grad, layout))
+            stored = program.parameters[name]
+            found += _blocks(f"the gradient of `{name}`", parameter.grad, stored, program)
     if optimizer is not None:
         found += _optimizer_state(program, state, optimizer)
     for label, value in results.items():
-        found.append(Held(f"the result `{label}`", value, replicated(tuple(value.shape))))
+        found.append(Held(f"the result `{label}`", value))
     steps = torch.tensor([state.random.seed, state.random.step])
-    found.append(Held("the seed and the number of steps", steps, replicated((2,))))
+    found.append(Held("the seed and the number of steps", steps))
     return found
+
+
+def _blocks(label: str, tensor: Tensor, stored: Stored, program: Program) -> Iterator[Held]:
+    for block, axes in uniform_blocks(tensor, stored.layout, program.mesh):
+        yield Held(label, block, axes)
 
 
 def _optimizer_state(program: Program, state: RankState, optimizer: Optimizer) -> Iterator[Held]:
@@ -87,15 +92,14 @@ def _optimizer_state(program: Program, state: RankState, optimizer: Optimizer) -
                 continue
             label, shape = f"the optimizer's `{key}` of `{name}`", tuple(tensor.shape)
             if shape == stored.layout.local_shape(program.mesh):
-                yield Held(label, tensor, stored.layout)
+                yield from _blocks(label, tensor, stored, program)
             elif not shape or not stored.layout.split_axes:
-                yield Held(label, tensor, replicated(shape))
+                yield Held(label, tensor)
     for number, group in enumerate(optimizer.param_groups):
         for key, value in sorted(group.items()):
             option = None if key == "params" else _number(value)
             if option is not None:
-                layout = replicated(tuple(option.shape))
-                yield Held(f"the optimizer's `{key}` in group {number}", option, layout)
+                yield Held(f"the optimizer's `{key}` in group {number}", option)
 
 
 def _number(value: Any) -> Tensor | None:
@@ -118,19 +122,18 @@ def compare(state: RankState, listed: Sequence[Held], tolerance: float) -> RankP
         return _other_tensors(digests.flatten().tolist())
     sums = torch.stack([checksum(each.tensor).to(device) for each in listed])
     every = (yield Wire("all_gather", every_axis), sums).T.tolist()
-    differing = [
-        each for each, row in zip(listed, every, strict=True) if _differ(row, each.layout, state)
-    ]
+    differing = [each for each, row in zip(listed, every, strict=True) if _differ(row, each, state)]
     drifts: list[Drift] = []
     for each in differing[:_SHOWN]:
         copies = yield Wire("all_gather", every_axis), each.tensor.detach().to(device).contiguous()
         drifts += _drifts(each, copies.cpu(), state.mesh, tolerance)
-    unseen = len(differing[_SHOWN:]) if drifts else 0
-    return Found(tuple(drifts), len({drift.label for drift in drifts}) + unseen)
+    labels = {drift.label for drift in drifts}
+    unseen = {each.label for each in differing[_SHOWN:]} - labels if drifts else set()
+    return Found(tuple(drifts), len(labels) + len(unseen))
 
 
-def _differ(sums: Sequence[int], layout: Layout, state: RankState) -> bool:
-    groups = copy_groups(layout.split_axes, state.mesh)
+def _differ(sums: Sequence[int], held: Held, state: RankState) -> bool:
+    groups = copy_groups(held.split_axes, state.mesh)
     return any(len({sums[rank] for rank in ranks}) > 1 for ranks in groups)
 
 
@@ -142,7 +145,7 @@ def _other_tensors(digests: Sequence[int]) -> Found:
 
 def _drifts(each: Held, copies: Tensor, mesh: Mesh, tolerance: float) -> Iterator[Drift]:
     """By part of a tensor: the ranks whose copies differ from those that most ranks hold."""
-    for ranks in copy_groups(each.layout.split_axes, mesh):
+    for ranks in copy_groups(each.split_axes, mesh):
         sums = [int(checksum(copies[rank])) for rank in ranks]
         usual, *others = by_value(ranks, sums)
         sizes = {rank: _distance(copies[rank], copies[usual[0]]) for own in others for rank in own}

@@ -52,6 +52,7 @@ __all__ = [
     "replicated",
     "shard",
     "split",
+    "uniform_blocks",
     "unshard",
     "whole",
 ]
@@ -317,6 +318,25 @@ def block_map(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Tensor:
     shape = layout.shape
     indices = torch.arange(math.prod(shape)).view(shape)
     return shard(indices, layout.drop_states(), mesh, coords)
+
+
+def uniform_blocks(
+    local: Tensor, layout: Layout, mesh: Mesh
+) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
+    """What a rank holds, in blocks that are each held by the same ranks; views of `local`.
+
+    With every block the axes that split it: ranks that differ on others alone hold copies. Only
+    dims of several segments, of which one is split over other axes than the next, make more than
+    one block.
+    """
+    if all(len(dim) == 1 for dim in layout.dims):
+        yield local, layout.split_axes
+        return
+    for grid in itertools.product(*(_stretches(parts_of(dim, mesh)) for dim in layout.dims)):
+        block = local
+        for dim, (_, start, part) in enumerate(grid):
+            block = block.narrow(dim, start, part.local_length)
+        yield block, tuple({cut.axis: None for _, _, part in grid for cut in part.cuts})
 
 
 def _coordinates(

@@ -65,6 +65,19 @@ def test_each_copy_that_differs_is_named_with_its_ranks_and_the_size_of_the_diff
     )
 
 
+def test_copies_of_a_segment_are_compared_where_the_other_segments_are_split() -> None:
+    plan = "mesh tp=2\nallow replicate **\nshard blocks.0.up.weight [(48@tp | 16), d]\n"
+    run = mw.compile(make(), mw.Plan.parse(plan), batch()).launch()
+    run.step(*batch())
+    run.check()
+    with torch.no_grad():
+        run.states[1].parameters["blocks.0.up.weight"][24:] += 0.5
+        run.states[1].parameters["blocks.0.up.weight"].grad[25] += 0.25
+    with pytest.raises(mw.RunError, match="copies of 2 tensors differ") as caught:
+        run.check()
+    assert "`blocks.0.up.weight`: rank 1 differs from rank 0 by up to 5.0e-01" in str(caught.value)
+
+
 def test_a_tolerance_allows_for_small_differences() -> None:
     run, _ = trained()
     with torch.no_grad():

@@ -122,6 +122,24 @@ def test_a_segment_that_every_rank_holds_counts_once_in_the_norm(norm_type: floa
     assert torch.allclose(run.clip_grad_norm_(1e9, norm_type), theirs, rtol=1e-12)
 
 
+@pytest.mark.parametrize("norm_type", [1.0, math.inf])
+def test_gradients_without_elements_do_not_count(norm_type: float) -> None:
+    class Empty(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.none = nn.Parameter(torch.zeros(0, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).square().sum() + self.none.sum()
+
+    plan = mw.Plan.parse("mesh tp=2\nallow replicate **")
+    run = mw.compile(Empty(), plan, (torch.ones(3, 4),)).launch()
+    run.step(torch.ones(3, 4))
+    norms = [grad.norm(norm_type) for name, grad in run.gradients().items() if name != "none"]
+    wanted = torch.stack(norms).norm(norm_type)
+    assert torch.allclose(run.clip_grad_norm_(1.0, norm_type).float(), wanted)
+
+
 def test_gradients_below_the_maximum_stay_as_they_are() -> None:
     run = compiled().launch()
     assert run.clip_grad_norm_(1.0) == 0
