@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import textwrap
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ import meshwright as mw
 from meshwright.compiler import errors, program
 from meshwright.compiler.graph import ir
 from meshwright.compiler.layout import mesh
-from meshwright.compiler.report import explain, ledger, memory, sums
+from meshwright.compiler.report import explain, ledger, listing, memory, sums
 from meshwright.dsl import PlanBuilder
 from meshwright.runtime import errors as run_errors
 
@@ -81,8 +82,12 @@ MACHINERY: Mapping[type, tuple[str, ...]] = {
 
 
 def members(cls: type) -> Iterator[Entry]:
-    """The methods and properties of a class that the page shows, in the order of the source."""
-    for name, value in vars(cls).items():
+    """The methods and properties of a class that the page shows, in the order of the source.
+
+    A dataclass has those of the dataclass that it extends too.
+    """
+    bases = [base for base in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(base)]
+    for name, value in (item for each in (*bases, cls) for item in vars(each).items()):
         if name.startswith("_") or name in MACHINERY.get(cls, ()):
             continue
         value = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
@@ -158,7 +163,7 @@ forward all_reduce ('tp',) 256 <plan>:5
 ```""",
         of(
             mw.Program,
-            program.GraphText,
+            listing.GraphText,
             ir.Graph,
             ir.Node,
             program.Stored,
@@ -357,7 +362,7 @@ def signature(entry: Entry) -> str:
     name = entry.name.rpartition(".")[2]
     if isinstance(entry.object, type):
         where = vars(sys.modules[entry.object.__module__])
-        known = inspect.get_annotations(entry.object)
+        known = ChainMap(*map(inspect.get_annotations, entry.object.__mro__))
         lines = [f"    {each}: {spelt(known[each], where)}" for each in attributes(entry.object)]
         return "\n".join([f"class {name}:", *lines]) if lines else ""
     function = entry.function

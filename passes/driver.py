@@ -18,7 +18,8 @@ from meshwright.compiler.graph.ir import Graph, OutputKind, TensorType
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check
-from meshwright.compiler.program import Program, Step, Stored
+from meshwright.compiler.program import Step, Stored
+from meshwright.compiler.public import Program
 from meshwright.dsl.plan import Plan
 from meshwright.passes.attribute import attribute
 from meshwright.passes.bucket import bucket

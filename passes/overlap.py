@@ -23,7 +23,7 @@ Elsewhere: DDP's hooks, Inductor's reordering for compute and communication over
 from __future__ import annotations
 
 from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node
-from meshwright.compiler.report.ledger import moves
+from meshwright.compiler.graph.transfers import moves
 
 
 def overlap(graph: Graph) -> Graph:

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from meshwright.compiler.layout.collectives import Wire
 from meshwright.compiler.layout.layout import uniform_blocks
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.program import Program, Stored
+from meshwright.compiler.program import Stored
+from meshwright.compiler.public import Program
 from meshwright.runtime.errors import MismatchError, spell_ranks, verb
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.start import checksum

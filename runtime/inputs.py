@@ -13,7 +13,7 @@ from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import TensorType
 from meshwright.compiler.layout.layout import Dim, Layout, block_map, dim_axes, shard, whole
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.dsl.statements import Data
 from meshwright.runtime.errors import RunError
 

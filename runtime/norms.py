@@ -9,7 +9,7 @@ from torch import Tensor
 
 from meshwright.compiler.layout.collectives import Wire
 from meshwright.compiler.layout.layout import uniform_blocks
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.runtime.rank import RankProgram, RankState
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.dsl.errors import one_line
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.suggest import nothing_matches

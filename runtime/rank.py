@@ -17,7 +17,8 @@ from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node, OutputKind
 from meshwright.compiler.layout.collectives import Wait
 from meshwright.compiler.layout.layout import shard
-from meshwright.compiler.program import Program, Stored
+from meshwright.compiler.program import Stored
+from meshwright.compiler.public import Program
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from meshwright.compiler.program import Program, Stored
+from meshwright.compiler.program import Stored
+from meshwright.compiler.public import Program
 from meshwright.dsl.errors import spelled
 from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint

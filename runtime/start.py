@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.compiler.layout.collectives import Wire
-from meshwright.compiler.program import Program, Stored
+from meshwright.compiler.program import Stored
+from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState, Values
 from meshwright.runtime.weights import stored_tensors

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.start import same_values

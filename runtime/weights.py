@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from meshwright.compiler.program import Program, Stored
+from meshwright.compiler.program import Stored
+from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import Values
 

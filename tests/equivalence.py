@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import meshwright
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 
 Example = tuple[Any, ...] | dict[str, Any]
 

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import meshwright
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from tests.equivalence import implicit_gathers
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Mlp, rows, tokens
 

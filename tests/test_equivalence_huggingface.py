@@ -15,7 +15,7 @@ import transformers
 from torch import nn
 
 import meshwright
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from tests.equivalence import check_equal, implicit_gathers, without_grouped
 from tests.models import real
 

@@ -28,6 +28,7 @@ from meshwright.compiler.codegen.linking import BINDINGS, RandomState, bind
 from meshwright.compiler.codegen.local import local_args
 from meshwright.compiler.graph.aliasing import IDENTITIES
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Arg, Graph, MeshOp, Node, OutputKind
+from meshwright.compiler.graph.transfers import TransferKey, transfer_key
 from meshwright.compiler.layout.collectives import (
     COLLECTIVES,
     Start,
@@ -38,7 +39,6 @@ from meshwright.compiler.layout.collectives import (
 )
 from meshwright.compiler.layout.local_steps import Permute, Reshape, apply_all
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.report.ledger import TransferKey, transfer_key
 from meshwright.dsl.errors import plural
 
 aten = torch.ops.aten

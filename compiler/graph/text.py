@@ -129,3 +129,13 @@ def spelt(text: str, encoding: str | None) -> str:
         plain = text.replace("…", "...").replace("·", "*")
         return plain.encode(encoding, "backslashreplace").decode(encoding)
     return text
+
+
+def exact_text(graph: Graph) -> str:
+    """All that is in a graph, one line for each node, to compare programs: nothing is rounded."""
+    nodes = (
+        f"{node.name}: {node_type_text(node, graph)} = {call_text(node)}  # {node.origin.module}"
+        for node in graph.nodes
+    )
+    outputs = [f"return {output.label} = {output.node.name}" for output in graph.outputs]
+    return "\n".join((f"graph {graph.name} mesh {graph.mesh}", *nodes, *outputs))

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from meshwright.compiler.graph.ir import INPUT, OutputKind, TensorType
 from meshwright.compiler.graph.text import size_text, type_text
-from meshwright.compiler.report.ledger import Moved
+from meshwright.compiler.program import Compiled, Stored
+from meshwright.compiler.report.ledger import Moved, ledger
 from meshwright.compiler.report.sheets import Column, Sheet
+from meshwright.compiler.report.show import sheet_text
 from meshwright.compiler.report.summary import statement_texts
 from meshwright.compiler.report.sums import Part, Sum, Sums, inside
 from meshwright.dsl.errors import PlanError, did_you_mean, plural, spelled
 from meshwright.dsl.writing.html import html_text
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from meshwright.compiler.program import Program, Stored
-
 
 WIDTH = 100
 """Columns of the text."""
@@ -91,8 +88,6 @@ class Explanation:
         return "\n".join(lines)
 
     def _summed(self, whole: Part) -> Iterable[str]:
-        from meshwright.compiler.report.show import sheet_text
-
         sheets = (_held_sheet(whole), self._sums_sheet(whole), _parts_sheet(self.children))
         for sheet in sheets:
             yield f"\n{sheet.title}"
@@ -160,7 +155,7 @@ def _parts_sheet(parts: Sequence[Part]) -> Sheet:
     return Sheet("the modules inside, the largest first", columns, rows, totals)
 
 
-def explain(program: Program, name: str) -> Explanation:
+def explain(program: Compiled, name: str) -> Explanation:
     """What is said of the module, parameter, buffer or input `name`; see `Program.explain`."""
     if not isinstance(name, str):
         raise PlanError(
@@ -181,12 +176,14 @@ def explain(program: Program, name: str) -> Explanation:
         )
     kind = "tensor" if own == name else f"tensor, the same as {own}"
     reduced = _moved_for(program, {own})
-    moved = tuple(item for item in program.comm() if (item.phase, item.value) in reduced)
+    moved = tuple(
+        item for item in ledger(program.graphs().values()) if (item.phase, item.value) in reduced
+    )
     return Explanation(name, kind, (tensors[own],), moved, statement_texts(program.plan))
 
 
 def _of_module(
-    program: Program, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, LaidOut]
+    program: Compiled, name: str, modules: Mapping[str, nn.Module], tensors: Mapping[str, LaidOut]
 ) -> Explanation:
     module = modules[name]
     path = next(path for path, each in modules.items() if each is module)
@@ -204,17 +201,17 @@ def _of_module(
     return Explanation(*shown, whole, sums.sums(path), sums.children(path, module))
 
 
-def _moved(program: Program, path: str, names: set[str]) -> tuple[Moved, ...]:
+def _moved(program: Compiled, path: str, names: set[str]) -> tuple[Moved, ...]:
     """What moves inside a module, or for its tensors."""
     reduced = _moved_for(program, names)
     return tuple(
         item
-        for item in program.comm()
+        for item in ledger(program.graphs().values())
         if inside(path, item.modules) or (item.phase, item.value) in reduced
     )
 
 
-def _moved_for(program: Program, names: set[str]) -> set[tuple[str, str]]:
+def _moved_for(program: Compiled, names: set[str]) -> set[tuple[str, str]]:
     """(phase, node) of collectives that take these tensors or reduce their gradients."""
     found: set[tuple[str, str]] = set()
     for graph in program.graphs().values():
@@ -229,7 +226,7 @@ def _moved_for(program: Program, names: set[str]) -> set[tuple[str, str]]:
     return found
 
 
-def _tensors(program: Program) -> dict[str, LaidOut]:
+def _tensors(program: Compiled) -> dict[str, LaidOut]:
     stored: dict[str, Stored] = {**program.parameters, **program.buffers}
     graph = program.step.forward
     found: dict[str, LaidOut] = {}

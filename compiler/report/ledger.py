@@ -6,20 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import TypeAlias
 
-from meshwright.compiler.graph.ir import Arg, Graph, MeshOp, Node
+from meshwright.compiler.graph.ir import Graph, MeshOp, Node
 from meshwright.compiler.graph.text import node_type_text, size_text
-from meshwright.compiler.layout.collectives import COLLECTIVES, bytes_sent, plan_transfer
-from meshwright.compiler.layout.layout import Dim
+from meshwright.compiler.graph.transfers import TransferKey, counted, moves, transfer_key
+from meshwright.compiler.layout.collectives import bytes_sent, plan_transfer
 from meshwright.dsl.errors import plural
 from meshwright.dsl.writing.html import html_table
-
-COUNTED = {"all_gather_replicated": "all_gather"}
-"""Kinds that differ only in what becomes of their gradient count as one."""
-
-TransferKey: TypeAlias = tuple[Node, str, tuple[tuple[str, Arg], ...], tuple[Dim, ...]]
-"""The operand, the kind, its axes and options, and how the result is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +97,7 @@ class Comm:
 
 
 def ledger(graphs: Iterable[Graph]) -> Comm:
-    """What the graphs of one step move; a transfer that two nodes share counts once."""
+    """Every collective of the graphs of one step; a transfer that two nodes share counts once."""
     return Comm(tuple(item for graph in graphs for item in _graph_items(graph)))
 
 
@@ -118,26 +111,6 @@ def _graph_items(graph: Graph) -> Iterator[Moved]:
         if key not in shared:
             shared.add(key)
             yield _moved(node, graph, phase)
-
-
-def moves(node: Node) -> bool:
-    """Whether a node is a collective that moves bytes."""
-    return (
-        isinstance(node.op, MeshOp)
-        and node.op.name in COLLECTIVES
-        and COLLECTIVES[node.op.name].moves
-    )
-
-
-def counted(node: Node) -> str:
-    """The kind that a collective counts as."""
-    assert isinstance(node.op, MeshOp)
-    return COUNTED.get(node.op.name, node.op.name)
-
-
-def transfer_key(node: Node) -> TransferKey:
-    """What two collectives that share one transfer have in common."""
-    return (node.args[0], counted(node), tuple(sorted(node.kwargs.items())), node.placed.dims)
 
 
 def _moved(node: Node, graph: Graph, phase: str) -> Moved:

@@ -1,7 +1,7 @@
 """Graphs as text: one node a line, global shapes with `@axis`, the module as a trailing comment.
 
 Layers that are equal print once. Lines longer than `WIDTH` are broken under their operator, and
-numbers are written as a person writes them; `exact_text` does nothing of this.
+numbers are written as a person writes them; `exact_text` of a graph does neither.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Arg, Graph, MeshOp, Node
 from meshwright.compiler.graph.text import arg_text, arg_texts, call_text, node_type_text, op_text
+from meshwright.compiler.graph.transfers import counted, moves, transfer_key
 from meshwright.compiler.report.folding import Folded, Line, Repeat, fold_lines
-from meshwright.compiler.report.ledger import counted, moves, transfer_key
 from meshwright.dsl.errors import plural
 from meshwright.dsl.writing.html import html_table
 
@@ -45,6 +45,29 @@ _FLOAT_LIMITS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class GraphText:
+    """A graph that prints as text, equal layers once. `graph` is the `Graph` itself."""
+
+    graph: Graph
+
+    def text(self, *, local: bool = False, full: bool = False) -> str:
+        """The text of the graph, with global shapes and equal layers once.
+
+        With `local`, shapes are those that one rank holds; with `full`, every layer prints.
+        """
+        return graph_text(self.graph, local=local, full=full)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        return repr(self.graph)
+
+    def _repr_html_(self) -> str:
+        return graph_html(self.graph)
+
+
 def graph_text(graph: Graph, *, local: bool = False, full: bool = False) -> str:
     """A graph for a reader, each of several equal layers once, or with `full` whole.
 
@@ -65,16 +88,6 @@ def graph_html(graph: Graph) -> str:
     ]
     title = f"graph {graph.name}  mesh {graph.mesh}"
     return html_table(("name", "type", "operator", "module"), rows, title=title)
-
-
-def exact_text(graph: Graph) -> str:
-    """All that is in a graph, one line for each node, to compare programs: nothing is rounded."""
-    nodes = (
-        f"{node.name}: {node_type_text(node, graph)} = {call_text(node)}  # {node.origin.module}"
-        for node in graph.nodes
-    )
-    outputs = [f"return {output.label} = {output.node.name}" for output in graph.outputs]
-    return "\n".join((f"graph {graph.name} mesh {graph.mesh}", *nodes, *outputs))
 
 
 @dataclass(frozen=True, slots=True)

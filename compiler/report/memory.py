@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from meshwright.compiler.graph.aliasing import node_bytes, storage
 from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node, OutputKind, TensorType
 from meshwright.compiler.layout.layout import Layout
-
-if TYPE_CHECKING:
-    from meshwright.compiler.program import Program
+from meshwright.compiler.program import Compiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +33,7 @@ class Memory:
         return asdict(self)
 
 
-def memory(program: Program) -> Memory:
+def memory(program: Compiled) -> Memory:
     """The memory of one rank and step."""
     trained = [s for s in program.parameters.values() if s.requires_grad]
     parameters = sum(
@@ -59,7 +56,7 @@ def memory(program: Program) -> Memory:
     )
 
 
-def _bytes(type: TensorType, layout: Layout, program: Program) -> int:
+def _bytes(type: TensorType, layout: Layout, program: Compiled) -> int:
     return math.prod(layout.local_shape(program.mesh)) * type.dtype.itemsize
 
 

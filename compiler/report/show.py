@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import io
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from meshwright.compiler.graph.text import spelt
+from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.sheets import Sheet, broken, heading, sheets
 from meshwright.compiler.report.summary import Summary, summarise
 from meshwright.dsl.writing.html import html_table
-
-if TYPE_CHECKING:
-    from meshwright.compiler.program import Program
 
 WIDTH = 80
 """Columns of the text that does not go to a terminal."""
@@ -23,7 +20,7 @@ _WIDEST = 1000
 """A name that cannot be broken is wider than the terminal, rather than cut off."""
 
 
-def show(program: Program, *, local: bool = False, console: Console | None = None) -> None:
+def show(program: Compiled, *, local: bool = False, console: Console | None = None) -> None:
     """Print a program's tables; with `local`, with the shapes that one rank holds."""
     console = console or Console()
     found = tables(summarise(program, local=local), console.width)
@@ -34,12 +31,12 @@ def show(program: Program, *, local: bool = False, console: Console | None = Non
     console.print(found, width=_WIDEST, crop=False, no_wrap=True, overflow="ignore")
 
 
-def show_text(program: Program, *, local: bool = False, width: int = WIDTH) -> str:
+def show_text(program: Compiled, *, local: bool = False, width: int = WIDTH) -> str:
     """What `show` prints, as plain text: the same program, the same text."""
     return plain(tables(summarise(program, local=local), width))
 
 
-def show_html(program: Program) -> str:
+def show_html(program: Compiled) -> str:
     """What `show` prints, as tables of a notebook."""
     summary = summarise(program)
     found = [html_table([""], [[line] for line in heading(summary)])]

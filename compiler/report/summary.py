@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 from meshwright.compiler.graph.ir import TensorType
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.graph.text import op_text, type_text
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.placing.rules.lookup import has_rule
-from meshwright.compiler.report.ledger import Moved
-from meshwright.compiler.report.memory import Memory
+from meshwright.compiler.program import Compiled, Stored
+from meshwright.compiler.report.ledger import Comm, Moved, ledger
+from meshwright.compiler.report.memory import Memory, memory
+from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Statement
-
-if TYPE_CHECKING:
-    from meshwright.compiler.program import Program, Stored
-    from meshwright.dsl.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +93,9 @@ class Summary:
         return {**asdict(self), **pairs}
 
 
-def summarise(program: Program, *, local: bool = False) -> Summary:
+def summarise(program: Compiled, *, local: bool = False) -> Summary:
     """The figures of a program; with `local`, shapes are those that one rank holds."""
+    comm = ledger(program.graphs().values())
     return Summary(
         type(program.model).__name__,
         program.plan.source.name,
@@ -105,15 +103,15 @@ def summarise(program: Program, *, local: bool = False) -> Summary:
         program.device.type,
         program.mesh.axes,
         (*_stored(program, local), *_inputs(program, local)),
-        tuple(_traffic(program)),
-        tuple(program.comm().bytes_by_axis().items()),
+        tuple(_traffic(program, comm)),
+        tuple(comm.bytes_by_axis().items()),
         tuple(_gathers(program)),
-        tuple(_lines(program)),
-        program.memory(),
+        tuple(_lines(program, comm)),
+        memory(program),
     )
 
 
-def _stored(program: Program, local: bool) -> Iterable[Held]:
+def _stored(program: Compiled, local: bool) -> Iterable[Held]:
     for kind, tensors in (("parameter", program.parameters), ("buffer", program.buffers)):
         groups: dict[tuple[str, str, str], list[Stored]] = {}
         for stored in tensors.values():
@@ -138,11 +136,11 @@ def _note(stored: Stored) -> str:
     return "" if stored.requires_grad else "frozen"
 
 
-def _bytes(stored: Stored, program: Program) -> int:
+def _bytes(stored: Stored, program: Compiled) -> int:
     return math.prod(stored.layout.local_shape(program.mesh)) * stored.type.dtype.itemsize
 
 
-def _inputs(program: Program, local: bool) -> Iterable[Held]:
+def _inputs(program: Compiled, local: bool) -> Iterable[Held]:
     graph = program.step.forward
     for node in program.inputs():
         text = type_text(node.tensor, node.placed, graph, local=local)
@@ -150,9 +148,9 @@ def _inputs(program: Program, local: bool) -> Iterable[Held]:
         yield Held("input", str(node.args[1]), 1, text, size, "", node.origin.plan_line)
 
 
-def _traffic(program: Program) -> Iterable[Traffic]:
+def _traffic(program: Compiled, comm: Comm) -> Iterable[Traffic]:
     groups: dict[tuple[str, str, tuple[str, ...], str], list[Moved]] = {}
-    for item in program.comm():
+    for item in comm:
         key = (item.phase, item.kind, item.axes, item.plan_line)
         groups.setdefault(key, []).append(item)
     for (phase, kind, axes, line), items in groups.items():
@@ -161,13 +159,13 @@ def _traffic(program: Program) -> Iterable[Traffic]:
         yield Traffic(phase, kind, axes, len(items), size, modules, line)
 
 
-def _modules(paths: Iterable[str], program: Program) -> tuple[str, ...]:
+def _modules(paths: Iterable[str], program: Compiled) -> tuple[str, ...]:
     known = [name for name, _ in program.model.named_modules() if name]
     found = dict.fromkeys(paths)
     return tuple(fold([path for path in found if path], known))
 
 
-def _gathers(program: Program) -> Iterable[Gather]:
+def _gathers(program: Compiled) -> Iterable[Gather]:
     groups: dict[tuple[str, str, str, bool], list[Movement]] = {}
     for movement in program.movements:
         if movement.implicit:
@@ -181,9 +179,9 @@ def _gathers(program: Program) -> Iterable[Gather]:
         yield Gather(op, value, source, target, modules, len(found), size, known)
 
 
-def _lines(program: Program) -> Iterable[PlanLine]:
+def _lines(program: Compiled, comm: Comm) -> Iterable[PlanLine]:
     moved: dict[str, list[Moved]] = {}
-    for item in program.comm():
+    for item in comm:
         moved.setdefault(item.plan_line, []).append(item)
     texts = statement_texts(program.plan)
     for place in dict.fromkeys((*texts, *filter(None, moved))):

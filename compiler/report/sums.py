@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from torch import nn
 
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
 from meshwright.compiler.graph.names import fold
-from meshwright.compiler.report.ledger import Moved
+from meshwright.compiler.program import Compiled, Stored
+from meshwright.compiler.report.ledger import Moved, ledger
 from meshwright.compiler.report.memory import saved_bytes
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from meshwright.compiler.program import Program, Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +59,9 @@ class Sum:
 class Sums:
     """The sums of a program's modules, by path; the empty path is the whole model."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Compiled) -> None:
         self.program = program
-        self.moved = program.comm().moved
+        self.moved = ledger(program.graphs().values()).moved
         backward = program.step.backward
         self.shares = {} if backward is None else _shares(backward)
         self.saved: list[tuple[tuple[str, ...], int]] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.compiler.report.ledger import Comm, Moved
 from meshwright.dsl.resolve import resolve
 from meshwright.dsl.statements import Expect

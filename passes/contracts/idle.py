@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.dsl.statements import Allow, Data, MeshStatement
 
 

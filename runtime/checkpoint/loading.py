@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
 from meshwright.runtime.checkpoint.files import COPY_AGAIN

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.runtime.checkpoint.header import dtype_of
 from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
 from meshwright.runtime.checkpoint.optimizer_state import (

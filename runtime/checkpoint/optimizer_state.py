@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.compiler.layout.layout import replicated
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.runtime.checkpoint.options import OWN_CHOICE, written
 from meshwright.runtime.checkpoint.parts import Entry
 from meshwright.runtime.errors import RunError, check_kind

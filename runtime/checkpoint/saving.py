@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.runtime.checkpoint.extra import written_extra
 from meshwright.runtime.checkpoint.files import cannot
 from meshwright.runtime.checkpoint.folder import NewSave, folder_of

@@ -21,7 +21,7 @@ from torch import nn
 from meshwright.compiler.errors import CaptureError, LayoutError, PassError
 from meshwright.compiler.graph.annotate import layout
 from meshwright.compiler.graph.custom import custom
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.dsl.errors import MeshwrightError, PlanError
 from meshwright.dsl.plan import Plan
 from meshwright.passes import driver

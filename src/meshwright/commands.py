@@ -11,7 +11,7 @@ from pathlib import Path
 from meshwright.compiler.graph.data import graph_data
 from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.graph.text import size_text, spelt
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.compiler.report.listing import graph_text
 from meshwright.compiler.report.show import show_text
 from meshwright.dsl.errors import did_you_mean, plural

@@ -45,7 +45,7 @@ def test_what_the_page_leaves_out_is_there_to_be_left_out() -> None:
         fields = (
             {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
         )
-        assert set(hidden) <= {*vars(cls), *fields}, cls
+        assert set(hidden) <= {*dir(cls), *fields}, cls
 
 
 def test_every_signature_is_one() -> None:

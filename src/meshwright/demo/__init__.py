@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.console import Console
 
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.demo import report
 from meshwright.demo.corpus import Corpus
 from meshwright.demo.model import GPT, LENGTH, PLAN

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from meshwright.compiler.graph.ir import INPUT, MeshOp, Node, TensorType
 from meshwright.compiler.layout.collectives import COLLECTIVES
-from meshwright.compiler.program import Program
+from meshwright.compiler.public import Program
 from meshwright.compiler.report.listing import graph_text
 from meshwright.compiler.report.show import tables
 from meshwright.compiler.report.summary import summarise

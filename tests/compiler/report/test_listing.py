@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import meshwright as mw
 from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node, TensorType
+from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.report.folding import LATER, Folded, Line, Repeat, fold_lines
-from meshwright.compiler.report.ledger import moves
 from meshwright.compiler.report.listing import graph_text
 from tests.models import GPT_DATA, GPT_TENSOR, Block, Gpt, tokens
 

@@ -1,0 +1,118 @@
+"""The compiled program that users hold: the data of a compilation, its reports and its launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from meshwright.compiler.graph.text import size_text
+from meshwright.compiler.program import Compiled
+from meshwright.compiler.report.explain import Explanation, explain
+from meshwright.compiler.report.ledger import Comm, ledger
+from meshwright.compiler.report.listing import GraphText
+from meshwright.compiler.report.memory import Memory, memory
+from meshwright.compiler.report.show import show, show_html
+from meshwright.compiler.report.summary import summarise
+from meshwright.dsl.errors import plural
+
+
+@dataclass(frozen=True, repr=False)
+class Program(Compiled):
+    """A model compiled under a plan. Made by `meshwright.compile`.
+
+    Nothing here needs a device or a process group but `launch`. `plan` is the plan with what
+    modules carry of their own, `mesh` its axes, `device` what is compiled for and `model` the
+    module that was compiled, untouched. `parameters` and `buffers` say how ranks hold each
+    tensor of the model, by name.
+    """
+
+    recompile: Callable[..., Program] = field(repr=False)
+    """Compile the same model and plan for another input signature or mode."""
+    launcher: Callable[..., Any] = field(repr=False)
+
+    def __repr__(self) -> str:
+        comm, peak = self.comm(), size_text(self.memory().peak)
+        return (
+            f"<Program: {type(self.model).__name__} under {self.plan.source.name}, "
+            f"mode {self.mode}, device {self.device.type}, mesh {self.mesh}; "
+            f"{plural(len(comm), 'collective')}, {size_text(comm.total_bytes())} sent per rank per "
+            f"step, peak memory {peak} per rank>"
+        )
+
+    def _repr_html_(self) -> str:
+        return show_html(self)
+
+    def graph(self, name: str) -> GraphText:
+        """The graph called `name`, which prints as text. Raises `KeyError` with the names."""
+        graphs = self.graphs()
+        if name not in graphs:
+            raise KeyError(f"no graph `{name}`: there are {', '.join(graphs)}")
+        return GraphText(graphs[name])
+
+    def comm(self) -> Comm:
+        """Every collective of one step, with its axes, bytes, module and line of the plan."""
+        return self._comm
+
+    @cached_property
+    def _comm(self) -> Comm:
+        return ledger(self.graphs().values())
+
+    def memory(self) -> Memory:
+        """The bytes that one rank needs to hold, known before anything runs."""
+        return memory(self)
+
+    def show(self, *, local: bool = False) -> None:
+        """Print the mesh, layouts, collectives, bytes and memory as tables.
+
+        With `local`, shapes are those that one rank holds.
+        """
+        show(self, local=local)
+
+    def to_json(self) -> dict[str, object]:
+        """All that `show` prints, and every collective, as plain dictionaries and lists."""
+        return {**summarise(self).to_json(), "collectives": self.comm().to_json()}
+
+    def explain(self, name: str) -> Explanation:
+        """Why the module, parameter or input `name` is laid out as it is, and what it moves.
+
+        It prints as text; `""` is the whole model. Of a module with modules inside, it sums up
+        what each rank holds and sends, and names those that count most. Raises `PlanError` for a
+        name that the model does not have.
+        """
+        return explain(self, name)
+
+    def launch(
+        self,
+        *,
+        seed: int = 0,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        new_shapes: str = "error",
+        check_inputs: bool | int = True,
+    ) -> Any:
+        """Start a run and return it, a `Run`.
+
+        Under torchrun and `meshwright run` this process is one rank, and as many must run as the
+        mesh has; otherwise every rank runs in this process. All start from rank 0's weights.
+
+        - `seed`: keys dropout and every other random number, with the number of the step; below
+          2**63, and rank 0's counts. Torch's own seeds play no part in a step.
+        - `state_dict`: global tensors to start from in place of the model's, under its names.
+        - `new_shapes`: `"compile"` lets `Run.step` compile for inputs of other shapes than the
+          example's, once for each; `"error"` refuses them.
+        - `check_inputs`: compare what the processes are given, in calls 1, 2, 4, 8 and so on and
+          then in every 100th; a number compares every that many calls, `False` never.
+
+        Raises `RunError` for a wrong argument, where there are no weights to start from, where the
+        number of processes is not the mesh's, or where the device is not there.
+        """
+        return self.launcher(
+            self,
+            seed=seed,
+            state_dict=state_dict,
+            new_shapes=new_shapes,
+            check_inputs=check_inputs,
+        )
