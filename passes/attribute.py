@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from meshwright.compiler.graph.aliasing import IDENTITIES, is_view
-from meshwright.compiler.graph.ir import INPUT, Builder, Graph, MeshOp, Node
+from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node
 from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.statements import Spread
@@ -28,9 +28,10 @@ from meshwright.passes.statements.pins import pin_lines
 _SPLITTING = ("reduce_scatter", "slice")
 
 
-def attribute(graph: Graph, draft: Draft) -> Graph:
-    """`graph` with `plan_line` set on inputs, on what pinned weights feed and on collectives."""
-    lines = _Lines(graph, draft).found
+def attribute(draft: Draft) -> Draft:
+    """`draft` with `plan_line` set on inputs, on what pinned weights feed and on collectives."""
+    graph = draft.graph
+    lines = _Lines(draft).found
     builder = Builder(graph.name, graph.mesh)
     mapping: dict[Node, Node] = {}
     for node in graph.nodes:
@@ -38,15 +39,16 @@ def attribute(graph: Graph, draft: Draft) -> Graph:
         if node in lines:
             new.origin = replace(new.origin, plan_line=lines[node])
         mapping[node] = new
-    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
+    outputs = (output.of(mapping[output.node]) for output in graph.outputs)
+    return replace(draft, graph=builder.graph(outputs))
 
 
 class _Lines:
     """`found` is the line of each node; `axes` why a node is not replicated on an axis; `weights`
     the line behind each parameter, whatever collectives and views it has been through."""
 
-    def __init__(self, graph: Graph, draft: Draft) -> None:
-        self.draft = draft
+    def __init__(self, draft: Draft) -> None:
+        self.draft, graph = draft, draft.graph
         self.found: dict[Node, str] = {}
         self.axes: dict[Node, dict[str, str]] = {}
         self.forward: dict[str, Node] = {}

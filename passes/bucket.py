@@ -52,6 +52,8 @@ class _Bucket:
 def bucket(graph: Graph, *, limit: int = BUCKET_BYTES) -> Graph:
     """The graph with every `gradient:` output taken from a bucket."""
     buckets = _collect(graph, limit)
+    if not buckets:
+        return graph
     closing: dict[Node, list[_Bucket]] = {}
     order = {node: i for i, node in enumerate(graph.nodes)}
     for found in buckets:

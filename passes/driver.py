@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from meshwright.compiler.autodiff.differentiate import differentiate
-from meshwright.compiler.capture import capture
+from meshwright.compiler import capture as capturing
+from meshwright.compiler.capture import Captured
 from meshwright.compiler.capture.arguments import check_arguments, target_device
+from meshwright.compiler.capture.outputs import Mode
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.graph.ir import Graph, OutputKind, TensorType
+from meshwright.compiler.graph.ir import Graph, TensorType
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check
@@ -27,6 +28,7 @@ from meshwright.passes.contracts.allow import check_replication
 from meshwright.passes.contracts.expect import check_contracts
 from meshwright.passes.contracts.idle import check_axes
 from meshwright.passes.contracts.supported import check_supported
+from meshwright.passes.differentiate import differentiate
 from meshwright.passes.hoist import hoist
 from meshwright.passes.lower import lower
 from meshwright.passes.overlap import overlap
@@ -38,33 +40,73 @@ from meshwright.passes.rewriting.route import route
 from meshwright.passes.split import split
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
-from meshwright.passes.statements.draft import Draft, pinned_inputs
+from meshwright.passes.statements.draft import Draft, on_graphs
 from meshwright.passes.statements.fragments import with_fragments
 from meshwright.passes.statements.pad import pad
 from meshwright.passes.statements.pad_sequences import pad_sequences
 from meshwright.passes.statements.pins import pin_lines
 from meshwright.passes.statements.rows import rows
-from meshwright.passes.statements.sequence import gathers_again, sequence
+from meshwright.passes.statements.sequence import sequence
 from meshwright.passes.statements.shard import shard
 from meshwright.passes.statements.vocab import vocab
 from meshwright.passes.vary import vary
 
 REWRITING: tuple[Callable[[Graph], Graph], ...] = (masks, lookups, normalise, route)
-"""What every model is rewritten by, whatever its plan."""
+"""The passes over what is captured, the same for every plan: operators become those that rules,
+adjoints and kernels are written for."""
 
-PLACING: tuple[Callable[[Draft], Draft], ...] = (
+PASSES: tuple[Callable[[Draft], Draft], ...] = (
+    # The statements of the plan become layouts of inputs and values.
     data,
     columns,
     rows,
     vocab,
     shard,
+    # What does not divide is padded.
     pad,
     sequence,
     pad_sequences,
+    # Every node is placed, and every change of layout is a node.
     partition,
     hoist,
+    on_graphs(vary),
+    # The backward is written out; from here on there is one graph of both.
+    differentiate,
+    check_replication,
+    on_graphs(lower),
+    on_graphs(bucket),
+    attribute,
+    # Forward and backward are apart, each in the order in which it runs.
+    split,
+    on_graphs(overlap),
 )
-"""Each carries out what the plan says of layouts; the last two place every node."""
+"""The passes that carry out a plan. The docstring of each says what it requires and ensures, and
+shows a graph before and after it; `check` checks every graph after every pass."""
+
+
+@dataclass(frozen=True)
+class CapturedModel:
+    """A model captured for inputs like one example, in one mode: what any plan can be tried on."""
+
+    model: nn.Module
+    captured: Captured
+    device: torch.device
+    example: Any = field(repr=False)
+    recapture: Callable[..., CapturedModel] = field(repr=False)
+    """Capture the same model for another `example` or `mode`."""
+
+    @cached_property
+    def modules(self) -> Mapping[str, str]:
+        """Every module of the model but the root: qualified name to class name."""
+        return {name: type(m).__name__ for name, m in self.model.named_modules() if name}
+
+    @cached_property
+    def evaluation(self) -> Graph | None:
+        """The graph of the model's eval mode, if it can be captured there."""
+        try:
+            return self.recapture(example=self.example, mode="eval").captured.graph
+        except CaptureError:
+            return None
 
 
 def compile_program(
@@ -75,106 +117,107 @@ def compile_program(
     loss: Any = None,
     outputs: Sequence[str] = (),
     static: Sequence[str] = (),
-    mode: str = "train",
+    mode: Any = "train",
     device: str | torch.device | None = None,
+    launcher: Callable[..., Any],
+) -> Program:
+    """Compile `model` under `plan`; see `meshwright.compile`."""
+    check_arguments(model, plan, loss, outputs, static, mode)
+    check_supported(with_fragments(plan, model))
+    captured = capture(
+        model, example, loss=loss, outputs=outputs, static=static, mode=mode, device=device
+    )
+    return compile_captured(captured, plan, launcher=launcher)
+
+
+def capture(
+    model: nn.Module,
+    example: Any,
+    *,
+    loss: Any = None,
+    outputs: Sequence[str] = (),
+    static: Sequence[str] = (),
+    mode: Mode = "train",
+    device: str | torch.device | None = None,
+) -> CapturedModel:
+    """Capture `model` for inputs like `example`, to be compiled under as many plans as you like."""
+    target = target_device(device, default_device())
+    options = {"loss": loss, "outputs": tuple(outputs), "static": tuple(static), "device": target}
+    captured = capturing.capture(model, example, mode=mode, **options)
+    graph = captured.graph
+    for each in REWRITING:
+        graph = each(graph)
+    again = partial(capture, model, **options)
+    return CapturedModel(model, replace(captured, graph=graph), target, example, again)
+
+
+def compile_captured(
+    source: CapturedModel,
+    plan: Plan,
+    *,
     launcher: Callable[..., Any],
     variant_of: tuple[str, ...] | None = None,
 ) -> Program:
-    """Compile `model` under `plan`; see `meshwright.compile`.
+    """Compile what was captured of a model under `plan`, as often and for as many plans as asked.
 
     `variant_of` are the inputs of the program that this is for another mode or other inputs of.
+    Raises `PlanError` and `LayoutError` as `meshwright.compile`.
     """
-    check_arguments(model, plan, loss, outputs, static, mode)
-    target = target_device(device, default_device())
-    asked = {"loss": loss, "outputs": tuple(outputs), "static": tuple(static), "device": target}
-    again: Any = partial(compile_program, model, plan, **asked)
-    plan = with_fragments(plan, model)
-    check_supported(plan)
-    draft = _drafted(model, plan, example, {**asked, "mode": mode}, variant_of)
-    captured = draft.captured
-    for each in PLACING:
+    whole = with_fragments(plan, source.model)
+    check_supported(whole)
+    draft = _drafted(source, whole, variant_of)
+    for each in PASSES:
         draft = each(draft)
-        check(draft.graph, each.__name__)
-    draft, step = _step(draft)
-    check_replication(draft)
-    program = Program(
-        plan=plan,
-        mesh=draft.mesh,
-        captured=captured,
-        step=step,
-        parameters=_stored(draft, "parameter", captured.parameters),
-        buffers=_stored(draft, "buffer", captured.buffers),
-        movements=draft.movements,
-        device=target,
-        model=model,
-        recompile=partial(again, launcher=launcher, variant_of=captured.input_names),
-        launcher=launcher,
-    )
+        for graph in draft.graphs:
+            check(graph, each.__name__)
+    inputs = source.captured.input_names
+
+    def recompile(*, example: Any, mode: Mode) -> Program:
+        again = source.recapture(example=example, mode=mode)
+        return compile_captured(again, plan, launcher=launcher, variant_of=inputs)
+
+    program = _program(draft, source, launcher, recompile)
     if variant_of is None:
         check_axes(program)
     check_contracts(program)
     return program
 
 
-def _drafted(
-    model: nn.Module,
-    plan: Plan,
-    example: Any,
-    capturing: Mapping[str, Any],
-    variant_of: tuple[str, ...] | None,
-) -> Draft:
-    """The model captured, before any pass."""
+def _drafted(source: CapturedModel, plan: Plan, variant_of: tuple[str, ...] | None) -> Draft:
+    """The program before any pass."""
     mesh = Mesh(plan.mesh)
-    captured = capture(model, example, mesh, **capturing)
-    modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
-    graph = _rewritten(captured.graph)
-    draft = Draft(plan, mesh, captured, graph, modules, variant_of=variant_of)
-    return replace(draft, evaluation=cache(partial(_evaluation, model, example, mesh, capturing)))
+    return Draft(
+        plan,
+        mesh,
+        source.captured,
+        replace(source.captured.graph, mesh=mesh),
+        source.modules,
+        variant_of=variant_of,
+        evaluation=lambda: source.evaluation,
+    )
 
 
-def _evaluation(
-    model: nn.Module, example: Any, mesh: Mesh, capturing: Mapping[str, Any]
-) -> Graph | None:
-    """The model in its eval mode, if it can be captured there."""
-    try:
-        captured = capture(model, example, mesh, **{**capturing, "mode": "eval"})
-    except CaptureError:
-        return None
-    return _rewritten(captured.graph)
-
-
-def _rewritten(graph: Graph) -> Graph:
-    """What was captured, in the operators that are placed."""
-    for each in REWRITING:
-        graph = each(graph)
-    return graph
-
-
-def _step(draft: Draft) -> tuple[Draft, Step]:
-    """The graphs that run: forward and backward in training, the forward alone otherwise."""
-    if draft.captured.mode != "train" or not _trains(draft.graph):
-        forward = attribute(_checked(lower, draft.graph), draft)
-        forward = _checked(overlap, forward)
-        return draft, Step(replace(forward, name="stage0.forward"))
-    forward = _checked(vary, draft.graph)
-    joint, moved = differentiate(forward, pinned_inputs(draft, forward))
-    draft = replace(draft, movements=(*draft.movements, *moved))
-    check(joint, "differentiate")
-    joint = _checked(bucket, _checked(lower, joint))
-    joint = attribute(joint, draft)
-    forward, backward = split(joint, regather=lambda node: gathers_again(draft.regions, node))
-    return draft, Step(_checked(overlap, forward), _checked(overlap, backward))
-
-
-def _checked(each: Callable[[Graph], Graph], graph: Graph) -> Graph:
-    """What a pass makes of a graph, checked."""
-    graph = each(graph)
-    check(graph, each.__name__)
-    return graph
-
-
-def _trains(graph: Graph) -> bool:
-    return any(loss.node.requires_grad for loss in graph.outputs_of(OutputKind.LOSS))
+def _program(
+    draft: Draft,
+    source: CapturedModel,
+    launcher: Callable[..., Any],
+    recompile: Callable[..., Program],
+) -> Program:
+    """The program that the last pass leaves."""
+    captured = source.captured
+    return Program(
+        plan=draft.plan,
+        mesh=draft.mesh,
+        captured=captured,
+        step=Step(*draft.parts),
+        parameters=_stored(draft, "parameter", captured.parameters),
+        buffers=_stored(draft, "buffer", captured.buffers),
+        movements=draft.movements,
+        device=source.device,
+        model=source.model,
+        recompile=recompile,
+        launcher=launcher,
+    )
 
 
 def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -33,6 +35,8 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     Phase,
 )
+from meshwright.passes.statements.draft import Draft
+from meshwright.passes.statements.sequence import gathers_again
 
 aten = torch.ops.aten
 
@@ -51,7 +55,16 @@ _VIEWS = {
 _GATHERS = {MeshOp("all_gather"), MeshOp("all_gather_replicated")}
 
 
-def split(graph: Graph, *, regather: Callable[[Node], bool]) -> tuple[Graph, Graph]:
+def split(draft: Draft) -> Draft:
+    """`draft` with its forward and its backward apart; a graph without gradients is a forward."""
+    graph = draft.graph
+    if not graph.outputs_of(OutputKind.GRADIENT):
+        return replace(draft, parts=(replace(graph, name="stage0.forward"),))
+    regather = partial(gathers_again, draft.regions)
+    return replace(draft, parts=split_graph(graph, regather=regather))
+
+
+def split_graph(graph: Graph, *, regather: Callable[[Node], bool]) -> tuple[Graph, Graph]:
     """The forward and the backward of a joint graph.
 
     `regather` says of a gathered activation whether it is gathered again rather than kept.

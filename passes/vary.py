@@ -34,6 +34,8 @@ SLACK = 1 << 20
 
 def vary(graph: Graph) -> Graph:
     """The graph with its `vary` nodes moved up to parameters, joined and chained."""
+    if all(node.op != VARY for node in graph.nodes):
+        return graph
     return _chained(_joined(_hoisted(graph)))
 
 

@@ -32,7 +32,6 @@ from meshwright.compiler.capture.values import OnlyOnce, values_in_python
 from meshwright.compiler.capture.watch import watching
 from meshwright.compiler.graph.annotate import capturing
 from meshwright.compiler.graph.ir import Graph
-from meshwright.compiler.layout.mesh import Mesh
 from meshwright.dsl.errors import plural
 
 
@@ -72,7 +71,6 @@ class Captured:
 def capture(
     model: nn.Module,
     example: Any,
-    mesh: Mesh,
     *,
     loss: Loss = None,
     outputs: tuple[str, ...] = (),
@@ -95,7 +93,7 @@ def capture(
         spec = input_spec(model, args, kwargs, static)
         program, returned = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode, once)
     converter = Converter(
-        program, named, spec, mesh, torch.device(device), differentiable=mode == "train"
+        program, named, spec, torch.device(device), differentiable=mode == "train"
     )
     graph = converter.convert(returned)
     check_backwards(graph)

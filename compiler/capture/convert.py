@@ -61,14 +61,13 @@ class Converter:
         program: ExportedProgram,
         named: NamedTensors,
         inputs: InputSpec,
-        mesh: Mesh,
         device: torch.device,
         *,
         differentiable: bool,
     ) -> None:
         self.program, self.named, self.inputs = program, named, inputs
         self.device, self.differentiable = device, differentiable
-        self.builder = Builder("model", mesh)
+        self.builder = Builder("model", Mesh(()))
         self.env: dict[fx.Node, Node] = {}
         self.by_target: dict[tuple[str, str], Node] = {}
         self.constants: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 
 from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.layout.factors import Factor, concatenation, dim_axes, spelled_dim
 from meshwright.compiler.layout.regroup import factors_for
@@ -26,14 +27,15 @@ LIMIT = 64 << 10
 _MOST_SELECTORS = 4
 
 
-def check_replication(draft: Draft) -> None:
-    """Raises `LayoutError` naming the largest implicit gather where they move too much together."""
+def check_replication(draft: Draft) -> Draft:
+    """`draft`; raises `LayoutError` that names the largest implicit gather where they move too much
+    together."""
     allowed = draft.plan.resolve(Allow, ["", *modules_of(draft)]) if draft.plan.of(Allow) else {}
     implicit = [m for m in draft.movements if m.implicit and not _is_allowed(m, set(allowed))]
     total = sum(m.sent_bytes(draft.mesh) for m in implicit)
     limit = int(os.environ.get("MESHWRIGHT_IMPLICIT_BYTES", LIMIT))
     if total <= limit:
-        return
+        return draft
     worst = max(implicit, key=lambda m: m.sent_bytes(draft.mesh))
     what = "splitting" if worst.step.kind == "slice" else "gathering"
     where = worst.node.origin
@@ -62,7 +64,9 @@ def _composite(worst: Movement, draft: Draft) -> str | None:
     users = [
         node
         for node in draft.graph.nodes
-        if node.op == worst.user and any(n.name == name for n in node.operands())
+        if node.phase is Phase.FORWARD
+        and node.op == worst.user
+        and any(n.name == name for n in node.operands())
     ]
     if len(dims) != 1 or len(dims[0]) != 1 or len(dims[0][0]) != 1 or not users:
         return None

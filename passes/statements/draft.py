@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import wraps
 
 from meshwright.compiler.capture import Captured
 from meshwright.compiler.graph.ir import Graph, Node
@@ -36,10 +37,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What the passes that carry out the plan take and return; none of them edits one in place.
-
-    Passes after them read no plan: they take graphs.
-    """
+    """What every pass takes and returns; none of them edits one in place."""
 
     plan: Plan
     mesh: Mesh
@@ -63,6 +61,25 @@ class Draft:
     What statements say of inputs and modules that are not used here has no effect."""
     evaluation: Callable[[], Graph | None] = lambda: None
     """Captures the model's eval mode, for modules that only run there; nothing if it cannot be."""
+    parts: tuple[Graph, ...] = ()
+    """The graphs that run, once forward and backward are apart; `graph` is what they were."""
+
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The graphs as they are after the last pass: one until forward and backward are apart."""
+        return self.parts or (self.graph,)
+
+
+def on_graphs(function: Callable[[Graph], Graph]) -> Callable[[Draft], Draft]:
+    """A pass over drafts that rewrites each of their graphs by one that reads no plan."""
+
+    @wraps(function)
+    def run(draft: Draft) -> Draft:
+        if draft.parts:
+            return replace(draft, parts=tuple(map(function, draft.parts)))
+        return replace(draft, graph=function(draft.graph))
+
+    return run
 
 
 def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:

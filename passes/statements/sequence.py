@@ -16,7 +16,7 @@ What enters a region is split, and sums that row-parallel linears leave pending 
 instead of reduced; gathers before column-parallel linears follow from the layouts, and
 their adjoints too.
 A sequence that does not divide is padded (`pad_sequences.py`).
-Ensures: the regions that the partitioner reads.
+Requires: a normalised graph. Ensures: the regions that the partitioner reads.
 Elsewhere: Megatron's sequence parallelism (Korthikanti et al., 2205.05198).
 """
 

@@ -49,7 +49,7 @@ def check_equal_to_eager(
     """Capture `model`; its graph must give eager mode's loss, gradients and new buffers."""
     args, kwargs = (example, {}) if isinstance(example, tuple) else ((), example)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    captured = capture(model, example, MESH, loss=loss)
+    captured = capture(model, example, loss=loss)
     torch.manual_seed(7)
     outputs = run(captured, *args, **kwargs)
     found = gradients(model, outputs["loss"])

@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 import meshwright
-from meshwright.compiler.autodiff.differentiate import differentiate
 from meshwright.compiler.capture import capture
 from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.graph.text import call_text, node_type_text
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.passes.bucket import bucket
-from meshwright.passes.driver import PLACING, REWRITING
-from meshwright.passes.lower import lower
-from meshwright.passes.statements.draft import Draft, pinned_inputs
-from meshwright.passes.vary import vary
+from meshwright.passes.driver import PASSES, REWRITING
+from meshwright.passes.statements.draft import Draft
 
 
 def captured(model: nn.Module, example: Any, plan: str) -> Draft:
     """The program as it is captured, no pass carried out."""
     parsed = meshwright.Plan.parse(plan)
     mesh = Mesh(parsed.mesh)
-    found = capture(model, example, mesh)
+    found = capture(model, example)
     modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
     return Draft(parsed, mesh, found, found.graph, modules)
 
 
 def stages(model: nn.Module, example: Any, plan: str) -> dict[str, Graph]:
-    """The graph after each pass up to the buckets, by the pass's name; `captured` before all."""
+    """The graph after each pass, by the pass's name; `captured` before all.
+
+    Of the passes from `split` on it is the one that they are given.
+    """
     draft = captured(model, example, plan)
     found = {"captured": draft.graph}
     graph = draft.graph
     for rewriting in REWRITING:
         graph = found[rewriting.__name__] = rewriting(graph)
-    draft = Draft(draft.plan, draft.mesh, draft.captured, graph, draft.modules)
-    for each in PLACING:
+    draft = replace(draft, graph=replace(graph, mesh=draft.mesh))
+    for each in PASSES:
         draft = each(draft)
         found[each.__name__] = draft.graph
-    found["vary"] = vary(draft.graph)
-    found["differentiate"], _ = differentiate(found["vary"], pinned_inputs(draft, found["vary"]))
-    found["lower"] = lower(found["differentiate"])
-    found["bucket"] = bucket(found["lower"])
     return found
 
 

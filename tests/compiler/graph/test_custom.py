@@ -15,7 +15,7 @@ from meshwright.compiler.capture import capture
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.annotate import LAYOUT, layout
 from meshwright.compiler.graph.custom import REGISTRY, custom
-from tests.compiler.interpreter import MESH, check_equal_to_eager
+from tests.compiler.interpreter import check_equal_to_eager
 
 
 class Round(torch.autograd.Function):
@@ -148,4 +148,4 @@ def test_a_layout_marks_an_activation_and_changes_nothing_in_eager_mode() -> Non
     (mark,) = [n for n in captured.graph.nodes if n.op == LAYOUT]
     assert mark.args[1] == "[b@dp, d]"
     assert mark.requires_grad
-    assert not capture(Marked(), (x,), MESH, mode="eval").graph.nodes[-2].requires_grad
+    assert not capture(Marked(), (x,), mode="eval").graph.nodes[-2].requires_grad

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from meshwright.compiler.capture import capture
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.custom import REGISTRY
-from tests.compiler.interpreter import MESH
 from tests.equivalence import check_equal
 
 
@@ -110,7 +109,7 @@ def test_the_traced_backward_is_the_functions_own_under_every_plan(plan: str) ->
 
 
 def test_equal_calls_share_one_operator() -> None:
-    graph = capture(Layered().double(), rows(), MESH).graph
+    graph = capture(Layered().double(), rows()).graph
     found = [REGISTRY[node.op].name for node in graph.nodes if node.op in REGISTRY]
     assert len(found) == 6
     assert len(set(found)) == 4
@@ -148,7 +147,7 @@ class Applies(nn.Module):
 
 def test_a_backward_that_leaves_torch_is_refused_with_the_vjp_to_write() -> None:
     with pytest.raises(CaptureError, match="the backward of `Numpy`") as caught:
-        capture(Applies(Numpy, 2.0, torch.ones(4)), (torch.randn(2, 4),), MESH)
+        capture(Applies(Numpy, 2.0, torch.ones(4)), (torch.randn(2, 4),))
     assert caught.value.culprit.startswith("test_custom_traced.py:")
     assert "`inputs` is `(x, step, y)`" in caught.value.help
     assert "`(grad_x, grad_step, grad_y)` is returned" in caught.value.help
@@ -156,4 +155,4 @@ def test_a_backward_that_leaves_torch_is_refused_with_the_vjp_to_write() -> None
 
 def test_a_function_that_writes_to_its_input_is_refused() -> None:
     with pytest.raises(CaptureError, match="mark_dirty"):
-        capture(Applies(Doubled), (torch.randn(2, 4),), MESH)
+        capture(Applies(Doubled), (torch.randn(2, 4),))
