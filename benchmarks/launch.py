@@ -53,7 +53,7 @@ def main(module: str, meshes: Sequence[str], args: argparse.Namespace, argv: lis
 
 
 def run_workers(module: str, mesh: str, size: str, argv: list[str]) -> dict[str, Any]:
-    """Start one process a rank and return what rank 0 found."""
+    """Start one process per rank and return what rank 0 found."""
     processes = 1
     for axis in mesh.split(", "):
         processes *= int(axis.split("=")[1])

@@ -198,7 +198,7 @@ class PlanBuilder:
 def _axes(axes: AxisNames) -> str:
     names = (axes,) if isinstance(axes, str) else axes
     if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
-        raise _not_text("`over`", axes, 'write an axis, `over="tp"`, or several in a tuple')
+        raise _not_text("`over`", axes, 'write an axis, `over="tp"`, or multiple axes in a tuple')
     return format_axes(tuple(names))
 
 

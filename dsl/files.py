@@ -34,7 +34,7 @@ def check_text(text: object, name: object) -> None:
 
 
 def read_file(path: object) -> str:
-    """The text of a plan file. Raises `PlanError` for what is no such file."""
+    """The text of a plan file. Raises `PlanError` for what is not such a file."""
     if not isinstance(path, (str, Path)):
         raise PlanError(
             "P115", f"a path is text, not {spelled(path)}", help="pass the path of a plan file"

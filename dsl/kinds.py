@@ -71,7 +71,7 @@ class ByteSize:
         number = evaluate(value, sizes)
         if number.q != 1 or number < 1:
             help = "write a size with a unit, such as `60GiB`"
-            raise wrong_value(value, "is no number of bytes", help)
+            raise wrong_value(value, "is not a number of bytes", help)
         return int(number)
 
     def write(self, value: int) -> str:

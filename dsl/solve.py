@@ -268,7 +268,7 @@ def _two_ways_out(solver: _Solver, factor: FactorTemplate, size: int, ranks: int
 
 
 def _is_fused(solver: _Solver, factor: FactorTemplate) -> bool:
-    """Whether a factor is of one of several segments."""
+    """Whether a factor belongs to one of multiple segments."""
     own = (dim for dim in solver.dims if any(f.span == factor.span for f in dim.factors))
     return any(len(dim.segments) > 1 for dim in own)
 

@@ -35,7 +35,7 @@ class Source:
 class Span:
     """Columns `column` to `end` (exclusive, counted from 1) of `line`.
 
-    What goes on over several lines ends, for the reader, at the end of its first; `last_line` is
+    What goes on over multiple lines ends, for the reader, at the end of its first; `last_line` is
     where it really ends.
     """
 

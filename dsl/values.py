@@ -95,8 +95,10 @@ def symbolic(value: Value) -> sympy.Expr:
     assert isinstance(value, Word), value
     if match := re.fullmatch(r"([0-9]+)([^\W\d]\w*)", value.text):
         if len(value.text) > _LONGEST_WORD:
-            raise wrong_value(value, "is no number", "write a number or the name of one", "P107")
-        raise wrong_value(value, "is no number", f"write `{_as_number(*match.groups())}`", "P107")
+            raise wrong_value(value, "is not a number", "write a number or the name of one", "P107")
+        raise wrong_value(
+            value, "is not a number", f"write `{_as_number(*match.groups())}`", "P107"
+        )
     return sympy.Symbol(value.text)
 
 
@@ -117,11 +119,11 @@ def wrong_value(value: Value, what: str, help: str, code: str = "P111") -> PlanE
 
 
 def unbound_name(name: str, span: Span, bound: Mapping[str, object]) -> PlanError:
-    """A word where a number is due, which no `let` binds."""
+    """A word where a number is expected, and that no `let` binds."""
     close = nearest(name, bound)
     help = f"write `{close[0]}`" if close else "write a number"
     help += "" if close else f", or add a line such as `let {quoted(name)[1:-1]} = 2`"
-    message = f"{quoted(name)} is no number: no `let` binds it"
+    message = f"{quoted(name)} is not a number, and no `let` binds it"
     return PlanError("P120", message, spans=[span], help=help)
 
 

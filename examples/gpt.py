@@ -1,7 +1,7 @@
 """Train a small GPT that learns this file by heart, spread over four ranks.
 
 python examples/gpt.py                                     every rank in this process
-meshwright run examples/gpt.py --processes 4               one process a rank
+meshwright run examples/gpt.py --processes 4               one process per rank
 meshwright show examples/gpt.py:build examples/gpt.plan    what the plan does to it
 """
 

@@ -1,7 +1,7 @@
 """Train a classifier and resume it where it stopped: a script to begin with.
 
 python examples/train.py                              every rank in this process
-meshwright run examples/train.py --processes 4        one process a rank
+meshwright run examples/train.py --processes 4        one process per rank
 """
 
 from __future__ import annotations

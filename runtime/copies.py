@@ -1,4 +1,4 @@
-"""Compare what several ranks hold copies of: weights, buffers, gradients, optimizer state.
+"""Compare what multiple ranks hold copies of: weights, buffers, gradients, optimizer state.
 
 A layout says which ranks hold the same part of a tensor. Checksums are compared first, in one small
 collective; only tensors whose copies differ are then gathered, to say by how much.
@@ -104,7 +104,7 @@ def _optimizer_state(program: Program, state: RankState, optimizer: Optimizer) -
 
 
 def _number(value: Any) -> Tensor | None:
-    """A number, or several, as a tensor."""
+    """One number or more, as a tensor."""
     if isinstance(value, Tensor):
         return value
     numbers = value if isinstance(value, (list, tuple)) else (value,)
@@ -187,9 +187,9 @@ def check_found(found: Found, rank: int) -> None:
         + (f" by up to {drift.size:.1e}" if drift.size else "")
         for drift in found.drifts[:_SHOWN]
     ]
-    several = f"copies of {found.num_tensors} tensors differ"
+    many = f"copies of {found.num_tensors} tensors differ"
     raise MismatchError(
-        f"{'copies of one tensor differ' if found.num_tensors == 1 else several} between ranks",
+        f"{'copies of one tensor differ' if found.num_tensors == 1 else many} between ranks",
         rank=rank,
         peers=tuple(sorted({each for drift in found.drifts for each in drift.ranks})),
         where=lines,

@@ -118,10 +118,10 @@ def spell_ranks(ranks: Iterable[int]) -> str:
     return f"ranks {', '.join(shown[:-1])} and {shown[-1]}"
 
 
-def verb(ranks: Iterable[int], single: str, several: str) -> str:
+def verb(ranks: Iterable[int], single: str, plural: str) -> str:
     """`rank 1 waits`, `ranks 0 and 1 wait`: the ranks with the form of the verb that fits."""
     listed = tuple(ranks)
-    return f"{spell_ranks(listed)} {single if len(listed) == 1 else several}"
+    return f"{spell_ranks(listed)} {single if len(listed) == 1 else plural}"
 
 
 def spell_wire(wire: Wire, names: Sequence[str] = ()) -> str:

@@ -30,7 +30,7 @@ def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
 
 
 def gathered_all(locals: Sequence[tuple[Tensor, Stored]], state: RankState) -> RankProgram:
-    """Several global tensors, one after the other."""
+    """Global tensors, one after the other."""
     found: list[Tensor] = []
     for local, stored in locals:
         found.append((yield from gathered(local, stored, state)))

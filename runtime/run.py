@@ -444,7 +444,7 @@ class Run:
         """Scale all gradients so that their global norm is at most `max_norm`.
 
         Returns the norm before, a 0-d tensor, the same on every rank. `norm_type` is 2, another
-        positive number, or `float("inf")`. Pad entries and copies on several ranks count once, as
+        positive number, or `float("inf")`. Pad entries and copies on multiple ranks count once, as
         in the whole model. Raises `RunError` for a norm that cannot be.
         """
         for value in (max_norm, norm_type):
@@ -469,7 +469,7 @@ class Run:
     def check(
         self, optimizer: torch.optim.Optimizer | None = None, *, tolerance: float = 0.0
     ) -> None:
-        """Compare what several ranks hold copies of: weights, buffers and gradients; with
+        """Compare what multiple ranks hold copies of: weights, buffers and gradients; with
         `optimizer` its state and options; on the virtual mesh the last call's results too.
 
         Copies are equal to the bit unless something is wrong; `tolerance` allows for operators
@@ -504,8 +504,8 @@ class Run:
 
         Each rank writes the parts it owns into a subfolder of this save, and `manifest.json`, which
         names it, is replaced last: the save before stays until this one is whole, and is removed
-        then. For several checkpoints, use several folders. Any plan for this model can `load` it.
-        Raises `RunError` on every rank where any rank cannot write; the run can go on.
+        then. To keep multiple checkpoints, use a folder for each. Any plan for this model can
+        `load` it. Raises `RunError` on every rank where any rank cannot write; the run can go on.
         """
         self._run(checkpoint.save(self.program, self.states, path, optimizer, extra))
 
@@ -536,7 +536,7 @@ class Run:
         self._closed = True
         try:
             if self._input_check is not None:
-                # Peers that are gone already are no concern of a rank that has finished.
+                # Peers that are gone already do not concern a rank that has finished.
                 with contextlib.suppress(PeerError, DeadlockError):
                     self._input_check.settle()
         finally:

@@ -1,4 +1,4 @@
-"""Compare what ranks are given: the global batch, or the rows that several of them share.
+"""Compare what ranks are given: the global batch, or the rows that some of them share.
 
 Ranks of one group that compute on different batches raise nothing: they train on garbage. So in the
 first calls and then now and then a checksum of every input goes to all ranks. The first call of a

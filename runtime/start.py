@@ -19,7 +19,7 @@ _WORDS = 1 << 20
 
 
 def check_seed(seed: object) -> None:
-    """Raise `RunError` for a seed that is no whole number of 64 bits."""
+    """Raise `RunError` for a seed that is not a whole number of 64 bits."""
     check_kind(seed, int, "`seed`", "pass a whole number")
     assert isinstance(seed, int)
     if not -(2**63) <= seed < 2**63:

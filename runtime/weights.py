@@ -96,7 +96,7 @@ def _prefix(names: Iterable[str], known: Container[str]) -> str:
 
 
 def check_ties(program: Program, given: Mapping[str, str], where: str) -> None:
-    """Raise `RunError` where `given` has several tensors, by name, for one of the model's."""
+    """Raise `RunError` where `given` has more than one tensor, by name, for one of the model's."""
     found: dict[str, tuple[str, str]] = {}
     for alias, name in given.items():
         own = program.captured.aliases[alias]
@@ -172,7 +172,7 @@ def _loses(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor is no more than its values: a `DTensor` is a part of several."""
+    """Whether a tensor is no more than its values: a `DTensor` is one part of many."""
     if is_traceable_wrapper_subclass(tensor):
         return False
     return type(tensor) is Tensor or isinstance(tensor, nn.Parameter)

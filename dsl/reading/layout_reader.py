@@ -26,7 +26,7 @@ _LONGEST_SIZE = len(str(LARGEST))
 
 @dataclass(frozen=True, slots=True)
 class AxisList:
-    """One axis or several, groups replaced by theirs."""
+    """One axis or multiple, each group replaced by its axes."""
 
     axes: tuple[str, ...]
     text: str
@@ -75,7 +75,7 @@ class LayoutReader(ValueReader):
         if size.q != 1 or size < 1:
             raise PlanError(
                 "P106",
-                f"{quoted(name)} is {size}, which is no size",
+                f"{quoted(name)} is {size}, which cannot be a size",
                 spans=[span],
                 help="bind it to a whole number, 1 or more",
             )
@@ -155,14 +155,14 @@ def _literal(token: Token, span: Span) -> int:
     if token.type == "DIGIT_WORD":
         raise PlanError(
             "P107",
-            f"{quoted(token)} is no factor",
+            f"{quoted(token)} is not a factor",
             spans=[span],
             help="put a space between two factors, or bind their product with `let`",
         )
     if not token.isdigit() or len(token) > _LONGEST_SIZE or int(token) < 1:
         raise PlanError(
             "P106",
-            f"{quoted(token)} is no size",
+            f"{quoted(token)} is not a size",
             spans=[span],
             help="write a whole number, 1 or more",
         )

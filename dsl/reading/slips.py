@@ -57,7 +57,7 @@ _ADVICE = {
     "def class with if for return print",
     **{f"write `precision {dtype}`": dtype for dtype in DTYPES},
 }
-"""What to do about words that begin a line and stand for no verb."""
+"""What to do about words that begin a line and are not a verb."""
 
 
 def _by_word(table: dict[str, str]) -> dict[str, str]:
@@ -118,7 +118,7 @@ def verb_for(word: str) -> str:
 
 
 def advice(word: str) -> str:
-    """What to do about a word that begins a line and stands for no verb."""
+    """What to do about a word that begins a line and is not a verb."""
     return _ADVICE_FOR.get(_bare(word), "")
 
 

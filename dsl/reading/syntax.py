@@ -76,7 +76,7 @@ def explain(error: UnexpectedInput, place: Place) -> PlanError:
         if "KEY" in place.accepts:
             help = help or f"begin the name with a letter: `{match[2]}{match[1]}`"
         help = help or f"write `{match[1]}*{match[2]}`"
-        return PlanError("P107", f"{quoted(found)} is no number", spans=[span], help=help)
+        return PlanError("P107", f"{quoted(found)} is not a number", spans=[span], help=help)
     help = help or _advice(found, span, place.last) or _expected(place, span)
     return PlanError("P100", f"{quoted(found)} is not expected here", spans=[span], help=help)
 
@@ -120,7 +120,7 @@ def trailing_comma(source: Source, comma: Token, verb: Token) -> PlanError:
 
 
 def reserved(word: str, span: Span, reads: Callable[[str], bool] | None) -> PlanError:
-    """A word of the language stands where a name is due."""
+    """A word of the language stands where a name is expected."""
     line = repaired(span.source.line(span.line), reads) if reads is not None else ""
     if line:
         return PlanError(

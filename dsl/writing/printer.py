@@ -1,4 +1,4 @@
-"""Plans as text: one statement a line, in aligned columns, as `meshwright fmt` writes them."""
+"""Plans as text: one statement per line, in aligned columns, as `meshwright fmt` writes them."""
 
 from __future__ import annotations
 

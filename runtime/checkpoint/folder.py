@@ -36,7 +36,7 @@ _ROOM = "make room there, or name another folder"
 
 
 def folder_of(path: object) -> Path:
-    """The folder that `save` and `load` are called with. Raises `RunError` for what is no path."""
+    """The folder that `save` and `load` are called with. `RunError` for what is not a path."""
     check_kind(path, (str, Path), "the path", "pass the name of a folder")
     return Path(cast(str | Path, path))
 

@@ -67,7 +67,7 @@ class Manifest:
     """Values of the caller's own, as `extra.written_extra` wrote them."""
 
     def to_text(self) -> str:
-        """The file's text, one tensor a line. Raises `RunError` for one that is too long."""
+        """The file's text, one tensor per line. Raises `RunError` for one that is too long."""
         tensors = {
             name: {
                 "shape": saved.shape,

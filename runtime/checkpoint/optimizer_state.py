@@ -90,7 +90,7 @@ def _short(value: Any) -> str:
 
 
 def check_owner(states: Sequence[RankState], optimizer: Optimizer) -> None:
-    """Raise `RunError` for what is no optimizer, or one of parameters that these ranks lack."""
+    """Raise `RunError` for what is not an optimizer over parameters that these ranks hold."""
     check_kind(optimizer, Optimizer, "the optimizer", "pass what `run.optimizer(...)` gave")
     for group in optimizer.param_groups:
         names_of(group, states)

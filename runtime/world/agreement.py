@@ -118,7 +118,7 @@ def _tried(work: Callable[[], T]) -> tuple[T, RunError | None]:
 
 
 def _joint(found: Sequence[dict[str, Any] | None], rank: int) -> RunError:
-    """One error for what ranks found: the first in full, the others in a line each."""
+    """One error for what ranks found: the first in full, the others in one line each."""
     holders: dict[str, list[int]] = {}
     problems: dict[str, dict[str, Any]] = {}
     for holder, each in enumerate(found):

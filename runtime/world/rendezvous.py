@@ -48,7 +48,7 @@ class World:
 
 
 def under_torchrun() -> bool:
-    """Whether this process is one rank of several, by its environment or its process group.
+    """Whether this process is one rank of many, by its environment or its process group.
 
     Raises `RunError` where the environment gives a rank but no size, or a size but no rank.
     """
@@ -151,7 +151,7 @@ _store: Store | None = None
 
 
 def connect(limit: Limit) -> Store:
-    """The store that all ranks meet at, one connection a process.
+    """The store that all ranks meet at, one connection per process.
 
     Raises `RunError` for an environment that names none, and where it cannot be reached in time.
     """

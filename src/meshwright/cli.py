@@ -77,9 +77,9 @@ def _dispatch(words: Sequence[str]) -> int:
 def _no_command(name: str) -> UsageError:
     if name[0] != "-":
         choices = [*_COMMANDS, "help", "--version"]
-        return UsageError(f"there is no command `{name}`", help=did_you_mean(name, choices))
+        return UsageError(f"unknown command `{name}`", help=did_you_mean(name, choices))
     if close := nearest(name.strip("-"), ["version", "help"]):
-        return UsageError(f"there is no option `{name}`", help=f"write `--{close[0]}`")
+        return UsageError(f"unknown option `{name}`", help=f"write `--{close[0]}`")
     return UsageError(
         f"`{name}` stands before the command",
         help="write the command first, such as `meshwright show`, and its options after it",
@@ -235,7 +235,7 @@ _COMMANDS = {
         },
     ),
     "run": _Command(
-        "start a script in several processes of this machine",
+        "start a script in multiple processes on this machine",
         "SCRIPT [ARGUMENT ...] --processes N",
         {"SCRIPT": "a Python file and its arguments, or `-m` and a module with its own"},
         {

@@ -86,14 +86,14 @@ def _chosen(program: Program, name: str | None) -> list[Graph]:
     if name is None:
         return list(graphs.values())
     if name not in graphs:
-        raise CommandError(f"there is no graph `{name}`", help=did_you_mean(name, graphs))
+        raise CommandError(f"no graph is called `{name}`", help=did_you_mean(name, graphs))
     return [graphs[name]]
 
 
 def _part(graph: Graph, module: str, program: Program) -> Graph:
     known = [name for name, _ in program.model.named_modules() if name]
     if module not in known:
-        raise CommandError(f"there is no module `{module}`", help=did_you_mean(module, known))
+        raise CommandError(f"the model has no module `{module}`", help=did_you_mean(module, known))
     nodes = tuple(
         node for node in graph.nodes if any(path == module for path, _ in node.origin.modules)
     )

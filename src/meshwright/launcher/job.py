@@ -16,7 +16,7 @@ GRACE = 8.0
 class Job:
     """A script with its arguments, or `-m` and a module with its own, and the ranks to run it.
 
-    `rendezvous` is where the ranks of several machines meet, `host:port` of node 0; `node` is this
+    `rendezvous` is where the ranks of multiple machines meet, `host:port` of node 0; `node` is this
     machine's place among `nodes`. `logs` is the folder of the ranks' output.
     """
 
