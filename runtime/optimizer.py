@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.public import Program
-from meshwright.dsl.errors import one_line
+from meshwright.dsl.errors import MeshwrightError, one_line
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.suggest import nothing_matches
+from meshwright.runtime.elementwise import Make, same_on_parts, same_with_copies
 from meshwright.runtime.errors import RunError, check_kind
 
 Groups = Sequence[Mapping[str, Any]]
 
-_WHOLE_TENSORS = ("Muon", "Adafactor", "LBFGS", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Lars")
-"""Optimizers whose update of an element looks at its whole tensor, or at all tensors."""
+_ELEMENTWISE = (
+    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop",
+    "SGD", "SparseAdam",
+)  # fmt: skip
+"""Classes of torch whose update of an element looks at it alone; others are tried out."""
 
 
 def make_optimizer(
@@ -29,49 +35,98 @@ def make_optimizer(
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
     """What `Run.optimizer` gives, over the local shards `parameters`."""
-    check_elementwise(kind, program, options)
+    if not callable(kind):
+        raise RunError(f"the optimizer is a `{type(kind).__name__}`", help=_OPTIONS_HELP)
+    held = list(parameters)
     aliases = program.captured.aliases
     named = {alias: own for alias, own in aliases.items() if own in program.parameters}
-    listed = grouped(parameters, groups, named)
+    listed = grouped(held, groups, named)
     if not listed:
         raise RunError(
             "no parameter asks for a gradient: there is nothing to optimize",
             help="set `requires_grad` on a parameter before `compile`",
         )
+    names = {parameter: name for name, parameter in held}
+    copies = len(names) // len(set(names.values()))
+    if not any(kind is getattr(torch.optim, name) for name in _ELEMENTWISE):
+        for group in listed:
+            make = partial(_make_group, kind, group, options)
+            own = list(dict.fromkeys(names[parameter] for parameter in group["params"]))
+            _check_elementwise(program, kind, make, own, copies)
     return made(kind, listed, options)
 
 
-def check_elementwise(
-    kind: Callable[..., Any], program: Program, options: Mapping[str, Any]
+def _check_elementwise(
+    program: Program, kind: object, make: Make, names: Sequence[str], copies: int
 ) -> None:
-    """Raise `RunError` if a parameter is split and `kind` looks at more than single elements.
+    """Raise `RunError` if the optimizer looks at more than single elements and must not.
 
-    Classes that torch does not have are tried out: on halves of a tensor they must do what they do
-    on the whole.
+    It is tried out in every way in which one of the group's parameters is split. Where none is, it
+    may look at whole tensors, but not at all together if it has those of several ranks: `copies`.
     """
-    if not callable(kind):
+    split: dict[Layout, str] = {}
+    for name in names:
+        layout = program.parameters[name].layout.canonical(program.mesh)
+        if layout.split_axes:
+            split.setdefault(layout, name)
+    for layout, name in split.items():
+        if not _tried(kind, name, partial(same_on_parts, make, layout, program.mesh)):
+            raise RunError(
+                f"`{_spell(kind)}` does not update elements one by one, and `{name}` is split",
+                where=(f"`{name}`: `{layout}` on `{program.mesh}`",),
+                help="use an elementwise optimizer such as AdamW or SGD",
+            )
+    together = partial(same_with_copies, make, copies)
+    if not split and copies > 1 and not _tried(kind, names[0], together):
         raise RunError(
-            f"the optimizer is a `{type(kind).__name__}`",
-            help=_OPTIONS_HELP,
+            f"`{_spell(kind)}` looks at all tensors together, and this process has those of "
+            f"{copies} ranks",
+            help="start one process per rank, or use an elementwise optimizer",
         )
-    split = [s for s in program.parameters.values() if s.requires_grad and s.layout.split_axes]
-    if not split:
-        return
-    classes = kind.__mro__ if isinstance(kind, type) else ()
-    known = any(each.__name__ in _WHOLE_TENSORS for each in classes)
-    torchs = getattr(kind, "__module__", "").startswith("torch.optim")
-    if known or not (torchs or _same_on_halves(kind, options)):
+
+
+def _make_group(
+    kind: Callable[..., Any],
+    group: Mapping[str, Any],
+    options: Mapping[str, Any],
+    parameters: list[nn.Parameter],
+) -> torch.optim.Optimizer:
+    return _make(kind, [{**group, "params": parameters}], options)
+
+
+_FAILURES = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
+    ValueError,
+)
+
+
+def _tried(kind: object, name: str, same: Callable[[], bool]) -> bool:
+    """What a trial finds. Raises `RunError` for an optimizer that fails in it."""
+    try:
+        return same()
+    except MeshwrightError:
+        raise
+    except _FAILURES as error:
         raise RunError(
-            f"`{_spell(kind)}` does not update elements one by one, and `{split[0].name}` is split",
-            where=(f"`{split[0].name}`: `{split[0].layout}` on `{program.mesh}`",),
-            help="use an elementwise optimizer such as AdamW or SGD",
-        )
+            f"`{_spell(kind)}` fails where it is tried out on a tensor like `{name}`: "
+            f"{one_line(str(error))}",
+            help="use an optimizer that updates any tensor, such as AdamW or SGD",
+        ) from error
 
 
 def made(
     kind: Callable[..., Any], parameters: Sequence[Any], options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """An optimizer of this class. Raises `RunError` for options that it does not take."""
+    """An optimizer of this class. Raises `RunError` for options that it does not take, and warns
+    of those of groups that it does not read."""
+    found = _make(kind, parameters, options)
+    _warn_of_unread(found)
+    return found
+
+
+def _make(
+    kind: Callable[..., Any], parameters: Sequence[Any], options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
     try:
         found = kind(parameters, **options)
     except (TypeError, ValueError) as error:
@@ -84,7 +139,6 @@ def made(
             f"`{_spell(kind)}` makes a `{type(found).__name__}`, not an optimizer",
             help=_OPTIONS_HELP,
         )
-    _warn_of_unread(found)
     return found
 
 
@@ -109,20 +163,6 @@ _OPTIONS_HELP = "pass a class and its options: `run.optimizer(torch.optim.AdamW,
 
 def _spell(kind: object) -> str:
     return getattr(kind, "__name__", None) or type(kind).__name__
-
-
-def _same_on_halves(kind: Callable[..., Any], options: Mapping[str, Any]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    value, *gradients = torch.randn(4, 4, 6, generator=generator, dtype=torch.float64).unbind()
-    whole, halves = nn.Parameter(value.clone()), [nn.Parameter(h.clone()) for h in value.chunk(2)]
-    optimizers = (made(kind, [whole], options), made(kind, halves, options))
-    for gradient in gradients:
-        whole.grad = gradient.clone()
-        for half, part in zip(halves, gradient.chunk(2), strict=True):
-            half.grad = part.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    return torch.allclose(whole, torch.cat(list(halves)), rtol=1e-9, atol=1e-12)
 
 
 def grouped(

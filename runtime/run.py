@@ -368,9 +368,9 @@ class Run:
         `kind` is a class of `torch.optim` or one like them, `options` are its keywords. `groups`
         are its parameter groups, whose `"params"` are selectors as in plans: the first that matches
         counts, and a last group has the rest. Torch's learning-rate schedulers work on it.
-        Raises `RunError` for options that the class does not take, and for classes that look at
-        whole tensors (Muon, Adafactor, LBFGS) where a parameter is split; `PlanError` for a
-        selector that matches nothing.
+        Raises `RunError` for options that the class does not take, and for classes that look along
+        a dim that is split (Muon, Adafactor), or at all tensors together (LBFGS) where this process
+        has several ranks; others are tried out. Raises `PlanError` for an idle selector.
         """
         with apart_from_caller(self.program.device.type):
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)

@@ -383,43 +383,6 @@ def test_elementwise_optimizers_do_what_they_do_on_the_whole_model(kind: Any) ->
     assert difference(run.state_dict(), reference.state_dict()) < 1e-10
 
 
-class RowNormalised(torch.optim.SGD):
-    """A stranger's optimizer that looks at more than one element."""
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.data.sub_(group["lr"] * parameter.grad / parameter.grad.norm())
-
-
-class Sign(torch.optim.SGD):
-    """A stranger's optimizer that is elementwise."""
-
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.data.sub_(group["lr"] * parameter.grad.sign())
-
-
-@pytest.mark.parametrize(
-    "kind", [torch.optim.Muon, torch.optim.Adafactor, torch.optim.LBFGS, RowNormalised]
-)
-def test_optimizers_that_look_at_whole_tensors_are_refused_where_one_is_split(kind: Any) -> None:
-    with pytest.raises(mw.RunError, match="does not update elements one by one"):
-        compiled("tensor").launch().optimizer(kind, lr=0.1)
-
-
-def test_optimizers_are_tried_out_where_torch_does_not_have_them() -> None:
-    run = compiled("tensor").launch()
-    assert isinstance(run.optimizer(Sign, lr=0.1), Sign)
-    assert (
-        run.optimizer(functools.partial(torch.optim.SGD, momentum=0.9), lr=0.1).defaults["momentum"]
-        == 0.9
-    )
-    assert compiled("data").launch().optimizer(torch.optim.Adafactor, lr=0.1)
-
-
 def test_torchs_own_optimizer_over_the_parameters_works_too() -> None:
     reference = make()
     run = compiled().launch()
