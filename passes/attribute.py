@@ -14,11 +14,11 @@ Requires: a graph that no later pass adds collectives to. Ensures: only `plan_li
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from meshwright.compiler.graph.aliasing import IDENTITIES, is_view
-from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node
+from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node, rewrite
 from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.statements import Spread
@@ -30,17 +30,14 @@ _SPLITTING = ("reduce_scatter", "slice")
 
 def attribute(draft: Draft) -> Draft:
     """`draft` with `plan_line` set on inputs, on what pinned weights feed and on collectives."""
-    graph = draft.graph
     lines = _Lines(draft).found
-    builder = Builder(graph.name, graph.mesh)
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
-        new = builder.copy(node, mapping)
-        if node in lines:
-            new.origin = replace(new.origin, plan_line=lines[node])
-        mapping[node] = new
-    outputs = (output.of(mapping[output.node]) for output in graph.outputs)
-    return replace(draft, graph=builder.graph(outputs))
+
+    def attributed(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
+        if node not in lines:
+            return None
+        return builder.copy(node, mapping, origin=replace(node.origin, plan_line=lines[node]))
+
+    return replace(draft, graph=rewrite(draft.graph, attributed))
 
 
 class _Lines:

@@ -31,6 +31,7 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     Phase,
     TensorType,
+    rewrite,
 )
 from meshwright.compiler.layout.layout import Layout, whole
 
@@ -59,16 +60,15 @@ def bucket(graph: Graph, *, limit: int = BUCKET_BYTES) -> Graph:
     for found in buckets:
         last = max((before for _, before in found.gradients), key=order.__getitem__)
         closing.setdefault(last, []).append(found)
-    builder = Builder(graph.name, graph.mesh)
-    outputs: dict[Output, Node] = {}
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
+    items: dict[Output, Node] = {}
+
+    def bucketed(builder: Builder, node: Node, mapping: dict[Node, Node]) -> Node:
         mapping[node] = builder.copy(node, mapping)
         for found in closing.get(node, ()):
-            outputs.update(_emit(builder, found, mapping))
-    return builder.graph(
-        output.of(outputs.get(output) or mapping[output.node]) for output in graph.outputs
-    )
+            items.update(_emit(builder, found, mapping))
+        return mapping[node]
+
+    return rewrite(graph, bucketed, output=lambda output, node: items.get(output, node))
 
 
 def _collect(graph: Graph, limit: int) -> list[_Bucket]:

@@ -30,7 +30,7 @@ from meshwright.compiler.graph.ir import (
     NodeLayout,
     Origin,
     TensorType,
-    map_nodes,
+    rewrite,
 )
 from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
@@ -153,25 +153,21 @@ class _Hoister:
 
     def _emitted(self, chosen: set[Node]) -> Draft:
         emitter = Emitter(Builder(self.graph.name, self.mesh))
-        mapping: dict[Node, Node] = {}
         planned, lines = self._planned(chosen), self._lines(chosen)
-        for node in self.graph.nodes:
-            if node in chosen:
-                origin = replace(node.origin, plan_line=lines[node])
-                sources = {n: self._unreduced(n, chosen) for n in node.operands()}
-                brought = {n: mapping[source] for n, source in sources.items()}
-                mapping[node] = self._narrow(node, emitter, brought, origin, planned[node])
-            elif node.op == SLICE and node.args[0] in chosen:
-                mapping[node] = mapping[node.args[0]]
-            else:
-                mapping[node] = emitter.builder.copy(node, mapping)
-        outputs = tuple(output.of(mapping[output.node]) for output in self.graph.outputs)
+
+        def hoisted(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
+            if node.op == SLICE and node.args[0] in chosen:
+                return mapping[node.args[0]]
+            if node not in chosen:
+                return None
+            origin = replace(node.origin, plan_line=lines[node])
+            sources = {n: self._unreduced(n, chosen) for n in node.operands()}
+            brought = {n: mapping[source] for n, source in sources.items()}
+            return self._narrow(node, emitter, brought, origin, planned[node])
+
+        graph = rewrite(self.graph, hoisted, builder=emitter.builder)
         kept = (m for m in self.draft.movements if m.node.op != SLICE or m.value not in chosen)
-        return replace(
-            self.draft,
-            graph=emitter.builder.graph(outputs),
-            movements=(*kept, *emitter.movements),
-        )
+        return replace(self.draft, graph=graph, movements=(*kept, *emitter.movements))
 
     def _planned(self, chosen: set[Node]) -> dict[Node, frozenset[str]]:
         """By chosen call: the axes over which the plan asked for a slice that it takes over."""
@@ -213,16 +209,7 @@ class _Hoister:
             operand: emitter.reshard(values[operand], layout, origin, user=node.op, forced=planned)
             for operand, layout in zip(operands, self.placements[node].operands, strict=True)
         }
-        return emitter.builder.emit(
-            node.op,
-            map_nodes(node.args, brought.__getitem__),
-            {key: map_nodes(value, brought.__getitem__) for key, value in node.kwargs.items()},
-            type=node.type,
-            layout=self._layouts(node),
-            origin=node.origin,
-            requires_grad=node.requires_grad,
-            name=node.name,
-        )
+        return emitter.builder.copy(node, brought, layout=self._layouts(node))
 
     def _layouts(self, node: Node) -> NodeLayout:
         """The layouts of a chosen call's results."""

@@ -17,7 +17,7 @@ Requires: a placed graph. Ensures: each composite that is left runs on one rank'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from meshwright.compiler.graph.custom import REGISTRY
 from meshwright.compiler.graph.ir import (
@@ -29,6 +29,8 @@ from meshwright.compiler.graph.ir import (
     Node,
     NodeType,
     TensorType,
+    map_nodes,
+    rewrite,
 )
 from meshwright.compiler.graph.types import result_type, statistic
 from meshwright.compiler.layout.layout import Layout, cut, dim_axes, whole
@@ -67,18 +69,16 @@ class Lowering:
 
 def lower(graph: Graph) -> Graph:
     """The graph with each split composite lowered."""
-    builder = Builder(graph.name, graph.mesh)
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
-        name = node.op.name if isinstance(node.op, MeshOp) else ""
-        if name in LOWERINGS and (axes := dim_axes(_special(node).placed.dims[-1])):
-            args = tuple(mapping[arg] if isinstance(arg, Node) else arg for arg in node.args)
-            mapping[node] = LOWERINGS[name](Lowering(builder, node, args), axes)
-        elif returned := _returned(node):
-            mapping[node] = mapping[returned]
-        else:
-            mapping[node] = builder.copy(node, mapping)
-    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
+    return rewrite(graph, _lowered)
+
+
+def _lowered(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
+    name = node.op.name if isinstance(node.op, MeshOp) else ""
+    if name in LOWERINGS and (axes := dim_axes(_special(node).placed.dims[-1])):
+        args = map_nodes(node.args, mapping.__getitem__)
+        return LOWERINGS[name](Lowering(builder, node, args), axes)
+    returned = _returned(node)
+    return mapping[returned] if returned else None
 
 
 def _returned(node: Node) -> Node | None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from meshwright.compiler.autodiff.pending import keeps_pending
 from meshwright.compiler.graph.aliasing import is_view, node_bytes
-from meshwright.compiler.graph.ir import INPUT, Builder, Graph, MeshOp, Node, map_nodes
+from meshwright.compiler.graph.ir import INPUT, Builder, Graph, MeshOp, Node, rewrite
 from meshwright.compiler.layout.layout import Layout
 
 VARY = MeshOp("vary")
@@ -55,17 +55,16 @@ def _hoisted(graph: Graph) -> Graph:
     finder = _Finder(graph)
     chains = {node: found for node in graph.nodes if (found := finder.chain(node))}
     of = {member: chain for chain in chains.values() for member in chain.nodes}
-    builder = Builder(graph.name, graph.mesh)
-    mapping: dict[Node, Node] = {}
     varied: dict[tuple[Node, tuple[str, ...]], Node] = {}
-    for node in graph.nodes:
+
+    def moved(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
         if node in chains:
-            mapping[node] = mapping[node.args[0]]
-        elif node in of:
-            mapping[node] = _varying(node, of[node], builder, mapping, varied)
-        else:
-            mapping[node] = builder.copy(node, mapping)
-    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
+            return mapping[node.args[0]]
+        if node in of:
+            return _varying(node, of[node], builder, mapping, varied)
+        return None
+
+    return rewrite(graph, moved)
 
 
 class _Finder:
@@ -148,16 +147,7 @@ def _varying(
             varied[each, axes] = _vary_node(builder, mapping[each], axes, node)
         return varied[each, axes]
 
-    return builder.emit(
-        node.op,
-        map_nodes(node.args, operand),
-        {key: map_nodes(value, operand) for key, value in node.kwargs.items()},
-        type=node.type,
-        layout=node.placed.add_varying(axes),
-        origin=node.origin,
-        requires_grad=node.requires_grad,
-        name=node.name,
-    )
+    return builder.copy(node, operand, layout=node.placed.add_varying(axes))
 
 
 def _vary_node(builder: Builder, value: Node, axes: tuple[str, ...], user: Node) -> Node:
@@ -175,20 +165,22 @@ def _vary_node(builder: Builder, value: Node, axes: tuple[str, ...], user: Node)
 def _joined(graph: Graph) -> Graph:
     """Views of one value that are varied over the same axes are views of the varied value."""
     found = _Views(graph)
-    builder = Builder(graph.name, graph.mesh)
-    mapping: dict[Node, Node] = {}
     varied: dict[Node, Node] = {}
-    for node in graph.nodes:
+
+    def joined(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
         source = next(node.operands()) if node.op == VARY or node in found.axes else None
         if source in varied and node.op == VARY:
-            mapping[node] = varied[source]
-        elif source in varied:
-            varied[node] = _on_varied(builder, node, varied[source], found.axes[node])
-        else:
-            mapping[node] = builder.copy(node, mapping)
-            if node in found.sources:
-                varied[node] = _vary_node(builder, mapping[node], found.axes[node], node)
-    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
+            return varied[source]
+        if source in varied:
+            layout = node.placed.add_varying(found.axes[node])
+            varied[node] = builder.copy(node, varied, layout=layout)
+            return varied[node]
+        new = builder.copy(node, mapping)
+        if node in found.sources:
+            varied[node] = _vary_node(builder, new, found.axes[node], node)
+        return new
+
+    return rewrite(graph, joined)
 
 
 class _Views:
@@ -230,19 +222,6 @@ class _Views:
         return axes if alone and keeps_pending(user, axes, self.graph.mesh) else None
 
 
-def _on_varied(builder: Builder, view: Node, value: Node, axes: tuple[str, ...]) -> Node:
-    return builder.emit(
-        view.op,
-        map_nodes(view.args, lambda _: value),
-        view.kwargs,
-        type=view.type,
-        layout=view.placed.add_varying(axes),
-        origin=view.origin,
-        requires_grad=view.requires_grad,
-        name=view.name,
-    )
-
-
 def _chained(graph: Graph) -> Graph:
     """Of one value's `vary` nodes over nested sets of axes, each is made from the one before; those
     over the same axes are one."""
@@ -256,18 +235,18 @@ def _chained(graph: Graph) -> Graph:
             varied[node] = value, axes
             if node in returned or any(user.op != VARY for user in users[node]):
                 wanted.setdefault(value, {}).setdefault(axes, node)
-    builder = Builder(graph.name, graph.mesh)
-    mapping: dict[Node, Node] = {}
-    made: dict[tuple[Node, frozenset[str]], Node] = {}
-    for node in graph.nodes:
+    made: dict[Node, dict[frozenset[str], Node]] = {}
+
+    def chained(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node:
         if node.op == VARY:
-            mapping[node] = made.get(varied[node], mapping[node.args[0]])
-            continue
-        mapping[node] = builder.copy(node, mapping)
+            value, axes = varied[node]
+            return made[value].get(axes, mapping[node.args[0]])
+        new = builder.copy(node, mapping)
+        made[node] = {frozenset(): new}
         for axes, first in sorted(wanted.get(node, {}).items(), key=lambda item: len(item[0])):
-            inner = [other for value, other in made if value is node and other < axes]
-            base = max(inner, key=len, default=frozenset())
-            source = made[node, base] if base else mapping[node]
+            base = max((inner for inner in made[node] if inner < axes), key=len)
             rest = tuple(axis for axis in graph.mesh.names if axis in axes - base)
-            made[node, axes] = _vary_node(builder, source, rest, first)
-    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
+            made[node][axes] = _vary_node(builder, made[node][base], rest, first)
+        return new
+
+    return rewrite(graph, chained)

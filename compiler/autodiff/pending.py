@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from meshwright.compiler.autodiff.differentiate import node_cotangents
 from meshwright.compiler.autodiff.vjp import VjpContext
-from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node, map_nodes
+from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node
 from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
@@ -51,13 +51,7 @@ def _context(emitter: Emitter, node: Node, axes: tuple[str, ...]) -> VjpContext:
         n: stand_in(n, n.placed.add_varying(axes) if n.requires_grad else n.placed)
         for n in node.operands()
     }
-    result = builder.emit(
-        node.op,
-        map_nodes(node.args, operands.__getitem__),
-        {key: map_nodes(value, operands.__getitem__) for key, value in node.kwargs.items()},
-        type=node.type,
-        layout=node.placed.add_varying(axes).canonical(builder.mesh),
-        requires_grad=True,
-    )
+    layout = node.placed.add_varying(axes).canonical(builder.mesh)
+    result = builder.copy(node, operands, layout=layout)
     cotangent = stand_in(node, result.placed.dual())
     return VjpContext(emitter, result, (result,), (cotangent,), node.origin)

@@ -282,15 +282,33 @@ class Builder:
         assert name == node.name, name
         self.nodes.append(node)
 
-    def copy(self, node: Node, mapping: Mapping[Node, Node]) -> Node:
-        """Append `node` with its operands replaced by `mapping`, which must hold each of them."""
+    def copy(
+        self,
+        node: Node,
+        mapping: Mapping[Node, Node] | Callable[[Node], Arg],
+        *,
+        args: tuple[Arg, ...] | None = None,
+        kwargs: Mapping[str, Arg] | None = None,
+        type: NodeType = None,
+        layout: NodeLayout = None,
+        origin: Origin | None = None,
+    ) -> Node:
+        """Append `node` with its operands replaced by `mapping`, which must hold each of them.
+
+        What else is given stands in place of the node's own, with operands of the new graph.
+        """
+        operand = mapping if callable(mapping) else mapping.__getitem__
+        if args is None:
+            args = map_nodes(node.args, operand)
+        if kwargs is None:
+            kwargs = {key: map_nodes(value, operand) for key, value in node.kwargs.items()}
         return self.emit(
             node.op,
-            map_nodes(node.args, mapping.__getitem__),
-            {key: map_nodes(value, mapping.__getitem__) for key, value in node.kwargs.items()},
-            type=node.type,
-            layout=node.layout,
-            origin=node.origin,
+            args,
+            kwargs,
+            type=type or node.type,
+            layout=layout or node.layout,
+            origin=origin or node.origin,
             requires_grad=node.requires_grad,
             name=node.name,
             phase=node.phase,
@@ -309,18 +327,24 @@ class Builder:
 
 
 def rewrite(
-    graph: Graph, function: Callable[[Builder, Node, Mapping[Node, Node]], Node | None]
+    graph: Graph,
+    function: Callable[[Builder, Node, dict[Node, Node]], Node | None],
+    *,
+    builder: Builder | None = None,
+    output: Callable[[Output, Node], Node] = lambda output, node: node,
 ) -> Graph:
-    """The graph with each node replaced by what `function(builder, node, mapping)` emits for it.
+    """The graph with each node replaced by what `function(builder, node, mapping)` returns for it.
 
-    `mapping` gives what stands for each node before it; where the function returns nothing, the
-    node is copied.
+    `mapping` gives what stands for each node before it; a node for which the function returns
+    nothing is copied. `output` is given each output and the node that stands for it, and returns
+    the one to take instead; what no output needs is left out. `builder` is one of the caller's own,
+    where something else emits through it too.
     """
-    builder = Builder(graph.name, graph.mesh)
+    builder = builder or Builder(graph.name, graph.mesh)
     mapping: dict[Node, Node] = {}
     for node in graph.nodes:
         mapping[node] = function(builder, node, mapping) or builder.copy(node, mapping)
-    return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
+    return builder.graph([each.of(output(each, mapping[each.node])) for each in graph.outputs])
 
 
 def op_stem(op: Op) -> str:

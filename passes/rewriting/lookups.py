@@ -24,14 +24,14 @@ import torch
 from meshwright.compiler.graph.ir import GETITEM, Graph, Node
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.passes.rewriting.recognise import constant
-from meshwright.passes.rewriting.rewriter import Rewriter, rewrite
+from meshwright.passes.rewriting.rewriter import Rewriter, rewrite_operators
 
 aten = torch.ops.aten
 
 
 def lookups(graph: Graph) -> Graph:
     """The graph with every lookup and write by index in its narrowest form."""
-    return rewrite(graph, _REWRITES)
+    return rewrite_operators(graph, _REWRITES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import torch
 
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import INPUT, Graph, Node
-from meshwright.passes.rewriting.rewriter import Rewriter, rewrite
+from meshwright.passes.rewriting.rewriter import Rewriter, rewrite_operators
 
 aten = torch.ops.aten
 
@@ -29,7 +29,7 @@ _MASKS = (torch.bool, torch.uint8)
 
 def masks(graph: Graph) -> Graph:
     """The graph without assignments under masks."""
-    return rewrite(graph, _REWRITES)
+    return rewrite_operators(graph, _REWRITES)
 
 
 def _assign(rewriter: Rewriter) -> Node | None:

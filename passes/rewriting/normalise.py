@@ -31,14 +31,20 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.passes.rewriting.random_numbers import refuse_random
 from meshwright.passes.rewriting.recognise import grid_axes
-from meshwright.passes.rewriting.rewriter import REWRITES, Rewriter, rewrite, rewrites, to_dtype
+from meshwright.passes.rewriting.rewriter import (
+    REWRITES,
+    Rewriter,
+    rewrite_operators,
+    rewrites,
+    to_dtype,
+)
 
 aten = torch.ops.aten
 
 
 def normalise(graph: Graph) -> Graph:
     """The graph with each operator of the table replaced."""
-    return rewrite(graph, REWRITES, unchanged=refuse_random)
+    return rewrite_operators(graph, REWRITES, unchanged=refuse_random)
 
 
 @rewrites(aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)

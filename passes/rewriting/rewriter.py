@@ -19,6 +19,7 @@ from meshwright.compiler.graph.ir import (
     TensorType,
     map_nodes,
     nodes_in,
+    rewrite,
 )
 from meshwright.compiler.graph.types import result_type
 
@@ -30,16 +31,15 @@ class Rewriter:
 
     def __init__(self, builder: Builder) -> None:
         self.builder = builder
-        self.mapping: dict[Node, Node] = {}
         self.num_random = 0
         self.items: dict[Node, tuple[Node, ...]] = {}
         """By node with several results that was replaced: what stands for each."""
 
-    def begin(self, node: Node) -> None:
-        """Turn to the next node to be replaced."""
+    def begin(self, node: Node, mapping: Mapping[Node, Node]) -> None:
+        """Turn to the next node to be replaced; `mapping` gives what stands for those before."""
         self.node = node
-        self.args = map_nodes(node.args, self.mapping.__getitem__)
-        self.kwargs = {k: map_nodes(v, self.mapping.__getitem__) for k, v in node.kwargs.items()}
+        self.args = map_nodes(node.args, mapping.__getitem__)
+        self.kwargs = {k: map_nodes(v, mapping.__getitem__) for k, v in node.kwargs.items()}
 
     def option(self, position: int, name: str, default: Arg = None) -> Arg:
         """An argument given by position or by name."""
@@ -113,21 +113,21 @@ def rewrites(*ops: Any) -> Callable[[Rewrite], Rewrite]:
     return register
 
 
-def rewrite(
+def rewrite_operators(
     graph: Graph, table: Mapping[Any, Rewrite], *, unchanged: Callable[[Node], None] | None = None
 ) -> Graph:
     """The graph with each operator of a table replaced; `unchanged` is shown every other node."""
     rewriter = Rewriter(Builder(graph.name, graph.mesh))
-    for node in graph.nodes:
-        rewriter.begin(node)
+
+    def replaced(_: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
+        rewriter.begin(node, mapping)
         found = table.get(node.op) or table.get(_library_name(node.op))
         replacement = found(rewriter) if found else None
         if replacement is None and unchanged is not None:
             unchanged(node)
-        rewriter.mapping[node] = replacement or rewriter.builder.copy(node, rewriter.mapping)
-    return rewriter.builder.graph(
-        output.of(rewriter.mapping[output.node]) for output in graph.outputs
-    )
+        return replacement
+
+    return rewrite(graph, replaced, builder=rewriter.builder)
 
 
 def _library_name(op: Op) -> str:
