@@ -2,7 +2,7 @@
 
     blocks.*.attn.qkv     `*` is one segment, and may stand inside one: `*_proj`
     model.**.weight       `**` is any number of segments, also none
-    blocks.[0:6]          a slice of the numbered children
+    blocks.[0:6]          a range of the numbered children
     {q,k,v}_proj          a choice
     "layer-1".fc          quotes, for what is not a plain name; `""` is the model itself
 
@@ -23,7 +23,7 @@ from typing import Literal
 from meshwright.dsl.errors import PlanError, quoted
 from meshwright.dsl.source import Span
 
-RANKS = {"literal": 0, "slice": 1, "choice": 1, "wildcard": 2, "*": 3, "**": 4}
+RANKS = {"literal": 0, "range": 1, "choice": 1, "wildcard": 2, "*": 3, "**": 4}
 """How specific each kind of segment is; less is more specific."""
 
 _MOST_ALTERNATIVES = 256
@@ -35,7 +35,7 @@ _PLAIN = re.compile(r"\w+(\.\w+)*")
 class Segment:
     """One segment of a selector; `globs` are its alternatives, with `*` as the only wildcard."""
 
-    kind: Literal["literal", "slice", "choice", "wildcard", "*", "**"]
+    kind: Literal["literal", "range", "choice", "wildcard", "*", "**"]
     text: str
     globs: tuple[str, ...] = ()
     low: int = 0
@@ -47,7 +47,7 @@ class Segment:
             return self.globs[0] == name
         if self.kind == "*":
             return True
-        if self.kind == "slice":
+        if self.kind == "range":
             return name.isascii() and name.isdigit() and self.low <= int(name) < self.high
         return any(_glob_matches(glob, name) for glob in self.globs)
 
@@ -161,8 +161,8 @@ def _read(piece: str, selector: Selector) -> Iterator[Segment]:
     elif piece.startswith("["):
         low, high = piece[1:-1].split(":")
         if len(piece) > 24:
-            raise _unreadable(selector, "use smaller numbers in the slice")
-        yield Segment("slice", piece, (), int(low or 0), int(high) if high else math.inf)
+            raise _unreadable(selector, "use smaller numbers in the range")
+        yield Segment("range", piece, (), int(low or 0), int(high) if high else math.inf)
     elif set(piece) == {"*"}:
         if len(piece) > 2:
             raise _unreadable(selector, "use `*` for one segment and `**` for any number")

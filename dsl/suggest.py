@@ -66,7 +66,7 @@ def _suggestions(selector: Selector, names: Collection[str], inputs: bool) -> li
     """The first kind of mistake that explains the selector, as selectors that match."""
     if inputs and selector.text == "*":
         return ["**"]
-    for attempt in (_inside, _rewritten, _extended, _cut, _misspelt, _alike):
+    for attempt in (_inside, _rewritten, _extended, _shortened, _misspelt, _alike):
         found = list(dict.fromkeys(attempt(selector, names)))
         if inputs and attempt is _inside and found:
             return found[-1:] if found[-1].endswith("**") else [f"{selector.text}.*"]
@@ -100,7 +100,7 @@ def _rewritten(selector: Selector, names: Collection[str]) -> Iterator[str]:
             yield candidate
 
 
-def _cut(selector: Selector, names: Collection[str]) -> Iterator[str]:
+def _shortened(selector: Selector, names: Collection[str]) -> Iterator[str]:
     """The selector without what is too much: a module's parameter, or the names before."""
     parts = [segment.text for segment in selector.segments]
     ends = [len(parts) - 1] if parts[-1:] and parts[-1] in _PARAMETERS else []

@@ -31,13 +31,14 @@ from meshwright.passes.contracts.supported import check_supported
 from meshwright.passes.differentiate import differentiate
 from meshwright.passes.hoist import hoist
 from meshwright.passes.lower import lower
+from meshwright.passes.move_varies import move_varies
 from meshwright.passes.overlap import overlap
 from meshwright.passes.partition import partition
 from meshwright.passes.rewriting.lookups import lookups
 from meshwright.passes.rewriting.masks import masks
 from meshwright.passes.rewriting.normalise import normalise
 from meshwright.passes.rewriting.route import route
-from meshwright.passes.split import split
+from meshwright.passes.separate import separate
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graphs
@@ -49,7 +50,6 @@ from meshwright.passes.statements.rows import rows
 from meshwright.passes.statements.sequence import sequence
 from meshwright.passes.statements.shard import shard
 from meshwright.passes.statements.vocab import vocab
-from meshwright.passes.vary import vary
 
 REWRITING: tuple[Callable[[Graph], Graph], ...] = (masks, lookups, normalise, route)
 """The passes over what is captured, the same for every plan: operators become those that rules,
@@ -69,7 +69,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     # Every node is placed, and every change of layout is a node.
     partition,
     hoist,
-    on_graphs(vary),
+    on_graphs(move_varies),
     # The backward is written out; from here on there is one graph of both.
     differentiate,
     check_replication,
@@ -77,7 +77,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     on_graphs(bucket),
     attribute,
     # Forward and backward are apart, each in the order in which it runs.
-    split,
+    separate,
     on_graphs(overlap),
 )
 """The passes that carry out a plan. The docstring of each says what it requires and ensures, and

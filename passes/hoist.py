@@ -35,7 +35,7 @@ from meshwright.compiler.graph.ir import (
 from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.reshard import cost, steps
+from meshwright.compiler.layout.reshard import collectives, cost
 from meshwright.compiler.placing.calls import call_operands, make_call
 from meshwright.compiler.placing.emit import Emitter
 from meshwright.compiler.placing.engine import candidates
@@ -171,7 +171,7 @@ class _Hoister:
 
     def _planned(self, chosen: set[Node]) -> dict[Node, frozenset[str]]:
         """By chosen call: the axes over which the plan asked for a slice that it takes over."""
-        axes = {m.node: frozenset(m.step.axes) for m in self.draft.movements if m.forced}
+        axes = {m.node: frozenset(m.collective.axes) for m in self.draft.movements if m.forced}
         found: dict[Node, frozenset[str]] = {}
         for node in reversed(self.graph.nodes):
             if node in chosen:
@@ -241,11 +241,11 @@ def narrowed(call: Call, wanted: Layout, place: int = 0) -> Placement | None:
             continue
         price = 0.0
         for operand, layout in zip(call.operands, placement.operands, strict=True):
-            taken = steps(operand.layout, layout, call.mesh)
-            if any(step.kind not in _FREE for step in taken):
+            taken = collectives(operand.layout, layout, call.mesh)
+            if any(collective.kind not in _FREE for collective in taken):
                 break
             size = operand.type.dtype.itemsize
-            moved = [step for step in taken if step.kind == "slice"]
+            moved = [collective for collective in taken if collective.kind == "slice"]
             price += sum(
                 cost(s.source, s.target, size, call.mesh, operand.differentiable) for s in moved
             )

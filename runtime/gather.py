@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from meshwright.compiler.layout.local_steps import apply_all
-from meshwright.compiler.layout.reshard import steps
+from meshwright.compiler.layout.local_ops import apply_all
+from meshwright.compiler.layout.reshard import collectives
 from meshwright.compiler.program import Stored
 from meshwright.runtime.rank import RankProgram, RankState
 
@@ -16,8 +16,8 @@ def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
     """The global tensor, without padding and in memory of its own, from every rank's part."""
     own = local
     whole = stored.layout.drop_split(stored.layout.split_axes, state.mesh)
-    for step in steps(stored.layout, whole, state.mesh):
-        transfer = step.transfer(state.mesh)
+    for collective in collectives(stored.layout, whole, state.mesh):
+        transfer = collective.transfer(state.mesh)
         local = apply_all(transfer.before, local, state.coords, state.mesh)
         if transfer.wire is not None:
             local = yield transfer.wire, local.contiguous()

@@ -1,4 +1,4 @@
-"""The inputs of a program: check those of a call, and cut each to a rank's part."""
+"""The inputs of a program: check those of a call, and take each rank's shard of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from meshwright.compiler.public import Program
 from meshwright.dsl.statements import Data
 from meshwright.runtime.errors import RunError
 
-Cut = Callable[[Tensor], Tensor]
+Sharder = Callable[[Tensor], Tensor]
 
 
 class Inputs:
@@ -74,9 +74,9 @@ class Inputs:
                 help = "pass what `forward` takes, as the example did"
             raise RunError(error.problem, help=help) from None
 
-    def cuts(self, coords: Mapping[str, int], device: torch.device) -> list[Cut]:
-        """For each input, what takes a rank's part of it, on its device."""
-        return [_on(device, _cut(layout, self.mesh, coords)) for layout in self.layouts]
+    def sharders(self, coords: Mapping[str, int], device: torch.device) -> list[Sharder]:
+        """For each input, the function that takes a rank's shard of it, on its device."""
+        return [_on(device, _sharder(layout, self.mesh, coords)) for layout in self.layouts]
 
 
 def data_axes(program: Program) -> tuple[str, ...]:
@@ -122,8 +122,8 @@ def _plain(program: Program) -> tuple[bool, bool]:
     return positional, all(kind in (both, inspect.Parameter.KEYWORD_ONLY) for kind in kinds)
 
 
-def _cut(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Cut:
-    """What takes a rank's part: a slice of one dim where that is all it is."""
+def _sharder(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Sharder:
+    """What takes a rank's shard: a slice of one dim where that is all it is."""
     split = [i for i, dim in enumerate(layout.dims) if dim_axes(dim)]
     if not split and not layout.partial:
         return _same
@@ -154,11 +154,11 @@ def check_leaves(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _on(device: torch.device, cut: Cut) -> Cut:
+def _on(device: torch.device, sharder: Sharder) -> Sharder:
     def take(tensor: Tensor) -> Tensor:
         check_dense(tensor)
-        part = cut(tensor)
-        return part if part.device == device else part.to(device)
+        own = sharder(tensor)
+        return own if own.device == device else own.to(device)
 
     return take
 

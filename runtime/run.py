@@ -23,7 +23,7 @@ from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.copies import check_found, compare, held
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.gather import gathered_all
-from meshwright.runtime.inputs import Cut, Inputs, check_leaves, data_axes
+from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, make_optimizer
@@ -50,7 +50,7 @@ class _Linked:
 
     program: Program
     inputs: Inputs
-    ranks: list[tuple[RankStep, list[Cut]]]
+    ranks: list[tuple[RankStep, list[Sharder]]]
     wire_names: tuple[str, ...]
     input_names: tuple[str, ...]
 
@@ -108,7 +108,7 @@ class Run:
         self._signatures: dict[Any, _Linked] = {}
         self._launched = self._link(program)
         self._latest = {program.mode: self._launched}
-        self._rows: tuple[Inputs, list[Cut]] | None = None
+        self._rows: tuple[Inputs, list[Sharder]] | None = None
         self._results: list[dict[str, Tensor]] = []
         """Of the last call, by rank, where every rank is here."""
 
@@ -170,7 +170,7 @@ class Run:
         self._check_usable("train")
         if self._rows is None:
             inputs = Inputs(self.program, rows=True)
-            self._rows = inputs, inputs.cuts(self.states[0].coords, self.states[0].device)
+            self._rows = inputs, inputs.sharders(self.states[0].coords, self.states[0].device)
         inputs, cuts = self._rows
         help = "pass the rows `data_slice(n)` of a batch like the example's"
         tensors = inputs.flatten(args, kwargs, help)
@@ -206,7 +206,7 @@ class Run:
         method: str,
         linked: _Linked,
         tensors: Sequence[Tensor],
-        ranks: Sequence[tuple[RankStep, list[Cut]]] = (),
+        ranks: Sequence[tuple[RankStep, list[Sharder]]] = (),
     ) -> dict[str, Tensor]:
         check = self._input_check
         axes = data_axes(self.program) if method == "step_local" else ()
@@ -224,7 +224,7 @@ class Run:
 
     def _whole_or_not(
         self,
-        ranks: Sequence[tuple[RankStep, list[Cut]]],
+        ranks: Sequence[tuple[RankStep, list[Sharder]]],
         tensors: Sequence[Tensor],
         names: Sequence[str],
         training: bool,
@@ -303,7 +303,7 @@ class Run:
     def _link(self, program: Program) -> _Linked:
         inputs = Inputs(program)
         ranks = [
-            (RankStep(program, state), inputs.cuts(state.coords, state.device))
+            (RankStep(program, state), inputs.sharders(state.coords, state.device))
             for state in self.states
         ]
         names = tuple(name for code in program.code for name in code.wire_names)

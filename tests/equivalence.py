@@ -152,7 +152,8 @@ def _batch(example: Example | Callable[[], Example]) -> Example:
 def implicit_gathers(program: Program) -> list[str]:
     """The gathers that no statement of the plan asked for, as text."""
     return [
-        f"{m.value.name}: {m.step.source} -> {m.step.target} for {m.user} in {m.node.origin.module}"
+        f"{m.value.name}: {m.collective.source} -> {m.collective.target} "
+        f"for {m.user} in {m.node.origin.module}"
         for m in program.movements
         if m.implicit
     ]

@@ -37,7 +37,7 @@ from meshwright.compiler.layout.collectives import (
     Wire,
     plan_transfer,
 )
-from meshwright.compiler.layout.local_steps import Permute, Reshape, apply_all
+from meshwright.compiler.layout.local_ops import Permute, Reshape, apply_all
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.dsl.errors import plural
 

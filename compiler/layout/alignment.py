@@ -1,4 +1,4 @@
-"""Two layouts of one tensor, cut into the same stretches, and the local steps between them.
+"""Two layouts of one tensor, cut into the same stretches, and the local operations between them.
 
 A change of layout over some axes moves those axes' digits: in or out of a dim, or from one dim to
 another. `own`, `pad`, `pull` and `push` are the four ways in which a rank's tensor meets them:
@@ -18,13 +18,13 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.cuts import Cut, Cuts, Part, is_chain, ordered, parts_of
+from meshwright.compiler.layout.cuts import Cut, Cuts, Interval, intervals_of, is_chain, ordered
 from meshwright.compiler.layout.factors import Dim, format_dim
-from meshwright.compiler.layout.local_steps import (
+from meshwright.compiler.layout.local_ops import (
+    BySegment,
     KeepFirst,
-    LocalStep,
+    LocalOp,
     Permute,
-    Pieces,
     Place,
     Reshape,
     Select,
@@ -58,16 +58,16 @@ Stretches = tuple[Stretch, ...]
 @lru_cache(maxsize=65536)
 def align(source: Dim, target: Dim, mesh: Mesh) -> Stretches | None:
     """The stretches of a dim under two spellings; None if a segment ends inside a block."""
-    left, right = list(parts_of(source, mesh)), list(parts_of(target, mesh))
+    left, right = list(intervals_of(source, mesh)), list(intervals_of(target, mesh))
     found: list[Stretch] = []
     while left and right:
         length = min(left[-1].length, right[-1].length)
         before, after = left.pop(), right.pop()
         if length % before.period or length % after.period:
             return None
-        for stack, part in ((left, before), (right, after)):
-            if part.length > length:
-                stack.append(Part(part.length - length, part.cuts))
+        for stack, interval in ((left, before), (right, after)):
+            if interval.length > length:
+                stack.append(Interval(interval.length - length, interval.cuts))
         if found and found[-1][1:] == (before.cuts, after.cuts):
             length += found.pop().length
         found.append(Stretch(length, before.cuts, after.cuts))
@@ -144,28 +144,28 @@ class Change:
 
 
 class _Recorder:
-    """Collects steps and leaves out those that change nothing."""
+    """Collects operations and leaves out those that change nothing."""
 
     def __init__(self, shape: Sequence[int]) -> None:
         self.shape = tuple(shape)
-        self.steps: list[LocalStep] = []
+        self.ops: list[LocalOp] = []
 
     def reshape(self, shape: Sequence[int]) -> None:
         if tuple(shape) != self.shape:
-            self.steps.append(Reshape(tuple(shape)))
+            self.ops.append(Reshape(tuple(shape)))
             self.shape = tuple(shape)
 
     def permute(self, order: Sequence[int]) -> None:
         if list(order) != sorted(order):
-            self.steps.append(Permute(tuple(order)))
+            self.ops.append(Permute(tuple(order)))
             self.shape = tuple(self.shape[i] for i in order)
 
-    def add(self, step: LocalStep, shape: Sequence[int]) -> None:
-        self.steps.append(step)
+    def add(self, op: LocalOp, shape: Sequence[int]) -> None:
+        self.ops.append(op)
         self.shape = tuple(shape)
 
 
-def own(change: Change) -> tuple[LocalStep, ...]:
+def own(change: Change) -> tuple[LocalOp, ...]:
     """Keep this rank's digits."""
     recorder = _Recorder(change.shape(before=True))
     digits = [digit for dim in change.dims for digit in _joined(dim) if not digit[1]]
@@ -178,10 +178,10 @@ def own(change: Change) -> tuple[LocalStep, ...]:
         else:
             place += 1
     recorder.reshape(change.shape(before=True, after=True))
-    return tuple(recorder.steps)
+    return tuple(recorder.ops)
 
 
-def pad(change: Change) -> tuple[LocalStep, ...]:
+def pad(change: Change) -> tuple[LocalOp, ...]:
     """Put this rank's digits among zeros; what no axis cuts counts on the first coordinate."""
     recorder = _Recorder(change.shape(before=True))
     uncut = change.missing(after=False)
@@ -194,10 +194,10 @@ def pad(change: Change) -> tuple[LocalStep, ...]:
             shape = (*recorder.shape[:place], size, *recorder.shape[place:])
             recorder.add(Place(place, size, axes), shape)
     recorder.reshape(change.shape(after=True))
-    return tuple(recorder.steps)
+    return tuple(recorder.ops)
 
 
-def pull(change: Change) -> tuple[LocalStep, ...]:
+def pull(change: Change) -> tuple[LocalOp, ...]:
     """From the dims before to [ranks, *what stays]."""
     recorder = _Recorder(change.shape(before=True))
     spread = change.missing(after=True)
@@ -210,10 +210,10 @@ def pull(change: Change) -> tuple[LocalStep, ...]:
     front = [holders.index(axis) for axis in change.axes]
     recorder.permute([*front, *(i for i, axis in enumerate(holders) if not axis)])
     recorder.reshape([math.prod(change.sizes), *change.shape(before=True, after=True)])
-    return tuple(recorder.steps)
+    return tuple(recorder.ops)
 
 
-def push(change: Change) -> tuple[LocalStep, ...]:
+def push(change: Change) -> tuple[LocalOp, ...]:
     """From [ranks, *what stays] to the dims after."""
     rest = change.shape(before=True, after=True)
     recorder = _Recorder([math.prod(change.sizes), *rest])
@@ -229,7 +229,7 @@ def push(change: Change) -> tuple[LocalStep, ...]:
         [front.index(digit.before) if digit.before else next(following) for digit in digits]
     )
     recorder.reshape(change.shape(after=True))
-    return tuple(recorder.steps)
+    return tuple(recorder.ops)
 
 
 def _joined(digits: Digits) -> list[tuple[int, tuple[str, ...], tuple[str, ...]]]:
@@ -245,25 +245,25 @@ def _joined(digits: Digits) -> list[tuple[int, tuple[str, ...], tuple[str, ...]]
     return found
 
 
-Planner = Callable[[Change], tuple[LocalStep, ...]]
+Planner = Callable[[Change], tuple[LocalOp, ...]]
 
 
-def local_steps(
+def local_ops(
     planner: Planner, dims: Sequence[Stretches], axes: tuple[str, ...], mesh: Mesh
-) -> tuple[LocalStep, ...]:
+) -> tuple[LocalOp, ...]:
     """Run a planner on a tensor whose dims may be concatenations, segment by segment."""
     several = next((i for i, dim in enumerate(dims) if len(dim) > 1), None)
     if several is None:
         change = Change(tuple(digits_of(dim[0]) for dim in dims), axes, mesh)
         return planner(change)
-    parts = []
+    segments = []
     for stretch in dims[several]:
         chosen = [*dims[:several], (stretch,), *dims[several + 1 :]]
         alone = Change((digits_of(stretch),), axes, mesh)
         length = alone.shape(before=True, after=planner is push)[0]
-        parts.append((length, local_steps(planner, chosen, axes, mesh)))
+        segments.append((length, local_ops(planner, chosen, axes, mesh)))
     front_in, front_out = int(planner is push), int(planner is pull)
-    return (Pieces(several + front_in, several + front_out, tuple(parts)),)
+    return (BySegment(several + front_in, several + front_out, tuple(segments)),)
 
 
 def stretches(
@@ -283,10 +283,10 @@ def stretches(
             raise LayoutError(
                 f"`{format_dim(before)}` to `{format_dim(after)}` is not a move of {over}",
                 code="no-transfer",
-                help="ask `reshard.steps` for the steps between two layouts",
+                help="ask `reshard.collectives` for the collectives between two layouts",
             )
         if not changed:
-            length = sum(Part(stretch.length, stretch.before).local_length for stretch in dim)
+            length = sum(Interval(stretch.length, stretch.before).local_length for stretch in dim)
             dim = (Stretch(length, (), ()),)
         found.append(dim)
     return found

@@ -14,7 +14,7 @@ from typing import Any
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.alignment import (
     Planner,
-    local_steps,
+    local_ops,
     own,
     pad,
     pull,
@@ -22,7 +22,7 @@ from meshwright.compiler.layout.alignment import (
     stretches,
 )
 from meshwright.compiler.layout.layout import Layout
-from meshwright.compiler.layout.local_steps import LocalStep
+from meshwright.compiler.layout.local_ops import LocalOp
 from meshwright.compiler.layout.mesh import Mesh
 
 
@@ -120,11 +120,11 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A collective between two concrete layouts: steps on the local tensor, a wire, steps."""
+    """A collective between two concrete layouts: what a rank does before the wire and after."""
 
-    before: tuple[LocalStep, ...]
+    before: tuple[LocalOp, ...]
     wire: Wire | None
-    after: tuple[LocalStep, ...]
+    after: tuple[LocalOp, ...]
 
 
 @lru_cache(maxsize=16384)
@@ -150,8 +150,8 @@ def plan_transfer(
         return Transfer((), None, ())
     row = COLLECTIVES[kind]
     _check_states(row, axes, source, target)
-    before: tuple[LocalStep, ...] = ()
-    after: tuple[LocalStep, ...] = ()
+    before: tuple[LocalOp, ...] = ()
+    after: tuple[LocalOp, ...] = ()
     if row.source == "one" or row.target == "one":
         _check_block(kind, source, target, mesh)
     else:
@@ -159,9 +159,9 @@ def plan_transfer(
         moved = () if kind == "permute" else axes
         dims = stretches(source.dims, target.dims, moved, mesh)
         if kind in _BEFORE:
-            before = local_steps(_BEFORE[kind], dims, axes, mesh)
+            before = local_ops(_BEFORE[kind], dims, axes, mesh)
         if kind in _AFTER:
-            after = local_steps(_AFTER[kind], dims, axes, mesh)
+            after = local_ops(_AFTER[kind], dims, axes, mesh)
     if row.wire is None:
         return Transfer(before, None, after)
     return Transfer(before, Wire(row.wire, axes, source.reduction, shift, root), after)
@@ -198,7 +198,7 @@ def _check_states(
                     f"{found[0]} to {found[1]}",
                     code="wrong-state",
                     culprit=f"{source} to {target}",
-                    help="ask `reshard.steps` for the steps between two layouts",
+                    help="ask `reshard.collectives` for the collectives between two layouts",
                 )
 
 

@@ -2,9 +2,9 @@
 
 A `Cut` (stride, size, axis) says that the digit of weight `stride` and base `size` in an index is
 the rank's coordinate on `axis`. The cuts of a product of factors form a chain: each stride is a
-multiple of the stride times the size of the next smaller one. `Part`s are stretches of a dim that
-share their cuts; a part's length is a multiple of its period, the extent of its largest cut.
-Neighbouring parts with the same cuts are one part, which makes the list of parts unique.
+multiple of the stride times the size of the next smaller one. An `Interval` is a stretch of a dim
+under the same cuts; its length is a multiple of its period, the extent of its largest cut.
+Neighbouring intervals with the same cuts are one, which makes the list of them unique.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Cut(NamedTuple):
 Cuts = tuple[Cut, ...]
 
 
-class Part(NamedTuple):
+class Interval(NamedTuple):
     """`length` neighbouring elements of a dim under the same cuts, major first."""
 
     length: int
@@ -49,9 +49,9 @@ class Part(NamedTuple):
         """How many of its elements each rank holds."""
         return self.length // math.prod(cut.size for cut in self.cuts)
 
-    def without(self, axes: frozenset[str]) -> Part:
+    def without(self, axes: frozenset[str]) -> Interval:
         """Not cut by `axes`; the other cuts stay."""
-        return Part(self.length, tuple(cut for cut in self.cuts if cut.axis not in axes))
+        return Interval(self.length, tuple(cut for cut in self.cuts if cut.axis not in axes))
 
     def digits(self) -> list[tuple[int, str | None]]:
         """(base, axis) of the digits of an index, major first; no axis for what lies between."""
@@ -65,7 +65,7 @@ class Part(NamedTuple):
         return found if bound == 1 and found else [*found, (bound, None)]
 
 
-Parts = tuple[Part, ...]
+Intervals = tuple[Interval, ...]
 
 
 def is_chain(cuts: Cuts, length: int) -> bool:
@@ -84,23 +84,23 @@ def ordered(cuts: Iterable[Cut]) -> Cuts:
 
 
 @lru_cache(maxsize=65536)
-def parts_of(dim: Dim, mesh: Mesh) -> Parts:
-    """The parts of a dim; raises LayoutError where a factor does not divide."""
-    return merged(_segment_part(segment, mesh) for segment in dim)
+def intervals_of(dim: Dim, mesh: Mesh) -> Intervals:
+    """The intervals of a dim; raises LayoutError where a factor does not divide."""
+    return merged(_segment_interval(segment, mesh) for segment in dim)
 
 
-def merged(parts: Iterable[Part]) -> Parts:
-    """Neighbours with the same cuts joined; empty parts dropped."""
-    joined: list[Part] = []
-    for part in parts:
-        if joined and joined[-1].cuts == part.cuts:
-            joined[-1] = Part(joined[-1].length + part.length, part.cuts)
-        elif part.length:
-            joined.append(part)
-    return tuple(joined) or (Part(0, ()),)
+def merged(intervals: Iterable[Interval]) -> Intervals:
+    """Neighbours with the same cuts joined; empty intervals dropped."""
+    joined: list[Interval] = []
+    for interval in intervals:
+        if joined and joined[-1].cuts == interval.cuts:
+            joined[-1] = Interval(joined[-1].length + interval.length, interval.cuts)
+        elif interval.length:
+            joined.append(interval)
+    return tuple(joined) or (Interval(0, ()),)
 
 
-def _segment_part(segment: Segment, mesh: Mesh) -> Part:
+def _segment_interval(segment: Segment, mesh: Mesh) -> Interval:
     sizes = dict(mesh.axes)
     stride, cuts = 1, []
     for factor in reversed(segment):
@@ -113,21 +113,21 @@ def _segment_part(segment: Segment, mesh: Mesh) -> Part:
             if sizes[axis] > 1:
                 cuts.append(Cut(stride_in_factor, sizes[axis], axis))
         stride = above
-    return Part(stride, ordered(cuts))
+    return Interval(stride, ordered(cuts))
 
 
-def dim_of(parts: Parts) -> Dim:
-    """The canonical spelling of parts."""
-    return tuple(_segment_of(part) for part in parts)
+def dim_of(intervals: Intervals) -> Dim:
+    """The canonical spelling of intervals."""
+    return tuple(_segment_of(interval) for interval in intervals)
 
 
-def _segment_of(part: Part) -> Segment:
+def _segment_of(interval: Interval) -> Segment:
     """A new factor begins wherever elements remain between one cut and the next."""
     factors: list[Factor] = []
-    top = part.length
+    top = interval.length
     axes: tuple[str, ...] = ()
-    bound = part.length
-    for cut in part.cuts:
+    bound = interval.length
+    for cut in interval.cuts:
         if cut.extent != bound:
             if top != cut.extent:
                 factors.append(Factor(top // cut.extent, axes))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.cuts import Part, dim_of, merged, parts_of
+from meshwright.compiler.layout.cuts import Interval, dim_of, intervals_of, merged
 from meshwright.compiler.layout.factors import (
     Dim,
     Factor,
@@ -187,8 +187,10 @@ class Layout:
     def drop_split(self, axes: Iterable[str], mesh: Mesh) -> Layout:
         """Replicated over those of `axes` that cut a dim; the other cuts stay where they are."""
         gone = frozenset(axes)
-        parts = (parts_of(dim, mesh) for dim in self.dims)
-        return self.with_dims(dim_of(merged(part.without(gone) for part in dim)) for dim in parts)
+        intervals = (intervals_of(dim, mesh) for dim in self.dims)
+        return self.with_dims(
+            dim_of(merged(interval.without(gone) for interval in dim)) for dim in intervals
+        )
 
     def with_dims(self, dims: Iterable[Dim]) -> Layout:
         """Other dims, the same partial and varying axes."""
@@ -222,7 +224,7 @@ def split(shape: Iterable[int], axes: Mapping[int, str | tuple[str, ...]]) -> La
 
 
 def _canonical(layout: Layout, mesh: Mesh) -> Layout:
-    dims = tuple(dim_of(parts_of(dim, mesh)) for dim in layout.dims)
+    dims = tuple(dim_of(intervals_of(dim, mesh)) for dim in layout.dims)
     sizes = dict(mesh.axes)
     for axis in (*layout.partial_axes, *layout.varying):
         check_axis(axis, mesh, str(layout))
@@ -273,13 +275,16 @@ def shard(tensor: Tensor, layout: Layout, mesh: Mesh, coords: Mapping[str, int])
     min every one holds the value.
     """
     for dim, spelling in enumerate(layout.dims):
-        parts = parts_of(spelling, mesh)
-        if len(parts) == 1:
-            tensor = _own(tensor, dim, parts[0], coords)
+        intervals = intervals_of(spelling, mesh)
+        if len(intervals) == 1:
+            tensor = _own(tensor, dim, intervals[0], coords)
         else:
-            pieces = torch.split_with_sizes(tensor, [part.length for part in parts], dim)
+            pieces = torch.split_with_sizes(
+                tensor, [interval.length for interval in intervals], dim
+            )
             own = (
-                _own(piece, dim, part, coords) for piece, part in zip(pieces, parts, strict=True)
+                _own(piece, dim, interval, coords)
+                for piece, interval in zip(pieces, intervals, strict=True)
             )
             tensor = torch.cat(tuple(own), dim)
     pending = layout.partial_axes if layout.reduction == "sum" else ()
@@ -294,12 +299,12 @@ def unshard(locals_by_rank: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Ten
     Where the value is replicated or varying the first coordinate's copy is taken.
     """
     whole_tensor = locals_by_rank[0].new_empty(layout.shape)
-    parts = [parts_of(spelling, mesh) for spelling in layout.dims]
-    cutting = {cut.axis for dim in parts for part in dim for cut in part.cuts}
+    intervals = [intervals_of(spelling, mesh) for spelling in layout.dims]
+    cutting = {cut.axis for dim in intervals for interval in dim for cut in interval.cuts}
     for coords in _coordinates(mesh, cutting):
         pending = _coordinates(mesh, set(layout.partial_axes), coords)
         held = [locals_by_rank[mesh.rank(place)] for place in pending]
-        _write(whole_tensor, parts, coords, combine(held, layout.reduction))
+        _write(whole_tensor, intervals, coords, combine(held, layout.reduction))
     return whole_tensor
 
 
@@ -332,11 +337,11 @@ def uniform_blocks(
     if all(len(dim) == 1 for dim in layout.dims):
         yield local, layout.split_axes
         return
-    for grid in itertools.product(*(_stretches(parts_of(dim, mesh)) for dim in layout.dims)):
+    for grid in itertools.product(*(_stretches(intervals_of(dim, mesh)) for dim in layout.dims)):
         block = local
-        for dim, (_, start, part) in enumerate(grid):
-            block = block.narrow(dim, start, part.local_length)
-        yield block, tuple({cut.axis: None for _, _, part in grid for cut in part.cuts})
+        for dim, (_, start, interval) in enumerate(grid):
+            block = block.narrow(dim, start, interval.local_length)
+        yield block, tuple({cut.axis: None for _, _, interval in grid for cut in interval.cuts})
 
 
 def _coordinates(
@@ -349,17 +354,17 @@ def _coordinates(
         yield {**start, **dict(zip(names, place, strict=True))}
 
 
-def _own(tensor: Tensor, dim: int, part: Part, coords: Mapping[str, int]) -> Tensor:
-    """The rank's share of one dim that is one part."""
-    if not part.cuts:
+def _own(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, int]) -> Tensor:
+    """The rank's share of one dim that is one interval."""
+    if not interval.cuts:
         return tensor
-    held = _select(tensor, dim, part, coords)
-    return held.reshape(*tensor.shape[:dim], part.local_length, *tensor.shape[dim + 1 :])
+    held = _select(tensor, dim, interval, coords)
+    return held.reshape(*tensor.shape[:dim], interval.local_length, *tensor.shape[dim + 1 :])
 
 
-def _select(tensor: Tensor, dim: int, part: Part, coords: Mapping[str, int]) -> Tensor:
+def _select(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, int]) -> Tensor:
     """A view of the rank's share, with the dim unflattened into what lies between the cuts."""
-    digits = part.digits()
+    digits = interval.digits()
     view = _unflatten(tensor, dim, [size for size, _ in digits])
     place = dim
     for _, axis in digits:
@@ -376,27 +381,30 @@ def _unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
 
 
 def _write(
-    target: Tensor, parts: Sequence[tuple[Part, ...]], coords: Mapping[str, int], held: Tensor
+    target: Tensor,
+    intervals: Sequence[tuple[Interval, ...]],
+    coords: Mapping[str, int],
+    held: Tensor,
 ) -> None:
     """Copy what a rank holds to its places in the global tensor, segment by segment."""
-    for grid in itertools.product(*(_stretches(dim) for dim in parts)):
+    for grid in itertools.product(*(_stretches(dim) for dim in intervals)):
         view, source = target, held
-        for dim, (start, local_start, part) in enumerate(grid):
-            view = view.narrow(dim, start, part.length)
-            source = source.narrow(dim, local_start, part.local_length)
+        for dim, (start, local_start, interval) in enumerate(grid):
+            view = view.narrow(dim, start, interval.length)
+            source = source.narrow(dim, local_start, interval.local_length)
         for dim in reversed(range(len(grid))):
-            part = grid[dim][2]
-            if part.cuts:
-                view = _select(view, dim, part, coords)
-                between = [size for size, axis in part.digits() if axis is None]
+            interval = grid[dim][2]
+            if interval.cuts:
+                view = _select(view, dim, interval, coords)
+                between = [size for size, axis in interval.digits() if axis is None]
                 source = _unflatten(source, dim, between)
         view.copy_(source)
 
 
-def _stretches(parts: Iterable[Part]) -> list[tuple[int, int, Part]]:
-    """Each part with its first index, globally and on a rank."""
+def _stretches(intervals: Iterable[Interval]) -> list[tuple[int, int, Interval]]:
+    """Each interval with its first index, globally and on a rank."""
     found, start, local_start = [], 0, 0
-    for part in parts:
-        found.append((start, local_start, part))
-        start, local_start = start + part.length, local_start + part.local_length
+    for interval in intervals:
+        found.append((start, local_start, interval))
+        start, local_start = start + interval.length, local_start + interval.local_length
     return found

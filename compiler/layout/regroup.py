@@ -16,12 +16,12 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.cuts import (
     Cut,
     Cuts,
-    Part,
-    Parts,
+    Interval,
+    Intervals,
     dim_of,
+    intervals_of,
     is_chain,
     ordered,
-    parts_of,
 )
 from meshwright.compiler.layout.factors import (
     Dim,
@@ -94,17 +94,17 @@ class _Reshape:
         self.old = _spans(layout.shape)
         self.new = _spans(new_shape)
         self.flat: list[tuple[Cut, int]] = []
-        self.segmented: dict[int, tuple[_Span, Parts]] = {}
+        self.segmented: dict[int, tuple[_Span, Intervals]] = {}
         for dim, span in enumerate(self.old):
             self._read(dim, span)
 
     def _read(self, dim: int, span: _Span) -> None:
         """Note the cuts of an old dim by their weight in the flat index."""
-        parts = parts_of(self.layout.dims[dim], self.mesh)
-        if len(parts) == 1:
-            self.flat += [(_scaled(cut, span.low), dim) for cut in parts[0].cuts]
+        intervals = intervals_of(self.layout.dims[dim], self.mesh)
+        if len(intervals) == 1:
+            self.flat += [(_scaled(cut, span.low), dim) for cut in intervals[0].cuts]
         else:
-            self.segmented[dim] = (span, parts)
+            self.segmented[dim] = (span, intervals)
 
     def result(self) -> Layout:
         hosts = {dim: self._host(dim) for dim in self.segmented}
@@ -113,8 +113,8 @@ class _Reshape:
         for place, span in enumerate(self.new):
             inside = [cut for cut, _ in self.flat if _holds(span, cut)]
             guest = next((dim for dim, host in hosts.items() if host == place), None)
-            parts = self._parts(span, inside, guest)
-            dims.append(dim_of(parts))
+            intervals = self._intervals(span, inside, guest)
+            dims.append(dim_of(intervals))
             taken += len(inside)
         if taken != len(self.flat):
             self._fail_at(next(item for item in self.flat if not self._kept(item[0])))
@@ -125,9 +125,9 @@ class _Reshape:
 
     def _host(self, dim: int) -> int:
         """The new dim that takes a concatenation: it ends where the old one does, at the top."""
-        span, parts = self.segmented[dim]
+        span, intervals = self.segmented[dim]
         for place, new in enumerate(self.new):
-            fits = all(part.length * span.low % new.low == 0 for part in parts)
+            fits = all(interval.length * span.low % new.low == 0 for interval in intervals)
             if new.high == span.high and new.size > 1 and fits:
                 return place
         raise LayoutError(
@@ -138,23 +138,23 @@ class _Reshape:
             help="split the tensor at the segments before the reshape",
         )
 
-    def _parts(self, span: _Span, inside: list[Cut], guest: int | None) -> Parts:
-        """The parts of a new dim, from the cuts inside it and the concatenation it takes."""
+    def _intervals(self, span: _Span, inside: list[Cut], guest: int | None) -> Intervals:
+        """The intervals of a new dim, from the cuts inside it and the concatenation it takes."""
         if guest is None:
-            return (self._part(span, span.size, inside, 0),)
-        old, parts = self.segmented[guest]
+            return (self._interval(span, span.size, inside, 0),)
+        old, intervals = self.segmented[guest]
         found = []
-        for part in parts:
-            cuts = [*inside, *(_scaled(cut, old.low) for cut in part.cuts)]
-            found.append(self._part(span, part.length * old.low // span.low, cuts, guest))
+        for interval in intervals:
+            cuts = [*inside, *(_scaled(cut, old.low) for cut in interval.cuts)]
+            found.append(self._interval(span, interval.length * old.low // span.low, cuts, guest))
         return tuple(found)
 
-    def _part(self, span: _Span, length: int, flat: list[Cut], dim: int) -> Part:
+    def _interval(self, span: _Span, length: int, flat: list[Cut], dim: int) -> Interval:
         cuts = ordered(Cut(cut.stride // span.low, cut.size, cut.axis) for cut in flat)
         below = [cut for cut in flat if cut.stride % span.low]
         if below or not is_chain(cuts, length):
             self._fail_at(((below or flat)[0], dim))
-        return Part(length, cuts)
+        return Interval(length, cuts)
 
     def _fail_at(self, item: tuple[Cut, int]) -> NoReturn:
         cut, dim = item
@@ -176,13 +176,15 @@ class _Reshape:
         """What to write instead."""
         factors = self.factors(dim)
         if factors is None:
-            axes = (f"`{cut.axis}`" for cut in _cuts(parts_of(self.layout.dims[dim], self.mesh)))
+            axes = (
+                f"`{cut.axis}`" for cut in _cuts(intervals_of(self.layout.dims[dim], self.mesh))
+            )
             return f"leave the dim whole over {', '.join(axes)}"
         return f"write the dim as `{format_dim((factors,))}`"
 
     def factors(self, dim: int) -> Segment | None:
         """An old dim as the new ones it becomes, the axes on the first that they divide."""
-        axes = tuple(cut.axis for cut in _cuts(parts_of(self.layout.dims[dim], self.mesh)))
+        axes = tuple(cut.axis for cut in _cuts(intervals_of(self.layout.dims[dim], self.mesh)))
         ranks, pieces = self.mesh.size(axes), self._pieces(dim)
         place = next((i for i, size in enumerate(pieces) if size % ranks == 0), None)
         if place is None or math.prod(pieces) != self.old[dim].size:
@@ -208,9 +210,9 @@ def _holds(span: _Span, cut: Cut) -> bool:
     return inside and cut.stride % span.low == 0 and span.high % cut.extent == 0
 
 
-def _cuts(parts: Parts) -> Iterator[Cut]:
+def _cuts(intervals: Intervals) -> Iterator[Cut]:
     """The cuts of a dim, each axis once."""
-    cuts: Cuts = tuple(cut for part in parts for cut in part.cuts)
+    cuts: Cuts = tuple(cut for interval in intervals for cut in interval.cuts)
     yield from {cut.axis: cut for cut in reversed(cuts)}.values()
 
 

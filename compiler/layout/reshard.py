@@ -16,15 +16,15 @@ from functools import lru_cache
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.alignment import align
 from meshwright.compiler.layout.collectives import COLLECTIVES, Transfer, plan_transfer
-from meshwright.compiler.layout.cuts import Cut, Part, dim_of, is_chain, merged, ordered
+from meshwright.compiler.layout.cuts import Cut, Interval, dim_of, is_chain, merged, ordered
 from meshwright.compiler.layout.factors import Dim, dim_axes
 from meshwright.compiler.layout.layout import Layout
-from meshwright.compiler.layout.local_steps import shape_after
+from meshwright.compiler.layout.local_ops import shape_after
 from meshwright.compiler.layout.mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Collective:
     """One collective over `axes` between two canonical layouts."""
 
     kind: str
@@ -36,13 +36,13 @@ class Step:
         """What each rank does."""
         return plan_transfer(self.kind, self.axes, self.source, self.target, mesh)
 
-    def adjoint(self) -> Step:
+    def adjoint(self) -> Collective:
         """The collective that takes the cotangent back."""
         kind = COLLECTIVES[self.kind].adjoint
-        return Step(kind, self.axes, self.target.dual(), self.source.dual())
+        return Collective(kind, self.axes, self.target.dual(), self.source.dual())
 
 
-# The kind of step that takes an axis from one state towards another.
+# The kind of collective that takes an axis from one state towards another.
 _TOWARDS = {
     ("varying", "split"): "narrow",
     ("replicated", "split"): "slice",
@@ -58,24 +58,24 @@ _TOWARDS = {
     ("split", "partial"): "pad",
     ("replicated", "partial"): "pad",
 }
-# What shrinks the tensor comes first and what grows it last, so that the steps between, and the
+# What shrinks the tensor comes first and what grows it last, so that those between, and the
 # adjoints of all, move as little as possible.
 _ORDER = tuple(dict.fromkeys(_TOWARDS.values()))
 _INTO_SPLIT = tuple(name for name in _ORDER if COLLECTIVES[name].target == "split")
 
 
-def steps(source: Layout, target: Layout, mesh: Mesh) -> tuple[Step, ...]:
+def collectives(source: Layout, target: Layout, mesh: Mesh) -> tuple[Collective, ...]:
     """The collectives from one layout of a tensor to another, axes fused where they can be.
 
-    Layouts of steps are canonical; no steps if the layouts are equal. Raises LayoutError if the
+    Their layouts are canonical; there are none if the layouts are equal. Raises LayoutError if the
     shapes differ, or if a varying value would have to become replicated or partial: ask from the
     value that was varied.
     """
-    return _steps(source.canonical(mesh), target.canonical(mesh), mesh)
+    return _collectives(source.canonical(mesh), target.canonical(mesh), mesh)
 
 
 def cost(source: Layout, target: Layout, itemsize: int, mesh: Mesh, differentiable: bool) -> float:
-    """The bytes one rank sends for `steps`, and for their adjoints if `differentiable`."""
+    """The bytes one rank sends for `collectives`, and for their adjoints if `differentiable`."""
     if source is target:
         return 0.0
     volume = _volume(source.canonical(mesh), target.canonical(mesh), mesh, differentiable)
@@ -86,27 +86,27 @@ def cost(source: Layout, target: Layout, itemsize: int, mesh: Mesh, differentiab
 def _volume(source: Layout, target: Layout, mesh: Mesh, differentiable: bool) -> float:
     """`cost` in elements."""
     total = 0.0
-    for step in _steps(source, target, mesh):
-        total += _sent(step, mesh)
-        if differentiable and step.source.reduction == "sum":
-            total += _sent(step.adjoint(), mesh)
+    for collective in _collectives(source, target, mesh):
+        total += _sent(collective, mesh)
+        if differentiable and collective.source.reduction == "sum":
+            total += _sent(collective.adjoint(), mesh)
     return total
 
 
-def _sent(step: Step, mesh: Mesh) -> float:
+def _sent(collective: Collective, mesh: Mesh) -> float:
     """The elements that one rank sends."""
-    ranks = mesh.size(step.axes)
-    match COLLECTIVES[step.kind].wire:
+    ranks = mesh.size(collective.axes)
+    match COLLECTIVES[collective.kind].wire:
         case "all_reduce":
-            return 2 * (ranks - 1) / ranks * _numel(step.source, mesh)
+            return 2 * (ranks - 1) / ranks * _numel(collective.source, mesh)
         case "all_gather":
-            return (ranks - 1) * _numel(step.source, mesh)
+            return (ranks - 1) * _numel(collective.source, mesh)
         case "reduce_scatter":
-            return (ranks - 1) * _numel(step.target, mesh)
+            return (ranks - 1) * _numel(collective.target, mesh)
         case "all_to_all":
             # Segments that only one of the layouts cuts are sent to every rank.
-            before = step.transfer(mesh).before
-            given = shape_after(before, step.source.local_shape(mesh))
+            before = collective.transfer(mesh).before
+            given = shape_after(before, collective.source.local_shape(mesh))
             return (ranks - 1) / ranks * math.prod(given)
     return 0.0
 
@@ -116,7 +116,7 @@ def _numel(layout: Layout, mesh: Mesh) -> int:
 
 
 @lru_cache(maxsize=65536)
-def _steps(source: Layout, target: Layout, mesh: Mesh) -> tuple[Step, ...]:
+def _collectives(source: Layout, target: Layout, mesh: Mesh) -> tuple[Collective, ...]:
     if source == target:
         return ()
     _check(source, target)
@@ -129,12 +129,12 @@ def _steps(source: Layout, target: Layout, mesh: Mesh) -> tuple[Step, ...]:
     if crossing:
         # Segments end inside the other layout's blocks: only the whole dim is common to both.
         middle = source.drop_split(crossing, mesh).canonical(mesh)
-        return (*_steps(source, middle, mesh), *_steps(middle, target, mesh))
+        return (*_collectives(source, middle, mesh), *_collectives(middle, target, mesh))
     return _Reshard(source, target, mesh).run()
 
 
 def _check(source: Layout, target: Layout) -> None:
-    """Raises `LayoutError` where no steps lead from one layout to the other."""
+    """Raises `LayoutError` where no collectives lead from one layout to the other."""
     if source.shape != target.shape:
         raise LayoutError(
             f"`{source}` and `{target}` are layouts of different shapes",
@@ -176,21 +176,21 @@ class _Reshard:
                 self.lengths.append(stretch.length)
                 self.cuts.append(set(stretch.before))
                 self.goal.append(set(stretch.after))
-        self.done: list[Step] = []
+        self.done: list[Collective] = []
 
-    def run(self) -> tuple[Step, ...]:
+    def run(self) -> tuple[Collective, ...]:
         while waiting := self._waiting():
             for kind in _ORDER:
                 axes = self._fitting(kind, waiting.get(kind, []))
                 if axes:
-                    self._step(kind, axes)
+                    self._append(kind, axes)
                     break
             else:
-                self._step("all_gather_replicated", [self._in_the_way(waiting)])
+                self._append("all_gather_replicated", [self._in_the_way(waiting)])
         return tuple(self.done)
 
     def _waiting(self) -> dict[str, list[str]]:
-        """The axes that are not yet as in the target, by the kind of step they need next."""
+        """The axes that are not yet as in the target, by the kind of collective each needs next."""
         found: dict[str, list[str]] = {}
         for axis in self.mesh.names:
             now, goal = self.now.state(axis), self.target.state(axis)
@@ -207,7 +207,7 @@ class _Reshard:
         return state != "partial" or self.now.reduction == self.target.reduction
 
     def _fitting(self, kind: str, axes: list[str]) -> list[str]:
-        """As many of the axes as one step of this kind can take now."""
+        """As many of the axes as one collective of this kind can take now."""
         if kind not in _INTO_SPLIT:
             return axes
         fitting: list[str] = []
@@ -231,7 +231,7 @@ class _Reshard:
         """Of axes that block each other's places, the cheapest to gather."""
         return min(waiting["all_to_all"], key=self.mesh.size)
 
-    def _step(self, kind: str, axes: list[str]) -> None:
+    def _append(self, kind: str, axes: list[str]) -> None:
         state = COLLECTIVES[kind].target
         for cuts, goal in zip(self.cuts, self.goal, strict=True):
             cuts -= _of(axes, cuts)
@@ -243,15 +243,15 @@ class _Reshard:
         if state == "varying":
             following = following.add_varying(axes)
         target = following.canonical(self.mesh)
-        self.done.append(Step(kind, tuple(axes), self.now, target))
+        self.done.append(Collective(kind, tuple(axes), self.now, target))
         self.now = target
 
     def _dims(self) -> list[Dim]:
-        parts = (
-            Part(length, ordered(cuts))
+        intervals = (
+            Interval(length, ordered(cuts))
             for length, cuts in zip(self.lengths, self.cuts, strict=True)
         )
-        return [dim_of(merged(itertools.islice(parts, count))) for count in self.counts]
+        return [dim_of(merged(itertools.islice(intervals, count))) for count in self.counts]
 
 
 def _of(axes: str | Iterable[str], cuts: set[Cut]) -> set[Cut]:

@@ -29,7 +29,7 @@ from meshwright.compiler.graph.ir import (
 from meshwright.compiler.graph.types import result_type
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.reshard import Step, cost, steps
+from meshwright.compiler.layout.reshard import Collective, collectives, cost
 from meshwright.compiler.placing.calls import call_operands, make_call
 from meshwright.compiler.placing.engine import operand_cost, place
 from meshwright.compiler.placing.rules.factories import filled_with, makes_zeros
@@ -47,7 +47,7 @@ class Movement:
 
     value: Node
     user: Op
-    step: Step
+    collective: Collective
     node: Node
     forced: bool
     """Whether the plan left no other choice: it wrote the layout of another operand, which stays as
@@ -57,8 +57,10 @@ class Movement:
     def implicit(self) -> bool:
         """Whether it or its adjoint gathers, and nothing that the plan wrote made that the only
         way."""
-        gathers = self.step.kind in _GATHERING
-        return not self.forced and (gathers or (self.step.kind == "slice" and self.gathers_back))
+        gathers = self.collective.kind in _GATHERING
+        return not self.forced and (
+            gathers or (self.collective.kind == "slice" and self.gathers_back)
+        )
 
     @property
     def gathers_back(self) -> bool:
@@ -72,8 +74,8 @@ class Movement:
     def sent_bytes(self, mesh: Mesh) -> int:
         """The bytes sent per rank for it and, where it is differentiated, its adjoint."""
         size = self.value.tensor.dtype.itemsize
-        step, differentiated = self.step, self.value.requires_grad
-        return math.ceil(cost(step.source, step.target, size, mesh, differentiated))
+        collective, differentiated = self.collective, self.value.requires_grad
+        return math.ceil(cost(collective.source, collective.target, size, mesh, differentiated))
 
 
 class Emitter:
@@ -82,7 +84,7 @@ class Emitter:
     def __init__(self, builder: Builder, *, backward: bool = False) -> None:
         self.builder, self.backward = builder, backward
         self.explicit: set[Node] = set()
-        self.planned: Callable[[Node, Step], bool] = lambda value, step: False
+        self.planned: Callable[[Node, Collective], bool] = lambda value, collective: False
         """Whether the plan asks for this change of a value's layout, as for sequences."""
         self.shared: set[Node] = set()
         """Values with several users: a pending sum is reduced once for all of them."""
@@ -216,14 +218,18 @@ class Emitter:
             have[target] = self._filled(value, target)
             return have[target]
         node = self._counted_once(value, target, origin) if self.backward else value
-        for step in steps(node.placed, target, self.mesh):
-            if step.target in have:
-                node = have[step.target]
+        for collective in collectives(node.placed, target, self.mesh):
+            if collective.target in have:
+                node = have[collective.target]
                 continue
-            following = self._step(node, step, _reducing(value, origin))
-            planned = forced is None or bool(forced & set(step.axes)) or self.planned(value, step)
-            self.movements.append(Movement(value, user, step, following, planned))
-            node = have[step.target] = following
+            following = self._emit_collective(node, collective, _reducing(value, origin))
+            planned = (
+                forced is None
+                or bool(forced & set(collective.axes))
+                or self.planned(value, collective)
+            )
+            self.movements.append(Movement(value, user, collective, following, planned))
+            node = have[collective.target] = following
         return node
 
     def _filled(self, value: Node, layout: Layout) -> Node:
@@ -250,7 +256,9 @@ class Emitter:
         layout = value.placed.drop_varying(gone)
         have = self._have[value]
         if layout not in have:
-            have[layout] = self._step(value, Step("narrow", gone, value.placed, layout), origin)
+            have[layout] = self._emit_collective(
+                value, Collective("narrow", gone, value.placed, layout), origin
+            )
         return have[layout]
 
     def _kept(self, operands: Sequence[Node], placement: Placement) -> dict[Node, frozenset[str]]:
@@ -265,13 +273,13 @@ class Emitter:
             if value in self.explicit
         }
 
-    def _step(self, value: Node, step: Step, origin: Origin) -> Node:
+    def _emit_collective(self, value: Node, collective: Collective, origin: Origin) -> Node:
         return self.builder.emit(
-            MeshOp(step.kind),
+            MeshOp(collective.kind),
             (value,),
-            {"axes": step.axes},
+            {"axes": collective.axes},
             type=value.type,
-            layout=step.target,
+            layout=collective.target,
             origin=origin,
             requires_grad=value.requires_grad,
         )

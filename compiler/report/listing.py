@@ -250,7 +250,7 @@ def _call(node: Node, full: bool) -> str:
     dim = None if isinstance(node.op, MeshOp) else _SLICES.get(node.op)
     if dim is not None and not node.kwargs:
         return _slice_text(node, dim, full)
-    parts = _cut(arg_texts(node, partial(_spelt, full=full)), full)
+    parts = _shortened(arg_texts(node, partial(_spelt, full=full)), full)
     return f"{op_text(node.op)}({', '.join(parts)})"
 
 
@@ -275,7 +275,7 @@ def _bound(index: int | None) -> str:
 def _spelt(arg: Arg, full: bool) -> str:
     """An argument: nine digits of a number, and its name if it is the largest of its type."""
     if isinstance(arg, (tuple, list)):
-        return f"[{', '.join(_cut([_spelt(item, full) for item in arg], full))}]"
+        return f"[{', '.join(_shortened([_spelt(item, full) for item in arg], full))}]"
     if isinstance(arg, float) and math.isfinite(arg):
         return _FLOAT_LIMITS.get(arg) or arg_text(float(f"{arg:.9g}"))
     if isinstance(arg, int) and not isinstance(arg, bool):
@@ -283,7 +283,7 @@ def _spelt(arg: Arg, full: bool) -> str:
     return arg_text(arg)
 
 
-def _cut(items: list[str], full: bool) -> list[str]:
+def _shortened(items: list[str], full: bool) -> list[str]:
     """The items, or of many the first, how many more there are, and the last."""
     if full or len(items) <= _MOST:
         return items

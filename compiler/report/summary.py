@@ -169,7 +169,7 @@ def _gathers(program: Compiled) -> Iterable[Gather]:
     groups: dict[tuple[str, str, str, bool], list[Movement]] = {}
     for movement in program.movements:
         if movement.implicit:
-            source, target = str(movement.step.source), str(movement.step.target)
+            source, target = str(movement.collective.source), str(movement.collective.target)
             key = (op_text(movement.user), source, target, has_rule(movement.user))
             groups.setdefault(key, []).append(movement)
     for (op, source, target, known), found in groups.items():

@@ -37,12 +37,12 @@ def check_replication(draft: Draft) -> Draft:
     if total <= limit:
         return draft
     worst = max(implicit, key=lambda m: m.sent_bytes(draft.mesh))
-    what = "splitting" if worst.step.kind == "slice" else "gathering"
+    what = "splitting" if worst.collective.kind == "slice" else "gathering"
     where = worst.node.origin
     raise LayoutError(
         f"`{op_text(worst.user)}` in {_shown(where.module)} {_why(worst)}: {what} "
-        f"`{worst.value.name}` from `{worst.step.source}` to `{worst.step.target}` was not asked "
-        "for",
+        f"`{worst.value.name}` from `{worst.collective.source}` to `{worst.collective.target}` "
+        "was not asked for",
         code="implicit-gather",
         culprit=f"{where.source}; {_many(len(implicit))} {total} bytes a step",
         help=_help(worst, implicit, draft),
@@ -59,7 +59,7 @@ def _help(worst: Movement, implicit: Sequence[Movement], draft: Draft) -> str:
 
 def _composite(worst: Movement, draft: Draft) -> str | None:
     """The split dim as factors or segments that the operator can take apart, if there are such."""
-    name, layout = worst.node.name, worst.step.source
+    name, layout = worst.node.name, worst.collective.source
     dims = [dim for dim in layout.dims if dim_axes(dim)]
     users = [
         node
@@ -101,7 +101,7 @@ def _why(movement: Movement) -> str:
     """What makes an operator ask for the movement."""
     if not has_rule(movement.user):
         return "has no rule and runs whole on every rank"
-    if movement.step.kind == "slice":
+    if movement.collective.kind == "slice":
         return "takes part of a whole value, whose gradient is then gathered"
     return "needs whole what is split"
 

@@ -12,7 +12,7 @@ from meshwright.compiler.graph.ir import INPUT, Graph, Node, TensorType
 from meshwright.compiler.layout.layout import Dim, Layout, cut, dim_axes
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
-from meshwright.compiler.layout.reshard import Step
+from meshwright.compiler.layout.reshard import Collective
 from meshwright.passes.statements.draft import Region
 
 
@@ -49,15 +49,15 @@ class Sequences:
                     return None
         return None
 
-    def moves(self, value: Node, step: Step) -> bool:
+    def moves(self, value: Node, move: Collective) -> bool:
         """Whether a change of layout splits or gathers the sequence of an activation."""
         shape = value.tensor.shape
-        dims = {each.split_dim(a) for each in (step.source, step.target) for a in step.axes}
+        dims = {each.split_dim(a) for each in (move.source, move.target) for a in move.axes}
         for (batch, length), axes in self._axes.items():
             apart = _sequence_dims(shape, length) if shape[:1] == (batch,) else set()
-            if not set(step.axes) <= set(axes):
+            if not set(move.axes) <= set(axes):
                 continue
-            split = step.source if set(step.axes) <= set(step.source.split_axes) else step.target
+            split = move.source if set(move.axes) <= set(move.source.split_axes) else move.target
             moved = (split.dims[i] for i in dims if i is not None)
             if dims & apart or any(self._is_flat(dim, batch, length, axes) for dim in moved):
                 return True

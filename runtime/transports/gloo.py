@@ -118,13 +118,13 @@ class GlooGroup:
         sent = [backend.send([tensor], peer, 0) for tensor, peer in sends]
         return [backend.recv([tensor], peer, 0) for tensor, peer in receives] + sent
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """Close the connections, so that a thread that waits on one returns with an error.
 
         Gloo has no other way: its `abort` leaves a waiting thread waiting.
         """
         for connection in self.connections:
-            connection.cut()
+            connection.abort()
 
     def close(self) -> None:
         """Let go of Gloo's threads; without it processes abort at exit."""
@@ -139,7 +139,7 @@ class Connection:
     number: int
     inode: int
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """Shut it down, so that whoever waits for it returns."""
         with contextlib.suppress(OSError), self._duplicate() as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)

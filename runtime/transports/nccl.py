@@ -43,7 +43,7 @@ class NcclGroup:
             tensor, donate = tensor.contiguous(), True
         return _BEGIN[wire.kind](self, wire, tensor, donate)
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """End what is under way, so that whoever waits for it returns with an error."""
         self.backend.abort()
 

@@ -299,7 +299,7 @@ class ProcessTransport:
         self.watch.members[label] = partial(self.mesh.group, axes=axes)
         if len(members) > 1:
             group = self._watched_connection(axes, members)
-            self.watch.cuts.append(group.cut)
+            self.watch.aborts.append(group.abort)
         lane = self.lanes[axes] = _Lane(group, label)
         return lane
 

@@ -117,10 +117,10 @@ class SharedGroup:
             self._publish(operation)
         return [], partial(self._finish, operation)
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         """Make a thread that waits for another member return with an error."""
         self._ended = True
-        self.large.cut()
+        self.large.abort()
 
     def close(self) -> None:
         """Let go of the memory and the connections."""

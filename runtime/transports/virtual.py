@@ -28,7 +28,7 @@ from meshwright.runtime.transports.algorithms import everyone
 RankProgram = Generator[Any, Any, Any]
 
 
-class _Slot:
+class _Exchange:
     """One collective of one group: what the members gave so far."""
 
     __slots__ = ("first", "given", "handles", "members", "missing", "wire")
@@ -43,11 +43,11 @@ class _Slot:
 class _Handle:
     """A started collective of one rank; `result` is there once every member has given."""
 
-    __slots__ = ("rank", "result", "slot", "waited")
+    __slots__ = ("exchange", "rank", "result", "waited")
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
-        self.slot: _Slot | None = None
+        self.exchange: _Exchange | None = None
         self.result: Tensor | None = None
         self.waited = False
 
@@ -55,12 +55,12 @@ class _Handle:
 class _Group:
     """The ranks over a tuple of axes, and their collectives under way, by order."""
 
-    __slots__ = ("counts", "members", "slots")
+    __slots__ = ("counts", "exchanges", "members")
 
     def __init__(self, members: tuple[int, ...]) -> None:
         self.members = members
         self.counts = [0] * len(members)
-        self.slots: dict[int, _Slot] = {}
+        self.exchanges: dict[int, _Exchange] = {}
 
 
 def run_virtual(
@@ -138,34 +138,34 @@ class _Driver:
         group, position = place if place is not None else self.join(rank, wire.axes)
         order = group.counts[position]
         group.counts[position] = order + 1
-        slot = group.slots.get(order)
-        if slot is None:
-            slot = group.slots[order] = _Slot(group.members, wire, position)
+        exchange = group.exchanges.get(order)
+        if exchange is None:
+            exchange = group.exchanges[order] = _Exchange(group.members, wire, position)
             self.check_operand(rank, wire, tensor, len(group.members))
         else:
-            self.check_same(slot, rank, wire, tensor)
-        handle.slot = slot
-        slot.given[position] = tensor
-        slot.handles[position] = handle
-        slot.missing -= 1
-        if not slot.missing:
-            del group.slots[order]
-            self.finish(slot)
+            self.check_same(exchange, rank, wire, tensor)
+        handle.exchange = exchange
+        exchange.given[position] = tensor
+        exchange.handles[position] = handle
+        exchange.missing -= 1
+        if not exchange.missing:
+            del group.exchanges[order]
+            self.finish(exchange)
 
-    def finish(self, slot: _Slot) -> None:
-        given: list[Any] = slot.given
-        results = everyone(slot.wire, given)
-        slot.given = []
-        for handle, result in zip(slot.handles, results, strict=True):
+    def finish(self, exchange: _Exchange) -> None:
+        given: list[Any] = exchange.given
+        results = everyone(exchange.wire, given)
+        exchange.given = []
+        for handle, result in zip(exchange.handles, results, strict=True):
             assert handle is not None
-            handle.slot = None
+            handle.exchange = None
             if handle.waited:
                 self.inbox[handle.rank] = result
                 self.waiting[handle.rank] = None
                 self.ready.append(handle.rank)
             else:
                 handle.result = result
-        slot.handles = []
+        exchange.handles = []
 
     def join(self, rank: int, axes: tuple[str, ...]) -> tuple[_Group, int]:
         """Make the group of `rank` over `axes` known to each of its members."""
@@ -184,19 +184,19 @@ class _Driver:
                 where=(f"rank {rank} gives {spell_tensor(tensor)}",),
             )
 
-    def check_same(self, slot: _Slot, rank: int, wire: Wire, tensor: Tensor) -> None:
-        first = slot.given[slot.first]
+    def check_same(self, exchange: _Exchange, rank: int, wire: Wire, tensor: Tensor) -> None:
+        first = exchange.given[exchange.first]
         assert first is not None
-        same = wire is slot.wire or wire == slot.wire
+        same = wire is exchange.wire or wire == exchange.wire
         if same and tensor.shape == first.shape and tensor.dtype == first.dtype:
             return
-        other = slot.members[slot.first]
+        other = exchange.members[exchange.first]
         raise MismatchError(
             f"ranks {other} and {rank} disagree on their collective over `{', '.join(wire.axes)}`",
             rank=rank,
             peers=(other,),
             where=(
-                f"rank {other}: {spell_wire(slot.wire, self.names)} of {spell_tensor(first)}",
+                f"rank {other}: {spell_wire(exchange.wire, self.names)} of {spell_tensor(first)}",
                 f"rank {rank}: {spell_wire(wire, self.names)} of {spell_tensor(tensor)}",
             ),
             help="run the same program on every rank of a group",
@@ -209,14 +209,14 @@ class _Driver:
         for rank, handle in enumerate(self.waiting):
             if handle is None:
                 continue
-            slot = handle.slot
-            if slot is None:
+            exchange = handle.exchange
+            if exchange is None:
                 lines.setdefault("a handle whose result it took already", []).append(rank)
                 continue
-            given = zip(slot.members, slot.given, strict=True)
+            given = zip(exchange.members, exchange.given, strict=True)
             absent = [member for member, tensor in given if tensor is None]
             peers.update(absent)
-            text = f"{spell_ranks(absent)} in {spell_wire(slot.wire, self.names)}"
+            text = f"{spell_ranks(absent)} in {spell_wire(exchange.wire, self.names)}"
             lines.setdefault(text, []).append(rank)
         where = [f"{verb(ranks, 'waits', 'wait')} for {text}" for text, ranks in lines.items()]
         done = sorted(peers - {r for r, handle in enumerate(self.waiting) if handle is not None})

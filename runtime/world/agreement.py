@@ -129,7 +129,7 @@ def _joint(found: Sequence[dict[str, Any] | None], rank: int) -> RunError:
     first, *others = holders
     where = list(problems[first]["where"])
     where += [
-        _cut(f"on {spell_ranks(holders[text])}: {problems[text]['problem']}", _LINE_CHARS)
+        _shortened(f"on {spell_ranks(holders[text])}: {problems[text]['problem']}", _LINE_CHARS)
         for text in others[:_LINES]
     ]
     if unsaid := sum(len(holders[text]) for text in others[_LINES:]):
@@ -146,14 +146,14 @@ def _joint(found: Sequence[dict[str, Any] | None], rank: int) -> RunError:
 def _encoded(problem: RunError) -> bytes:
     """A problem as JSON; what a path has that no text can hold is escaped."""
     content = {
-        "problem": _cut(problem.problem, _PROBLEM_CHARS),
-        "where": [_cut(line, _LINE_CHARS) for line in problem.where[:_LINES]],
-        "help": _cut(problem.help, _LINE_CHARS),
+        "problem": _shortened(problem.problem, _PROBLEM_CHARS),
+        "where": [_shortened(line, _LINE_CHARS) for line in problem.where[:_LINES]],
+        "help": _shortened(problem.help, _LINE_CHARS),
     }
     return json.dumps(content).encode()
 
 
-def _cut(text: str, length: int) -> str:
+def _shortened(text: str, length: int) -> str:
     text = text.encode(errors="backslashreplace").decode()
     return text if len(text) <= length else text[: length - 3] + "..."
 

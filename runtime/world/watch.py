@@ -70,7 +70,7 @@ class Watch:
     """This rank's heartbeat and its view of the others'.
 
     The main thread writes `waits` and `counts` around its collectives; nothing else of it is
-    needed, so a collective pays two assignments. `cuts` end whatever the main thread waits in.
+    needed, so a collective pays two assignments. `aborts` end whatever the main thread waits in.
     `host` is the rank whose process holds the store, if a rank's does, and `connection` that to it.
     """
 
@@ -92,7 +92,7 @@ class Watch:
         self.counts: dict[str, int] = {}
         self.names: Sequence[str] = ()
         self.members: dict[str, Callable[[int], tuple[int, ...]]] = {}
-        self.cuts: list[Callable[[], None]] = []
+        self.aborts: list[Callable[[], None]] = []
         self.beats: dict[int, Beat] = {}
         self.failure: RunError | None = None
         self.failed = threading.Event()
@@ -187,8 +187,8 @@ class Watch:
         self.failure = self.failure or error
         self.publish_end(error)
         self.failed.set()
-        for cut in self.cuts:
-            cut()
+        for abort in self.aborts:
+            abort()
 
     def store_ended(self) -> bool:
         """Whether the process that holds the store has closed its connection: it has ended."""
@@ -276,8 +276,8 @@ class Watch:
             self._told_circle = list(error.where)
         self._hurry.set()
         self.failed.set()
-        for cut in self.cuts:
-            cut()
+        for abort in self.aborts:
+            abort()
         if waits is None:
             return
         self._left.wait(2 * self.period)

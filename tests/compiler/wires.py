@@ -9,7 +9,7 @@ from torch import Tensor
 
 from meshwright.compiler.layout.collectives import Transfer, Wire
 from meshwright.compiler.layout.layout import combine
-from meshwright.compiler.layout.local_steps import apply_all, shape_after
+from meshwright.compiler.layout.local_ops import apply_all, shape_after
 from meshwright.compiler.layout.mesh import Mesh
 
 

@@ -30,7 +30,7 @@ def captured(model: nn.Module, example: Any, plan: str) -> Draft:
 def stages(model: nn.Module, example: Any, plan: str) -> dict[str, Graph]:
     """The graph after each pass, by the pass's name; `captured` before all.
 
-    Of the passes from `split` on it is the one that they are given.
+    Of the passes from `separate` on it is the one that they are given.
     """
     draft = captured(model, example, plan)
     found = {"captured": draft.graph}

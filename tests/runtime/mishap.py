@@ -89,7 +89,7 @@ def main(culprits: str, scenario: str) -> None:
     if scenario == "hangs in a backend":
         # What a backend that cannot be interrupted looks like.
         transport.prepare([("tp",), ("dp",)])
-        transport.watch.cuts.clear()
+        transport.watch.aborts.clear()
     program = SCENARIOS[scenario]() if own and scenario in SCENARIOS else train(40)
     transport.run(program, NAMES)
     print("trained")

@@ -14,7 +14,15 @@ import torch
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Arg
-from meshwright.compiler.layout.cuts import Cut, Part, dim_of, is_chain, merged, ordered, parts_of
+from meshwright.compiler.layout.cuts import (
+    Cut,
+    Interval,
+    dim_of,
+    intervals_of,
+    is_chain,
+    merged,
+    ordered,
+)
 from meshwright.compiler.layout.layout import Dim, dim_axes
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.notation import (
@@ -56,57 +64,61 @@ class _Channels:
         `closed` forbids what would leave pending sums.
         """
         found = self._other(dims[self.joint], dims[self.inner])
-        within = {c.axis for p in parts_of(dims[self.joint], self.mesh) for c in self._within(p)}
+        within = {
+            c.axis for p in intervals_of(dims[self.joint], self.mesh) for c in self._within(p)
+        }
         if closed and within:
             raise _refused()
         return {self.other: found}
 
-    def _within(self, part: Part) -> list[Cut]:
-        """The cuts inside of every group, of a part of the joint dim."""
-        found = [cut for cut in part.cuts if cut.stride % self.each]
+    def _within(self, interval: Interval) -> list[Cut]:
+        """The cuts inside of every group, of an interval of the joint dim."""
+        found = [cut for cut in interval.cuts if cut.stride % self.each]
         if any(self.each % cut.extent for cut in found):
             raise _refused()
         return found
 
     def _other(self, joint: Dim, inner: Dim) -> Dim:
         """The groups as the joint dim has them, each split as the inner one is."""
-        own, *more = parts_of(inner, self.mesh)
+        own, *more = intervals_of(inner, self.mesh)
         if more:
             raise _refused()
         found = []
-        for part in parts_of(joint, self.mesh):
-            within = self._within(part)
-            outer = [cut for cut in part.cuts if cut not in within]
-            if part.length % self.each or any(cut.extent % self.each for cut in outer):
+        for interval in intervals_of(joint, self.mesh):
+            within = self._within(interval)
+            outer = [cut for cut in interval.cuts if cut not in within]
+            if interval.length % self.each or any(cut.extent % self.each for cut in outer):
                 raise _refused()
             scaled = [
                 Cut(cut.stride // self.each * self.inner_size, cut.size, cut.axis) for cut in outer
             ]
-            length = part.length // self.each * self.inner_size
+            length = interval.length // self.each * self.inner_size
             cuts = ordered([*scaled, *own.cuts])
             if not is_chain(cuts, length):
                 raise _refused()
-            found.append(Part(length, cuts))
+            found.append(Interval(length, cuts))
         return dim_of(merged(found))
 
     def offers(self, other: Dim) -> dict[str, tuple[Dim, ...]]:
         """What a split of the other side's channels asks of the weight's dims."""
-        parts = parts_of(other, self.mesh)
-        inner_cuts = {cut for part in parts for cut in part.cuts if cut.extent <= self.inner_size}
+        intervals = intervals_of(other, self.mesh)
+        inner_cuts = {
+            cut for interval in intervals for cut in interval.cuts if cut.extent <= self.inner_size
+        }
         groups = []
-        for part in parts:
-            outer = [cut for cut in part.cuts if cut not in inner_cuts]
+        for interval in intervals:
+            outer = [cut for cut in interval.cuts if cut not in inner_cuts]
             apart = all(cut.stride % self.inner_size == 0 for cut in outer)
-            if part.length % self.inner_size or not apart:
+            if interval.length % self.inner_size or not apart:
                 return {}
             cuts = (
                 Cut(cut.stride // self.inner_size * self.each, cut.size, cut.axis) for cut in outer
             )
-            groups.append(Part(part.length // self.inner_size * self.each, ordered(cuts)))
+            groups.append(Interval(interval.length // self.inner_size * self.each, ordered(cuts)))
         inner = ordered(inner_cuts)
         found = {self.joint: dim_of(merged(groups))}
         if is_chain(inner, self.inner_size):
-            found[self.inner] = dim_of((Part(self.inner_size, inner),))
+            found[self.inner] = dim_of((Interval(self.inner_size, inner),))
         return {letter: (dim,) for letter, dim in found.items() if dim_axes(dim)}
 
 

@@ -11,7 +11,8 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Arg, MeshOp
 from meshwright.compiler.layout.layout import Dim, Layout, dim_axes
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.pieces import (
+from meshwright.compiler.layout.regroup import reshape
+from meshwright.compiler.layout.slicing import (
     extend_dim,
     interleave_dim,
     join_dims,
@@ -19,7 +20,6 @@ from meshwright.compiler.layout.pieces import (
     resized,
     slice_dim,
 )
-from meshwright.compiler.layout.regroup import reshape
 from meshwright.compiler.placing.rules.notation import (
     Call,
     Dims,

@@ -61,7 +61,7 @@ class Report:
     @property
     def line(self) -> str:
         """The error in one line."""
-        first = _cut(self.text.strip().partition("\n")[0])
+        first = _shortened(self.text.strip().partition("\n")[0])
         return f"{self.kind}: {first}" if first else self.kind
 
 
@@ -147,7 +147,7 @@ def _what(end: End, who: str, alone: bool) -> tuple[list[str], str]:
         return [f"{who} {said}"], help
     if report.kind == "SystemExit":
         found = "search the script for this text, which it gave to `sys.exit`"
-        return [f"{who} ended: {_cut(report.text)}"], found
+        return [f"{who} ended: {_shortened(report.text)}"], found
     if not report.ours:
         return [f"{who} failed: {report.line}"], "read the traceback above, and mend the script"
     problem, *rest = printed_lines(report.text)
@@ -188,6 +188,6 @@ def stop(number: signal.Signals, killed: Sequence[int], grace: float, hurried: b
     )
 
 
-def _cut(text: str) -> str:
+def _shortened(text: str) -> str:
     text = printable(text.strip())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -30,7 +30,7 @@ from meshwright.compiler.layout.layout import (
     unshard,
     whole,
 )
-from meshwright.compiler.layout.local_steps import Permute, Reshape, Select
+from meshwright.compiler.layout.local_ops import Permute, Reshape, Select
 from meshwright.compiler.layout.mesh import Mesh
 from tests.compiler.spellings import OBLONG, SQUARE, dims, distinct, states
 from tests.compiler.wires import run_transfer
@@ -373,7 +373,7 @@ def test_bytes_are_those_of_the_bandwidth_optimal_algorithm(wire, numel, sent):
             (
                 "`all_reduce` over `tp` goes from partial to replicated, not from split to "
                 "replicated\n  at: [4@tp] to [4]\n"
-                "  help: ask `reshard.steps` for the steps between two layouts"
+                "  help: ask `reshard.collectives` for the collectives between two layouts"
             ),
         ),
         (
@@ -388,7 +388,7 @@ def test_bytes_are_those_of_the_bandwidth_optimal_algorithm(wire, numel, sent):
             split((8,), {0: "dp"}),
             (
                 "`8@(tp, dp)` to `8@dp` is not a move of `tp`\n"
-                "  help: ask `reshard.steps` for the steps between two layouts"
+                "  help: ask `reshard.collectives` for the collectives between two layouts"
             ),
         ),
         (

@@ -21,7 +21,7 @@ from meshwright.compiler.layout.layout import (
     whole,
 )
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.reshard import Step, cost, steps
+from meshwright.compiler.layout.reshard import Collective, collectives, cost
 from tests.compiler.layout.test_collectives import (
     CASES,
     check_equal_copies,
@@ -46,24 +46,24 @@ def test_any_layout_becomes_any_other_and_its_cotangent_comes_back(shape, mesh, 
         lost = [axis for axis in source.varying if target.state(axis) in ("replicated", "partial")]
         if lost:
             with pytest.raises(LayoutError, match="can not become"):
-                steps(source, target, mesh)
+                collectives(source, target, mesh)
         else:
             check_chain(source, target, mesh)
 
 
 def check_chain(source, target, mesh):
-    chain = steps(source, target, mesh)
+    chain = collectives(source, target, mesh)
     assert bool(chain) == (source.canonical(mesh) != target.canonical(mesh))
     assert all(a.target == b.source for a, b in itertools.pairwise(chain))
     value = torch.randn(source.shape, dtype=torch.float64)
     held = first = hold(value, source, mesh)
-    for step in chain:
-        held = run_transfer(step.transfer(mesh), held, mesh)
+    for collective in chain:
+        held = run_transfer(collective.transfer(mesh), held, mesh)
     check_equal_copies(held, target, mesh)
     torch.testing.assert_close(unshard(held, target, mesh), value)
     cotangent = last = hold(torch.randn(source.shape, dtype=torch.float64), target.dual(), mesh)
-    for step in reversed(chain):
-        cotangent = run_transfer(step.adjoint().transfer(mesh), cotangent, mesh)
+    for collective in reversed(chain):
+        cotangent = run_transfer(collective.adjoint().transfer(mesh), cotangent, mesh)
     left = pairing(last, held, target, mesh)
     torch.testing.assert_close(left, pairing(cotangent, first, source, mesh))
     check_cost(source, target, chain, mesh)
@@ -72,22 +72,25 @@ def check_chain(source, target, mesh):
 def check_cost(source, target, chain, mesh):
     """The cost is what the wires of the chain and of its adjoints send."""
     assert cost(source, target, 4, mesh, False) == pytest.approx(sum(sent(s, mesh) for s in chain))
-    both = sum(sent(step, mesh) + sent(step.adjoint(), mesh) for step in chain)
+    both = sum(sent(collective, mesh) + sent(collective.adjoint(), mesh) for collective in chain)
     assert cost(source, target, 4, mesh, True) == pytest.approx(both)
 
 
-def sent(step, mesh):
-    """The bytes of a step's wire, with elements of 4 bytes, by running its first half."""
-    transfer = step.transfer(mesh)
+def sent(collective, mesh):
+    """The bytes of a collective's wire, with elements of 4 bytes, by running its first half."""
+    transfer = collective.transfer(mesh)
     if transfer.wire is None:
         return 0
-    held = torch.zeros(step.source.local_shape(mesh))
+    held = torch.zeros(collective.source.local_shape(mesh))
     given = run_transfer(type(transfer)(transfer.before, None, ()), [held] * mesh.num_ranks, mesh)
     return bytes_sent(transfer.wire, given[0].numel(), 4, mesh)
 
 
 def spelt(source, target, mesh=MESH):
-    return [f"{step.kind}({', '.join(step.axes)})" for step in steps(source, target, mesh)]
+    return [
+        f"{collective.kind}({', '.join(collective.axes)})"
+        for collective in collectives(source, target, mesh)
+    ]
 
 
 X = replicated((8, 16))
@@ -172,9 +175,11 @@ def collective_edges(shape, mesh, differentiable):
     edges = {}
     for kind in set(COLLECTIVES) - {"permute", "broadcast", "reduce"}:
         for axes, source, target, _ in transfers(kind, shape, mesh, 1):
-            step = Step(kind, axes, source.canonical(mesh), target.canonical(mesh))
-            size = sent(step, mesh) + (sent(step.adjoint(), mesh) if differentiable else 0)
-            edges.setdefault(step.source, []).append((size / 4, step.target))
+            collective = Collective(kind, axes, source.canonical(mesh), target.canonical(mesh))
+            size = sent(collective, mesh) + (
+                sent(collective.adjoint(), mesh) if differentiable else 0
+            )
+            edges.setdefault(collective.source, []).append((size / 4, collective.target))
     return edges
 
 
@@ -248,14 +253,18 @@ def test_a_pending_max_costs_no_adjoint():
 )
 def test_what_can_not_be_resharded_says_why(source, target, text):
     with pytest.raises(LayoutError) as caught:
-        steps(source, target, MESH)
+        collectives(source, target, MESH)
     assert str(caught.value) == text
 
 
 def test_every_kind_that_a_chain_may_hold_is_in_the_table():
-    kinds = {step.kind for target in layouts((4, 2), SQUARE, 1) for step in steps_from(target)}
+    kinds = {
+        collective.kind
+        for target in layouts((4, 2), SQUARE, 1)
+        for collective in collectives_from(target)
+    }
     assert kinds <= set(COLLECTIVES)
 
 
-def steps_from(target):
-    return steps(replicated((4, 2)), target, SQUARE)
+def collectives_from(target):
+    return collectives(replicated((4, 2)), target, SQUARE)

@@ -68,20 +68,20 @@ class KeepFirst:
 
 
 @dataclass(frozen=True, slots=True)
-class Pieces:
-    """Split along `dim` into lengths, run each piece's steps, concatenate along `into`."""
+class BySegment:
+    """Divide `dim` into lengths, run the operations of each, concatenate along `into`."""
 
     dim: int
     into: int
-    parts: tuple[tuple[int, tuple[LocalStep, ...]], ...]
+    segments: tuple[tuple[int, tuple[LocalOp, ...]], ...]
 
 
-LocalStep: TypeAlias = "Reshape | Permute | Select | Place | Take | Spread | KeepFirst | Pieces"
+LocalOp: TypeAlias = "Reshape | Permute | Select | Place | Take | Spread | KeepFirst | BySegment"
 
 
-def apply(step: LocalStep, tensor: Tensor, coords: Mapping[str, int], mesh: Mesh) -> Tensor:
-    """Interpret one step on the rank at `coords`."""
-    match step:
+def apply(op: LocalOp, tensor: Tensor, coords: Mapping[str, int], mesh: Mesh) -> Tensor:
+    """Interpret one operation on the rank at `coords`."""
+    match op:
         case Reshape(shape):
             return tensor.reshape(shape)
         case Permute(order):
@@ -98,28 +98,28 @@ def apply(step: LocalStep, tensor: Tensor, coords: Mapping[str, int], mesh: Mesh
             padded = tensor.new_zeros((*tensor.shape[:dim], size, *tensor.shape[dim:]))
             padded.select(dim, mesh.position(coords, axes)).copy_(tensor)
             return padded
-        case Pieces(dim, into, parts):
-            pieces = torch.split_with_sizes(tensor, [length for length, _ in parts], dim)
+        case BySegment(dim, into, segments):
+            given = torch.split_with_sizes(tensor, [length for length, _ in segments], dim)
             done = [
-                apply_all(steps, piece, coords, mesh)
-                for piece, (_, steps) in zip(pieces, parts, strict=True)
+                apply_all(inner, each, coords, mesh)
+                for each, (_, inner) in zip(given, segments, strict=True)
             ]
             return torch.cat(done, into)
 
 
 def apply_all(
-    steps: Iterable[LocalStep], tensor: Tensor, coords: Mapping[str, int], mesh: Mesh
+    ops: Iterable[LocalOp], tensor: Tensor, coords: Mapping[str, int], mesh: Mesh
 ) -> Tensor:
-    """Interpret steps in order."""
-    for step in steps:
-        tensor = apply(step, tensor, coords, mesh)
+    """Interpret operations in order."""
+    for op in ops:
+        tensor = apply(op, tensor, coords, mesh)
     return tensor
 
 
-def shape_after(steps: Iterable[LocalStep], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a rank's tensor after steps."""
-    for step in steps:
-        match step:
+def shape_after(ops: Iterable[LocalOp], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a rank's tensor after operations."""
+    for op in ops:
+        match op:
             case Reshape(new):
                 shape = new
             case Permute(order):
@@ -130,12 +130,12 @@ def shape_after(steps: Iterable[LocalStep], shape: tuple[int, ...]) -> tuple[int
                 shape = (*shape[:dim], size, *shape[dim:])
             case Spread(size):
                 shape = (size, *shape)
-            case Pieces(dim, into, parts):
+            case BySegment(dim, into, segments):
                 shapes = [
                     shape_after(inner, (*shape[:dim], length, *shape[dim + 1 :]))
-                    for length, inner in parts
+                    for length, inner in segments
                 ]
-                total = sum(part[into] for part in shapes)
+                total = sum(each[into] for each in shapes)
                 shape = (*shapes[0][:into], total, *shapes[0][into + 1 :])
             case KeepFirst():
                 pass

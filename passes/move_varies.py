@@ -32,7 +32,7 @@ SLACK = 1 << 20
 """Bytes by which parameters may exceed what is made of them: a message saved is worth that much."""
 
 
-def vary(graph: Graph) -> Graph:
+def move_varies(graph: Graph) -> Graph:
     """The graph with its `vary` nodes moved up to parameters, joined and chained."""
     if all(node.op != VARY for node in graph.nodes):
         return graph

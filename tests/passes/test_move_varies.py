@@ -1,4 +1,4 @@
-"""The pass `vary`: the all-reduce that a `vary` becomes is where it is cheapest."""
+"""The pass `move_varies`: the all-reduce that a `vary` becomes is where it is cheapest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meshwright.compiler.graph.ir import MeshOp
-from meshwright.passes import vary
+from meshwright.passes import move_varies
 from tests.equivalence import check_equal
 from tests.models import real
 from tests.passes.examples import Places, sequences
@@ -17,7 +17,9 @@ from tests.passes.stages import check_documented, shown, stages
 def test_the_docstring_shows_a_position_embedding_before_and_after() -> None:
     found = stages(Places(repeated=False), sequences(64), "mesh dp=2\ndata x over dp\n")
     names = "embedding", "vary", "mul"
-    check_documented(vary, shown(found["hoist"], *names), shown(found["vary"], *names))
+    check_documented(
+        move_varies, shown(found["hoist"], *names), shown(found["move_varies"], *names)
+    )
 
 
 class Grouped(nn.Module):

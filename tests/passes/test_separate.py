@@ -1,4 +1,4 @@
-"""The pass `split`: forward and backward, and what is handed over."""
+"""The pass `separate`: forward and backward, and what is handed over."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 import meshwright
 from meshwright.compiler.graph.ir import Graph, OutputKind
-from meshwright.passes import split as passed
-from meshwright.passes.split import split_graph
+from meshwright.passes import separate as passed
+from meshwright.passes.separate import separate_graph
 from tests.passes.examples import Blocks, Mlp, rows, sequences
 from tests.passes.stages import check_documented, shown, stages
 
@@ -29,7 +29,7 @@ def popped(graph: Graph) -> list[str]:
 def test_the_docstring_shows_a_saved_value_before_and_after() -> None:
     joint = stages(Mlp(), rows(), "mesh tp=2\ncolumns up over tp\nrows down over tp\n")["bucket"]
     names = "linear", "relu", "threshold_backward"
-    forward, backward = split_graph(joint, regather=lambda node: False)
+    forward, backward = separate_graph(joint, regather=lambda node: False)
     check_documented(
         passed,
         shown(joint, *names),

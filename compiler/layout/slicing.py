@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.cuts import Cut, Part, dim_of, merged, parts_of
+from meshwright.compiler.layout.cuts import Cut, Interval, dim_of, intervals_of, merged
 from meshwright.compiler.layout.layout import Dim, cut, dim_axes, dim_size, format_dim, whole
 from meshwright.compiler.layout.mesh import Mesh
 
@@ -17,15 +17,15 @@ def slice_dim(dim: Dim, start: int, stop: int, mesh: Mesh) -> Dim:
     """The elements from `start` up to `stop`, which must be whole periods of the cuts."""
     if not dim_axes(dim):
         return whole(stop - start)
-    found: list[Part] = []
+    found: list[Interval] = []
     position = 0
-    for part in parts_of(dim, mesh):
-        low, high = max(start, position), min(stop, position + part.length)
+    for interval in intervals_of(dim, mesh):
+        low, high = max(start, position), min(stop, position + interval.length)
         if low < high:
-            if (low - position) % part.period or (high - low) % part.period:
+            if (low - position) % interval.period or (high - low) % interval.period:
                 raise _refused(f"`{start}:{stop}` of `{format_dim(dim)}`")
-            found.append(Part(high - low, part.cuts))
-        position += part.length
+            found.append(Interval(high - low, interval.cuts))
+        position += interval.length
     if not found:
         raise _refused(f"no element of `{format_dim(dim)}`")
     return dim_of(merged(found))
@@ -33,10 +33,10 @@ def slice_dim(dim: Dim, start: int, stop: int, mesh: Mesh) -> Dim:
 
 def extend_dim(dim: Dim, start: int, size: int, mesh: Mesh) -> Dim:
     """A dim of `size` under the same cuts, of which `dim` is the slice that begins at `start`."""
-    parts = parts_of(dim, mesh)
-    if len(parts) > 1 or start % parts[0].period or size % parts[0].period:
+    intervals = intervals_of(dim, mesh)
+    if len(intervals) > 1 or start % intervals[0].period or size % intervals[0].period:
         raise _refused(f"`{format_dim(dim)}` at {start} of {size}")
-    return dim_of((Part(size, parts[0].cuts),))
+    return dim_of((Interval(size, intervals[0].cuts),))
 
 
 def join_dims(dims: Iterable[Dim], mesh: Mesh) -> Dim:
@@ -44,23 +44,23 @@ def join_dims(dims: Iterable[Dim], mesh: Mesh) -> Dim:
     dims = tuple(dims)
     if len({frozenset(dim_axes(dim)) for dim in dims}) > 1:
         raise _refused(" after ".join(f"`{format_dim(dim)}`" for dim in dims))
-    return dim_of(merged(part for dim in dims for part in parts_of(dim, mesh)))
+    return dim_of(merged(interval for dim in dims for interval in intervals_of(dim, mesh)))
 
 
 def repeat_dim(dim: Dim, count: int, mesh: Mesh) -> Dim:
     """The whole dim `count` times over."""
-    return dim_of(merged(parts_of(dim, mesh) * count))
+    return dim_of(merged(intervals_of(dim, mesh) * count))
 
 
 def interleave_dim(dim: Dim, count: int, mesh: Mesh) -> Dim:
     """Each element `count` times."""
     return dim_of(
         merged(
-            Part(
-                part.length * count,
-                tuple(Cut(item.stride * count, item.size, item.axis) for item in part.cuts),
+            Interval(
+                interval.length * count,
+                tuple(Cut(item.stride * count, item.size, item.axis) for item in interval.cuts),
             )
-            for part in parts_of(dim, mesh)
+            for interval in intervals_of(dim, mesh)
         )
     )
 

@@ -1,4 +1,4 @@
-"""Split the joint graph of a step into its forward and its backward.
+"""Separate the joint graph of a step into its forward and its backward.
 
 Before:  linear: f32[8, 64@tp]             = linear(x, up_weight, up_bias)
          relu: f32[8, 64@tp]               = relu(linear)
@@ -55,16 +55,16 @@ _VIEWS = {
 _GATHERS = {MeshOp("all_gather"), MeshOp("all_gather_replicated")}
 
 
-def split(draft: Draft) -> Draft:
+def separate(draft: Draft) -> Draft:
     """`draft` with its forward and its backward apart; a graph without gradients is a forward."""
     graph = draft.graph
     if not graph.outputs_of(OutputKind.GRADIENT):
         return replace(draft, parts=(replace(graph, name="stage0.forward"),))
     regather = partial(gathers_again, draft.regions)
-    return replace(draft, parts=split_graph(graph, regather=regather))
+    return replace(draft, parts=separate_graph(graph, regather=regather))
 
 
-def split_graph(graph: Graph, *, regather: Callable[[Node], bool]) -> tuple[Graph, Graph]:
+def separate_graph(graph: Graph, *, regather: Callable[[Node], bool]) -> tuple[Graph, Graph]:
     """The forward and the backward of a joint graph.
 
     `regather` says of a gathered activation whether it is gathered again rather than kept.
