@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from meshwright.compiler.capture import Captured
-from meshwright.compiler.codegen.printing import Code, generate
+from meshwright.compiler.codegen.instructions import Instructions
+from meshwright.compiler.codegen.lowering import lowered
+from meshwright.compiler.codegen.ordering import ordered
+from meshwright.compiler.codegen.printing import Code, printed
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, TensorType
 from meshwright.compiler.graph.text import exact_text
 from meshwright.compiler.layout.layout import Layout
@@ -90,12 +93,19 @@ class Compiled:
         return self.step.graphs
 
     @cached_property
+    def instructions(self) -> tuple[Instructions, ...]:
+        """What each rank does for each graph, in order."""
+        found: list[Instructions] = []
+        num_wires = 0
+        for graph in self.graphs().values():
+            found.append(ordered(lowered(graph, first_wire=num_wires)))
+            num_wires += len(found[-1].exchanges)
+        return tuple(found)
+
+    @cached_property
     def code(self) -> tuple[Code, ...]:
         """The generated code of the forward and, in training, the backward."""
-        forward = generate(self.step.forward)
-        if self.step.backward is None:
-            return (forward,)
-        return forward, generate(self.step.backward, first_wire=len(forward.wires))
+        return tuple(printed(each) for each in self.instructions)
 
     @cached_property
     def digest(self) -> str:

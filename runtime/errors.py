@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Iterable, Sequence
 
 from meshwright.compiler.codegen.printing import Code
-from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.layout.collectives import Wire
 from meshwright.dsl.errors import MeshwrightError, one_line
@@ -67,16 +66,15 @@ class OperatorError(RunError):
     """
 
 
-def operator_error(error: Exception, code: Code, graph: Graph) -> OperatorError:
-    """The error for one that an operator of `graph` raised, as its generated `code` ran."""
+def operator_error(error: Exception, code: Code) -> OperatorError:
+    """The error for one that an operator raised as generated `code` ran."""
     problem = one_line(str(error).partition("\n")[0]) or type(error).__name__
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename == f"<meshwright {code.name}>" and frame.lineno
     ]
-    written = code.source.splitlines()[lines[-1] - 1].split() if lines else [""]
-    node = next((n for n in graph.nodes if n.name == written[0].rstrip(",")), None)
+    node = code.nodes[lines[-1] - 1] if lines else None
     module = f"`{node.origin.module}`" if node is not None and node.origin.module else "the model"
     what = "an operator" if node is None else f"`{op_text(node.op)}`"
     return OperatorError(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meshwright.compiler.codegen.instructions import RankContext
 from meshwright.compiler.codegen.linking import RandomState
-from meshwright.compiler.codegen.printing import Pending, RankContext
+from meshwright.compiler.codegen.printing import Pending
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node, OutputKind
@@ -105,7 +106,7 @@ class RankStep:
             )
         ]
         context = RankContext(state.mesh, state.coords, state.device, state.random, buckets)
-        self.codes, self.graphs = program.code, list(step.graphs.values())
+        self.codes = program.code
         self.functions = [code.link(context) for code in self.codes]
         self.outputs = [o for o in step.forward.outputs if o.kind is not OutputKind.SAVED]
         self.held = {o.label for o in self.outputs if storage(o.node).op == INPUT}
@@ -141,15 +142,19 @@ class RankStep:
         counts when `commit` has been called; `undo` makes it as if it had not been.
         """
         self._kept = []
-        outputs, saved = yield from self._graph(0, arguments, [])
+        saved: list[Any] = []
+        reductions: tuple[Pending, ...] = ()
+        outputs, _ = yield from self._graph(0, arguments, saved)
         if len(self.functions) > 1:
             self._kept = [(bucket, bucket.keep()) for bucket in self.buckets]
-            yield from self._graph(1, arguments, saved)
+            _, reductions = yield from self._graph(1, arguments, saved)
         results: dict[str, Tensor] = {}
         for output, value in zip(self.outputs, outputs, strict=True):
-            result = (yield Wait(value.handle)) if type(value) is Pending else value
+            result = (yield from _arrived(value)) if type(value) is Pending else value
             label = output.label
             results[label] = result.clone() if label in self.held else result
+        for reduction in reductions:
+            yield from _arrived(reduction)
         return results
 
     def commit(self, results: dict[str, Tensor]) -> None:
@@ -174,7 +179,15 @@ class RankStep:
         except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, (MeshwrightError, torch.OutOfMemoryError)):
                 raise
-            raise operator_error(error, self.codes[number], self.graphs[number]) from error
+            raise operator_error(error, self.codes[number]) from error
+
+
+def _arrived(pending: Pending) -> Generator[Any, Any, Tensor]:
+    """Wait for a value, and put it where it belongs."""
+    value: Tensor = yield Wait(pending.handle)
+    if pending.into is not None and value is not pending.into:
+        pending.into.copy_(value)
+    return value
 
 
 class _Inputs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meshwright.compiler.codegen.printing import generate
+from meshwright.compiler.codegen.lowering import lowered
 from meshwright.compiler.graph.ir import (
     INPUT,
     Arg,
@@ -61,5 +61,5 @@ def test_collectives_share_a_transfer_where_they_move_the_same(
     calls: list[tuple[str, Layout, dict[str, Arg]]], transfers: int
 ) -> None:
     graph = two_of(*calls)
-    assert len(generate(graph).wires) == transfers
+    assert len(lowered(graph).exchanges) == transfers
     assert len(ledger([graph])) == transfers

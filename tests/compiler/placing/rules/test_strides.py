@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from meshwright.compiler.codegen import printing as codegen
 from meshwright.compiler.codegen.functions import FAST
+from meshwright.compiler.codegen.lowering import OUT
 from meshwright.compiler.graph.ir import MeshOp
 from tests.compiler.placing.rules.brute import Sample
 from tests.compiler.placing.rules.samples import SAMPLES
@@ -60,7 +60,7 @@ BUCKETED = {
 
 @pytest.mark.parametrize("op", BUCKETED, ids=str)
 def test_a_gradient_written_into_its_bucket_takes_operands_of_any_strides(op: Any) -> None:
-    assert set(BUCKETED) == codegen._OUT
+    assert set(BUCKETED) == OUT
     operands, function = BUCKETED[op], FAST[op][1]
     expected = function(*operands)
     bucket = torch.zeros(3 * expected.numel(), dtype=expected.dtype)

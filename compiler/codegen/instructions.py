@@ -1,0 +1,255 @@
+"""The instructions of one rank: what stands between a graph and its source.
+
+A graph becomes one list of them. Overlap orders it, code generation prints it, and the memory of a
+step is found by walking it: what is predicted is what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+
+from meshwright.compiler.codegen.linking import RandomState
+from meshwright.compiler.graph.ir import Node
+from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.local_ops import Permute, Reshape
+from meshwright.compiler.layout.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class RankContext:
+    """What is linked into a rank's copy of the generated functions."""
+
+    mesh: Mesh
+    coords: Mapping[str, int]
+    device: torch.device
+    random: RandomState
+    buckets: Mapping[str, tuple[torch.Tensor, ...]]
+    """By bucket node: the flat buffer, then its views, one for each gradient."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A value that the function holds until it is freed."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Something linked before the function runs; `recipe` makes it for one rank."""
+
+    name: str
+    recipe: Callable[[RankContext], Any] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class BucketView:
+    """Memory of a bucket: the whole flat buffer, or the part of the gradient at `index`."""
+
+    bucket: str
+    index: int | None = None
+
+    @property
+    def name(self) -> str:
+        """What generated code calls it."""
+        return f"_{self.bucket}_flat" if self.index is None else f"_{self.bucket}_part{self.index}"
+
+    def recipe(self, context: RankContext) -> torch.Tensor:
+        """The tensor of one rank."""
+        return context.buckets[self.bucket][0 if self.index is None else self.index + 1]
+
+
+Value: TypeAlias = "Variable | BucketView"
+Operand: TypeAlias = Any  # Value | Constant | number | str | bool | None | tuple of those
+Rearranging: TypeAlias = "tuple[Reshape | Permute | Constant, ...]"
+"""Local steps, one after another; a constant is a function of one tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Take:
+    """Take the last of the saved values."""
+
+    target: Variable
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One result of several."""
+
+    target: Variable
+    source: Value
+    index: int
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Call a function; with `out` it writes its result there, and nothing else holds it."""
+
+    target: Variable | None
+    function: Constant
+    args: tuple[Operand, ...]
+    kwargs: Mapping[str, Operand]
+    node: Node
+    out: BucketView | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy a value into a bucket."""
+
+    source: Value
+    out: BucketView
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Rearrange:
+    """Apply local steps; the target may be the source, whose old value is then gone."""
+
+    target: Variable
+    source: Value
+    steps: Rearranging
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Run a wire and wait for it: a start and its wait with nothing in between.
+
+    The operand goes through `steps` first; with `donate` the transport may overwrite it. Where
+    `into` is given the result ends there, and `target` is a name for it.
+    """
+
+    target: Variable
+    wire: Wire
+    source: Value
+    steps: Rearranging
+    donate: bool
+    into: BucketView | None
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Begin an exchange; the handle keeps its operand until the wait."""
+
+    handle: Variable
+    exchange: Exchange
+
+    @property
+    def node(self) -> Node:
+        """The collective."""
+        return self.exchange.node
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wait for a handle: from here on the target of the exchange is there."""
+
+    handle: Variable
+    exchange: Exchange
+
+    @property
+    def node(self) -> Node:
+        """The collective."""
+        return self.exchange.node
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Let go of variables; what nothing else holds is free memory."""
+
+    variables: tuple[Variable, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """Hand values over to the graph that takes them, the last one first."""
+
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """A result that whoever calls the function waits for."""
+
+    handle: Variable
+    exchange: Exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Return:
+    """Return the outputs, and what is under way into buckets."""
+
+    results: tuple[Value | UnderWay, ...]
+    reductions: tuple[UnderWay, ...] = ()
+
+
+Instruction: TypeAlias = (
+    "Take | Item | Call | Copy | Rearrange | Exchange | Start | Wait | Free | Save | Return"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """What each rank does for a graph, in order; `inputs` are the variables it begins with."""
+
+    name: str
+    inputs: tuple[Variable, ...]
+    body: tuple[Instruction, ...]
+
+    @property
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """Every exchange, in the order in which they are started."""
+        started = (each.exchange if isinstance(each, Start) else each for each in self.body)
+        return tuple(each for each in started if isinstance(each, Exchange))
+
+
+def reads(instruction: Instruction) -> Iterator[Value]:
+    """The values that an instruction needs, repeats included."""
+    match instruction:
+        case Call(args=args, kwargs=kwargs):
+            yield from values_in((args, *kwargs.values()))
+        case Item(source=source) | Copy(source=source) | Rearrange(source=source):
+            yield source
+        case Exchange(source=source) | Start(exchange=Exchange(source=source)):
+            yield source
+        case Wait(handle=handle):
+            yield handle
+        case Save(values=values):
+            yield from values
+        case Return(results, reductions):
+            for each in (*results, *reductions):
+                yield each.handle if isinstance(each, UnderWay) else each
+        case Take() | Free():
+            pass
+
+
+def target(instruction: Instruction) -> Variable | None:
+    """The variable that an instruction gives a value."""
+    match instruction:
+        case Take(target=found) | Item(target=found) | Call(target=found):
+            return found
+        case Rearrange(target=found) | Exchange(target=found):
+            return found
+        case Wait(exchange=exchange):
+            return exchange.target
+        case Start(handle=handle):
+            return handle
+        case _:
+            return None
+
+
+def values_in(operand: Operand) -> Iterator[Value]:
+    """Every value inside a nested operand."""
+    if isinstance(operand, (Variable, BucketView)):
+        yield operand
+    elif isinstance(operand, (tuple, list)):
+        for item in operand:
+            yield from values_in(item)

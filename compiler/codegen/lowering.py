@@ -1,0 +1,238 @@
+"""Lower a graph to instructions, in its own order: every collective is waited for at once."""
+
+from __future__ import annotations
+
+import keyword
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from meshwright.compiler.codegen.functions import FAST
+from meshwright.compiler.codegen.instructions import (
+    BucketView,
+    Call,
+    Constant,
+    Copy,
+    Exchange,
+    Instruction,
+    Instructions,
+    Item,
+    Operand,
+    RankContext,
+    Rearrange,
+    Rearranging,
+    Return,
+    Save,
+    Take,
+    Value,
+    Variable,
+)
+from meshwright.compiler.codegen.linking import BINDINGS, bind
+from meshwright.compiler.codegen.local import local_args
+from meshwright.compiler.graph.aliasing import IDENTITIES
+from meshwright.compiler.graph.ir import GETITEM, INPUT, Arg, Graph, MeshOp, Node, OutputKind
+from meshwright.compiler.graph.transfers import TransferKey, transfer_key
+from meshwright.compiler.layout.collectives import COLLECTIVES, Transfer, Wire, plan_transfer
+from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, apply_all
+
+aten = torch.ops.aten
+
+OUT = {aten.mm.default, aten.sum.dim_IntList, aten.add.Tensor}
+"""Operators that can write straight into a bucket."""
+
+_FRESH = {
+    aten.mm.default, aten.matmul.default, aten.linear.default, aten.bmm.default,
+    aten.add.Tensor, aten.sum.default, aten.sum.dim_IntList, MeshOp("embedding"),
+}  # fmt: skip
+"""Operators whose result is memory of its own, which a collective may overwrite."""
+
+_HANDLED = {"device", "layout", "pin_memory"}
+"""Keywords of factories that are written here or left out."""
+
+_DEVICE = Constant("_device", lambda context: context.device)
+
+
+def lowered(graph: Graph, *, first_wire: int = 0) -> Instructions:
+    """The instructions of a graph; its wires are numbered from `first_wire`."""
+    return _Lowering(graph, first_wire).run()
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, first_wire: int) -> None:
+        self.graph, self.mesh, self.num_wires = graph, graph.mesh, first_wire
+        self.users, self.returned = graph.users(), graph.returned
+        self.body: list[Instruction] = []
+        self.constants: dict[str, Constant] = {}
+        self.values: dict[Node, Value] = {}
+        self.names: set[str] = set()
+        self.shared: dict[TransferKey, Value] = {}
+        self.slots: dict[Node, list[BucketView]] = {}
+        """The places in buckets that a node's value goes to."""
+        for node in graph.nodes:
+            if node.op == MeshOp("bucket"):
+                for i, part in enumerate(node.args):
+                    self.slots.setdefault(part, []).append(BucketView(node.name, i))
+
+    def run(self) -> Instructions:
+        inputs = tuple(self._variable(node) for node in self.graph.inputs)
+        for node in self.graph.nodes:
+            if node.op != INPUT:
+                self._node(node)
+            if node in self.slots and not self._writes_into_bucket(node):
+                # At once, so that its own memory is free again.
+                self.body += [Copy(self.values[node], slot, node) for slot in self.slots[node]]
+        self._return()
+        return Instructions(self.graph.name, inputs, tuple(self.body))
+
+    def _variable(self, node: Node) -> Variable:
+        name = node.name
+        if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+            name = f"v_{''.join(c if c.isalnum() else '_' for c in name)}"
+        while not self.names.isdisjoint((name, f"{name}_handle")):
+            name += "_"
+        self.names |= {name, f"{name}_handle"}
+        found = self.values[node] = Variable(name)
+        return found
+
+    def _constant(self, stem: str, recipe: Callable[[RankContext], Any]) -> Constant:
+        """A constant of one node, under a name of its own."""
+        name = f"_{stem}{len(self.constants)}_"
+        found = self.constants[name] = Constant(name, recipe)
+        return found
+
+    def _fixed(self, stem: str, value: Any) -> Constant:
+        """A constant that is the same on every rank and for every node."""
+        name = f"_{stem}"
+        return self.constants.setdefault(name, Constant(name, lambda _: value))
+
+    def _node(self, node: Node) -> None:
+        op = node.op
+        if op in IDENTITIES:
+            self.values[node] = self.values[node.args[0]]
+        elif op == MeshOp("saved"):
+            self.body.append(Take(self._variable(node), node))
+        elif op == GETITEM:
+            source = self.values[node.args[0]]
+            self.body.append(Item(self._variable(node), source, node.args[1], node))
+        elif op == MeshOp("bucket"):
+            self.values[node] = BucketView(node.name)
+        elif op == MeshOp("bucket_item"):
+            source = self.values[node.args[0]]
+            assert isinstance(source, BucketView), node.name
+            self.values[node] = BucketView(source.bucket, node.args[1])
+        elif isinstance(op, MeshOp) and op.name in COLLECTIVES:
+            self._collective(node)
+        elif isinstance(op, MeshOp) and op.name in BINDINGS:
+            kernel = self._constant(
+                op.name, lambda c: bind(node, c.mesh, c.coords, c.random, c.device)
+            )
+            operands = tuple(self.values[operand] for operand in node.operands())
+            self.body.append(Call(self._variable(node), kernel, operands, {}, node))
+        else:
+            self._torch(node)
+
+    def _torch(self, node: Node) -> None:
+        """A call of torch on local sizes, written into a bucket where that is all it is for."""
+        assert not isinstance(node.op, MeshOp), node.op
+        results = node.layout if isinstance(node.layout, tuple) else (node.placed,)
+        operands = [operand.placed for operand in node.operands()]
+        args, kwargs = local_args(node.op, node.args, node.kwargs, operands, results, self.mesh)
+        if node.op in FAST:
+            function = self._fixed(*FAST[node.op])
+        else:
+            function = self._fixed(str(node.op).replace(".", "_"), node.op)
+        given = {key: self._operand(v) for key, v in kwargs.items() if key not in _HANDLED}
+        if any(argument.name == "device" for argument in node.op._schema.arguments) and (
+            "device" in kwargs or not operands
+        ):
+            given["device"] = _DEVICE
+        out = self.slots[node][0] if self._writes_into_bucket(node) else None
+        place = None if out else self._variable(node)
+        if out:
+            self.values[node] = out
+        positional = tuple(self._operand(arg) for arg in args)
+        self.body.append(Call(place, function, positional, given, node, out))
+
+    def _operand(self, arg: Arg) -> Operand:
+        if isinstance(arg, Node):
+            return self.values[arg]
+        if isinstance(arg, (tuple, list)):
+            return tuple(self._operand(item) for item in arg)
+        if isinstance(arg, (torch.dtype, torch.memory_format, torch.layout)):
+            return self._fixed(str(arg).replace(".", "_"), arg)
+        if isinstance(arg, torch.device):
+            return _DEVICE
+        plain = isinstance(arg, (bool, int, str)) or arg is None
+        if plain or (isinstance(arg, float) and math.isfinite(arg)):
+            return arg
+        return self._constant("constant", lambda _: arg)
+
+    def _writes_into_bucket(self, node: Node) -> bool:
+        """Whether a gradient is computed where it is kept."""
+        places = self.slots.get(node, ())
+        return node.op in OUT and len(places) == 1 and len(self.users[node]) == 1
+
+    def _collective(self, node: Node) -> None:
+        assert isinstance(node.op, MeshOp)
+        options = {key: value for key, value in node.kwargs.items() if key != "axes"}
+        source: Node = node.args[0]
+        axes = node.kwargs["axes"]
+        transfer = plan_transfer(
+            node.op.name, axes, source.placed, node.placed, self.mesh, **options
+        )
+        key = transfer_key(node)
+        if transfer.wire is None:
+            steps = self._steps(transfer.before + transfer.after)
+            self.values[node] = given = self.values[source]
+            if steps:
+                self.body.append(Rearrange(self._variable(node), given, steps, node))
+        elif key in self.shared:
+            self.values[node] = self.shared[key]
+        else:
+            self._exchange(node, transfer, transfer.wire)
+            self.shared[key] = self.values[node]
+
+    def _exchange(self, node: Node, transfer: Transfer, wire: Wire) -> None:
+        source: Node = node.args[0]
+        given, before = self.values[source], self._steps(transfer.before)
+        wire = replace(wire, index=self.num_wires)
+        self.num_wires += 1
+        found = self._variable(node)
+        donate = self._may_overwrite(source) and not before
+        into = given if isinstance(given, BucketView) else None
+        self.body.append(Exchange(found, wire, given, before, donate, into, node))
+        if transfer.after:
+            self.body.append(Rearrange(found, found, self._steps(transfer.after), node))
+        if into is not None:
+            self.values[node] = into
+
+    def _may_overwrite(self, node: Node) -> bool:
+        if len(self.users[node]) > 1 or node in self.returned:
+            return False
+        return node.op == MeshOp("bucket") or node.op in _FRESH
+
+    def _steps(self, steps: Sequence[LocalOp]) -> Rearranging:
+        """Local steps, bound to the rank where they depend on it."""
+        return tuple(
+            step if isinstance(step, (Reshape, Permute)) else self._constant("step", _bound(step))
+            for step in steps
+        )
+
+    def _return(self) -> None:
+        outputs = self.graph.outputs
+        saved = tuple(self.values[o.node] for o in outputs if o.kind is OutputKind.SAVED)
+        if saved:
+            self.body.append(Save(saved))
+        kept = (self.values[o.node] for o in outputs if o.kind is not OutputKind.SAVED)
+        self.body.append(Return(tuple(kept)))
+
+
+def _bound(step: LocalOp) -> Callable[[RankContext], Any]:
+    def recipe(context: RankContext) -> Any:
+        coords, mesh = context.coords, context.mesh
+        return lambda tensor: apply_all((step,), tensor, coords, mesh)
+
+    return recipe

@@ -1,0 +1,137 @@
+"""The list of instructions: its order, its frees, and what is printed of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meshwright
+from meshwright.compiler.codegen.instructions import (
+    Call,
+    Copy,
+    Exchange,
+    Free,
+    Instruction,
+    Return,
+    Start,
+    UnderWay,
+    Variable,
+    Wait,
+    reads,
+    target,
+)
+from meshwright.passes import bucket
+
+PLAN = meshwright.Plan.parse("mesh dp=2\ndata x over dp\n")
+
+
+class Heads(nn.Module):
+    """Modules whose names are words of Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.yield_head, self.del_, self.x_handle = (
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.x_handle(self.del_(self.yield_head(x).relu()).relu()).square().mean()
+
+
+def layers(count: int = 4, dim: int = 64) -> tuple[nn.Module, Tensor]:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in range(count))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x).relu()
+            return x.square().mean()
+
+    return Layers(), torch.randn(8, dim)
+
+
+@pytest.mark.parametrize("mesh", ["mesh dp=1\n", "mesh dp=2\ndata x over dp\n"])
+def test_modules_may_be_called_like_words_of_python(mesh: str) -> None:
+    model, x = Heads(), torch.randn(4, 4)
+    run = meshwright.compile(model, meshwright.Plan.parse(mesh), x).launch()
+    torch.testing.assert_close(torch.as_tensor(run.step(x)), model(x).detach())
+
+
+@pytest.fixture
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket.bucket, "__kwdefaults__", {"limit": 10_000})
+
+
+def backward(program: meshwright.Program) -> tuple[Instruction, ...]:
+    return program.instructions[-1].body
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_gradients_are_reduced_while_the_backward_goes_on() -> None:
+    model, x = layers()
+    body = backward(meshwright.compile(model, PLAN, x))
+    starts = [i for i, each in enumerate(body) if isinstance(each, Start)]
+    calls = [i for i, each in enumerate(body) if isinstance(each, Call)]
+    assert len(body[-1].reductions) == len(starts) >= 3
+    for start in starts[:3]:
+        assert sum(call > start for call in calls) >= 2
+    assert not any(isinstance(each, Wait) for each in body)
+
+
+def test_a_reduction_with_nothing_left_to_do_is_waited_for_at_once() -> None:
+    model, x = layers()
+    body = backward(meshwright.compile(model, PLAN, x))
+    assert isinstance(body[-3], Exchange) and isinstance(body[-1], Return)
+    assert body[-1].reductions == ()
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_gradients_reduced_under_way_are_those_of_the_model() -> None:
+    model, x = layers()
+    run = meshwright.compile(model, PLAN, x).launch()
+    for _ in range(2):
+        run.step(x)
+        model(x).backward()
+    for name, gradient in run.gradients().items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+
+
+@pytest.mark.usefixtures("small_buckets")
+def test_values_live_from_where_they_are_made_to_their_last_use() -> None:
+    model, x = layers()
+    for each in meshwright.compile(model, PLAN, x).instructions:
+        alive = set(each.inputs)
+        used: dict[Variable, int] = {}
+        for i, instruction in enumerate(each.body):
+            found = {value for value in reads(instruction) if isinstance(value, Variable)}
+            assert found <= alive, instruction
+            made = target(instruction)
+            used |= dict.fromkeys(found | ({made} if made else set()), i)
+            alive |= {made} if made else set()
+            if isinstance(instruction, Free):
+                freed = set(instruction.variables)
+                assert freed <= alive and {used[v] for v in freed} == {i - 1}
+                alive -= freed
+
+
+def test_what_is_under_way_is_returned_once_and_read_nowhere() -> None:
+    model, x = layers()
+    forward = meshwright.compile(model, PLAN, x).instructions[0].body
+    loss = forward[-1].results[0]
+    assert isinstance(loss, UnderWay)
+    assert [i for i, each in enumerate(forward) if loss.handle in reads(each)] == [len(forward) - 1]
+
+
+def test_every_line_of_code_knows_its_node() -> None:
+    model, x = layers()
+    program = meshwright.compile(model, PLAN, x)
+    for code, each in zip(program.code, program.instructions, strict=True):
+        assert len(code.nodes) == len(code.source.splitlines())
+        named = {node.name for node in code.nodes if node is not None}
+        made = (i for i in each.body if isinstance(i, (Call, Copy, Exchange)))
+        assert {instruction.node.name for instruction in made} <= named
