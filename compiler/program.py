@@ -36,13 +36,15 @@ class Padding:
 class Stored:
     """A parameter or buffer as ranks hold it.
 
-    `name` and `type` are the model's, `layout` is that of the tensor with its padding
-    (`padded_shape`), and `requires_grad` says whether it is trained.
+    `name` and `type` are the model's, `layout` is that in which ranks store the tensor, with its
+    padding (`padded_shape`), `used` that in which operators take it, and `requires_grad` says
+    whether it is trained.
     """
 
     name: str
     type: TensorType
     layout: Layout
+    used: Layout
     requires_grad: bool
     padding: Padding | None = None
     plan_line: str = ""

@@ -77,15 +77,17 @@ class _Lines:
             self.found[node] = line
 
     def _input(self, node: Node) -> None:
-        pin = self.draft.inputs.get(input_key(node))
-        if pin is None:
-            return
-        self.found[node] = pin_lines(pin)
-        if node.args[0] != "argument":
-            self.weights[node] = self.found[node]
-        for axis in pin.layout.axes_used:
-            chosen = [s for s in pin.statements if not isinstance(s, Spread) or axis in s.over]
-            self.axes[node][axis] = (chosen or list(pin.statements))[-1].plan_line
+        key = input_key(node)
+        used, stored = self.draft.inputs.get(key), self.draft.stored.get(key)
+        if line := _joined(map(pin_lines, (used, stored))):
+            self.found[node] = line
+        if used and node.args[0] != "argument":
+            self.weights[node] = pin_lines(used)
+        for pin in filter(None, (stored, used)):
+            for axis in pin.layout.axes_used:
+                chosen = [s for s in pin.statements if not isinstance(s, Spread) or axis in s.over]
+                line = next((s.plan_line for s in reversed(chosen or pin.statements)), "")
+                self.axes[node][axis] = line
 
     def _explain(self, node: Node, axis: str, line: str) -> None:
         """What was brought to the state of another value has that value's line."""

@@ -19,7 +19,7 @@ from meshwright.compiler.graph.ir import Graph, TensorType
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check
-from meshwright.compiler.program import Step, Stored
+from meshwright.compiler.program import Padding, Step, Stored
 from meshwright.compiler.public import Program
 from meshwright.dsl.plan import Plan
 from meshwright.passes.attribute import attribute
@@ -228,11 +228,24 @@ def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dic
         node = nodes.get(name)
         shape = tuple(tensor.shape)
         layout: Layout = node.placed if node is not None else replicated(shape)
-        padding = draft.paddings.get(name)
-        type = TensorType(shape, tensor.dtype)
-        line = pin_lines(draft.inputs.get(name))
-        found[name] = Stored(name, type, layout, tensor.requires_grad, padding, line)
+        pins = [pin for pin in (draft.inputs.get(name), draft.stored.get(name)) if pin]
+        used = pins[0].layout if name in draft.inputs else replicated(shape)
+        found[name] = Stored(
+            name,
+            TensorType(shape, tensor.dtype),
+            layout,
+            used.canonical(draft.mesh) if name in draft.stored else layout,
+            tensor.requires_grad,
+            _padding(shape, layout.shape),
+            ", ".join(filter(None, map(pin_lines, pins))),
+        )
     return found
+
+
+def _padding(shape: tuple[int, ...], stored: tuple[int, ...]) -> Padding | None:
+    """What storage adds to a tensor's one dim, if anything."""
+    sizes = enumerate(zip(shape, stored, strict=True))
+    return next((Padding(dim, own, held) for dim, (own, held) in sizes if own != held), None)
 
 
 def default_device() -> str:

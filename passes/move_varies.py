@@ -23,7 +23,8 @@ from dataclasses import dataclass
 
 from meshwright.compiler.autodiff.pending import keeps_pending
 from meshwright.compiler.graph.aliasing import is_view, node_bytes
-from meshwright.compiler.graph.ir import INPUT, Builder, Graph, MeshOp, Node, rewrite
+from meshwright.compiler.graph.ir import Builder, Graph, MeshOp, Node, rewrite
+from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout
 
 VARY = MeshOp("vary")
@@ -77,7 +78,7 @@ class _Finder:
     def chain(self, node: Node) -> _Chain | None:
         """The chain behind a `vary` node, if it may be hoisted: nothing else uses it, and it is not
         much smaller than the parameters, and other sources, that it is made of."""
-        if node.op != VARY or node.args[0].op in (INPUT, VARY):
+        if node.op != VARY or node.args[0].op == VARY or input_behind(node.args[0]):
             return None
         axes: tuple[str, ...] = node.kwargs["axes"]
         nodes, sources = self._behind(node.args[0], axes)
@@ -89,7 +90,7 @@ class _Finder:
             return None
         if nodes & self.returned:
             return None
-        made = [each for each in sources if (each, axes) not in self.varied or each.op == INPUT]
+        made = [each for each in sources if (each, axes) not in self.varied or input_behind(each)]
         size = sum(node_bytes(each, self.graph) for each in made)
         if not nodes or size > node_bytes(node, self.graph) + SLACK:
             return None
@@ -106,7 +107,7 @@ class _Finder:
         while pending:
             each = pending.pop()
             elsewhere = each is not value and (each, axes) in self.varied
-            if each.op == INPUT or elsewhere or self._needs_whole(each, axes):
+            if input_behind(each) or elsewhere or self._needs_whole(each, axes):
                 sources.add(each)
             elif each not in nodes:
                 nodes.add(each)
@@ -123,7 +124,7 @@ class _Finder:
 
 def _may_vary(node: Node, axes: tuple[str, ...]) -> bool:
     """Whether a node, and all it takes, is one tensor replicated over `axes`."""
-    nested = node.op == VARY and node.args[0].op != INPUT
+    nested = node.op == VARY and input_behind(node.args[0]) is None
     return not nested and all(
         isinstance(each.layout, Layout) and not set(axes) & set(each.layout.axes_used)
         for each in (node, *node.operands())
@@ -195,7 +196,8 @@ class _Views:
         for node in reversed(graph.nodes):
             asked = {self._asked(user) for user in users[node]}
             (axes,) = asked if len(asked) == 1 else (None,)
-            plain = isinstance(node.layout, Layout) and node.op not in (INPUT, VARY)
+            weight = node.op == VARY or input_behind(node) is not None
+            plain = isinstance(node.layout, Layout) and not weight
             if axes is None or not plain or node in returned or not node.requires_grad:
                 continue
             self.axes[node] = axes

@@ -14,16 +14,21 @@ After:   ne: bool[8@dp]           = ne(targets, -100)
          div: f32[] partial(dp)   = div(sum, to_copy)
 
 A collective moves to just behind its operand; what it takes of integers and inputs alone moves to
-the front of the graph. Generated code starts it there and waits before the first user. The order of
-collectives is the graph's, the same on every rank. Requires: a placed graph.
+the front of the graph. A gather of a weight starts when the one before it is waited for: with all
+of them at the front, ranks would hold every weight whole. Generated code starts a collective there
+and waits before the first user. The order of collectives is the graph's, the same on every rank.
+Requires: a placed graph.
 Ensures: the same nodes.
 Elsewhere: DDP's hooks, Inductor's reordering for compute and communication overlap.
 """
 
 from __future__ import annotations
 
+import itertools
+
 from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node
 from meshwright.compiler.graph.transfers import moves
+from meshwright.compiler.graph.weights import input_behind
 
 
 def overlap(graph: Graph) -> Graph:
@@ -32,8 +37,10 @@ def overlap(graph: Graph) -> Graph:
     order = [node for node in graph.nodes if node.op == INPUT]
     placed = set(order)
     followers: dict[Node, list[Node]] = {}
+    gathers = [node for node in graph.nodes if moves(node) and input_behind(node)]
+    following = dict(itertools.pairwise(gathers))
     for node in graph.nodes:
-        if moves(node):
+        if moves(node) and node not in following and node not in gathers[-1:]:
             followers.setdefault(node.args[0], []).append(node)
 
     def put(node: Node) -> None:
@@ -52,6 +59,9 @@ def overlap(graph: Graph) -> Graph:
             put(node)
     for node in graph.nodes:
         put(node)
+        if node in following:
+            for each in (*following[node].operands(), following[node]):
+                put(each)
     return Graph(graph.name, graph.mesh, tuple(order), graph.outputs)
 
 

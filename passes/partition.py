@@ -40,7 +40,7 @@ from meshwright.compiler.graph.ir import (
     nodes_in,
 )
 from meshwright.compiler.graph.types import freeze
-from meshwright.compiler.layout.layout import Layout, dim_axes, replicated
+from meshwright.compiler.layout.layout import Layout, dim_axes, replicated, whole
 from meshwright.compiler.placing.calls import call_operands
 from meshwright.compiler.placing.emit import Emitter, is_floating
 from meshwright.compiler.placing.rules.notation import Slot
@@ -68,12 +68,16 @@ class _Partitioner:
         self.mapping: dict[Node, Node] = {}
         self.results: dict[Node, list[Node]] = {}
         """The results of operators that were placed in pieces."""
+        self.unused: dict[Node, tuple[Layout, Pin]] = {}
+        """Weights that nothing has taken yet: the layout they are used in, and how stored."""
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
         self.emitter.planned = self.sequences.moves
 
     def run(self) -> Draft:
         for node in self.graph.nodes:
+            for operand in node.operands():
+                self._use(operand)
             self._enter(node)
             new = self._place(node)
             if node in self.draft.values:
@@ -253,27 +257,57 @@ class _Partitioner:
         )
 
     def _input(self, node: Node) -> Node:
-        pin = self.draft.inputs.get(input_key(node))
+        key = input_key(node)
+        pin, stored = self.draft.inputs.get(key), self.draft.stored.get(key)
         layout = pin.layout if pin else replicated(node.tensor.shape)
+        held = stored.layout if stored else layout
         new = self.emitter.builder.emit(
             INPUT,
             node.args,
-            type=node.type,
-            layout=layout.canonical(self.draft.mesh),
+            type=replace(node.tensor, shape=held.shape),
+            layout=held.canonical(self.draft.mesh),
             origin=node.origin,
             requires_grad=node.requires_grad,
             name=node.name,
         )
-        if pin:
+        if stored:
+            self.unused[node] = layout, stored
+        elif pin:
             self.emitter.explicit.add(new)
         return new
+
+    def _use(self, node: Node) -> None:
+        """Bring a weight to the layout in which operators use it, before the first of them."""
+        if node not in self.unused:
+            return
+        layout, stored = self.unused.pop(node)
+        held = self.mapping[node]
+        origin = replace(node.origin, plan_line=pin_lines(stored))
+        sizes = zip(held.tensor.shape, node.tensor.shape, strict=True)
+        longer = [dim for dim, (own, used) in enumerate(sizes) if own != used]
+        dims = (
+            whole(held.tensor.shape[i]) if i in longer else d for i, d in enumerate(layout.dims)
+        )
+        value = self.emitter.reshard(held, layout.with_dims(dims), origin)
+        for dim in longer:
+            args = (value, dim, 0, node.tensor.shape[dim])
+            value = self.emitter.call(
+                aten.slice.Tensor, args, origin=origin, requires_grad=node.requires_grad
+            )
+        value = self.emitter.reshard(value, layout, origin)
+        if input_key(node) in self.draft.inputs:
+            self.emitter.explicit.add(value)
+        if len(self.users[node]) > 1:
+            self.emitter.shared.add(value)
+        self.mapping[node] = value
 
     def _output(self, output: Output) -> Node:
         """Results are whole on every rank; a buffer's new value is laid out as the buffer."""
         node = output.node
+        self._use(node)
         pin: Pin | None = None
         if output.kind is OutputKind.BUFFER:
-            pin = self.draft.inputs.get(output.name)
+            pin = self.draft.stored.get(output.name) or self.draft.inputs.get(output.name)
         layout = pin.layout if pin else replicated(node.tensor.shape)
         value = self.mapping[node]
         if value.placed.varying:

@@ -35,6 +35,7 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     Phase,
 )
+from meshwright.compiler.graph.weights import input_behind
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.sequence import gathers_again
 
@@ -49,6 +50,7 @@ _VIEWS = {
     aten.transpose.int,
     aten.permute.default,
     aten.unsqueeze.default,
+    aten.slice.Tensor,
     aten._to_copy.default,
     MeshOp("vary"),
 }
@@ -125,7 +127,8 @@ class _Splitter:
         """Whether the backward computes a value again instead of saving it."""
         if node not in self._cheap:
             self._cheap[node] = (
-                self._is_gather(node)
+                _is_weight(node)
+                or (node.op in _GATHERS and self.regather(node))
                 or (
                     node.op in _VIEWS
                     and all(n.op == INPUT or self._again(n) for n in node.operands())
@@ -133,13 +136,6 @@ class _Splitter:
                 or node.op == MeshOp("vary")
             )
         return self._cheap[node]
-
-    def _is_gather(self, node: Node) -> bool:
-        if node.op not in _GATHERS:
-            return False
-        (operand,) = node.args
-        stored = operand.op == INPUT and operand.args[0] == "parameter"
-        return stored or self.regather(node)
 
     def _overwrite_logits(self) -> None:
         """Let the loss write its gradient over the logits, where nothing else will read them."""
@@ -173,3 +169,9 @@ class _Splitter:
             gradient.of(self.mapping[gradient.node])
             for gradient in self.graph.outputs_of(OutputKind.GRADIENT)
         )
+
+
+def _is_weight(node: Node) -> bool:
+    """Whether a node brings a parameter or buffer to another layout."""
+    source = input_behind(node)
+    return source is not None and source is not node and source.args[0] != "argument"

@@ -96,6 +96,9 @@ class _Differentiator:
         num_results = len(node.type) if isinstance(node.type, tuple) else 1
         if not any((node, i) in self.pending for i in range(num_results)):
             return
+        if node.op == MeshOp("all_gather_replicated"):
+            self._scatter(node, origin)
+            return
         grads = tuple(
             self._cotangent(node, i) if (node, i) in self.pending else None
             for i in range(num_results)
@@ -105,6 +108,13 @@ class _Differentiator:
         for operand, grad in zip(context.operands, found, strict=True):
             if grad is not None and operand.requires_grad:
                 self._add(operand, 0, grad, origin)
+
+    def _scatter(self, node: Node, origin: Origin) -> None:
+        """Scatter what each user of a gathered value sent back: a sum is not reduced for all ranks
+        to be cut afterwards."""
+        for part in self.pending.pop((node, 0)):
+            pending = part.args[0] if part.op == MeshOp("all_reduce") else part
+            self._add(node.args[0], 0, pending, origin)
 
     def _results(self, node: Node) -> tuple[Node | None, ...]:
         """The nodes that hold a node's results: itself, or its items."""

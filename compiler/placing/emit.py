@@ -27,6 +27,7 @@ from meshwright.compiler.graph.ir import (
     map_nodes,
 )
 from meshwright.compiler.graph.types import result_type
+from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import Collective, collectives, cost
@@ -69,7 +70,7 @@ class Movement:
         That of a parameter's slice gathers a gradient, as whatever splits the parameter's work has
         to.
         """
-        return self.value.requires_grad and self.value.op != INPUT
+        return self.value.requires_grad and input_behind(self.value) is None
 
     def sent_bytes(self, mesh: Mesh) -> int:
         """The bytes sent per rank for it and, where it is differentiated, its adjoint."""
@@ -294,7 +295,7 @@ class Emitter:
             proposals=(proposals[value],) if value in proposals else (),
             keep_partial=value not in self.shared,
             zero=makes_zeros(value.op, value.args),
-            rooted=value.op != INPUT and self._is_rooted(value),
+            rooted=input_behind(value) is None and self._is_rooted(value),
             filled=is_filled(value),
         )
 

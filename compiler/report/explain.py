@@ -30,12 +30,17 @@ class LaidOut:
     """A parameter, buffer or input with its layout.
 
     `name` is the model's, `type` has the global shape and the axes that split it, as in
-    `f32[64, 256@tp]`, and `plan_line` are the places of the statements behind it.
+    `f32[64, 256@tp]`, and `plan_line` are the places of the statements behind it. `used` is the
+    type in which operators take a tensor that is stored in another layout.
     """
 
     name: str
     type: str
     plan_line: str
+    used: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.type}" + (f", used as {self.used}" if self.used else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +78,10 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [f"{self.name} ({self.kind})"]
-        width = max((len(each.name) + len(each.type) + 2 for each in self.tensors), default=0)
+        width = max((len(str(each)) for each in self.tensors), default=0)
         for each in self.tensors:
-            head = f"{each.name}: {each.type}"
-            lines.append(f"  {head:<{width}}{self._why(each.plan_line) or '  no statement: whole'}")
+            reason = self._why(each.plan_line) or "  no statement: whole"
+            lines.append(f"  {each!s:<{width}}{reason}")
         if self.whole is not None:
             return "\n".join([*lines, *self._summed(self.whole)])
         for phase in ("forward", "backward"):
@@ -231,8 +236,11 @@ def _tensors(program: Compiled) -> dict[str, LaidOut]:
     graph = program.step.forward
     found: dict[str, LaidOut] = {}
     for name, each in stored.items():
-        type = TensorType(each.padded_shape, each.type.dtype)
-        found[name] = LaidOut(name, type_text(type, each.layout, graph), each.plan_line)
+        type, used = (
+            type_text(TensorType(layout.shape, each.type.dtype), layout, graph)
+            for layout in (each.layout, each.used)
+        )
+        found[name] = LaidOut(name, type, each.plan_line, used if used != type else "")
     for node in program.inputs():
         text = type_text(node.tensor, node.placed, graph)
         found[str(node.args[1])] = LaidOut(str(node.args[1]), text, node.origin.plan_line)

@@ -8,6 +8,7 @@ from functools import wraps
 
 from meshwright.compiler.capture import Captured
 from meshwright.compiler.graph.ir import Graph, Node
+from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
@@ -46,7 +47,10 @@ class Draft:
     modules: Mapping[str, str] = field(default_factory=dict)
     """Every module of the model but the root: qualified name to class name."""
     inputs: Mapping[str, Pin] = field(default_factory=dict)
-    """Layouts of parameters, buffers and arguments, by `input_key`."""
+    """Layouts in which operators use parameters, buffers and arguments, by `input_key`."""
+    stored: Mapping[str, Pin] = field(default_factory=dict)
+    """Layouts in which ranks store parameters and buffers, by name, where operators use them in
+    others. One dim may be longer than the tensor's: what is added are zeros that nothing sees."""
     values: Mapping[Node, Pin] = field(default_factory=dict)
     """Layouts of activations, by the node that computes them."""
     entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)
@@ -83,8 +87,16 @@ def on_graphs(function: Callable[[Graph], Graph]) -> Callable[[Draft], Draft]:
 
 
 def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:
-    """The inputs of `graph` that the plan laid out."""
-    return frozenset(node for node in graph.inputs if input_key(node) in draft.inputs)
+    """The inputs of `graph` that the plan laid out, and what stands for them where they are stored
+    in another layout."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        source = input_behind(node)
+        if source is None or input_key(source) not in draft.inputs:
+            continue
+        if (source is node) != (input_key(source) in draft.stored):
+            found.add(node)
+    return frozenset(found)
 
 
 def input_key(node: Node) -> str:
