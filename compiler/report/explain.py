@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from meshwright.compiler.graph.ir import INPUT, OutputKind, TensorType
+from meshwright.compiler.graph.ir import INPUT, MeshOp, OutputKind, TensorType
 from meshwright.compiler.graph.text import size_text, type_text
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Moved, ledger
@@ -227,7 +227,10 @@ def _moved_for(program: Compiled, names: set[str]) -> set[tuple[str, str]]:
                 found.add((phase, node.name))
         for gradient in graph.outputs_of(OutputKind.GRADIENT):
             if gradient.name in names:
-                found.update((phase, operand.name) for operand in gradient.node.operands())
+                reduced, place = gradient.node.args
+                found.add((phase, reduced.name))
+                if reduced.op == MeshOp("bucket"):
+                    found.add((phase, reduced.args[place].name))
     return found
 
 
