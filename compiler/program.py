@@ -111,10 +111,15 @@ class Compiled:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all that ranks must agree on: code, layouts, mesh and inputs."""
+        """A hash of all that ranks must agree on: code, layouts, mesh, inputs and what is stored.
+
+        Values of tensors are not in it: ranks take over those of rank 0.
+        """
         parts = [str(self.mesh), *(code.source for code in self.code)]
         parts += [repr(code.wires) for code in self.code]
         parts += [exact_text(graph) for graph in self.graphs().values()]
+        parts += map(repr, (*self.parameters.values(), *self.buffers.values()))
+        parts += self.captured.input_spec.fixed_values()
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property

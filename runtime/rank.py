@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,17 +83,13 @@ class RankState:
 
 
 class RankStep:
-    """One program linked for one rank."""
+    """One program linked for one rank; `constants` are those of the model on its device."""
 
-    def __init__(self, program: Program, state: RankState) -> None:
-        self.state, step = state, program.step
+    def __init__(self, program: Program, state: RankState, constants: Mapping[str, Tensor]) -> None:
+        self.state, self.constants, step = state, constants, program.step
         self.paddings = {
             name: stored.padding
             for name, stored in (*program.parameters.items(), *program.buffers.items())
-        }
-        self.constants = {
-            name: value.detach().to(state.device)
-            for name, value in program.captured.constants.items()
         }
         buckets = {
             name: state.flat_buffer(owners, node)

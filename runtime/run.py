@@ -29,7 +29,7 @@ from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, make_optimizer
 from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
-from meshwright.runtime.start import check_seed, executable_digest, same_start
+from meshwright.runtime.start import check_seed, executable_digest, same_constants, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
 from meshwright.runtime.transports.meshes import ProcessMesh, Transport, VirtualMesh, check_device
 from meshwright.runtime.weights import (
@@ -302,9 +302,10 @@ class Run:
 
     def _link(self, program: Program) -> _Linked:
         inputs = Inputs(program)
+        constants = self._run([same_constants(state, program) for state in self.states])
         ranks = [
-            (RankStep(program, state), inputs.sharders(state.coords, state.device))
-            for state in self.states
+            (RankStep(program, state, own), inputs.sharders(state.coords, state.device))
+            for state, own in zip(self.states, constants, strict=True)
         ]
         names = tuple(name for code in program.code for name in code.wire_names)
         return _Linked(program, inputs, ranks, names, tuple(inputs.types))

@@ -48,17 +48,37 @@ def same_values(
     state: RankState, listed: Sequence[tuple[str, Stored]], values: Values
 ) -> RankProgram:
     """Give every rank the values of rank 0 for these parameters and buffers, where they differ."""
-    every_axis = state.mesh.names
-    if not listed:
-        return
-    sums = torch.stack([checksum(values(stored)).to(state.device) for _, stored in listed])
-    every = yield Wire("all_gather", every_axis), sums
-    different = (every != every[0]).any(0).tolist()
+    different = yield from _differing(state, [values(stored) for _, stored in listed])
     for (kind, stored), differs in zip(listed, different, strict=True):
         if differs:
             value = values(stored).to(state.device, stored.type.dtype).contiguous()
-            value = yield Wire("broadcast", every_axis), value
+            value = yield Wire("broadcast", state.mesh.names), value
             state.tensors[kind, stored.name].copy_(state.local(value, stored))
+
+
+def same_constants(state: RankState, program: Program) -> RankProgram:
+    """The tensors that capture found in the model, by name, with the values of rank 0.
+
+    A rank that drew its own, by `torch.randn` in `__init__`, would compute something else.
+    """
+    found: dict[str, Tensor] = {}
+    constants = program.captured.constants
+    different = yield from _differing(state, list(constants.values()))
+    for (name, constant), differs in zip(constants.items(), different, strict=True):
+        own = constant.detach().to(state.device)
+        found[name] = own
+        if differs:
+            found[name] = yield Wire("broadcast", state.mesh.names), own.contiguous()
+    return found
+
+
+def _differing(state: RankState, tensors: Sequence[Tensor]) -> RankProgram:
+    """Of which tensors the checksums differ between ranks."""
+    if not tensors:
+        return []
+    sums = torch.stack([checksum(tensor).to(state.device) for tensor in tensors])
+    every = yield Wire("all_gather", state.mesh.names), sums
+    return (every != every[0]).any(0).tolist()
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -107,6 +108,17 @@ class InputSpec:
             for name, value in given.items()
             if name in names and isinstance(value, Tensor)
         )
+
+    def fixed_values(self) -> list[str]:
+        """What the program was compiled for beside its inputs, spelt alike in every process."""
+        found = []
+        for name, value in self.constants.items():
+            if isinstance(value, Tensor):
+                found.append(f"{name}={value.dtype}{value.tolist()}")
+            else:
+                plain = isinstance(value, (bool, int, float, complex, str, bytes, NoneType))
+                found.append(f"{name}={value!r}" if plain else f"{name}: {type(value).__name__}")
+        return found
 
     def unflatten(self, tensors: Sequence[Tensor]) -> Arguments:
         """The arguments of `forward` with these tensors in their places."""

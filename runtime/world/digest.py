@@ -36,5 +36,6 @@ def check_digests(digests: Sequence[str], rank: int) -> None:
         rank=rank,
         peers=tuple(different),
         where=[f"{spell_ranks(ranks)}: digest {digest[:12]}" for digest, ranks in holders.items()],
-        help="give every rank the same model, plan, example and versions",
+        help="give every rank the same model, plan, example and versions, and the same seeds where "
+        "the model draws numbers in Python",
     )

@@ -26,6 +26,17 @@ class Model(nn.Module):
         return F.mse_loss(self.down(F.gelu(self.up(self.ln(x)))), y)
 
 
+class Drawn(Model):
+    """Beside its weights, it has numbers that each rank draws for itself."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.noise, self.factor = torch.randn(8), factor
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x + self.noise, y) * self.factor
+
+
 def batch(seed: int, rows: int = 4) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, 8, generator=generator), torch.randn(rows, 8, generator=generator)
@@ -35,6 +46,9 @@ PROGRAMS = {
     name: mw.compile(Model(), mw.Plan.parse(plan), batch(0))
     for name, plan in {"tensor": TENSOR, "data": DATA}.items()
 }
+torch.manual_seed(RANK)
+PROGRAMS["drawn"] = mw.compile(Drawn(), mw.Plan.parse(TENSOR), batch(0))
+PROGRAMS["factors"] = mw.compile(Drawn(RANK + 2.0), mw.Plan.parse(TENSOR), batch(0))
 
 
 def shuffled(run: mw.Run) -> None:
@@ -109,6 +123,14 @@ def loaded(run: mw.Run) -> None:
     print("as rank 0 has it" if same else "mixed")
 
 
+def constants(run: mw.Run) -> None:
+    """Tensors of the model that are neither parameters nor buffers: those of rank 0 count."""
+    torch.manual_seed(0)
+    wanted = Drawn()(*batch(0))
+    found = (run.step(*batch(0)), run.evaluate(*batch(0)))
+    print("as rank 0 has it" if all(torch.allclose(wanted, loss) for loss in found) else "mixed")
+
+
 def same_rows(run: mw.Run) -> None:
     """Nothing is wrong with the sums, but half of the batch is another half's copy."""
     with warnings.catch_warnings(record=True) as caught:
@@ -140,6 +162,7 @@ def main() -> None:
         *((at_the_interval, "tensor", interval) for interval in (3, 4)),
         *((shuffled, "data", 1), (same_rows, "data", True), (right, "data", 2)),
         *((right, "tensor", 2), (unchecked, "tensor", False), (loaded, "tensor", True)),
+        *((constants, "drawn", True), (constants, "factors", True)),
     ]
     for case, program, check_inputs in cases:
         print(f"# {case.__name__} {program} {check_inputs}")
@@ -147,7 +170,7 @@ def main() -> None:
             with PROGRAMS[program].launch(check_inputs=check_inputs) as run:
                 case(run)
         except mw.RunError as error:
-            print(error)
+            print("\n".join(line for line in str(error).splitlines() if "digest" not in line))
 
 
 if __name__ == "__main__":

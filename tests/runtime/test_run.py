@@ -140,6 +140,25 @@ def test_gradients_without_elements_do_not_count(norm_type: float) -> None:
     assert torch.allclose(run.clip_grad_norm_(1.0, norm_type).float(), wanted)
 
 
+def test_what_is_compiled_for_beside_the_inputs_is_in_the_digest() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return super().forward(x)[:, mask].sum()
+
+    def digest(*mask: bool, spare: int = 1) -> str:
+        model = Masked(4, 2)
+        model.spare = nn.Parameter(torch.zeros(spare))
+        plan = mw.Plan.parse("mesh tp=2\nallow replicate **")
+        example = (torch.ones(3, 4), torch.tensor(mask))
+        return mw.compile(model, plan, example, static=("mask",)).digest
+
+    assert digest(True, False) == digest(True, False)
+    # As many columns are kept, so that the graph is the same but for the values of its constants.
+    assert digest(True, False) != digest(False, True)
+    # No operator uses it, and ranks broadcast it all the same.
+    assert digest(True, False) != digest(True, False, spare=2)
+
+
 def test_gradients_below_the_maximum_stay_as_they_are() -> None:
     run = compiled().launch()
     assert run.clip_grad_norm_(1.0) == 0
