@@ -17,8 +17,7 @@ Requires: a placed graph. Ensures: each composite that is left runs on one rank'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
+from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.custom import REGISTRY
 from meshwright.compiler.graph.ir import (
     GETITEM,
@@ -28,57 +27,75 @@ from meshwright.compiler.graph.ir import (
     MeshOp,
     Node,
     NodeType,
-    TensorType,
+    Op,
     map_nodes,
     rewrite,
 )
-from meshwright.compiler.graph.types import result_type, statistic
-from meshwright.compiler.layout.layout import Layout, cut, dim_axes, whole
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.placing.composite import composite_of
+from meshwright.compiler.placing.emit import Emitter
 
 
 class Lowering:
     """What one composite is lowered with: its node, with operands in the new graph."""
 
-    def __init__(self, builder: Builder, node: Node, args: tuple[Arg, ...]) -> None:
-        self.builder, self.node, self.args = builder, node, args
-
-    def emit(
-        self,
-        name: str,
-        *args: Arg,
-        layout: Layout | tuple[Layout | None, ...],
-        type: NodeType = None,
-        **kwargs: Arg,
-    ) -> Node:
-        """Emit one step or collective in place of the composite."""
-        return self.builder.emit(
-            MeshOp(name),
-            args,
-            kwargs,
-            type=type or result_type(MeshOp(name), args, kwargs),
-            layout=layout,
-            origin=self.node.origin,
-            phase=self.node.phase,
-        )
+    def __init__(self, emitter: Emitter, node: Node, args: tuple[Arg, ...]) -> None:
+        self.emitter, self.node, self.args = emitter, node, args
 
     @property
-    def layouts(self) -> tuple[Layout | None, ...]:
-        assert isinstance(self.node.layout, tuple)
-        return self.node.layout
+    def mesh(self) -> Mesh:
+        return self.emitter.mesh
+
+    def call(self, op: Op, *args: Arg, type: NodeType = None) -> Node:
+        """Emit a step, placed by its rule."""
+        return self.emitter.call(op, args, origin=self.node.origin, type=type)
+
+    def reshard(self, value: Node, layout: Layout) -> Node:
+        """`value` in another layout, by as many collectives as that takes."""
+        return self.emitter.reshard(value, layout, self.node.origin)
+
+    def collective(
+        self, kind: str, value: Node, layout: Layout, axes: tuple[str, ...], **options: Arg
+    ) -> Node:
+        """Emit one collective of this kind, which leaves `value` in `layout`."""
+        return self.emitter.builder.emit(
+            MeshOp(kind),
+            (value,),
+            {"axes": axes, **options},
+            type=value.type,
+            layout=layout,
+            origin=self.node.origin,
+        )
 
 
 def lower(graph: Graph) -> Graph:
     """The graph with each split composite lowered."""
-    return rewrite(graph, _lowered)
+    # Nothing is differentiated again.
+    emitter = Emitter(Builder(graph.name, graph.mesh), backward=True)
+
+    def lowered(builder: Builder, node: Node, mapping: dict[Node, Node]) -> Node | None:
+        if returned := _returned(node):
+            return mapping[returned]
+        return _steps(emitter, node, map_nodes(node.args, mapping.__getitem__))
+
+    return rewrite(graph, lowered, builder=emitter.builder)
 
 
-def _lowered(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
-    name = node.op.name if isinstance(node.op, MeshOp) else ""
-    if name in LOWERINGS and (axes := dim_axes(_special(node).placed.dims[-1])):
-        args = map_nodes(node.args, mapping.__getitem__)
-        return LOWERINGS[name](Lowering(builder, node, args), axes)
-    returned = _returned(node)
-    return mapping[returned] if returned else None
+def _steps(emitter: Emitter, node: Node, args: tuple[Arg, ...]) -> Node | None:
+    """What stands in the place of a composite, if it cannot run as it is."""
+    known = composite_of(node.op)
+    if known is None:
+        return None
+    emitter.builder.phase = node.phase
+    found = known.lower(Lowering(emitter, node, args))
+    if found is not None and (found.type, found.layout) != (node.type, node.layout):
+        raise PassError(
+            f"`{node.op}` is lowered to {found.type} as {found.layout}",
+            culprit=f"{node.name}: {node.type} as {node.layout}",
+            help="report this: a lowering keeps types and layouts",
+        )
+    return found
 
 
 def _returned(node: Node) -> Node | None:
@@ -88,75 +105,3 @@ def _returned(node: Node) -> Node | None:
         return None
     returned: Node = source.args[index]
     return returned
-
-
-def _special(node: Node) -> Node:
-    """The operand whose last dim a composite reduces over."""
-    assert isinstance(node.op, MeshOp)
-    found: Node = node.args[_OPERAND[node.op.name]]
-    return found
-
-
-_OPERAND = {"cross_entropy": 0, "norm": 0, "norm_backward": 1}
-
-
-def _gathered(lowering: Lowering, stats: Node, axes: tuple[str, ...]) -> Node:
-    """Statistics `[n, ...]`, one row a rank over `axes`, on every rank."""
-    layout = stats.placed.drop_split(axes, lowering.builder.mesh)
-    return lowering.emit("all_gather_replicated", stats, layout=layout, type=stats.type, axes=axes)
-
-
-def _cross_entropy(lowering: Lowering, axes: tuple[str, ...]) -> Node:
-    logits, target, weight, ignore_index, smoothing, num_classes = lowering.args
-    rows = lowering.layouts[0]
-    assert rows is not None
-    n, k = lowering.builder.mesh.size(axes), 3 if smoothing else 2
-    shape = (n, k, *logits.tensor.shape[:-1])
-    stats = lowering.emit(
-        "cross_entropy_stats",
-        *lowering.args,
-        type=TensorType(shape, statistic(logits.tensor.dtype)),
-        layout=rows.with_dims((cut(n, *axes), whole(k), *rows.dims)),
-    )
-    return lowering.emit(
-        "cross_entropy_combine",
-        *(_gathered(lowering, stats, axes), target, weight, ignore_index, smoothing, num_classes),
-        layout=lowering.layouts,
-    )
-
-
-def _norm(lowering: Lowering, axes: tuple[str, ...]) -> Node:
-    x, weight, bias, eps, kind = lowering.args
-    rows = lowering.layouts[2]
-    assert rows is not None
-    n, k = lowering.builder.mesh.size(axes), 2 if kind == "layer" else 1
-    stats = lowering.emit(
-        "norm_stats",
-        *(x, kind),
-        type=TensorType((n, k, *x.tensor.shape[:-1]), statistic(x.tensor.dtype)),
-        layout=rows.with_dims((cut(n, *axes), whole(k), *rows.dims)),
-    )
-    return lowering.emit(
-        "norm_finish",
-        *(x, _gathered(lowering, stats, axes), weight, bias, eps, kind),
-        type=lowering.node.type,
-        layout=lowering.layouts,
-    )
-
-
-def _norm_backward(lowering: Lowering, axes: tuple[str, ...]) -> Node:
-    rstd, kind = lowering.args[3], lowering.args[6]
-    rows = rstd.placed
-    pending = rows.with_dims((whole(2), *rows.dims)).add_partial(axes)
-    sums = lowering.emit("norm_backward_sums", *lowering.args[:5], kind, layout=pending)
-    total = lowering.emit(
-        "all_reduce", sums, layout=pending.drop_partial(axes), type=sums.type, axes=axes
-    )
-    return lowering.emit("norm_backward_apply", total, *lowering.args, layout=lowering.layouts)
-
-
-LOWERINGS: dict[str, Callable[[Lowering, tuple[str, ...]], Node]] = {
-    "cross_entropy": _cross_entropy,
-    "norm": _norm,
-    "norm_backward": _norm_backward,
-}

@@ -25,12 +25,12 @@ from functools import partial
 import torch
 
 from meshwright.compiler.autodiff.decompositions import DECOMPOSITIONS, Piece, decompose
+from meshwright.compiler.composites.attention import Attention
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
     Arg,
     Builder,
-    MeshOp,
     Node,
     Op,
     Output,
@@ -180,7 +180,7 @@ class _Partitioner:
 
         Where they are fewer than the ranks, each rank repeats them all and takes its own.
         """
-        if node.op != MeshOp("attention"):
+        if node.op != Attention.op:
             return None
         q, k, v, *rest = node.args
         keys, values = repeated_heads(k), repeated_heads(v)

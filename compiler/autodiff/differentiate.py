@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from meshwright.compiler.autodiff.adjoints import collective_adjoint
-from meshwright.compiler.autodiff.vjp import Cotangents, VjpContext, cotangents
+from meshwright.compiler.autodiff.vjp import VjpContext, cotangents
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
@@ -27,6 +27,7 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.placing.composite import Cotangents
 from meshwright.compiler.placing.emit import Emitter, Movement
 
 aten = torch.ops.aten

@@ -1,6 +1,6 @@
 """The vector-Jacobian product of one call, as a few instructions at global shapes.
 
-A composite, and an operator whose trace would be wasteful, has its adjoint in a table
+A composite has its adjoint in its own file, an operator whose trace would be wasteful in a table
 (`adjoints.py`). Any other is traced through autograd on fake tensors, once per operator and
 argument types: layouts play no part, so that a hundred equal layers on any mesh cost one trace.
 """
@@ -38,6 +38,7 @@ from meshwright.compiler.graph.types import (
     type_of,
 )
 from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.placing.composite import Cotangents, composite_of
 from meshwright.compiler.placing.emit import Emitter
 from meshwright.compiler.placing.rules.notation import Slot
 from meshwright.dsl.errors import MeshwrightError
@@ -90,9 +91,6 @@ class VjpContext:
         ]
 
 
-Cotangents = Sequence["Node | None"]
-"""One for each operand, in the order of `Node.operands()`; `None` where there is none."""
-
 ADJOINTS: dict[Op, Callable[[VjpContext], Cotangents]] = {}
 """Adjoints written by hand, by operator."""
 
@@ -116,12 +114,10 @@ def adjoint(
 def cotangents(context: VjpContext) -> Cotangents:
     """Emit the backward of `context.node`; the cotangent of each operand that wants one."""
     op = context.node.op
+    if known := composite_of(op):
+        return known.adjoint(context)
     if op in ADJOINTS:
         return ADJOINTS[op](context)
-    if isinstance(op, MeshOp):
-        raise PassError(
-            f"`{op}` has no adjoint", help="register one in `compiler/autodiff/adjoints.py`"
-        )
     return _replay(_traced(context), context)
 
 

@@ -30,13 +30,23 @@ from meshwright.compiler.codegen.instructions import (
     Value,
     Variable,
 )
-from meshwright.compiler.codegen.linking import BINDINGS, bind
+from meshwright.compiler.codegen.linking import bind
 from meshwright.compiler.codegen.local import local_args
 from meshwright.compiler.graph.aliasing import IDENTITIES
-from meshwright.compiler.graph.ir import GETITEM, INPUT, Arg, Graph, MeshOp, Node, OutputKind
+from meshwright.compiler.graph.ir import (
+    GETITEM,
+    INPUT,
+    Arg,
+    Graph,
+    MeshOp,
+    Node,
+    OutputKind,
+    op_stem,
+)
 from meshwright.compiler.graph.transfers import TransferKey, transfer_key
 from meshwright.compiler.layout.collectives import COLLECTIVES, Transfer, Wire, plan_transfer
 from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, apply_all
+from meshwright.compiler.placing.composite import composite_of
 
 aten = torch.ops.aten
 
@@ -45,7 +55,7 @@ OUT = {aten.mm.default, aten.sum.dim_IntList, aten.add.Tensor}
 
 _FRESH = {
     aten.mm.default, aten.matmul.default, aten.linear.default, aten.bmm.default,
-    aten.add.Tensor, aten.sum.default, aten.sum.dim_IntList, MeshOp("embedding"),
+    aten.add.Tensor, aten.sum.default, aten.sum.dim_IntList, MeshOp("bucket"),
 }  # fmt: skip
 """Operators whose result is memory of its own, which a collective may overwrite."""
 
@@ -125,9 +135,9 @@ class _Lowering:
             self.values[node] = BucketView(source.bucket, node.args[1])
         elif isinstance(op, MeshOp) and op.name in COLLECTIVES:
             self._collective(node)
-        elif isinstance(op, MeshOp) and op.name in BINDINGS:
+        elif composite_of(op):
             kernel = self._constant(
-                op.name, lambda c: bind(node, c.mesh, c.coords, c.random, c.device)
+                op_stem(op), lambda c: bind(node, c.mesh, c.coords, c.random, c.device)
             )
             operands = tuple(self.values[operand] for operand in node.operands())
             self.body.append(Call(self._variable(node), kernel, operands, {}, node))
@@ -212,7 +222,8 @@ class _Lowering:
     def _may_overwrite(self, node: Node) -> bool:
         if len(self.users[node]) > 1 or node in self.returned:
             return False
-        return node.op == MeshOp("bucket") or node.op in _FRESH
+        known = composite_of(node.op)
+        return known.is_fresh if known else node.op in _FRESH
 
     def _steps(self, steps: Sequence[LocalOp]) -> Rearranging:
         """Local steps, bound to the rank where they depend on it."""

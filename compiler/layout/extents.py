@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -62,10 +61,3 @@ def true_positions(positions: Tensor, extent: Extent) -> Tensor:
     along = positions.div(extent.after, rounding_mode="floor") % extent.padded
     outer = positions.div(extent.after * extent.padded, rounding_mode="floor")
     return (outer * extent.size + along) * extent.after + inner
-
-
-def extend(x: Tensor, dim: int, size: int) -> Tensor:
-    """`x` with its last entry of `dim` repeated until there are `size`."""
-    last = x.narrow(dim, x.shape[dim] - 1, 1)
-    shape = (*x.shape[:dim], size - x.shape[dim], *x.shape[dim + 1 :])
-    return torch.cat((x, last.expand(shape)), dim)

@@ -17,11 +17,8 @@ from meshwright.compiler.placing.engine import candidates
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.compiler.placing.rules.notation import Call, Operand
 
-_FRAME = {
-    INPUT.name, "saved", "bucket", "bucket_item", "cross_entropy_stats", "cross_entropy_combine",
-    "norm_stats", "norm_finish", "norm_backward_sums", "norm_backward_apply",
-}  # fmt: skip
-"""Mesh operators that have no rule of their own: frame of the graph, and steps of composites."""
+_FRAME = {INPUT.name, "saved", "bucket", "bucket_item"}
+"""Mesh operators that have no rule of their own."""
 
 
 def check(graph: Graph, after: str) -> None:

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from itertools import islice, product
 from typing import Any, TypeAlias
 
-from meshwright.compiler.graph.ir import INPUT, Arg, Graph, MeshOp, Node, Output, OutputKind
+from meshwright.compiler.graph.ir import INPUT, Arg, Graph, MeshOp, Node, Op, Output, OutputKind
 from meshwright.compiler.graph.names import numbers, starred
+from meshwright.compiler.placing.composite import composite_of
 
 Line: TypeAlias = "Node | Output"
 Folded: TypeAlias = "Line | Repeat | str"
@@ -40,15 +41,8 @@ _MAX_TRIED = 64
 """How many later lines like one are looked at for the beginning of the next copy."""
 _MAX_BEGINS = 4
 """How many beginnings of modules are tried as the beginning of a copy."""
-_NUMBERED = {
-    "saved": 0,
-    "bucket_item": 1,
-    "dropout": 2,
-    "random": 4,
-    "attention": 7,
-    "attention_backward": 10,
-}
-"""Where the number stands that an operator has by its place in the graph, not by what it does."""
+_NUMBERED: dict[Op, int] = {MeshOp("saved"): 0, MeshOp("bucket_item"): 1}
+"""Where the number stands that an operator of the frame has by its place in the graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +121,8 @@ class _Facts:
         self.operands = list(node.operands())
         self.path = str(node.args[1]) if node.op == INPUT else node.origin.module
         args: tuple[Arg, ...] = node.args[:1] if node.op == INPUT else node.args
-        place = _NUMBERED.get(node.op.name) if isinstance(node.op, MeshOp) else None
+        known = composite_of(node.op)
+        place = known.number if known else _NUMBERED.get(node.op)
         if place is not None and place < len(args) and isinstance(args[place], int):
             self.numbers = ((str(node.op), args[place]),)
             args = (*args[:place], "#", *args[place + 1 :])

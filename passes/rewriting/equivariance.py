@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from meshwright.compiler.composites.grouped import GroupedMMWeight
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.graph.ir import MeshOp, Node, Op, TensorType
+from meshwright.compiler.graph.ir import Node, Op, TensorType
 from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.calls import make_call
@@ -27,7 +28,7 @@ _IN_ANY_ORDER: set[Op] = {
     aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
     aten.histc.default, aten.mm.default, aten.bmm.default, aten.matmul.default,
     aten.linear.default, aten.mv.default, aten.dot.default, aten.einsum.default,
-    MeshOp("grouped_mm_weight"),
+    GroupedMMWeight.op,
 }  # fmt: skip
 """Operators that contract a dim by a sum, or by another operation in which order does not count."""
 

@@ -22,11 +22,15 @@ import math
 
 import torch
 
+from meshwright.compiler.composites.attention import Attention
+from meshwright.compiler.composites.cross_entropy import CrossEntropy
+from meshwright.compiler.composites.embedding import Embedding
+from meshwright.compiler.composites.grouped import GroupedMM, GroupedMMWeight
+from meshwright.compiler.composites.norm import Norm
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import (
     GETITEM,
     Graph,
-    MeshOp,
     Node,
 )
 from meshwright.passes.rewriting.random_numbers import refuse_random
@@ -208,7 +212,7 @@ def _embedding(rewriter: Rewriter) -> Node:
             help="build the embedding without them",
         )
     weight, index = rewriter.args[:2]
-    return rewriter.call(MeshOp("embedding"), weight, index, rewriter.option(2, "padding_idx", -1))
+    return rewriter.call(Embedding.op, weight, index, rewriter.option(2, "padding_idx", -1))
 
 
 @rewrites(aten.layer_norm.default)
@@ -236,7 +240,7 @@ def _norm(rewriter: Rewriter, bias: Node | None, eps: float, kind: str) -> Node:
             None if p is None else rewriter.call(aten.view.default, p, (size,))
             for p in (weight, bias)
         )
-    norm = rewriter.call(MeshOp("norm"), x, weight, bias, eps, kind)
+    norm = rewriter.call(Norm.op, x, weight, bias, eps, kind)
     y = rewriter.call(GETITEM, norm, 0, type=x.type)
     return y if len(shape) == 1 else rewriter.call(aten.view.default, y, full)
 
@@ -251,7 +255,7 @@ def _attention(rewriter: Rewriter) -> Node:
     if bias is not None:
         bias = _four_dims(rewriter, bias)
     attention = rewriter.call(
-        MeshOp("attention"),
+        Attention.op,
         *(q, k, v, bias, rewriter.option(5, "is_causal", False)),
         *(rewriter.option(6, "scale"), dropout_p, rewriter.random_id() if dropout_p else 0),
     )
@@ -285,7 +289,7 @@ def _cross_entropy(rewriter: Rewriter) -> Node:
     if target.tensor.dtype.is_floating_point:
         return _soft_cross_entropy(rewriter, logits, target, weight, reduction, smoothing)
     result = rewriter.call(
-        MeshOp("cross_entropy"),
+        CrossEntropy.op,
         *(logits, target, weight, ignore, smoothing, logits.tensor.shape[-1]),
     )
     assert isinstance(result.type, tuple)
@@ -400,10 +404,10 @@ def _grouped_rows(rewriter: Rewriter, x: Node, w: Node, ends: Node) -> Node:
     group = rewriter.call(aten.bucketize.Tensor, places, ends, right=True)
     group = rewriter.call(aten.unsqueeze.default, group, 1)
     if len(w.tensor.shape) == 3:
-        y = rewriter.call(MeshOp("grouped_mm"), x, w, group)
+        y = rewriter.call(GroupedMM.op, x, w, group)
         return rewriter.call(aten.view.default, y, (*x.tensor.shape[:1], *w.tensor.shape[2:]))
     w, num_groups = rewriter.call(aten.unsqueeze.default, w, 1), ends.tensor.shape[0]
-    return rewriter.call(MeshOp("grouped_mm_weight"), x, w, group, num_groups)
+    return rewriter.call(GroupedMMWeight.op, x, w, group, num_groups)
 
 
 def _turned(rewriter: Rewriter, x: Node) -> Node:

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from meshwright.compiler.composites.dropout import Dropout
+from meshwright.compiler.composites.sampling import Binomial, Dirichlet, Poisson, StandardGamma
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import GETITEM, Arg, MeshOp, Node, Op
 from meshwright.passes.rewriting.rewriter import Rewriter, rewrites, to_dtype
@@ -246,7 +248,7 @@ def _dropout(rewriter: Rewriter) -> Node:
     if not rewriter.option(2, "train") or p == 0:
         unchanged: Node = x
         return unchanged
-    return rewriter.call(MeshOp("dropout"), x, float(p), rewriter.random_id())
+    return rewriter.call(Dropout.op, x, float(p), rewriter.random_id())
 
 
 @rewrites(aten.native_dropout.default)
@@ -256,7 +258,7 @@ def _native_dropout(rewriter: Rewriter) -> Node:
     ones = rewriter.call(aten.ones_like.default, rewriter.stopped(x))
     if train is None or train:
         number = rewriter.random_id()
-        y, kept = (rewriter.call(MeshOp("dropout"), each, float(p), number) for each in (x, ones))
+        y, kept = (rewriter.call(Dropout.op, each, float(p), number) for each in (x, ones))
     else:
         y, kept = x, ones
     rewriter.items[rewriter.node] = (y, rewriter.call(aten.ne.Scalar, kept, 0))
@@ -271,7 +273,7 @@ def _feature_dropout(rewriter: Rewriter) -> Node:
         unchanged: Node = x
         return unchanged
     ones = rewriter.call(aten.full.default, _channels(x.tensor.shape), 1.0, dtype=x.tensor.dtype)
-    kept = rewriter.call(MeshOp("dropout"), ones, float(p), rewriter.random_id())
+    kept = rewriter.call(Dropout.op, ones, float(p), rewriter.random_id())
     return rewriter.call(aten.mul.Tensor, x, kept)
 
 
@@ -429,7 +431,7 @@ def _drawn_again(rewriter: Rewriter, p: Node) -> Node:
 def _differentiable(rewriter: Rewriter) -> Node:
     """Samples that move with their parameters."""
     gamma = rewriter.node.op == aten._standard_gamma.default
-    x, op = rewriter.args[0], MeshOp("standard_gamma" if gamma else "dirichlet")
+    x, op = rewriter.args[0], StandardGamma.op if gamma else Dirichlet.op
     return rewriter.call(op, x, x.tensor.shape, rewriter.random_id())
 
 
@@ -437,7 +439,7 @@ def _differentiable(rewriter: Rewriter) -> Node:
 def _poisson(rewriter: Rewriter) -> Node:
     rate = rewriter.args[0]
     number = rewriter.call(
-        MeshOp("poisson"), rewriter.stopped(rate), rate.tensor.shape, rewriter.random_id()
+        Poisson.op, rewriter.stopped(rate), rate.tensor.shape, rewriter.random_id()
     )
     return _sampled(rewriter, number, rate)
 
@@ -446,5 +448,5 @@ def _poisson(rewriter: Rewriter) -> Node:
 def _binomial(rewriter: Rewriter) -> Node:
     count, p = (rewriter.stopped(x) for x in rewriter.args[:2])
     shape = rewriter.node.tensor.shape
-    number = rewriter.call(MeshOp("binomial"), count, p, shape, rewriter.random_id())
+    number = rewriter.call(Binomial.op, count, p, shape, rewriter.random_id())
     return to_dtype(rewriter, number, rewriter.node.tensor.dtype)

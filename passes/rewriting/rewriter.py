@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from meshwright.compiler.composites.random import Random
 from meshwright.compiler.graph.ir import (
     Arg,
     Builder,
@@ -21,7 +22,7 @@ from meshwright.compiler.graph.ir import (
     nodes_in,
     rewrite,
 )
-from meshwright.compiler.graph.types import result_type
+from meshwright.compiler.placing.result_types import result_type
 
 aten = torch.ops.aten
 
@@ -78,7 +79,7 @@ class Rewriter:
     ) -> Node:
         """Emit random numbers of this kind, laid out as `like` where it is given."""
         args = (like, shape, kind, dtype, self.random_id())
-        return self._emit(MeshOp("random"), args, TensorType(shape, dtype))
+        return self._emit(Random.op, args, TensorType(shape, dtype))
 
     def _emit(self, op: Op, args: tuple[Arg, ...], type: NodeType) -> Node:
         return self.builder.emit(op, args, type=type, origin=self.node.origin)

@@ -32,9 +32,10 @@ from dataclasses import dataclass
 
 import torch
 
-from meshwright.compiler.graph.ir import GETITEM, Arg, Builder, Graph, MeshOp, Node, Op, nodes_in
-from meshwright.compiler.graph.types import result_type
+from meshwright.compiler.composites.grouped import GroupedMM
+from meshwright.compiler.graph.ir import GETITEM, Arg, Builder, Graph, Node, Op, nodes_in
 from meshwright.compiler.placing.calls import call_operands
+from meshwright.compiler.placing.result_types import result_type
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.passes.rewriting.counts import (
     ARGSORTS,
@@ -462,7 +463,7 @@ _ADDING = (aten.index_add.default, aten.scatter_add.default)
 _HANDLERS: dict[Op, Callable[[_Router, Node], bool]] = {
     GETITEM: _Router.item,
     aten.bucketize.Tensor: _Router.groups,
-    MeshOp("grouped_mm"): _Router.product,
+    GroupedMM.op: _Router.product,
     **dict.fromkeys((*SORTS, *ARGSORTS), _Router.sort),
     **dict.fromkeys(
         (

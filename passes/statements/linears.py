@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node, Op
+from meshwright.compiler.composites.embedding import Embedding
+from meshwright.compiler.graph.ir import INPUT, Graph, Node, Op
 
 aten = torch.ops.aten
 
@@ -114,7 +115,7 @@ def tables(graph: Graph) -> dict[str, list[Linear]]:
     """The lookup tables of every module that looks something up itself."""
     found: dict[str, list[Linear]] = {}
     for node in graph.nodes:
-        if node.op == MeshOp("embedding") and (source := _parameter(node.args[0])):
+        if node.op == Embedding.op and (source := _parameter(node.args[0])):
             found.setdefault(node.origin.module, []).append(Linear(source[0], 0, 1))
     return found
 

@@ -22,16 +22,17 @@ from typing import Any
 
 import torch
 
+from meshwright.compiler.composites.cross_entropy import CrossEntropy
+from meshwright.compiler.composites.embedding import Embedding
 from meshwright.compiler.graph.ir import (
     INPUT,
     Builder,
-    MeshOp,
     Node,
     Op,
     TensorType,
     map_nodes,
 )
-from meshwright.compiler.graph.types import result_type
+from meshwright.compiler.placing.result_types import result_type
 from meshwright.passes.statements.draft import Draft
 
 aten = torch.ops.aten
@@ -90,9 +91,9 @@ class _Padder:
         """The node on padded operands, where pad entries stay apart from the others."""
         args = map_nodes(node.args, self.mapping.__getitem__)
         first = args[0]
-        if node.op == MeshOp("embedding") and self.padded.get(first, (1,))[0] == 0:
+        if node.op == Embedding.op and self.padded.get(first, (1,))[0] == 0:
             return self._emit(node, (*args, self.padded[first][1]), node.type)
-        if node.op == MeshOp("cross_entropy") and self._pads(first) == len(first.tensor.shape) - 1:
+        if node.op == CrossEntropy.op and self._pads(first) == len(first.tensor.shape) - 1:
             classes = (*args[1:2], *(self._true(w) if w else None for w in args[2:3]), *args[3:])
             return self._emit(node, (first, *classes), node.type)
         if node.op == aten.linear.default and self.padded.get(args[1], (1,))[0] == 0:

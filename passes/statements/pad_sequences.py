@@ -30,6 +30,8 @@ from typing import Any
 import torch
 
 from meshwright.compiler.codegen.local import LOCAL, local_args
+from meshwright.compiler.composites.dropout import Dropout
+from meshwright.compiler.composites.extend import Extend
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import (
     GETITEM,
@@ -41,10 +43,10 @@ from meshwright.compiler.graph.ir import (
     TensorType,
     map_nodes,
 )
-from meshwright.compiler.graph.types import result_type
 from meshwright.compiler.layout.extents import Extent, moved
 from meshwright.compiler.layout.layout import dim_axes, replicated, whole
 from meshwright.compiler.placing.calls import call_operands, make_call
+from meshwright.compiler.placing.result_types import result_type
 from meshwright.compiler.placing.rules.lookup import rule_for
 from meshwright.compiler.placing.rules.notation import Operand, Spec
 from meshwright.compiler.placing.rules.views import RESHAPES
@@ -55,8 +57,6 @@ aten = torch.ops.aten
 
 Extents = Mapping[int, Extent]
 """The padded dims of a value."""
-
-_DROPOUT = MeshOp("dropout")
 
 
 def pad_sequences(draft: Draft) -> Draft:
@@ -211,7 +211,7 @@ class _Padder:
             args, kwargs = local_args(node.op, args, kwargs, operands, results, self.builder.mesh)
         if result_type(node.op, args, kwargs) != expected:
             return None
-        if node.op == _DROPOUT:
+        if node.op == Dropout.op:
             args = (*args, tuple((dim, *extent) for dim, extent in way.result(0).items()))
         new = self._emit(node, node.op, args, kwargs, expected)
         if isinstance(expected, TensorType):
@@ -283,7 +283,7 @@ class _Padder:
         if key not in self.padded:
             apart = self._apart(new, dim, extent, extent.size)
             place = dim + (extent.before > 1)
-            longer = self._made(new, MeshOp("extend"), (apart, place, extent.padded))
+            longer = self._made(new, Extend.op, (apart, place, extent.padded))
             self.padded[key] = self._joined(new, longer, dim, extent.stored)
             self.extents[self.padded[key]] = {**self._of(new), dim: extent}
             self.cut[self.padded[key], dim] = new

@@ -42,20 +42,6 @@ def _sequence(call: Call) -> Spec:
     return _made(call, free=False)
 
 
-@rule(MeshOp("random"))
-def _random(call: Call) -> Spec:
-    """A function of an element's index: split in any way, as the operand or a user is."""
-    (result,) = call.results
-    assert result is not None
-    letters = numbered("r", len(result.shape))
-    return Spec(
-        tuple(letters for _ in call.operands),
-        (letters,),
-        shape_only=frozenset(range(len(call.operands))),
-        free=frozenset(letters),
-    )
-
-
 def _made(call: Call, *, free: bool) -> Spec:
     operands = tuple(("",) * len(operand.type.shape) for operand in call.operands)
     (result,) = call.results

@@ -1,4 +1,5 @@
-"""Find the rule of an operator: a function, a row of the table, or what its kind implies."""
+"""Find the rule of an operator: a composite's own, a function, a row of the table, or what its kind
+implies."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from functools import lru_cache
 
 from meshwright.compiler.graph import custom
 from meshwright.compiler.graph.ir import MeshOp, Op
+from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.placing.rules import (
-    attention,
     convolution,
     factories,
     indexing,
@@ -24,7 +25,6 @@ from meshwright.compiler.placing.rules.registry import FUNCTIONS
 from meshwright.compiler.placing.rules.table import TABLE
 
 _MODULES = (
-    attention,
     convolution,
     factories,
     indexing,
@@ -40,7 +40,8 @@ _MODULES = (
 
 def rule_for(op: Op) -> Rule:
     """The rule of an operator; one that has none runs whole on every rank."""
-    return _known(op) or _registered(op) or replicate
+    known = composite_of(op)
+    return known.rule if known else _known(op) or _registered(op) or replicate
 
 
 def has_rule(op: Op) -> bool:

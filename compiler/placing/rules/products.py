@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from meshwright.compiler.graph.ir import MeshOp
 from meshwright.compiler.placing.rules.notation import (
     Call,
     Letters,
@@ -73,22 +72,3 @@ def _product(call: Call, operands: tuple[Letters, ...], result: Letters) -> Spec
         (result,),
         linear=tuple(frozenset({i}) for i in range(len(operands))),
     )
-
-
-@rule(MeshOp("grouped_mm"))
-def _grouped(call: Call) -> Spec:
-    """`x[r, k]` or `x[r, t, k]`, `weight[e, k, n]` and `group[r, t]` give `[r, t, n]`."""
-    terms = (_rows(call), ("e", "k", "n"), ("r", "t"))
-    linear = (frozenset({0}), frozenset({1}))
-    return Spec(terms, (("r", "t", "n"),), whole=frozenset("e"), linear=linear)
-
-
-@rule(MeshOp("grouped_mm_weight"))
-def _grouped_weight(call: Call) -> Spec:
-    """`x`, `grad[r, t, n]` and `group[r, t]` give `[e, k, n]`: a sum over all rows."""
-    terms = (_rows(call), ("r", "t", "n"), ("r", "t"))
-    return Spec(terms, (("e", "k", "n"),), linear=(frozenset({0}), frozenset({1})))
-
-
-def _rows(call: Call) -> Letters:
-    return ("r", "k") if len(call.operands[0].type.shape) == 2 else ("r", "t", "k")

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.graph.ir import Arg, MeshOp
+from meshwright.compiler.graph.ir import Arg
 from meshwright.compiler.layout.layout import Dim, Layout, dim_axes
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
@@ -205,15 +205,6 @@ def _constant_pad(call: Call) -> Spec:
 def _pad(call: Call) -> Spec:
     """As `constant_pad_nd`; the other modes copy elements of the operand."""
     return _padded(call, call.arg(2, "constant") != "constant" or not call.arg(3))
-
-
-@rule(MeshOp("extend"))
-def _extend(call: Call) -> Spec:
-    """`extend(x, dim, size)` repeats the last entry of the dim, which is whole."""
-    letters, dim = numbered("x", len(call.operands[0].type.shape)), call.arg(1)
-    return Spec(
-        (letters,), (_with(letters, dim, "r"),), whole=frozenset({letters[dim]}), linear=_LINEAR
-    )
 
 
 def _padded(call: Call, linear: bool) -> Spec:

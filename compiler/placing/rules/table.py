@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from meshwright.compiler.graph.ir import MeshOp, Op
+from meshwright.compiler.graph.ir import Op
 from meshwright.compiler.placing.rules.notation import Row, row
 
 aten = torch.ops.aten
@@ -34,23 +34,6 @@ EMBEDDINGS: dict[Op, Row] = {
     aten.embedding.default: row("v! d, ... -> ... d", _FIRST),
     aten.embedding_dense_backward.default: row("... d, ... -> v! d", _FIRST),
     aten.one_hot.default: row("... -> ... c!"),
-}
-
-COMPOSITES: dict[Op, Row] = {
-    # A split v is a masked lookup, whose misses are zeros: partial.
-    MeshOp("embedding"): row("v^ d, ... -> ... d", _FIRST),
-    MeshOp("embedding_backward"): row("... d, ..., v^ d -> v d", _FIRST, shape_only=(2,)),
-    MeshOp("cross_entropy"): row("... v~^, ..., c!? -> ..., ..."),
-    MeshOp("cross_entropy_backward"): row("..., ... v~, ..., ..., c!? -> ... v", _FIRST),
-    MeshOp("norm"): row("... n~, n?, n? -> ... n, ..., ..."),
-    MeshOp("norm_backward"): row(
-        "... n~, ... n, ...?, ..., n?, n? -> ... n, n, n", _FIRST, shape_only=(5,)
-    ),
-    MeshOp("dropout"): row("... -> ..."),
-    MeshOp("standard_gamma"): row("... -> ..."),
-    MeshOp("dirichlet"): row("... n! -> ... n"),
-    MeshOp("poisson"): row("... -> ..."),
-    MeshOp("binomial"): row("..., ... -> ..."),
 }
 
 NORMS: dict[Op, Row] = {
@@ -95,7 +78,6 @@ TABLE: dict[Op, Row] = {
     **CONTRACTIONS,
     **WHOLE_LAST,
     **EMBEDDINGS,
-    **COMPOSITES,
     **NORMS,
     **POOLS,
 }

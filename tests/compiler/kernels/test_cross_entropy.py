@@ -16,11 +16,6 @@ from meshwright.compiler.kernels.cross_entropy import (
     cross_entropy_row_weights,
     cross_entropy_stats,
 )
-from meshwright.compiler.kernels.soft_cross_entropy import (
-    soft_cross_entropy_backward,
-    soft_cross_entropy_combine,
-    soft_cross_entropy_stats,
-)
 
 ROWS, CLASSES, IGNORED = 13, 11, -100
 
@@ -181,29 +176,3 @@ def test_a_target_that_is_no_class_is_an_error() -> None:
     target[5] = CLASSES
     with pytest.raises(IndexError, match=f"target {CLASSES} is not one of {CLASSES} classes"):
         cross_entropy_stats(logits[:, :6], target, num_classes=CLASSES)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_probability_targets_equal_torch(ranks: int, smoothing: float, weighted: bool) -> None:
-    logits, _, weight, grad = _example()
-    target = torch.rand(ROWS, CLASSES, dtype=torch.float64)
-    options = {"label_smoothing": smoothing, "weight": weight if weighted else None}
-    loss, dlogits = _reference(logits, target, grad, **options)
-    shards = list(zip(_padded(logits, ranks, torch.nan), _padded(target, ranks, 7), strict=True))
-    width = shards[0][0].shape[1]
-    sizes: dict[str, Any] = {"num_classes": CLASSES, **options}
-    stats = [
-        soft_cross_entropy_stats(*shard, offset=rank * width, **sizes)
-        for rank, shard in enumerate(shards)
-    ]
-    got, lse, total = soft_cross_entropy_combine(torch.stack(stats))
-    torch.testing.assert_close(got, loss)
-    grads = [
-        soft_cross_entropy_backward(*shard, lse, total, grad, offset=rank * width, **sizes)
-        for rank, shard in enumerate(shards)
-    ]
-    dgot = torch.cat(grads, 1)
-    torch.testing.assert_close(dgot[:, :CLASSES], dlogits)
-    assert not dgot[:, CLASSES:].any()

@@ -37,11 +37,6 @@ from meshwright.compiler.kernels.norm import (
     rms_norm,
     rms_norm_backward,
 )
-from meshwright.compiler.kernels.soft_cross_entropy import (
-    soft_cross_entropy_backward,
-    soft_cross_entropy_combine,
-    soft_cross_entropy_stats,
-)
 
 
 def _describe(results: Any) -> list[tuple[Any, ...]]:
@@ -73,14 +68,6 @@ def _cross_entropy(x: Tensor, index: Tensor) -> Any:
     return loss, lse, grad, stats, combined, rows
 
 
-def _soft_cross_entropy(x: Tensor, index: Tensor) -> Any:
-    logits = x.flatten(0, 1)
-    stats = soft_cross_entropy_stats(logits, logits, num_classes=8)
-    loss, lse, total = soft_cross_entropy_combine(stats.unsqueeze(0))
-    grad = soft_cross_entropy_backward(logits, logits, lse, total, loss, num_classes=8)
-    return loss, lse, total, grad
-
-
 def _norm(x: Tensor, index: Tensor) -> Any:
     weight = x.select(0, 0).select(0, 0)
     y, mean, rstd = layer_norm(x, weight, weight, 1e-5)
@@ -109,7 +96,7 @@ def _attention(dropout_p: float) -> Callable[[Tensor, Tensor], Any]:
     return run
 
 
-RUNS = [_embedding, _cross_entropy, _soft_cross_entropy, _norm, _dropout]
+RUNS = [_embedding, _cross_entropy, _norm, _dropout]
 
 
 @pytest.mark.parametrize("run", RUNS)

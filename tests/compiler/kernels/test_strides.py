@@ -38,11 +38,6 @@ from meshwright.compiler.kernels.norm import (
     rms_norm_backward,
     rms_stats,
 )
-from meshwright.compiler.kernels.soft_cross_entropy import (
-    soft_cross_entropy_backward,
-    soft_cross_entropy_combine,
-    soft_cross_entropy_stats,
-)
 from tests.compiler.strides import expanded, strided
 
 Run = Callable[..., Any]
@@ -130,17 +125,6 @@ def test_cross_entropy_writes_its_gradient_where_it_is_told() -> None:
     for name, own in list(strided(logits.clone()))[1:]:
         given = cross_entropy_backward(own, target, lse, grad, num_classes=CLASSES, out=own)
         torch.testing.assert_close(given, expected, msg=name)
-
-
-def test_soft_cross_entropy() -> None:
-    def run(logits: Tensor, target: Tensor, grad: Tensor, weight: Tensor) -> Any:
-        options: dict[str, Any] = {"num_classes": 7, "label_smoothing": 0.1, "weight": weight}
-        stats = soft_cross_entropy_stats(logits, target, offset=3, **options)
-        loss, lse, total = soft_cross_entropy_combine(stats.unsqueeze(0))
-        dlogits = soft_cross_entropy_backward(logits, target, lse, total, grad, offset=3, **options)
-        return stats, loss, lse, total, dlogits
-
-    check_strides(run, _random(6, 5), _random(6, 5).softmax(1), _random(6), _random(7).abs())
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 3, 4), (3, 1), (0, 4), (4,)])

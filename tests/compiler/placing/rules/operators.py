@@ -61,7 +61,6 @@ OPERATORS = (
     "aten.reshape.default",
     "aten.rsqrt.default",
     "aten.scalar_tensor.default",
-    "aten.scaled_dot_product_attention.default",
     "aten.select.int",
     "aten.select_backward.default",
     "aten.select_scatter.default",

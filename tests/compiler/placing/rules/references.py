@@ -89,6 +89,59 @@ def norm_backward(
     )
 
 
+def norm_stats(x: Tensor, kind: str) -> Tensor:
+    mean = x.mean(-1, keepdim=True)
+    if kind == "layer":
+        return torch.stack([mean.squeeze(-1), (x - mean).square().sum(-1)])[None]
+    return x.square().sum(-1)[None, None]
+
+
+def norm_finish(
+    x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, eps: float, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    ((mean, squares),) = stats
+    rstd = (squares / x.shape[-1] + eps).rsqrt()
+    return (x - mean[..., None]) * rstd[..., None] * weight + bias, mean, rstd
+
+
+def norm_backward_sums(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, kind: str
+) -> Tensor:
+    scaled = grad * weight
+    normal = (x - mean[..., None]) * rstd[..., None]
+    return torch.stack([scaled.sum(-1), (scaled * normal).sum(-1)])
+
+
+def norm_backward_apply(
+    sums: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias_like: Tensor,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    normal = (x - mean[..., None]) * rstd[..., None]
+    centre, along = sums[..., None] / x.shape[-1]
+    rows = tuple(range(x.dim() - 1))
+    dx = rstd[..., None] * (grad * weight - centre - normal * along)
+    return dx, (grad * normal).sum(rows), grad.sum(rows)
+
+
+def cross_entropy_stats(logits: Tensor, target: Tensor, *rest: Any) -> Tensor:
+    picked = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    return torch.stack([logits.logsumexp(-1), picked, logits.sum(-1)])[None]
+
+
+def cross_entropy_combine(stats: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """From one part, with as much smoothing over as many classes as it says."""
+    ((lse, picked, total),), (_, ignored, smoothing, num_classes) = stats, rest
+    spread = (lse * num_classes - total) * smoothing / num_classes
+    loss = (lse - picked) * (1 - smoothing) + spread
+    return loss.masked_fill(target == ignored, 0), lse
+
+
 def dropout(x: Tensor, p: float, op_id: int) -> Tensor:
     """Any elementwise function that is not linear."""
     return x.exp()

@@ -548,6 +548,27 @@ COMPOSITES = [
         special=((1, 1),),
         gradients=False,
     ),
+    mesh("norm_stats", f(2, 3, 4), "layer"),
+    mesh("norm_stats", f(2, 3, 4), "rms"),
+    mesh(
+        "norm_finish",
+        *(f(2, 3, 4), positive(1, 2, 2, 3), f(4), f(4), 1e-5, "layer"),
+        special=((0, 2),),
+        gradients=False,
+    ),
+    mesh(
+        "norm_backward_sums",
+        *(f(2, 3, 4), f(2, 3, 4), f(2, 3), positive(2, 3), f(4), "layer"),
+        gradients=False,
+    ),
+    mesh(
+        "norm_backward_apply",
+        *(f(2, 2, 3), f(2, 3, 4), f(2, 3, 4), f(2, 3), positive(2, 3), f(4), f(4), "layer"),
+        special=((2, 2),),
+        gradients=False,
+    ),
+    mesh("cross_entropy_stats", *_ROWS, None, -100, 0.1, 8, gradients=False),
+    mesh("cross_entropy_combine", f(1, 3, 2, 3), n(2, 2, 3), None, 1, 0.1, 8, gradients=False),
     mesh("dropout", f(4, 6), 0.1, 0),
     mesh("random", f(4, 6), (4, 6), "uniform", torch.float64, 0, gradients=False),
     mesh("standard_gamma", f(4, 6), (4, 6), 0),
@@ -567,13 +588,6 @@ COMPOSITES = [
     references.attention_backward_sample(f(2, 4, 3, 2), f(2, 1, 3, 2), f(2, 1, 3, 4), None),
     references.attention_backward_sample(
         f(2, 2, 3, 2), f(2, 2, 3, 2), f(2, 2, 3, 2), f(1, 2, 1, 3)
-    ),
-    call(aten.scaled_dot_product_attention.default, *(f(2, 2, 3, 2) for _ in range(3))),
-    call(aten.scaled_dot_product_attention.default, *(f(2, 3, 2) for _ in range(3))),
-    call(
-        aten.scaled_dot_product_attention.default,
-        *(f(2, 4, 3, 2), f(2, 2, 3, 2), f(2, 2, 3, 2), f(1, 1, 3, 3)),
-        enable_gqa=True,
     ),
 ]
 

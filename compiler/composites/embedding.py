@@ -1,0 +1,76 @@
+"""Embedding lookup: of a table whose rows are split, each rank reads its own, zeros elsewhere."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from meshwright.compiler.graph.ir import Arg, MeshOp, NodeType, TensorType
+from meshwright.compiler.kernels import embedding as kernels
+from meshwright.compiler.layout.layout import Dim, dim_axes
+from meshwright.compiler.placing.composite import (
+    AdjointContext,
+    BindingContext,
+    Composite,
+    Cotangents,
+    Kernel,
+    composite,
+)
+from meshwright.compiler.placing.rules.notation import row
+
+
+def _offset(binding: BindingContext, rows: Dim) -> int:
+    return binding.start(rows) if dim_axes(rows) else -1
+
+
+@composite
+class Embedding(Composite):
+    """`embedding(weight, index, padding_idx[, num_rows])`: `num_rows` leave out a padded table's
+    padding."""
+
+    op = MeshOp("embedding")
+    rule = row("v^ d, ... -> ... d", linear=((0,),))
+    is_fresh = True
+
+    def result_type(self, weight: TensorType, index: TensorType, *rest: Arg) -> NodeType:
+        return TensorType((*index.shape, *weight.shape[1:]), weight.dtype)
+
+    def adjoint(self, context: AdjointContext) -> Cotangents:
+        weight, index, padding_idx = context.node.args[:3]
+        return [
+            context.call(EmbeddingBackward.op, context.grad, index, weight, padding_idx),
+            None,
+        ]
+
+    def bind(self, binding: BindingContext) -> Kernel:
+        table = binding.operand(0)
+        offset = _offset(binding, table.placed.dims[0])
+        num_rows = (*binding.node.args[3:], table.tensor.shape[0])[0]
+
+        def embedding(weight: Tensor, index: Tensor) -> Tensor:
+            return kernels.embedding(weight, index, num_rows=num_rows, offset=offset)
+
+        return embedding
+
+
+@composite
+class EmbeddingBackward(Composite):
+    """`embedding_backward(grad, index, weight, padding_idx)`: of `weight` only the shape counts."""
+
+    op = MeshOp("embedding_backward")
+    rule = row("... d, ..., v^ d -> v d", linear=((0,),), shape_only=(2,))
+
+    def result_type(
+        self, grad: TensorType, index: TensorType, weight: TensorType, *rest: Arg
+    ) -> NodeType:
+        return TensorType(weight.shape, grad.dtype)
+
+    def bind(self, binding: BindingContext) -> Kernel:
+        offset = _offset(binding, binding.operand(2).placed.dims[0])
+        padding_idx = binding.node.args[3]
+
+        def backward(grad: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            return kernels.embedding_backward(
+                grad, index, weight.shape[0], offset=offset, padding_idx=padding_idx
+            )
+
+        return backward

@@ -1,0 +1,169 @@
+"""The registry of composites: operators of our own, each with all there is to say of it.
+
+A file of `compiler/composites/` holds one composite, its backward and the steps that it is lowered
+to, each a class that `composite` registers. Rules, types, `check`, adjoints, lowering, code
+generation and reports ask here and nowhere else, so a new composite is one new file.
+
+A composite is differentiated whole, by an adjoint written by hand; the values that the adjoint
+names are what is saved. Where its work is split over ranks it is lowered afterwards, to steps
+(composites too) and the collectives between them, which may stand in a loop:
+
+- Ring attention: the rule lets queries, keys and values be split along the sequence together; the
+  adjoint calls a backward on the output and its log-sum-exp; `lower` emits, for each rank of the
+  axis, a step on the block at hand and a `permute` of keys and values to the next rank, and last a
+  step that merges the partial results. The backward goes round with the gradients of its blocks.
+- SUMMA: the rule yields one `Placement`, both matrices split over rows and columns of the mesh; the
+  adjoint is the same composite on transposed operands; `lower` emits for each panel two broadcasts
+  and a step that adds one product to the sum so far.
+- A mixture of experts: the rule splits tokens and experts over one axis; the adjoint takes the
+  routes that the forward returned; `lower` emits a step that sorts rows into equal boxes, an
+  `all_to_all`, the experts' products, an `all_to_all` back, and a step that puts the rows in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
+
+import torch
+
+from meshwright.compiler.errors import PassError
+from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, Op
+from meshwright.compiler.kernels.hashing import Coords, RandomIndex
+from meshwright.compiler.layout.layout import Dim, Layout
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.placing.rules.notation import Call, Placement, Spec
+
+Cotangents: TypeAlias = "Sequence[Node | None]"
+"""One for each operand, in the order of `Node.operands()`; `None` where there is none."""
+Kernel: TypeAlias = Callable[..., Any]
+"""A function of one rank's tensors."""
+
+
+class AdjointContext(Protocol):
+    """A call to write the backward of: its nodes, and what emits placed nodes of the backward."""
+
+    node: Node
+    operands: tuple[Node, ...]
+    results: tuple[Node | None, ...]
+
+    @property
+    def grad(self) -> Node:
+        """The cotangent of the first result."""
+
+    def call(self, op: Op, *args: Arg) -> Node:
+        """Emit one call of the backward, placed by its rule."""
+
+    def items(self, source: Node) -> list[Node | None]:
+        """The results of a call with several."""
+
+
+class LoweringContext(Protocol):
+    """A placed call to lower: its node, its arguments in the new graph, and what emits there."""
+
+    node: Node
+    args: tuple[Arg, ...]
+
+    @property
+    def mesh(self) -> Mesh:
+        """The axes over which operands may be split."""
+
+    def call(self, op: Op, *args: Arg, type: NodeType = None) -> Node:
+        """Emit a step, placed by its rule; `type` where the mesh has a say in it."""
+
+    def reshard(self, value: Node, layout: Layout) -> Node:
+        """`value` in another layout, by as many collectives as that takes."""
+
+    def collective(
+        self, kind: str, value: Node, layout: Layout, axes: tuple[str, ...], **options: Arg
+    ) -> Node:
+        """Emit one collective of this kind, which leaves `value` in `layout`."""
+
+
+class BindingContext(Protocol):
+    """A node to bind on one rank, and where on the mesh and in its tensors the rank is."""
+
+    @property
+    def node(self) -> Node:
+        """The node, with global arguments."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """The axes over which operands may be split."""
+
+    @property
+    def coords(self) -> Mapping[str, int]:
+        """The rank's coordinate along each axis."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rank's tensors are."""
+
+    def operand(self, position: int) -> Node:
+        """The node given as this argument."""
+
+    def positions(self, dim: Dim) -> torch.Tensor:
+        """The global indices of the entries of `dim` held here."""
+
+    def start(self, dim: Dim) -> int:
+        """The global index of the first of the consecutive entries of `dim` held here."""
+
+    def coordinates(self, dims: tuple[Dim, ...]) -> tuple[Coords, ...]:
+        """Where the local tensor lies along each dim, as `RandomIndex` wants it."""
+
+    def index(
+        self, op_id: int, shape: Sequence[int], coords: tuple[Coords, ...]
+    ) -> Callable[[], RandomIndex]:
+        """The index of the numbers that this step draws for a global tensor of `shape`."""
+
+
+class Composite:
+    """An operator of our own: a subclass says what it is, and `composite` registers it."""
+
+    op: ClassVar[MeshOp]
+    """What nodes name it by."""
+    number: ClassVar[int | None] = None
+    """The argument that is a number by its place in the graph: equal layers differ in it."""
+    is_fresh: ClassVar[bool] = False
+    """Whether its result is memory of its own, which a collective may overwrite."""
+    overwrites: ClassVar[int | None] = None
+    """The argument over which it may write its result: where nothing reads that afterwards, its
+    node has the keyword `overwrite`."""
+    rule: Callable[[Call], Spec | Iterable[Placement]]
+    """Which splits its operands and results may have; a `row` of the notation, or a method."""
+
+    def result_type(self, *args: Any) -> NodeType:
+        """The type, or types, of its results, from its arguments with types in place of nodes."""
+        found: NodeType = args[0]
+        return found
+
+    def adjoint(self, context: AdjointContext) -> Cotangents:
+        """Emit its backward."""
+        raise PassError(f"`{self.op}` has no adjoint", help="give its class an `adjoint`")
+
+    def lower(self, context: LoweringContext) -> Node | None:
+        """Emit steps and collectives in its place; None where each rank can run it as it is."""
+        return None
+
+    def bind(self, binding: BindingContext) -> Kernel:
+        """Its kernel on one rank: a function of the node's tensor arguments, in order, each at its
+        place, None where a node has none and others follow."""
+        raise PassError(f"`{self.op}` has no kernel", help="give its class a `bind`")
+
+
+COMPOSITES: dict[MeshOp, Composite] = {}
+"""Every composite, by its operator."""
+
+_Class = TypeVar("_Class", bound="type[Composite]")
+
+
+def composite(kind: _Class) -> _Class:
+    """Register a composite; a class decorator."""
+    assert kind.op not in COMPOSITES, kind.op
+    COMPOSITES[kind.op] = kind()
+    return kind
+
+
+def composite_of(op: Op) -> Composite | None:
+    """The composite that an operator is, if it is one."""
+    return COMPOSITES.get(op) if isinstance(op, MeshOp) else None
