@@ -33,7 +33,7 @@ def per_rank(spec: Spec, call: Call, letter: str) -> Spec:
 
 
 def gathered(context: LoweringContext, axes: tuple[str, ...], op: MeshOp, *args: Arg) -> Node:
-    """The statistics `[r, ...]` that a step takes of each rank's part over `axes`, on every rank."""
+    """Statistics `[r, ...]`, which a step takes of each rank's part over `axes`, on every rank."""
     part = result_type(op, args, {})
     assert isinstance(part, TensorType), op
     type = TensorType((context.mesh.size(axes), *part.shape[1:]), part.dtype)
