@@ -15,11 +15,12 @@ from meshwright.compiler.codegen.instructions import Instructions
 from meshwright.compiler.codegen.lowering import lowered
 from meshwright.compiler.codegen.ordering import ordered
 from meshwright.compiler.codegen.printing import Code, printed
-from meshwright.compiler.graph.ir import Graph, MeshOp, Node, TensorType
+from meshwright.compiler.graph.ir import Graph, InputKind, Node, TensorType
 from meshwright.compiler.graph.text import exact_text
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.stages import Schedule, Stage, check_schedule
 from meshwright.dsl.plan import Plan
 
 
@@ -56,47 +57,37 @@ class Stored:
         return self.layout.shape
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What runs in one step: the forward and, in training, the backward."""
-
-    forward: Graph
-    backward: Graph | None = None
-
-    @property
-    def graphs(self) -> dict[str, Graph]:
-        found = {self.forward.name: self.forward}
-        if self.backward is not None:
-            found[self.backward.name] = self.backward
-        return found
-
-
 @dataclass(frozen=True)
 class Compiled:
     """The result of compiling a model under a plan: graphs, layouts, and their code.
 
     `plan` is the plan with what modules carry of their own, `mesh` its axes, `device` what is
-    compiled for and `model` the module that was compiled, untouched. `parameters` and `buffers` say
-    how ranks hold each tensor of the model, by name.
+    compiled for and `model` the module that was compiled, untouched. `stages` have the graphs, and
+    `schedule` the order in which each rank runs them. `parameters` and `buffers` say how ranks hold
+    each tensor of the model, by name.
     """
 
     plan: Plan
     mesh: Mesh
     captured: Captured
-    step: Step
+    stages: tuple[Stage, ...]
+    schedule: Schedule
     parameters: Mapping[str, Stored]
     buffers: Mapping[str, Stored]
     movements: tuple[Movement, ...]
     device: torch.device
     model: nn.Module = field(repr=False)
 
+    def __post_init__(self) -> None:
+        check_schedule(self.stages, self.schedule)
+
     def graphs(self) -> dict[str, Graph]:
         """Every graph by name: `stage0.forward` and, in training, `stage0.backward`."""
-        return self.step.graphs
+        return {graph.name: graph for stage in self.stages for graph in stage.graphs.values()}
 
     @cached_property
     def instructions(self) -> tuple[Instructions, ...]:
-        """What each rank does for each graph, in order."""
+        """The instructions of each graph, in the order of `graphs`."""
         found: list[Instructions] = []
         num_wires = 0
         for graph in self.graphs().values():
@@ -106,18 +97,20 @@ class Compiled:
 
     @cached_property
     def code(self) -> tuple[Code, ...]:
-        """The generated code of the forward and, in training, the backward."""
+        """The generated code of each graph, in the order of `graphs`."""
         return tuple(printed(each) for each in self.instructions)
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all that ranks must agree on: code, layouts, mesh, inputs and what is stored.
+        """A hash of all that ranks must agree on: code, layouts, schedule, mesh, inputs and what is
+        stored.
 
         Values of tensors are not in it: ranks take over those of rank 0.
         """
         parts = [str(self.mesh), *(code.source for code in self.code)]
         parts += [repr(code.wires) for code in self.code]
         parts += [exact_text(graph) for graph in self.graphs().values()]
+        parts += [", ".join(map(str, actions)) for _, actions in sorted(self.schedule.items())]
         parts += map(repr, (*self.parameters.values(), *self.buffers.values()))
         parts += self.captured.input_spec.fixed_values()
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -128,11 +121,15 @@ class Compiled:
         return self.captured.mode
 
     def inputs(self) -> tuple[Node, ...]:
-        """The arguments of the model, in graph order."""
-        return tuple(n for n in self.step.forward.inputs if n.args[0] == "argument")
+        """The arguments of the model, in graph order, each once."""
+        found: dict[str, Node] = {}
+        for stage in self.stages:
+            for node in stage.forward.inputs:
+                if node.args[0] == InputKind.ARGUMENT:
+                    found.setdefault(node.args[1], node)
+        return tuple(found.values())
 
-    def buckets(self) -> dict[str, Node]:
-        """The flat gradient buffers of the backward, by node."""
-        graph = self.step.backward
-        nodes = () if graph is None else graph.nodes
-        return {node.name: node for node in nodes if node.op == MeshOp("bucket")}
+    @property
+    def trains(self) -> bool:
+        """Whether a step computes gradients."""
+        return any(stage.trains for stage in self.stages)

@@ -69,13 +69,14 @@ class Section(NamedTuple):
 
 MACHINERY: Mapping[type, tuple[str, ...]] = {
     mw.Program: (
-        "captured", "step", "movements", "recompile", "launcher", "code", "inputs", "buckets",
+        "captured", "stages", "schedule", "movements", "recompile", "launcher", "code", "inputs",
+        "trains", "instructions",
     ),
     program.Stored: ("padding", "plan_line"),
     mw.Plan: ("names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error"),
     mesh.Mesh: ("groups", "position"),
     ir.Graph: ("users",),
-    ir.Node: ("tensor", "placed", "operands", "requires_grad"),
+    ir.Node: ("tensor", "placed", "held", "of_model", "operands", "requires_grad"),
     mw.PlanError: ("about",),
 }  # fmt: skip
 """Members that passes and the runtime use, and users need not."""
@@ -398,7 +399,11 @@ class _Verbatim(str):
 
 
 def spelt(written: str, where: Mapping[str, Any]) -> str:
-    """An annotation as it is written, with the names of its own module written out."""
+    """An annotation as it is written, with the names of its own module written out.
+
+    That a field is final is left out: the class says that it is not edited.
+    """
+    written = re.sub(r"^Final\[(.*)\]$", r"\1", written)
     ours = [
         name
         for name, value in where.items()

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from meshwright.compiler.graph.aliasing import IDENTITIES, is_view
-from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node, rewrite
+from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node, Phase, rewrite
 from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.statements import Spread
@@ -81,7 +81,7 @@ class _Lines:
         used, stored = self.draft.inputs.get(key), self.draft.stored.get(key)
         if line := _joined(map(pin_lines, (used, stored))):
             self.found[node] = line
-        if used and node.args[0] != "argument":
+        if used and node.of_model:
             self.weights[node] = pin_lines(used)
         for pin in filter(None, (stored, used)):
             for axis in pin.layout.axes_used:
@@ -102,11 +102,12 @@ class _Lines:
         """Lines that hold whatever is moved: of the adjoint, of a layout that the plan wrote."""
         assert isinstance(node.op, MeshOp)
         axes: tuple[str, ...] = node.kwargs["axes"]
-        other = self.forward.get(node.origin.forward)
-        if node.origin.forward and other is not None and _is_collective(other):
+        backward = node.phase is not Phase.FORWARD
+        other = self.forward.get(node.origin.forward) if backward else None
+        if other is not None and _is_collective(other):
             found = {**self.axes[other.args[0]], **self.axes[other]}
             return {axis: found[axis] for axis in axes if found.get(axis)}
-        if node.origin.plan_line and not node.origin.forward:
+        if node.origin.plan_line and not backward:
             return dict.fromkeys(axes, node.origin.plan_line)
         if node.op.name in _SPLITTING:
             return {axis: self.regions[axis] for axis in axes if axis in self.regions}

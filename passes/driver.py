@@ -19,8 +19,9 @@ from meshwright.compiler.graph.ir import Graph, TensorType
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check
-from meshwright.compiler.program import Padding, Step, Stored
+from meshwright.compiler.program import Padding, Stored
 from meshwright.compiler.public import Program
+from meshwright.compiler.stages import same_on_every_rank
 from meshwright.dsl.plan import Plan
 from meshwright.passes.attribute import attribute
 from meshwright.passes.bucket import bucket
@@ -209,7 +210,8 @@ def _program(
         plan=draft.plan,
         mesh=draft.mesh,
         captured=captured,
-        step=Step(*draft.parts),
+        stages=draft.stages,
+        schedule=same_on_every_rank(draft.stages, draft.mesh.num_ranks),
         parameters=_stored(draft, "parameter", captured.parameters),
         buffers=_stored(draft, "buffer", captured.buffers),
         movements=draft.movements,

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 
-from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node
+from meshwright.compiler.graph.ir import INPUT, SAVED, Graph, InputKind, Node
 from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.graph.weights import input_behind
 
@@ -70,9 +70,9 @@ def _ready_from_start(graph: Graph) -> set[Node]:
     light: set[Node] = set()
     for node in graph.nodes:
         if node.op == INPUT:
-            if node.args[0] != "parameter":
+            if node.args[0] != InputKind.PARAMETER:
                 light.add(node)
-        elif node.op != MeshOp("saved") and all(n in light for n in node.operands()):
+        elif node.op != SAVED and all(n in light for n in node.operands()):
             light.add(node)
     wanted: set[Node] = set()
     for node in reversed(graph.nodes):

@@ -1,4 +1,5 @@
-"""Separate the joint graph of a step into its forward and its backward.
+"""Separate the joint graph of a stage into graphs that run at times of their own, such as its
+forward and its backward.
 
 Before:  linear: f32[8, 64@tp]             = linear(x, up_weight, up_bias)
          relu: f32[8, 64@tp]               = relu(linear)
@@ -8,17 +9,17 @@ After:   linear: f32[8, 64@tp]             = linear(x, up_weight, up_bias)
          relu: f32[8, 64@tp]               = saved(0)
          threshold_backward: f32[8, 64@tp] = threshold_backward(matmul, relu, 0)
 
-What the backward takes from the forward is saved, but for what costs nothing to have again: views
-of parameters, and gathers of stored-split parameters and of sequence-split inputs, of which the
-shard is saved and gathered again. Saved values are handed over in the order in which the backward
-pops them.
-Requires: backward nodes name their forward node. Ensures: each saved value is popped once.
+What a graph takes from an earlier one is saved, but for what costs nothing to have again: views of
+parameters, and gathers of stored-split parameters and of sequence-split inputs, of which the shard
+is saved and gathered again. A value that two graphs take is saved for each, under numbers of its
+own, so that it is freed after the last. Each graph returns last what the next takes first.
+Requires: no node takes a value of a later phase. Ensures: each saved value is taken once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -26,7 +27,7 @@ import torch
 
 from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import (
-    INPUT,
+    SAVED,
     Builder,
     Graph,
     MeshOp,
@@ -36,13 +37,11 @@ from meshwright.compiler.graph.ir import (
     Phase,
 )
 from meshwright.compiler.graph.weights import input_behind
+from meshwright.compiler.stages import Stage
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.sequence import gathers_again
 
 aten = torch.ops.aten
-
-SAVED = MeshOp("saved")
-"""A value handed over by the forward; `args` is its number."""
 
 _VIEWS = {
     aten.view.default,
@@ -58,120 +57,137 @@ _GATHERS = {MeshOp("all_gather"), MeshOp("all_gather_replicated")}
 
 
 def separate(draft: Draft) -> Draft:
-    """`draft` with its forward and its backward apart; a graph without gradients is a forward."""
-    graph = draft.graph
-    if not graph.outputs_of(OutputKind.GRADIENT):
-        return replace(draft, parts=(replace(graph, name="stage0.forward"),))
+    """`draft` with the graphs of its stage; without gradients there is a forward alone."""
+    trains = draft.graph.outputs_of(OutputKind.GRADIENT)
+    phases = (Phase.FORWARD, Phase.BACKWARD) if trains else (Phase.FORWARD,)
     regather = partial(gathers_again, draft.regions)
-    return replace(draft, parts=separate_graph(graph, regather=regather))
+    graphs = separate_graph(draft.graph, "stage0", phases, regather=regather)
+    return replace(draft, stages=(Stage(0, graphs),))
 
 
-def separate_graph(graph: Graph, *, regather: Callable[[Node], bool]) -> tuple[Graph, Graph]:
-    """The forward and the backward of a joint graph.
+def separate_graph(
+    graph: Graph, name: str, phases: Sequence[Phase], *, regather: Callable[[Node], bool]
+) -> dict[Phase, Graph]:
+    """The graphs of a stage called `name` by phase, one for each of `phases`, in their order.
 
-    `regather` says of a gathered activation whether it is gathered again rather than kept.
+    Nodes of a phase without a graph run in that of the phase before. `regather` says of a gathered
+    activation whether it is gathered again rather than kept.
     """
-    return _Splitter(graph, regather).run()
+    return _Separator(graph, name, phases, regather).run()
 
 
-def is_backward(node: Node) -> bool:
-    """Whether a node of a joint graph belongs to the backward."""
-    return node.phase is not Phase.FORWARD
+class _Part:
+    """One of the graphs while it is made."""
 
-
-class _Splitter:
-    def __init__(self, graph: Graph, regather: Callable[[Node], bool]) -> None:
-        self.graph, self.regather = graph, regather
-        self.forward = Builder("stage0.forward", graph.mesh)
-        self.backward = Builder("stage0.backward", graph.mesh)
-        self.backward.phase = Phase.BACKWARD
-        self.ahead: dict[Node, Node] = {}
+    def __init__(self, builder: Builder, phase: Phase) -> None:
+        builder.phase = phase
+        self.builder, self.phase = builder, phase
         self.mapping: dict[Node, Node] = {}
-        self.saved: dict[Node, Node] = {}
+        self.again: set[Node] = set()
+        """Values of earlier parts that this one computes again."""
+        self.saved: dict[Node, int] = {}
+        """Values of earlier parts that are saved for this one, with their numbers."""
+        self.readers: Counter[Node] = Counter()
+        self.outputs: list[Output] = []
+
+
+class _Separator:
+    def __init__(
+        self, graph: Graph, name: str, phases: Sequence[Phase], regather: Callable[[Node], bool]
+    ) -> None:
+        self.graph, self.regather = graph, regather
+        builders = {phase: Builder(f"{name}.{phase.value}", graph.mesh) for phase in phases}
+        self.parts = [_Part(builder, phase) for phase, builder in builders.items()]
+        order = list(Phase)
+        runs_in = {
+            phase: [part for part in self.parts if order.index(part.phase) <= place][-1]
+            for place, phase in enumerate(order)
+        }
+        self.home = {node: runs_in[node.phase] for node in graph.nodes}
+        self.num_saved = 0
         self._cheap: dict[Node, bool] = {}
 
-    def run(self) -> tuple[Graph, Graph]:
+    def run(self) -> dict[Phase, Graph]:
         for node in self.graph.nodes:
-            if not is_backward(node):
-                self.ahead[node] = self.forward.copy(node, self.ahead)
-            if node.op == INPUT:
-                self.mapping[node] = self.backward.copy(node, {})
-        for node in self.graph.nodes:
-            if is_backward(node):
-                for operand in node.operands():
-                    self._bring(operand)
-                self.mapping[node] = self.backward.copy(node, self.mapping)
-        self._overwrite_logits()
-        return self._forward_graph(), self._backward_graph()
+            self._need_operands(self.home[node], node)
+        for output in self.graph.outputs:
+            self.home[output.node].outputs.append(output)
+        for part in reversed(self.parts):
+            for node, number in reversed(part.saved.items()):
+                saved = Output(OutputKind.SAVED, str(number), node)
+                self.home[node].outputs.append(saved)
+        kept = Counter(storage(node) for part in self.parts for node in part.saved)
+        kept.update({storage(node) for node in self.graph.returned})
+        return {part.phase: self._emitted(part, kept) for part in self.parts}
 
-    def _bring(self, node: Node) -> None:
-        """Make a forward value available in the backward: computed again, or saved."""
-        if node in self.mapping:
-            return
-        if self._again(node):
-            for operand in node.operands():
-                self._bring(operand)
-            self.mapping[node] = self.backward.copy(node, self.mapping)
-        else:
-            number = len(self.saved)
-            self.saved[node] = self.mapping[node] = self.backward.emit(
-                SAVED,
-                (number,),
-                type=node.type,
-                layout=node.layout,
-                origin=node.origin,
-                name=node.name,
-            )
+    def _need_operands(self, part: _Part, node: Node) -> None:
+        """Note what `part` has to take from earlier ones for `node`, or to compute again."""
+        for operand in dict.fromkeys(node.operands()):
+            part.readers[operand] += 1
+            at_hand = operand.held or operand in part.again or operand in part.saved
+            if at_hand or self.home[operand] is part:
+                continue
+            if self._again(operand):
+                part.again.add(operand)
+                self._need_operands(part, operand)
+            else:
+                part.saved[operand] = self.num_saved
+                self.num_saved += 1
 
     def _again(self, node: Node) -> bool:
-        """Whether the backward computes a value again instead of saving it."""
+        """Whether a later part computes a value again instead of having it saved."""
         if node not in self._cheap:
             self._cheap[node] = (
                 _is_weight(node)
                 or (node.op in _GATHERS and self.regather(node))
-                or (
-                    node.op in _VIEWS
-                    and all(n.op == INPUT or self._again(n) for n in node.operands())
-                )
+                or (node.op in _VIEWS and all(n.held or self._again(n) for n in node.operands()))
                 or node.op == MeshOp("vary")
             )
         return self._cheap[node]
 
-    def _overwrite_logits(self) -> None:
-        """Let the loss write its gradient over the logits, where nothing else will read them."""
-        readers = Counter(n for node in self.backward.nodes for n in set(node.operands()))
-        kept = Counter(storage(node) for node in self.saved)
-        kept.update({storage(node) for node in self.graph.returned})
-        handed = {new: old for old, new in self.saved.items()}
-        for node in self.backward.nodes:
-            if node.op == MeshOp("cross_entropy_backward"):
-                logits = node.args[1]
-                if logits not in handed or readers[logits] > 1:
-                    continue
-                memory = storage(handed[logits])
-                if memory.op != INPUT and kept[memory] == 1:
-                    node.kwargs["overwrite"] = True
+    def _emitted(self, part: _Part, kept: Mapping[Node, int]) -> Graph:
+        """The graph of a part; `kept` says how often each memory is saved or returned."""
+        for node in self.graph.nodes:
+            if node.held:
+                part.mapping[node] = part.builder.copy(node, {}, phase=part.phase)
+        for node in self.graph.nodes:
+            if self.home[node] is part and not node.held:
+                for operand in node.operands():
+                    self._bring(part, operand)
+                over = self._overwrites(part, node, kept)
+                kwargs = {**node.kwargs, "overwrite": True} if over else None
+                part.mapping[node] = part.builder.copy(node, part.mapping, kwargs=kwargs)
+        return part.builder.graph(output.of(part.mapping[output.node]) for output in part.outputs)
 
-    def _forward_graph(self) -> Graph:
-        results = [
-            output.of(self.ahead[output.node])
-            for output in self.graph.outputs
-            if output.kind is not OutputKind.GRADIENT
-        ]
-        # The backward pops from the end, so what it needs first is saved last.
-        kept = [
-            Output(OutputKind.SAVED, str(i), self.ahead[node]) for i, node in enumerate(self.saved)
-        ]
-        return self.forward.graph((*results, *reversed(kept)))
-
-    def _backward_graph(self) -> Graph:
-        return self.backward.graph(
-            gradient.of(self.mapping[gradient.node])
-            for gradient in self.graph.outputs_of(OutputKind.GRADIENT)
+    def _bring(self, part: _Part, node: Node) -> None:
+        """Make a value of an earlier part available: computed again, or taken."""
+        if node in part.mapping:
+            return
+        if node in part.again:
+            for operand in node.operands():
+                self._bring(part, operand)
+            part.mapping[node] = part.builder.copy(node, part.mapping, phase=part.phase)
+            return
+        part.mapping[node] = part.builder.emit(
+            SAVED,
+            (part.saved[node],),
+            type=node.type,
+            layout=node.layout,
+            origin=node.origin,
+            name=node.name,
         )
+
+    def _overwrites(self, part: _Part, node: Node, kept: Mapping[Node, int]) -> bool:
+        """Whether the loss may write its gradient over the logits: nothing else will read them."""
+        if node.op != MeshOp("cross_entropy_backward"):
+            return False
+        logits = node.args[1]
+        memory = storage(logits)
+        alone = part.readers[logits] == 1 and kept[memory] == 1
+        return logits in part.saved and alone and not memory.held
 
 
 def _is_weight(node: Node) -> bool:
     """Whether a node brings a parameter or buffer to another layout."""
     source = input_behind(node)
-    return source is not None and source is not node and source.args[0] != "argument"
+    return source is not None and source is not node and source.of_model

@@ -22,12 +22,13 @@ from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.copies import check_found, compare, held
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
+from meshwright.runtime.executor import Executor
 from meshwright.runtime.gather import gathered_all
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, make_optimizer
-from meshwright.runtime.rank import RankProgram, RankState, RankStep, Values
+from meshwright.runtime.rank import RankProgram, RankState, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest, same_constants, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
@@ -50,7 +51,7 @@ class _Linked:
 
     program: Program
     inputs: Inputs
-    ranks: list[tuple[RankStep, list[Sharder]]]
+    ranks: list[tuple[Executor, list[Sharder]]]
     wire_names: tuple[str, ...]
     input_names: tuple[str, ...]
 
@@ -206,7 +207,7 @@ class Run:
         method: str,
         linked: _Linked,
         tensors: Sequence[Tensor],
-        ranks: Sequence[tuple[RankStep, list[Sharder]]] = (),
+        ranks: Sequence[tuple[Executor, list[Sharder]]] = (),
     ) -> dict[str, Tensor]:
         check = self._input_check
         axes = data_axes(self.program) if method == "step_local" else ()
@@ -224,7 +225,7 @@ class Run:
 
     def _whole_or_not(
         self,
-        ranks: Sequence[tuple[RankStep, list[Sharder]]],
+        ranks: Sequence[tuple[Executor, list[Sharder]]],
         tensors: Sequence[Tensor],
         names: Sequence[str],
         training: bool,
@@ -251,8 +252,7 @@ class Run:
         return found
 
     def _run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
-        if self._closed:
-            self._check_usable(self.program.mode)
+        self._check_usable(self.program.mode)
         if self._input_check is not None:
             self._input_check.settle()
         with apart_from_caller(self.program.device.type), torch.no_grad():
@@ -304,7 +304,7 @@ class Run:
         inputs = Inputs(program)
         constants = self._run([same_constants(state, program) for state in self.states])
         ranks = [
-            (RankStep(program, state, own), inputs.sharders(state.coords, state.device))
+            (Executor(program, state, own), inputs.sharders(state.coords, state.device))
             for state, own in zip(self.states, constants, strict=True)
         ]
         names = tuple(name for code in program.code for name in code.wire_names)

@@ -3,10 +3,16 @@
 A value's cotangent has the dual layout: split and replicated are their own duals, partial and
 varying are each other's. So the adjoint of a collective follows from its type, and every backward
 node is placed by the same rules as the forward.
+
+Cotangents start at the loss, where they are 1, and at the values that a stage sends to others,
+where they are inputs. What no cotangent of an activation depends on computes gradients of
+parameters: it is the weight phase of the backward. An activation is a value that is computed from
+an argument or from what another stage has sent; a cast of a parameter is not one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -18,6 +24,7 @@ from meshwright.compiler.graph.ir import (
     INPUT,
     Builder,
     Graph,
+    InputKind,
     MeshOp,
     Node,
     Origin,
@@ -34,17 +41,28 @@ aten = torch.ops.aten
 
 
 def differentiate(
-    graph: Graph, explicit: frozenset[Node] = frozenset()
+    graph: Graph,
+    explicit: frozenset[Node] = frozenset(),
+    *,
+    seeds: Iterable[Output] | None = None,
 ) -> tuple[Graph, tuple[Movement, ...]]:
-    """The joint graph: the nodes of `graph`, then its backward; one `gradient:` output for each
-    parameter that the loss depends on. And the changes of layout that operators of the backward
-    asked for; `explicit` are the inputs that the plan laid out.
+    """The joint graph, and the changes of layout that operators of the backward asked for.
 
-    Requires: a scalar output `loss`; every node placed. Ensures: each gradient has the dual layout
-    of its parameter's.
+    The joint graph has the nodes of `graph`, then its backward. It has one more output for each
+    input that the seeds depend on and that wants a gradient: a `GRADIENT` for a parameter, a
+    `COTANGENT` for any other. `seeds` are the outputs that are differentiated: by default the loss
+    and each differentiable value that is sent. The seed of a loss is 1; that of any other output
+    is an input of the joint graph, `COTANGENT` by the output's name. `explicit` are the inputs that
+    the plan laid out.
+
+    Requires: every node placed. Ensures: each gradient and cotangent has the dual layout of its
+    value's.
     """
+    if seeds is None:
+        given = graph.outputs_of(OutputKind.LOSS, OutputKind.SENT)
+        seeds = [output for output in given if output.node.requires_grad]
     differentiator = _Differentiator(graph, explicit)
-    return differentiator.run(), tuple(differentiator.emitter.movements)
+    return differentiator.run(seeds), tuple(differentiator.emitter.movements)
 
 
 def node_cotangents(context: VjpContext) -> Cotangents:
@@ -64,28 +82,59 @@ class _Differentiator:
         self.emitter.builder.phase = Phase.BACKWARD
         self.emitter.explicit = set(explicit)
         self.pending: dict[tuple[Node, int], list[Node]] = {}
+        self.inner: set[Node] = set()
+        """Cotangents of activations."""
 
-    def run(self) -> Graph:
-        (loss,) = self.graph.outputs_of(OutputKind.LOSS)
-        self._seed(loss.node)
-        gradients: list[Output] = []
+    def run(self, seeds: Iterable[Output]) -> Graph:
+        for output in seeds:
+            self._seed(output)
+        found: list[Output] = []
         for node in reversed(self.graph.nodes):
             if not node.requires_grad:
                 continue
             if node.op == INPUT:
                 if (node, 0) in self.pending:
-                    cotangent = self._cotangent(node, 0)
-                    gradients.append(Output(OutputKind.GRADIENT, node.args[1], cotangent))
+                    trained = node.args[0] == InputKind.PARAMETER
+                    kind = OutputKind.GRADIENT if trained else OutputKind.COTANGENT
+                    found.append(Output(kind, node.args[1], self._cotangent(node, 0)))
             else:
                 self._backward(node)
-        return self.emitter.builder.graph((*self.graph.outputs, *reversed(gradients)))
+        return self._phased((*self.graph.outputs, *reversed(found)))
 
-    def _seed(self, loss: Node) -> None:
-        origin = replace(loss.origin, forward=loss.name)
-        one = self.emitter.call(
-            aten.full.default, ((), 1.0), {"dtype": loss.tensor.dtype}, origin=origin, name="seed"
-        )
-        self._add(loss, 0, one, origin)
+    def _seed(self, output: Output) -> None:
+        node = output.node
+        origin = replace(node.origin, forward=node.name)
+        if output.kind is OutputKind.LOSS:
+            kwargs = {"dtype": node.tensor.dtype}
+            seed = self.emitter.call(
+                aten.full.default, ((), 1.0), kwargs, origin=origin, name="seed"
+            )
+        else:
+            seed = self.emitter.builder.emit(
+                INPUT,
+                (InputKind.COTANGENT, output.name),
+                type=node.type,
+                layout=node.placed.dual(),
+                origin=origin,
+                name=f"{node.name}_cotangent",
+            )
+        self._add(node, 0, seed, origin)
+
+    def _phased(self, outputs: tuple[Output, ...]) -> Graph:
+        """The joint graph, with what computes no cotangent of an activation in the weight phase."""
+        nodes = self.emitter.builder.nodes
+        behind = set(self.inner)
+        for node in reversed(nodes):
+            if node in behind:
+                behind.update(node.operands())
+        builder = Builder(self.graph.name, self.graph.mesh)
+        mapping = {node: node for node in nodes}
+        for node in nodes:
+            if node.phase is Phase.FORWARD or node in behind:
+                builder.adopt(node)
+            else:
+                mapping[node] = builder.copy(node, mapping, phase=Phase.WEIGHT)
+        return builder.graph(output.of(mapping[output.node]) for output in outputs)
 
     def _backward(self, node: Node) -> None:
         """Emit the backward of one node, if a cotangent has reached it."""
@@ -139,4 +188,6 @@ class _Differentiator:
         total = parts[0]
         for part in parts[1:]:
             total = self.emitter.call(aten.add.Tensor, (total, part), origin=origin)
+        if not self.emitter.is_rooted(value):
+            self.inner.add(total)
         return total

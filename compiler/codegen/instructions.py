@@ -71,9 +71,10 @@ Rearranging: TypeAlias = "tuple[Reshape | Permute | Constant, ...]"
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """Take the last of the saved values."""
+    """Take the saved value of a number: nothing else holds it for this graph."""
 
     target: Variable
+    number: int
     node: Node
 
 
@@ -170,9 +171,9 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Hand values over to the graph that takes them, the last one first."""
+    """Hand values over to the graphs that take them, each under its number."""
 
-    values: tuple[Value, ...]
+    values: tuple[tuple[int, Value], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,7 @@ def reads(instruction: Instruction) -> Iterator[Value]:
         case Wait(handle=handle):
             yield handle
         case Save(values=values):
-            yield from values
+            yield from (value for _, value in values)
         case Return(results, reductions):
             for each in (*results, *reductions):
                 yield each.handle if isinstance(each, UnderWay) else each

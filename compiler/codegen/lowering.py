@@ -36,6 +36,7 @@ from meshwright.compiler.graph.aliasing import IDENTITIES
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
+    SAVED,
     Arg,
     Graph,
     MeshOp,
@@ -122,8 +123,8 @@ class _Lowering:
         op = node.op
         if op in IDENTITIES:
             self.values[node] = self.values[node.args[0]]
-        elif op == MeshOp("saved"):
-            self.body.append(Take(self._variable(node), node))
+        elif op == SAVED:
+            self.body.append(Take(self._variable(node), node.args[0], node))
         elif op == GETITEM:
             source = self.values[node.args[0]]
             self.body.append(Item(self._variable(node), source, node.args[1], node))
@@ -234,7 +235,8 @@ class _Lowering:
 
     def _return(self) -> None:
         outputs = self.graph.outputs
-        saved = tuple(self.values[o.node] for o in outputs if o.kind is OutputKind.SAVED)
+        handed = self.graph.outputs_of(OutputKind.SAVED)
+        saved = tuple((int(output.name), self.values[output.node]) for output in handed)
         if saved:
             self.body.append(Save(saved))
         kept = (self.values[o.node] for o in outputs if o.kind is not OutputKind.SAVED)

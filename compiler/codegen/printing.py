@@ -47,11 +47,12 @@ from meshwright.compiler.layout.local_ops import Permute, Reshape
 from meshwright.dsl.errors import plural
 
 RankFunction: TypeAlias = Callable[
-    [Sequence[Any], list[Any]], Generator[Any, Any, tuple[tuple[Any, ...], tuple["Pending", ...]]]
+    [Sequence[Any], dict[int, Any]],
+    Generator[Any, Any, tuple[tuple[Any, ...], tuple["Pending", ...]]],
 ]
 """`(inputs, saved)` to a generator that returns the outputs and what is under way into buckets.
 
-It adds to `saved` what it hands over, and takes from its end what was handed to it."""
+It adds to `saved` what it hands over, and takes out what was handed to it, by number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +130,8 @@ class _Printer:
 
     def _instruction(self, each: Instruction) -> Sequence[str]:
         match each:
-            case Take(target):
-                return (f"{target.name} = _saved.pop()",)
+            case Take(target, number):
+                return (f"{target.name} = _saved.pop({number})",)
             case Item(target, source, index):
                 return (f"{target.name} = {self._text(source)}[{index}]",)
             case Call():
@@ -151,7 +152,8 @@ class _Printer:
             case Free(variables):
                 return (f"del {', '.join(variable.name for variable in variables)}",)
             case Save(values):
-                return (f"_saved += {self._text(values)}",)
+                saved = ", ".join(f"{key}: {self._text(value)}" for key, value in values)
+                return (f"_saved.update({{{saved}}})",)
             case Return(results, reductions):
                 returned = f"({self._under_way(results)}), ({self._under_way(reductions)})"
                 return (f"return {returned}",)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 
@@ -79,6 +79,20 @@ class Phase(Enum):
     """It computes gradients of parameters, for which nothing waits but the optimizer."""
 
 
+class InputKind(StrEnum):
+    """What an input of a graph is; the last two come from another stage."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"
+    """A tensor that the model holds without a name."""
+    ARGUMENT = "argument"
+    RECEIVED = "received"
+    """A value that another stage has sent, by the name under which it did."""
+    COTANGENT = "cotangent"
+    """The cotangent of an output, by the output's name."""
+
+
 class OutputKind(StrEnum):
     """What an output of a graph is."""
 
@@ -89,12 +103,20 @@ class OutputKind(StrEnum):
     """A buffer's new value."""
     GRADIENT = "gradient"
     """A parameter's gradient."""
+    SENT = "sent"
+    """A value for another stage; its name is the program's, one for each stage that takes it."""
+    COTANGENT = "cotangent"
+    """The cotangent of an input that is not a parameter, by the input's name."""
     SAVED = "saved"
-    """What the backward takes over, numbered in the order in which it does."""
+    """A value for a later graph of the stage, which takes it by its number."""
 
+
+_PASSED = (InputKind.RECEIVED, InputKind.COTANGENT)
 
 INPUT = MeshOp("input")
-"""A parameter, buffer, constant or argument; `args` is `(kind, target)`."""
+"""What a graph is given; `args` is an `InputKind` and a name."""
+SAVED = MeshOp("saved")
+"""A value that an earlier graph of the stage has saved; `args` is its number."""
 GETITEM = MeshOp("getitem")
 """One result of a node with several: `args` is `(node, index)`."""
 
@@ -110,16 +132,26 @@ class Node:
     a pass never edits one in place, it emits another.
     """
 
-    name: str
-    op: Op
-    args: tuple[Arg, ...]
-    kwargs: dict[str, Arg]
-    type: NodeType
-    layout: NodeLayout = None
-    origin: Origin = field(default_factory=Origin)
-    requires_grad: bool = False
+    name: Final[str]
+    op: Final[Op]
+    args: Final[tuple[Arg, ...]]
+    kwargs: Final[Mapping[str, Arg]]
+    type: Final[NodeType]
+    layout: Final[NodeLayout] = None
+    origin: Final[Origin] = field(default_factory=Origin)
+    requires_grad: Final[bool] = False
     """Whether a parameter that wants a gradient feeds it through differentiable operators."""
-    phase: Phase = Phase.FORWARD
+    phase: Final[Phase] = Phase.FORWARD
+
+    @property
+    def held(self) -> bool:
+        """Whether it is an input that ranks hold throughout a step: not one of another stage."""
+        return self.op == INPUT and self.args[0] not in _PASSED
+
+    @property
+    def of_model(self) -> bool:
+        """Whether it is an input that the model holds: a parameter, buffer or constant."""
+        return self.held and self.args[0] != InputKind.ARGUMENT
 
     @property
     def tensor(self) -> TensorType:
@@ -292,6 +324,7 @@ class Builder:
         type: NodeType = None,
         layout: NodeLayout = None,
         origin: Origin | None = None,
+        phase: Phase | None = None,
     ) -> Node:
         """Append `node` with its operands replaced by `mapping`, which must hold each of them.
 
@@ -311,7 +344,7 @@ class Builder:
             origin=origin or node.origin,
             requires_grad=node.requires_grad,
             name=node.name,
-            phase=node.phase,
+            phase=phase or node.phase,
         )
 
     def graph(self, outputs: Iterable[Output]) -> Graph:

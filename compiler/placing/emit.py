@@ -195,6 +195,7 @@ class Emitter:
     def adopt(self, node: Node) -> None:
         """Take over a node that is already placed."""
         self.builder.adopt(node)
+        self.is_rooted(node)  # in the order of the graph, so that it looks one node back
         if node.op == GETITEM:
             self._items[node.args[0], node.args[1]] = node
 
@@ -295,17 +296,15 @@ class Emitter:
             proposals=(proposals[value],) if value in proposals else (),
             keep_partial=value not in self.shared,
             zero=makes_zeros(value.op, value.args),
-            rooted=input_behind(value) is None and self._is_rooted(value),
+            rooted=input_behind(value) is None and self.is_rooted(value),
             filled=is_filled(value),
         )
 
-    def _is_rooted(self, value: Node) -> bool:
+    def is_rooted(self, value: Node) -> bool:
         """Whether a value is computed from parameters, buffers and constants alone."""
         if value not in self._rooted:
             self._rooted[value] = (
-                value.args[0] != "argument"
-                if value.op == INPUT
-                else all(map(self._is_rooted, value.operands()))
+                value.of_model if value.op == INPUT else all(map(self.is_rooted, value.operands()))
             )
         return self._rooted[value]
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from meshwright.compiler.graph.ir import INPUT, MeshOp, OutputKind, TensorType
+from meshwright.compiler.graph.ir import INPUT, MeshOp, Node, OutputKind, TensorType
 from meshwright.compiler.graph.text import size_text, type_text
 from meshwright.compiler.program import Compiled, Stored
-from meshwright.compiler.report.ledger import Moved, ledger
+from meshwright.compiler.report.ledger import Moved, collectives
 from meshwright.compiler.report.sheets import Column, Sheet
 from meshwright.compiler.report.show import sheet_text
 from meshwright.compiler.report.summary import statement_texts
@@ -181,9 +181,8 @@ def explain(program: Compiled, name: str) -> Explanation:
         )
     kind = "tensor" if own == name else f"tensor, the same as {own}"
     reduced = _moved_for(program, {own})
-    moved = tuple(
-        item for item in ledger(program.graphs().values()) if (item.phase, item.value) in reduced
-    )
+    listed = collectives(program.graphs().values())
+    moved = tuple(item for node, item in listed.items() if node in reduced)
     return Explanation(name, kind, (tensors[own],), moved, statement_texts(program.plan))
 
 
@@ -211,32 +210,31 @@ def _moved(program: Compiled, path: str, names: set[str]) -> tuple[Moved, ...]:
     reduced = _moved_for(program, names)
     return tuple(
         item
-        for item in ledger(program.graphs().values())
-        if inside(path, item.modules) or (item.phase, item.value) in reduced
+        for node, item in collectives(program.graphs().values()).items()
+        if inside(path, item.modules) or node in reduced
     )
 
 
-def _moved_for(program: Compiled, names: set[str]) -> set[tuple[str, str]]:
-    """(phase, node) of collectives that take these tensors or reduce their gradients."""
-    found: set[tuple[str, str]] = set()
+def _moved_for(program: Compiled, names: set[str]) -> set[Node]:
+    """The nodes that take these tensors, and the collectives that reduce their gradients."""
+    found: set[Node] = set()
     for graph in program.graphs().values():
-        phase = graph.name.rpartition(".")[2]
         for node in graph.nodes:
             source = next(node.operands(), None)
             if source is not None and source.op == INPUT and source.args[1] in names:
-                found.add((phase, node.name))
+                found.add(node)
         for gradient in graph.outputs_of(OutputKind.GRADIENT):
             if gradient.name in names:
                 reduced, place = gradient.node.args
-                found.add((phase, reduced.name))
+                found.add(reduced)
                 if reduced.op == MeshOp("bucket"):
-                    found.add((phase, reduced.args[place].name))
+                    found.add(reduced.args[place])
     return found
 
 
 def _tensors(program: Compiled) -> dict[str, LaidOut]:
     stored: dict[str, Stored] = {**program.parameters, **program.buffers}
-    graph = program.step.forward
+    graph = program.stages[0].forward
     found: dict[str, LaidOut] = {}
     for name, each in stored.items():
         type, used = (

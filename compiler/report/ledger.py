@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from meshwright.compiler.graph.ir import Graph, MeshOp, Node
+from meshwright.compiler.graph.ir import Graph, MeshOp, Node, Phase
 from meshwright.compiler.graph.text import node_type_text, size_text
 from meshwright.compiler.graph.transfers import TransferKey, counted, moves, transfer_key
 from meshwright.compiler.layout.collectives import bytes_sent, plan_transfer
@@ -98,22 +98,23 @@ class Comm:
 
 def ledger(graphs: Iterable[Graph]) -> Comm:
     """Every collective of the graphs of one step; a transfer that two nodes share counts once."""
-    return Comm(tuple(item for graph in graphs for item in _graph_items(graph)))
+    return Comm(tuple(collectives(graphs).values()))
 
 
-def _graph_items(graph: Graph) -> Iterator[Moved]:
-    phase = graph.name.rpartition(".")[2]
-    shared: set[TransferKey] = set()
-    for node in graph.nodes:
-        if not moves(node):
-            continue
-        key = transfer_key(node)
-        if key not in shared:
-            shared.add(key)
-            yield _moved(node, graph, phase)
+def collectives(graphs: Iterable[Graph]) -> dict[Node, Moved]:
+    """Every collective of the graphs of one step, by node; a transfer that two nodes share counts
+    once."""
+    found: dict[Node, Moved] = {}
+    for graph in graphs:
+        shared: set[TransferKey] = set()
+        for node in graph.nodes:
+            if moves(node) and (key := transfer_key(node)) not in shared:
+                shared.add(key)
+                found[node] = _moved(node, graph)
+    return found
 
 
-def _moved(node: Node, graph: Graph, phase: str) -> Moved:
+def _moved(node: Node, graph: Graph) -> Moved:
     assert isinstance(node.op, MeshOp)
     source: Node = node.args[0]
     kwargs = {key: value for key, value in node.kwargs.items() if key != "axes"}
@@ -122,7 +123,7 @@ def _moved(node: Node, graph: Graph, phase: str) -> Moved:
     numel = math.prod(source.placed.local_shape(graph.mesh))
     size = 0 if wire is None else bytes_sent(wire, numel, source.tensor.dtype.itemsize, graph.mesh)
     return Moved(
-        phase,
+        "forward" if node.phase is Phase.FORWARD else "backward",
         counted(node),
         axes,
         size,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from meshwright.compiler.graph.aliasing import node_bytes, storage
-from meshwright.compiler.graph.ir import INPUT, Graph, MeshOp, Node, OutputKind, TensorType
+from meshwright.compiler.graph.ir import INPUT, SAVED, Graph, MeshOp, Node, OutputKind, TensorType
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.program import Compiled
+from meshwright.compiler.stages import Action
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +42,45 @@ def memory(program: Compiled) -> Memory:
         for s in program.parameters.values()
     )
     gradients = 0
-    if program.step.backward is not None:
+    if program.trains:
         gradients = sum(
             _bytes(TensorType(s.padded_shape, s.type.dtype), s.layout, program) for s in trained
         )
     buffers = sum(_bytes(s.type, s.layout, program) for s in program.buffers.values())
     fixed = parameters + buffers + 3 * gradients
-    saved = {node.name: size for node, size in saved_bytes(program.step.forward).items()}
-    peaks = [liveness_peak(program.step.forward, {})]
-    if program.step.backward is not None:
-        peaks.append(liveness_peak(program.step.backward, saved))
-    return Memory(
-        parameters, buffers, gradients, 2 * gradients, sum(saved.values()), fixed + max(peaks)
-    )
+    activations, peak = _peak(program)
+    return Memory(parameters, buffers, gradients, 2 * gradients, activations, fixed + peak)
+
+
+def _peak(program: Compiled) -> tuple[int, int]:
+    """The most bytes that any rank has saved at once, and the most alive at once."""
+    found = [_peak_of(program, actions) for actions in set(program.schedule.values())]
+    saved, alive = zip(*found, strict=True)
+    return max(saved), max(alive)
+
+
+def _peak_of(program: Compiled, actions: Iterable[Action]) -> tuple[int, int]:
+    kept: dict[tuple[int, int], dict[Node, set[str]]] = {}
+    """By stage and microbatch: what is saved, with the numbers that are still to be taken."""
+    sizes: dict[Node, int] = {}
+    most_saved = peak = 0
+    for action in actions:
+        graph = program.stages[action.stage].graphs[action.kind]
+        own = kept.setdefault((action.stage, action.microbatch), {})
+        taken = {str(node.args[0]) for node in graph.nodes if node.op == SAVED}
+        dying = {node: sizes[node] for node, numbers in own.items() if numbers <= taken}
+        others = sum(sizes[node] for each in kept.values() for node in each) - sum(dying.values())
+        named = {node.name: size for node, size in dying.items()}
+        peak = max(peak, others + liveness_peak(graph, named))
+        kept[action.stage, action.microbatch] = own = {
+            node: numbers - taken for node, numbers in own.items() if node not in dying
+        }
+        sizes.update(saved_bytes(graph))
+        for output in graph.outputs_of(OutputKind.SAVED):
+            if (memory := storage(output.node)) in sizes:
+                own.setdefault(memory, set()).add(output.name)
+        most_saved = max(most_saved, sum(sizes[node] for each in kept.values() for node in each))
+    return most_saved, peak
 
 
 def _bytes(type: TensorType, layout: Layout, program: Compiled) -> int:
@@ -61,9 +88,9 @@ def _bytes(type: TensorType, layout: Layout, program: Compiled) -> int:
 
 
 def saved_bytes(graph: Graph) -> dict[Node, int]:
-    """Bytes per rank of each storage that the forward hands to the backward."""
+    """Bytes per rank of each storage that a graph hands to a later one of its stage."""
     handed = (storage(output.node) for output in graph.outputs_of(OutputKind.SAVED))
-    return {node: node_bytes(node, graph) for node in dict.fromkeys(handed) if node.op != INPUT}
+    return {node: node_bytes(node, graph) for node in dict.fromkeys(handed) if not node.held}
 
 
 def liveness_peak(graph: Graph, saved: Mapping[str, int]) -> int:
@@ -84,13 +111,13 @@ def liveness_peak(graph: Graph, saved: Mapping[str, int]) -> int:
             alive += node_bytes(node, graph)
             peak = max(peak, alive)
         alive -= sum(
-            saved.get(gone.name, 0) if gone.op == MeshOp("saved") else node_bytes(gone, graph)
+            saved.get(gone.name, 0) if gone.op == SAVED else node_bytes(gone, graph)
             for gone in dying.get(i, ())
-            if gone.op == MeshOp("saved") or not _held_elsewhere(gone)
+            if gone.op == SAVED or not _held_elsewhere(gone)
         )
     return peak
 
 
 def _held_elsewhere(node: Node) -> bool:
     """Inputs, handed-over values and gradient buckets are counted once for the whole step."""
-    return node.op in (INPUT, MeshOp("saved"), MeshOp("bucket"), MeshOp("bucket_item"))
+    return node.op in (INPUT, SAVED, MeshOp("bucket"), MeshOp("bucket_item"))

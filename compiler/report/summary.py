@@ -116,7 +116,7 @@ def _stored(program: Compiled, local: bool) -> Iterable[Held]:
         groups: dict[tuple[str, str, str], list[Stored]] = {}
         for stored in tensors.values():
             type = TensorType(stored.padded_shape, stored.type.dtype)
-            text = type_text(type, stored.layout, program.step.forward, local=local)
+            text = type_text(type, stored.layout, program.stages[0].forward, local=local)
             note = "buffer" if kind == "buffer" else _note(stored)
             groups.setdefault((text, note, stored.plan_line), []).append(stored)
         order = {name: i for i, name in enumerate(tensors)}
@@ -141,7 +141,7 @@ def _bytes(stored: Stored, program: Compiled) -> int:
 
 
 def _inputs(program: Compiled, local: bool) -> Iterable[Held]:
-    graph = program.step.forward
+    graph = program.stages[0].forward
     for node in program.inputs():
         text = type_text(node.tensor, node.placed, graph, local=local)
         size = math.prod(node.placed.local_shape(graph.mesh)) * node.tensor.dtype.itemsize

@@ -11,7 +11,7 @@ from torch import nn
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.program import Compiled, Stored
-from meshwright.compiler.report.ledger import Moved, ledger
+from meshwright.compiler.report.ledger import Moved, collectives
 from meshwright.compiler.report.memory import saved_bytes
 
 
@@ -61,19 +61,19 @@ class Sums:
 
     def __init__(self, program: Compiled) -> None:
         self.program = program
-        self.moved = ledger(program.graphs().values()).moved
-        backward = program.step.backward
-        self.shares = {} if backward is None else _shares(backward)
-        self.saved: list[tuple[tuple[str, ...], int]] = []
-        if backward is not None:
-            for node, size in saved_bytes(program.step.forward).items():
-                self.saved.append((tuple(path for path, _ in node.origin.modules), size))
+        self.moved = collectives(program.graphs().values())
+        self.shares = _shares(program.graphs().values())
+        self.saved = [
+            (tuple(path for path, _ in node.origin.modules), size)
+            for graph in program.graphs().values()
+            for node, size in saved_bytes(graph).items()
+        ]
 
     def of(self, path: str, kind: str) -> Part:
         """The sums of one module and all inside it."""
         own = [*self._stored(path)]
         trained = sum(self._bytes(each) for each in own if each.requires_grad)
-        gradients = trained if self.program.step.backward is not None else 0
+        gradients = trained if self.program.trains else 0
         sums = self.sums(path)
         buffers = _under(path, self.program.buffers)
         return Part(
@@ -112,8 +112,8 @@ class Sums:
         """What moves for a module and all inside it, equal collectives together."""
         groups: dict[tuple[str, str, tuple[str, ...], str], list[float]] = {}
         names = {each.name for each in self._stored(path)}
-        for item in self.moved:
-            phase, share = self._share(item, path, names)
+        for node, item in self.moved.items():
+            phase, share = self._share(node, item, path, names)
             if share:
                 key = (phase, item.kind, item.axes, item.plan_line)
                 groups.setdefault(key, []).append(share * item.bytes)
@@ -122,9 +122,9 @@ class Sums:
             for (phase, kind, axes, line), sizes in sorted(groups.items(), key=_phase)
         )
 
-    def _share(self, item: Moved, path: str, names: set[str]) -> tuple[str, float]:
+    def _share(self, node: Node, item: Moved, path: str, names: set[str]) -> tuple[str, float]:
         """The phase of a collective, and which share of its bytes is the module's."""
-        shares = self.shares.get(item.value, {}) if item.phase == "backward" else {}
+        shares = self.shares.get(node, {})
         phase = "gradients" if shares and not any(item.modules) else item.phase
         if inside(path, item.modules):
             return phase, 1.0
@@ -161,12 +161,13 @@ def _times(part: Part, name: str, count: int) -> Part:
     return replace(part, name=name, count=count, **sums)
 
 
-def _shares(backward: Graph) -> dict[str, dict[str, float]]:
+def _shares(graphs: Iterable[Graph]) -> dict[Node, dict[str, float]]:
     """By collective that reduces gradients: each parameter's share of what it moves."""
-    found: dict[str, dict[str, float]] = {}
-    for gradient in backward.outputs_of(OutputKind.GRADIENT):
-        for value, share in _reduced(gradient.node, backward):
-            found.setdefault(value.name, {})[gradient.name] = share
+    found: dict[Node, dict[str, float]] = {}
+    for graph in graphs:
+        for gradient in graph.outputs_of(OutputKind.GRADIENT):
+            for value, share in _reduced(gradient.node, graph):
+                found.setdefault(value, {})[gradient.name] = share
     return found
 
 

@@ -13,6 +13,7 @@ from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.program import Padding
+from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Statement
 
@@ -65,13 +66,14 @@ class Draft:
     What statements say of inputs and modules that are not used here has no effect."""
     evaluation: Callable[[], Graph | None] = lambda: None
     """Captures the model's eval mode, for modules that only run there; nothing if it cannot be."""
-    parts: tuple[Graph, ...] = ()
+    stages: tuple[Stage, ...] = ()
     """The graphs that run, once forward and backward are apart; `graph` is what they were."""
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
         """The graphs as they are after the last pass: one until forward and backward are apart."""
-        return self.parts or (self.graph,)
+        parts = tuple(graph for stage in self.stages for graph in stage.graphs.values())
+        return parts or (self.graph,)
 
 
 def on_graphs(function: Callable[[Graph], Graph]) -> Callable[[Draft], Draft]:
@@ -79,8 +81,8 @@ def on_graphs(function: Callable[[Graph], Graph]) -> Callable[[Draft], Draft]:
 
     @wraps(function)
     def run(draft: Draft) -> Draft:
-        if draft.parts:
-            return replace(draft, parts=tuple(map(function, draft.parts)))
+        if draft.stages:
+            return replace(draft, stages=tuple(stage.map(function) for stage in draft.stages))
         return replace(draft, graph=function(draft.graph))
 
     return run
@@ -102,4 +104,4 @@ def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:
 def input_key(node: Node) -> str:
     """An input's canonical name; an argument may be called as a parameter is, and is not it."""
     kind, name = node.args[:2]
-    return f"argument {name}" if kind == "argument" else str(name)
+    return str(name) if node.of_model else f"{kind} {name}"

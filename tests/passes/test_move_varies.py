@@ -74,7 +74,7 @@ class Covariance(nn.Module):
 
 def test_an_adjoint_that_needs_the_whole_cotangent_stays_before_the_vary() -> None:
     program = check_equal(Covariance(), lambda: (real(8, 4),), "mesh dp=2\ndata x over dp\n")
-    nodes = program.step.forward.nodes
+    nodes = program.stages[0].forward.nodes
     varied = {str(node.args[0].op) for node in nodes if node.op == MeshOp("vary")}
     assert varied == {"aten.linalg_cholesky.default", "mesh::input"}
     backward = [each.type for each in program.comm() if each.phase == "backward"]

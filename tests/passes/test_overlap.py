@@ -34,8 +34,7 @@ def test_the_same_nodes_are_left_in_an_order_that_runs() -> None:
 
 def test_a_bucket_is_reduced_before_the_rest_of_the_backward() -> None:
     plan = meshwright.Plan.parse("mesh dp=2\ndata x over dp\n")
-    backward = meshwright.compile(Mlp(), plan, example=rows()).step.backward
-    assert backward is not None
+    backward = meshwright.compile(Mlp(), plan, example=rows()).graphs()["stage0.backward"]
     found = names(backward)
     bucket = next(name for name in found if name.startswith("bucket"))
     assert found[found.index(bucket) + 1].startswith("all_reduce")

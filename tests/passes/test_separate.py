@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import pytest
 
 import meshwright
-from meshwright.compiler.graph.ir import Graph, OutputKind
+from meshwright.compiler.graph.ir import Graph, OutputKind, Phase
 from meshwright.passes import separate as passed
 from meshwright.passes.separate import separate_graph
 from tests.passes.examples import Blocks, Mlp, rows, sequences
 from tests.passes.stages import check_documented, shown, stages
 
+STEP = (Phase.FORWARD, Phase.BACKWARD)
 SEQUENCE = "mesh tp=2\ncolumns block.up over tp\nrows block.down over tp\nsequence block over tp"
 
 
@@ -29,7 +30,8 @@ def popped(graph: Graph) -> list[str]:
 def test_the_docstring_shows_a_saved_value_before_and_after() -> None:
     joint = stages(Mlp(), rows(), "mesh tp=2\ncolumns up over tp\nrows down over tp\n")["bucket"]
     names = "linear", "relu", "threshold_backward"
-    forward, backward = separate_graph(joint, regather=lambda node: False)
+    parts = separate_graph(joint, "stage0", STEP, regather=lambda node: False)
+    forward, backward = parts.values()
     check_documented(
         passed,
         shown(joint, *names),
@@ -41,8 +43,7 @@ def test_the_docstring_shows_a_saved_value_before_and_after() -> None:
 def test_a_gathered_sequence_is_saved_as_a_shard_unless_it_is_kept(keep: str) -> None:
     plan = meshwright.Plan.parse(SEQUENCE + keep)
     program = meshwright.compile(Blocks(), plan, example=sequences())
-    forward, backward = program.step.forward, program.step.backward
-    assert backward is not None
+    forward = program.stages[0].forward
     assert ("all_gather" in saved(forward)) == bool(keep)
     gathers = [each for each in program.comm() if each.kind == "all_gather"]
     assert [each.phase for each in gathers].count("backward") == (1 if keep else 2)
@@ -50,6 +51,6 @@ def test_a_gathered_sequence_is_saved_as_a_shard_unless_it_is_kept(keep: str) ->
 
 def test_values_are_popped_from_the_end_in_the_order_of_the_backward() -> None:
     program = meshwright.compile(Blocks(), meshwright.Plan.parse(SEQUENCE), example=sequences())
-    assert program.step.backward is not None
-    in_order: Sequence[str] = saved(program.step.forward)[::-1]
-    assert list(in_order) == popped(program.step.backward)
+    forward, backward = program.graphs().values()
+    in_order: Sequence[str] = saved(forward)[::-1]
+    assert list(in_order) == popped(backward)

@@ -75,7 +75,7 @@ def mesh_text(program: Program) -> Text:
 
 def _graph_parts(program: Program) -> Text:
     """The feed-forward half of one block, and its backward."""
-    forward, backward = program.step.graphs.values()
+    forward, backward = program.graphs().values()
     inside = [node for node in forward.nodes if _belongs(node)]
     reduced = [i for i, node in enumerate(inside) if node.op == MeshOp("all_reduce")]
     shown = inside[reduced[0] + 2 : reduced[1] + 1]

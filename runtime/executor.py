@@ -1,0 +1,264 @@
+"""One rank's walk through its schedule: each action runs the generated code of one graph.
+
+What one action leaves for another is kept by microbatch: saved values for the later graphs of the
+stage, activations and cotangents for the stage that takes them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meshwright.compiler.codegen.instructions import RankContext
+from meshwright.compiler.codegen.printing import Code, Pending, RankFunction
+from meshwright.compiler.errors import PassError
+from meshwright.compiler.graph.aliasing import storage
+from meshwright.compiler.graph.ir import Graph, InputKind, MeshOp, Node, Output, OutputKind
+from meshwright.compiler.layout.collectives import Wait
+from meshwright.compiler.layout.layout import shard
+from meshwright.compiler.public import Program
+from meshwright.compiler.stages import PASSED_AS
+from meshwright.dsl.errors import MeshwrightError
+from meshwright.runtime.errors import operator_error
+from meshwright.runtime.rank import RankProgram, RankState, padded
+
+Kept = Tensor | list[tuple[Tensor, Tensor]] | None
+"""The gradients of a bucket before a step: all as one, each with its view, or none."""
+Passed = dict[tuple[InputKind, str, int], Any]
+"""What other stages have sent, by what it is to its taker, name and microbatch."""
+
+
+class Executor:
+    """One program linked for one rank; `constants` are those of the model on its device."""
+
+    def __init__(self, program: Program, state: RankState, constants: Mapping[str, Tensor]) -> None:
+        self.state, self.constants = state, constants
+        self.actions = program.schedule[state.rank]
+        self.paddings = {
+            name: stored.padding
+            for name, stored in (*program.parameters.items(), *program.buffers.items())
+        }
+        places = {node.args[1]: i for i, node in enumerate(program.inputs())}
+        codes = {code.name: code for code in program.code}
+        graphs = {
+            (action.stage, action.kind): program.stages[action.stage].graphs[action.kind]
+            for action in self.actions
+        }
+        self.graphs = {
+            key: self._linked(graph, codes[graph.name], places) for key, graph in graphs.items()
+        }
+        self.buffers = [o for g in graphs.values() for o in g.outputs_of(OutputKind.BUFFER)]
+        self._kept: list[tuple[_Bucket, Kept]] = []
+        """What each bucket held before the step that is under way, if that came to fill it."""
+
+    def _linked(self, graph: Graph, code: Code, places: dict[str, int]) -> _Linked:
+        state = self.state
+        filled = {
+            name: (owners, state.flat_buffer(owners, node))
+            for name, (owners, node) in _owners(graph).items()
+        }
+        views = {name: flat for name, (_, flat) in filled.items()}
+        context = RankContext(state.mesh, state.coords, state.device, state.random, views)
+        return _Linked(
+            graph,
+            code,
+            code.link(context),
+            _Inputs(graph, self, places),
+            tuple(each for each in graph.outputs if each.kind is not OutputKind.SAVED),
+            [
+                _Bucket(flat, [state.parameters[name] for name in owners], views)
+                for owners, (flat, *views) in filled.values()
+            ],
+        )
+
+    def tensor(self, node: Node) -> Tensor:
+        """What this rank holds of a parameter, buffer or constant, in the layout of `node`."""
+        state, (kind, name) = self.state, node.args
+        if kind == "constant":
+            return shard(self.constants[name], node.placed, state.mesh, state.coords)
+        held, layout = state.tensors[kind, name], state.stored[kind, name].layout
+        if layout.equals(node.placed, state.mesh):
+            return held
+        padding = self.paddings.get(name)
+        if padding is not None and not layout.split_axes:
+            held = padded(held, replace(state.stored[kind, name], padding=padding))
+        if layout.split_axes or held.shape != node.placed.shape:
+            raise PassError(
+                f"`{name}` is held as `{layout}`, and this program wants `{node.placed}`",
+                help="report this: a program for other inputs placed a weight elsewhere",
+            )
+        return shard(held, node.placed, state.mesh, state.coords)
+
+    def run(self, arguments: Sequence[Tensor]) -> RankProgram:
+        """One step: the actions of this rank in order, then what is still under way.
+
+        `arguments` are the local parts of the inputs, in the program's order. Returns the outputs
+        by label, in memory that no later step writes to; gradients are in the flat buffers. It
+        counts when `commit` has been called; `undo` makes it as if it had not been.
+        """
+        self._kept = []
+        saved: defaultdict[tuple[int, int], dict[int, Any]] = defaultdict(dict)
+        passed: Passed = {}
+        made: list[tuple[Output, Any]] = []
+        reductions: list[Pending] = []
+        for action in self.actions:
+            each, own = (
+                self.graphs[action.stage, action.kind],
+                saved[action.stage, action.microbatch],
+            )
+            inputs = yield from each.inputs.take(arguments, passed, action.microbatch)
+            self._kept += [(bucket, bucket.keep()) for bucket in each.buckets]
+            values, under_way = yield from each.run(inputs, own)
+            reductions += under_way
+            for output, value in zip(each.outputs, values, strict=True):
+                if output.kind in PASSED_AS:
+                    passed[PASSED_AS[output.kind], output.name, action.microbatch] = value
+                elif output.kind is not OutputKind.GRADIENT:
+                    made.append((output, value))
+        results = yield from _results(made)
+        for reduction in reductions:
+            yield from _arrived(reduction)
+        return results
+
+    def commit(self, results: dict[str, Tensor]) -> None:
+        """Give the parameters their gradients, and take new values of buffers out of `results`."""
+        kept, self._kept = self._kept, []
+        for bucket, gradients in kept:
+            bucket.give(gradients)
+        for output in self.buffers:
+            self.state.tensors["buffer", output.name].copy_(results.pop(output.label))
+
+    def undo(self) -> None:
+        """Put back the gradients that an unfinished step has overwritten."""
+        kept, self._kept = self._kept, []
+        for bucket, gradients in kept:
+            bucket.put_back(gradients)
+
+
+def _results(made: Sequence[tuple[Output, Any]]) -> RankProgram:
+    """The outputs by label, once they are all there; the loss comes first."""
+    results: dict[str, Tensor] = {}
+    for output, value in sorted(made, key=lambda each: each[0].kind is not OutputKind.LOSS):
+        result = (yield from _arrived(value)) if type(value) is Pending else value
+        # A tensor that lives on, or a view of one, may be written to.
+        results[output.label] = result.clone() if storage(output.node).held else result
+    return results
+
+
+def _arrived(pending: Pending) -> Generator[Any, Any, Tensor]:
+    """Wait for a value, and put it where it belongs."""
+    value: Tensor = yield Wait(pending.handle)
+    if pending.into is not None and value is not pending.into:
+        pending.into.copy_(value)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class _Linked:
+    """A graph with its code linked for this rank."""
+
+    graph: Graph
+    code: Code
+    function: RankFunction
+    inputs: _Inputs
+    outputs: tuple[Output, ...]
+    """Those that are not saved."""
+    buckets: list[_Bucket]
+
+    def run(self, inputs: Sequence[Tensor], saved: dict[int, Any]) -> RankProgram:
+        """Run the code; an operator that fails is named."""
+        try:
+            return (yield from self.function(inputs, saved))
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, (MeshwrightError, torch.OutOfMemoryError)):
+                raise
+            raise operator_error(error, self.code) from error
+
+
+class _Inputs:
+    """The values of a graph's inputs: all but the arguments and what stages send are known
+    beforehand.
+
+    Weights that the graph does not use are left out: it has no say in how they are laid out.
+    """
+
+    def __init__(self, graph: Graph, executor: Executor, places: dict[str, int]) -> None:
+        self.known: list[Any] = []
+        self.arguments: list[tuple[int, int]] = []
+        self.received: list[tuple[int, InputKind, str]] = []
+        used = {n for node in graph.nodes for n in node.operands()}
+        used |= graph.returned
+        for i, node in enumerate(graph.inputs):
+            self.known.append(executor.tensor(node) if node.of_model and node in used else None)
+            if not node.held:
+                self.received.append((i, *node.args))
+            elif not node.of_model:
+                self.arguments.append((i, places[node.args[1]]))
+
+    def take(self, arguments: Sequence[Tensor], passed: Passed, microbatch: int) -> RankProgram:
+        """The inputs in order, with what stages have sent taken out of `passed`."""
+        tensors = self.known.copy()
+        for place, argument in self.arguments:
+            tensors[place] = arguments[argument]
+        for place, kind, name in self.received:
+            value = passed.pop((kind, name, microbatch))
+            tensors[place] = (yield from _arrived(value)) if type(value) is Pending else value
+        return tensors
+
+
+class _Bucket:
+    """A flat buffer that a step overwrites, and the parameters whose gradients its views are."""
+
+    def __init__(self, flat: Tensor, parameters: list[nn.Parameter], views: list[Tensor]) -> None:
+        self.flat, self.pairs = flat, list(zip(parameters, views, strict=True))
+
+    def keep(self) -> Kept:
+        """Gradients to add to, safe from being overwritten: all as one buffer, or one by one."""
+        gradients = [parameter.grad for parameter, _ in self.pairs]
+        if not any(gradient is not None for gradient in gradients):
+            return None
+        pairs = zip(gradients, self.pairs, strict=True)
+        if all(gradient is view for gradient, (_, view) in pairs):
+            return self.flat.clone()
+        return [
+            (view, gradient.clone())
+            for gradient, (_, view) in zip(gradients, self.pairs, strict=True)
+            if gradient is not None
+        ]
+
+    def give(self, kept: Kept) -> None:
+        """Add what was kept, and let the parameters have their gradients."""
+        if isinstance(kept, Tensor):
+            self.flat.add_(kept)
+            return
+        for view, gradient in kept or ():
+            view.add_(gradient)
+        for parameter, view in self.pairs:
+            parameter.grad = view
+
+    def put_back(self, kept: Kept) -> None:
+        """Let the buffer hold what it held at `keep`; gradients elsewhere were not touched."""
+        if isinstance(kept, Tensor):
+            self.flat.copy_(kept)
+            return
+        for view, gradient in kept or ():
+            view.copy_(gradient)
+
+
+def _owners(graph: Graph) -> dict[str, tuple[tuple[str, ...], Node]]:
+    """By bucket node: the parameters whose gradients it holds, in order, and the node."""
+    names: dict[tuple[str, int], str] = {}
+    for gradient in graph.outputs_of(OutputKind.GRADIENT):
+        source: Node = gradient.node.args[0]
+        bucket = source if source.op == MeshOp("bucket") else source.args[0]
+        names[bucket.name, gradient.node.args[1]] = gradient.name
+    return {
+        node.name: (tuple(names[node.name, i] for i in range(len(node.args))), node)
+        for node in graph.nodes
+        if node.op == MeshOp("bucket")
+    }
