@@ -32,11 +32,12 @@ from meshwright.compiler.graph.ir import (
     TensorType,
     rewrite,
 )
+from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import collectives, cost
-from meshwright.compiler.placing.calls import call_operands, make_call
+from meshwright.compiler.placing.calls import make_call
 from meshwright.compiler.placing.emit import Emitter
 from meshwright.compiler.placing.engine import candidates
 from meshwright.compiler.placing.rules.notation import Call, Operand, Placement

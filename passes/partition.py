@@ -39,11 +39,9 @@ from meshwright.compiler.graph.ir import (
     map_nodes,
     nodes_in,
 )
-from meshwright.compiler.graph.types import freeze
+from meshwright.compiler.graph.slots import Slot, call_operands, freeze
 from meshwright.compiler.layout.layout import Layout, dim_axes, replicated, whole
-from meshwright.compiler.placing.calls import call_operands
 from meshwright.compiler.placing.emit import Emitter, is_floating
-from meshwright.compiler.placing.rules.notation import Slot
 from meshwright.passes.rewriting.recognise import repeated_heads
 from meshwright.passes.statements.draft import Draft, Pin, input_key
 from meshwright.passes.statements.linears import contracted_dim, is_convolution

@@ -18,14 +18,13 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from meshwright.compiler.graph.ir import Arg, MeshOp, NodeType, Op, TensorType
+from meshwright.compiler.graph.slots import Slot, freeze
 from meshwright.compiler.graph.types import (
     fake_mode,
     fake_tensor,
-    freeze,
     portable_operators,
     type_of,
 )
-from meshwright.compiler.placing.rules.notation import Slot
 
 aten = torch.ops.aten
 

@@ -30,17 +30,16 @@ from meshwright.compiler.graph.ir import (
     TensorType,
     map_nodes,
 )
+from meshwright.compiler.graph.slots import Slot, freeze
 from meshwright.compiler.graph.types import (
     fake_mode,
     fake_tensor,
-    freeze,
     portable_operators,
     type_of,
 )
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.placing.composite import Cotangents, composite_of
 from meshwright.compiler.placing.emit import Emitter
-from meshwright.compiler.placing.rules.notation import Slot
 from meshwright.dsl.errors import MeshwrightError
 
 aten = torch.ops.aten

@@ -24,7 +24,7 @@ from meshwright.compiler.capture.origin import current_line
 from meshwright.compiler.errors import CaptureError, PassError
 from meshwright.compiler.graph.custom import REGISTRY, returning_first, signature_of
 from meshwright.compiler.graph.ir import Graph, Node
-from meshwright.compiler.placing.rules.notation import Slot
+from meshwright.compiler.graph.slots import Slot
 from meshwright.dsl.errors import MeshwrightError
 
 Function = type[torch.autograd.Function]

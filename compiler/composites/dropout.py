@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from meshwright.compiler.graph.ir import MeshOp
+from collections.abc import Mapping
+
+from meshwright.compiler.graph.ir import Arg, MeshOp
 from meshwright.compiler.kernels.dropout import dropout
 from meshwright.compiler.layout.extents import Extent, true_positions
 from meshwright.compiler.placing.composite import (
@@ -23,6 +25,9 @@ class Dropout(Composite):
     op = MeshOp("dropout")
     rule = row("... -> ...")
     number = 2
+
+    def padded(self, args: tuple[Arg, ...], extents: Mapping[int, Extent]) -> tuple[Arg, ...]:
+        return (*args, tuple((dim, *extent) for dim, extent in extents.items()))
 
     def adjoint(self, context: AdjointContext) -> Cotangents:
         """The same mask, drawn again from the same hash, on the cotangent."""

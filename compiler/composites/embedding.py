@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from meshwright.compiler.graph.ir import Arg, MeshOp, NodeType, TensorType
 from meshwright.compiler.kernels import embedding as kernels
+from meshwright.compiler.layout.extents import Extent
 from meshwright.compiler.layout.layout import Dim, dim_axes
 from meshwright.compiler.placing.composite import (
     AdjointContext,
@@ -33,6 +36,9 @@ class Embedding(Composite):
 
     def result_type(self, weight: TensorType, index: TensorType, *rest: Arg) -> NodeType:
         return TensorType((*index.shape, *weight.shape[1:]), weight.dtype)
+
+    def padded(self, args: tuple[Arg, ...], extents: Mapping[int, Extent]) -> tuple[Arg, ...]:
+        return (*args, extents[0].size) if 0 in extents else args
 
     def adjoint(self, context: AdjointContext) -> Cotangents:
         weight, index, padding_idx = context.node.args[:3]

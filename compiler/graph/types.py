@@ -11,18 +11,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from meshwright.compiler.graph.ir import Arg, NodeType, Op, TensorType
+from meshwright.compiler.graph.slots import freeze
 
 
 def torch_type(op: Op, args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> NodeType:
     """The type, or tuple of types, that an operator of torch gives on types in place of nodes."""
     return _torch_type(op, freeze(args), tuple((k, freeze(v)) for k, v in kwargs.items()))
-
-
-def freeze(arg: Arg) -> Arg:
-    """The same argument with tuples for lists, so that it can be hashed."""
-    if isinstance(arg, (list, tuple)):
-        return tuple(freeze(item) for item in arg)
-    return arg
 
 
 @lru_cache(maxsize=1)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
-from meshwright.compiler.graph.ir import Arg, Node, NodeType, Op, map_nodes, nodes_in
-from meshwright.compiler.graph.types import freeze
+from meshwright.compiler.graph.ir import Arg, Node, NodeType, Op
+from meshwright.compiler.graph.slots import call_operands, slotted
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.rules.notation import Call, Operand, Slot
-
-
-def call_operands(args: Iterable[Arg], kwargs: Mapping[str, Arg]) -> list[Node]:
-    """The nodes among the arguments of a call, in the order in which a rule lists them."""
-    return [*nodes_in(tuple(args)), *(n for key in sorted(kwargs) for n in nodes_in(kwargs[key]))]
+from meshwright.compiler.placing.rules.notation import Call, Operand
 
 
 def make_call(
@@ -26,12 +21,7 @@ def make_call(
     wanted: tuple[Layout, ...] = (),
 ) -> Call:
     """The call of `op` on these nodes, each seen as `operand` says; see `Call.wanted`."""
-    numbers = iter(range(len(call_operands(args, kwargs))))
-    slotted = freeze(map_nodes(args, lambda _: Slot(next(numbers))))
-    named = tuple(
-        (key, freeze(map_nodes(kwargs[key], lambda _: Slot(next(numbers)))))
-        for key in sorted(kwargs)
-    )
+    given, named = slotted(args, kwargs)
     results = type if isinstance(type, tuple) else (type,)
     operands = tuple(operand(node) for node in call_operands(args, kwargs))
-    return Call(op, slotted, named, operands, results, mesh, wanted)
+    return Call(op, given, named, operands, results, mesh, wanted)

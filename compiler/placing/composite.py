@@ -30,6 +30,7 @@ import torch
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, Op
 from meshwright.compiler.kernels.hashing import Coords, RandomIndex
+from meshwright.compiler.layout.extents import Extent
 from meshwright.compiler.layout.layout import Dim, Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.notation import Call, Placement, Spec
@@ -136,6 +137,10 @@ class Composite:
         """The type, or types, of its results, from its arguments with types in place of nodes."""
         found: NodeType = args[0]
         return found
+
+    def padded(self, args: tuple[Arg, ...], extents: Mapping[int, Extent]) -> tuple[Arg, ...]:
+        """The arguments of a call on a first operand of which these dims hold padding."""
+        return args
 
     def adjoint(self, context: AdjointContext) -> Cotangents:
         """Emit its backward."""

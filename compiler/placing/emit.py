@@ -26,11 +26,12 @@ from meshwright.compiler.graph.ir import (
     TensorType,
     map_nodes,
 )
+from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import Collective, collectives, cost
-from meshwright.compiler.placing.calls import call_operands, make_call
+from meshwright.compiler.placing.calls import make_call
 from meshwright.compiler.placing.engine import operand_cost, place
 from meshwright.compiler.placing.result_types import result_type
 from meshwright.compiler.placing.rules.factories import filled_with, makes_zeros

@@ -34,7 +34,7 @@ import torch
 
 from meshwright.compiler.composites.grouped import GroupedMM
 from meshwright.compiler.graph.ir import GETITEM, Arg, Builder, Graph, Node, Op, nodes_in
-from meshwright.compiler.placing.calls import call_operands
+from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.placing.result_types import result_type
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.passes.rewriting.counts import (

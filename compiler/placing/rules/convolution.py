@@ -14,6 +14,7 @@ import torch
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Arg
+from meshwright.compiler.graph.slots import Slot
 from meshwright.compiler.layout.cuts import (
     Cut,
     Interval,
@@ -30,7 +31,6 @@ from meshwright.compiler.placing.rules.notation import (
     Dims,
     Letters,
     Operand,
-    Slot,
     Spec,
     numbered,
 )

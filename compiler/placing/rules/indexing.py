@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
+from meshwright.compiler.graph.slots import Slot
 from meshwright.compiler.placing.rules.notation import (
     Call,
     Letters,
-    Slot,
     Spec,
     broadcast_letters,
     dim_index,

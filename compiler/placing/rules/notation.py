@@ -25,6 +25,7 @@ from typing import TypeAlias
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Arg, MeshOp, Op, TensorType
+from meshwright.compiler.graph.slots import Slot
 from meshwright.compiler.layout.layout import Dim, Layout
 from meshwright.compiler.layout.mesh import Mesh
 
@@ -65,13 +66,6 @@ class Operand:
         Not if they have a cotangent: not typed as pending, it would be counted once a rank.
         """
         return self.zero and not self.differentiable
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """Stands for the tensor operand of this number in the arguments of a call."""
-
-    index: int
 
 
 @dataclass(frozen=True, slots=True)

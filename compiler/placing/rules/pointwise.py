@@ -10,7 +10,8 @@ import torch
 
 from meshwright.compiler.graph.annotate import LAYOUT
 from meshwright.compiler.graph.ir import Arg, MeshOp, Op
-from meshwright.compiler.placing.rules.notation import Call, Row, Slot, row, tensor_arguments
+from meshwright.compiler.graph.slots import Slot
+from meshwright.compiler.placing.rules.notation import Call, Row, row, tensor_arguments
 
 aten = torch.ops.aten
 

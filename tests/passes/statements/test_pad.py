@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,3 +96,68 @@ def test_logits_with_a_bias_or_a_scale_of_their_own_stay_split() -> None:
     model = Shifted(13).double()
     program = check_equal(model, lambda: labelled(13), "mesh tp=2\nvocab wte, head over tp\n")
     assert implicit_gathers(program) == []
+
+
+Use = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A loss of hidden values `[8, 16]`, logits `[8, 13]` and a table `[13, 16]`."""
+
+
+class Used(nn.Module):
+    """A vocabulary and one use of it."""
+
+    def __init__(self, use: Use) -> None:
+        super().__init__()
+        self.wte, self.head, self.use = nn.Embedding(13, 16), nn.Linear(16, 13), use
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.wte(tokens)
+        return self.use(h, self.head(h), self.wte.weight)
+
+
+def _loss(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, torch.arange(8) % 13)
+
+
+APART: dict[str, Use] = {
+    "sigmoid": lambda h, x, w: _loss(x.sigmoid()),
+    "cap": lambda h, x, w: _loss(x.clamp(-1, 1) ** 3),
+    "exp": lambda h, x, w: _loss(F.silu(x).exp()),
+    "mask": lambda h, x, w: _loss(x.masked_fill(x > 1, 0.5)),
+    "choice": lambda h, x, w: _loss(torch.where(torch.arange(13) > 4, x, -x * 2)),
+    "order": lambda h, x, w: F.cross_entropy(
+        x.view(2, 4, 13).permute(0, 2, 1), torch.arange(8).view(2, 4)
+    ),
+    "rows": lambda h, x, w: _loss(torch.cat([x[4:], x[:4].flip(0)]).cumsum(0)),
+    "stack": lambda h, x, w: _loss(torch.stack([x, x.tanh()]).sum(0)),
+    "tied": lambda h, x, w: _loss(x + h @ w.exp().t()),
+    "normed": lambda h, x, w: _loss(x + F.linear(h, w * (w.square() + 1).sum(1, keepdim=True))),
+}
+"""Uses in which the entries of the vocabulary stay apart."""
+
+MIXED: dict[str, Use] = {
+    "square root": lambda h, x, w: _loss((x.square() + 0.5).sqrt()),
+    "quotient": lambda h, x, w: _loss(x / (h @ w.t()).abs()),
+    "directions": lambda h, x, w: _loss(x + h @ (w / w.square().sum(1, keepdim=True).sqrt()).t()),
+    "logarithm": lambda h, x, w: _loss(x + h @ w.abs().log().t()),
+    "log-sum-exp": lambda h, x, w: x.logsumexp(-1).sum() + _loss(x),
+    "largest": lambda h, x, w: x.sort(-1)[0][:, -2:].sum() + x.amax(),
+    "all entries": lambda h, x, w: x.flatten().square().sum() + w.std(),
+    "norm": lambda h, x, w: _loss(F.layer_norm(x, (13,))),
+}
+"""Uses that reduce over the vocabulary, or that may be infinite where padding is zero."""
+
+
+@pytest.mark.parametrize("use", [*APART, *MIXED])
+def test_padding_changes_nothing_whatever_the_vocabulary_is_used_for(use: str) -> None:
+    torch.manual_seed(0)
+    model = Used({**APART, **MIXED}[use])
+    plan = "mesh tp=2\nvocab wte, head over tp\n"
+    batch = (torch.randint(0, 13, (8,)),)
+    program = check_equal(model, batch, plan)
+    assert (implicit_gathers(program) == []) == (use in APART)
+    run = program.launch()
+    run.step(*batch)
+    for name in ("wte.weight", "head.weight", "head.bias"):
+        grad = run.states[1].parameters[name].grad
+        assert grad is not None
+        assert grad[-1].abs().max() == 0

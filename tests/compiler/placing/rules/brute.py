@@ -13,7 +13,7 @@ from torch import Tensor
 
 from meshwright.compiler.codegen.local import local_args
 from meshwright.compiler.graph.ir import MeshOp, Op, TensorType
-from meshwright.compiler.graph.types import freeze
+from meshwright.compiler.graph.slots import Slot, freeze
 from meshwright.compiler.layout.layout import (
     Dim,
     Factor,
@@ -28,7 +28,7 @@ from meshwright.compiler.layout.layout import (
 )
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.engine import candidates
-from meshwright.compiler.placing.rules.notation import Call, Operand, Placement, Slot
+from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
 
 LINE = Mesh((("a", 2),))
 SQUARE = Mesh((("a", 2), ("b", 2)))

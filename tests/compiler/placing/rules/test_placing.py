@@ -9,6 +9,7 @@ from meshwright.compiler.codegen.local import local_args
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph import custom
 from meshwright.compiler.graph.ir import MeshOp, TensorType
+from meshwright.compiler.graph.slots import Slot
 from meshwright.compiler.layout.layout import (
     Factor,
     Layout,
@@ -21,7 +22,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.engine import candidates, place
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.compiler.placing.rules.lookup import has_rule, rule_for
-from meshwright.compiler.placing.rules.notation import Call, Operand, Placement, Slot, Spec, row
+from meshwright.compiler.placing.rules.notation import Call, Operand, Placement, Spec, row
 
 aten = torch.ops.aten
 MESH = Mesh((("dp", 2), ("tp", 2)))
