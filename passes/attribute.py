@@ -18,14 +18,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from meshwright.compiler.graph.aliasing import IDENTITIES, is_view
-from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node, Phase, rewrite
-from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.graph.ir import INPUT, Builder, Node, Phase, rewrite
+from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.statements import Spread
 from meshwright.passes.statements.draft import Draft, input_key
 from meshwright.passes.statements.pins import pin_lines
-
-_SPLITTING = ("reduce_scatter", "slice")
 
 
 def attribute(draft: Draft) -> Draft:
@@ -100,7 +98,6 @@ class _Lines:
 
     def _asked(self, node: Node) -> dict[str, str]:
         """Lines that hold whatever is moved: of the adjoint, of a layout that the plan wrote."""
-        assert isinstance(node.op, MeshOp)
         axes: tuple[str, ...] = node.kwargs["axes"]
         backward = node.phase is not Phase.FORWARD
         other = self.forward.get(node.origin.forward) if backward else None
@@ -109,7 +106,8 @@ class _Lines:
             return {axis: found[axis] for axis in axes if found.get(axis)}
         if node.origin.plan_line and not backward:
             return dict.fromkeys(axes, node.origin.plan_line)
-        if node.op.name in _SPLITTING:
+        kind = collective_kind(node.op)
+        if kind is not None and kind.shards:
             return {axis: self.regions[axis] for axis in axes if axis in self.regions}
         return {}
 
@@ -121,7 +119,7 @@ class _Lines:
 
 
 def _is_collective(node: Node) -> bool:
-    return isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES
+    return collective_kind(node.op) is not None
 
 
 def _keeps(node: Node) -> bool:

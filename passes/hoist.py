@@ -33,7 +33,7 @@ from meshwright.compiler.graph.ir import (
     rewrite,
 )
 from meshwright.compiler.graph.slots import call_operands
-from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import collectives, cost
@@ -44,7 +44,7 @@ from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
 from meshwright.passes.statements.draft import Draft
 
 SLICE, VARY, ALL_REDUCE = MeshOp("slice"), MeshOp("vary"), MeshOp("all_reduce")
-_FREE = {"slice", "vary"}
+_FREE = {SLICE.name, VARY.name}
 """The changes of layout that a hoisted call may ask of its operands."""
 
 
@@ -221,7 +221,7 @@ class _Hoister:
 
 
 def _is_collective(node: Node) -> bool:
-    return isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES
+    return collective_kind(node.op) is not None
 
 
 def _call(node: Node, mesh: Mesh, wanted: tuple[Layout, ...]) -> Call:
@@ -246,7 +246,7 @@ def narrowed(call: Call, wanted: Layout, place: int = 0) -> Placement | None:
             if any(collective.kind not in _FREE for collective in taken):
                 break
             size = operand.type.dtype.itemsize
-            moved = [collective for collective in taken if collective.kind == "slice"]
+            moved = [collective for collective in taken if collective.kind == SLICE.name]
             price += sum(
                 cost(s.source, s.target, size, call.mesh, operand.differentiable) for s in moved
             )

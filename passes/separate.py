@@ -36,6 +36,7 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     Phase,
 )
+from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.stages import Stage
 from meshwright.passes.statements.draft import Draft
@@ -53,7 +54,6 @@ _VIEWS = {
     aten._to_copy.default,
     MeshOp("vary"),
 }
-_GATHERS = {MeshOp("all_gather"), MeshOp("all_gather_replicated")}
 
 
 def separate(draft: Draft) -> Draft:
@@ -139,7 +139,7 @@ class _Separator:
         if node not in self._cheap:
             self._cheap[node] = (
                 _is_weight(node)
-                or (node.op in _GATHERS and self.regather(node))
+                or (_is_gather(node) and self.regather(node))
                 or (node.op in _VIEWS and all(n.held or self._again(n) for n in node.operands()))
                 or node.op == MeshOp("vary")
             )
@@ -185,6 +185,11 @@ class _Separator:
         memory = storage(logits)
         alone = part.readers[logits] == 1 and kept[memory] == 1
         return logits in part.saved and alone and not memory.held
+
+
+def _is_gather(node: Node) -> bool:
+    kind = collective_kind(node.op)
+    return kind is not None and kind.gathers
 
 
 def _is_weight(node: Node) -> bool:

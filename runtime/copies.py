@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from meshwright.compiler.layout.collectives import Wire
 from meshwright.compiler.layout.layout import uniform_blocks
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import MismatchError, spell_ranks, verb

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from meshwright.compiler.codegen.printing import Code
 from meshwright.compiler.graph.text import op_text
-from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.wires import WIRES, Wire
 from meshwright.dsl.errors import MeshwrightError, one_line
 
 CALL_SAME_METHODS = "call the same methods on every rank, in one order: none under `if rank == 0`"
@@ -126,12 +126,12 @@ def spell_wire(wire: Wire, names: Sequence[str] = ()) -> str:
     """An operation as errors name it: its node if `names` has it, kind, axes and options."""
     axes = ", ".join(wire.axes)
     text = f"{wire.kind} over `{axes}`"
-    if wire.kind in ("all_reduce", "reduce_scatter", "reduce") and wire.reduce != "sum":
-        text += f", {wire.reduce}"
-    if wire.kind == "permute":
-        text += f", shift {wire.shift}"
-    if wire.kind in ("broadcast", "reduce"):
-        text += f", root {wire.root}"
+    for option in WIRES[wire.kind].options if wire.kind in WIRES else ():
+        value = getattr(wire, option)
+        if option != "reduce":
+            text += f", {option} {value}"
+        elif value != "sum":
+            text += f", {value}"
     if wire.index < 0:
         return text
     node = f"`{names[wire.index]}`" if wire.index < len(names) else f"collective {wire.index}"

@@ -19,8 +19,8 @@ from meshwright.compiler.codegen.printing import Code, Pending, RankFunction
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import Graph, InputKind, MeshOp, Node, Output, OutputKind
-from meshwright.compiler.layout.collectives import Wait
 from meshwright.compiler.layout.layout import shard
+from meshwright.compiler.layout.wires import Wait
 from meshwright.compiler.public import Program
 from meshwright.compiler.stages import PASSED_AS
 from meshwright.dsl.errors import MeshwrightError

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout.collectives import Wire
 from meshwright.compiler.layout.layout import uniform_blocks
+from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.public import Program
 from meshwright.runtime.rank import RankProgram, RankState
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.wires import Wire
 from meshwright.dsl.errors import spelled
 from meshwright.runtime.copies import by_value
 from meshwright.runtime.errors import MismatchError, RunError, spell_ranks, verb

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError, check_kind

@@ -8,7 +8,7 @@ import torch
 
 from meshwright.compiler.autodiff.vjp import VjpContext, adjoint
 from meshwright.compiler.graph.ir import MeshOp, Node, Op
-from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.placing.composite import Cotangents
 
 aten = torch.ops.aten
@@ -17,12 +17,13 @@ aten = torch.ops.aten
 def collective_adjoint(context: VjpContext) -> Node:
     """The adjoint of a collective takes the cotangent to the dual of its operand's layout."""
     node = context.node
-    assert isinstance(node.op, MeshOp)
+    kind = collective_kind(node.op)
+    assert kind is not None
     kwargs = dict(node.kwargs)
     if "shift" in kwargs:
         kwargs["shift"] = -kwargs["shift"]
     return context.emitter.builder.emit(
-        MeshOp(COLLECTIVES[node.op.name].adjoint),
+        MeshOp(kind.adjoint),
         (context.grad,),
         kwargs,
         type=node.type,

@@ -32,7 +32,7 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     Phase,
 )
-from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.placing.composite import Cotangents
 from meshwright.compiler.placing.emit import Emitter, Movement
@@ -68,7 +68,7 @@ def differentiate(
 def node_cotangents(context: VjpContext) -> Cotangents:
     """Emit the backward of one node; the cotangent of each operand that wants one."""
     op = context.node.op
-    if isinstance(op, MeshOp) and op.name in COLLECTIVES:
+    if collective_kind(op) is not None:
         return [collective_adjoint(context)]
     return cotangents(context)
 

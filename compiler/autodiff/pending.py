@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from meshwright.compiler.autodiff.differentiate import node_cotangents
 from meshwright.compiler.autodiff.vjp import VjpContext
-from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node
-from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.graph.ir import INPUT, Builder, Node
+from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Emitter
@@ -22,7 +22,7 @@ def keeps_pending(node: Node, axes: tuple[str, ...], mesh: Mesh) -> bool:
 
     Requires: a call with one result, replicated over `axes`. Found out by writing its backward.
     """
-    if isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES:
+    if collective_kind(node.op) is not None:
         return True
     emitter = Emitter(Builder("pending", mesh), backward=True)
     context = _context(emitter, node, axes)

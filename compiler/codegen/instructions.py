@@ -14,9 +14,9 @@ import torch
 
 from meshwright.compiler.codegen.linking import RandomState
 from meshwright.compiler.graph.ir import Node
-from meshwright.compiler.layout.collectives import Wire
 from meshwright.compiler.layout.local_ops import Permute, Reshape
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Wire
 
 
 @dataclass(frozen=True, slots=True)

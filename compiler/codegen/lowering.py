@@ -44,9 +44,15 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     op_stem,
 )
-from meshwright.compiler.graph.transfers import TransferKey, transfer_key
-from meshwright.compiler.layout.collectives import COLLECTIVES, Transfer, Wire, plan_transfer
+from meshwright.compiler.graph.transfers import (
+    TransferKey,
+    collective_kind,
+    transfer_key,
+    transfer_of,
+)
+from meshwright.compiler.layout.collectives import Transfer
 from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, apply_all
+from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.placing.composite import composite_of
 
 aten = torch.ops.aten
@@ -134,7 +140,7 @@ class _Lowering:
             source = self.values[node.args[0]]
             assert isinstance(source, BucketView), node.name
             self.values[node] = BucketView(source.bucket, node.args[1])
-        elif isinstance(op, MeshOp) and op.name in COLLECTIVES:
+        elif collective_kind(op) is not None:
             self._collective(node)
         elif composite_of(op):
             kernel = self._constant(
@@ -187,13 +193,8 @@ class _Lowering:
         return node.op in OUT and len(places) == 1 and len(self.users[node]) == 1
 
     def _collective(self, node: Node) -> None:
-        assert isinstance(node.op, MeshOp)
-        options = {key: value for key, value in node.kwargs.items() if key != "axes"}
         source: Node = node.args[0]
-        axes = node.kwargs["axes"]
-        transfer = plan_transfer(
-            node.op.name, axes, source.placed, node.placed, self.mesh, **options
-        )
+        transfer = transfer_of(node, self.mesh)
         key = transfer_key(node)
         if transfer.wire is None:
             steps = self._steps(transfer.before + transfer.after)

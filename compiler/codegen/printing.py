@@ -41,9 +41,9 @@ from meshwright.compiler.codegen.instructions import (
     Wait,
 )
 from meshwright.compiler.graph.ir import Node
-from meshwright.compiler.layout import collectives
-from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout import wires
 from meshwright.compiler.layout.local_ops import Permute, Reshape
+from meshwright.compiler.layout.wires import Wire
 from meshwright.dsl.errors import plural
 
 RankFunction: TypeAlias = Callable[
@@ -103,8 +103,8 @@ def printed(instructions: Instructions) -> Code:
     )
 
 
-_START = Constant("_Start", lambda _: collectives.Start)
-_WAIT = Constant("_Wait", lambda _: collectives.Wait)
+_START = Constant("_Start", lambda _: wires.Start)
+_WAIT = Constant("_Wait", lambda _: wires.Wait)
 _PENDING = Constant("_Pending", lambda _: Pending)
 
 

@@ -8,10 +8,17 @@ from functools import lru_cache
 import torch
 
 from meshwright.compiler.graph.ir import GETITEM, Graph, MeshOp, Node, Op
+from meshwright.compiler.layout.collectives import COLLECTIVES
 
 aten = torch.ops.aten
 
-IDENTITIES: frozenset[Op] = frozenset({aten.detach.default, aten.alias.default, MeshOp("vary")})
+IDENTITIES: frozenset[Op] = frozenset(
+    {
+        aten.detach.default,
+        aten.alias.default,
+        *(MeshOp(kind.name) for kind in COLLECTIVES.values() if kind.is_identity),
+    }
+)
 """Operators that do nothing when a graph runs: no autograd is there to see them."""
 
 
@@ -19,7 +26,8 @@ IDENTITIES: frozenset[Op] = frozenset({aten.detach.default, aten.alias.default, 
 def is_view(op: Op) -> bool:
     """Whether the result aliases an operand without writing to it, by the operator's schema."""
     if isinstance(op, MeshOp):
-        return op.name in ("slice", "narrow", "bucket_item")
+        kind = COLLECTIVES.get(op.name)
+        return op.name == "bucket_item" if kind is None else kind.is_view
     returns = op._schema.returns
     return bool(returns) and all(
         value.alias_info is not None and not value.alias_info.is_write for value in returns

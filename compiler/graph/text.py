@@ -18,6 +18,7 @@ from meshwright.compiler.graph.ir import (
     TensorType,
     op_stem,
 )
+from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout, replicated
 
 _DTYPES = {
@@ -68,13 +69,8 @@ def node_type_text(node: Node, graph: Graph, *, local: bool = False) -> str:
 
 def op_text(op: Op) -> str:
     """The operator as it is printed: torch's own without a prefix."""
-    return str(op) if isinstance(op, MeshOp) and op.name not in _PLAIN else op_stem(op)
-
-
-_PLAIN = {
-    "input", "saved", "vary", "all_reduce", "all_gather", "all_gather_replicated",
-    "reduce_scatter", "slice", "narrow", "pad", "all_to_all", "permute", "broadcast", "reduce",
-}  # fmt: skip
+    plain = not isinstance(op, MeshOp) or op.name in COLLECTIVES or op.name in ("input", "saved")
+    return op_stem(op) if plain else str(op)
 
 
 def call_text(node: Node) -> str:

@@ -4,30 +4,45 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from meshwright.compiler.graph.ir import Arg, MeshOp, Node
-from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.graph.ir import Arg, MeshOp, Node, Op
+from meshwright.compiler.layout.collectives import (
+    COLLECTIVES,
+    CollectiveKind,
+    Transfer,
+    plan_transfer,
+)
 from meshwright.compiler.layout.layout import Dim
-
-COUNTED = {"all_gather_replicated": "all_gather"}
-"""Kinds that differ only in what becomes of their gradient count as one."""
+from meshwright.compiler.layout.mesh import Mesh
 
 TransferKey: TypeAlias = tuple[Node, str, tuple[tuple[str, Arg], ...], tuple[Dim, ...]]
 """The operand, the kind, its axes and options, and how the result is cut."""
 
 
+def collective_kind(op: Op) -> CollectiveKind | None:
+    """The row of a collective; None for any other operator."""
+    return COLLECTIVES.get(op.name) if isinstance(op, MeshOp) else None
+
+
+def transfer_of(node: Node, mesh: Mesh) -> Transfer:
+    """What each rank does for a collective. Raises LayoutError where it is not one between the
+    layouts of its operand and its result."""
+    assert isinstance(node.op, MeshOp)
+    options = {key: value for key, value in node.kwargs.items() if key != "axes"}
+    source, axes = node.args[0].placed, node.kwargs["axes"]
+    return plan_transfer(node.op.name, axes, source, node.placed, mesh, **options)
+
+
 def moves(node: Node) -> bool:
     """Whether a node is a collective that moves bytes."""
-    return (
-        isinstance(node.op, MeshOp)
-        and node.op.name in COLLECTIVES
-        and COLLECTIVES[node.op.name].moves
-    )
+    kind = collective_kind(node.op)
+    return kind is not None and kind.moves
 
 
 def counted(node: Node) -> str:
     """The kind that a collective counts as."""
-    assert isinstance(node.op, MeshOp)
-    return COUNTED.get(node.op.name, node.op.name)
+    kind = collective_kind(node.op)
+    assert kind is not None
+    return kind.counted_as
 
 
 def transfer_key(node: Node) -> TransferKey:

@@ -1,4 +1,4 @@
-"""The collectives: one table of kinds with their adjoints, and what each is made of.
+"""The collectives: one row per kind, with its adjoint and what it is made of.
 
 On each axis a value is replicated, split, partial or varying, and its cotangent has the dual state
 (partial and varying change places). So the adjoint of a collective is the one that goes back
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.alignment import (
@@ -24,98 +23,94 @@ from meshwright.compiler.layout.alignment import (
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.local_ops import LocalOp
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Wire
 
 
 @dataclass(frozen=True, slots=True)
 class CollectiveKind:
-    """A change of one axis's state, its adjoint, and the wire that carries it, if any does.
+    """A change of one axis's state, its adjoint, and how ranks bring it about.
 
-    The state `one` is a split value of which only the block of one coordinate, `root`, counts.
-    `pad` and `narrow` also go between replicated and partial or varying: nothing moves there.
+    `source` and `target` are the states before and after; of `one`, a split value, only the block
+    of one coordinate, `root`, counts. Each rank does `before` to its own tensor, `wire` carries it
+    to others, if anything moves, and `after` is done to what arrives. With `or_replicated` the
+    split side may be replicated too. `towards` are more targets that it is the first collective on
+    the way to. Reports and contracts of plans count it as `counted`, by default its own name.
     """
 
     name: str
     source: str
     target: str
     adjoint: str
-    wire: str | None
+    wire: str | None = None
+    before: Planner | None = None
+    after: Planner | None = None
+    or_replicated: bool = False
+    towards: tuple[str, ...] = ()
+    counted: str = ""
 
     @property
     def moves(self) -> bool:
         """Whether bytes move."""
         return self.wire is not None
 
+    @property
+    def counted_as(self) -> str:
+        """The name under which reports and plans count it."""
+        return self.counted or self.name
 
-_KINDS = (
-    CollectiveKind("vary", "replicated", "varying", "all_reduce", None),
-    CollectiveKind("all_reduce", "partial", "replicated", "vary", "all_reduce"),
-    CollectiveKind("all_gather", "split", "varying", "reduce_scatter", "all_gather"),
-    CollectiveKind("all_gather_replicated", "split", "replicated", "slice", "all_gather"),
-    CollectiveKind("reduce_scatter", "partial", "split", "all_gather", "reduce_scatter"),
-    CollectiveKind("slice", "replicated", "split", "all_gather_replicated", None),
-    CollectiveKind("narrow", "varying", "split", "pad", None),
-    CollectiveKind("pad", "split", "partial", "narrow", None),
-    CollectiveKind("all_to_all", "split", "split", "all_to_all", "all_to_all"),
+    @property
+    def gathers(self) -> bool:
+        """Whether each rank holds afterwards what others held."""
+        return self.moves and self.source == "split" and self.target != "split"
+
+    @property
+    def shards(self) -> bool:
+        """Whether each rank keeps its shard of a value that it holds whole, or a sum of."""
+        return self.target == "split" and self.source in ("replicated", "partial")
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the result is a part of the operand's memory."""
+        return self.before is own and not self.moves
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether ranks do nothing: only the meaning of what they hold changes."""
+        return not (self.moves or self.before or self.after)
+
+    @property
+    def keeps_cuts(self) -> bool:
+        """Whether whole blocks change hands, and every cut stays where it is."""
+        return self.source == self.target == "split" and not (self.before or self.after)
+
+
+# What shrinks the tensor comes first and what grows it last: a change of layout takes them in this
+# order, so that the collectives between, and the adjoints of all, move as little as possible.
+_ROWS = (
+    CollectiveKind("narrow", "varying", "split", "pad", before=own, or_replicated=True),
+    CollectiveKind("slice", "replicated", "split", "all_gather_replicated", before=own),
+    CollectiveKind(
+        "reduce_scatter", "partial", "split", "all_gather", "reduce_scatter", before=pull
+    ),
+    CollectiveKind(
+        "all_to_all", "split", "split", "all_to_all", "all_to_all", before=pull, after=push
+    ),
+    # A pending max or min is reduced before it is a pending sum.
+    CollectiveKind(
+        "all_reduce", "partial", "replicated", "vary", "all_reduce", towards=("partial", "varying")
+    ),
+    CollectiveKind("vary", "replicated", "varying", "all_reduce"),
+    CollectiveKind(
+        "all_gather_replicated", "split", "replicated", "slice", "all_gather", after=push,
+        counted="all_gather",
+    ),
+    CollectiveKind("all_gather", "split", "varying", "reduce_scatter", "all_gather", after=push),
+    CollectiveKind("pad", "split", "partial", "narrow", before=pad, or_replicated=True),
     CollectiveKind("permute", "split", "split", "permute", "permute"),
     CollectiveKind("broadcast", "one", "varying", "reduce", "broadcast"),
     CollectiveKind("reduce", "partial", "one", "broadcast", "reduce"),
-)
-COLLECTIVES: dict[str, CollectiveKind] = {kind.name: kind for kind in _KINDS}
-
-# What a rank does before the wire, and after it.
-_BEFORE: dict[str, Planner] = {
-    "slice": own,
-    "narrow": own,
-    "pad": pad,
-    "reduce_scatter": pull,
-    "all_to_all": pull,
-}
-_AFTER: dict[str, Planner] = {
-    "all_gather": push,
-    "all_gather_replicated": push,
-    "all_to_all": push,
-}
-_ALSO = {("pad", "source"): "replicated", ("narrow", "target"): "replicated"}
-
-
-@dataclass(frozen=True, slots=True)
-class Wire:
-    """What a transport runs over the groups of `axes` (n ranks, in the order of `Mesh.group`).
-
-    `all_reduce`: x to the same shape. `all_gather`: x to [n, *x.shape], in group order.
-    `reduce_scatter`: [n, ...] to the reduction of the rank's entry. `all_to_all`: entry i of the
-    result is entry `rank` of rank i's [n, ...]. `permute`: the x of the member `shift` places
-    before, cyclically. `broadcast`: root's x. `reduce`: the sum at root, zeros elsewhere.
-    `index` is the place in the program's list of collectives, for errors.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    reduce: str = "sum"
-    shift: int = 0
-    root: int = 0
-    index: int = -1
-
-
-class Start:
-    """Yielded by a program to start a wire; the answer is a handle.
-
-    With `donate` the operand may be overwritten, and is not used again but through the result.
-    """
-
-    __slots__ = ("donate", "tensor", "wire")
-
-    def __init__(self, wire: Wire, tensor: Any, donate: bool = False) -> None:
-        self.wire, self.tensor, self.donate = wire, tensor, donate
-
-
-class Wait:
-    """Yielded by a program to wait for a handle; the answer is the wire's result."""
-
-    __slots__ = ("handle",)
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
+)  # fmt: skip
+COLLECTIVES: dict[str, CollectiveKind] = {row.name: row for row in _ROWS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,27 +150,14 @@ def plan_transfer(
     if row.source == "one" or row.target == "one":
         _check_block(kind, source, target, mesh)
     else:
-        # A permutation of whole blocks leaves every cut where it is.
-        moved = () if kind == "permute" else axes
-        dims = stretches(source.dims, target.dims, moved, mesh)
-        if kind in _BEFORE:
-            before = local_ops(_BEFORE[kind], dims, axes, mesh)
-        if kind in _AFTER:
-            after = local_ops(_AFTER[kind], dims, axes, mesh)
+        dims = stretches(source.dims, target.dims, () if row.keeps_cuts else axes, mesh)
+        if row.before is not None:
+            before = local_ops(row.before, dims, axes, mesh)
+        if row.after is not None:
+            after = local_ops(row.after, dims, axes, mesh)
     if row.wire is None:
         return Transfer(before, None, after)
     return Transfer(before, Wire(row.wire, axes, source.reduction, shift, root), after)
-
-
-def bytes_sent(wire: Wire, local_numel_in: int, itemsize: int, mesh: Mesh) -> int:
-    """The bytes that one rank sends for its operand, under the bandwidth-optimal algorithm."""
-    ranks, size = mesh.size(wire.axes), local_numel_in * itemsize
-    if wire.kind == "all_gather":
-        return (ranks - 1) * size
-    if wire.kind == "permute":
-        return size if wire.shift % ranks else 0
-    times = 2 if wire.kind == "all_reduce" else 1
-    return times * (ranks - 1) * size // ranks
 
 
 def _check_states(
@@ -184,15 +166,12 @@ def _check_states(
     """Each axis changes as the row says; the other axes keep their state."""
     for axis in {*axes, *source.axes_used, *target.axes_used}:
         found = (source.state(axis), target.state(axis))
-        wanted = (
-            "split" if row.source == "one" else row.source,
-            row.target.replace("one", "split"),
-        )
-        if axis not in axes:
-            wanted = (found[0], found[0])
-        also = (_ALSO.get((row.name, "source")), _ALSO.get((row.name, "target")))
+        wanted = (found[0], found[0])
+        if axis in axes:
+            wanted = (row.source.replace("one", "split"), row.target.replace("one", "split"))
         for side in (0, 1):
-            if found[side] != wanted[side] and (axis not in axes or found[side] != also[side]):
+            free = row.or_replicated and axis in axes and wanted[side] == "split"
+            if found[side] != wanted[side] and not (free and found[side] == "replicated"):
                 raise LayoutError(
                     f"`{row.name}` over `{axis}` goes from {wanted[0]} to {wanted[1]}, not from "
                     f"{found[0]} to {found[1]}",

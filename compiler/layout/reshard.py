@@ -15,12 +15,18 @@ from functools import lru_cache
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.alignment import align
-from meshwright.compiler.layout.collectives import COLLECTIVES, Transfer, plan_transfer
+from meshwright.compiler.layout.collectives import (
+    COLLECTIVES,
+    CollectiveKind,
+    Transfer,
+    plan_transfer,
+)
 from meshwright.compiler.layout.cuts import Cut, Interval, dim_of, is_chain, merged, ordered
 from meshwright.compiler.layout.factors import Dim, dim_axes
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.local_ops import shape_after
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import WIRES
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,36 +38,27 @@ class Collective:
     source: Layout
     target: Layout
 
+    @property
+    def row(self) -> CollectiveKind:
+        """Its kind."""
+        return COLLECTIVES[self.kind]
+
     def transfer(self, mesh: Mesh) -> Transfer:
         """What each rank does."""
         return plan_transfer(self.kind, self.axes, self.source, self.target, mesh)
 
     def adjoint(self) -> Collective:
         """The collective that takes the cotangent back."""
-        kind = COLLECTIVES[self.kind].adjoint
-        return Collective(kind, self.axes, self.target.dual(), self.source.dual())
+        return Collective(self.row.adjoint, self.axes, self.target.dual(), self.source.dual())
 
 
-# The kind of collective that takes an axis from one state towards another.
-_TOWARDS = {
-    ("varying", "split"): "narrow",
-    ("replicated", "split"): "slice",
-    ("partial", "split"): "reduce_scatter",
-    ("split", "split"): "all_to_all",
-    # From a pending max or min to a pending sum.
-    ("partial", "partial"): "all_reduce",
-    ("partial", "replicated"): "all_reduce",
-    ("partial", "varying"): "all_reduce",
-    ("replicated", "varying"): "vary",
-    ("split", "replicated"): "all_gather_replicated",
-    ("split", "varying"): "all_gather",
-    ("split", "partial"): "pad",
-    ("replicated", "partial"): "pad",
-}
-# What shrinks the tensor comes first and what grows it last, so that those between, and the
-# adjoints of all, move as little as possible.
-_ORDER = tuple(dict.fromkeys(_TOWARDS.values()))
-_INTO_SPLIT = tuple(name for name in _ORDER if COLLECTIVES[name].target == "split")
+# The kind that takes an axis from one state towards another; of several the first in the table.
+_TOWARDS: dict[tuple[str, str], str] = {}
+for _row in COLLECTIVES.values():
+    for _target in (_row.target, *_row.towards):
+        _TOWARDS.setdefault((_row.source, _target), _row.name)
+        if _row.or_replicated and _row.source == "split":
+            _TOWARDS.setdefault(("replicated", _target), _row.name)
 
 
 def collectives(source: Layout, target: Layout, mesh: Mesh) -> tuple[Collective, ...]:
@@ -95,24 +92,12 @@ def _volume(source: Layout, target: Layout, mesh: Mesh, differentiable: bool) ->
 
 def _sent(collective: Collective, mesh: Mesh) -> float:
     """The elements that one rank sends."""
-    ranks = mesh.size(collective.axes)
-    match COLLECTIVES[collective.kind].wire:
-        case "all_reduce":
-            return 2 * (ranks - 1) / ranks * _numel(collective.source, mesh)
-        case "all_gather":
-            return (ranks - 1) * _numel(collective.source, mesh)
-        case "reduce_scatter":
-            return (ranks - 1) * _numel(collective.target, mesh)
-        case "all_to_all":
-            # Segments that only one of the layouts cuts are sent to every rank.
-            before = collective.transfer(mesh).before
-            given = shape_after(before, collective.source.local_shape(mesh))
-            return (ranks - 1) / ranks * math.prod(given)
-    return 0.0
-
-
-def _numel(layout: Layout, mesh: Mesh) -> int:
-    return math.prod(layout.local_shape(mesh))
+    transfer = collective.transfer(mesh)
+    if transfer.wire is None:
+        return 0.0
+    given = shape_after(transfer.before, collective.source.local_shape(mesh))
+    share = WIRES[transfer.wire.kind].sent(transfer.wire, mesh.size(collective.axes))
+    return float(share * math.prod(given))
 
 
 @lru_cache(maxsize=65536)
@@ -180,13 +165,13 @@ class _Reshard:
 
     def run(self) -> tuple[Collective, ...]:
         while waiting := self._waiting():
-            for kind in _ORDER:
+            for kind in COLLECTIVES:
                 axes = self._fitting(kind, waiting.get(kind, []))
                 if axes:
                     self._append(kind, axes)
                     break
             else:
-                self._append("all_gather_replicated", [self._in_the_way(waiting)])
+                self._append(_TOWARDS["split", "replicated"], [self._in_the_way(waiting)])
         return tuple(self.done)
 
     def _waiting(self) -> dict[str, list[str]]:
@@ -208,11 +193,11 @@ class _Reshard:
 
     def _fitting(self, kind: str, axes: list[str]) -> list[str]:
         """As many of the axes as one collective of this kind can take now."""
-        if kind not in _INTO_SPLIT:
+        if COLLECTIVES[kind].target != "split":
             return axes
         fitting: list[str] = []
         for axis in axes:
-            if self._fits([*fitting, axis], moves=kind == "all_to_all"):
+            if self._fits([*fitting, axis], moves=COLLECTIVES[kind].source == "split"):
                 fitting.append(axis)
         return fitting
 
@@ -229,7 +214,7 @@ class _Reshard:
 
     def _in_the_way(self, waiting: dict[str, list[str]]) -> str:
         """Of axes that block each other's places, the cheapest to gather."""
-        return min(waiting["all_to_all"], key=self.mesh.size)
+        return min(waiting[_TOWARDS["split", "split"]], key=self.mesh.size)
 
     def _append(self, kind: str, axes: list[str]) -> None:
         state = COLLECTIVES[kind].target

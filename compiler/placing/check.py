@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from meshwright.compiler.errors import LayoutError, PassError
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, MeshOp, Node
-from meshwright.compiler.layout.collectives import COLLECTIVES, plan_transfer
+from meshwright.compiler.graph.transfers import collective_kind, transfer_of
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.placing.calls import make_call
 from meshwright.compiler.placing.engine import candidates
@@ -52,17 +52,9 @@ def _check_placed(node: Node, graph: Graph, after: str) -> None:
         if source.layout[index] != node.layout:
             raise _broken(node, after, f"is laid out as {node.layout}, not {source.layout[index]}")
         return
-    if isinstance(node.op, MeshOp) and node.op.name in COLLECTIVES:
-        options = {key: value for key, value in node.kwargs.items() if key != "axes"}
+    if collective_kind(node.op) is not None:
         try:
-            plan_transfer(
-                node.op.name,
-                node.kwargs["axes"],
-                node.args[0].placed,
-                node.placed,
-                graph.mesh,
-                **options,
-            )
+            transfer_of(node, graph.mesh)
         except LayoutError as error:
             raise _broken(node, after, f"is no such collective: {error.problem}") from error
         return

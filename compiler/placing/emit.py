@@ -28,6 +28,7 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.graph.weights import input_behind
+from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import Collective, collectives, cost
@@ -36,8 +37,6 @@ from meshwright.compiler.placing.engine import operand_cost, place
 from meshwright.compiler.placing.result_types import result_type
 from meshwright.compiler.placing.rules.factories import filled_with, makes_zeros
 from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
-
-_GATHERING = ("all_gather", "all_gather_replicated", "all_to_all")
 
 FIRST_ONLY = {torch.ops.aten._native_batch_norm_legit_functional.default}
 """Operators of which only the first result is differentiable."""
@@ -59,10 +58,10 @@ class Movement:
     def implicit(self) -> bool:
         """Whether it or its adjoint gathers, and nothing that the plan wrote made that the only
         way."""
-        gathers = self.collective.kind in _GATHERING
-        return not self.forced and (
-            gathers or (self.collective.kind == "slice" and self.gathers_back)
-        )
+        kind = self.collective.row
+        slices = not kind.moves and COLLECTIVES[kind.adjoint].gathers
+        gathers = kind.moves and kind.source == "split"
+        return not self.forced and (gathers or (slices and self.gathers_back))
 
     @property
     def gathers_back(self) -> bool:

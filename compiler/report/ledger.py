@@ -7,10 +7,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from meshwright.compiler.graph.ir import Graph, MeshOp, Node, Phase
+from meshwright.compiler.graph.ir import Graph, Node, Phase
 from meshwright.compiler.graph.text import node_type_text, size_text
-from meshwright.compiler.graph.transfers import TransferKey, counted, moves, transfer_key
-from meshwright.compiler.layout.collectives import bytes_sent, plan_transfer
+from meshwright.compiler.graph.transfers import (
+    TransferKey,
+    counted,
+    moves,
+    transfer_key,
+    transfer_of,
+)
+from meshwright.compiler.layout.wires import bytes_sent
 from meshwright.dsl.errors import plural
 from meshwright.dsl.writing.html import html_table
 
@@ -115,17 +121,14 @@ def collectives(graphs: Iterable[Graph]) -> dict[Node, Moved]:
 
 
 def _moved(node: Node, graph: Graph) -> Moved:
-    assert isinstance(node.op, MeshOp)
     source: Node = node.args[0]
-    kwargs = {key: value for key, value in node.kwargs.items() if key != "axes"}
-    axes = node.kwargs["axes"]
-    wire = plan_transfer(node.op.name, axes, source.placed, node.placed, graph.mesh, **kwargs).wire
+    wire = transfer_of(node, graph.mesh).wire
     numel = math.prod(source.placed.local_shape(graph.mesh))
     size = 0 if wire is None else bytes_sent(wire, numel, source.tensor.dtype.itemsize, graph.mesh)
     return Moved(
         "forward" if node.phase is Phase.FORWARD else "backward",
         counted(node),
-        axes,
+        node.kwargs["axes"],
         size,
         node.name,
         node_type_text(source, graph),

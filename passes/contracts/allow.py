@@ -37,7 +37,7 @@ def check_replication(draft: Draft) -> Draft:
     if total <= limit:
         return draft
     worst = max(implicit, key=lambda m: m.sent_bytes(draft.mesh))
-    what = "splitting" if worst.collective.kind == "slice" else "gathering"
+    what = "gathering" if worst.collective.row.moves else "splitting"
     where = worst.node.origin
     raise LayoutError(
         f"`{op_text(worst.user)}` in {_shown(where.module)} {_why(worst)}: {what} "
@@ -101,7 +101,7 @@ def _why(movement: Movement) -> str:
     """What makes an operator ask for the movement."""
     if not has_rule(movement.user):
         return "has no rule and runs whole on every rank"
-    if movement.collective.kind == "slice":
+    if not movement.collective.row.moves:
         return "takes part of a whole value, whose gradient is then gathered"
     return "needs whole what is split"
 

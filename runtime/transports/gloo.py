@@ -29,8 +29,7 @@ from torch._C._distributed_c10d import (
     Store,
 )
 
-from meshwright.compiler.layout.collectives import Wire
-from meshwright.runtime.transports.algorithms import COMBINE, HALF_TYPES, combine
+from meshwright.compiler.layout.wires import COMBINE, HALF_TYPES, WIRES, Wire, receive
 
 Finish = Callable[[], Tensor]
 Begun = tuple[list[Any], Finish]
@@ -76,12 +75,13 @@ class GlooGroup:
         if choices is None:
             choices = self._choices[wire.kind, started] = choose(wire.kind, self.size, started)
         num_bytes = tensor.nbytes
-        for most, algorithm in choices:
-            if num_bytes <= most and (
-                algorithm not in _REDUCES_NATIVELY or tensor.dtype in _NATIVE_REDUCES
-            ):
-                return algorithm(self, wire, tensor, donate)
-        return _FALLBACK[wire.kind](self, wire, tensor, donate)
+        algorithm = next(
+            algorithm
+            for most, algorithm in choices
+            if num_bytes <= most
+            and (algorithm not in _REDUCES_NATIVELY or tensor.dtype in _NATIVE_REDUCES)
+        )
+        return algorithm(self, wire, tensor, donate)
 
     def scratch(self, like: Tensor, count: int) -> list[Tensor]:
         """`count` buffers of the shape of `like`, free again when the collective has its result.
@@ -181,32 +181,33 @@ def _wait(works: Sequence[Any]) -> None:
         work.wait()
 
 
-def _exchange_and_reduce(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    received = [torch.empty_like(tensor) for _ in group.others]
-    return _reduce_received(group, wire, tensor, received, donate)
-
-
-def _exchange_and_reduce_in_scratch(
-    group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool
+def _direct(
+    group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool, *, scratch: bool = False
 ) -> Begun:
-    received = group.scratch(tensor, len(group.others))
-    return _reduce_received(group, wire, tensor, received, donate)
-
-
-def _reduce_received(
-    group: GlooGroup, wire: Wire, tensor: Tensor, received: list[Tensor], donate: bool
-) -> Begun:
+    """Send each operand straight to the members that need it: every kind of wire can do it."""
+    kind = WIRES[wire.kind]
+    targets, sources = kind.peers(wire, group.position, group.others)
+    parts = tensor.unbind(0) if kind.divided else [tensor] * group.size
+    own = parts[group.position]
+    if scratch:
+        received = group.scratch(own, len(sources))
+    else:
+        received = [torch.empty_like(own) for _ in sources]
     works = group.exchange(
-        [(tensor, peer) for peer in group.others], list(zip(received, group.others, strict=True))
+        [(parts[peer], peer) for peer in targets], list(zip(received, sources, strict=True))
     )
 
     def finish() -> Tensor:
-        parts = [tensor] * group.size
-        for peer, part in zip(group.others, received, strict=True):
-            parts[peer] = part
-        return combine(parts, wire.reduce, tensor if donate else None)
+        given = [own] * group.size
+        for peer, part in zip(sources, received, strict=True):
+            given[peer] = part
+        return receive(wire, group.position, given, tensor if donate and not kind.divided else None)
 
     return works, finish
+
+
+def _direct_in_scratch(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    return _direct(group, wire, tensor, donate, scratch=True)
 
 
 def _double(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
@@ -236,7 +237,8 @@ def _scatter_and_gather(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bo
         flat = torch.nn.functional.pad(flat, (0, length * group.size - flat.numel()))
         donate = True
     source = flat.view(group.size, length)
-    works, reduced = _direct_reduce_scatter_in_scratch(group, wire, source, False)
+    scatter = Wire("reduce_scatter", wire.axes, wire.reduce)
+    works, reduced = _direct_in_scratch(group, scatter, source, False)
 
     def finish() -> Tensor:
         whole = source if donate else torch.empty_like(source)
@@ -260,36 +262,6 @@ def _direct_all_gather(group: GlooGroup, wire: Wire, tensor: Tensor, donate: boo
     return _gather_into(group, tensor.new_empty((group.size, *tensor.shape)), tensor)
 
 
-def _direct_reduce_scatter(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    parts = list(tensor.unbind(0))
-    received = [torch.empty_like(parts[0]) for _ in group.others]
-    return _reduce_own_part(group, wire, parts, received)
-
-
-def _direct_reduce_scatter_in_scratch(
-    group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool
-) -> Begun:
-    parts = list(tensor.unbind(0))
-    return _reduce_own_part(group, wire, parts, group.scratch(parts[0], len(group.others)))
-
-
-def _reduce_own_part(
-    group: GlooGroup, wire: Wire, parts: list[Tensor], received: list[Tensor]
-) -> Begun:
-    works = group.exchange(
-        [(parts[peer], peer) for peer in group.others],
-        list(zip(received, group.others, strict=True)),
-    )
-
-    def finish() -> Tensor:
-        own = [parts[group.position]] * group.size
-        for peer, part in zip(group.others, received, strict=True):
-            own[peer] = part
-        return combine(own, wire.reduce)
-
-    return works, finish
-
-
 def _direct_all_to_all(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
     whole = torch.empty_like(tensor)
     given, taken = tensor.unbind(0), whole.unbind(0)
@@ -299,32 +271,6 @@ def _direct_all_to_all(group: GlooGroup, wire: Wire, tensor: Tensor, donate: boo
     )
     taken[group.position].copy_(given[group.position])
     return works, lambda: whole
-
-
-def _shift(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    step = wire.shift % group.size
-    if not step:
-        return [], tensor.clone
-    target, source = (group.position + step) % group.size, (group.position - step) % group.size
-    received = torch.empty_like(tensor)
-    return group.exchange([(tensor, target)], [(received, source)]), lambda: received
-
-
-def _direct_broadcast(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    if group.position == wire.root:
-        return group.exchange([(tensor, peer) for peer in group.others], []), tensor.clone
-    received = torch.empty_like(tensor)
-    return group.exchange([], [(received, wire.root)]), lambda: received
-
-
-def _direct_reduce(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    if group.position != wire.root:
-        return group.exchange([(tensor, wire.root)], []), lambda: torch.zeros_like(tensor)
-    parts = [tensor] * group.size
-    for peer in group.others:
-        parts[peer] = torch.empty_like(tensor)
-    works = group.exchange([], [(parts[peer], peer) for peer in group.others])
-    return works, lambda: combine(parts, wire.reduce)
 
 
 def _native_all_reduce(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
@@ -369,38 +315,32 @@ class Row:
 _ANY = tuple(range(2, 17))
 _DOUBLING = (4, 8, 16)
 ALGORITHMS: tuple[Row, ...] = (
-    Row("all_reduce", (2,), MIB, _exchange_and_reduce_in_scratch, alone=True),
+    Row("all_reduce", (2,), MIB, _direct_in_scratch, alone=True),
     Row("all_reduce", _DOUBLING, 512 * KIB, _double, alone=True),
     Row("all_reduce", (2, 3, 4), 8 * MIB, _scatter_and_gather, alone=True),
-    Row("all_reduce", _ANY, 256 * KIB, _exchange_and_reduce),
+    Row("all_reduce", _ANY, 256 * KIB, _direct),
     Row("all_reduce", (), math.inf, _native_all_reduce),
     Row("all_gather", _ANY, math.inf, _direct_all_gather),
     Row("all_gather", (), math.inf, _native_all_gather),
-    Row("reduce_scatter", (), math.inf, _direct_reduce_scatter_in_scratch, alone=True),
-    Row("reduce_scatter", (), math.inf, _direct_reduce_scatter),
+    Row("reduce_scatter", (), math.inf, _direct_in_scratch, alone=True),
     Row("all_to_all", (), math.inf, _direct_all_to_all),
-    Row("permute", (), math.inf, _shift),
-    Row("broadcast", (2, 3, 4), math.inf, _direct_broadcast),
+    Row("broadcast", (2, 3, 4), math.inf, _direct),
     Row("broadcast", (), math.inf, _native_broadcast),
-    Row("reduce", (2, 3, 4), math.inf, _direct_reduce),
+    Row("reduce", (2, 3, 4), math.inf, _direct),
     Row("reduce", (), math.inf, _native_reduce),
 )
-"""The first row that fits counts; no `sizes` means every size. A row that is `alone`, for its
-second round of messages or the buffer that it shares with others, is not for a collective that is
-started and waited for later."""
+"""The first row that fits counts, or else `_direct`; no `sizes` means every size. A row that is
+`alone`, for its second round of messages or the buffer that it shares with others, is not for a
+collective that is started and waited for later."""
 
 _REDUCES_NATIVELY = (_native_all_reduce, _native_reduce)
-_FALLBACK: dict[str, Algorithm] = {
-    "all_reduce": _exchange_and_reduce,
-    "reduce": _direct_reduce,
-}
-"""For the types that Gloo cannot reduce."""
 
 
 def choose(kind: str, size: int, started: bool) -> list[tuple[float, Algorithm]]:
     """The algorithms for `kind` in a group of `size`: (most bytes, algorithm), best first."""
-    return [
+    rows = [
         (row.max_bytes, row.algorithm)
         for row in ALGORITHMS
         if row.kind == kind and (not row.sizes or size in row.sizes) and not (started and row.alone)
     ]
+    return [*rows, (math.inf, _direct)]

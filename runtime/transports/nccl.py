@@ -1,4 +1,4 @@
-"""Collectives over NCCL: always its own, which choose their algorithm themselves."""
+"""Collectives over NCCL: its own where it has one, which choose their algorithm themselves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch._C._distributed_c10d import (
     Store,
 )
 
-from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.wires import WIRES, Wire, receive
 from meshwright.runtime.transports.gloo import Begun
 
 _REDUCE_OPS: dict[str, Any] = {"sum": ReduceOp.SUM, "max": ReduceOp.MAX, "min": ReduceOp.MIN}
@@ -41,7 +41,7 @@ class NcclGroup:
         """Enqueue a collective; its wait makes the current stream wait, not the caller."""
         if not tensor.is_contiguous():
             tensor, donate = tensor.contiguous(), True
-        return _BEGIN[wire.kind](self, wire, tensor, donate)
+        return _NATIVE.get(wire.kind, _direct)(self, wire, tensor, donate)
 
     def abort(self) -> None:
         """End what is under way, so that whoever waits for it returns with an error."""
@@ -79,16 +79,30 @@ def _all_to_all(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> B
     return [work], lambda: whole
 
 
-def _permute(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    """An all_to_all in which one part has everything: its sends and receives are one NCCL group."""
-    sent, taken = [0] * group.size, [0] * group.size
-    sent[(group.position + wire.shift) % group.size] = tensor.numel()
-    taken[(group.position - wire.shift) % group.size] = tensor.numel()
-    result = torch.empty_like(tensor)
-    work = group.backend.alltoall_base(
-        result.view(-1), tensor.view(-1), taken, sent, AllToAllOptions()
-    )
-    return [work], lambda: result
+def _direct(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    """Send each operand straight to the members that need it: every kind of wire can do it.
+
+    As an all_to_all of uneven parts, whose sends and receives are one NCCL group.
+    """
+    kind, place = WIRES[wire.kind], group.position
+    others = [peer for peer in range(group.size) if peer != place]
+    targets, sources = kind.peers(wire, place, others)
+    parts = tensor.unbind(0) if kind.divided else [tensor] * group.size
+    own = parts[place]
+    given = [parts[peer].view(-1) for peer in targets]
+    flat = given[0] if len(given) == 1 else torch.cat([own.new_empty(0), *given])
+    received = own.new_empty((len(sources), *own.shape))
+    taken = [own.numel() * (peer in sources) for peer in range(group.size)]
+    sent = [own.numel() * (peer in targets) for peer in range(group.size)]
+    work = group.backend.alltoall_base(received.view(-1), flat, taken, sent, AllToAllOptions())
+
+    def finish() -> Tensor:
+        held = [own] * group.size
+        for peer, part in zip(sources, received.unbind(0), strict=True):
+            held[peer] = part
+        return receive(wire, place, held, tensor if donate and not kind.divided else None)
+
+    return [work], finish
 
 
 def _broadcast(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
@@ -106,12 +120,11 @@ def _reduce(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun
     return works, lambda: result if group.position == wire.root else result.zero_()
 
 
-_BEGIN: dict[str, Callable[[NcclGroup, Wire, Tensor, bool], Begun]] = {
+_NATIVE: dict[str, Callable[[NcclGroup, Wire, Tensor, bool], Begun]] = {
     "all_reduce": _all_reduce,
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
-    "permute": _permute,
     "broadcast": _broadcast,
     "reduce": _reduce,
 }

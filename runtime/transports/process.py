@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from meshwright.compiler.layout.collectives import Start, Wire
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import WIRES, Start, Wire, receive
 from meshwright.runtime.errors import OperatorError, RunError, last_words
-from meshwright.runtime.transports.algorithms import everyone
 from meshwright.runtime.transports.gloo import GlooGroup, connections
 from meshwright.runtime.transports.nccl import NcclGroup
 from meshwright.runtime.transports.shared import SharedGroup, host_name, share
@@ -346,11 +345,7 @@ class ProcessTransport:
 
 def _alone(wire: Wire, tensor: Tensor, size: int) -> Tensor:
     """The result where nothing has to move: a group of one, or a tensor without elements."""
-    if size == 1:
-        return everyone(wire, [tensor])[0]
-    if wire.kind == "all_gather":
-        return tensor.new_empty((size, *tensor.shape))
-    return tensor.new_empty(tensor.shape[1:] if wire.kind == "reduce_scatter" else tensor.shape)
+    return receive(wire, 0, [WIRES[wire.kind].given(tensor, 0)] * size)
 
 
 def _taken() -> Tensor:

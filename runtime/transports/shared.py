@@ -20,16 +20,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
-from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.wires import WIRES, Wire, receive
 from meshwright.runtime.errors import MismatchError
-from meshwright.runtime.transports.algorithms import combine
 from meshwright.runtime.transports.gloo import Begun, GlooGroup
 
 KIB, MIB = 2**10, 2**20
@@ -39,12 +38,9 @@ _WORDS = 32
 """A member's numbers: 8 published, 8 consumed, each 8 apart from what other members write."""
 _STAGGER = 4 * KIB + 64
 """Between slots, so that their first bytes do not compete for the same lines of a cache."""
-_TAG_BITS = 24
-_KINDS = (
-    *("all_reduce", "all_gather", "reduce_scatter", "all_to_all"),
-    *("permute", "broadcast", "reduce"),
-)
-_TAGS = {kind: place for place, kind in enumerate(_KINDS)}
+_KIND_BITS, _SIZE_BITS = 6, 21
+_TAG_BITS = _KIND_BITS + _SIZE_BITS
+"""Of the word that members compare: what kind of wire it is, and the bytes of an operand."""
 _SPIN_SECONDS, _YIELD_SECONDS = 50e-6, 1e-3
 _SHORTEST_SLEEP, _LONG_SLEEP, _LONGEST_SLEEP = 1e-6, 100e-6, 2e-3
 _MAX_VIEWS = 4096
@@ -60,13 +56,14 @@ class _Operation:
 
     __slots__ = (
         *("donate", "number", "published", "result", "slot"),
-        *("sources", "tensor", "wire", "word"),
+        *("sources", "targets", "tensor", "wire", "word"),
     )
 
     def __init__(self, wire: Wire, tensor: Tensor, donate: bool, number: int) -> None:
         self.wire, self.tensor, self.donate, self.number = wire, tensor, donate, number
         self.slot = number % SLOTS
-        self.word = number << _TAG_BITS | tensor.nbytes << 3 | _TAGS[wire.kind]
+        self.word = number << _TAG_BITS | tensor.nbytes << _KIND_BITS | _kind_number(wire.kind)
+        self.targets: Sequence[int] = ()
         self.sources: Sequence[int] = ()
         self.published = False
         self.result: Tensor | None = None
@@ -110,7 +107,9 @@ class SharedGroup:
             tensor = tensor.detach()
         self._number = number = self._number + 1
         operation = _Operation(wire, tensor, donate, number)
-        operation.sources = _sources(self, wire)
+        operation.targets, operation.sources = WIRES[wire.kind].peers(
+            wire, self.position, self.large.others
+        )
         if self._deferred or not self._free(number):
             self._defer(operation)
         else:
@@ -139,14 +138,10 @@ class SharedGroup:
 
     def parts(self, operation: _Operation) -> list[Tensor]:
         """Every member's operand, this one's its own tensor; for parts in turn, the own part."""
-        kind, tensor = operation.wire.kind, operation.tensor
-        place = self.position
-        if kind in ("reduce_scatter", "all_to_all"):
-            parts = self._view(operation.slot, tensor, place).copy()
-            parts[place] = tensor[place]
-        else:
-            parts = self._view(operation.slot, tensor).copy()
-            parts[place] = tensor
+        tensor, place = operation.tensor, self.position
+        divided = WIRES[operation.wire.kind].divided
+        parts = self._view(operation.slot, tensor, place if divided else -1).copy()
+        parts[place] = tensor[place] if divided else tensor
         return parts
 
     def _view(self, slot: int, like: Tensor, part: int = -1) -> list[Tensor]:
@@ -178,15 +173,17 @@ class SharedGroup:
         return all(words[index] >= before for index in range(first, len(words), _WORDS))
 
     def _publish(self, operation: _Operation) -> None:
-        slot, wire = operation.slot, operation.wire
+        slot = operation.slot
         self._own[slot] = operation
-        if wire.kind != "broadcast" or self.position == wire.root:
+        if operation.targets:
             self._view(slot, operation.tensor)[self.position].copy_(operation.tensor)
         self._words[self.position * _WORDS + slot] = operation.word
         operation.published = True
 
     def _take(self, operation: _Operation) -> None:
-        operation.result = _RECEIVE[operation.wire.kind](self, operation)
+        wire, divided = operation.wire, WIRES[operation.wire.kind].divided
+        out = operation.tensor if operation.donate and not divided else None
+        operation.result = receive(wire, self.position, self.parts(operation), out)
         self._own[operation.slot] = None
         self._words[self.position * _WORDS + 8 + operation.slot] = operation.number
 
@@ -310,59 +307,12 @@ def _offset(size: int, member: int, slot: int) -> int:
 
 def _spell(word: int) -> str:
     tag = word & (1 << _TAG_BITS) - 1
-    return f"{_KINDS[tag & 7]} of {tag >> 3} bytes"
+    return f"{list(WIRES)[tag & (1 << _KIND_BITS) - 1]} of {tag >> _KIND_BITS} bytes"
 
 
-def _sources(group: SharedGroup, wire: Wire) -> Sequence[int]:
-    """The members whose operands this one's result needs."""
-    kind, place = wire.kind, group.position
-    if kind == "permute":
-        source = (place - wire.shift) % group.size
-        return () if source == place else (source,)
-    if kind == "broadcast":
-        return () if place == wire.root else (wire.root,)
-    if kind == "reduce" and place != wire.root:
-        return ()
-    return group.large.others
-
-
-def _all_reduce(group: SharedGroup, operation: _Operation) -> Tensor:
-    out = operation.tensor if operation.donate else None
-    return combine(group.parts(operation), operation.wire.reduce, out)
-
-
-def _reduce_scatter(group: SharedGroup, operation: _Operation) -> Tensor:
-    return combine(group.parts(operation), operation.wire.reduce)
-
-
-def _stack(group: SharedGroup, operation: _Operation) -> Tensor:
-    return torch.stack(group.parts(operation))
-
-
-def _permute(group: SharedGroup, operation: _Operation) -> Tensor:
-    source = (group.position - operation.wire.shift) % group.size
-    return group.parts(operation)[source].clone()
-
-
-def _broadcast(group: SharedGroup, operation: _Operation) -> Tensor:
-    return group.parts(operation)[operation.wire.root].clone()
-
-
-def _reduce(group: SharedGroup, operation: _Operation) -> Tensor:
-    if group.position != operation.wire.root:
-        return torch.zeros_like(operation.tensor)
-    return combine(group.parts(operation), operation.wire.reduce)
-
-
-_RECEIVE: dict[str, Callable[[SharedGroup, _Operation], Tensor]] = {
-    "all_reduce": _all_reduce,
-    "all_gather": _stack,
-    "reduce_scatter": _reduce_scatter,
-    "all_to_all": _stack,
-    "permute": _permute,
-    "broadcast": _broadcast,
-    "reduce": _reduce,
-}
+@cache
+def _kind_number(kind: str) -> int:
+    return list(WIRES).index(kind)
 
 
 def share(store: Store, large: GlooGroup, wanted: bool, ranks_here: int) -> SharedGroup | GlooGroup:

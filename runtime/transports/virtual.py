@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from meshwright.compiler.layout.collectives import Start, Wire
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import WIRES, Start, Wire, everyone
 from meshwright.runtime.errors import (
     CALL_SAME_METHODS,
     DeadlockError,
@@ -23,7 +23,6 @@ from meshwright.runtime.errors import (
     spell_wire,
     verb,
 )
-from meshwright.runtime.transports.algorithms import everyone
 
 RankProgram = Generator[Any, Any, Any]
 
@@ -175,7 +174,7 @@ class _Driver:
         return self.places[rank][axes]
 
     def check_operand(self, rank: int, wire: Wire, tensor: Tensor, size: int) -> None:
-        if wire.kind not in ("reduce_scatter", "all_to_all"):
+        if not WIRES[wire.kind].divided:
             return
         if not tensor.dim() or tensor.shape[0] != size:
             raise MismatchError(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.wires import Wire
 from meshwright.runtime.errors import MismatchError, RunError, spell_ranks
 from meshwright.runtime.rank import RankProgram, RankState
 

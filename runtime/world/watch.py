@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from torch._C._distributed_c10d import Store
 
-from meshwright.compiler.layout.collectives import Wire
+from meshwright.compiler.layout.wires import Wire
 from meshwright.runtime.errors import (
     CALL_SAME_METHODS,
     DeadlockError,

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout.collectives import Transfer, Wire
+from meshwright.compiler.layout.collectives import Transfer
 from meshwright.compiler.layout.layout import combine
 from meshwright.compiler.layout.local_ops import apply_all, shape_after
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Wire
 
 
 def run_wire(wire: Wire, tensors: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from meshwright.compiler.layout.collectives import Wire
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Wire
 from meshwright.runtime.transports.process import ProcessTransport
 
 NAMES = ("hidden_sum", "loss_sum")

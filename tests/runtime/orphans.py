@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from meshwright.compiler.layout.collectives import Wire
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Wire
 from meshwright.runtime.transports.process import ProcessTransport
 from meshwright.runtime.world import launcher
 

@@ -10,11 +10,7 @@ import torch
 
 from meshwright.compiler.layout.collectives import (
     COLLECTIVES,
-    Start,
     Transfer,
-    Wait,
-    Wire,
-    bytes_sent,
     plan_transfer,
 )
 from meshwright.compiler.layout.layout import (
@@ -32,6 +28,7 @@ from meshwright.compiler.layout.layout import (
 )
 from meshwright.compiler.layout.local_ops import Permute, Reshape, Select
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Start, Wait, Wire, bytes_sent
 from tests.compiler.spellings import OBLONG, SQUARE, dims, distinct, states
 from tests.compiler.wires import run_transfer
 

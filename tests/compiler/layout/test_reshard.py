@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from meshwright.compiler.layout.collectives import COLLECTIVES, bytes_sent
+from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import (
     Factor,
     Layout,
@@ -22,6 +22,7 @@ from meshwright.compiler.layout.layout import (
 )
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import Collective, collectives, cost
+from meshwright.compiler.layout.wires import bytes_sent
 from tests.compiler.layout.test_collectives import (
     CASES,
     check_equal_copies,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout.collectives import Start, Wait, Wire
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Start, Wait, Wire
 from meshwright.runtime.transports.process import ProcessTransport
 from meshwright.runtime.transports.shared import slot_bytes
 from meshwright.runtime.transports.virtual import run_virtual

@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from meshwright.compiler.layout.collectives import Wire
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Wire
 from meshwright.runtime.transports.process import ProcessTransport
 from meshwright.runtime.transports.shared import SLOTS, SharedGroup
 

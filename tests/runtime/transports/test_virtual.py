@@ -12,10 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout.collectives import Start, Wait, Wire
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Start, Wait, Wire, combine
 from meshwright.runtime.errors import DeadlockError, MismatchError
-from meshwright.runtime.transports.algorithms import combine
 from meshwright.runtime.transports.virtual import run_virtual
 
 GRID = Mesh((("dp", 2), ("tp", 3)))

@@ -1,0 +1,209 @@
+"""Wires: what transports carry among the ranks of a group, and the requests of programs for it.
+
+One row per kind says what each member gets of what all of them give. It is how the virtual mesh
+computes a wire, and how every other transport does where it has nothing faster: a new kind is one
+row, and runs on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.layout.mesh import Mesh
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
+COMBINE: dict[str, Callable[..., Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What a transport runs over the groups of `axes` (n ranks, in the order of `Mesh.group`).
+
+    `kind` is a row of `WIRES`, `shift` and `root` are for those that read them. `index` is the
+    place in the program's list of collectives, for errors.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    reduce: str = "sum"
+    shift: int = 0
+    root: int = 0
+    index: int = -1
+
+
+class Start:
+    """Yielded by a program to start a wire; the answer is a handle.
+
+    With `donate` the operand may be overwritten, and is not used again but through the result.
+    """
+
+    __slots__ = ("donate", "tensor", "wire")
+
+    def __init__(self, wire: Wire, tensor: Any, donate: bool = False) -> None:
+        self.wire, self.tensor, self.donate = wire, tensor, donate
+
+
+class Wait:
+    """Yielded by a program to wait for a handle; the answer is the wire's result."""
+
+    __slots__ = ("handle",)
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+
+Receive = Callable[[Wire, int, Sequence[Tensor], Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class WireKind:
+    """What the members of a group give, and what each gets of it.
+
+    `receive(wire, place, given, out)` is what the member at `place` gets of `given`, one tensor per
+    member: its operand or, where operands are `divided`, its entry for `place` of [n, ...]. The
+    result is new memory, one of `given`, or `out`, the member's own operand if that is not needed
+    any more. `sent` is the share of an operand that a member sends in a group of n under the
+    bandwidth-optimal algorithm. `needs(wire, place, n)` are the members whose operands count at
+    `place`, all by default. Where results are `alike`, every member gets the same. `options` are
+    the fields of `Wire` that it reads.
+    """
+
+    name: str
+    receive: Receive
+    sent: Callable[[Wire, int], Fraction]
+    needs: Callable[[Wire, int, int], tuple[int, ...]] | None = None
+    divided: bool = False
+    alike: bool = False
+    options: tuple[str, ...] = ()
+
+    def given(self, operand: Tensor, place: int) -> Tensor:
+        """What the member at `place` is given of an operand."""
+        return operand[place] if self.divided else operand
+
+    def peers(
+        self, wire: Wire, place: int, others: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Of the `others` of a group, those that `place` sends to and those it receives from."""
+        if self.needs is None:
+            return others, others
+        size = len(others) + 1
+        sources = self.needs(wire, place, size)
+        return (
+            [peer for peer in others if place in self.needs(wire, peer, size)],
+            [peer for peer in others if peer in sources],
+        )
+
+
+def combine(parts: Sequence[Tensor], reduce: str, out: Tensor | None = None) -> Tensor:
+    """The sum, maximum or minimum of `parts` in `out`, or a new tensor; half types round once.
+
+    Neighbours are paired, then pairs, and so on: the order that recursive doubling has. So every
+    member gets the same bits, whichever transport and algorithm moved the parts.
+    """
+    dtype = parts[0].dtype
+    if len(parts) > 2 and reduce == "sum" and dtype in HALF_TYPES:
+        total = combine([part.float() for part in parts], reduce)
+        return total.to(dtype) if out is None else out.copy_(total)
+    operation = COMBINE[reduce]
+    level = list(parts)
+    while len(level) > 2:
+        odd = level[len(level) & ~1 :]
+        # From the second round on the left of a pair is a buffer of this function's own.
+        own = len(level) < len(parts)
+        pairs = zip(level[::2], level[1::2], strict=False)
+        level = [operation(a, b, out=a if own else None) for a, b in pairs] + odd
+    if len(level) == 1:
+        return level[0].clone() if out is None else out.copy_(level[0])
+    if out is None and len(parts) > 2:
+        out = level[0]
+    return operation(*level, out=out)
+
+
+def _reduced(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    return combine(given, wire.reduce, out)
+
+
+def _reduced_at_root(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    if place != wire.root:
+        return torch.zeros_like(given[place])
+    return combine(given, wire.reduce, out)
+
+
+def _stacked(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    return torch.stack(tuple(given))
+
+
+def _shifted(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    return given[(place - wire.shift) % len(given)]
+
+
+def _from_root(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    return given[wire.root]
+
+
+def _once(wire: Wire, n: int) -> Fraction:
+    return Fraction(n - 1, n)
+
+
+_ROWS = (
+    WireKind(
+        "all_reduce", _reduced, lambda _, n: Fraction(2 * (n - 1), n), alike=True,
+        options=("reduce",),
+    ),
+    WireKind("all_gather", _stacked, lambda _, n: Fraction(n - 1), alike=True),
+    WireKind("reduce_scatter", _reduced, _once, divided=True, options=("reduce",)),
+    WireKind("all_to_all", _stacked, _once, divided=True),
+    # To the member `shift` places after, cyclically.
+    WireKind(
+        "permute", _shifted, lambda wire, n: Fraction(bool(wire.shift % n)),
+        needs=lambda wire, place, n: ((place - wire.shift) % n,), options=("shift",),
+    ),
+    WireKind(
+        "broadcast", _from_root, _once, needs=lambda wire, place, n: (wire.root,),
+        options=("root",),
+    ),
+    # To the root; the others get zeros.
+    WireKind(
+        "reduce", _reduced_at_root, _once,
+        needs=lambda wire, place, n: tuple(range(n)) if place == wire.root else (),
+        options=("reduce", "root"),
+    ),
+)  # fmt: skip
+WIRES: dict[str, WireKind] = {row.name: row for row in _ROWS}
+
+
+def receive(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """What the member at `place` gets, in `out` or in memory of its own; see `WireKind`."""
+    result = WIRES[wire.kind].receive(wire, place, given, out)
+    borrowed = any(result is tensor for tensor in given if tensor is not out)
+    return result.clone() if borrowed else result
+
+
+def everyone(wire: Wire, operands: Sequence[Tensor]) -> list[Tensor]:
+    """What each member gets of the operands of all, in the order of the group.
+
+    No result shares memory with another or with an operand.
+    """
+    kind, size = WIRES[wire.kind], len(operands)
+    if kind.alike:
+        first = receive(wire, 0, operands)
+        return [first, *(first.clone() for _ in range(size - 1))]
+    given: Sequence[Sequence[Tensor]] = [operands] * size
+    if kind.divided:
+        given = list(zip(*map(torch.unbind, operands), strict=True))
+    return [receive(wire, place, given[place]) for place in range(size)]
+
+
+def bytes_sent(wire: Wire, local_numel_in: int, itemsize: int, mesh: Mesh) -> int:
+    """The bytes that one rank sends for its operand, under the bandwidth-optimal algorithm."""
+    return int(WIRES[wire.kind].sent(wire, mesh.size(wire.axes)) * local_numel_in * itemsize)
