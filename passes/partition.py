@@ -18,14 +18,14 @@ Elsewhere: Shardy's propagation and insert-explicit-reshards in one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from meshwright.compiler.autodiff.decompositions import DECOMPOSITIONS, Piece, decompose
+from meshwright.compiler.autodiff.decompositions import DECOMPOSITIONS, decompose
 from meshwright.compiler.composites.attention import Attention
+from meshwright.compiler.graph.fragment import FragmentCall
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
@@ -39,7 +39,7 @@ from meshwright.compiler.graph.ir import (
     map_nodes,
     nodes_in,
 )
-from meshwright.compiler.graph.slots import Slot, call_operands, freeze
+from meshwright.compiler.graph.slots import call_operands, slotted
 from meshwright.compiler.layout.layout import Layout, dim_axes, replicated, whole
 from meshwright.compiler.placing.emit import Emitter, is_floating
 from meshwright.passes.rewriting.recognise import repeated_heads
@@ -221,35 +221,34 @@ class _Partitioner:
         if node.op not in DECOMPOSITIONS or self._moved(node, node.args) == 0.0:
             return None
         values = [self.mapping[n] for n in call_operands(node.args, node.kwargs)]
-        numbers = iter(range(len(values)))
-        args = freeze(map_nodes(node.args, lambda _: Slot(next(numbers))))
-        kwargs = tuple(
-            (key, freeze(map_nodes(value, lambda _: Slot(next(numbers)))))
-            for key, value in sorted(node.kwargs.items())
+        fragment = decompose(
+            node.op, *slotted(node.args, node.kwargs), tuple(n.tensor for n in values)
         )
-        pieces = decompose(node.op, args, kwargs, tuple(n.tensor for n in values))
-        for piece in pieces.calls:
-            values.append(self._piece(piece, values, node))
-        results = [values[slot] for slot in pieces.results]
+        results = [n for n in fragment.replay(values, partial(self._piece, node)) if n is not None]
         self.results[node] = results
         return results[0]
 
-    def _piece(self, piece: Piece, values: list[Node], node: Node) -> Node:
+    def _piece(
+        self,
+        node: Node,
+        _: int,
+        call: FragmentCall,
+        args: tuple[Arg, ...],
+        kwargs: dict[str, Arg],
+    ) -> Node:
         """One of the operators that `node` is made of."""
-        fill = partial(_filled, values=values)
-        args = tuple(fill(arg) for arg in piece.args)
-        if piece.op == GETITEM:
+        if call.op == GETITEM:
             return self.emitter.item(args[0], args[1], node.origin)
         operands = list(nodes_in(args))
-        types = piece.type if isinstance(piece.type, tuple) else (piece.type,)
+        types = call.type if isinstance(call.type, tuple) else (call.type,)
         return self.emitter.call(
-            piece.op,
+            call.op,
             args,
-            {key: fill(value) for key, value in piece.kwargs},
+            kwargs,
             origin=node.origin,
-            type=piece.type,
+            type=call.type,
             proposals=self.sequences.proposals(operands),
-            requires_grad=piece.op != aten.detach.default
+            requires_grad=call.op != aten.detach.default
             and any(map(is_floating, types))
             and any(n.requires_grad for n in operands),
         )
@@ -326,9 +325,3 @@ def _bias_apart(node: Node) -> tuple[Op, tuple[Arg, ...], Node, int] | None:
     if bias is None:
         return None
     return node.op, (x, weight, None, *rest) if rest else (x, weight), bias, contracted
-
-
-def _filled(arg: Arg, values: Sequence[Node]) -> Arg:
-    if isinstance(arg, Slot):
-        return values[arg.index]
-    return [_filled(item, values) for item in arg] if isinstance(arg, tuple) else arg

@@ -8,23 +8,16 @@ an adjoint. A loss is its rows, summed, over their count.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from meshwright.compiler.graph.ir import Arg, MeshOp, NodeType, Op, TensorType
-from meshwright.compiler.graph.slots import Slot, freeze
-from meshwright.compiler.graph.types import (
-    fake_mode,
-    fake_tensor,
-    portable_operators,
-    type_of,
-)
+from meshwright.compiler.graph.fragment import Fragment, read, traced
+from meshwright.compiler.graph.ir import Arg, Op, TensorType
+from meshwright.compiler.graph.slots import filled
 
 aten = torch.ops.aten
 
@@ -41,69 +34,25 @@ def decomposes(*ops: Op) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One call; its arguments hold `Slot`s of the operands, then of the calls before."""
-
-    op: Op
-    args: tuple[Arg, ...]
-    kwargs: tuple[tuple[str, Arg], ...]
-    type: NodeType
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """The calls that an operator is made of, and which slot holds each of its results."""
-
-    calls: tuple[Piece, ...]
-    results: tuple[int, ...]
-
-
 @lru_cache(maxsize=4096)
 def decompose(
     op: Op,
     args: tuple[Arg, ...],
     kwargs: tuple[tuple[str, Arg], ...],
     operands: tuple[TensorType, ...],
-) -> Pieces:
+) -> Fragment:
     """The calls behind `op` at these types; `args` hold a `Slot` for each operand."""
 
     def run(tensors: list[Tensor]) -> list[Tensor]:
-        named = {key: _fill(value, tensors) for key, value in kwargs}
-        result = DECOMPOSITIONS[op](*(_fill(arg, tensors) for arg in args), **named)
+        named = {key: filled(value, tensors) for key, value in kwargs}
+        result = DECOMPOSITIONS[op](*filled(args, tensors), **named)
         return list(result) if isinstance(result, (tuple, list)) else [result]
 
-    with fake_mode(), portable_operators(), torch.no_grad():
-        graph = make_fx(run)([fake_tensor(type) for type in operands]).graph
-    return _read(graph)
-
-
-def _fill(arg: Arg, tensors: Sequence[Tensor]) -> Arg:
-    if isinstance(arg, Slot):
-        return tensors[arg.index]
-    return [_fill(item, tensors) for item in arg] if isinstance(arg, tuple) else arg
-
-
-def _read(graph: torch.fx.Graph) -> Pieces:
-    slots: dict[torch.fx.Node, Slot] = {}
-    calls: list[Piece] = []
-    results: tuple[int, ...] = ()
-    for node in graph.nodes:
-        if node.op == "output":
-            results = tuple(slots[item].index for item in node.args[0])
-            continue
-        slots[node] = Slot(len(slots))
-        if node.op == "call_function":
-            args, named = (_slotted(given, slots) for given in (node.args, node.kwargs))
-            kwargs = tuple((key, freeze(value)) for key, value in sorted(named.items()))
-            own = isinstance(node.target, torch._ops.OpOverload)
-            op = node.target if own else MeshOp("getitem")
-            calls.append(Piece(op, freeze(args), kwargs, type_of(node.meta["val"])))
-    return Pieces(tuple(calls), results)
-
-
-def _slotted(given: Any, slots: Mapping[torch.fx.Node, Slot]) -> Any:
-    return torch.utils._pytree.tree_map_only(torch.fx.Node, slots.__getitem__, given)
+    with torch.no_grad():
+        graph = traced(run, operands)
+    *nodes, output = graph.nodes
+    parameters, calls = nodes[: len(operands)], nodes[len(operands) :]
+    return read(f"a part of `{op}`", parameters, output.args[0], calls)
 
 
 def _count(x: Tensor, dims: list[int]) -> int:

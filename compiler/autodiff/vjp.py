@@ -7,20 +7,19 @@ argument types: layouts play no part, so that a hundred equal layers on any mesh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from meshwright.compiler.errors import CaptureError, PassError
 from meshwright.compiler.graph.custom import REGISTRY, CustomOp
+from meshwright.compiler.graph.fragment import Fragment, FragmentCall, read, traced
 from meshwright.compiler.graph.ir import (
+    GETITEM,
     Arg,
     MeshOp,
     Node,
@@ -28,15 +27,8 @@ from meshwright.compiler.graph.ir import (
     Op,
     Origin,
     TensorType,
-    map_nodes,
 )
-from meshwright.compiler.graph.slots import Slot, freeze
-from meshwright.compiler.graph.types import (
-    fake_mode,
-    fake_tensor,
-    portable_operators,
-    type_of,
-)
+from meshwright.compiler.graph.slots import filled, slotted
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.placing.composite import Cotangents, composite_of
 from meshwright.compiler.placing.emit import Emitter
@@ -120,33 +112,7 @@ def cotangents(context: VjpContext) -> Cotangents:
     return _replay(_traced(context), context)
 
 
-@dataclass(frozen=True, slots=True)
-class Ref:
-    """A value of a traced vjp: an `operand`, a `result`, a `grad` or the value of a `step`."""
-
-    kind: str
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One operator of a traced vjp."""
-
-    op: Op
-    args: tuple[Arg, ...]
-    kwargs: tuple[tuple[str, Arg], ...]
-    type: NodeType
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """A traced vjp; `outputs` has one reference for each operand that wants a gradient."""
-
-    steps: tuple[Instruction, ...]
-    outputs: tuple[Ref | None, ...]
-
-
-def _traced(context: VjpContext) -> Trace:
+def _traced(context: VjpContext) -> Fragment:
     """The vjp of the context's node."""
     with _traceable(context.node):
         return _trace_node(context.node, context)
@@ -180,17 +146,10 @@ def _untraceable(node: Node, error: Exception) -> CaptureError:
     )
 
 
-def _trace_node(node: Node, context: VjpContext) -> Trace:
-    numbers = iter(range(len(context.operands)))
-    args = freeze(map_nodes(node.args, lambda _: Slot(next(numbers))))
-    kwargs = tuple(
-        (key, freeze(map_nodes(value, lambda _: Slot(next(numbers)))))
-        for key, value in node.kwargs.items()
-    )
+def _trace_node(node: Node, context: VjpContext) -> Fragment:
     return trace(
         node.op,
-        args,
-        kwargs,
+        *slotted(node.args, node.kwargs),
         tuple(operand.tensor for operand in context.operands),
         tuple(operand.requires_grad for operand in context.operands),
         tuple(None if grad is None else grad.tensor for grad in context.grads),
@@ -205,31 +164,24 @@ def trace(
     operands: tuple[TensorType, ...],
     wanted: tuple[bool, ...],
     grads: tuple[TensorType | None, ...],
-) -> Trace:
-    """The instructions of the vjp of `op`; `args` hold `Slot`s for the operands."""
+) -> Fragment:
+    """The vjp of `op`: of its operands, cotangents and results, the cotangent of each operand that
+    wants one. `args` hold `Slot`s for the operands."""
     known = REGISTRY.get(op)
     pull = _registered_pull(known) if known else _autograd_pull
 
-    def joint(tensors: list[torch.Tensor], cotangents: list[torch.Tensor]) -> Any:
-        given = iter(cotangents)
-        placed = [None if grad is None else next(given) for grad in grads]
-        return pull(lambda every: _run(op, args, kwargs, every), tensors, wanted, placed)
+    def run(tensors: list[torch.Tensor]) -> Any:
+        given = tuple(filled(args, tensors))
+        return given, op(*given, **{key: filled(value, tensors) for key, value in kwargs})
 
-    with fake_mode(), portable_operators():
-        tensors = [fake_tensor(type) for type in operands]
-        given = [fake_tensor(type) for type in grads if type is not None]
-        # Autograd first, on its own: functorch refuses what torch.library differentiates.
-        traced = make_fx(joint)(tensors, given)
-        graph = make_fx(functionalize(traced, remove="mutations_and_views"))(tensors, given)
-    return _read(op, graph.graph, len(operands), wanted, grads)
+    def joint(tensors: list[torch.Tensor]) -> Any:
+        cotangents = iter(tensors[len(operands) :])
+        placed = [None if grad is None else next(cotangents) for grad in grads]
+        return pull(run, tensors[: len(operands)], wanted, placed)
 
-
-def _run(
-    op: Any, args: tuple[Arg, ...], kwargs: tuple[tuple[str, Arg], ...], tensors: list[torch.Tensor]
-) -> Any:
-    """`op` with tensors in the slots; also its arguments, for a registered vjp."""
-    filled = tuple(_fill(arg, tensors) for arg in args)
-    return filled, op(*filled, **{key: _fill(value, tensors) for key, value in kwargs})
+    given = [grad for grad in grads if grad is not None]
+    graph = traced(joint, (*operands, *given), functional=True)
+    return _read(op, _plain(graph), wanted, grads)
 
 
 def _autograd_pull(
@@ -279,14 +231,6 @@ def _is_tensor(arg: Any) -> bool:
     return isinstance(arg, torch.Tensor)
 
 
-def _fill(arg: Arg, tensors: list[torch.Tensor]) -> Arg:
-    if isinstance(arg, Slot):
-        return tensors[arg.index]
-    if isinstance(arg, tuple):
-        return [_fill(item, tensors) for item in arg]
-    return arg
-
-
 _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
 _VIEWS: dict[Any, Any] = {
     aten.view_copy.default: aten.view.default,
@@ -316,137 +260,78 @@ _VIEWS: dict[Any, Any] = {
 """The copying forms that functionalising leaves, and the views that they stand for."""
 
 
+def _plain(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """The graph with views for their copying forms, and without aliases."""
+    for node in graph.nodes:
+        node.target = _VIEWS.get(node.target, node.target)
+        if node.target in _ALIASES:
+            node.replace_all_uses_with(node.args[0])
+    return graph
+
+
 def _read(
-    op: Any,
-    graph: torch.fx.Graph,
-    num_operands: int,
-    wanted: tuple[bool, ...],
-    grads: tuple[TensorType | None, ...],
-) -> Trace:
-    values: dict[torch.fx.Node, Ref | Any] = {}
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    given = [i for i, grad in enumerate(grads) if grad is not None]
-    for i, node in enumerate(placeholders):
-        values[node] = (
-            Ref("operand", i) if i < num_operands else Ref("grad", given[i - num_operands])
-        )
-    (output,) = (node for node in graph.nodes if node.op == "output")
+    op: Any, graph: torch.fx.Graph, wanted: tuple[bool, ...], grads: tuple[TensorType | None, ...]
+) -> Fragment:
+    """The vjp without the calls that only compute results of the forward again."""
+    *given, output = (node for node in graph.nodes if node.op in ("placeholder", "output"))
     (returned,) = output.args
     results, found = returned[: len(grads)], returned[len(grads) :]
-    made = {
-        _unaliased(result): Ref("result", i)
-        for i, result in reversed(list(enumerate(results)))
-        if isinstance(result, torch.fx.Node)
-    }
-    if not _repeats(made, found):
-        values = {**made, **values}
-    reader = _Reader(op, values)
-    outputs = iter([None if node is None else reader.value(node) for node in found])
-    return Trace(tuple(reader.steps), tuple(next(outputs) if want else None for want in wanted))
+    cotangents = iter(given[len(wanted) :])
+    parameters = [
+        *given[: len(wanted)],
+        *(None if grad is None else next(cotangents) for grad in grads),
+        *([None] * len(grads) if _repeats(results, found) else results),
+    ]
+    asked = iter(found)
+    outputs = [next(asked) if want else None for want in wanted]
+    fragment = read(f"the backward of `{op}`", parameters, outputs)
+    if any(_is_random(call.op) for call in fragment.calls):
+        raise PassError(
+            f"the backward of `{op}` draws random numbers anew",
+            help="use `torch.nn.functional.dropout`, or write the mask as an input",
+        )
+    return fragment
 
 
-def _repeats(results: Mapping[torch.fx.Node, Any], found: Sequence[torch.fx.Node | None]) -> bool:
+def _is_random(op: Op) -> bool:
+    return not isinstance(op, MeshOp) and torch.Tag.nondeterministic_seeded in op.tags
+
+
+def _repeats(
+    results: Sequence[torch.fx.Node | None], found: Sequence[torch.fx.Node | None]
+) -> bool:
     """Whether the backward computes again what the results were made of.
 
     It then takes the results from there too: a norm's asks where its values equal their maximum,
     and the same in another order of sums is not equal.
     """
-    made_of = _behind(results, frozenset()) - set(results)
-    return bool(made_of & _behind([node for node in found if node is not None], results))
+    made = {node for node in results if node is not None}
+    return bool((_behind(made, ()) - made) & _behind(found, made))
 
 
-def _behind(nodes: Iterable[torch.fx.Node], ends: Container[torch.fx.Node]) -> set[torch.fx.Node]:
+def _behind(
+    nodes: Iterable[torch.fx.Node | None], ends: Container[torch.fx.Node]
+) -> set[torch.fx.Node]:
     """The calls that compute `nodes`, those of `ends` and what is behind them left out."""
     calls: set[torch.fx.Node] = set()
-    pending = list(nodes)
+    pending = [node for node in nodes if node is not None]
     while pending:
-        node = _unaliased(pending.pop())
+        node = pending.pop()
         if node.op == "call_function" and node not in calls and node not in ends:
             calls.add(node)
             pending += node.all_input_nodes
     return calls
 
 
-def _unaliased(node: torch.fx.Node) -> torch.fx.Node:
-    target: Any = _VIEWS.get(node.target, node.target)
-    while target in _ALIASES:
-        node = node.args[0]  # type: ignore[assignment]
-        target = _VIEWS.get(node.target, node.target)
-    return node
-
-
-class _Reader:
-    """Collects, in order, the instructions that the asked-for values need."""
-
-    def __init__(self, op: Any, values: dict[torch.fx.Node, Any]) -> None:
-        self.op, self.values = op, values
-        self.steps: list[Instruction] = []
-
-    def value(self, node: torch.fx.Node) -> Any:
-        """The reference of a node; its instruction is read first if it has not been."""
-        node = _unaliased(node)
-        if node not in self.values:
-            if node.op != "call_function":
-                raise PassError(
-                    f"the backward of `{self.op}` holds a constant tensor",
-                    help="register an operator with `meshwright.custom` and its vjp",
-                )
-            self.values[node] = self._read(node)
-        return self.values[node]
-
-    def _read(self, node: torch.fx.Node) -> Any:
-        args = torch.fx.node.map_arg(node.args, self.value)
-        kwargs = torch.fx.node.map_arg(node.kwargs, self.value)
-        target = _VIEWS.get(node.target, node.target)
-        if target.__module__ == "_operator":
-            target = MeshOp("getitem")
-        elif torch.Tag.nondeterministic_seeded in target.tags:
-            raise PassError(
-                f"the backward of `{self.op}` draws random numbers anew",
-                help="use `torch.nn.functional.dropout`, or write the mask as an input",
-            )
-        self.steps.append(
-            Instruction(
-                target, freeze(args), tuple(sorted(freeze_dict(kwargs))), type_of(node.meta["val"])
-            )
-        )
-        return Ref("step", len(self.steps) - 1)
-
-
-def freeze_dict(kwargs: dict[str, Arg]) -> list[tuple[str, Arg]]:
-    """The items of keyword arguments, hashable."""
-    return [(key, freeze(value)) for key, value in kwargs.items()]
-
-
-def _replay(trace: Trace, context: VjpContext) -> Cotangents:
-    emitted: list[Node] = []
-
-    def resolve(ref: Ref) -> Node:
-        if ref.kind == "step":
-            return emitted[ref.index]
-        source = {"operand": context.operands, "result": context.results, "grad": context.grads}[
-            ref.kind
-        ]
-        found = source[ref.index]
-        assert found is not None, (context.node.name, ref)
-        return found
-
-    def fill(arg: Arg) -> Arg:
-        if isinstance(arg, Ref):
-            return resolve(arg)
-        return [fill(item) for item in arg] if isinstance(arg, tuple) else arg
-
+def _replay(fragment: Fragment, context: VjpContext) -> Cotangents:
     duals = {
-        ref.index: (operand.placed.dual(),)
-        for ref, operand in zip(trace.outputs, context.operands, strict=True)
-        if ref is not None and ref.kind == "step"
+        slot: (operand.placed.dual(),)
+        for slot, operand in zip(fragment.results, context.operands, strict=True)
     }
-    for i, step in enumerate(trace.steps):
-        args = tuple(fill(arg) for arg in step.args)
-        if step.op == MeshOp("getitem"):
-            emitted.append(context.emitter.item(args[0], args[1], context.origin))
-            continue
-        kwargs = {key: fill(value) for key, value in step.kwargs}
-        wanted = duals.get(i, ())
-        emitted.append(context.call(step.op, *args, type=step.type, wanted=wanted, **kwargs))
-    return [None if ref is None else resolve(ref) for ref in trace.outputs]
+
+    def emit(slot: int, call: FragmentCall, args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> Node:
+        if call.op == GETITEM:
+            return context.emitter.item(args[0], args[1], context.origin)
+        return context.call(call.op, *args, type=call.type, wanted=duals.get(slot, ()), **kwargs)
+
+    return fragment.replay((*context.operands, *context.grads, *context.results), emit)
