@@ -103,8 +103,9 @@ def same_on_every_rank(stages: Iterable[Stage], num_ranks: int) -> Schedule:
 
 
 def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
-    """Raises `PassError` for an action without a graph, for one that a rank runs twice, and for one
-    that takes what no earlier action of its rank has made."""
+    """Raises `PassError` for an action without a graph, for one that takes what no earlier action
+    of its rank has made, and for one that makes what another has made: nothing adds up the losses
+    and gradients of microbatches, or of two stages that share a parameter."""
     graphs = {
         (each.number, phase): graph for each in stages for phase, graph in each.graphs.items()
     }
@@ -112,12 +113,15 @@ def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
         made: set[object] = set()
         for action in actions:
             graph = graphs.get((action.stage, action.kind))
-            if graph is None or action in made:
-                raise _misplaced(action, "is there twice" if graph else "has no graph")
-            for value in _taken(graph, action):
-                if value not in made:
-                    raise _misplaced(action, f"takes {value[0]} `{value[1]}` before it is made")
-            made.update(_given(graph, action), {action})
+            if graph is None:
+                raise _misplaced(action, "has no graph")
+            for kind, *value in _taken(graph, action):
+                if (kind, *value) not in made:
+                    raise _misplaced(action, f"takes {kind} `{value[0]}` before it is made")
+            for kind, *value in _made(graph, action):
+                if (kind, *value) in made:
+                    raise _misplaced(action, f"makes {kind} `{value[0]}` once more")
+                made.add((kind, *value))
 
 
 def _misplaced(action: Action, what: str) -> PassError:
@@ -133,9 +137,12 @@ def _taken(graph: Graph, action: Action) -> Iterator[tuple[Any, ...]]:
             yield *node.args, action.microbatch
 
 
-def _given(graph: Graph, action: Action) -> Iterator[tuple[Any, ...]]:
+def _made(graph: Graph, action: Action) -> Iterator[tuple[Any, ...]]:
+    """What an action makes, in the same terms; results of a step have no microbatch."""
     for output in graph.outputs:
         if output.kind is OutputKind.SAVED:
             yield output.kind, output.name, action.microbatch, action.stage
         elif output.kind in PASSED_AS:
             yield PASSED_AS[output.kind], output.name, action.microbatch
+        else:
+            yield output.kind, output.name

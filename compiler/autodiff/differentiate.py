@@ -130,7 +130,8 @@ class _Differentiator:
         builder = Builder(self.graph.name, self.graph.mesh)
         mapping = {node: node for node in nodes}
         for node in nodes:
-            if node.phase is Phase.FORWARD or node in behind:
+            source = node.args[0] if node.op == GETITEM else node
+            if node.phase is Phase.FORWARD or source in behind:
                 builder.adopt(node)
             else:
                 mapping[node] = builder.copy(node, mapping, phase=Phase.WEIGHT)
