@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from meshwright.compiler.graph.aliasing import IDENTITIES, is_view
 from meshwright.compiler.graph.ir import INPUT, Builder, Node, Phase, rewrite
@@ -24,6 +25,7 @@ from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.statements import Spread
 from meshwright.passes.statements.draft import Draft, input_key
 from meshwright.passes.statements.pins import pin_lines
+from meshwright.passes.statements.sequences import depth
 
 
 def attribute(draft: Draft) -> Draft:
@@ -48,9 +50,6 @@ class _Lines:
         self.axes: dict[Node, dict[str, str]] = {}
         self.forward: dict[str, Node] = {}
         self.weights: dict[Node, str] = {}
-        self.regions = {
-            axis: region.statement.plan_line for region in draft.regions for axis in region.axes
-        }
         for node in graph.nodes:
             self._visit(node)
         for node in filter(_is_collective, graph.nodes):
@@ -108,7 +107,9 @@ class _Lines:
             return dict.fromkeys(axes, node.origin.plan_line)
         kind = collective_kind(node.op)
         if kind is not None and kind.shards:
-            return {axis: self.regions[axis] for axis in axes if axis in self.regions}
+            around = sorted(self.draft.regions, key=partial(depth, node))
+            found = {axis: r.statement.plan_line for r in around for axis in r.axes}
+            return {axis: found[axis] for axis in axes if axis in found}
         return {}
 
     def _name(self, node: Node) -> None:

@@ -74,6 +74,7 @@ class _Partitioner:
 
     def run(self) -> Draft:
         for node in self.graph.nodes:
+            self.sequences.consider(node)
             for operand in node.operands():
                 self._use(operand)
             self._enter(node)
@@ -96,10 +97,11 @@ class _Partitioner:
         for value, pin in self.draft.entering.get(node, ()):
             new = self._to(self.mapping[value], pin.layout, node, pin_lines(pin))
             self.mapping[value] = new
-        for value in self.sequences.entries.get(node, ()):
-            layout = self.sequences.split(self.mapping[value])
+        for value, flow in self.sequences.entries.get(node, ()):
+            layout = self.sequences.split(self.mapping[value], flow)
             if layout is not None:
-                self.mapping[value] = self._to(self.mapping[value], layout, node)
+                line = flow.region.statement.plan_line
+                self.mapping[value] = self._to(self.mapping[value], layout, node, line)
 
     def _to(self, value: Node, layout: Layout, node: Node, line: str = "") -> Node:
         """`value` in `layout`, because of a line of the plan; its varying axes stay, since each use
@@ -301,6 +303,7 @@ class _Partitioner:
     def _output(self, output: Output) -> Node:
         """Results are whole on every rank; a buffer's new value is laid out as the buffer."""
         node = output.node
+        self.sequences.consider(node)
         self._use(node)
         pin: Pin | None = None
         if output.kind is OutputKind.BUFFER:

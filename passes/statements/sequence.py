@@ -23,13 +23,14 @@ Elsewhere: Megatron's sequence parallelism (Korthikanti et al., 2205.05198).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from meshwright.compiler.graph.ir import Node
 from meshwright.dsl.errors import either
 from meshwright.dsl.statements import Sequence
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.statements.draft import Draft, Region
-from meshwright.passes.statements.sequences import entered_activations
+from meshwright.passes.statements.sequences import depth, entered_activations
 from meshwright.passes.statements.targets import evaluated, modules_of, shown
 
 
@@ -52,11 +53,15 @@ def sequence(draft: Draft) -> Draft:
 def gathers_again(regions: tuple[Region, ...], node: Node) -> bool:
     """Whether the backward gathers an activation again, its shard being what is saved.
 
-    It does for sequences that are split, unless the region says `keep=[all_gather]`.
+    It does for sequences that are split, unless the innermost region around the gather says
+    `keep=[all_gather]`. That it is a sequence follows from the statement which split it.
     """
-    modules = {path for path, _ in node.origin.modules}
-    around = [region for region in regions if set(region.axes) & set(node.kwargs["axes"])]
-    return bool(around) and not any(r.keep_gathered and r.modules & modules for r in around)
+    lines = node.origin.plan_line.split(", ")
+    if all(region.statement.plan_line not in lines for region in regions):
+        return False
+    axes = set(node.kwargs["axes"])
+    around = [region for region in regions if depth(node, region) >= 0 and axes & set(region.axes)]
+    return not around or not max(around, key=partial(depth, node)).keep_gathered
 
 
 def _check(draft: Draft, modules: frozenset[str], statement: Sequence) -> None:

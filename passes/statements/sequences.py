@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import INPUT, Graph, Node, TensorType
@@ -16,57 +18,111 @@ from meshwright.compiler.layout.reshard import Collective
 from meshwright.passes.statements.draft import Region
 
 
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """A sequence on its way through the graph: the region that it is in, and its lengths there."""
+
+    region: Region
+    batch: int
+    length: int
+
+    def leads(self, shape: tuple[int, ...]) -> bool:
+        """Whether a value of this shape begins with the batch and the sequence, apart or as one."""
+        return shape[:2] == (self.batch, self.length) or shape[:1] == (self.batch * self.length,)
+
+
 class Sequences:
-    """The regions of a graph: `entries` maps a region's first node to the values that enter."""
+    """The regions of a graph: `entries` maps a region's first node to the values that enter.
+
+    Which region a value belongs to follows from where its data comes from, or from where it goes
+    if it is made before any region: values of one size may be sequences of several.
+    """
 
     def __init__(self, graph: Graph, regions: tuple[Region, ...], mesh: Mesh) -> None:
         self.mesh = mesh
-        self.entries: dict[Node, tuple[Node, ...]] = {}
-        self._axes: dict[tuple[int, int], tuple[str, ...]] = {}
-        """The splitting axes of activations, by their batch and sequence lengths."""
-        if regions:
-            self._scan(graph, regions)
-
-    def _scan(self, graph: Graph, regions: tuple[Region, ...]) -> None:
+        self.entries: dict[Node, tuple[tuple[Node, Flow], ...]] = {}
+        self._flows: dict[Node, tuple[Flow, ...]] = {}
+        """The sequences that a node works on, that of its result first."""
+        self._here: tuple[Flow, ...] = ()
+        self._axes = {axis for region in regions for axis in region.axes}
+        self._make, self._nested = cache(Flow), cache(_nested)
         for region in regions:
             for node, value in entered_activations(graph, region.modules).values():
-                batch, length = value.tensor.shape[:2]
-                self._axes[batch, length] = region.axes
-                self.entries[node] = (*self.entries.get(node, ()), value)
+                self._enter(node, value, self._make(region, *value.tensor.shape[:2]))
+        if regions:
+            self._follow(graph, regions)
 
-    def split(self, value: Node) -> Layout | None:
+    def _enter(self, node: Node, value: Node, flow: Flow) -> None:
+        """`value` enters with `node`, which may be the first of several regions: of the innermost
+        then."""
+        entered = dict(self.entries.get(node, ()))
+        known = entered.get(value)
+        if known is None or depth(node, known.region) <= depth(node, flow.region):
+            entered[value] = flow
+        self.entries[node] = tuple(entered.items())
+
+    def _follow(self, graph: Graph, regions: tuple[Region, ...]) -> None:
+        current: dict[Node, Flow] = {}
+        for node in graph.nodes:
+            inside = max(regions, key=partial(depth, node))
+            for value in node.operands() if depth(node, inside) >= 0 else ():
+                flow = current.get(value)
+                if flow and flow.region is not inside and self._returns(value, flow, inside):
+                    self._enter(node, value, self._make(inside, flow.batch, flow.length))
+            current.update(self.entries.get(node, ()))
+            found = dict.fromkeys(current[n] for n in node.operands() if n in current)
+            if found:
+                current[node] = min(found, key=partial(_strangeness, node))
+                self._flows[node] = tuple(dict.fromkeys((current[node], *found)))
+        users = graph.users()
+        for node in reversed(graph.nodes):
+            if node not in self._flows:
+                found = dict.fromkeys(flow for user in users[node] for flow in self._flows[user])
+                self._flows[node] = tuple(found)
+
+    def _returns(self, value: Node, flow: Flow, inside: Region) -> bool:
+        """Whether a value comes back to the region around the one that it has been in."""
+        divides = flow.length % self.mesh.size(inside.axes) == 0
+        leads = isinstance(value.type, TensorType) and flow.leads(value.tensor.shape)
+        return leads and divides and self._nested(flow.region, inside)
+
+    def consider(self, node: Node) -> None:
+        """Let what is asked next be asked of the operands of `node`."""
+        self._here = self._flows.get(node, ())
+
+    def split(self, value: Node, flow: Flow) -> Layout | None:
         """The layout of `value` with its sequence split, or nothing where it has none to split."""
-        shape, layout = value.tensor.shape, value.placed
-        for (batch, length), axes in self._axes.items():
-            if len(shape) > 1 and shape[:2] == (batch, length):
-                return self._cut(layout, axes)
-            if shape and shape[0] == batch * length:
-                apart = (batch, length, *shape[1:])
-                try:
-                    found = self._cut(reshape(layout, apart, self.mesh), axes)
-                    return found and reshape(found, shape, self.mesh).canonical(self.mesh)
-                except LayoutError:
-                    return None
-        return None
+        shape, layout, axes = value.tensor.shape, value.placed, flow.region.axes
+        if shape[:2] == (flow.batch, flow.length):
+            return self._cut(layout, axes)
+        if not flow.leads(shape):
+            return None
+        try:
+            apart = reshape(layout, (flow.batch, flow.length, *shape[1:]), self.mesh)
+            found = self._cut(apart, axes)
+            return found and reshape(found, shape, self.mesh).canonical(self.mesh)
+        except LayoutError:
+            return None
 
     def moves(self, value: Node, move: Collective) -> bool:
         """Whether a change of layout splits or gathers the sequence of an activation."""
         shape = value.tensor.shape
         dims = {each.split_dim(a) for each in (move.source, move.target) for a in move.axes}
-        for (batch, length), axes in self._axes.items():
-            apart = _sequence_dims(shape, length) if shape[:1] == (batch,) else set()
-            if not set(move.axes) <= set(axes):
+        split = move.source if set(move.axes) <= set(move.source.split_axes) else move.target
+        moved = [split.dims[i] for i in dims if i is not None]
+        for flow in self._here:
+            if not set(move.axes) <= set(flow.region.axes):
                 continue
-            split = move.source if set(move.axes) <= set(move.source.split_axes) else move.target
-            moved = (split.dims[i] for i in dims if i is not None)
-            if dims & apart or any(self._is_flat(dim, batch, length, axes) for dim in moved):
+            apart = _sequence_dims(shape, flow.length) if shape[:1] == (flow.batch,) else set()
+            if dims & apart or any(self._is_flat(dim, flow) for dim in moved):
                 return True
         return False
 
-    def _is_flat(self, dim: Dim, batch: int, length: int, axes: tuple[str, ...]) -> bool:
+    def _is_flat(self, dim: Dim, flow: Flow) -> bool:
         """Whether a dim is batch and sequence in one, the sequence split over `axes`; each token
         may be there several times, for its experts."""
-        layout, tokens = Layout((dim,)), batch * length
+        layout, batch, length = Layout((dim,)), flow.batch, flow.length
+        tokens = batch * length
         (size,) = layout.shape
         if not tokens or size % tokens:
             return False
@@ -76,12 +132,14 @@ class Sequences:
                 found = reshape(layout, shape, self.mesh)
             except LayoutError:
                 continue
-            if any(axis in dim_axes(found.dims[place]) for axis in axes):
+            if any(axis in dim_axes(found.dims[place]) for axis in flow.region.axes):
                 return True
         return False
 
     def _cut(self, layout: Layout, axes: tuple[str, ...]) -> Layout | None:
-        layout = layout.drop_partial(axes).drop_varying(axes).drop_split(axes, self.mesh)
+        # What comes out of another region leaves that region's axes.
+        left = [axis for axis in dim_axes(layout.dims[1]) if axis in self._axes]
+        layout = layout.drop_partial(axes).drop_varying(axes).drop_split((*axes, *left), self.mesh)
         if dim_axes(layout.dims[1]):
             return None
         dims = (layout.dims[0], cut(layout.shape[1], *axes), *layout.dims[2:])
@@ -90,14 +148,36 @@ class Sequences:
     def proposals(self, operands: Iterable[Node]) -> Mapping[Node, Layout]:
         """For operands with a sum pending over a region's axes: their layout once split instead."""
         found: dict[Node, Layout] = {}
-        if not self._axes:
-            return found
-        for value in operands:
+        for value in operands if self._here else ():
             if isinstance(value.type, TensorType) and value.placed.partial:
-                layout = self.split(value)
-                if layout is not None and set(layout.split_axes) & set(value.placed.partial_axes):
-                    found[value] = layout
+                pending = set(value.placed.partial_axes)
+                for flow in self._here:
+                    layout = self.split(value, flow)
+                    if layout is not None and set(layout.split_axes) & pending:
+                        found.setdefault(value, layout)
         return found
+
+
+def _strangeness(node: Node, flow: Flow) -> tuple[bool, bool]:
+    """How little a node's result has to do with the sequence of an operand; falsehoods first."""
+    shape = node.tensor.shape if isinstance(node.type, TensorType) else ()
+    return not flow.leads(shape), depth(node, flow.region) < 0
+
+
+def _nested(inner: Region, outer: Region) -> bool:
+    """Whether a module of one region is inside a module of another."""
+    return any(
+        path[:end] in outer.modules
+        for path in inner.modules
+        for end in (0, *(i for i, letter in enumerate(path) if letter == "."))
+        if path
+    )
+
+
+def depth(node: Node, region: Region) -> int:
+    """How far inside the model the innermost of a region's modules is that a node is in, or -1."""
+    places = (i for i, (path, _) in enumerate(node.origin.modules) if path in region.modules)
+    return max(places, default=-1)
 
 
 def _sequence_dims(shape: tuple[int, ...], length: int) -> set[int]:

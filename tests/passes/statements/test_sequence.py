@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import meshwright
 from meshwright import PlanError
+from meshwright.compiler.graph.ir import GETITEM
+from meshwright.compiler.layout.layout import dim_axes
 from meshwright.passes.statements import sequence
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import real
@@ -40,6 +42,51 @@ def test_regions_over_different_axes_stay_apart() -> None:
     plan = "mesh a=2, b=2\n" + LINEARS.replace("tp", "a") + "sequence block over a\n"
     plan += "data x over b\n"
     check_equal(Blocks(), lambda: tuple(x.double() for x in sequences()), plan)
+
+
+class Several(nn.Module):
+    """Two stacks over sequences of one size, as of an encoder and a decoder, or in one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(Body(), Body())
+        self.second = Body()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.second(y * self.first(x).mean() + self.first(y)).square().mean()
+
+
+TWO = """mesh a=2, b=2
+columns first.*.up over a
+rows first.*.down over a
+columns second.up over b
+rows second.down over b
+"""
+REGIONS = {
+    "sequence first over a\nsequence second over b": ("aa", "b"),
+    "sequence second over b\nsequence first over a": ("aa", "b"),
+    "sequence first.1 over a\nsequence second over b": ("-a", "b"),
+    "sequence first over a\nsequence first.0 over b\nsequence second over b": ("ba", "b"),
+    "sequence first.0 over b\nsequence first over a\nsequence second over b": ("ba", "b"),
+    "sequence first over (a, b)\nsequence second over b": ("abab", "b"),
+}
+
+
+@pytest.mark.parametrize("regions", REGIONS)
+def test_each_region_splits_its_own_sequences_whatever_size_those_of_others_have(
+    regions: str,
+) -> None:
+    def batch() -> tuple[Tensor, Tensor]:
+        return real(4, 8, 16), real(4, 8, 16)
+
+    program = check_equal(Several(), batch, TWO + regions, steps=1)
+    norms: dict[str, str] = {}
+    for node in program.step.forward.nodes:
+        layout = node.layout[0] if isinstance(node.layout, tuple) else node.layout
+        if node.op == GETITEM and layout is not None and len(layout.dims) == 3:
+            norms.setdefault(node.origin.module, "".join(dim_axes(layout.dims[1])) or "-")
+    found = {name: norms[f"{name}.norm"] for name in ("first.0", "first.1", "second")}
+    assert ("".join((found["first.0"], found["first.1"])), found["second"]) == REGIONS[regions]
 
 
 class Seen(nn.Module):
