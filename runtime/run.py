@@ -32,7 +32,7 @@ from meshwright.runtime.rank import RankProgram, RankState, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest, same_constants, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
-from meshwright.runtime.transports.meshes import ProcessMesh, Transport, VirtualMesh, check_device
+from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.weights import (
     check_state,
     check_values,
@@ -42,7 +42,6 @@ from meshwright.runtime.weights import (
     values_of,
 )
 from meshwright.runtime.world.agreement import agreed
-from meshwright.runtime.world.rendezvous import under_torchrun
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +95,7 @@ class Run:
         for _, stored in stored_tensors(program):
             values(stored)
         check_device(program.device)
-        self.transport: Transport = (
-            ProcessMesh(program.mesh, program.device)
-            if under_torchrun()
-            else VirtualMesh(program.mesh)
-        )
+        self.transport = transport_of(program.mesh, program.device)
         self.transport.check_same_program(executable_digest(program))
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
@@ -117,12 +112,12 @@ class Run:
         """Let every rank begin with the same seed and weights, and watch for what goes wrong."""
         for state in self.states:
             state.random.seed = seed
-        if isinstance(self.transport, ProcessMesh):
+        if not self.transport.has_every_rank:
             self._run([same_start(state, self.program, values) for state in self.states])
             if interval:
                 splits_data = bool(self.program.plan.of(Data))
                 self._input_check = InputCheck(
-                    self.transport.process, interval, splits_data=splits_data
+                    self.transport, self.states[0], interval, splits_data=splits_data
                 )
         if self.program.mode == "train":
             notice_optimizers_of(self.program.captured.parameters)
@@ -130,9 +125,8 @@ class Run:
     def __repr__(self) -> str:
         program, step = self.program, self.states[0].random.step
         when = "closed" if self._closed else f"after step {step}"
-        where = "every rank in this process"
-        if isinstance(self.transport, ProcessMesh):
-            where = f"rank {self.transport.ranks[0]}"
+        here = self.transport
+        where = "every rank in this process" if here.has_every_rank else f"rank {here.ranks[0]}"
         model, plan = type(program.model).__name__, program.plan.source.name
         return f"<Run: {model} under {plan}, mesh {self.mesh}, {where}, {when}>"
 
@@ -166,16 +160,16 @@ class Run:
         batch. Where every rank is in this process, that is one part: the whole batch.
         Raises `RunError` for other numbers of rows than the example's.
         """
-        if isinstance(self.transport, VirtualMesh):
+        if self.transport.has_every_rank:
             return self.step(*args, **kwargs)
         self._check_usable("train")
         if self._rows is None:
             inputs = Inputs(self.program, rows=True)
             self._rows = inputs, inputs.sharders(self.states[0].coords, self.states[0].device)
-        inputs, cuts = self._rows
+        inputs, sharders = self._rows
         help = "pass the rows `data_slice(n)` of a batch like the example's"
         tensors = inputs.flatten(args, kwargs, help)
-        ranks = [(self._launched.ranks[0][0], cuts)]
+        ranks = [(self._launched.ranks[0][0], sharders)]
         return _results(self._execute("step_local", self._launched, tensors, ranks))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
@@ -236,8 +230,8 @@ class Run:
             for state in self.states:
                 state.random.begin(training=training)
             programs = [
-                step.run([cut(tensor) for cut, tensor in zip(cuts, tensors, strict=True)])
-                for step, cuts in ranks
+                step.run([own(tensor) for own, tensor in zip(sharders, tensors, strict=True)])
+                for step, sharders in ranks
             ]
             found: list[dict[str, Tensor]] = self._run(programs, names)
             with torch.no_grad():
@@ -315,14 +309,14 @@ class Run:
     @property
     def data_ranks(self) -> int:
         """The number of parts that the batch is read in: 1 where every rank is in this process."""
-        if isinstance(self.transport, VirtualMesh):
+        if self.transport.has_every_rank:
             return 1
         return self.mesh.size(data_axes(self.program))
 
     @property
     def data_rank(self) -> int:
         """The part, counted from 0, that this process reads; what a `DistributedSampler` wants."""
-        if isinstance(self.transport, VirtualMesh):
+        if self.transport.has_every_rank:
             return 0
         return self.mesh.position(self.states[0].coords, data_axes(self.program))
 
@@ -421,10 +415,8 @@ class Run:
 
         Raises `RunError` naming what in `state_dict` is missing, unknown or of another shape.
         """
-        alone = isinstance(self.transport, VirtualMesh)
-        self._run(
-            [take_over(self.program, state, state_dict, alone=alone) for state in self.states]
-        )
+        same = self.transport.has_every_rank
+        self._run([take_over(self.program, state, state_dict, same=same) for state in self.states])
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the trained values into `model`, the one compiled or a copy of it.

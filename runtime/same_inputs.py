@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout.wires import Wire
+from meshwright.compiler.layout.wires import Start, Wait, Wire
 from meshwright.dsl.errors import spelled
 from meshwright.runtime.copies import by_value
 from meshwright.runtime.errors import MismatchError, RunError, spell_ranks, verb
 from meshwright.runtime.inputs import check_dense
+from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.start import checksum
-from meshwright.runtime.transports.process import Handle, ProcessTransport
+from meshwright.runtime.transports.meshes import Transport
 
 INTERVAL = 100
 """Calls from one comparison to the next, once the first ones are over."""
@@ -55,7 +56,7 @@ class _Sent:
     number: int
     names: tuple[str, ...]
     groups: tuple[tuple[int, ...], ...]
-    handle: Handle
+    handle: object
 
 
 class InputCheck:
@@ -64,8 +65,11 @@ class InputCheck:
     Made and called alike on every rank; `splits_data` is whether the plan splits the batch.
     """
 
-    def __init__(self, process: ProcessTransport, interval: int, *, splits_data: bool) -> None:
-        self.process, self.interval, self.splits_data = process, interval, splits_data
+    def __init__(
+        self, transport: Transport, state: RankState, interval: int, *, splits_data: bool
+    ) -> None:
+        self.transport, self.state = transport, state
+        self.interval, self.splits_data = interval, splits_data
         self._calls: Counter[str] = Counter()
         self._sent: _Sent | None = None
 
@@ -104,7 +108,8 @@ class InputCheck:
         sent, self._sent = self._sent, None
         if sent is None:
             return
-        rows = self.process.wait(sent.handle).T.tolist()
+        (sums,) = self.transport.run([_waited(sent.handle)])
+        rows = sums.T.tolist()
         lines: dict[str, list[str]] = {}
         culprits: set[int] = set()
         for name, row in zip(sent.names, rows, strict=True):
@@ -131,7 +136,7 @@ class InputCheck:
         return MismatchError(
             f"ranks were given different {what}: {', '.join(inputs)}, in call {sent.number} of "
             f"`{sent.method}`",
-            rank=self.process.rank,
+            rank=self.state.rank,
             peers=tuple(sorted(culprits)),
             where=[f"{', '.join(names)}: {line}" for line, names in lines.items()],
             help=help,
@@ -142,11 +147,21 @@ class InputCheck:
     ) -> None:
         if not tensors:
             return
-        mesh, number = self.process.mesh, self._calls[method]
-        sums = torch.stack([_sum(tensor, number).to(self.process.device) for tensor in tensors])
-        handle = self.process.start(Wire("all_gather", mesh.names), sums)
+        mesh, number = self.state.mesh, self._calls[method]
+        sums = torch.stack([_sum(tensor, number).to(self.state.device) for tensor in tensors])
+        (handle,) = self.transport.run([_started(Wire("all_gather", mesh.names), sums)])
         groups = mesh.groups(tuple(axis for axis in mesh.names if axis not in axes))
         self._sent = _Sent(method, number, tuple(names), groups, handle)
+
+
+def _started(wire: Wire, tensor: Tensor) -> RankProgram:
+    handle = yield Start(wire, tensor)
+    return handle
+
+
+def _waited(handle: object) -> RankProgram:
+    result = yield Wait(handle)
+    return result
 
 
 def _sum(tensor: Tensor, number: int) -> Tensor:

@@ -28,11 +28,11 @@ from meshwright.runtime.world.agreement import agree, agreed, told
 _LIKE_COMPILED = "pass a model like the one compiled"
 
 
-def take_over(program: Program, state: RankState, given: Any, *, alone: bool) -> RankProgram:
+def take_over(program: Program, state: RankState, given: Any, *, same: bool) -> RankProgram:
     """Change what a rank holds to the tensors in `given`; all ranks take those of rank 0.
 
-    With `alone` all ranks are in this process, and have the same ones. Nothing is changed where
-    any rank's do not fit the model.
+    With `same` every rank is given the same ones. Nothing is changed where any rank's do not fit
+    the model.
     """
     names = yield from agreed(state, lambda: _checked(program, given), "load_state_dict")
     first = (yield from told(state, "\0".join(names))).split("\0")
@@ -44,7 +44,7 @@ def take_over(program: Program, state: RankState, given: Any, *, alone: bool) ->
     which = [(kind, stored) for kind, stored in stored_tensors(program) if stored.name in names]
     for kind, stored in which:
         state.tensors[kind, stored.name].copy_(state.local(values(stored), stored))
-    if not alone:
+    if not same:
         yield from same_values(state, which, values)
 
 

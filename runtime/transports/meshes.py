@@ -12,6 +12,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.transports.process import ProcessTransport
 from meshwright.runtime.transports.virtual import run_virtual
+from meshwright.runtime.world.rendezvous import under_torchrun
 
 RankProgram = Generator[Any, Any, Any]
 
@@ -19,9 +20,14 @@ _MOST_VIRTUAL_RANKS = 4096
 
 
 class Transport(Protocol):
-    """Runs one generator for each of `ranks`, which are those that live in this process."""
+    """Runs one generator for each of `ranks`, which are those that live in this process.
+
+    With `has_every_rank` they are given the same inputs and weights by being here; otherwise each
+    process brings its own, which have to agree.
+    """
 
     ranks: tuple[int, ...]
+    has_every_rank: bool
 
     def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
         """What each generator returned; `names[i]` is the node of collective i, for errors."""
@@ -36,8 +42,15 @@ class Transport(Protocol):
         ...
 
 
+def transport_of(mesh: Mesh, device: torch.device) -> Transport:
+    """The process mesh where this process is one rank of many, else the virtual mesh."""
+    return ProcessMesh(mesh, device) if under_torchrun() else VirtualMesh(mesh)
+
+
 class VirtualMesh:
     """Every rank of the mesh in this process."""
+
+    has_every_rank = True
 
     def __init__(self, mesh: Mesh) -> None:
         if mesh.num_ranks > _MOST_VIRTUAL_RANKS:
@@ -65,6 +78,8 @@ class VirtualMesh:
 
 class ProcessMesh:
     """This process is one rank, among those that torchrun started."""
+
+    has_every_rank = False
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 import meshwright as mw
-from meshwright.runtime import run
-from meshwright.runtime.transports import gloo
+from meshwright.runtime.transports import gloo, meshes
 from tests.runtime.models import BATCH, PLANS, batch, make
 
 RANK = int(os.environ["RANK"])
@@ -51,11 +50,11 @@ gloo.ProcessGroupGloo = CountedGroup  # type: ignore[assignment, misc]  # in its
 @contextmanager
 def virtual() -> Iterator[None]:
     """Launch inside this on the virtual mesh, though torchrun's variables are there."""
-    run.under_torchrun = lambda: False
+    meshes.under_torchrun = lambda: False
     try:
         yield
     finally:
-        run.under_torchrun = lambda: True
+        meshes.under_torchrun = lambda: True
 
 
 def same(ours: Tensor | Mapping[str, Tensor], theirs: Tensor | Mapping[str, Tensor]) -> None:
