@@ -81,7 +81,7 @@ def test_each_region_splits_its_own_sequences_whatever_size_those_of_others_have
 
     program = check_equal(Several(), batch, TWO + regions, steps=1)
     norms: dict[str, str] = {}
-    for node in program.step.forward.nodes:
+    for node in program.stages[0].forward.nodes:
         layout = node.layout[0] if isinstance(node.layout, tuple) else node.layout
         if node.op == GETITEM and layout is not None and len(layout.dims) == 3:
             norms.setdefault(node.origin.module, "".join(dim_axes(layout.dims[1])) or "-")
