@@ -34,6 +34,7 @@ from meshwright.compiler.graph.ir import (
     rewrite,
 )
 from meshwright.compiler.layout.layout import Layout, whole
+from meshwright.passes.loops import combines
 
 BUCKET_BYTES = 25 << 20
 """The size at which a bucket is closed: large enough that latency does not count."""
@@ -74,7 +75,9 @@ def bucket(graph: Graph, *, limit: int = BUCKET_BYTES) -> Graph:
 def _collect(graph: Graph, limit: int) -> list[_Bucket]:
     """The buckets, filled in the order of the backward."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    gradients = [(each, _pending(each.node)) for each in graph.outputs_of(OutputKind.GRADIENT)]
+    gradients = [
+        (each, _pending(each.node, graph)) for each in graph.outputs_of(OutputKind.GRADIENT)
+    ]
     gradients.sort(key=lambda item: order[item[1]])
     open_buckets: dict[tuple[tuple[str, ...], torch.dtype], _Bucket] = {}
     buckets: list[_Bucket] = []
@@ -91,9 +94,9 @@ def _collect(graph: Graph, limit: int) -> list[_Bucket]:
     return buckets
 
 
-def _pending(gradient: Node) -> Node:
-    """The gradient before its all-reduce, or itself if it has none."""
-    reduced = gradient.op == MeshOp("all_reduce")
+def _pending(gradient: Node, graph: Graph) -> Node:
+    """The gradient before its all-reduce over ranks, or itself if it has none."""
+    reduced = gradient.op == MeshOp("all_reduce") and not combines(gradient, graph.mesh)
     operand: Node = gradient.args[0] if reduced else gradient
     return operand if operand.op != BUCKET else gradient
 

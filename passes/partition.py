@@ -66,8 +66,9 @@ class _Partitioner:
         self.mapping: dict[Node, Node] = {}
         self.results: dict[Node, list[Node]] = {}
         """The results of operators that were placed in pieces."""
-        self.unused: dict[Node, tuple[Layout, Pin]] = {}
-        """Weights that nothing has taken yet: the layout they are used in, and how stored."""
+        self.unused: dict[Node, tuple[Layout, str]] = {}
+        """Inputs that nothing has taken yet: the layout they are used in, and the line of the plan
+        behind that in which they are stored."""
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
         self.emitter.planned = self.sequences.moves
@@ -256,21 +257,24 @@ class _Partitioner:
         )
 
     def _input(self, node: Node) -> Node:
-        key = input_key(node)
+        key, mesh = input_key(node), self.draft.mesh
         pin, stored = self.draft.inputs.get(key), self.draft.stored.get(key)
         layout = pin.layout if pin else replicated(node.tensor.shape)
+        # Each rank is given what all coordinates of a sequential axis take their parts of.
         held = stored.layout if stored else layout
+        if mesh.sequential.intersection(held.split_axes):
+            held = held.drop_split(mesh.sequential, mesh)
         new = self.emitter.builder.emit(
             INPUT,
             node.args,
             type=replace(node.tensor, shape=held.shape),
-            layout=held.canonical(self.draft.mesh),
+            layout=held.canonical(mesh),
             origin=node.origin,
             requires_grad=node.requires_grad,
             name=node.name,
         )
-        if stored:
-            self.unused[node] = layout, stored
+        if stored or held != layout:
+            self.unused[node] = layout, pin_lines(stored or pin)
         elif pin:
             self.emitter.explicit.add(new)
         return new
@@ -279,9 +283,9 @@ class _Partitioner:
         """Bring a weight to the layout in which operators use it, before the first of them."""
         if node not in self.unused:
             return
-        layout, stored = self.unused.pop(node)
+        layout, line = self.unused.pop(node)
         held = self.mapping[node]
-        origin = replace(node.origin, plan_line=pin_lines(stored))
+        origin = replace(node.origin, plan_line=line)
         sizes = zip(held.tensor.shape, node.tensor.shape, strict=True)
         longer = [dim for dim, (own, used) in enumerate(sizes) if own != used]
         dims = (

@@ -13,10 +13,12 @@ from functools import lru_cache
 class Mesh:
     """The grid of ranks: named axes with their sizes, the first varying slowest over the ranks.
 
-    `axes` are (name, size) pairs.
+    `axes` are (name, size) pairs. The coordinates of an axis in `sequential` are not ranks: each
+    rank runs through them one after the other. Layouts have it as any other axis.
     """
 
     axes: tuple[tuple[str, int], ...]
+    sequential: frozenset[str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -24,33 +26,40 @@ class Mesh:
         return tuple(name for name, _ in self.axes)
 
     @property
+    def of_ranks(self) -> Mesh:
+        """The mesh without its sequential axes: what transports, checkpoints and users see."""
+        return Mesh(_rank_axes(self)) if self.sequential else self
+
+    @property
     def num_ranks(self) -> int:
-        """The product of all sizes."""
-        return math.prod(size for _, size in self.axes)
+        """The product of the sizes of all axes that are not sequential."""
+        return math.prod(size for _, size in _rank_axes(self))
 
     def size(self, axes: str | Iterable[str]) -> int:
-        """The number of ranks along `axes`, one name or several taken together."""
+        """The number of coordinates along `axes`, one name or several taken together."""
         if isinstance(axes, str):
             axes = (axes,)
         return math.prod(_sizes(self)[axis] for axis in axes)
 
     def coords(self, rank: int) -> dict[str, int]:
-        """The coordinates of `rank`, by axis: `{"dp": 0, "tp": 1}`."""
+        """The coordinates of `rank`, by axis that is not sequential: `{"dp": 0, "tp": 1}`."""
+        axes = _rank_axes(self)
         found: dict[str, int] = {}
-        for name, size in reversed(self.axes):
+        for name, size in reversed(axes):
             rank, found[name] = divmod(rank, size)
-        return {name: found[name] for name in self.names}
+        return {name: found[name] for name, _ in axes}
 
     def rank(self, coords: Mapping[str, int]) -> int:
         """The rank at `coords`."""
         number = 0
-        for name, size in self.axes:
+        for name, size in _rank_axes(self):
             number = number * size + coords[name]
         return number
 
     def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along `axes`, the first axis varying slowest."""
         here = self.coords(rank)
+        axes = tuple(axis for axis in axes if axis in here)
         spans = [range(self.size(axis)) for axis in axes]
         return tuple(
             self.rank({**here, **dict(zip(axes, place, strict=True))})
@@ -69,7 +78,15 @@ class Mesh:
         return number
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={size}" for name, size in self.axes)
+        return ", ".join(
+            f"{name}={size}" + (" (sequential)" if name in self.sequential else "")
+            for name, size in self.axes
+        )
+
+
+@lru_cache(maxsize=256)
+def _rank_axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:
+    return tuple(axis for axis in mesh.axes if axis[0] not in mesh.sequential)
 
 
 @lru_cache(maxsize=256)

@@ -114,7 +114,9 @@ def collectives(graphs: Iterable[Graph]) -> dict[Node, Moved]:
     for graph in graphs:
         shared: set[TransferKey] = set()
         for node in graph.nodes:
-            if moves(node) and (key := transfer_key(node)) not in shared:
+            if not moves(node) or graph.mesh.sequential.issuperset(node.kwargs["axes"]):
+                continue
+            if (key := transfer_key(node)) not in shared:
                 shared.add(key)
                 found[node] = _moved(node, graph)
     return found

@@ -94,9 +94,8 @@ def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:
     found: set[Node] = set()
     for node in graph.nodes:
         source = input_behind(node)
-        if source is None or input_key(source) not in draft.inputs:
-            continue
-        if (source is node) != (input_key(source) in draft.stored):
+        pin = draft.inputs.get(input_key(source)) if source else None
+        if pin and node.placed == pin.layout.canonical(draft.mesh):
             found.add(node)
     return frozenset(found)
 

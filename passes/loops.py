@@ -1,0 +1,175 @@
+"""Decide what runs once, and what for each coordinate of a sequential axis.
+
+Before:  ne: bool[8@micro]                    = ne(targets, -100)
+         sum_1: i64[] partial(micro)          = sum(ne)
+         all_reduce: i64[]                    = all_reduce(sum_1, micro)
+         div: f32[] partial(micro)            = div(sum, to_copy)
+         all_reduce_1: f32[]                  = all_reduce(div, micro)
+After:   the same nodes; `ne` and `sum_1` are also counted beforehand, `all_reduce` runs before the
+         loop, `div` in it, and `all_reduce_1` after it
+
+A value that is split or partial over the axis runs in the loop; what does not depend on it runs
+once before, and what depends on a sum or a concatenation over it once after. So reducing over the
+axis is accumulation, and nothing moves. A sum that the loop itself needs whole is counted in a loop
+of its own before, where no parameter feeds it; no order of microbatches gives any other.
+Requires: a placed joint graph. Ensures: nodes take no value of a later phase, and values of a loop
+leave it through a reduction or a gather over the sequential axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.graph.ir import INPUT, Builder, Graph, MeshOp, Node, Phase, rewrite
+from meshwright.compiler.graph.text import op_text
+from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
+
+_COMBINING = ("all_reduce", "all_gather", "all_gather_replicated")
+"""The collectives through which values leave a loop."""
+
+
+def part_axes(graph: Graph) -> Graph:
+    """The graph with each collective that moves along sequential axes and others made two: the
+    first along the sequential axes, so that the second runs once."""
+    if not graph.mesh.sequential:
+        return graph
+    return rewrite(graph, _apart)
+
+
+def _apart(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
+    mesh = builder.mesh
+    if not isinstance(node.op, MeshOp) or node.op.name not in COLLECTIVES:
+        return None
+    axes = node.kwargs["axes"]
+    sequential = tuple(axis for axis in axes if axis in mesh.sequential)
+    if not sequential or not COLLECTIVES[node.op.name].moves:
+        return None
+    if node.op.name not in _COMBINING:
+        raise _not_in_a_loop(node, f"moves along `{sequential[0]}`")
+    rest = tuple(axis for axis in axes if axis not in sequential)
+    if not rest:
+        return None
+    given = mapping[node.args[0]].placed
+    if node.op.name == "all_reduce":
+        layout = given.drop_partial(sequential)
+    else:
+        layout = given.drop_split(sequential, mesh)
+    if node.op.name == "all_gather":
+        layout = layout.add_varying(sequential)
+    first = builder.copy(
+        node, mapping, kwargs={"axes": sequential}, layout=layout.canonical(mesh)
+    )
+    return builder.copy(node, mapping, args=(first,), kwargs={"axes": rest})
+
+
+def loop(graph: Graph) -> Graph:
+    """The graph with the phase of each node set to when it runs."""
+    return _Looper(graph).run() if graph.mesh.sequential else graph
+
+
+class _Looper:
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.mesh = graph, graph.mesh
+        self.counted = self._needed_whole()
+        """What the loop needs of reductions over the axis, up to these reductions."""
+        self.phases: dict[Node, Phase] = {}
+        for node in graph.nodes:
+            self.phases[node] = self._phase(node)
+
+    def run(self) -> Graph:
+        counts: dict[Node, Node] = {}
+
+        def placed(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node:
+            phase = self.phases[node]
+            if node.op == INPUT:
+                counts[node] = builder.copy(node, {})
+                return counts[node]
+            if node in self.counting:
+                counts[node] = builder.copy(node, counts, phase=Phase.COUNT)
+            counted = node in self.counted and combines(node, self.mesh)
+            return builder.copy(node, counts if counted else mapping, phase=phase)
+
+        return rewrite(self.graph, placed)
+
+    def _phase(self, node: Node) -> Phase:
+        if in_loop(node, self.mesh):
+            return node.phase
+        after = combines(node, self.mesh) and node not in self.counted
+        if after or any(self.phases[n] is Phase.AFTER for n in node.operands()):
+            return Phase.AFTER
+        return Phase.BEFORE
+
+    def _needed_whole(self) -> set[Node]:
+        """What stands between a reduction over the axis and a node of the loop that takes it."""
+        reduced: set[Node] = set()
+        for node in self.graph.nodes:
+            if combines(node, self.mesh) or any(
+                n in reduced and not in_loop(n, self.mesh) for n in node.operands()
+            ):
+                reduced.add(node)
+        wanted: set[Node] = set()
+        for node in self.graph.nodes:
+            if in_loop(node, self.mesh):
+                wanted.update(self._behind(node, reduced))
+        self.counting: set[Node] = set()
+        for node in self.graph.nodes:
+            if node in wanted and combines(node, self.mesh):
+                self._count(node)
+        return wanted
+
+    def _behind(self, node: Node, reduced: set[Node]) -> set[Node]:
+        """The reductions that a node depends on outside of the loop, and what leads to them."""
+        found: set[Node] = set()
+        pending = [n for n in node.operands() if not in_loop(n, self.mesh)]
+        while pending:
+            each = pending.pop()
+            if each in reduced and each not in found:
+                found.add(each)
+                if not combines(each, self.mesh):
+                    pending += each.operands()
+        return found
+
+    def _count(self, node: Node) -> None:
+        """Note what computes a sum before the loop; it may need no parameter."""
+        pending = [node.args[0]]
+        while pending:
+            each = pending.pop()
+            if each in self.counting:
+                continue
+            if combines(each, self.mesh) or (each.op == INPUT and each.args[0] == "parameter"):
+                raise _not_in_a_loop(node, "needs a whole sum that parameters feed")
+            self.counting.add(each)
+            pending += each.operands()
+
+
+def in_loop(node: Node, mesh: Mesh) -> bool:
+    """Whether the values of a node differ between coordinates of a sequential axis."""
+    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
+    return any(
+        axis in mesh.sequential
+        for layout in layouts
+        if isinstance(layout, Layout)
+        for axis in (*layout.split_axes, *layout.partial_axes)
+    )
+
+
+def combines(node: Node, mesh: Mesh) -> bool:
+    """Whether a node sums or joins the values of all coordinates of a sequential axis."""
+    return (
+        isinstance(node.op, MeshOp)
+        and node.op.name in _COMBINING
+        and bool(mesh.sequential & set(node.kwargs["axes"]))
+    )
+
+
+def _not_in_a_loop(node: Node, what: str) -> LayoutError:
+    where = node.origin
+    return LayoutError(
+        f"`{op_text(node.op)}` in `{where.module}` {what}: what runs one after the other cannot",
+        code="not-in-a-loop",
+        culprit=f"{node.name} {where.source}".strip(),
+        help="leave the statistic to each microbatch, or run the whole batch at once",
+    )
