@@ -22,6 +22,8 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     Phase,
 )
+from meshwright.compiler.graph.transfers import combines
+from meshwright.compiler.layout.mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,20 @@ class Stage:
         return self.graphs[Phase.FORWARD]
 
     @property
+    def joined(self) -> dict[int, Node]:
+        """By number of a saved value: the reduction or gather by which a graph that runs once takes
+        those of all coordinates of the sequential axes as one."""
+        return {
+            node.args[0].args[0]: node
+            for phase, graph in self.graphs.items()
+            for node in graph.nodes
+            if phase.once and combines(node, graph.mesh) and node.args[0].op == SAVED
+        }
+
+    @property
     def trains(self) -> bool:
         """Whether the stage has a backward."""
-        return len(self.graphs) > 1
+        return Phase.BACKWARD in self.graphs
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -88,18 +101,26 @@ Schedule: TypeAlias = "Mapping[int, tuple[Action, ...]]"
 """The actions of each rank, in the order in which it runs them."""
 
 
-def same_on_every_rank(stages: Iterable[Stage], num_ranks: int) -> Schedule:
+def same_on_every_rank(stages: Iterable[Stage], mesh: Mesh) -> Schedule:
     """The schedule in which each rank runs every graph of every stage: forwards, then, from the
-    last stage to the first, what follows."""
-    listed = list(stages)
-    forwards = [Action(Phase.FORWARD, stage.number) for stage in listed]
-    later = [
-        Action(phase, stage.number)
-        for stage in reversed(listed)
-        for phase in stage.graphs
-        if phase is not Phase.FORWARD
+    last stage to the first, what follows; all that for each microbatch, the next one's after it.
+    What runs once comes before and after these."""
+    listed, turns = list(stages), range(len(mesh.turns))
+    first = [Action(Phase.COUNT, s.number, i) for s in listed for i in turns]
+    first += [Action(Phase.BEFORE, s.number) for s in listed]
+    later = (Phase.BACKWARD, Phase.WEIGHT)
+    looped = [
+        action
+        for i in turns
+        for action in (
+            *(Action(Phase.FORWARD, s.number, i) for s in listed),
+            *(Action(phase, s.number, i) for s in reversed(listed) for phase in later),
+        )
     ]
-    return dict.fromkeys(range(num_ranks), (*forwards, *later))
+    last = [Action(Phase.AFTER, s.number) for s in reversed(listed)]
+    graphs = {(s.number, phase) for s in listed for phase in s.graphs}
+    actions = tuple(a for a in (*first, *looped, *last) if (a.stage, a.kind) in graphs)
+    return dict.fromkeys(range(mesh.num_ranks), actions)
 
 
 def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
@@ -111,6 +132,7 @@ def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
     }
     for actions in dict.fromkeys(schedule.values()):
         made: set[object] = set()
+        turns = range(1 + max((action.microbatch for action in actions), default=0))
         for action in actions:
             graph = graphs.get((action.stage, action.kind))
             if graph is None:
@@ -118,7 +140,7 @@ def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
             for kind, *value in _taken(graph, action):
                 if (kind, *value) not in made:
                     raise _misplaced(action, f"takes {kind} `{value[0]}` before it is made")
-            for kind, *value in _made(graph, action):
+            for kind, *value in _made(graph, action, turns):
                 if (kind, *value) in made:
                     raise _misplaced(action, f"makes {kind} `{value[0]}` once more")
                 made.add((kind, *value))
@@ -137,11 +159,12 @@ def _taken(graph: Graph, action: Action) -> Iterator[tuple[Any, ...]]:
             yield *node.args, action.microbatch
 
 
-def _made(graph: Graph, action: Action) -> Iterator[tuple[Any, ...]]:
+def _made(graph: Graph, action: Action, turns: Iterable[int]) -> Iterator[tuple[Any, ...]]:
     """What an action makes, in the same terms; results of a step have no microbatch."""
     for output in graph.outputs:
         if output.kind is OutputKind.SAVED:
-            yield output.kind, output.name, action.microbatch, action.stage
+            for microbatch in turns if action.kind.once else (action.microbatch,):
+                yield output.kind, output.name, microbatch, action.stage
         elif output.kind in PASSED_AS:
             yield PASSED_AS[output.kind], output.name, action.microbatch
         else:

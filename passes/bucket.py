@@ -33,8 +33,8 @@ from meshwright.compiler.graph.ir import (
     TensorType,
     rewrite,
 )
+from meshwright.compiler.graph.transfers import combines
 from meshwright.compiler.layout.layout import Layout, whole
-from meshwright.passes.loops import combines
 
 BUCKET_BYTES = 25 << 20
 """The size at which a bucket is closed: large enough that latency does not count."""

@@ -31,6 +31,7 @@ from meshwright.passes.contracts.idle import check_axes
 from meshwright.passes.contracts.supported import check_supported
 from meshwright.passes.differentiate import differentiate
 from meshwright.passes.hoist import hoist
+from meshwright.passes.loops import loop, part_axes
 from meshwright.passes.lower import lower
 from meshwright.passes.move_varies import move_varies
 from meshwright.passes.overlap import overlap
@@ -75,8 +76,10 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     differentiate,
     check_replication,
     on_graphs(lower),
+    on_graphs(part_axes),
     on_graphs(bucket),
     attribute,
+    on_graphs(loop),
     # Forward and backward are apart, each in the order in which it runs.
     separate,
     on_graphs(overlap),
@@ -208,10 +211,10 @@ def _program(
     captured = source.captured
     return Program(
         plan=draft.plan,
-        mesh=draft.mesh,
+        mesh=draft.mesh.of_ranks,
         captured=captured,
         stages=draft.stages,
-        schedule=same_on_every_rank(draft.stages, draft.mesh.num_ranks),
+        schedule=same_on_every_rank(draft.stages, draft.mesh),
         parameters=_stored(draft, "parameter", captured.parameters),
         buffers=_stored(draft, "buffer", captured.buffers),
         movements=draft.movements,

@@ -21,14 +21,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.graph.ir import INPUT, Builder, Graph, MeshOp, Node, Phase, rewrite
+from meshwright.compiler.graph.ir import INPUT, Builder, Graph, Node, Phase, rewrite
 from meshwright.compiler.graph.text import op_text
-from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.graph.transfers import collective_kind, combines
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-
-_COMBINING = ("all_reduce", "all_gather", "all_gather_replicated")
-"""The collectives through which values leave a loop."""
 
 
 def part_axes(graph: Graph) -> Graph:
@@ -40,28 +37,21 @@ def part_axes(graph: Graph) -> Graph:
 
 
 def _apart(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
-    mesh = builder.mesh
-    if not isinstance(node.op, MeshOp) or node.op.name not in COLLECTIVES:
+    mesh, kind = builder.mesh, collective_kind(node.op)
+    if kind is None or not kind.moves:
         return None
     axes = node.kwargs["axes"]
     sequential = tuple(axis for axis in axes if axis in mesh.sequential)
-    if not sequential or not COLLECTIVES[node.op.name].moves:
-        return None
-    if node.op.name not in _COMBINING:
+    rest = tuple(axis for axis in axes if axis not in mesh.sequential)
+    if sequential and not kind.combines:
         raise _not_in_a_loop(node, f"moves along `{sequential[0]}`")
-    rest = tuple(axis for axis in axes if axis not in sequential)
-    if not rest:
+    if not sequential or not rest:
         return None
-    given = mapping[node.args[0]].placed
-    if node.op.name == "all_reduce":
-        layout = given.drop_partial(sequential)
-    else:
-        layout = given.drop_split(sequential, mesh)
-    if node.op.name == "all_gather":
+    layout = mapping[node.args[0]].placed.drop_partial(sequential).drop_split(sequential, mesh)
+    if kind.target == "varying":
         layout = layout.add_varying(sequential)
-    first = builder.copy(
-        node, mapping, kwargs={"axes": sequential}, layout=layout.canonical(mesh)
-    )
+    layout = layout.canonical(mesh)
+    first = builder.copy(node, mapping, kwargs={"axes": sequential}, layout=layout)
     return builder.copy(node, mapping, args=(first,), kwargs={"axes": rest})
 
 
@@ -153,15 +143,6 @@ def in_loop(node: Node, mesh: Mesh) -> bool:
         for layout in layouts
         if isinstance(layout, Layout)
         for axis in (*layout.split_axes, *layout.partial_axes)
-    )
-
-
-def combines(node: Node, mesh: Mesh) -> bool:
-    """Whether a node sums or joins the values of all coordinates of a sequential axis."""
-    return (
-        isinstance(node.op, MeshOp)
-        and node.op.name in _COMBINING
-        and bool(mesh.sequential & set(node.kwargs["axes"]))
     )
 
 

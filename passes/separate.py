@@ -58,8 +58,10 @@ _VIEWS = {
 
 def separate(draft: Draft) -> Draft:
     """`draft` with the graphs of its stage; without gradients there is a forward alone."""
-    trains = draft.graph.outputs_of(OutputKind.GRADIENT)
-    phases = (Phase.FORWARD, Phase.BACKWARD) if trains else (Phase.FORWARD,)
+    trains = bool(draft.graph.outputs_of(OutputKind.GRADIENT))
+    own = {node.phase for node in draft.graph.nodes if not node.held}
+    there = {Phase.FORWARD: True, Phase.BACKWARD: trains, Phase.WEIGHT: False}
+    phases = [phase for phase in Phase if there.get(phase, phase in own)]
     regather = partial(gathers_again, draft.regions)
     graphs = separate_graph(draft.graph, "stage0", phases, regather=regather)
     return replace(draft, stages=(Stage(0, graphs),))
@@ -100,7 +102,7 @@ class _Separator:
         self.parts = [_Part(builder, phase) for phase, builder in builders.items()]
         order = list(Phase)
         runs_in = {
-            phase: [part for part in self.parts if order.index(part.phase) <= place][-1]
+            phase: ([p for p in self.parts if order.index(p.phase) <= place] or self.parts)[-1]
             for place, phase in enumerate(order)
         }
         self.home = {node: runs_in[node.phase] for node in graph.nodes}
@@ -127,7 +129,9 @@ class _Separator:
             at_hand = operand.held or operand in part.again or operand in part.saved
             if at_hand or self.home[operand] is part:
                 continue
-            if self._again(operand):
+            # What differs between the coordinates of a sequential axis leaves the loop as one.
+            leaves = part.phase.once and not self.home[operand].phase.once
+            if self._again(operand) and not leaves:
                 part.again.add(operand)
                 self._need_operands(part, operand)
             else:
@@ -184,7 +188,8 @@ class _Separator:
         logits = node.args[1]
         memory = storage(logits)
         alone = part.readers[logits] == 1 and kept[memory] == 1
-        return logits in part.saved and alone and not memory.held
+        forward = self.home[logits].phase is Phase.FORWARD
+        return logits in part.saved and alone and forward and not memory.held
 
 
 def _is_gather(node: Node) -> bool:

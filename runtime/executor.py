@@ -6,8 +6,7 @@ stage, activations and cotangents for the stage that takes them.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +18,11 @@ from meshwright.compiler.codegen.printing import Code, Pending, RankFunction
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import Graph, InputKind, MeshOp, Node, Output, OutputKind
+from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.layout.wires import Wait
 from meshwright.compiler.public import Program
-from meshwright.compiler.stages import PASSED_AS
+from meshwright.compiler.stages import PASSED_AS, Action, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
 from meshwright.runtime.rank import RankProgram, RankState, padded
@@ -50,24 +50,29 @@ class Executor:
             for action in self.actions
         }
         self.graphs = {
-            key: self._linked(graph, codes[graph.name], places) for key, graph in graphs.items()
+            key: self._linked(graph, codes[graph.name], places, once=key[1].once)
+            for key, graph in graphs.items()
         }
+        self.stages = program.stages
         self.buffers = [o for g in graphs.values() for o in g.outputs_of(OutputKind.BUFFER)]
         self._kept: list[tuple[_Bucket, Kept]] = []
         """What each bucket held before the step that is under way, if that came to fill it."""
 
-    def _linked(self, graph: Graph, code: Code, places: dict[str, int]) -> _Linked:
+    def _linked(self, graph: Graph, code: Code, places: dict[str, int], *, once: bool) -> _Linked:
         state = self.state
         filled = {
             name: (owners, state.flat_buffer(owners, node))
             for name, (owners, node) in _owners(graph).items()
         }
         views = {name: flat for name, (_, flat) in filled.items()}
-        context = RankContext(state.mesh, state.coords, state.device, state.random, views)
+        contexts = [
+            RankContext(graph.mesh, {**state.coords, **turn}, state.device, state.random, views)
+            for turn in (graph.mesh.turns[:1] if once else graph.mesh.turns)
+        ]
         return _Linked(
             graph,
             code,
-            code.link(context),
+            [code.link(context) for context in contexts],
             _Inputs(graph, self, places),
             tuple(each for each in graph.outputs if each.kind is not OutputKind.SAVED),
             [
@@ -102,18 +107,17 @@ class Executor:
         counts when `commit` has been called; `undo` makes it as if it had not been.
         """
         self._kept = []
-        saved: defaultdict[tuple[int, int], dict[int, Any]] = defaultdict(dict)
+        saved = [_Saved(stage) for stage in self.stages]
         passed: Passed = {}
         made: list[tuple[Output, Any]] = []
         reductions: list[Pending] = []
         for action in self.actions:
-            each, own = (
-                self.graphs[action.stage, action.kind],
-                saved[action.stage, action.microbatch],
-            )
+            each = self.graphs[action.stage, action.kind]
             inputs = yield from each.inputs.take(arguments, passed, action.microbatch)
             self._kept += [(bucket, bucket.keep()) for bucket in each.buckets]
-            values, under_way = yield from each.run(inputs, own)
+            own = saved[action.stage].of(action)
+            values, under_way = yield from each.run(inputs, own, action.microbatch)
+            saved[action.stage].hand_over(action)
             reductions += under_way
             for output, value in zip(each.outputs, values, strict=True):
                 if output.kind in PASSED_AS:
@@ -140,6 +144,50 @@ class Executor:
             bucket.put_back(gradients)
 
 
+class _Saved:
+    """What the graphs of a stage have saved for later ones, by number."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.turns = stage.forward.mesh.turns
+        self.by_microbatch: list[dict[int, Any]] = [{} for _ in self.turns]
+        self.once: dict[int, Any] = {}
+        self.joined = stage.joined
+
+    def of(self, action: Action) -> dict[int, Any]:
+        """What an action takes from, and adds to."""
+        return self.once if action.kind.once else self.by_microbatch[action.microbatch]
+
+    def hand_over(self, action: Action) -> None:
+        """Let every microbatch have what was made once, and join what was made by one of them."""
+        if action.kind.once:
+            for own in self.by_microbatch:
+                own.update(self.once)
+            return
+        own = self.by_microbatch[action.microbatch]
+        for number in self.joined.keys() & own.keys():
+            self._join(number, own.pop(number), action.microbatch)
+
+    def _join(self, number: int, value: Tensor, microbatch: int) -> None:
+        node, total = self.joined[number], self.once.get(number)
+        kind = collective_kind(node.op)
+        if kind is not None and kind.gathers:
+            if total is None:
+                total = self.once[number] = value.new_empty((len(self.turns), *value.shape))
+            total[microbatch].copy_(value)
+        elif total is None:
+            self.once[number] = value.clone()
+        else:
+            _COMBINED[node.args[0].placed.reduction](total, value)
+
+
+_COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda total, value: total.add_(value),
+    "max": lambda total, value: torch.maximum(total, value, out=total),
+    "min": lambda total, value: torch.minimum(total, value, out=total),
+}
+"""Takes one more value into a reduction."""
+
+
 def _results(made: Sequence[tuple[Output, Any]]) -> RankProgram:
     """The outputs by label, once they are all there; the loss comes first."""
     results: dict[str, Tensor] = {}
@@ -164,16 +212,17 @@ class _Linked:
 
     graph: Graph
     code: Code
-    function: RankFunction
+    functions: list[RankFunction]
+    """One for each microbatch, or one alone."""
     inputs: _Inputs
     outputs: tuple[Output, ...]
     """Those that are not saved."""
     buckets: list[_Bucket]
 
-    def run(self, inputs: Sequence[Tensor], saved: dict[int, Any]) -> RankProgram:
+    def run(self, inputs: Sequence[Tensor], saved: dict[int, Any], microbatch: int) -> RankProgram:
         """Run the code; an operator that fails is named."""
         try:
-            return (yield from self.function(inputs, saved))
+            return (yield from self.functions[microbatch](inputs, saved))
         except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, (MeshwrightError, torch.OutOfMemoryError)):
                 raise

@@ -70,13 +70,28 @@ NodeLayout: TypeAlias = "Layout | tuple[Layout | None, ...] | None"
 
 
 class Phase(Enum):
-    """When a node runs: what a schedule moves about is all nodes of one phase of a stage."""
+    """When a node runs: what a schedule moves about is all nodes of one phase of a stage.
 
+    Where the mesh has sequential axes, `BEFORE` and `AFTER` run once and the others for each of
+    their coordinates.
+    """
+
+    COUNT = "count"
+    """It sums up what the loop needs whole of the inputs, such as the number of labels."""
+    BEFORE = "before"
+    """It computes what does not depend on a sequential axis."""
     FORWARD = "forward"
     BACKWARD = "backward"
     """It computes cotangents of activations, for which the stages before it wait."""
     WEIGHT = "weight"
     """It computes gradients of parameters, for which nothing waits but the optimizer."""
+    AFTER = "after"
+    """It takes what was summed up or joined over the loop."""
+
+    @property
+    def once(self) -> bool:
+        """Whether it runs once, and not for each coordinate of the sequential axes."""
+        return self in (Phase.BEFORE, Phase.AFTER)
 
 
 class InputKind(StrEnum):

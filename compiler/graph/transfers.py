@@ -48,3 +48,9 @@ def counted(node: Node) -> str:
 def transfer_key(node: Node) -> TransferKey:
     """What two collectives that share one transfer have in common."""
     return (node.args[0], counted(node), tuple(sorted(node.kwargs.items())), node.placed.dims)
+
+
+def combines(node: Node, mesh: Mesh) -> bool:
+    """Whether a node sums or joins the values of all coordinates of a sequential axis."""
+    kind = collective_kind(node.op)
+    return kind is not None and kind.combines and bool(mesh.sequential & set(node.kwargs["axes"]))

@@ -64,6 +64,12 @@ class CollectiveKind:
         return self.moves and self.source == "split" and self.target != "split"
 
     @property
+    def combines(self) -> bool:
+        """Whether each rank holds afterwards one value made of those of all."""
+        whole = self.target in ("replicated", "varying")
+        return self.moves and whole and self.source in ("split", "partial")
+
+    @property
     def shards(self) -> bool:
         """Whether each rank keeps its shard of a value that it holds whole, or a sum of."""
         return self.target == "split" and self.source in ("replicated", "partial")

@@ -31,6 +31,15 @@ class Mesh:
         return Mesh(_rank_axes(self)) if self.sequential else self
 
     @property
+    def turns(self) -> tuple[dict[str, int], ...]:
+        """The coordinates along the sequential axes, in the order in which ranks take them."""
+        axes = [(name, size) for name, size in self.axes if name in self.sequential]
+        places = itertools.product(*(range(size) for _, size in axes))
+        return tuple(
+            {name: at for (name, _), at in zip(axes, place, strict=True)} for place in places
+        )
+
+    @property
     def num_ranks(self) -> int:
         """The product of the sizes of all axes that are not sequential."""
         return math.prod(size for _, size in _rank_axes(self))

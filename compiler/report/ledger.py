@@ -102,6 +102,9 @@ class Comm:
         return [asdict(item) for item in self.moved]
 
 
+_BACKWARD = (Phase.BACKWARD, Phase.WEIGHT, Phase.AFTER)
+
+
 def ledger(graphs: Iterable[Graph]) -> Comm:
     """Every collective of the graphs of one step; a transfer that two nodes share counts once."""
     return Comm(tuple(collectives(graphs).values()))
@@ -128,7 +131,7 @@ def _moved(node: Node, graph: Graph) -> Moved:
     numel = math.prod(source.placed.local_shape(graph.mesh))
     size = 0 if wire is None else bytes_sent(wire, numel, source.tensor.dtype.itemsize, graph.mesh)
     return Moved(
-        "forward" if node.phase is Phase.FORWARD else "backward",
+        "backward" if node.phase in _BACKWARD else "forward",
         counted(node),
         node.kwargs["axes"],
         size,

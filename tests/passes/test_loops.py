@@ -1,0 +1,144 @@
+"""Sequential axes: their coordinates run one after the other on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meshwright
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.graph.ir import INPUT, Phase
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.public import Program
+from meshwright.passes import driver
+from meshwright.passes.statements.draft import Draft
+from tests.equivalence import Comparison, check_equal
+from tests.models import GPT_TENSOR, Gpt, Mlp, rows, tokens
+
+AXIS = "micro"
+
+
+def sequential(draft: Draft) -> Draft:
+    """The axis `micro` of the mesh made a sequential one."""
+    mesh = Mesh(draft.mesh.axes, frozenset({AXIS}))
+    return replace(draft, mesh=mesh, graph=replace(draft.graph, mesh=mesh))
+
+
+@pytest.fixture(autouse=True)
+def _sequential(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "PASSES", (sequential, *driver.PASSES))
+
+
+def compiled(model: nn.Module, example: tuple[Tensor, ...], plan: str) -> Program:
+    parsed = meshwright.Plan.parse(plan)
+    return meshwright.compile(model.double(), parsed, example=example)
+
+
+PLANS = {
+    "data": "mesh dp=2, micro=4\ndata tokens, targets over (dp, micro)\n",
+    "micro alone": "mesh micro=4\ndata tokens, targets over micro\n",
+    "micro first": "mesh micro=2, dp=2\ndata tokens, targets over (micro, dp)\n",
+    "tensor": "mesh tp=2, micro=2\ndata tokens, targets over micro\n" + GPT_TENSOR,
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_gpt_in_microbatches_trains_as_on_one_device(name: str) -> None:
+    torch.manual_seed(0)
+    check_equal(Gpt(), tokens, PLANS[name])
+
+
+def test_dropout_draws_the_same_numbers_in_microbatches() -> None:
+    torch.manual_seed(0)
+    model, batch = Gpt(p=0.3).double(), tokens()
+    losses, gradients = [], []
+    for plan in ("mesh dp=2\ndata tokens, targets over dp\n", PLANS["data"]):
+        run = compiled(model, batch, plan).launch(seed=5)
+        losses.append(run.step(*batch))
+        gradients.append(run.gradients())
+    assert torch.allclose(losses[0], losses[1], rtol=1e-12, atol=0)
+    compare = Comparison(1e-12)
+    for name, value in gradients[0].items():
+        compare(name, gradients[1][name], value)
+    compare.report()
+
+
+class Scored(nn.Module):
+    """Gives what it computes beside the loss, and takes a running maximum over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.down(torch.tanh(self.up(x)))
+        return {"loss": y.square().mean(), "y": y, "largest": y.detach().amax()}
+
+
+@pytest.mark.parametrize("mesh", ["dp=2, micro=4", "micro=2, dp=2"])
+def test_outputs_are_joined_and_maxima_taken_over_microbatches(mesh: str) -> None:
+    torch.manual_seed(0)
+    axes = ", ".join(part.split("=")[0] for part in mesh.split(", "))
+    plan = f"mesh {mesh}\ndata x over ({axes})\n"
+    check_equal(Scored(), rows, plan, outputs=["y", "largest"])
+
+
+def test_a_run_in_microbatches_evaluates_and_gives_outputs() -> None:
+    torch.manual_seed(0)
+    model, (x,) = Scored().double(), rows()
+    run = compiled(model, (x,), "mesh dp=2, micro=2\ndata x over (dp, micro)\n").launch()
+    wanted = model(x)
+    assert torch.allclose(run.evaluate(x), wanted["loss"])
+    assert torch.allclose(run.forward(x)["y"], wanted["y"])
+
+
+def test_gradients_are_added_to_across_steps_of_microbatches() -> None:
+    torch.manual_seed(0)
+    plan = "mesh dp=2, micro=2\ndata x over (dp, micro)\n"
+    check_equal(Mlp(), rows, plan, accumulate=2)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.bn = nn.Linear(16, 32), nn.BatchNorm1d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.up(x)).square().mean()
+
+
+class Contrasted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).mean(0).exp().sum()
+
+
+@pytest.mark.parametrize(("model", "module"), [(Normed, "bn"), (Contrasted, "")])
+def test_a_statistic_of_activations_that_is_needed_whole_is_refused(
+    model: type[nn.Module], module: str
+) -> None:
+    with pytest.raises(LayoutError, match="parameters feed") as error:
+        compiled(model(), rows(), "mesh micro=2\ndata x over micro\n")
+    assert f"in `{module}`" in str(error.value)
+
+
+def test_the_label_count_is_reduced_once_before_the_loop() -> None:
+    program = compiled(Gpt(), tokens(), PLANS["data"])
+    assert program.comm().counts() == {"all_reduce[dp]": 3}
+    kinds = [action.kind for action in program.schedule[0]]
+    loop = [Phase.FORWARD, Phase.BACKWARD] * 4
+    assert kinds == [*[Phase.COUNT] * 4, Phase.BEFORE, *loop, Phase.AFTER]
+    parameters = [n for n in program.stages[0].graphs[Phase.COUNT].nodes if n.requires_grad]
+    assert all(node.op == INPUT for node in parameters)
+
+
+def test_a_program_in_microbatches_has_the_ranks_of_its_other_axes() -> None:
+    program = compiled(Mlp(), rows(), "mesh dp=2, micro=4\ndata x over (dp, micro)\n")
+    assert program.mesh == Mesh((("dp", 2),))
+    assert sorted(program.schedule) == [0, 1]
