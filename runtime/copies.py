@@ -7,7 +7,7 @@ collective; only tensors whose copies differ are then gathered, to say by how mu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import MismatchError, spell_ranks, verb
-from meshwright.runtime.rank import RankProgram, RankState
+from meshwright.runtime.rank import RankProgram, RankState, Results
 from meshwright.runtime.start import checksum
 from meshwright.runtime.weights import stored_tensors
 
@@ -60,7 +60,7 @@ def held(
     program: Program,
     state: RankState,
     optimizer: Optimizer | None,
-    results: Mapping[str, Tensor],
+    results: Results,
 ) -> list[Held]:
     """All that this rank holds, in one order on all ranks."""
     found: list[Held] = []
@@ -72,8 +72,8 @@ def held(
             found += _blocks(f"the gradient of `{name}`", parameter.grad, stored, program)
     if optimizer is not None:
         found += _optimizer_state(program, state, optimizer)
-    for label, value in results.items():
-        found.append(Held(f"the result `{label}`", value))
+    for output, value in results.items():
+        found.append(Held(f"the result `{output.label}`", value))
     steps = torch.tensor([state.random.seed, state.random.step])
     found.append(Held("the seed and the number of steps", steps))
     return found

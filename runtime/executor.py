@@ -25,7 +25,7 @@ from meshwright.compiler.public import Program
 from meshwright.compiler.stages import PASSED_AS, Action, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
-from meshwright.runtime.rank import RankProgram, RankState, padded
+from meshwright.runtime.rank import RankProgram, RankState, Results, padded
 
 Kept = Tensor | list[tuple[Tensor, Tensor]] | None
 """The gradients of a bucket before a step: all as one, each with its view, or none."""
@@ -102,9 +102,9 @@ class Executor:
     def run(self, arguments: Sequence[Tensor]) -> RankProgram:
         """One step: the actions of this rank in order, then what is still under way.
 
-        `arguments` are the local parts of the inputs, in the program's order. Returns the outputs
-        by label, in memory that no later step writes to; gradients are in the flat buffers. It
-        counts when `commit` has been called; `undo` makes it as if it had not been.
+        `arguments` are the local parts of the inputs, in the program's order. Returns `Results`, in
+        memory that no later step writes to; gradients are in the flat buffers. It counts when
+        `commit` has been called; `undo` makes it as if it had not been.
         """
         self._kept = []
         saved = [_Saved(stage) for stage in self.stages]
@@ -129,13 +129,13 @@ class Executor:
             yield from _arrived(reduction)
         return results
 
-    def commit(self, results: dict[str, Tensor]) -> None:
+    def commit(self, results: Results) -> None:
         """Give the parameters their gradients, and take new values of buffers out of `results`."""
         kept, self._kept = self._kept, []
         for bucket, gradients in kept:
             bucket.give(gradients)
         for output in self.buffers:
-            self.state.tensors["buffer", output.name].copy_(results.pop(output.label))
+            self.state.tensors["buffer", output.name].copy_(results.pop(output))
 
     def undo(self) -> None:
         """Put back the gradients that an unfinished step has overwritten."""
@@ -189,12 +189,12 @@ _COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _results(made: Sequence[tuple[Output, Any]]) -> RankProgram:
-    """The outputs by label, once they are all there; the loss comes first."""
-    results: dict[str, Tensor] = {}
+    """The outputs once they are all there; the loss comes first."""
+    results: Results = {}
     for output, value in sorted(made, key=lambda each: each[0].kind is not OutputKind.LOSS):
         result = (yield from _arrived(value)) if type(value) is Pending else value
         # A tensor that lives on, or a view of one, may be written to.
-        results[output.label] = result.clone() if storage(output.node).held else result
+        results[output] = result.clone() if storage(output.node).held else result
     return results
 
 

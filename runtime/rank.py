@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.compiler.codegen.linking import RandomState
-from meshwright.compiler.graph.ir import Node
+from meshwright.compiler.graph.ir import Node, Output
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 
 RankProgram = Generator[Any, Any, Any]
+Results = dict[Output, Tensor]
+"""What a step returns: loss, outputs and new values of buffers."""
 Values = Callable[[Stored], Tensor]
 """The global value of a parameter or buffer."""
 

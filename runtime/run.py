@@ -28,7 +28,7 @@ from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, make_optimizer
-from meshwright.runtime.rank import RankProgram, RankState, Values
+from meshwright.runtime.rank import RankProgram, RankState, Results, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest, same_constants, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
@@ -105,7 +105,7 @@ class Run:
         self._launched = self._link(program)
         self._latest = {program.mode: self._launched}
         self._rows: tuple[Inputs, list[Sharder]] | None = None
-        self._results: list[dict[str, Tensor]] = []
+        self._results: list[Results] = []
         """Of the last call, by rank, where every rank is here."""
 
     def _start(self, seed: int, values: Values, interval: int) -> None:
@@ -193,7 +193,7 @@ class Run:
         """
         linked, tensors = self._find("infer", args, kwargs)
         found = self._execute("forward", linked, tensors)
-        named = {label.partition(":")[2]: value for label, value in found.items()}
+        named = {output.name: value for output, value in found.items()}
         return named[""] if list(named) == [""] else named
 
     def _execute(
@@ -202,7 +202,7 @@ class Run:
         linked: _Linked,
         tensors: Sequence[Tensor],
         ranks: Sequence[tuple[Executor, list[Sharder]]] = (),
-    ) -> dict[str, Tensor]:
+    ) -> Results:
         check = self._input_check
         axes = data_axes(self.program) if method == "step_local" else ()
         if check is not None:
@@ -223,7 +223,7 @@ class Run:
         tensors: Sequence[Tensor],
         names: Sequence[str],
         training: bool,
-    ) -> list[dict[str, Tensor]]:
+    ) -> list[Results]:
         """Run one step on every rank of this process; an interrupted one leaves all as it was."""
         before = [replace(state.random) for state in self.states]
         try:
@@ -233,7 +233,7 @@ class Run:
                 step.run([own(tensor) for own, tensor in zip(sharders, tensors, strict=True)])
                 for step, sharders in ranks
             ]
-            found: list[dict[str, Tensor]] = self._run(programs, names)
+            found: list[Results] = self._run(programs, names)
             with torch.no_grad():
                 for (step, _), results in zip(ranks, found, strict=True):
                     step.commit(results)
@@ -559,7 +559,7 @@ def launch(program: Program, **options: Any) -> Run:
         return Run(program, **options)
 
 
-def _results(found: Mapping[str, Tensor]) -> Any:
+def _results(found: Results) -> Any:
     loss, *outputs = found.values()
     return (loss, *outputs) if outputs else loss
 

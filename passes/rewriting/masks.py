@@ -19,7 +19,7 @@ import math
 import torch
 
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.graph.ir import INPUT, Graph, Node
+from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.passes.rewriting.rewriter import Rewriter, rewrite_operators
 
 aten = torch.ops.aten
@@ -60,7 +60,7 @@ def _assign(rewriter: Rewriter) -> Node | None:
 def _rows(rewriter: Rewriter, x: Node, mask: Node, over: Node, place: int) -> Node:
     """`x[mask] = rows`: as many rows as a mask that is known beforehand has true elements."""
     accumulates = rewriter.option(3, "accumulate", False)
-    if mask.op != INPUT or mask.args[0] == "argument" or accumulates:
+    if not mask.of_model or accumulates:
         raise _refused(rewriter.node, "writes one row for each true element of a mask")
     value: Node = rewriter.args[2]
     shape = value.tensor.shape

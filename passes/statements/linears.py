@@ -89,7 +89,7 @@ def _sources(node: Node) -> tuple[Node, ...]:
     waiting, seen = [node], {node}
     while waiting:
         each = waiting.pop()
-        if each.op == INPUT and each.args[0] == "argument":
+        if each.op == INPUT and not each.of_model:
             return ()
         if each.op == INPUT and each.args[0] == "parameter":
             found[each] = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.graph.ir import INPUT, Graph, Node, TensorType
+from meshwright.compiler.graph.ir import Graph, Node, TensorType
 from meshwright.compiler.layout.layout import Dim, Layout, cut, dim_axes
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
@@ -209,8 +209,7 @@ def _activation(node: Node, module: str) -> Node | None:
     for operand in node.operands():
         type = operand.type
         outside = all(path != module for path, _ in operand.origin.modules)
-        weight = operand.op == INPUT and operand.args[0] != "argument"
         floating = isinstance(type, TensorType) and type.dtype.is_floating_point
-        if outside and not weight and floating and len(operand.tensor.shape) > 2:
+        if outside and not operand.of_model and floating and len(operand.tensor.shape) > 2:
             return operand
     return None

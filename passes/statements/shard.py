@@ -32,7 +32,7 @@ def shard(draft: Draft) -> Draft:
 
 def _tensors(draft: Draft) -> Draft:
     arguments = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == "argument"}
-    weights = {n.args[1]: n for n in draft.graph.inputs if n.args[0] != "argument"}
+    weights = {n.args[1]: n for n in draft.graph.inputs if n.of_model}
     nodes = {**arguments, **weights}
     done: dict[str, Shard] = {}
     for name, statement in draft.plan.resolve(Shard, tensors_of(draft), of="tensor").items():
@@ -50,7 +50,7 @@ def _tensors(draft: Draft) -> Draft:
             )
         key = input_key(node)
         layout = _layout(draft, statement.layout, node.tensor.shape, f"{tensor_text(node)}")
-        if layout.partial and node.args[0] != "argument":
+        if layout.partial and node.of_model:
             raise draft.plan.error(
                 "P501",
                 f"`{name}` cannot be stored as a pending sum: an optimizer would step each share",
@@ -145,9 +145,8 @@ def _inputs(draft: Draft) -> Draft:
 def _entering(node: Node, module: str) -> Node | None:
     """The first operand that comes from outside `module` and is no weight."""
     for operand in node.operands():
-        weight = operand.op == INPUT and operand.args[0] != "argument"
         outside = all(path != module for path, _ in operand.origin.modules)
-        if outside and not weight and isinstance(operand.type, TensorType):
+        if outside and not operand.of_model and isinstance(operand.type, TensorType):
             return operand
     return None
 

@@ -45,7 +45,7 @@ def test_each_copy_that_differs_is_named_with_its_ranks_and_the_size_of_the_diff
         run.states[2].parameters["blocks.0.up.weight"][0] -= 0.25
         run.states[3].tensors["buffer", "steps"] += 2
         run.states[3].parameters["blocks.1.ln.bias"].grad += 1
-        run._results[2]["output:logits"] += 8
+        {output.name: value for output, value in run._results[2].items()}["logits"].add_(8)
     optimizer.state[run.states[2].parameters["blocks.1.up.bias"]]["exp_avg"] += math.nan
     with pytest.raises(mw.RunError) as caught:
         run.check(optimizer)
