@@ -15,7 +15,7 @@ from meshwright.compiler.capture import Captured
 from meshwright.compiler.capture.arguments import check_arguments, target_device
 from meshwright.compiler.capture.outputs import Mode
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.graph.ir import Graph, TensorType
+from meshwright.compiler.graph.ir import Graph, Node, TensorType
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check
@@ -170,10 +170,11 @@ def compile_captured(
     whole = with_fragments(plan, source.model)
     check_supported(whole)
     draft = _drafted(source, whole, variant_of)
+    checked: set[Node] = set()
     for each in PASSES:
         draft = each(draft)
         for graph in draft.graphs:
-            check(graph, each.__name__)
+            check(graph, each.__name__, checked)
     inputs = source.captured.input_names
 
     def recompile(*, example: Any, mode: Mode) -> Program:

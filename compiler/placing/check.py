@@ -21,8 +21,14 @@ _FRAME = {INPUT.name, "saved", "bucket", "bucket_item"}
 """Mesh operators that have no rule of their own."""
 
 
-def check(graph: Graph, after: str) -> None:
-    """Raises `PassError` naming the first node that is out of order or ill placed, and the pass."""
+def check(graph: Graph, after: str, checked: set[Node] | None = None) -> None:
+    """Raises `PassError` naming the first node that is out of order or ill placed, and the pass.
+
+    `checked` are nodes found to be well placed after earlier passes, and these are added to it: a
+    node that a pass takes over as it is need not be looked at again.
+    """
+    checked = set() if checked is None else checked
+    placed = any(node.layout is not None for node in graph.nodes)
     seen: set[Node] = set()
     names: set[str] = set()
     for node in graph.nodes:
@@ -33,8 +39,11 @@ def check(graph: Graph, after: str) -> None:
             raise _broken(node, after, "has the name of another node")
         seen.add(node)
         names.add(node.name)
-        if node.layout is not None:
+        if placed and node not in checked:
+            if node.layout is None:
+                raise _broken(node, after, "has no layout, and others have")
             _check_placed(node, graph, after)
+            checked.add(node)
 
 
 def _broken(node: Node, after: str, what: str) -> PassError:
