@@ -60,6 +60,8 @@ DROPPED: dict[str, Body] = {
     "dropout": lambda h: F.dropout(h, 0.3),
     "dropout_": lambda h: F.dropout(2 * h, 0.3, inplace=True),
     "native_dropout": lambda h: sum(torch.native_dropout(h, 0.3, True)),
+    "native_dropout, not told to train": lambda h: torch.native_dropout(h, 0.3, None)[0],
+    "mask of native_dropout": lambda h: torch.native_dropout(h, 0.3, None)[1],
     "alpha_dropout": lambda h: F.alpha_dropout(h, 0.3, True),
     "alpha_dropout of 1": lambda h: F.alpha_dropout(h, 1.0, True),
     "feature_alpha_dropout": lambda h: F.feature_alpha_dropout(h.view(8, 3, 2), 0.3, True),
@@ -167,6 +169,31 @@ def test_every_rank_draws_what_one_rank_draws(group: str) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_plan_draws_what_one_rank_draws(group: str) -> None:
     check_same(Drawing(*GROUPS[group].values()), {k: v for k, v in PLANS.items() if k != "both"})
+
+
+class Masked(nn.Module):
+    def __init__(self, train: bool | None) -> None:
+        super().__init__()
+        self.up, self.down, self.train_ = nn.Linear(6, 6), nn.Linear(6, 6), train
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.up(x)
+        y, mask = torch.native_dropout(h, 0.3, self.train_)
+        return h, y, mask, self.down(y * mask)
+
+
+@pytest.mark.parametrize("train", [True, False, None])
+def test_the_mask_of_a_dropout_says_what_it_kept(train: bool | None) -> None:
+    torch.manual_seed(0)
+    model, x, first = Masked(train).double(), real(8, 6), None
+    for plan in (ONE, *PLANS.values()):
+        parsed = meshwright.Plan.parse(plan + "allow replicate **\n")
+        found = meshwright.compile(model, parsed, (x,), mode="infer").launch(seed=3).forward(x)
+        h, y, mask, _ = found.values()
+        torch.testing.assert_close(h, model.up(x).detach())
+        torch.testing.assert_close(y, torch.where(mask, h / (0.7 if train is not False else 1), 0))
+        assert mask.dtype == torch.bool and mask.all() == (train is False) and mask.any()
+        torch.testing.assert_close(found, first := first or found)
 
 
 def test_evaluations_draw_the_same_numbers_under_every_plan() -> None:

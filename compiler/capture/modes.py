@@ -3,7 +3,7 @@
 `inference_mode` is traced as `no_grad`, which it equals for gradients; `x.data` as `x.detach()`;
 an autocast that is off as nothing (export loses a `no_grad` inside it), one that is on is refused.
 A batch norm that averages over all batches counts them in a tensor, not in Python. Packed sequences
-are refused where they are made.
+are refused where they are made. A dropout that is not told whether to drop out does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import _VF, Tensor
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from meshwright.compiler.capture import generators
 from meshwright.compiler.capture.origin import current_line, is_user
@@ -28,9 +29,26 @@ def translated_modes() -> Iterator[None]:
     """Trace a model inside this."""
     with ExitStack() as stack:
         stack.enter_context(torch.autocast("cpu", enabled=False))
+        stack.enter_context(_SaidToTrain())
         for owner, name, replacement in (*_TRANSLATED, *generators.TRANSLATED):
             stack.enter_context(replaced(owner, name, replacement))
         yield
+
+
+class _SaidToTrain(TorchFunctionMode):
+    """Says `train=True` to `native_dropout` where None means it: a stand-in would take the result
+    for the operand, and so would the trace."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in _NATIVE_DROPOUT:
+            args, kwargs = _said_to_train(*args, **(kwargs or {})), {}
+        return function(*args, **(kwargs or {}))
+
+
+def _said_to_train(input: Tensor, p: float, train: bool | None) -> tuple[Tensor, float, bool]:
+    return input, p, train is None or train
 
 
 @contextmanager
@@ -117,6 +135,13 @@ def _batch_norm(norm: Any, x: Tensor) -> Tensor:
     return functional.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
 
 
+_NATIVE_DROPOUT: frozenset[Any] = frozenset(
+    (
+        torch.native_dropout,
+        torch.ops.aten.native_dropout,
+        torch.ops.aten.native_dropout.default,
+    )
+)
 _ORIGINAL_NORM: Any = _BatchNorm.forward
 _ORIGINAL_DATA: Any = torch._C.TensorBase.__dict__["data"]
 _TRANSLATED: tuple[tuple[Any, str, Any], ...] = (

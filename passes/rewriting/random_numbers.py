@@ -256,7 +256,7 @@ def _native_dropout(rewriter: Rewriter) -> Node:
     """The mask is the dropout of ones."""
     x, p, train = rewriter.args[:3]
     ones = rewriter.call(aten.ones_like.default, rewriter.stopped(x))
-    if train is None or train:
+    if train:
         number = rewriter.random_id()
         y, kept = (rewriter.call(Dropout.op, each, float(p), number) for each in (x, ones))
     else:
