@@ -38,6 +38,7 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.graph.weights import input_behind
+from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.stages import Stage
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.sequence import gathers_again
@@ -182,14 +183,15 @@ class _Separator:
         )
 
     def _overwrites(self, part: _Part, node: Node, kept: Mapping[Node, int]) -> bool:
-        """Whether the loss may write its gradient over the logits: nothing else will read them."""
-        if node.op != MeshOp("cross_entropy_backward"):
+        """Whether a composite may write its result over an operand: nothing else will read it."""
+        known = composite_of(node.op)
+        if known is None or known.overwrites is None:
             return False
-        logits = node.args[1]
-        memory = storage(logits)
-        alone = part.readers[logits] == 1 and kept[memory] == 1
-        forward = self.home[logits].phase is Phase.FORWARD
-        return logits in part.saved and alone and forward and not memory.held
+        operand = node.args[known.overwrites]
+        memory = storage(operand)
+        alone = part.readers[operand] == 1 and kept[memory] == 1
+        forward = self.home[operand].phase is Phase.FORWARD
+        return operand in part.saved and alone and forward and not memory.held
 
 
 def _is_gather(node: Node) -> bool:

@@ -124,7 +124,8 @@ class Composite:
     op: ClassVar[MeshOp]
     """What nodes name it by."""
     number: ClassVar[int | None] = None
-    """The argument that is a number by its place in the graph: equal layers differ in it."""
+    """The argument that numbers its random draws by its place in the model, 0 if it draws none:
+    equal layers differ in it."""
     is_fresh: ClassVar[bool] = False
     """Whether its result is memory of its own, which a collective may overwrite."""
     overwrites: ClassVar[int | None] = None

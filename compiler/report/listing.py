@@ -18,6 +18,7 @@ import torch
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Arg, Graph, MeshOp, Node
 from meshwright.compiler.graph.text import arg_text, arg_texts, call_text, node_type_text, op_text
 from meshwright.compiler.graph.transfers import counted, moves, transfer_key
+from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.report.folding import Folded, Line, Repeat, fold_lines
 from meshwright.dsl.errors import plural
 from meshwright.dsl.writing.html import html_table
@@ -224,11 +225,18 @@ def _collectives(copy: Sequence[Line]) -> Counter[str]:
 
 def _own(copy: Sequence[Line]) -> Iterator[str]:
     """What each copy has of its own, besides names."""
-    ops = {line.op.name for line in copy if isinstance(line, Node) and isinstance(line.op, MeshOp)}
-    if "saved" in ops:
+    if any(isinstance(line, Node) and line.op == MeshOp("saved") for line in copy):
         yield "saved values of its own"
-    if ops & {"random", "dropout"}:
+    if any(_draws(line) for line in copy):
         yield "random numbers of its own"
+
+
+def _draws(line: Line) -> bool:
+    """Whether a line draws random numbers; what numbers them counts from 1."""
+    if not isinstance(line, Node):
+        return False
+    known = composite_of(line.op)
+    return known is not None and known.number is not None and line.args[known.number] > 0
 
 
 def _carried(repeat: Repeat) -> Iterator[str]:
