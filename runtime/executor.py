@@ -6,7 +6,7 @@ stage, activations and cotangents for the stage that takes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,7 +55,8 @@ class Executor:
         }
         self.stages = program.stages
         self.buffers = [o for g in graphs.values() for o in g.outputs_of(OutputKind.BUFFER)]
-        self._kept: list[tuple[_Bucket, Kept]] = []
+        self.places = [self._places(stage) for stage in program.stages]
+        self._kept: dict[_Bucket, Kept] = {}
         """What each bucket held before the step that is under way, if that came to fill it."""
 
     def _linked(self, graph: Graph, code: Code, places: dict[str, int], *, once: bool) -> _Linked:
@@ -75,11 +76,23 @@ class Executor:
             [code.link(context) for context in contexts],
             _Inputs(graph, self, places),
             tuple(each for each in graph.outputs if each.kind is not OutputKind.SAVED),
-            [
-                _Bucket(flat, [state.parameters[name] for name in owners], views)
-                for owners, (flat, *views) in filled.values()
-            ],
+            {
+                name: _Bucket(flat, [state.parameters[owner] for owner in owners], views)
+                for name, (owners, (flat, *views)) in filled.items()
+            },
         )
+
+    def _places(self, stage: Stage) -> dict[int, tuple[_Bucket, Tensor]]:
+        """Where gradients are summed up over a loop, by the number under which each is saved: in
+        the bucket that a graph after the loop would copy the sum to."""
+        found: dict[int, tuple[_Bucket, Tensor]] = {}
+        for phase, graph in stage.graphs.items():
+            users, buckets = graph.users(), self.graphs[stage.number, phase].buckets
+            for node in (node for node in graph.nodes if node.op == MeshOp("bucket")):
+                for part, (_, view) in zip(node.args, buckets[node.name].pairs, strict=True):
+                    if part in stage.joined.values() and users[part] == [node]:
+                        found[part.args[0].args[0]] = buckets[node.name], view
+        return found
 
     def tensor(self, node: Node) -> Tensor:
         """What this rank holds of a parameter, buffer or constant, in the layout of `node`."""
@@ -106,17 +119,18 @@ class Executor:
         memory that no later step writes to; gradients are in the flat buffers. It counts when
         `commit` has been called; `undo` makes it as if it had not been.
         """
-        self._kept = []
-        saved = [_Saved(stage) for stage in self.stages]
+        self._kept = {}
+        saved = [_Saved(*each) for each in zip(self.stages, self.places, strict=True)]
         passed: Passed = {}
         made: list[tuple[Output, Any]] = []
         reductions: list[Pending] = []
         for action in self.actions:
             each = self.graphs[action.stage, action.kind]
             inputs = yield from each.inputs.take(arguments, passed, action.microbatch)
-            self._kept += [(bucket, bucket.keep()) for bucket in each.buckets]
+            self._keep(each.buckets.values())
             own = saved[action.stage].of(action)
             values, under_way = yield from each.run(inputs, own, action.microbatch)
+            self._keep(saved[action.stage].filled(action))
             saved[action.stage].hand_over(action)
             reductions += under_way
             for output, value in zip(each.outputs, values, strict=True):
@@ -129,26 +143,32 @@ class Executor:
             yield from _arrived(reduction)
         return results
 
+    def _keep(self, buckets: Iterable[_Bucket]) -> None:
+        """Note what buckets hold that are about to be filled."""
+        for bucket in buckets:
+            if bucket not in self._kept:
+                self._kept[bucket] = bucket.keep()
+
     def commit(self, results: Results) -> None:
         """Give the parameters their gradients, and take new values of buffers out of `results`."""
-        kept, self._kept = self._kept, []
-        for bucket, gradients in kept:
+        kept, self._kept = self._kept, {}
+        for bucket, gradients in kept.items():
             bucket.give(gradients)
         for output in self.buffers:
             self.state.tensors["buffer", output.name].copy_(results.pop(output))
 
     def undo(self) -> None:
         """Put back the gradients that an unfinished step has overwritten."""
-        kept, self._kept = self._kept, []
-        for bucket, gradients in kept:
+        kept, self._kept = self._kept, {}
+        for bucket, gradients in kept.items():
             bucket.put_back(gradients)
 
 
 class _Saved:
     """What the graphs of a stage have saved for later ones, by number."""
 
-    def __init__(self, stage: Stage) -> None:
-        self.turns = stage.forward.mesh.turns
+    def __init__(self, stage: Stage, places: Mapping[int, tuple[_Bucket, Tensor]]) -> None:
+        self.turns, self.places = stage.forward.mesh.turns, places
         self.by_microbatch: list[dict[int, Any]] = [{} for _ in self.turns]
         self.once: dict[int, Any] = {}
         self.joined = stage.joined
@@ -156,6 +176,10 @@ class _Saved:
     def of(self, action: Action) -> dict[int, Any]:
         """What an action takes from, and adds to."""
         return self.once if action.kind.once else self.by_microbatch[action.microbatch]
+
+    def filled(self, action: Action) -> list[_Bucket]:
+        """The buckets to which gradients are added that the action has just saved."""
+        return [self.places[number][0] for number in self.of(action) if number in self.places]
 
     def hand_over(self, action: Action) -> None:
         """Let every microbatch have what was made once, and join what was made by one of them."""
@@ -175,7 +199,8 @@ class _Saved:
                 total = self.once[number] = value.new_empty((len(self.turns), *value.shape))
             total[microbatch].copy_(value)
         elif total is None:
-            self.once[number] = value.clone()
+            place = self.places[number][1] if number in self.places else torch.empty_like(value)
+            self.once[number] = place.copy_(value)
         else:
             _COMBINED[node.args[0].placed.reduction](total, value)
 
@@ -217,7 +242,7 @@ class _Linked:
     inputs: _Inputs
     outputs: tuple[Output, ...]
     """Those that are not saved."""
-    buckets: list[_Bucket]
+    buckets: dict[str, _Bucket]
 
     def run(self, inputs: Sequence[Tensor], saved: dict[int, Any], microbatch: int) -> RankProgram:
         """Run the code; an operator that fails is named."""

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 import meshwright
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import INPUT, Phase
+from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.public import Program
 from meshwright.passes import driver
 from meshwright.passes.statements.draft import Draft
 from tests.equivalence import Comparison, check_equal
 from tests.models import GPT_TENSOR, Gpt, Mlp, rows, tokens
+from tests.passes.test_stored import stored_split
 
 AXIS = "micro"
 
@@ -42,6 +44,9 @@ PLANS = {
     "micro alone": "mesh micro=4\ndata tokens, targets over micro\n",
     "micro first": "mesh micro=2, dp=2\ndata tokens, targets over (micro, dp)\n",
     "tensor": "mesh tp=2, micro=2\ndata tokens, targets over micro\n" + GPT_TENSOR,
+    "sequence": "mesh dp=2, tp=2, micro=2\ndata tokens, targets over (dp, micro)\n"
+    + GPT_TENSOR
+    + "sequence blocks.* over tp\nvocab wte, head over tp\n",
 }
 
 
@@ -49,6 +54,41 @@ PLANS = {
 def test_a_gpt_in_microbatches_trains_as_on_one_device(name: str) -> None:
     torch.manual_seed(0)
     check_equal(Gpt(), tokens, PLANS[name])
+
+
+@pytest.mark.parametrize("name", ["data", "sequence"])
+def test_weights_that_are_stored_split_are_gathered_and_scattered_in_the_loop(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    place = driver.PASSES.index(driver.partition)
+    passes = (*driver.PASSES[:place], stored_split, *driver.PASSES[place:])
+    monkeypatch.setattr(driver, "PASSES", passes)
+    program = check_equal(Gpt(layers=1), tokens, PLANS[name])
+    assert "all_gather_replicated" in kinds(program, Phase.FORWARD)
+    assert kinds(program, Phase.BACKWARD) == {"all_gather_replicated", "reduce_scatter"}
+    assert kinds(program, Phase.AFTER) == {"all_reduce"}
+
+
+def kinds(program: Program, phase: Phase) -> set[str]:
+    """The kinds of the collectives over `dp` that the graph of a phase has."""
+    nodes = program.stages[0].graphs[phase].nodes
+    return {
+        str(n.op).removeprefix("mesh::") for n in nodes if moves(n) and "dp" in n.kwargs["axes"]
+    }
+
+
+def test_gradients_are_summed_up_where_they_are_kept() -> None:
+    batch = rows()
+    run = compiled(Mlp(), batch, "mesh dp=2, micro=4\ndata x over (dp, micro)\n").launch()
+    executors = [executor for executor, _ in run._launched.ranks]
+    for executor in executors:
+        assert len(executor.places[0]) == len(list(Mlp().parameters()))
+    run.step(*batch)
+    first = run.gradients()
+    run.step(*batch)
+    for name, gradient in run.gradients().items():
+        assert torch.allclose(gradient, 2 * first[name])
 
 
 def test_dropout_draws_the_same_numbers_in_microbatches() -> None:
