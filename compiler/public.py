@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
+from meshwright.compiler.capture.aliases import named_tensors
 from meshwright.compiler.graph.text import size_text
 from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.explain import Explanation, explain
 from meshwright.compiler.report.ledger import Comm, ledger
 from meshwright.compiler.report.listing import GraphText
 from meshwright.compiler.report.memory import Memory, memory
-from meshwright.compiler.report.show import show, show_html
 from meshwright.compiler.report.summary import summarise
 from meshwright.dsl.errors import plural
 
@@ -31,8 +33,16 @@ class Program(Compiled):
     """
 
     recompile: Callable[..., Program] = field(repr=False)
-    """Compile the same model and plan for another input signature or mode."""
+    """Compile the model, or a copy of it, under the same plan for another input signature or mode:
+    `recompile(model, example=..., mode=...)`."""
     launcher: Callable[..., Any] = field(repr=False)
+
+    def with_model(self, model: nn.Module) -> Program:
+        """The same program of a copy of its model, with the tensors of that."""
+        named, found = named_tensors(model), copy.copy(self)
+        captured = replace(self.captured, parameters=named.parameters, buffers=named.buffers)
+        vars(found).update(model=model, captured=captured)
+        return found
 
     def __repr__(self) -> str:
         comm, peak = self.comm(), size_text(self.memory().peak)
@@ -44,6 +54,8 @@ class Program(Compiled):
         )
 
     def _repr_html_(self) -> str:
+        from meshwright.compiler.report.show import show_html  # takes rich, which few runs need
+
         return show_html(self)
 
     def graph(self, name: str) -> GraphText:
@@ -70,6 +82,8 @@ class Program(Compiled):
 
         With `local`, shapes are those that one rank holds.
         """
+        from meshwright.compiler.report.show import show
+
         show(self, local=local)
 
     def to_json(self) -> dict[str, object]:

@@ -70,7 +70,7 @@ class Section(NamedTuple):
 MACHINERY: Mapping[type, tuple[str, ...]] = {
     mw.Program: (
         "captured", "stages", "schedule", "movements", "recompile", "launcher", "code", "inputs",
-        "trains", "instructions",
+        "trains", "instructions", "with_model",
     ),
     program.Stored: ("padding", "plan_line"),
     mw.Plan: ("names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error"),

@@ -97,7 +97,7 @@ class CapturedModel:
     device: torch.device
     example: Any = field(repr=False)
     recapture: Callable[..., CapturedModel] = field(repr=False)
-    """Capture the same model for another `example` or `mode`."""
+    """Capture the model, or a copy of it, for another `example` or `mode`."""
 
     @cached_property
     def modules(self) -> Mapping[str, str]:
@@ -108,7 +108,7 @@ class CapturedModel:
     def evaluation(self) -> Graph | None:
         """The graph of the model's eval mode, if it can be captured there."""
         try:
-            return self.recapture(example=self.example, mode="eval").captured.graph
+            return self.recapture(self.model, self.example, mode="eval").captured.graph
         except CaptureError:
             return None
 
@@ -151,7 +151,7 @@ def capture(
     graph = captured.graph
     for each in REWRITING:
         graph = each(graph)
-    again = partial(capture, model, **options)
+    again = partial(capture, **options)
     return CapturedModel(model, replace(captured, graph=graph), target, example, again)
 
 
@@ -175,10 +175,10 @@ def compile_captured(
         draft = each(draft)
         for graph in draft.graphs:
             check(graph, each.__name__, checked)
-    inputs = source.captured.input_names
+    inputs, recapture = source.captured.input_names, source.recapture
 
-    def recompile(*, example: Any, mode: Mode) -> Program:
-        again = source.recapture(example=example, mode=mode)
+    def recompile(model: nn.Module, *, example: Any, mode: Mode) -> Program:
+        again = recapture(model, example, mode=mode)
         return compile_captured(again, plan, launcher=launcher, variant_of=inputs)
 
     program = _program(draft, source, launcher, recompile)

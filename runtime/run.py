@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from meshwright.compiler.capture.structure import Structure
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import spelled
@@ -90,7 +92,7 @@ class Run:
             shapes = shapes_of(state_dict, "`state_dict`")
             check_state(program, shapes, "`state_dict`", needed=())
             check_values(program, state_dict, "`state_dict`")
-        self.program, self.mesh, self.new_shapes = program, program.mesh, new_shapes
+        self.mesh, self.new_shapes = program.mesh, new_shapes
         values = values_of(program, state_dict)
         for _, stored in stored_tensors(program):
             values(stored)
@@ -98,15 +100,25 @@ class Run:
         self.transport = transport_of(program.mesh, program.device)
         self.transport.check_same_program(executable_digest(program))
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
+        self._structure = Structure(program.model)
+        self.program = program.with_model(self._structure.copy)
         self._input_check: InputCheck | None = None
         self._closed = False
         self._start(seed, values, interval)
+        if program.mode == "train":
+            notice_optimizers_of(program.captured.parameters)
         self._signatures: dict[Any, _Linked] = {}
-        self._launched = self._link(program)
+        self._launched = self._link(self.program)
         self._latest = {program.mode: self._launched}
         self._rows: tuple[Inputs, list[Sharder]] | None = None
         self._results: list[Results] = []
         """Of the last call, by rank, where every rank is here."""
+        self._collect()
+
+    def _collect(self) -> None:
+        """Free what compiling left behind: torch's tracers are cycles that hold the whole model."""
+        if isinstance(self.transport, ProcessMesh):
+            gc.collect()
 
     def _start(self, seed: int, values: Values, interval: int) -> None:
         """Let every rank begin with the same seed and weights, and watch for what goes wrong."""
@@ -119,8 +131,6 @@ class Run:
                 self._input_check = InputCheck(
                     self.transport, self.states[0], interval, splits_data=splits_data
                 )
-        if self.program.mode == "train":
-            notice_optimizers_of(self.program.captured.parameters)
 
     def __repr__(self) -> str:
         program, step = self.program, self.states[0].random.step
@@ -288,10 +298,14 @@ class Run:
         if key not in self._signatures:
             if self._input_check is not None:
                 self._input_check.settle()
-            program = self.program.recompile(example=(args, kwargs), mode=mode)
+            model = self._structure.model()
+            program = self.program.recompile(model, example=(args, kwargs), mode=mode)
+            self._structure.check(model, program.captured.constants)
+            program = program.with_model(self._structure.copy)
             self.transport.check_same_program(executable_digest(program))
             with apart_from_caller(program.device.type):
                 self._signatures[key] = self._link(program)
+            self._collect()
         return self._signatures[key]
 
     def _link(self, program: Program) -> _Linked:

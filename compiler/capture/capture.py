@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental import proxy_tensor
 
 from meshwright.compiler.capture.aliases import NamedTensors, named_tensors
 from meshwright.compiler.capture.convert import Converter
@@ -143,6 +144,8 @@ def _export(
         stack.enter_context(capturing())
         stack.enter_context(quiet())
         program = copy_context().run(torch.export.export, wrapper, tensors, strict=False)
+    # Torch keeps the nodes of the last export, and so all of its graph, to warn of leaks in it.
+    getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
     refuse_generators(program)
     stopped = inline_regions(program.graph_module)
     detach_out_of_place(program.graph)

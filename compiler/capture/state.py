@@ -22,7 +22,7 @@ class StateBefore:
         self.model = model
         self.buffers = dict(model.named_buffers(remove_duplicate=False))
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.attributes = dict(_tensor_attributes(model))
+        self.attributes = dict(tensor_attributes(model))
         self.numbers = list(_numbers(model))
 
     def changed_numbers(self) -> Iterator[tuple[nn.Module, str]]:
@@ -40,7 +40,7 @@ class StateBefore:
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if self.parameters.get(name) is not parameter:
                 _refuse(f"parameter `{name}`")
-        now = dict(_tensor_attributes(self.model))
+        now = dict(tensor_attributes(self.model))
         for name, tensor in self.attributes.items():
             if now.get(name) is not tensor:
                 _refuse(f"tensor `{name}`")
@@ -87,7 +87,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
                 yield module, name, value
 
 
-def _tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, Tensor):

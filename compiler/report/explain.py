@@ -12,7 +12,6 @@ from meshwright.compiler.graph.text import size_text, type_text
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Moved, collectives
 from meshwright.compiler.report.sheets import Column, Sheet
-from meshwright.compiler.report.show import sheet_text
 from meshwright.compiler.report.summary import statement_texts
 from meshwright.compiler.report.sums import Part, Sum, Sums, inside
 from meshwright.dsl.errors import PlanError, did_you_mean, plural, spelled
@@ -93,6 +92,8 @@ class Explanation:
         return "\n".join(lines)
 
     def _summed(self, whole: Part) -> Iterable[str]:
+        from meshwright.compiler.report.show import sheet_text
+
         sheets = (_held_sheet(whole), self._sums_sheet(whole), _parts_sheet(self.children))
         for sheet in sheets:
             yield f"\n{sheet.title}"

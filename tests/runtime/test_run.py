@@ -222,9 +222,9 @@ def test_programs_for_other_modes_and_shapes_are_compiled_once(
     program = compiled()
     modes: list[str] = []
 
-    def recompile(**options: Any) -> mw.Program:
+    def recompile(model: nn.Module, **options: Any) -> mw.Program:
         modes.append(options["mode"])
-        return program.recompile(**options)
+        return program.recompile(model, **options)
 
     counting = copy.copy(program)
     object.__setattr__(counting, "recompile", recompile)
