@@ -29,7 +29,7 @@ class Program(Compiled):
     Nothing here needs a device or a process group but `launch`. `plan` is the plan with what
     modules carry of their own, `mesh` its axes, `device` what is compiled for and `model` the
     module that was compiled, untouched. `parameters` and `buffers` say how ranks hold each
-    tensor of the model, by name.
+    tensor of the model, by name. It holds the model, for `launch` to take the weights of.
     """
 
     recompile: Callable[..., Program] = field(repr=False)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from meshwright.compiler.capture.structure import Structure
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import spelled
@@ -30,9 +27,10 @@ from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, make_optimizer
+from meshwright.runtime.programs import Linked, Programs
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
-from meshwright.runtime.start import check_seed, executable_digest, same_constants, same_start
+from meshwright.runtime.start import check_seed, executable_digest, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
 from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.weights import (
@@ -46,25 +44,14 @@ from meshwright.runtime.weights import (
 from meshwright.runtime.world.agreement import agreed
 
 
-@dataclass(frozen=True, slots=True)
-class _Linked:
-    """A program with its code linked for the ranks in this process."""
-
-    program: Program
-    inputs: Inputs
-    ranks: list[tuple[Executor, list[Sharder]]]
-    wire_names: tuple[str, ...]
-    input_names: tuple[str, ...]
-
-
 class Run:
     """A launched program: the weights of its ranks, trained step by step.
 
-    Made by `Program.launch`. `program` is what was launched, `mesh` its axes and `new_shapes` what
-    was asked for. The model that was compiled is not touched: its `state_dict()` stays as it was,
-    that of the run is current, and `copy_to` writes trained values back. Every rank calls the same
-    methods in the same order. A run ends with `close`, at the end of a `with`, or with the
-    interpreter.
+    Made by `Program.launch`. `program` is what was launched, without the model's weights, `mesh`
+    its axes and `new_shapes` what was asked for. The model that was compiled is not touched: its
+    `state_dict()` stays as it was, that of the run is current, and `copy_to` writes trained values
+    back. Every rank calls the same methods in the same order. A run ends with `close`, at the end
+    of a `with`, or with the interpreter.
     """
 
     def __init__(
@@ -92,7 +79,7 @@ class Run:
             shapes = shapes_of(state_dict, "`state_dict`")
             check_state(program, shapes, "`state_dict`", needed=())
             check_values(program, state_dict, "`state_dict`")
-        self.mesh, self.new_shapes = program.mesh, new_shapes
+        self.program, self.mesh, self.new_shapes = program, program.mesh, new_shapes
         values = values_of(program, state_dict)
         for _, stored in stored_tensors(program):
             values(stored)
@@ -100,25 +87,16 @@ class Run:
         self.transport = transport_of(program.mesh, program.device)
         self.transport.check_same_program(executable_digest(program))
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
-        self._structure = Structure(program.model)
-        self.program = program.with_model(self._structure.copy)
         self._input_check: InputCheck | None = None
         self._closed = False
         self._start(seed, values, interval)
         if program.mode == "train":
             notice_optimizers_of(program.captured.parameters)
-        self._signatures: dict[Any, _Linked] = {}
-        self._launched = self._link(self.program)
-        self._latest = {program.mode: self._launched}
+        self._programs = Programs(program, self.states, self.transport, self._run)
+        self.program = self._programs.launched.program
         self._rows: tuple[Inputs, list[Sharder]] | None = None
         self._results: list[Results] = []
         """Of the last call, by rank, where every rank is here."""
-        self._collect()
-
-    def _collect(self) -> None:
-        """Free what compiling left behind: torch's tracers are cycles that hold the whole model."""
-        if isinstance(self.transport, ProcessMesh):
-            gc.collect()
 
     def _start(self, seed: int, values: Values, interval: int) -> None:
         """Let every rank begin with the same seed and weights, and watch for what goes wrong."""
@@ -179,8 +157,8 @@ class Run:
         inputs, sharders = self._rows
         help = "pass the rows `data_slice(n)` of a batch like the example's"
         tensors = inputs.flatten(args, kwargs, help)
-        ranks = [(self._launched.ranks[0][0], sharders)]
-        return _results(self._execute("step_local", self._launched, tensors, ranks))
+        ranks = [(self._programs.launched.ranks[0][0], sharders)]
+        return _results(self._execute("step_local", self._programs.launched, tensors, ranks))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of one global batch in the model's eval mode, without gradients.
@@ -209,7 +187,7 @@ class Run:
     def _execute(
         self,
         method: str,
-        linked: _Linked,
+        linked: Linked,
         tensors: Sequence[Tensor],
         ranks: Sequence[tuple[Executor, list[Sharder]]] = (),
     ) -> Results:
@@ -266,20 +244,23 @@ class Run:
 
     def _find(
         self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[_Linked, Sequence[Tensor]]:
+    ) -> tuple[Linked, Sequence[Tensor]]:
         """The program for these inputs, compiled if that is allowed, and the inputs in order."""
-        latest = self._latest.get(mode)
+        latest = self._programs.latest.get(mode)
         tensors = latest.inputs.match(args, kwargs) if latest is not None else None
         if latest is not None and tensors is not None and not self._closed:
             return latest, tensors
         self._check_usable(mode)
         if mode == self.program.mode:
             try:
-                return self._launched, self._launched.inputs.flatten(args, kwargs, _LIKE_EXAMPLE)
+                launched = self._programs.launched
+                return launched, launched.inputs.flatten(args, kwargs, _LIKE_EXAMPLE)
             except RunError:
                 if mode == "train" and self.new_shapes == "error":
                     raise
-        linked = self._latest[mode] = self._compiled(mode, args, kwargs)
+        if self._input_check is not None:
+            self._input_check.settle()
+        linked = self._programs.compiled(mode, args, kwargs)
         return linked, linked.inputs.flatten(args, kwargs, _LIKE_EXAMPLE)
 
     def _check_usable(self, mode: str) -> None:
@@ -290,33 +271,6 @@ class Run:
                 f"the program was compiled with `mode={self.program.mode!r}`: it has no gradients",
                 help=f"compile it with `mode={mode!r}`",
             )
-
-    def _compiled(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Linked:
-        """The program for inputs like these, from the cache or compiled now, on every rank."""
-        static = self.program.captured.input_spec.static_values(args, kwargs)
-        key = (mode, *_signature(args, kwargs), *static)
-        if key not in self._signatures:
-            if self._input_check is not None:
-                self._input_check.settle()
-            model = self._structure.model()
-            program = self.program.recompile(model, example=(args, kwargs), mode=mode)
-            self._structure.check(model, program.captured.constants)
-            program = program.with_model(self._structure.copy)
-            self.transport.check_same_program(executable_digest(program))
-            with apart_from_caller(program.device.type):
-                self._signatures[key] = self._link(program)
-            self._collect()
-        return self._signatures[key]
-
-    def _link(self, program: Program) -> _Linked:
-        inputs = Inputs(program)
-        constants = self._run([same_constants(state, program) for state in self.states])
-        ranks = [
-            (Executor(program, state, own), inputs.sharders(state.coords, state.device))
-            for state, own in zip(self.states, constants, strict=True)
-        ]
-        names = tuple(name for code in program.code for name in code.wire_names)
-        return _Linked(program, inputs, ranks, names, tuple(inputs.types))
 
     # -- data ---------------------------------------------------------------------------------
 
@@ -576,13 +530,3 @@ def launch(program: Program, **options: Any) -> Run:
 def _results(found: Results) -> Any:
     loss, *outputs = found.values()
     return (loss, *outputs) if outputs else loss
-
-
-def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What decides which program runs: the structure, and each leaf's type or value."""
-    leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
-    types = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
-        for leaf in leaves
-    )
-    return str(tree), types

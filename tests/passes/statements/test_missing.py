@@ -182,7 +182,7 @@ def test_a_line_about_a_module_that_only_evaluation_uses_is_applied_there(
     run = meshwright.compile(model, meshwright.Plan.parse(DATA + line), example=(x, y)).launch()
     torch.testing.assert_close(run.step(x, y), model(x, y).detach())
     torch.testing.assert_close(run.evaluate(x, y), model.eval()(x, y).detach())
-    evaluated = next(reversed(run._signatures.values())).program
+    evaluated = next(reversed(run._programs.by_signature.values())).program
     assert "tp" in str(evaluated.graph("stage0.forward")).split("second", 1)[1]
     run.check()
 

@@ -1,0 +1,91 @@
+"""The programs of a run: the one launched, and those compiled for other modes and inputs."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from meshwright.compiler.capture.structure import Structure
+from meshwright.compiler.public import Program
+from meshwright.runtime.ambient import apart_from_caller
+from meshwright.runtime.executor import Executor
+from meshwright.runtime.inputs import Inputs, Sharder
+from meshwright.runtime.rank import RankState
+from meshwright.runtime.start import executable_digest, same_constants
+from meshwright.runtime.transports.meshes import Transport
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """A program with its code linked for the ranks in this process."""
+
+    program: Program
+    inputs: Inputs
+    ranks: list[tuple[Executor, list[Sharder]]]
+    wire_names: tuple[str, ...]
+    input_names: tuple[str, ...]
+
+
+class Programs:
+    """The programs of a run, by mode and input signature; none of them holds the model's weights.
+
+    `launched` is the first, and `latest` by mode the last one used. `run` runs one program of each
+    rank in this process.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        states: Sequence[RankState],
+        transport: Transport,
+        run: Callable[[Sequence[Any]], list[Any]],
+    ) -> None:
+        self._states, self._transport, self._run = states, transport, run
+        self._structure = Structure(program.model)
+        self.launched = self._linked(program)
+        self.latest = {program.mode: self.launched}
+        self.by_signature: dict[Any, Linked] = {}
+
+    def compiled(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Linked:
+        """The program for inputs like these, from the cache or compiled now, on every rank."""
+        own = self.launched.program
+        static = own.captured.input_spec.static_values(args, kwargs)
+        key = (mode, *_signature(args, kwargs), *static)
+        if key not in self.by_signature:
+            model = self._structure.model()
+            program = own.recompile(model, example=(args, kwargs), mode=mode)
+            self._structure.check(model, program.captured.constants)
+            self._transport.check_same_program(executable_digest(program))
+            with apart_from_caller(program.device.type):
+                self.by_signature[key] = self._linked(program)
+        self.latest[mode] = self.by_signature[key]
+        return self.latest[mode]
+
+    def _linked(self, program: Program) -> Linked:
+        inputs = Inputs(program)
+        constants = self._run([same_constants(state, program) for state in self._states])
+        ranks = [
+            (Executor(program, state, own), inputs.sharders(state.coords, state.device))
+            for state, own in zip(self._states, constants, strict=True)
+        ]
+        names = tuple(name for code in program.code for name in code.wire_names)
+        program = program.with_model(self._structure.copy)
+        if not self._transport.has_every_rank:
+            # Torch's tracers are cycles that hold the model, and nothing else collects them soon.
+            gc.collect()
+        return Linked(program, inputs, ranks, names, tuple(inputs.types))
+
+
+def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides which program runs: the structure, and each leaf's type or value."""
+    leaves, tree = pytree.tree_flatten((args, dict(sorted(kwargs.items()))))
+    types = tuple(
+        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in leaves
+    )
+    return str(tree), types
