@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import (
-    INPUT,
     SAVED,
     Graph,
     InputKind,
@@ -127,20 +126,18 @@ def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
     """Raises `PassError` for an action without a graph, for one that takes what no earlier action
     of its rank has made, and for one that makes what another has made: nothing adds up the losses
     and gradients of microbatches, or of two stages that share a parameter."""
-    graphs = {
-        (each.number, phase): graph for each in stages for phase, graph in each.graphs.items()
-    }
+    numbered = {stage.number: stage for stage in stages}
     for actions in dict.fromkeys(schedule.values()):
         made: set[object] = set()
         turns = range(1 + max((action.microbatch for action in actions), default=0))
         for action in actions:
-            graph = graphs.get((action.stage, action.kind))
-            if graph is None:
+            stage = numbered[action.stage]
+            if action.kind not in stage.graphs:
                 raise _misplaced(action, "has no graph")
-            for kind, *value in _taken(graph, action):
+            for kind, *value in _taken(stage, action):
                 if (kind, *value) not in made:
                     raise _misplaced(action, f"takes {kind} `{value[0]}` before it is made")
-            for kind, *value in _made(graph, action, turns):
+            for kind, *value in _made(stage, action, turns):
                 if (kind, *value) in made:
                     raise _misplaced(action, f"makes {kind} `{value[0]}` once more")
                 made.add((kind, *value))
@@ -150,22 +147,22 @@ def _misplaced(action: Action, what: str) -> PassError:
     return PassError(f"`{action}` in the schedule {what}", help="report this: it is a bug")
 
 
-def _taken(graph: Graph, action: Action) -> Iterator[tuple[Any, ...]]:
+def _taken(stage: Stage, action: Action) -> Iterator[tuple[Any, ...]]:
     """What an action takes that other actions make: kind, name, microbatch and, if saved, stage."""
-    for node in graph.nodes:
+    for node in stage.received(action.kind):
+        yield *node.args, action.microbatch
+    for node in stage.graphs[action.kind].nodes:
         if node.op == SAVED:
-            yield OutputKind.SAVED, str(node.args[0]), action.microbatch, action.stage
-        elif node.op == INPUT and not node.held:
-            yield *node.args, action.microbatch
+            yield OutputKind.SAVED, str(node.args[0]), action.microbatch, stage.number
 
 
-def _made(graph: Graph, action: Action, turns: Iterable[int]) -> Iterator[tuple[Any, ...]]:
+def _made(stage: Stage, action: Action, turns: Iterable[int]) -> Iterator[tuple[Any, ...]]:
     """What an action makes, in the same terms; results of a step have no microbatch."""
-    for output in graph.outputs:
+    for output in stage.sent(action.kind):
+        yield PASSED_AS[output.kind], output.name, action.microbatch
+    for output in stage.graphs[action.kind].outputs:
         if output.kind is OutputKind.SAVED:
             for microbatch in turns if action.kind.once else (action.microbatch,):
-                yield output.kind, output.name, microbatch, action.stage
-        elif output.kind in PASSED_AS:
-            yield PASSED_AS[output.kind], output.name, action.microbatch
-        else:
+                yield output.kind, output.name, microbatch, stage.number
+        elif output.kind not in PASSED_AS:
             yield output.kind, output.name
