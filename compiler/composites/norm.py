@@ -1,11 +1,11 @@
 """Layer norm and RMS norm over the last dim; where that is split, statistics are exchanged.
 
-Before:  norm: (f32[8, 16@tp], f32[8], f32[8]) = mesh::norm(x, weight, bias, 1e-05, 'layer')
-After:   norm_stats: f32[2@tp, 2, 8]           = mesh::norm_stats(x, 'layer')
+Before:  norm: (f32[8, 16@tp], f32[8], f32[8]) = mesh::norm(linear, slice, slice_1, 1e-05, layer)
+After:   norm_stats: f32[2@tp, 2, 8]           = mesh::norm_stats(linear, layer)
          all_gather_replicated: f32[2, 2, 8]   = all_gather_replicated(norm_stats, tp)
          norm_finish: (f32[8, 16@tp], f32[8],
-             f32[8])                           = mesh::norm_finish(x, all_gather_replicated,
-             weight, bias, 1e-05, 'layer')
+             f32[8])                           = mesh::norm_finish(linear,
+             all_gather_replicated, slice, slice_1, 1e-05, layer)
 
 The backward has one sum over ranks, of two numbers per row.
 """

@@ -38,25 +38,15 @@ def embedding_backward(
     *,
     offset: int = -1,
     padding_idx: int = -1,
-    into: Tensor | None = None,
 ) -> Tensor:
     """The gradient `[num_rows, d]` of the `num_rows` rows held here, from `grad[..., d]`.
 
     `offset` is as in `embedding`. The row `padding_idx` (global; negative means none) gets no
-    gradient. With `into`, the gradient is added to that buffer, which is returned.
+    gradient.
     """
     local, skipped = _rows_here(index, num_rows, offset, padding_idx)
-    if into is None:
-        result: Tensor = torch.ops.aten.embedding_dense_backward(
-            grad, local, num_rows, skipped, False
-        )
-        return result
-    flat = local.reshape(-1)
-    rows = grad.reshape(-1, grad.shape[-1])
-    if skipped >= 0:
-        away = flat == skipped
-        flat, rows = flat.masked_fill(away, 0), rows.masked_fill(away.unsqueeze(-1), 0)
-    return into.index_add_(0, flat, rows.to(into.dtype))
+    result: Tensor = torch.ops.aten.embedding_dense_backward(grad, local, num_rows, skipped, False)
+    return result
 
 
 def _rows_here(index: Tensor, num_rows: int, offset: int, padding_idx: int) -> tuple[Tensor, int]:
