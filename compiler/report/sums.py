@@ -12,7 +12,7 @@ from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Moved, collectives
-from meshwright.compiler.report.memory import saved_bytes
+from meshwright.compiler.report.memory import walks
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,8 @@ class Sums:
         self.shares = _shares(program.graphs().values())
         self.saved = [
             (tuple(path for path, _ in node.origin.modules), size)
-            for graph in program.graphs().values()
-            for node, size in saved_bytes(graph).items()
+            for walk in walks(program)
+            for node, size in walk.saved.items()
         ]
 
     def of(self, path: str, kind: str) -> Part:

@@ -1,0 +1,411 @@
+"""Walk instructions with the storages of one rank: how many bytes are alive, and when.
+
+Each call runs once, on fake tensors of its shapes, strides and types, so that views, copies and
+what the operator needs inside itself are what they will be; equal calls are run once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from meshwright.compiler.codegen.instructions import (
+    BucketView,
+    Call,
+    Constant,
+    Copy,
+    Exchange,
+    Free,
+    Instruction,
+    Instructions,
+    Item,
+    Operand,
+    RankContext,
+    Rearrange,
+    Rearranging,
+    Return,
+    Save,
+    Start,
+    Take,
+    UnderWay,
+    Variable,
+    Wait,
+)
+from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
+from meshwright.compiler.layout.local_ops import Permute, Reshape
+from meshwright.compiler.placing.composite import composite_of
+from meshwright.compiler.stages import PASSED_AS, Action
+
+
+class Storage:
+    """Memory that values share; `held` says how many of them there are."""
+
+    __slots__ = ("held", "num_bytes")
+
+    def __init__(self, num_bytes: int) -> None:
+        self.num_bytes, self.held = num_bytes, 0
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A rank's tensor: what it looks like, and the memory behind it."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    storage: Storage
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All but the memory."""
+        return (self.shape, self.stride, self.dtype)
+
+
+Held: TypeAlias = "Local | tuple[Any, ...] | None"
+"""What a variable holds: a tensor, several, or none."""
+
+
+class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of the storages that operators make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and address(tensor) not in given:
+                storage = tensor.untyped_storage()
+                if address(tensor) not in self.made or self.made[address(tensor)][0].expired():
+                    self.made[address(tensor)] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.alive())
+        return result
+
+    def alive(self) -> int:
+        """The bytes of the storages that still live."""
+        self.made = {key: item for key, item in self.made.items() if not item[0].expired()}
+        return sum(size for _, size in self.made.values())
+
+
+def address(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    return tensor.untyped_storage()._cdata
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """A tensor that a call returns: its own memory of `num_bytes`, or that of an operand."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    memory: int
+    """A number for each storage of its own; those of operands count down from -1."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """What a call returns, and the most that its own storages hold while it runs."""
+
+    results: Any
+    peak: int
+
+
+class Walk:
+    """The storages of one rank through the actions of a step, one after another.
+
+    `peak` is the most bytes alive at once, `most_saved` the most that is saved for later graphs,
+    and `saved` what one run of each graph saves, by node. What outlives the step does not count:
+    parameters, buffers, constants, the batch and the gradients.
+    """
+
+    def __init__(self, context: RankContext) -> None:
+        self.context = context
+        self.alive = self.peak = self.most_saved = 0
+        self.saved: dict[Node, int] = {}
+        self._handed: dict[tuple[int, int], dict[int, Held]] = {}
+        """By stage and microbatch: what is saved, by number."""
+        self._passed: dict[tuple[Any, ...], Held] = {}
+        """What a stage has sent to another, by its kind there, name and microbatch."""
+        self._values: dict[Variable, Held] = {}
+        self._outside = Storage(0)
+        self._costs: dict[Any, _Cost] = {}
+        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def run(self, graph: Graph, instructions: Instructions, action: Action) -> None:
+        """Walk one graph, with what earlier actions have left for it."""
+        self._graph, self._action = graph, action
+        self._buckets = {node.name: node for node in graph.nodes if node.op == MeshOp("bucket")}
+        self._own = self._handed.setdefault((action.stage, action.microbatch), {})
+        for variable, node in zip(instructions.inputs, graph.inputs, strict=True):
+            self._input(variable, node)
+        for each in instructions.body:
+            self._instruction(each)
+        for held in self._values.values():
+            self._release(held)
+        self._values = {}
+
+    def _input(self, variable: Variable, node: Node) -> None:
+        if node.held:
+            self._values[variable] = self._whole(node)
+        else:
+            received = self._passed.pop((*node.args, self._action.microbatch))
+            self._bind(variable, received)
+            self._release(received)
+
+    def _instruction(self, each: Instruction) -> None:
+        match each:
+            case Take(target, number):
+                taken = self._own.pop(number)
+                self._bind(target, taken)
+                self._release(taken)
+            case Item(target, source, index):
+                held = self._held(source)
+                assert isinstance(held, tuple)
+                self._bind(target, held[index])
+            case Call():
+                self._call(each)
+            case Copy():
+                pass
+            case Rearrange(target, source, steps):
+                self._bind(target, self._rearranged(source, steps))
+            case Exchange():
+                given, received = self._exchanged(each)
+                self._hold(given)
+                self._bind(each.target, received)
+                self._release(given)
+            case Start(handle, exchange):
+                self._bind(handle, self._exchanged(exchange))
+            case Wait(handle, exchange):
+                under_way = self._values[handle]
+                assert isinstance(under_way, tuple)
+                self._bind(exchange.target, under_way[1])
+                self._bind(handle, None)
+            case Free(variables):
+                for variable in variables:
+                    self._release(self._values.pop(variable))
+            case Save(values):
+                self._save({number: self._held(value) for number, value in values})
+            case Return():
+                self._return(each)
+
+    def _hold(self, held: Held) -> None:
+        for local in _leaves(held):
+            local.storage.held += 1
+            if local.storage.held == 1:
+                self.alive += local.storage.num_bytes
+        self.peak = max(self.peak, self.alive)
+
+    def _release(self, held: Held) -> None:
+        for local in _leaves(held):
+            local.storage.held -= 1
+            if not local.storage.held:
+                self.alive -= local.storage.num_bytes
+
+    def _bind(self, variable: Variable, held: Held) -> None:
+        self._hold(held)
+        self._release(self._values.get(variable))
+        self._values[variable] = held
+
+    def _held(self, operand: Operand) -> Any:
+        """An operand with what its variables hold in their place."""
+        if isinstance(operand, Variable):
+            return self._values[operand]
+        if isinstance(operand, BucketView):
+            bucket = self._buckets[operand.bucket]
+            return self._whole(bucket if operand.index is None else bucket.args[operand.index])
+        return tuple(map(self._held, operand)) if isinstance(operand, tuple) else operand
+
+    def _whole(self, node: Node) -> Local:
+        """A tensor that lies outside of what is counted."""
+        shape = node.placed.local_shape(self.context.mesh)
+        return Local(shape, _contiguous(shape), node.tensor.dtype, self._outside)
+
+    def _save(self, values: dict[int, Held]) -> None:
+        outputs = {int(o.name): o.node for o in self._graph.outputs_of(OutputKind.SAVED)}
+        seen = {self._outside}
+        for number, held in values.items():
+            new = {local.storage for local in _leaves(held)} - seen
+            self.saved[outputs[number]] = sum(storage.num_bytes for storage in new)
+            seen |= new
+            self._hold(held)
+        self._own.update(values)
+        kept = {leaf.storage for own in self._handed.values() for leaf in _leaves((*own.values(),))}
+        self.most_saved = max(self.most_saved, sum(storage.num_bytes for storage in kept))
+
+    def _return(self, returned: Return) -> None:
+        """What is returned is kept to the end of the step, or until another stage takes it."""
+        kept = [o for o in self._graph.outputs if o.kind is not OutputKind.SAVED]
+        for output, result in zip(kept, returned.results, strict=True):
+            held = self._held(result.handle if isinstance(result, UnderWay) else result)
+            self._hold(held)
+            if output.kind in PASSED_AS:
+                key = (PASSED_AS[output.kind], output.name, self._action.microbatch)
+                self._passed[key] = held
+        for reduction in returned.reductions:
+            self._hold(self._values[reduction.handle])
+
+    def _call(self, call: Call) -> None:
+        args, kwargs = self._held(call.args), {k: self._held(v) for k, v in call.kwargs.items()}
+        if call.out is not None:
+            kwargs["out"] = self._held(call.out)
+        key = (_function_key(call), _key(args), _key(tuple(kwargs.items())))
+        found = self._costed(key, call.function.recipe, args, kwargs)
+        if call.target is not None:
+            self._bind(call.target, found)
+
+    def _rearranged(self, source: Operand, steps: Rearranging) -> Held:
+        held = self._held(source)
+        if not steps:
+            return held
+        names = tuple(s.name if isinstance(s, Constant) else s for s in steps)
+        return self._costed(("steps", names, _key(held)), _rearranger(steps), (held,), {})
+
+    def _exchanged(self, exchange: Exchange) -> tuple[Held, Held]:
+        """The operand of an exchange and its result, in memory of its own unless it is donated."""
+        given = self._rearranged(exchange.source, exchange.steps)
+        assert isinstance(given, Local)
+        if exchange.donate and exchange.wire.kind == "all_reduce":
+            return given, given
+        shape = given.shape
+        if exchange.wire.kind == "all_gather":
+            shape = (self.context.mesh.size(exchange.wire.axes), *shape)
+        elif exchange.wire.kind == "reduce_scatter":
+            shape = shape[1:]
+        storage = Storage(math.prod(shape) * given.dtype.itemsize)
+        return given, Local(shape, _contiguous(shape), given.dtype, storage)
+
+    def _costed(
+        self,
+        key: Any,
+        recipe: Callable[[RankContext], Callable[..., Any]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Held:
+        """The results of a call, whose own storages count towards the peak."""
+        cost = self._costs.get(key)
+        if cost is None:
+            cost = self._costs[key] = self._measured(recipe, args, kwargs)
+        self.peak = max(self.peak, self.alive + cost.peak)
+        own: dict[int, Storage] = {}
+        operands = list(_leaves((*args, *kwargs.values())))
+
+        def made(result: Any) -> Held:
+            if isinstance(result, tuple):
+                return tuple(map(made, result))
+            if result is None:
+                return None
+            if result.memory < 0:
+                storage = operands[-1 - result.memory].storage
+            else:
+                storage = own.setdefault(result.memory, Storage(result.num_bytes))
+            return Local(result.shape, result.stride, result.dtype, storage)
+
+        return made(cost.results)
+
+    def _measured(
+        self,
+        recipe: Callable[[RankContext], Callable[..., Any]],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> _Cost:
+        function, fakes, counter = recipe(self.context), [], StorageCounter()
+
+        def given(operand: Any) -> Any:
+            if isinstance(operand, tuple):
+                return tuple(map(given, operand))
+            if isinstance(operand, Constant):
+                return operand.recipe(self.context)
+            if isinstance(operand, Local):
+                fakes.append(self._fake(operand))
+                return fakes[-1]
+            return operand
+
+        positional, named = given(args), {key: given(value) for key, value in kwargs.items()}
+        with torch.no_grad(), self._fakes, counter:
+            found = function(*positional, **named)
+        memory = {address(fake): -1 - i for i, fake in reversed(list(enumerate(fakes)))}
+
+        def described(result: Any) -> Any:
+            if isinstance(result, (tuple, list)):
+                return tuple(map(described, result))
+            if result is None:
+                return None
+            place = memory.setdefault(address(result), len(memory))
+            size = result.untyped_storage().nbytes()
+            return _Result(tuple(result.shape), result.stride(), result.dtype, place, size)
+
+        return _Cost(described(found), counter.peak)
+
+    def _fake(self, local: Local) -> Tensor:
+        with self._fakes:
+            return torch.empty_strided(
+                local.shape, local.stride, dtype=local.dtype, device=self.context.device
+            )
+
+
+def _leaves(held: Any) -> Iterator[Local]:
+    if isinstance(held, Local):
+        yield held
+    elif isinstance(held, tuple):
+        for item in held:
+            yield from _leaves(item)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor without gaps, the last dim's entries side by side."""
+    return tuple(math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _key(operand: Any) -> Any:
+    if isinstance(operand, tuple):
+        return tuple(map(_key, operand))
+    return operand.key if isinstance(operand, Local) else operand
+
+
+def _function_key(call: Call) -> Any:
+    """What equal calls have in common: a kernel's arguments and layouts, but not its number."""
+    node = call.node
+    known = composite_of(node.op)
+    if known is None:
+        return call.function.name
+    args = tuple(
+        None if isinstance(arg, Node) or i == known.number else arg
+        for i, arg in enumerate(node.args)
+    )
+    return (node.op, repr(args), node.layout, tuple(n.layout for n in node.operands()))
+
+
+def _rearranger(steps: Rearranging) -> Callable[[RankContext], Callable[[Tensor], Tensor]]:
+    def recipe(context: RankContext) -> Callable[[Tensor], Tensor]:
+        bound = [s.recipe(context) if isinstance(s, Constant) else s for s in steps]
+
+        def rearrange(tensor: Tensor) -> Tensor:
+            for step in bound:
+                match step:
+                    case Reshape(shape):
+                        tensor = tensor.reshape(shape)
+                    case Permute(order):
+                        tensor = tensor.permute(order)
+                    case _:
+                        tensor = step(tensor)
+            return tensor
+
+        return rearrange
+
+    return recipe
