@@ -13,7 +13,12 @@ from meshwright.compiler.kernels.attention_fused import (
     AttentionKernel,
     AttentionOptions,
 )
-from meshwright.compiler.kernels.blocks import accumulation_dtype, block_elements, shapes_only
+from meshwright.compiler.kernels.blocks import (
+    accumulation_dtype,
+    block_elements,
+    enough,
+    shapes_only,
+)
 from meshwright.compiler.kernels.dropout import keep_scale
 
 # Fewer rows than this make the products with keys and values slower than the memory they save.
@@ -37,8 +42,6 @@ def _forward(
     # Heads last but one in memory, as the fused kernels leave it: the next view merges them freely.
     out = q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
     lse = q.new_empty(batch, heads, rows, dtype=kind)
-    if shapes_only(q):
-        return out, lse
     for block in _blocks(q, k, options):
         scores = _scores(q, k, bias, options, block)
         largest = scores.amax(-1, keepdim=True)
@@ -71,7 +74,7 @@ def _backward(
     dbias = None
     if bias is not None and need_bias_grad:
         dbias = torch.zeros_like(bias, dtype=kind, memory_format=torch.contiguous_format)
-    for block in () if shapes_only(q) else _blocks(q, k, options):
+    for block in _blocks(q, k, options):
         here = (block.batch, slice(None), block.rows)
         keys = (block.batch, slice(None), slice(0, block.keys))
         weights = _scores(q, k, bias, options, block).sub_(lse[here].unsqueeze(-1)).exp_()
@@ -98,8 +101,12 @@ def _blocks(q: Tensor, k: Tensor, options: AttentionOptions) -> Iterator[_Block]
     limit = block_elements(q.device)
     tall = max(_FEWEST_ROWS, limit // width)
     many = max(1, limit // (width * max(1, rows)))
-    for first in range(0, batch, many):
-        for start in range(0, rows, tall):
+    starts = range(0, rows, tall)
+    if shapes_only(q):
+        # Where rows see only the keys before them, the last see most.
+        starts = starts[-2:]
+    for first in enough(range(0, batch, many), q):
+        for start in starts:
             stop = min(start + tall, rows)
             keys = min(stop, k.shape[2]) if options.is_causal else k.shape[2]
             yield _Block(slice(first, min(first + many, batch)), slice(start, stop), keys)

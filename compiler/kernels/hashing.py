@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from meshwright.compiler.kernels.blocks import DEVICE_BLOCK
+from meshwright.compiler.kernels.blocks import DEVICE_BLOCK, enough, fakes_are_made
 
 # Two int32 buffers and one of floats, of this many elements, stay in the second-level cache.
 _CPU_BLOCK = 1 << 16
@@ -87,7 +87,7 @@ def blocks(tables: Tables, device: torch.device) -> Iterator[slice]:
     """Slices that cover the rows of a grid, a block each."""
     rows, width = tables.grid
     step = max(1, (_CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK) // max(1, width))
-    for start in range(0, rows, step):
+    for start in enough(range(0, rows, step), tables.rows):
         yield slice(start, min(start + step, rows))
 
 
@@ -117,7 +117,7 @@ def _xor_shift(bits: Tensor, places: int, scratch: Tensor) -> None:
 
 def tables_of(index: RandomIndex, shape: tuple[int, ...], device: torch.device) -> Tables:
     """The tables of a local tensor; kept where its positions are consecutive."""
-    if any(isinstance(coords, Tensor) for coords in index.coords):
+    if fakes_are_made() or any(isinstance(coords, Tensor) for coords in index.coords):
         return _make_tables(index.shape, index.coords, shape, device)
     return _cached_tables(index.shape, index.coords, shape, device)
 

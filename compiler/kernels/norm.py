@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from meshwright.compiler.kernels.blocks import accumulation_dtype, row_blocks, shapes_only
+from meshwright.compiler.kernels.blocks import accumulation_dtype, row_blocks
 
 
 def layer_norm(
@@ -89,13 +89,12 @@ def _rms_by_layer_norm(
 def norm_stats(x: Tensor) -> Tensor:
     """`stats[2, ...]`: each row's mean, and its sum of squared differences from it."""
     stats = torch.empty(2, *x.shape[:-1], dtype=accumulation_dtype(x.dtype), device=x.device)
-    if not shapes_only(x):
-        rows, (mean, squares) = _rows(x), stats.view(2, -1)
-        for block in row_blocks(rows):
-            # torch.var_mean is one pass in a scalar loop, and ten times slower on a CPU.
-            torch.mean(rows[block], 1, dtype=stats.dtype, out=mean[block])
-            apart = rows[block] - mean[block].unsqueeze(1)
-            squares[block] = torch.linalg.vector_norm(apart, dim=1).square_()
+    rows, (mean, squares) = _rows(x), stats.view(2, -1)
+    for block in row_blocks(rows):
+        # torch.var_mean is one pass in a scalar loop, and ten times slower on a CPU.
+        torch.mean(rows[block], 1, dtype=stats.dtype, out=mean[block])
+        apart = rows[block] - mean[block].unsqueeze(1)
+        squares[block] = torch.linalg.vector_norm(apart, dim=1).square_()
     return stats
 
 
@@ -125,8 +124,6 @@ def norm_apply(
 ) -> Tensor:
     """`(x - mean) * rstd * weight + bias`, in x's type, for the part of n that is here."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if shapes_only(x):
-        return out
     rows, flat = _rows(x), _rows(out)
     for block in row_blocks(rows):
         y = _normalised(rows, mean, rstd, block)
@@ -147,13 +144,12 @@ def norm_backward_sums(
     """
     kind = accumulation_dtype(x.dtype)
     sums = torch.zeros(2, rstd.numel(), dtype=kind, device=x.device)
-    if not shapes_only(x):
-        grads, rows = _rows(grad), _rows(x)
-        for block in row_blocks(rows):
-            g = _weighted(grads[block], weight, kind)
-            if mean is not None:
-                sums[0, block] = g.sum(1)
-            sums[1, block] = _normalised(rows, mean, rstd, block).mul_(g).sum(1)
+    grads, rows = _rows(grad), _rows(x)
+    for block in row_blocks(rows):
+        g = _weighted(grads[block], weight, kind)
+        if mean is not None:
+            sums[0, block] = g.sum(1)
+        sums[1, block] = _normalised(rows, mean, rstd, block).mul_(g).sum(1)
     return sums.view(2, *rstd.shape)
 
 
@@ -176,20 +172,19 @@ def norm_backward_apply(
     width = x.shape[-1]
     dweight = torch.zeros(width, dtype=kind, device=x.device) if needs[1] else None
     dbias = torch.zeros(width, dtype=kind, device=x.device) if needs[2] else None
-    if not shapes_only(x):
-        grads, rows, flat_sums = _rows(grad), _rows(x), sums.reshape(2, -1)
-        for block in row_blocks(rows):
-            normal = _normalised(rows, mean, rstd, block)
-            if dbias is not None:
-                dbias += grads[block].sum(0, dtype=kind)
-            if dweight is not None:
-                dweight += (grads[block] * normal).sum(0)
-            if dx is not None:
-                g = _weighted(grads[block], weight, kind)
-                g.addcmul_(normal, flat_sums[1, block, None], value=-1 / n)
-                if mean is not None:
-                    g.sub_(flat_sums[0, block, None], alpha=1 / n)
-                _rows(dx)[block] = g.mul_(rstd.reshape(-1, 1)[block])
+    grads, rows, flat_sums = _rows(grad), _rows(x), sums.reshape(2, -1)
+    for block in row_blocks(rows):
+        normal = _normalised(rows, mean, rstd, block)
+        if dbias is not None:
+            dbias += grads[block].sum(0, dtype=kind)
+        if dweight is not None:
+            dweight += (grads[block] * normal).sum(0)
+        if dx is not None:
+            g = _weighted(grads[block], weight, kind)
+            g.addcmul_(normal, flat_sums[1, block, None], value=-1 / n)
+            if mean is not None:
+                g.sub_(flat_sums[0, block, None], alpha=1 / n)
+            _rows(dx)[block] = g.mul_(rstd.reshape(-1, 1)[block])
     parameter = x.dtype if weight is None else weight.dtype
     return dx, _cast(dweight, parameter), _cast(dbias, parameter)
 

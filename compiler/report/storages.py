@@ -87,23 +87,27 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        # Before results are looked at: a new storage may have the address of one that is gone.
+        self.alive()
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and address(tensor) not in given:
+            if isinstance(tensor, Tensor) and address(tensor) not in given | self.made.keys():
                 storage = tensor.untyped_storage()
-                if address(tensor) not in self.made or self.made[address(tensor)][0].expired():
-                    self.made[address(tensor)] = (StorageWeakRef(storage), storage.nbytes())
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self.made[address(tensor)] = (reference, storage.nbytes())
         self.peak = max(self.peak, self.alive())
         return result
 
     def alive(self) -> int:
         """The bytes of the storages that still live."""
-        self.made = {key: item for key, item in self.made.items() if not item[0].expired()}
+        for key, (reference, _) in list(self.made.items()):
+            if reference.expired():  # type: ignore[no-untyped-call]
+                del self.made[key]
         return sum(size for _, size in self.made.values())
 
 
 def address(tensor: Tensor) -> int:
     """What tensors that share memory have in common."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +309,7 @@ class Walk:
         own: dict[int, Storage] = {}
         operands = list(_leaves((*args, *kwargs.values())))
 
-        def made(result: Any) -> Held:
+        def made(result: Any) -> Any:
             if isinstance(result, tuple):
                 return tuple(map(made, result))
             if result is None:
@@ -316,7 +320,8 @@ class Walk:
                 storage = own.setdefault(result.memory, Storage(result.num_bytes))
             return Local(result.shape, result.stride, result.dtype, storage)
 
-        return made(cost.results)
+        results: Held = made(cost.results)
+        return results
 
     def _measured(
         self,
