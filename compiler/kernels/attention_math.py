@@ -17,7 +17,7 @@ from meshwright.compiler.kernels.blocks import (
     accumulation_dtype,
     block_elements,
     enough,
-    shapes_only,
+    has_data,
 )
 from meshwright.compiler.kernels.dropout import keep_scale
 
@@ -102,7 +102,7 @@ def _blocks(q: Tensor, k: Tensor, options: AttentionOptions) -> Iterator[_Block]
     tall = max(_FEWEST_ROWS, limit // width)
     many = max(1, limit // (width * max(1, rows)))
     starts = range(0, rows, tall)
-    if shapes_only(q):
+    if not has_data(q):
         # Where rows see only the keys before them, the last see most.
         starts = starts[-2:]
     for first in enough(range(0, batch, many), q):

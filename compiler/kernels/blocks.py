@@ -16,9 +16,15 @@ CPU_BLOCK = 1 << 17
 DEVICE_BLOCK = 1 << 24
 
 
+def has_data(tensor: Tensor) -> bool:
+    """Whether there are values to look at."""
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+
+
 def shapes_only(tensor: Tensor) -> bool:
-    """Whether `tensor` has no data, so that a kernel need only return the right shapes."""
-    return isinstance(tensor, FakeTensor) or tensor.is_meta
+    """Whether a kernel can do no more than return the right shapes: `tensor` has no data, and is on
+    a device that torch cannot even index for here."""
+    return tensor.is_cuda and not has_data(tensor) and not torch.cuda.is_available()
 
 
 def fakes_are_made() -> bool:
@@ -31,7 +37,8 @@ Block = TypeVar("Block")
 
 def enough(blocks: Iterable[Block], tensor: Tensor) -> Iterator[Block]:
     """Every block or, without data, two: what a run needs inside itself is all there by then."""
-    return islice(blocks, 2) if shapes_only(tensor) else iter(blocks)
+    most = None if has_data(tensor) else 2
+    return islice(blocks, 0 if shapes_only(tensor) else most)
 
 
 def block_elements(device: torch.device) -> int:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshwright.compiler.kernels.blocks import accumulation_dtype, row_blocks, shapes_only
+from meshwright.compiler.kernels.blocks import accumulation_dtype, has_data, row_blocks, shapes_only
 
 
 def cross_entropy(
@@ -69,6 +69,8 @@ def cross_entropy_stats(
     kind = accumulation_dtype(logits.dtype)
     num_stats = 3 if label_smoothing else 2
     stats = torch.empty(num_stats, logits.shape[0], dtype=kind, device=logits.device)
+    if shapes_only(logits):
+        return stats
     _check_targets(target, num_classes, ignore_index)
     valid = _valid_columns(logits, offset, num_classes)
     if not valid:
@@ -138,6 +140,8 @@ def cross_entropy_backward(
     grad = out
     if grad is None:
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if shapes_only(logits):
+        return grad
     valid = _valid_columns(logits, offset, num_classes)
     grad.narrow(1, valid, logits.shape[1] - valid).zero_()
     if not valid:
@@ -270,7 +274,7 @@ def _column(target: Tensor, offset: int, valid: int) -> tuple[Tensor, Tensor]:
 
 def _check_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:
     """Refuse a target that is no class. Not on other devices, where looking would wait for them."""
-    if target.device.type != "cpu" or shapes_only(target):
+    if target.device.type != "cpu" or not has_data(target):
         return
     wrong = (target < 0).logical_or_(target >= num_classes).logical_and_(target != ignore_index)
     if wrong.any():

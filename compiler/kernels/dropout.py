@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from meshwright.compiler.kernels.blocks import shapes_only
 from meshwright.compiler.kernels.hashing import (
     WORD,
     RandomIndex,
@@ -24,6 +25,8 @@ def dropout(x: Tensor, p: float, index: RandomIndex) -> Tensor:
     Linear in `x`: the backward is the same call on the gradient.
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if shapes_only(x):
+        return out
     if p >= 1:
         return out.zero_()
     if p <= 0:

@@ -11,7 +11,7 @@ from itertools import count as numbers
 import torch
 from torch import Tensor
 
-from meshwright.compiler.kernels.blocks import shapes_only
+from meshwright.compiler.kernels.blocks import has_data
 from meshwright.compiler.kernels.hashing import RandomIndex
 from meshwright.compiler.kernels.random import random
 
@@ -37,7 +37,7 @@ def standard_gamma(shape: Tensor, index: RandomIndex) -> Tensor:
 
     Below 1 it is a sample of one more, times a uniform number to the power of `1 / shape`.
     """
-    if shapes_only(shape):
+    if not has_data(shape):
         return torch.empty_like(shape)
     a, draw = shape.double(), _Draws(shape, index)
     power = torch.where(a < 1, draw("uniform").log() / a, 0.0)
@@ -64,7 +64,7 @@ def dirichlet(shape: Tensor, index: RandomIndex) -> Tensor:
 
 def poisson(rate: Tensor, index: RandomIndex) -> Tensor:
     """Poisson samples: the first count whose cumulative probability passes a uniform number."""
-    if shapes_only(rate):
+    if not has_data(rate):
         return torch.empty_like(rate)
     mean, u = rate.double(), _Draws(rate, index)("uniform")
     z = torch.special.ndtri(u)
@@ -82,7 +82,7 @@ def poisson(rate: Tensor, index: RandomIndex) -> Tensor:
 def binomial(count: Tensor, p: Tensor, index: RandomIndex) -> Tensor:
     """Binomial samples: a walk along the cumulative probability, or, where ten or more successes
     are expected, transformed rejection (Hörmann, 1993)."""
-    if shapes_only(count):
+    if not has_data(count):
         return torch.empty_like(count)
     n, p = (
         count.double() + torch.zeros_like(p, dtype=torch.float64),
