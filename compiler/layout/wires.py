@@ -189,15 +189,21 @@ def receive(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | None 
     return result.clone() if borrowed else result
 
 
-def everyone(wire: Wire, operands: Sequence[Tensor]) -> list[Tensor]:
+def everyone(wire: Wire, operands: Sequence[Tensor], donated: Sequence[bool] = ()) -> list[Tensor]:
     """What each member gets of the operands of all, in the order of the group.
 
-    No result shares memory with another or with an operand.
+    No result shares memory with another; where all get the same, that of a member which has
+    `donated` its operand overwrites it, and none shares memory with any other operand.
     """
     kind, size = WIRES[wire.kind], len(operands)
     if kind.alike:
-        first = receive(wire, 0, operands)
-        return [first, *(first.clone() for _ in range(size - 1))]
+        own = donated or [False] * size
+        first = receive(wire, 0, operands, operands[0] if own[0] else None)
+        others = (
+            operand.copy_(first) if mine and operand.shape == first.shape else first.clone()
+            for operand, mine in zip(operands[1:], own[1:], strict=True)
+        )
+        return [first, *others]
     given: Sequence[Sequence[Tensor]] = [operands] * size
     if kind.divided:
         given = list(zip(*map(torch.unbind, operands), strict=True))

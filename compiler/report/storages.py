@@ -147,6 +147,7 @@ class Walk:
         self._passed: dict[tuple[Any, ...], Held] = {}
         """What a stage has sent to another, by its kind there, name and microbatch."""
         self._values: dict[Variable, Held] = {}
+        self._answer: Held = None
         self._outside = Storage(0)
         self._costs: dict[Any, _Cost] = {}
         self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
@@ -193,13 +194,16 @@ class Walk:
                 self._hold(given)
                 self._bind(each.target, received)
                 self._release(given)
+                self._answered(received)
             case Start(handle, exchange):
                 self._bind(handle, self._exchanged(exchange))
+                self._answered(None)
             case Wait(handle, exchange):
                 under_way = self._values[handle]
                 assert isinstance(under_way, tuple)
                 self._bind(exchange.target, under_way[1])
                 self._bind(handle, None)
+                self._answered(under_way[1])
             case Free(variables):
                 for variable in variables:
                     self._release(self._values.pop(variable))
@@ -207,6 +211,12 @@ class Walk:
                 self._save({number: self._held(value) for number, value in values})
             case Return():
                 self._return(each)
+
+    def _answered(self, held: Held) -> None:
+        """Whoever runs the function holds what it has sent in until the next request."""
+        self._hold(held)
+        self._release(self._answer)
+        self._answer = held
 
     def _hold(self, held: Held) -> None:
         for local in _leaves(held):

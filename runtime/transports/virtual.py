@@ -42,10 +42,10 @@ class _Exchange:
 class _Handle:
     """A started collective of one rank; `result` is there once every member has given."""
 
-    __slots__ = ("exchange", "rank", "result", "waited")
+    __slots__ = ("donated", "exchange", "rank", "result", "waited")
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, donated: bool) -> None:
+        self.rank, self.donated = rank, donated
         self.exchange: _Exchange | None = None
         self.result: Tensor | None = None
         self.waited = False
@@ -115,10 +115,10 @@ class _Driver:
             request = send(value)
             value = None
             if type(request) is tuple:
-                handle = _Handle(rank)
+                handle = _Handle(rank, len(request) > 2 and request[2])
                 self.give(handle, request[0], request[1])
             elif type(request) is Start:
-                handle = inbox[rank] = _Handle(rank)
+                handle = inbox[rank] = _Handle(rank, request.donate)
                 self.give(handle, request.wire, request.tensor)
                 continue
             else:
@@ -153,7 +153,8 @@ class _Driver:
 
     def finish(self, exchange: _Exchange) -> None:
         given: list[Any] = exchange.given
-        results = everyone(exchange.wire, given)
+        donated = [handle is not None and handle.donated for handle in exchange.handles]
+        results = everyone(exchange.wire, given, donated)
         exchange.given = []
         for handle, result in zip(exchange.handles, results, strict=True):
             assert handle is not None
