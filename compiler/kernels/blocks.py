@@ -27,9 +27,10 @@ def shapes_only(tensor: Tensor) -> bool:
     return tensor.is_cuda and not has_data(tensor) and not torch.cuda.is_available()
 
 
-def fakes_are_made() -> bool:
-    """Whether tensors that are made here have no data, and must not be kept for later."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+def fake_mode() -> object:
+    """What makes the tensors that are made here without data, if anything does: they are of no use
+    outside of it."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
 Block = TypeVar("Block")

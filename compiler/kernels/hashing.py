@@ -19,7 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from meshwright.compiler.kernels.blocks import DEVICE_BLOCK, enough, fakes_are_made
+from meshwright.compiler.kernels.blocks import DEVICE_BLOCK, enough, fake_mode
 
 # Two int32 buffers and one of floats, of this many elements, stay in the second-level cache.
 _CPU_BLOCK = 1 << 16
@@ -117,14 +117,18 @@ def _xor_shift(bits: Tensor, places: int, scratch: Tensor) -> None:
 
 def tables_of(index: RandomIndex, shape: tuple[int, ...], device: torch.device) -> Tables:
     """The tables of a local tensor; kept where its positions are consecutive."""
-    if fakes_are_made() or any(isinstance(coords, Tensor) for coords in index.coords):
+    if any(isinstance(coords, Tensor) for coords in index.coords):
         return _make_tables(index.shape, index.coords, shape, device)
-    return _cached_tables(index.shape, index.coords, shape, device)
+    return _cached_tables(index.shape, index.coords, shape, device, fake_mode())
 
 
 @lru_cache(maxsize=256)
 def _cached_tables(
-    whole: tuple[int, ...], coords: tuple[Coords, ...], shape: tuple[int, ...], device: torch.device
+    whole: tuple[int, ...],
+    coords: tuple[Coords, ...],
+    shape: tuple[int, ...],
+    device: torch.device,
+    mode: object,
 ) -> Tables:
     return _make_tables(whole, coords, shape, device)
 

@@ -124,10 +124,12 @@ class _Result:
 
 @dataclass(frozen=True, slots=True)
 class _Cost:
-    """What a call returns, and the most that its own storages hold while it runs."""
+    """What a call returns, the most that its own storages hold while it runs, and what it keeps for
+    later calls."""
 
     results: Any
     peak: int
+    kept: int
 
 
 class Walk:
@@ -176,7 +178,7 @@ class Walk:
     def _instruction(self, each: Instruction) -> None:
         match each:
             case Take(target, number):
-                taken = self._own.pop(number)
+                taken: Held = self._own.pop(number)
                 self._bind(target, taken)
                 self._release(taken)
             case Item(target, source, index):
@@ -310,12 +312,14 @@ class Walk:
         recipe: Callable[[RankContext], Callable[..., Any]],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-    ) -> Held:
+    ) -> Any:
         """The results of a call, whose own storages count towards the peak."""
         cost = self._costs.get(key)
         if cost is None:
             cost = self._costs[key] = self._measured(recipe, args, kwargs)
-        self.peak = max(self.peak, self.alive + cost.peak)
+            self.peak = max(self.peak, self.alive + cost.peak)
+            self.alive += cost.kept
+        self.peak = max(self.peak, self.alive + cost.peak - cost.kept)
         own: dict[int, Storage] = {}
         operands = list(_leaves((*args, *kwargs.values())))
 
@@ -330,8 +334,7 @@ class Walk:
                 storage = own.setdefault(result.memory, Storage(result.num_bytes))
             return Local(result.shape, result.stride, result.dtype, storage)
 
-        results: Held = made(cost.results)
-        return results
+        return made(cost.results)
 
     def _measured(
         self,
@@ -365,7 +368,10 @@ class Walk:
             size = result.untyped_storage().nbytes()
             return _Result(tuple(result.shape), result.stride(), result.dtype, place, size)
 
-        return _Cost(described(found), counter.peak)
+        results = described(found)
+        returned = {address(result) for result in tree_leaves(found) if result is not None}
+        size = sum(size for key, (_, size) in counter.made.items() if key in returned)
+        return _Cost(results, counter.peak, counter.alive() - size)
 
     def _fake(self, local: Local) -> Tensor:
         with self._fakes:
