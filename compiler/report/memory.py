@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from meshwright.compiler.codegen.instructions import RankContext
-from meshwright.compiler.codegen.linking import RandomState
 from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import InputKind
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.storages import Walk
+from meshwright.compiler.stages import Action
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ def memory(program: Compiled) -> Memory:
     gradients = sum(_bytes(stored, program) for stored in trained)
     forwards = [stage.forward for stage in program.stages]
     given = {
-        node.args: node_bytes(node, forward)
+        node.args: len(forward.mesh.turns) * node_bytes(node, forward)
         for forward in forwards
         for node in forward.inputs
         if node.args[0] in (InputKind.ARGUMENT, InputKind.CONSTANT)
@@ -60,12 +59,12 @@ def memory(program: Compiled) -> Memory:
 
 def walks(program: Compiled) -> list[Walk]:
     """The storages through a step of one rank for each list of actions in the schedule."""
-    mesh, found = program.mesh, {}
+    found: dict[tuple[Action, ...], Walk] = {}
     instructions = {each.name: each for each in program.instructions}
     for rank, actions in program.schedule.items():
         if actions not in found:
-            context = RankContext(mesh, mesh.coords(rank), program.device, RandomState(), {})
-            walk = found[actions] = Walk(context)
+            coords = program.mesh.coords(rank)
+            walk = found[actions] = Walk(program.stages, coords, program.device)
             for action in actions:
                 graph = program.stages[action.stage].graphs[action.kind]
                 walk.run(graph, instructions[graph.name], action)

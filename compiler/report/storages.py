@@ -7,7 +7,7 @@ what the operator needs inside itself are what they will be; equal calls are run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -40,10 +40,12 @@ from meshwright.compiler.codegen.instructions import (
     Variable,
     Wait,
 )
+from meshwright.compiler.codegen.linking import RandomState
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
+from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.local_ops import Permute, Reshape
 from meshwright.compiler.placing.composite import composite_of
-from meshwright.compiler.stages import PASSED_AS, Action
+from meshwright.compiler.stages import PASSED_AS, Action, Stage
 
 
 class Storage:
@@ -132,6 +134,46 @@ class _Cost:
     kept: int
 
 
+class _Saved:
+    """What the graphs of a stage have saved for later ones, as the executor keeps it."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.turns = len(stage.forward.mesh.turns)
+        self.by_microbatch: list[dict[int, Held]] = [{} for _ in range(self.turns)]
+        self.once: dict[int, Held] = {}
+        self.joined = stage.joined
+
+    def of(self, action: Action) -> dict[int, Held]:
+        """What an action takes from, and adds to."""
+        return self.once if action.kind.once else self.by_microbatch[action.microbatch]
+
+    def held(self) -> tuple[Held, ...]:
+        """All that is saved, once for each place where it is."""
+        return tuple(held for own in (self.once, *self.by_microbatch) for held in own.values())
+
+    def hand_over(self, action: Action) -> tuple[Held, Held]:
+        """Share what was made once, and join what was made by one microbatch; what was held before
+        and what is after."""
+        before = self.held()
+        if action.kind.once:
+            for each in self.by_microbatch:
+                each.update(self.once)
+            return before, self.held()
+        own = self.by_microbatch[action.microbatch]
+        for number in self.joined.keys() & own.keys():
+            value = own.pop(number)
+            if number not in self.once:
+                assert isinstance(value, Local)
+                self.once[number] = self._total(value, self.joined[number])
+        return before, self.held()
+
+    def _total(self, value: Local, node: Node) -> Local:
+        kind = collective_kind(node.op)
+        gathers = kind is not None and kind.gathers
+        shape = (self.turns, *value.shape) if gathers else value.shape
+        return _new(shape, value.dtype)
+
+
 class Walk:
     """The storages of one rank through the actions of a step, one after another.
 
@@ -140,12 +182,13 @@ class Walk:
     parameters, buffers, constants, the batch and the gradients.
     """
 
-    def __init__(self, context: RankContext) -> None:
-        self.context = context
+    def __init__(
+        self, stages: Sequence[Stage], coords: Mapping[str, int], device: torch.device
+    ) -> None:
+        self.coords, self.device = coords, device
         self.alive = self.peak = self.most_saved = 0
         self.saved: dict[Node, int] = {}
-        self._handed: dict[tuple[int, int], dict[int, Held]] = {}
-        """By stage and microbatch: what is saved, by number."""
+        self._stages = [_Saved(stage) for stage in stages]
         self._passed: dict[tuple[Any, ...], Held] = {}
         """What a stage has sent to another, by its kind there, name and microbatch."""
         self._values: dict[Variable, Held] = {}
@@ -157,8 +200,12 @@ class Walk:
     def run(self, graph: Graph, instructions: Instructions, action: Action) -> None:
         """Walk one graph, with what earlier actions have left for it."""
         self._graph, self._action = graph, action
+        stage, turns = self._stages[action.stage], graph.mesh.turns
+        turn = turns[0 if action.kind.once else action.microbatch]
+        coords = {**self.coords, **turn}
+        self.context = RankContext(graph.mesh, coords, self.device, RandomState(), {})
         self._buckets = {node.name: node for node in graph.nodes if node.op == MeshOp("bucket")}
-        self._own = self._handed.setdefault((action.stage, action.microbatch), {})
+        self._own = stage.of(action)
         for variable, node in zip(instructions.inputs, graph.inputs, strict=True):
             self._input(variable, node)
         for each in instructions.body:
@@ -166,6 +213,10 @@ class Walk:
         for held in self._values.values():
             self._release(held)
         self._values = {}
+        before, after = stage.hand_over(action)
+        self._hold(after)
+        self._release(before)
+        self._count_saved()
 
     def _input(self, variable: Variable, node: Node) -> None:
         if node.held:
@@ -261,7 +312,10 @@ class Walk:
             seen |= new
             self._hold(held)
         self._own.update(values)
-        kept = {leaf.storage for own in self._handed.values() for leaf in _leaves((*own.values(),))}
+        self._count_saved()
+
+    def _count_saved(self) -> None:
+        kept = {leaf.storage for stage in self._stages for leaf in _leaves(stage.held())}
         self.most_saved = max(self.most_saved, sum(storage.num_bytes for storage in kept))
 
     def _return(self, returned: Return) -> None:
@@ -286,11 +340,11 @@ class Walk:
             self._bind(call.target, found)
 
     def _rearranged(self, source: Operand, steps: Rearranging) -> Held:
-        held = self._held(source)
-        if not steps:
-            return held
-        names = tuple(s.name if isinstance(s, Constant) else s for s in steps)
-        return self._costed(("steps", names, _key(held)), _rearranger(steps), (held,), {})
+        held: Held = self._held(source)
+        if steps:
+            names = tuple(s.name if isinstance(s, Constant) else s for s in steps)
+            held = self._costed(("steps", names, _key(held)), _rearranger(steps), (held,), {})
+        return held
 
     def _exchanged(self, exchange: Exchange) -> tuple[Held, Held]:
         """The operand of an exchange and its result, in memory of its own unless it is donated."""
@@ -303,8 +357,7 @@ class Walk:
             shape = (self.context.mesh.size(exchange.wire.axes), *shape)
         elif exchange.wire.kind == "reduce_scatter":
             shape = shape[1:]
-        storage = Storage(math.prod(shape) * given.dtype.itemsize)
-        return given, Local(shape, _contiguous(shape), given.dtype, storage)
+        return given, _new(shape, given.dtype)
 
     def _costed(
         self,
@@ -386,6 +439,11 @@ def _leaves(held: Any) -> Iterator[Local]:
     elif isinstance(held, tuple):
         for item in held:
             yield from _leaves(item)
+
+
+def _new(shape: tuple[int, ...], dtype: torch.dtype) -> Local:
+    """A tensor in memory of its own."""
+    return Local(shape, _contiguous(shape), dtype, Storage(math.prod(shape) * dtype.itemsize))
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
