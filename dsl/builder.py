@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeAlias
 
-from meshwright.dsl.check import check
+from meshwright.dsl.check import Said, check
 from meshwright.dsl.errors import PlanError, either, plural, quoted, spelled
 from meshwright.dsl.layouts import LayoutTemplate, format_axes
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Axes, Let, MeshStatement, Statement
+from meshwright.dsl.statements import Axes, Let, MeshStatement
 
 if TYPE_CHECKING:
     from typing import Self
@@ -42,7 +42,8 @@ class PlanBuilder:
         self._name = name
         self._lines: list[str] = []
         self._named: list[str] = []
-        self._statements: list[Statement] = []
+        """The lines that bind names, which is all that another line needs to be read."""
+        self._said: Said = {}
         if mesh is not None and not isinstance(mesh, Mapping):
             help = 'write `Plan.build(mesh={"dp": 2, "tp": 2})`'
             raise PlanError("P115", f"`mesh` is {spelled(mesh)}, not a dict", help=help)
@@ -183,15 +184,17 @@ class PlanBuilder:
             raise PlanError(
                 "P100", f"{quoted(line)} is more than one statement", help="remove what follows it"
             )
-        # What binds names, and blank lines for the rest: the line is read where it will stand.
-        plan = Plan.parse("".join(f"{each}\n" for each in [*self._named, line]), self._name)
-        added = next(
-            each for each in plan.statements if each.span and each.span.line > len(self._lines)
-        )
-        check([*self._statements, added], dict(plan.mesh))
-        self._statements.append(added)
+        try:
+            plan = Plan.parse("".join(f"{each}\n" for each in [*self._named, line]), self._name)
+            added = plan.statements[-1]
+            self._said = check([added], dict(plan.mesh), self._said)
+        except PlanError:
+            # The same mistake, shown at the line where it would stand.
+            Plan.parse("".join(f"{each}\n" for each in [*self._lines, line]), self._name)
+            raise
         self._lines.append(line)
-        self._named.append(line if isinstance(added, (MeshStatement, Let, Axes)) else "")
+        if isinstance(added, (MeshStatement, Let, Axes)):
+            self._named.append(line)
         return self
 
 

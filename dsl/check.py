@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from types import MappingProxyType
+from typing import TypeAlias
 
 from meshwright.dsl import statements as s
 from meshwright.dsl.errors import PlanError
@@ -17,24 +19,34 @@ PLACING = (s.Columns, s.Rows, s.Vocab, s.Summa)
 """Verbs that each say all about how a module is split; two of them on one target contradict."""
 
 
-def check(statements: Iterable[s.Statement], mesh: Mapping[str, int]) -> None:
-    """Raise the first mistake that these statements hold, alone or together."""
-    statements = tuple(statements)
+Said: TypeAlias = Mapping[Hashable, s.Statement]
+"""The statement about each subject; see `subjects`."""
+
+
+def check(
+    statements: Sequence[s.Statement], mesh: Mapping[str, int], before: Said = MappingProxyType({})
+) -> Said:
+    """Raise the first mistake that these statements hold, alone, together or with those `before`.
+
+    Returns what has been said, these statements included.
+    """
     for statement in statements:
         for look in _ALONE.get(type(statement), ()):
             look(statement)
-    _check_contradictions(statements)
-    _check_microbatches(statements)
+    said = _without_contradictions(statements, before)
+    _check_microbatches(said)
     _check_stages(statements, mesh)
+    return said
 
 
-def _check_contradictions(statements: Iterable[s.Statement]) -> None:
-    said: dict[Hashable, s.Statement] = {}
+def _without_contradictions(statements: Iterable[s.Statement], before: Said) -> Said:
+    said = dict(before)
     for statement in statements:
         for key in subjects(statement):
             other = said.setdefault(key, statement)
             if other is not statement and not same_content(other, statement):
                 raise contradiction(other, statement)
+    return said
 
 
 def subjects(statement: s.Statement) -> Iterator[Hashable]:
@@ -65,10 +77,9 @@ def contradiction(first: s.Statement, second: s.Statement) -> PlanError:
     return PlanError("P301", message, spans=spans, help="keep one of the two")
 
 
-def _check_microbatches(statements: Iterable[s.Statement]) -> None:
-    accumulate = next((each for each in statements if isinstance(each, s.Accumulate)), None)
-    stages = next((each for each in statements if isinstance(each, s.Stages)), None)
-    if accumulate and stages and stages.microbatches is not None:
+def _check_microbatches(said: Said) -> None:
+    accumulate, stages = said.get(s.Accumulate.verb), said.get(s.Stages.verb)
+    if accumulate and isinstance(stages, s.Stages) and stages.microbatches is not None:
         raise PlanError(
             "P303",
             "`accumulate` and `microbatches=` both divide the batch",

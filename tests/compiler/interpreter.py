@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 from meshwright.compiler.capture import Captured, capture
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Node, map_nodes
-from meshwright.compiler.layout.mesh import Mesh
-
-MESH = Mesh(())
 
 
 def run(captured: Captured, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

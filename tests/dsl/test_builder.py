@@ -68,3 +68,21 @@ def test_a_mistake_is_an_error_where_it_is_made() -> None:
 def test_one_call_cannot_smuggle_in_a_second_statement() -> None:
     with pytest.raises(PlanError, match="more than one statement"):
         Plan.build(mesh={"dp": 2}).share("a\nshare b")
+
+
+def test_a_statement_is_read_once_however_many_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    parse = Plan.parse
+
+    def counting(text: str, name: str = "<plan>") -> Plan:
+        read.append(text)
+        return parse(text, name)
+
+    monkeypatch.setattr(Plan, "parse", counting)
+    builder = Plan.build(mesh={"tp": 2})
+    for i in range(20):
+        builder.columns(f"blocks.{i}.up", over="tp")
+    assert max(len(text.splitlines()) for text in read) == 2
+    with pytest.raises(PlanError, match="contradict each other") as caught:
+        builder.rows("blocks.7.up", over="tp")
+    assert [span and span.line for span in caught.value.spans] == [9, 22]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from meshwright.compiler.capture import capture
-from tests.compiler.interpreter import MESH, check_equal_to_eager
+from tests.compiler.interpreter import check_equal_to_eager
 
 aten = torch.ops.aten
 D = 4
@@ -355,6 +355,6 @@ def test_a_detach_that_stops_nothing_leaves_no_node() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.a(x.detach().contiguous().clone().view(5, D)).sum()
 
-    captured = capture(Idle(), (torch.randn(5, D),), MESH)
+    captured = capture(Idle(), (torch.randn(5, D),))
     ops = [n.op for n in captured.graph.nodes if isinstance(n.op, torch._ops.OpOverload)]
     assert ops == [aten.linear.default, aten.sum.default]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from meshwright.compiler.capture import capture
-from tests.compiler.interpreter import MESH, check_equal_to_eager, run
+from tests.compiler.interpreter import check_equal_to_eager, run
 
 aten = torch.ops.aten
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -127,7 +127,7 @@ def test_a_gpt_equals_eager_mode_and_keeps_its_operators_whole() -> None:
 
 def test_nodes_know_their_module_their_class_and_their_line() -> None:
     tokens = torch.zeros(2, 16, dtype=torch.long)
-    captured = capture(GPT(), (tokens, tokens), MESH)
+    captured = capture(GPT(), (tokens, tokens))
     linear = [n for n in captured.graph.nodes if n.op == aten.linear.default][1]
     assert (linear.origin.module, linear.origin.module_type) == ("blocks.0.proj", "Linear")
     assert linear.origin.modules == (
@@ -145,7 +145,7 @@ def test_nodes_know_their_module_their_class_and_their_line() -> None:
 def test_a_tied_weight_is_one_input_with_two_names() -> None:
     model = GPT()
     tokens = torch.zeros(2, 16, dtype=torch.long)
-    captured = capture(model, (tokens, tokens), MESH)
+    captured = capture(model, (tokens, tokens))
     assert captured.aliases["head.weight"] == captured.aliases["wte.weight"] == "wte.weight"
     assert captured.parameters["wte.weight"] is model.wte.weight
     assert "head.weight" not in captured.parameters
@@ -157,7 +157,7 @@ def test_a_cache_in_the_output_is_left_out_and_an_empty_one_leaves_no_operator()
     make, example = MODELS["llama"]
     model = make()
     assert model.config.use_cache
-    captured = capture(model, example(), MESH, outputs=("logits",))
+    captured = capture(model, example(), outputs=("logits",))
     assert captured.output_labels == ("loss", "output:logits")
     joined = [n for n in captured.graph.nodes if n.op == aten.cat.default]
     assert all(n.origin.module_type in ("LlamaAttention", "LlamaRotaryEmbedding") for n in joined)
@@ -168,11 +168,11 @@ def test_a_model_without_memory_is_captured_like_any_other() -> None:
     with torch.device("meta"):
         model = GPT(vocab=50_000, d=16384, layers=1)
     tokens = torch.zeros(2, 16, dtype=torch.long)
-    captured = capture(model, (tokens, tokens), MESH, device="cuda")
+    captured = capture(model, (tokens, tokens), device="cuda")
     assert captured.parameters["blocks.0.up.weight"].is_meta
     factory = next(n for n in captured.graph.nodes if n.op == aten.arange.default)
     assert factory.kwargs == {"device": torch.device("cuda")}
-    here = capture(GPT(vocab=50_000, d=16, layers=1), (tokens, tokens), MESH)
+    here = capture(GPT(vocab=50_000, d=16, layers=1), (tokens, tokens))
     assert [n.op for n in here.graph.nodes] == [n.op for n in captured.graph.nodes]
 
 
@@ -182,8 +182,8 @@ def test_capture_leaves_the_model_as_it_was() -> None:
     tokens = torch.zeros(2, 16, dtype=torch.long)
     before = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     random = torch.get_rng_state()
-    capture(model, (tokens, tokens), MESH)
-    capture(model, (tokens, tokens), MESH, mode="infer")
+    capture(model, (tokens, tokens))
+    capture(model, (tokens, tokens), mode="infer")
     assert before == [(n, id(p)) for n, p in model.named_parameters(remove_duplicate=False)]
     assert model.training
     assert not model.blocks[0].training
@@ -193,7 +193,7 @@ def test_capture_leaves_the_model_as_it_was() -> None:
 def test_evaluation_has_no_dropout_and_no_gradient() -> None:
     make, example = MODELS["bert"]
     model, batch = make().double().train(), example()
-    captured = capture(model, batch, MESH, mode="eval", outputs=("logits",))
+    captured = capture(model, batch, mode="eval", outputs=("logits",))
     assert not any(node.op == aten.dropout.default for node in captured.graph.nodes)
     assert not any(node.requires_grad for node in captured.graph.nodes)
     found = run(captured, **batch)
@@ -208,5 +208,5 @@ def test_a_hundred_layers_are_captured_in_seconds() -> None:
         model = GPT(d=64, layers=96)
     tokens = torch.zeros(2, 16, dtype=torch.long)
     start = time.process_time()
-    capture(model, (tokens, tokens), MESH)
+    capture(model, (tokens, tokens))
     assert time.process_time() - start < 15

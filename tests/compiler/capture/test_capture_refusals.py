@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from meshwright.compiler.capture import capture
 from meshwright.compiler.errors import CaptureError
-from tests.compiler.interpreter import MESH
 
 
 class Round(torch.autograd.Function):
@@ -182,7 +181,7 @@ CASES = {
 
 def refusal(model: nn.Module, example: Any = None, **options: Any) -> str:
     with pytest.raises(CaptureError) as caught:
-        capture(model, example or (torch.randn(2, 4),), MESH, **options)
+        capture(model, example or (torch.randn(2, 4),), **options)
     return re.sub(r"(test_capture_\w+\.py):\d+", r"\1:LINE", str(caught.value))
 
 
@@ -197,7 +196,7 @@ def test_each_refusal_names_the_cause_the_line_and_what_to_do(
 @pytest.mark.parametrize("name", ["branch", "custom function", "numpy"])
 def test_a_refusal_points_at_the_users_line(name: str) -> None:
     with pytest.raises(CaptureError) as caught:
-        capture(Model(CASES[name]), (torch.randn(2, 4),), MESH)
+        capture(Model(CASES[name]), (torch.randn(2, 4),))
     file, _, line = caught.value.culprit.partition(":")
     assert file == "test_capture_refusals.py"
     assert int(line) > 0
@@ -222,7 +221,7 @@ def test_hooks_that_wait_for_the_backward_are_refused(add: Callable[[Model], Any
 def test_hooks_and_custom_functions_do_not_matter_without_gradients() -> None:
     model = Model(CASES["custom function"])
     model.a.weight.register_hook(lambda grad: grad)
-    captured = capture(model, (torch.randn(2, 4),), MESH, mode="infer")
+    captured = capture(model, (torch.randn(2, 4),), mode="infer")
     assert captured.output_labels == ("output",)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meshwright.compiler.capture import Captured, capture
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import INPUT
-from tests.compiler.interpreter import MESH, run
+from tests.compiler.interpreter import run
 
 X, Y = torch.randn(2, 4), torch.randn(2, 4)
 
@@ -42,7 +42,7 @@ class Many(nn.Module):
 
 
 def labels(make: Callable[[Tensor], Any], **options: Any) -> tuple[str, ...]:
-    return capture(Returns(make), (X,), MESH, **options).output_labels
+    return capture(Returns(make), (X,), **options).output_labels
 
 
 def refusal(make: Callable[[Tensor], Any], **options: Any) -> str:
@@ -63,7 +63,7 @@ def refusal(make: Callable[[Tensor], Any], **options: Any) -> str:
 )
 def test_the_loss_is_found_in_any_output(make: Callable[[Tensor], Any]) -> None:
     model = Returns(make)
-    captured = capture(model, (X,), MESH)
+    captured = capture(model, (X,))
     assert captured.output_labels == ("loss",)
     assert torch.equal(run(captured, X)["loss"], model.a(X).sum())
 
@@ -72,8 +72,8 @@ def test_the_loss_can_be_a_path_or_a_function() -> None:
     several = {"first": torch.Tensor.sum, "second": torch.Tensor.mean}
     make = lambda h: {name: function(h) for name, function in several.items()}  # noqa: E731
     model = Returns(make)
-    by_path = capture(model, (X,), MESH, loss="second")
-    by_function = capture(model, (X,), MESH, loss=lambda output: output["second"] * 2)
+    by_path = capture(model, (X,), loss="second")
+    by_function = capture(model, (X,), loss=lambda output: output["second"] * 2)
     assert torch.equal(run(by_path, X)["loss"] * 2, run(by_function, X)["loss"])
 
 
@@ -101,7 +101,7 @@ def test_what_is_wrong_with_an_output_is_said(golden: Callable[[str, str], None]
 
 
 def spec() -> Captured:
-    return capture(Many(), ((X, Y), {"scale": 2.0, "batch": {"y": Y}}), MESH)
+    return capture(Many(), ((X, Y), {"scale": 2.0, "batch": {"y": Y}}))
 
 
 def test_inputs_are_named_by_the_parameters_of_forward() -> None:
@@ -116,7 +116,7 @@ def test_positional_and_keyword_inputs_are_one_thing() -> None:
         def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
             return (tokens * targets).sum()
 
-    captured = capture(Plain(), {"targets": Y, "tokens": X}, MESH)
+    captured = capture(Plain(), {"targets": Y, "tokens": X})
     assert captured.input_names == ("tokens", "targets")
     for args, kwargs in (((X, Y), {}), ((X,), {"targets": Y}), ((), {"targets": Y, "tokens": X})):
         flat = captured.input_spec.flatten(args, kwargs)
@@ -129,7 +129,7 @@ def test_one_tensor_given_twice_is_two_inputs() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return (x - 2 * y).sum()
 
-    captured = capture(Plain(), (X, X), MESH)
+    captured = capture(Plain(), (X, X))
     assert captured.input_names == ("x", "y")
     assert torch.equal(run(captured, X, Y)["loss"], (X - 2 * Y).sum())
 
@@ -156,6 +156,6 @@ def test_what_differs_from_the_example_is_said(golden: Callable[[str, str], None
 
 def test_an_example_that_does_not_fit_is_refused() -> None:
     with pytest.raises(CaptureError, match="do not fit `forward\\(x\\)`"):
-        capture(Returns(torch.Tensor.sum), (X, Y), MESH)
+        capture(Returns(torch.Tensor.sum), (X, Y))
     with pytest.raises(CaptureError, match="the example is a `int`"):
-        capture(Returns(torch.Tensor.sum), 3, MESH)
+        capture(Returns(torch.Tensor.sum), 3)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.compiler.capture import capture
-from tests.compiler.interpreter import MESH
 
 CALLS: ContextVar[int] = ContextVar("CALLS", default=0)
 TABLE: dict[str, Tensor] = {}
@@ -79,7 +78,7 @@ def test_a_forward_that_changes_everything_leaves_nothing_behind() -> None:
     eager = copy.deepcopy(model)
     drawn = random.getstate(), torch.get_rng_state()
     for _ in range(2):
-        capture(model, (x,), MESH)
+        capture(model, (x,))
     assert (COUNT, CALLS.get(), TABLE, Busy.made, Busy.seen) == (0, 0, {}, 0, ())
     assert (model.log, model.cache, list(model.recent)) == ([], {"inner": {"list": [1]}}, [])
     assert vars(model.settings) == {"items": set()}
@@ -103,7 +102,7 @@ def test_tensors_are_to_python_what_they_were() -> None:
         ]  # fmt: skip
 
     before = seen()
-    capture(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), (torch.randn(4, 3),), MESH, mode="infer")
+    capture(nn.Sequential(nn.Linear(3, 1), nn.Flatten(0)), (torch.randn(4, 3),), mode="infer")
     assert seen() == before
 
 
@@ -119,4 +118,4 @@ def test_a_process_that_cannot_print_errors_compiles(
     stderr: io.StringIO | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr", stderr)
-    assert capture(nn.Linear(4, 4), (torch.randn(2, 4),), MESH, loss=torch.sum)
+    assert capture(nn.Linear(4, 4), (torch.randn(2, 4),), loss=torch.sum)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import meshwright
 from meshwright.compiler.capture import capture
 from meshwright.compiler.errors import CaptureError
-from tests.compiler.interpreter import MESH, check_equal_to_eager
+from tests.compiler.interpreter import check_equal_to_eager
 from tests.equivalence import check_equal
 
 DATA = "mesh dp=2\ndata x over dp\n"
@@ -85,7 +85,7 @@ def test_what_runs_only_at_capture_is_said_once_a_line() -> None:
     for given in (4, 0):
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("default")
-            capture(model, (x,), MESH)
+            capture(model, (x,))
         assert len(found) == given
         assert all(each.filename == __file__ for each in found)
         assert [str(each.message).split()[0] for each in found] == SAID[:given]
@@ -171,7 +171,7 @@ def of_its_own(model: Values, h: Tensor) -> Tensor:
 @pytest.mark.parametrize("then", [written, drawn, of_its_own])
 def test_a_mask_that_differs_from_step_to_step_is_refused(then: Any) -> None:
     with pytest.raises(CaptureError, match=r"depend|turns the values|as long as the mask"):
-        capture(Values(then), (torch.randn(6, 4).double(),), MESH)
+        capture(Values(then), (torch.randn(6, 4).double(),))
 
 
 def test_a_buffer_is_no_known_mask() -> None:
@@ -179,7 +179,7 @@ def test_a_buffer_is_no_known_mask() -> None:
     mask = model.mask
     model.register_buffer("kept", mask)
     with pytest.raises(CaptureError, match="as long as the mask") as error:
-        capture(model, (torch.randn(6, 4).double(),), MESH)
+        capture(model, (torch.randn(6, 4).double(),))
     assert "as a plain attribute, not a buffer" in str(error.value)
     del model.kept
     model.register_buffer("kept", mask.nonzero()[:, 0])
@@ -191,4 +191,4 @@ def test_an_embedding_with_a_largest_norm_is_told_another_way() -> None:
     model = Values(lambda model, h: h + table(torch.arange(4)))
     model.table = table
     with pytest.raises(CaptureError, match="leave out `max_norm`"):
-        capture(model, (torch.randn(4, 4).double(),), MESH)
+        capture(model, (torch.randn(4, 4).double(),))
