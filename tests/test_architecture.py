@@ -6,7 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,21 @@ ARROWS = {
     "passes": {"compiler", "dsl"},
     "runtime": {"compiler", "dsl"},
 }
+FLOORS = (
+    {"errors", "kernels"},
+    {"layout"},
+    {"graph"},
+    {"placing", "stages"},
+    {"composites"},
+    {"autodiff", "codegen"},
+    {"capture"},
+    {"program"},
+    {"report"},
+    {"public"},
+)
+"""The rooms of `compiler/`, lowest first: each imports from those below alone."""
+LONGEST_FUNCTION, LONGEST_FILE = 48, 460
+"""Lines of the longest function with its docstring, and of the longest file without comments."""
 UNPICKLERS = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 
 
@@ -161,28 +176,107 @@ def test_no_name_of_the_package_is_also_that_of_another_module() -> None:
         assert vars(package)[name] is sys.modules.get(f"meshwright.{name}"), name
 
 
-def lengths(path: Path) -> Iterator[tuple[str, int]]:
+def module_of(path: Path) -> str:
+    """The dotted name that a file of the product is imported by."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts[:1] = [] if parts[0] == "src" else ["meshwright", parts[0]]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports() -> dict[str, set[str]]:
+    """By module of the product: those that it imports anywhere, lazily and for types too."""
+    names = {module_of(path): path for path in sources()}
+    return {name: set(_imports(path, names)) - {name} for name, path in names.items()}
+
+
+def _imports(path: Path, names: Container[str]) -> Iterator[str]:
     for node in nodes(path):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno is not None
-            name = f"{place(path, node.lineno)} {node.name}"
-            yield name, node.end_lineno - node.lineno + 1
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                yield from [module] if module in names else [node.module or ""]
 
 
-def test_no_function_is_longer_than_fifty_lines_and_nine_in_ten_fit_in_twenty_five() -> None:
-    found = [entry for path in sources() for entry in lengths(path)]
-    assert [f"{name}: {length}" for name, length in found if length > 50] == []
-    short = sum(length <= 25 for _, length in found)
-    assert short >= 0.9 * len(found), f"{len(found) - short} of {len(found)} pass 25 lines"
+def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
+    """The sets of names that reach one another, each sorted."""
+    reached: dict[str, set[str]] = {}
+    for start in arrows:
+        seen, left = set[str](), list(arrows[start])
+        while left:
+            name = left.pop()
+            if name not in seen:
+                seen.add(name)
+                left += arrows.get(name, set())
+        reached[start] = seen
+    found = {
+        tuple(sorted(other for other in reached[name] if name in reached.get(other, ())))
+        for name in arrows
+        if name in reached[name]
+    }
+    return [list(circle) for circle in sorted(found)]
 
 
-def test_no_file_has_more_than_five_hundred_lines_of_code() -> None:
-    def code_lines(path: Path) -> int:
-        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-        return sum(bool(line) and not line.startswith("#") for line in lines)
+def test_no_modules_import_each_other_but_a_plan_and_its_builder() -> None:
+    """`Plan.build` returns a builder, whose `plan` returns a `Plan`: one thing in two files."""
+    assert circles(imports()) == [["meshwright.dsl.builder", "meshwright.dsl.plan"]]
 
-    sizes = {place(path): code_lines(path) for path in sources()}
-    assert {name: size for name, size in sizes.items() if size > 500} == {}
+
+def test_a_circle_is_seen() -> None:
+    arrows = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set[str](), "e": {"e2"}, "e2": {"e"}}
+    assert circles(arrows) == [["a", "b", "c"], ["e", "e2"]]
+
+
+def floor_of(module: str) -> int | None:
+    """The floor of `compiler/` that a module is on; nothing outside of it."""
+    parts = module.split(".")
+    if parts[:2] != ["meshwright", "compiler"] or len(parts) < 3:
+        return None
+    return next(i for i, rooms in enumerate(FLOORS) if parts[2] in rooms)
+
+
+def test_rooms_of_the_compiler_stand_on_those_below() -> None:
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in imports().items()
+        for other in others
+        if (own := floor_of(name)) is not None
+        and (below := floor_of(other)) is not None
+        and name.split(".")[2] != other.split(".")[2]
+        and own <= below
+    ]
+    assert wrong == []
+
+
+def function_lengths() -> dict[str, int]:
+    return {
+        f"{place(path)} {node.name}, line {node.lineno}": node.end_lineno - node.lineno + 1
+        for path in sources()
+        for node in nodes(path)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
+    }
+
+
+def code_lines(path: Path) -> int:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return sum(bool(line) and not line.startswith("#") for line in lines)
+
+
+def beyond(sizes: Mapping[str, int], most: int) -> list[str]:
+    """What is longer than `most`, the longest first."""
+    longest = sorted(sizes.items(), key=lambda item: -item[1])
+    return [f"{name}: {size}" for name, size in longest if size > most]
+
+
+def test_no_function_is_longer_than_the_longest_and_nine_in_ten_fit_in_twenty_five() -> None:
+    sizes = function_lengths()
+    assert beyond(sizes, LONGEST_FUNCTION) == []
+    assert len(beyond(sizes, 25)) <= 0.1 * len(sizes), beyond(sizes, 25)
+
+
+def test_no_file_is_longer_than_the_longest() -> None:
+    assert beyond({place(path): code_lines(path) for path in sources()}, LONGEST_FILE) == []
 
 
 def test_file_names_say_what_is_inside() -> None:

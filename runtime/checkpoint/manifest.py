@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from meshwright.compiler.layout.factors import Dim, Factor, dim_axes
 from meshwright.compiler.layout.layout import Layout, LayoutError
@@ -22,9 +22,6 @@ from meshwright.runtime.checkpoint.files import COPY_AGAIN, read_bytes, regular_
 from meshwright.runtime.checkpoint.header import dtype_of, unique
 from meshwright.runtime.checkpoint.shards import Shard
 from meshwright.runtime.errors import RunError
-
-if TYPE_CHECKING:
-    from meshwright.runtime.checkpoint.parts import Entry
 
 MANIFEST = "manifest.json"
 SAVE = re.compile(r"[0-9a-f]{32}")
@@ -99,19 +96,6 @@ class Manifest:
             )
         digest = hashlib.sha256(text.encode()).hexdigest()
         return f'{text}  "sha256": "{digest}"\n}}\n'
-
-
-def saved_tensors(entries: Sequence[Entry], mesh: Mesh) -> dict[str, SavedTensor]:
-    """What a manifest says of the tensors that the ranks of `mesh` save."""
-    return {
-        entry.name: SavedTensor(
-            entry.shape,
-            str(entry.tensor.dtype).removeprefix("torch."),
-            entry.layout,
-            entry.owners(place, mesh),
-        )
-        for place, entry in enumerate(entries)
-    }
 
 
 def manifest_text(folder: Path) -> str:

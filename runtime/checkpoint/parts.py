@@ -16,7 +16,7 @@ from meshwright.compiler.layout.layout import Layout, block_map
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Stored
 from meshwright.runtime.checkpoint.header import dtype_of
-from meshwright.runtime.checkpoint.manifest import Manifest
+from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor
 from meshwright.runtime.checkpoint.shards import Shards
 from meshwright.runtime.rank import RankState
 
@@ -43,6 +43,19 @@ class Entry:
             copies = mesh.group(mesh.rank(coords), others)
             found.append(copies[place % len(copies)])
         return tuple(found)
+
+
+def saved_tensors(entries: Sequence[Entry], mesh: Mesh) -> dict[str, SavedTensor]:
+    """What a manifest says of the tensors that the ranks of `mesh` save."""
+    return {
+        entry.name: SavedTensor(
+            entry.shape,
+            str(entry.tensor.dtype).removeprefix("torch."),
+            entry.layout,
+            entry.owners(place, mesh),
+        )
+        for place, entry in enumerate(entries)
+    }
 
 
 def part_coords(layout: Layout, mesh: Mesh) -> Iterator[dict[str, int]]:

@@ -20,13 +20,13 @@ from meshwright.runtime.checkpoint.extra import written_extra
 from meshwright.runtime.checkpoint.files import cannot
 from meshwright.runtime.checkpoint.folder import NewSave, folder_of
 from meshwright.runtime.checkpoint.header import Header, check_types
-from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor, saved_tensors
+from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor
 from meshwright.runtime.checkpoint.optimizer_state import (
     check_optimizer,
     optimizer_entries,
     unlike_first,
 )
-from meshwright.runtime.checkpoint.parts import Entry, own_parts
+from meshwright.runtime.checkpoint.parts import Entry, own_parts, saved_tensors
 from meshwright.runtime.checkpoint.shards import (
     Shard,
     check_origin,

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from rich.console import Console
@@ -18,6 +18,7 @@ from meshwright.compiler.public import Program
 from meshwright.demo import report
 from meshwright.demo.corpus import Corpus
 from meshwright.demo.model import GPT, LENGTH, PLAN
+from meshwright.demo.report import Loss
 from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
 from meshwright.runtime.run import launch
@@ -26,19 +27,6 @@ from meshwright.runtime.world.rendezvous import under_torchrun
 STEPS = 60
 BATCH = 16
 LEARNING_RATE = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """The losses of one step: of the mesh, and of the model alone in one process."""
-
-    step: int
-    mesh: float
-    single: float
-
-    @property
-    def difference(self) -> float:
-        return abs(self.mesh - self.single)
 
 
 def run(steps: int = STEPS, *, as_json: bool = False, console: Console | None = None) -> int:

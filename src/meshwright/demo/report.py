@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -24,13 +24,23 @@ from meshwright.demo.corpus import Corpus
 from meshwright.demo.model import GPT, PLAN
 from meshwright.runtime.world.rendezvous import under_torchrun
 
-if TYPE_CHECKING:
-    from meshwright.demo import Loss
-
 _MODULE = "blocks.0"
 _MOVING = {name for name, kind in COLLECTIVES.items() if kind.moves}
 _ROWS = 10
 """How many rows of losses are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """The losses of one step: of the mesh, and of the model alone in one process."""
+
+    step: int
+    mesh: float
+    single: float
+
+    @property
+    def difference(self) -> float:
+        return abs(self.mesh - self.single)
 
 
 def opening(console: Console, model: GPT, corpus: Corpus) -> None:
