@@ -14,6 +14,7 @@ from meshwright.compiler import capture as capturing
 from meshwright.compiler.capture import Captured
 from meshwright.compiler.capture.arguments import check_arguments, target_device
 from meshwright.compiler.capture.outputs import Mode
+from meshwright.compiler.capture.patches import ALONE
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import Graph, Node, TensorType
 from meshwright.compiler.layout.layout import Layout, replicated
@@ -171,10 +172,11 @@ def compile_captured(
     check_supported(whole)
     draft = _drafted(source, whole, variant_of)
     checked: set[Node] = set()
-    for each in PASSES:
-        draft = each(draft)
-        for graph in draft.graphs:
-            check(graph, each.__name__, checked)
+    with ALONE:
+        for each in PASSES:
+            draft = each(draft)
+            for graph in draft.graphs:
+                check(graph, each.__name__, checked)
     inputs, recapture = source.captured.input_names, source.recapture
 
     def recompile(model: nn.Module, *, example: Any, mode: Mode) -> Program:

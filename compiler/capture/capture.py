@@ -26,6 +26,7 @@ from meshwright.compiler.capture.inputs import InputSpec, input_spec, split_exam
 from meshwright.compiler.capture.modes import translated_modes
 from meshwright.compiler.capture.mutation import detach_out_of_place, functionalised
 from meshwright.compiler.capture.outputs import Loss, Mode, OutputKey, Wrapper
+from meshwright.compiler.capture.patches import ALONE
 from meshwright.compiler.capture.regions import inline_regions
 from meshwright.compiler.capture.state import put_back
 from meshwright.compiler.capture.stops import stop_gradients
@@ -90,7 +91,7 @@ def capture(
     args, kwargs = split_example(example)
     named = named_tensors(model)
     once = OnlyOnce()
-    with only_capture_errors():
+    with ALONE, only_capture_errors():
         spec = input_spec(model, args, kwargs, static)
         program, returned = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode, once)
     converter = Converter(

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from types import TracebackType
 
-from meshwright.compiler.capture.origin import line_of, raised_by_user
+from meshwright.compiler.capture.origin import line_of, raised_by_statement, raised_by_user
+from meshwright.compiler.capture.patches import OfThread
 from meshwright.compiler.errors import CaptureError
 from meshwright.dsl.errors import MeshwrightError, one_line
 
@@ -61,7 +62,7 @@ _KNOWN = (
         "register it as a buffer",
     ),
     (
-        (".numpy()", "numpy"),
+        ("Can't call numpy() on", "RuntimeError: .numpy() is not supported"),
         "numpy",
         "the forward leaves torch for numpy",
         "write it with torch operators",
@@ -106,7 +107,8 @@ class only_capture_errors:
 
 def _translated(error: Exception) -> CaptureError:
     text = f"{type(error).__name__}: {_first_line(error)}"
-    for signs, code, problem, help in _KNOWN:
+    # What a person writes into an error of their own may be worded like one of torch's.
+    for signs, code, problem, help in () if raised_by_statement(error) else _KNOWN:
         if any(sign in text for sign in signs):
             problem = problem.format(operator=getattr(error, "func", "an operator"))
             return CaptureError(problem, code=code, culprit=line_of(error), help=help)
@@ -139,7 +141,7 @@ def quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with redirect_stderr(said), warnings.catch_warnings():
+        with redirect_stderr(OfThread(said, sys.stderr)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assigned during export")
             yield
         # Where nobody can be told, that is no reason not to compile.

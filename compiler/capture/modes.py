@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from meshwright.compiler.capture import generators
 from meshwright.compiler.capture.origin import current_line, is_user
+from meshwright.compiler.capture.patches import replaced
 from meshwright.compiler.errors import CaptureError
 
 
@@ -51,21 +52,6 @@ def _said_to_train(input: Tensor, p: float, train: bool | None) -> tuple[Tensor,
     return input, p, train is None or train
 
 
-@contextmanager
-def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    """While this is open, `owner.name` is something else; it may have been inherited before."""
-    own = name in owner.__dict__
-    original = owner.__dict__.get(name)
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
-
-
 def _enter_inference(self: Any) -> None:
     self.meshwright_previous = torch.is_grad_enabled()
     if self.mode:
@@ -90,8 +76,12 @@ def _enter_autocast(self: Any) -> Any:
 def _exit_autocast(self: Any, *error: object) -> None: ...
 
 
+_CALLER = 2
+"""How many frames above it a property finds who reads or sets it: one is that of the patch."""
+
+
 def _data(tensor: Tensor) -> Tensor:
-    if is_user(sys._getframe(1).f_code.co_filename):
+    if is_user(sys._getframe(_CALLER).f_code.co_filename):
         # The alias says that autograd does not see what is written here.
         alias: Tensor = torch.ops.aten.alias.default(tensor)
         return alias.detach()
@@ -99,7 +89,7 @@ def _data(tensor: Tensor) -> Tensor:
 
 
 def _set_data(tensor: Tensor, value: Tensor) -> None:
-    if is_user(sys._getframe(1).f_code.co_filename):
+    if is_user(sys._getframe(_CALLER).f_code.co_filename):
         raise CaptureError(
             "the forward assigns to `.data` of a tensor",
             code="hidden write",

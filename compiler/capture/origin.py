@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import re
 import traceback
 from functools import lru_cache
@@ -54,6 +55,16 @@ def raised_by_user(error: BaseException) -> bool:
     """Whether the user's own code raised this, and not something that it called."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and is_user(frames[-1].filename)
+
+
+def raised_by_statement(error: BaseException) -> bool:
+    """Whether a `raise` or an `assert` in the user's own code raised this."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not is_user(last.tb_frame.f_code.co_filename):
+        return False
+    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def current_line() -> str:

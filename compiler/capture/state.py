@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,7 +67,8 @@ def put_back(model: nn.Module, *, evaluating: bool) -> Iterator[None]:
         yield
     finally:
         before.put_back()
-        for restore, state in drawn:
+        # What other threads have drawn meanwhile is not to be drawn again.
+        for restore, state in drawn if threading.active_count() == 1 else ():
             restore(state)
 
 

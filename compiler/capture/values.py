@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from meshwright.compiler.capture.checks import check_at
 from meshwright.compiler.capture.literals import Literals
-from meshwright.compiler.capture.modes import replaced
 from meshwright.compiler.capture.origin import current_line, is_user
+from meshwright.compiler.capture.patches import replaced
 from meshwright.compiler.errors import CaptureError
 
 _SAID: set[tuple[str, int, str]] = set()

@@ -18,8 +18,8 @@ from torch.distributions.dirichlet import _Dirichlet
 from torch.utils.checkpoint import CheckpointFunction
 
 from meshwright.compiler.capture.functions import traced
-from meshwright.compiler.capture.modes import replaced
 from meshwright.compiler.capture.origin import current_line
+from meshwright.compiler.capture.patches import replaced
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph import custom
 

@@ -193,6 +193,25 @@ def test_each_refusal_names_the_cause_the_line_and_what_to_do(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("numpy is needed to read this"), "ValueError: numpy is needed to read this"),
+        (RuntimeError("Could not guard the meta device"), "RuntimeError: Could not guard the meta"),
+        (KeyError("numpy"), "KeyError: 'numpy'"),
+    ],
+)
+def test_an_error_of_the_model_is_told_as_its_own_whatever_words_it_has(
+    error: Exception, text: str
+) -> None:
+    class Raising(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise error
+
+    with pytest.raises(CaptureError, match=f"the forward raised `{text}"):
+        capture(Raising(), (torch.ones(2),))
+
+
 @pytest.mark.parametrize("name", ["branch", "custom function", "numpy"])
 def test_a_refusal_points_at_the_users_line(name: str) -> None:
     with pytest.raises(CaptureError) as caught:

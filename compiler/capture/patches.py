@@ -1,0 +1,80 @@
+"""Replace attributes of torch and of Python for the thread that captures, and for no other.
+
+A patch of a class or a module is everybody's: a thread that trains while another captures would be
+refused its hooks, and its writes to `.data` would be lost. So what stands in an attribute's place
+looks at the thread first. It does so where the attribute is read and not in a call of its own, so
+that a replacement finds its caller one frame above; a property, which is read within, finds it two
+frames above.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import update_wrapper
+from typing import Any
+
+ALONE = threading.RLock()
+"""Held while a model is captured or compiled: tracing keeps state of the whole process, so that a
+second thread waits."""
+
+
+@contextmanager
+def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
+    """While this is open, `owner.name` is something else in this thread; it may be inherited."""
+    own = name in owner.__dict__
+    found = owner.__dict__.get(name)
+    if isinstance(owner, type):
+        original = inspect.getattr_static(owner, name)
+        kind = _WrittenAttribute if hasattr(type(original), "__set__") else _Attribute
+        setattr(owner, name, kind(original, replacement))
+    else:
+        setattr(owner, name, _function(getattr(owner, name), replacement))
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, found)
+        else:
+            delattr(owner, name)
+
+
+class OfThread:
+    """An object that is `own` to this thread, and `other` to every other one."""
+
+    def __init__(self, own: Any, other: Any) -> None:
+        self._own, self._other, self._thread = own, other, threading.get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        here = threading.get_ident() == self._thread
+        return getattr(self._own if here else self._other, name)
+
+
+class _Attribute:
+    """An attribute of a class that is `replacement` to this thread."""
+
+    def __init__(self, original: Any, replacement: Any) -> None:
+        self._original, self._replacement = original, replacement
+        self._thread = threading.get_ident()
+
+    def _chosen(self) -> Any:
+        here = threading.get_ident() == self._thread
+        return self._replacement if here else self._original
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        chosen = self._chosen()
+        bind = getattr(type(chosen), "__get__", None)
+        return chosen if bind is None else bind(chosen, instance, owner)
+
+
+class _WrittenAttribute(_Attribute):
+    def __set__(self, instance: Any, value: Any) -> None:
+        self._chosen().__set__(instance, value)
+
+
+def _function(original: Any, replacement: Any) -> Any:
+    """A function of a module: its call is an attribute of its class."""
+    call = _Attribute(staticmethod(original), staticmethod(replacement))
+    return update_wrapper(type("Function", (), {"__call__": call})(), original)
