@@ -6,12 +6,13 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from meshwright.compiler.capture.patches import replaced
 from meshwright.compiler.capture.snapshot import Snapshot
 from meshwright.compiler.errors import CaptureError
 
@@ -61,24 +62,48 @@ def put_back(model: nn.Module, *, evaluating: bool) -> Iterator[None]:
     With `evaluating` the model is in its eval mode meanwhile.
     """
     before, drawn = Snapshot(model), _generators()
+    noted: set[str] = set()
     try:
-        if evaluating:
-            model.eval()
-        yield
+        with ExitStack() as stack:
+            for module in filter(None, map(sys.modules.get, ("random", "numpy.random"))):
+                for name, draw in _draws(module):
+                    noting = _noting(draw, module.__name__, noted)
+                    stack.enter_context(replaced(module, name, noting))
+            if evaluating:
+                model.eval()
+            yield
     finally:
         before.put_back()
-        # What other threads have drawn meanwhile is not to be drawn again.
-        for restore, state in drawn if threading.active_count() == 1 else ():
-            restore(state)
+        for stream, restore, state in drawn:
+            # What another thread has drawn meanwhile is not to be drawn again.
+            if stream in noted or threading.active_count() == 1:
+                restore(state)
 
 
-def _generators() -> list[tuple[Callable[[Any], Any], Any]]:
-    """The states of the generators that a forward may draw from, and what sets each again."""
-    found: list[tuple[Callable[[Any], Any], Any]]
-    found = [(random.setstate, random.getstate()), (torch.set_rng_state, torch.get_rng_state())]
+def _draws(module: Any) -> list[tuple[str, Callable[..., Any]]]:
+    """The functions of a module that draw from its one stream."""
+    kinds = ("Random", "RandomState")
+    found = ((name, value) for name, value in vars(module).items() if "state" not in name)
+    return [pair for pair in found if type(getattr(pair[1], "__self__", None)).__name__ in kinds]
+
+
+def _noting(draw: Callable[..., Any], stream: str, noted: set[str]) -> Callable[..., Any]:
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        noted.add(stream)
+        return draw(*args, **kwargs)
+
+    return drawn
+
+
+def _generators() -> list[tuple[str, Callable[[Any], Any], Any]]:
+    """By stream that a forward may draw from: what sets its state again, and its state."""
+    found: list[tuple[str, Callable[[Any], Any], Any]] = [
+        ("random", random.setstate, random.getstate()),
+        ("torch", torch.set_rng_state, torch.get_rng_state()),
+    ]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        found.append((numpy.random.set_state, numpy.random.get_state()))
+        found.append(("numpy.random", numpy.random.set_state, numpy.random.get_state()))
     return found
 
 
