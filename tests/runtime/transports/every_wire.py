@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.wires import Start, Wait, Wire
+from meshwright.compiler.layout.wires import WIRES, Start, Wait, Wire, everyone
+from meshwright.runtime.transports import nccl
+from meshwright.runtime.transports.gloo import GlooGroup
 from meshwright.runtime.transports.process import ProcessTransport
 from meshwright.runtime.transports.shared import slot_bytes
 from meshwright.runtime.transports.virtual import run_virtual
+from tests.runtime.transports import mirror
 
 MESHES = {
     2: Mesh((("dp", 1), ("tp", 2))),
@@ -47,6 +50,7 @@ def wires() -> Iterator[Wire]:
         yield Wire("permute", axes, shift=-1)
         yield Wire("broadcast", axes)
         yield Wire("reduce", axes)
+        yield Wire("mirror", axes)
     yield Wire("broadcast", ("tp",), root=1)
     yield Wire("reduce", ("tp",), root=1, reduce="max")
 
@@ -55,7 +59,7 @@ def operand(
     wire: Wire, mesh: Mesh, shape: tuple[int, ...], dtype: torch.dtype, rank: int
 ) -> Tensor:
     """Random, another on each rank; transposed, so that it is not contiguous."""
-    if wire.kind in ("reduce_scatter", "all_to_all"):
+    if WIRES[wire.kind].divided:
         shape = (mesh.size(wire.axes), *shape)
     seed = torch.Generator().manual_seed(rank)
     values = torch.randn(shape[::-1], generator=seed, dtype=torch.float64) * 10
@@ -95,7 +99,23 @@ def differs(got: Tensor, expected: Tensor, same_order: bool) -> bool:
     return not torch.equal(got, expected)
 
 
+def check_nccl(transport: ProcessTransport) -> None:
+    """What NCCL runs where it has nothing of its own, on Gloo's all_to_all."""
+    group = transport.lanes["tp",].group
+    assert isinstance(group, GlooGroup)
+    for wire in wires():
+        if wire.axes == ("tp",):
+            given = [operand(wire, transport.mesh, (5, 7), torch.int64, rank) for rank in (0, 1)]
+            own = given[group.position].contiguous()
+            works, finish = nccl._direct(group, wire, own, False)  # type: ignore[arg-type]
+            for work in works:
+                work.wait()
+            if not finish().equal(everyone(wire, given)[group.position]):
+                print("differs:", wire, "as NCCL runs it")
+
+
 def main() -> None:
+    mirror.register()
     torch.set_num_threads(1)
     mesh = MESHES[int(os.environ["WORLD_SIZE"])]
     transport = ProcessTransport(mesh)
@@ -118,7 +138,12 @@ def main() -> None:
     same = transport.run(program(Wire("all_gather", mesh.names), bits, False))
     print("the same bits" if (same == bits).all() else "differs: bits of a sum")
     print(f"{count} cases")
+    if len(given) == 2 and not transport.shared_memory:
+        check_nccl(transport)
     transport.close()
+    if len(given) == 2:
+        with mirror.compiled().launch() as run:
+            mirror.check_run(run)
 
 
 if __name__ == "__main__":
