@@ -86,10 +86,10 @@ def ordered(cuts: Iterable[Cut]) -> Cuts:
 @lru_cache(maxsize=65536)
 def intervals_of(dim: Dim, mesh: Mesh) -> Intervals:
     """The intervals of a dim; raises LayoutError where a factor does not divide."""
-    return merged(_segment_interval(segment, mesh) for segment in dim)
+    return _merged(_segment_interval(segment, mesh) for segment in dim)
 
 
-def merged(intervals: Iterable[Interval]) -> Intervals:
+def _merged(intervals: Iterable[Interval]) -> Intervals:
     """Neighbours with the same cuts joined; empty intervals dropped."""
     joined: list[Interval] = []
     for interval in intervals:
@@ -116,9 +116,9 @@ def _segment_interval(segment: Segment, mesh: Mesh) -> Interval:
     return Interval(stride, ordered(cuts))
 
 
-def dim_of(intervals: Intervals) -> Dim:
-    """The canonical spelling of intervals."""
-    return tuple(_segment_of(interval) for interval in intervals)
+def dim_of(intervals: Iterable[Interval]) -> Dim:
+    """The canonical spelling of a dim in these intervals, neighbours with the same cuts joined."""
+    return tuple(_segment_of(interval) for interval in _merged(intervals))
 
 
 def _segment_of(interval: Interval) -> Segment:

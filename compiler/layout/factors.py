@@ -35,11 +35,6 @@ def cut(size: int, *axes: str) -> Dim:
     return ((Factor(size, axes),),)
 
 
-def product(*factors: Factor) -> Dim:
-    """A dim that is one product of factors, major to minor."""
-    return (factors,)
-
-
 def concatenation(*segments: Segment) -> Dim:
     """A dim of segments one after the other; a rank holds its part of each."""
     return segments

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.cuts import Interval, dim_of, intervals_of, merged
+from meshwright.compiler.layout.cuts import Interval, dim_of, intervals_of
 from meshwright.compiler.layout.factors import (
     Dim,
     Factor,
@@ -31,7 +31,6 @@ from meshwright.compiler.layout.factors import (
     dim_size,
     format_dim,
     local_size,
-    product,
     whole,
 )
 from meshwright.compiler.layout.mesh import Mesh
@@ -48,12 +47,9 @@ __all__ = [
     "dim_axes",
     "dim_size",
     "format_dim",
-    "product",
     "replicated",
     "shard",
-    "split",
     "uniform_blocks",
-    "unshard",
     "whole",
 ]
 
@@ -189,7 +185,7 @@ class Layout:
         gone = frozenset(axes)
         intervals = (intervals_of(dim, mesh) for dim in self.dims)
         return self.with_dims(
-            dim_of(merged(interval.without(gone) for interval in dim)) for dim in intervals
+            dim_of(interval.without(gone) for interval in dim) for dim in intervals
         )
 
     def with_dims(self, dims: Iterable[Dim]) -> Layout:
@@ -212,15 +208,6 @@ class Layout:
 def replicated(shape: Iterable[int]) -> Layout:
     """The whole tensor on every rank."""
     return Layout(tuple(whole(size) for size in shape))
-
-
-def split(shape: Iterable[int], axes: Mapping[int, str | tuple[str, ...]]) -> Layout:
-    """Dim i of `shape` in equal blocks over `axes[i]`; a negative i counts from the end."""
-    sizes = tuple(shape)
-    by_dim: dict[int, tuple[str, ...]] = {}
-    for dim, names in axes.items():
-        by_dim[dim % len(sizes)] = (names,) if isinstance(names, str) else tuple(names)
-    return Layout(tuple(cut(size, *by_dim.get(i, ())) for i, size in enumerate(sizes)))
 
 
 def _canonical(layout: Layout, mesh: Mesh) -> Layout:
@@ -293,31 +280,6 @@ def shard(tensor: Tensor, layout: Layout, mesh: Mesh, coords: Mapping[str, int])
     return tensor
 
 
-def unshard(locals_by_rank: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Tensor:
-    """The global tensor of what the ranks hold, in rank order; pending reductions are applied.
-
-    Where the value is replicated or varying the first coordinate's copy is taken.
-    """
-    whole_tensor = locals_by_rank[0].new_empty(layout.shape)
-    intervals = [intervals_of(spelling, mesh) for spelling in layout.dims]
-    cutting = {cut.axis for dim in intervals for interval in dim for cut in interval.cuts}
-    for coords in _coordinates(mesh, cutting):
-        pending = _coordinates(mesh, set(layout.partial_axes), coords)
-        held = [locals_by_rank[mesh.rank(place)] for place in pending]
-        _write(whole_tensor, intervals, coords, combine(held, layout.reduction))
-    return whole_tensor
-
-
-def combine(tensors: Sequence[Tensor], reduce: str) -> Tensor:
-    """The elementwise "sum", "max" or "min" of tensors of one shape."""
-    if len(tensors) == 1:
-        return tensors[0]
-    stacked = torch.stack(tuple(tensors))
-    if reduce == "sum":
-        return stacked.sum(0, dtype=stacked.dtype)
-    return stacked.amax(0) if reduce == "max" else stacked.amin(0)
-
-
 def block_map(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Tensor:
     """The global flat index of each element that the rank at `coords` holds."""
     shape = layout.shape
@@ -344,16 +306,6 @@ def uniform_blocks(
         yield block, tuple({cut.axis: None for _, _, interval in grid for cut in interval.cuts})
 
 
-def _coordinates(
-    mesh: Mesh, axes: set[str], base: Mapping[str, int] | None = None
-) -> Iterator[dict[str, int]]:
-    """Every coordinate over `axes`, the other axes as in `base`, or 0."""
-    start = dict.fromkeys(mesh.names, 0) if base is None else dict(base)
-    names = [axis for axis in mesh.names if axis in axes]
-    for place in itertools.product(*(range(mesh.size(axis)) for axis in names)):
-        yield {**start, **dict(zip(names, place, strict=True))}
-
-
 def _own(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, int]) -> Tensor:
     """The rank's share of one dim that is one interval."""
     if not interval.cuts:
@@ -378,27 +330,6 @@ def _select(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, i
 def _unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Always a view. (torch's `unflatten` refuses an empty product.)"""
     return tensor.view((*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :]))
-
-
-def _write(
-    target: Tensor,
-    intervals: Sequence[tuple[Interval, ...]],
-    coords: Mapping[str, int],
-    held: Tensor,
-) -> None:
-    """Copy what a rank holds to its places in the global tensor, segment by segment."""
-    for grid in itertools.product(*(_stretches(dim) for dim in intervals)):
-        view, source = target, held
-        for dim, (start, local_start, interval) in enumerate(grid):
-            view = view.narrow(dim, start, interval.length)
-            source = source.narrow(dim, local_start, interval.local_length)
-        for dim in reversed(range(len(grid))):
-            interval = grid[dim][2]
-            if interval.cuts:
-                view = _select(view, dim, interval, coords)
-                between = [size for size, axis in interval.digits() if axis is None]
-                source = _unflatten(source, dim, between)
-        view.copy_(source)
 
 
 def _stretches(intervals: Iterable[Interval]) -> list[tuple[int, int, Interval]]:

@@ -21,7 +21,7 @@ from meshwright.compiler.layout.collectives import (
     Transfer,
     plan_transfer,
 )
-from meshwright.compiler.layout.cuts import Cut, Interval, dim_of, is_chain, merged, ordered
+from meshwright.compiler.layout.cuts import Cut, Interval, dim_of, is_chain, ordered
 from meshwright.compiler.layout.factors import Dim, dim_axes
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.local_ops import shape_after
@@ -236,7 +236,7 @@ class _Reshard:
             Interval(length, ordered(cuts))
             for length, cuts in zip(self.lengths, self.cuts, strict=True)
         )
-        return [dim_of(merged(itertools.islice(intervals, count))) for count in self.counts]
+        return [dim_of(itertools.islice(intervals, count)) for count in self.counts]
 
 
 def _of(axes: str | Iterable[str], cuts: set[Cut]) -> set[Cut]:

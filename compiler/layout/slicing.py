@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.cuts import Cut, Interval, dim_of, intervals_of, merged
+from meshwright.compiler.layout.cuts import Cut, Interval, dim_of, intervals_of
 from meshwright.compiler.layout.layout import Dim, cut, dim_axes, dim_size, format_dim, whole
 from meshwright.compiler.layout.mesh import Mesh
 
@@ -28,7 +28,7 @@ def slice_dim(dim: Dim, start: int, stop: int, mesh: Mesh) -> Dim:
         position += interval.length
     if not found:
         raise _refused(f"no element of `{format_dim(dim)}`")
-    return dim_of(merged(found))
+    return dim_of(found)
 
 
 def extend_dim(dim: Dim, start: int, size: int, mesh: Mesh) -> Dim:
@@ -44,24 +44,22 @@ def join_dims(dims: Iterable[Dim], mesh: Mesh) -> Dim:
     dims = tuple(dims)
     if len({frozenset(dim_axes(dim)) for dim in dims}) > 1:
         raise _refused(" after ".join(f"`{format_dim(dim)}`" for dim in dims))
-    return dim_of(merged(interval for dim in dims for interval in intervals_of(dim, mesh)))
+    return dim_of(interval for dim in dims for interval in intervals_of(dim, mesh))
 
 
 def repeat_dim(dim: Dim, count: int, mesh: Mesh) -> Dim:
     """The whole dim `count` times over."""
-    return dim_of(merged(intervals_of(dim, mesh) * count))
+    return dim_of(intervals_of(dim, mesh) * count)
 
 
 def interleave_dim(dim: Dim, count: int, mesh: Mesh) -> Dim:
     """Each element `count` times."""
     return dim_of(
-        merged(
-            Interval(
-                interval.length * count,
-                tuple(Cut(item.stride * count, item.size, item.axis) for item in interval.cuts),
-            )
-            for interval in intervals_of(dim, mesh)
+        Interval(
+            interval.length * count,
+            tuple(Cut(item.stride * count, item.size, item.axis) for item in interval.cuts),
         )
+        for interval in intervals_of(dim, mesh)
     )
 
 

@@ -14,9 +14,10 @@ from meshwright.compiler.codegen.ordering import ordered
 from meshwright.compiler.codegen.printing import Pending, printed
 from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.layout.collectives import Wait
-from meshwright.compiler.layout.layout import shard, unshard
+from meshwright.compiler.layout.layout import shard
 from meshwright.runtime.rank import RankProgram
 from meshwright.runtime.transports.virtual import run_virtual
+from tests.compiler.layouts import unshard
 
 
 def run_graph(graph: Graph, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.layout.collectives import Transfer
-from meshwright.compiler.layout.layout import combine
 from meshwright.compiler.layout.local_ops import apply_all, shape_after
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
+from tests.compiler.layouts import combine
 
 
 def run_wire(wire: Wire, tensors: Sequence[Tensor], mesh: Mesh) -> list[Tensor]:

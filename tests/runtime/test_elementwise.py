@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 import meshwright as mw
 from meshwright.compiler.layout.factors import Factor
-from meshwright.compiler.layout.layout import Layout, split, whole
+from meshwright.compiler.layout.layout import Layout, whole
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.elementwise import same_on_parts
+from tests.compiler.layouts import split
 from tests.runtime.test_run import compiled
 
 MESH = Mesh((("dp", 2), ("tp", 4)))

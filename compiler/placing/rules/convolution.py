@@ -21,7 +21,6 @@ from meshwright.compiler.layout.cuts import (
     dim_of,
     intervals_of,
     is_chain,
-    merged,
     ordered,
 )
 from meshwright.compiler.layout.layout import Dim, dim_axes
@@ -97,7 +96,7 @@ class _Channels:
             if not is_chain(cuts, length):
                 raise _refused()
             found.append(Interval(length, cuts))
-        return dim_of(merged(found))
+        return dim_of(found)
 
     def offers(self, other: Dim) -> dict[str, tuple[Dim, ...]]:
         """What a split of the other side's channels asks of the weight's dims."""
@@ -116,7 +115,7 @@ class _Channels:
             )
             groups.append(Interval(interval.length // self.inner_size * self.each, ordered(cuts)))
         inner = ordered(inner_cuts)
-        found = {self.joint: dim_of(merged(groups))}
+        found = {self.joint: dim_of(groups)}
         if is_chain(inner, self.inner_size):
             found[self.inner] = dim_of((Interval(self.inner_size, inner),))
         return {letter: (dim,) for letter, dim in found.items() if dim_axes(dim)}

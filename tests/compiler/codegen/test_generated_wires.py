@@ -17,9 +17,10 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     TensorType,
 )
-from meshwright.compiler.layout.layout import Layout, replicated, split
+from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.report.ledger import ledger
+from tests.compiler.layouts import split
 
 MESH = Mesh((("dp", 4),))
 CUT, WHOLE = split((8,), {0: ("dp",)}), replicated((8,))

@@ -19,16 +19,14 @@ from meshwright.compiler.layout.layout import (
     LayoutError,
     block_map,
     concatenation,
-    product,
     replicated,
     shard,
-    split,
-    unshard,
     whole,
 )
 from meshwright.compiler.layout.local_ops import Permute, Reshape, Select
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Start, Wait, Wire, bytes_sent
+from tests.compiler.layouts import product, split, unshard
 from tests.compiler.spellings import OBLONG, SQUARE, dims, distinct, states
 from tests.compiler.wires import run_transfer
 

@@ -15,14 +15,12 @@ from meshwright.compiler.layout.layout import (
     block_map,
     concatenation,
     cut,
-    product,
     replicated,
     shard,
-    split,
-    unshard,
     whole,
 )
 from meshwright.compiler.layout.mesh import Mesh
+from tests.compiler.layouts import product, split, unshard
 from tests.compiler.spellings import OBLONG, SQUARE, dims, distinct, states
 
 MESH = Mesh((("dp", 2), ("tp", 2)))

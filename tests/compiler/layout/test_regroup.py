@@ -14,14 +14,13 @@ from meshwright.compiler.layout.layout import (
     block_map,
     concatenation,
     cut,
-    product,
     replicated,
     shard,
-    split,
     whole,
 )
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
+from tests.compiler.layouts import product, split
 from tests.compiler.spellings import OBLONG, SQUARE, dims, distinct
 
 MESH = Mesh((("dp", 2), ("tp", 2)))

@@ -16,8 +16,6 @@ from meshwright.compiler.layout.layout import (
     concatenation,
     cut,
     replicated,
-    split,
-    unshard,
     whole,
 )
 from meshwright.compiler.layout.mesh import Mesh
@@ -31,6 +29,7 @@ from tests.compiler.layout.test_collectives import (
     pairing,
     transfers,
 )
+from tests.compiler.layouts import split, unshard
 from tests.compiler.spellings import SQUARE
 from tests.compiler.wires import run_transfer
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import meshwright as mw
-from meshwright.compiler.layout.layout import split
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.checkpoint.manifest import (
     Manifest,
@@ -23,6 +22,7 @@ from meshwright.runtime.checkpoint.manifest import (
     parse_manifest,
 )
 from meshwright.runtime.checkpoint.shards import Shard
+from tests.compiler.layouts import split
 from tests.runtime.checkpoint.damage import sealed
 
 SAVE = "0123456789abcdef" * 2

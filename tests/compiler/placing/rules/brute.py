@@ -18,17 +18,16 @@ from meshwright.compiler.layout.layout import (
     Dim,
     Factor,
     Layout,
-    combine,
     concatenation,
     cut,
     dim_axes,
-    product,
     replicated,
     shard,
 )
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.engine import candidates
 from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
+from tests.compiler.layouts import combine, product
 
 LINE = Mesh((("a", 2),))
 SQUARE = Mesh((("a", 2), ("b", 2)))

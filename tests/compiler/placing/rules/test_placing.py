@@ -10,19 +10,13 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph import custom
 from meshwright.compiler.graph.ir import MeshOp, TensorType
 from meshwright.compiler.graph.slots import Slot
-from meshwright.compiler.layout.layout import (
-    Factor,
-    Layout,
-    concatenation,
-    product,
-    replicated,
-    split,
-)
+from meshwright.compiler.layout.layout import Factor, Layout, concatenation, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.engine import candidates, place
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.compiler.placing.rules.lookup import has_rule, rule_for
 from meshwright.compiler.placing.rules.notation import Call, Operand, Placement, Spec, row
+from tests.compiler.layouts import product, split
 
 aten = torch.ops.aten
 MESH = Mesh((("dp", 2), ("tp", 2)))
