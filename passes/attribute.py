@@ -20,7 +20,7 @@ from functools import partial
 
 from meshwright.compiler.graph.aliasing import IDENTITIES, is_view
 from meshwright.compiler.graph.ir import INPUT, Builder, Node, Phase, rewrite
-from meshwright.compiler.graph.transfers import collective_kind
+from meshwright.compiler.graph.transfers import collective_kind, is_collective
 from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.statements import Spread
 from meshwright.passes.statements.draft import Draft, input_key
@@ -52,7 +52,7 @@ class _Lines:
         self.weights: dict[Node, str] = {}
         for node in graph.nodes:
             self._visit(node)
-        for node in filter(_is_collective, graph.nodes):
+        for node in filter(is_collective, graph.nodes):
             self._name(node)
 
     def _visit(self, node: Node) -> None:
@@ -66,7 +66,7 @@ class _Lines:
             line = next((line for n in operands if (line := self.axes[n].get(axis))), "")
             if line:
                 self._explain(node, axis, line)
-        if _is_collective(node):
+        if is_collective(node):
             self.axes[node].update(self._asked(node))
         if operands and operands[0] in self.weights and _keeps(node):
             self.weights[node] = self.weights[operands[0]]
@@ -100,7 +100,7 @@ class _Lines:
         axes: tuple[str, ...] = node.kwargs["axes"]
         backward = node.phase is not Phase.FORWARD
         other = self.forward.get(node.origin.forward) if backward else None
-        if other is not None and _is_collective(other):
+        if other is not None and is_collective(other):
             found = {**self.axes[other.args[0]], **self.axes[other]}
             return {axis: found[axis] for axis in axes if found.get(axis)}
         if node.origin.plan_line and not backward:
@@ -119,13 +119,9 @@ class _Lines:
             self.found[node] = line
 
 
-def _is_collective(node: Node) -> bool:
-    return collective_kind(node.op) is not None
-
-
 def _keeps(node: Node) -> bool:
     """Whether a weight is the same weight after this node."""
-    return _is_collective(node) or node.op in IDENTITIES or is_view(node.op)
+    return is_collective(node) or node.op in IDENTITIES or is_view(node.op)
 
 
 def _axes_used(node: Node) -> Iterable[str]:

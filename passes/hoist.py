@@ -33,7 +33,7 @@ from meshwright.compiler.graph.ir import (
     rewrite,
 )
 from meshwright.compiler.graph.slots import call_operands
-from meshwright.compiler.graph.transfers import collective_kind
+from meshwright.compiler.graph.transfers import is_collective
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import collectives, cost
@@ -72,7 +72,7 @@ class _Hoister:
 
     def _consider(self, node: Node) -> None:
         """Note how a call could give just what its users want, if all want one slice of it."""
-        frame = node.op == INPUT or (_is_collective(node) and node.op != VARY)
+        frame = node.op == INPUT or (is_collective(node) and node.op != VARY)
         given = self._given(node)
         if frame or node in self.returned or given is None:
             return
@@ -218,10 +218,6 @@ class _Hoister:
             return self.wanted[node]
         results = self.placements[node].results
         return tuple(None if each is None else each.canonical(self.mesh) for each in results)
-
-
-def _is_collective(node: Node) -> bool:
-    return collective_kind(node.op) is not None
 
 
 def _call(node: Node, mesh: Mesh, wanted: tuple[Layout, ...]) -> Call:

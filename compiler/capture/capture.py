@@ -65,10 +65,6 @@ class Captured:
     def input_names(self) -> tuple[str, ...]:
         return self.input_spec.names
 
-    @property
-    def output_labels(self) -> tuple[str, ...]:
-        return tuple(output.label for output in self.graph.outputs)
-
 
 def capture(
     model: nn.Module,

@@ -23,6 +23,11 @@ def collective_kind(op: Op) -> CollectiveKind | None:
     return COLLECTIVES.get(op.name) if isinstance(op, MeshOp) else None
 
 
+def is_collective(node: Node) -> bool:
+    """Whether a node is a collective, of those that only change the layout too."""
+    return collective_kind(node.op) is not None
+
+
 def transfer_of(node: Node, mesh: Mesh) -> Transfer:
     """What each rank does for a collective. Raises LayoutError where it is not one between the
     layouts of its operand and its result."""

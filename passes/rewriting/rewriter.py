@@ -58,7 +58,7 @@ class Rewriter:
             type=type,
             origin=self.node.origin,
             requires_grad=self.node.requires_grad
-            and _floating(type)
+            and _differentiable(type)
             and any(operand.requires_grad for operand in nodes_in((args, *kwargs.values()))),
         )
 
@@ -90,11 +90,9 @@ class Rewriter:
         return self.num_random
 
 
-def _floating(type: NodeType) -> bool:
-    if isinstance(type, tuple):
-        return any(_floating(item) for item in type)
-    dtype = type.dtype if isinstance(type, TensorType) else torch.bool
-    return dtype.is_floating_point or dtype.is_complex
+def _differentiable(type: NodeType) -> bool:
+    types = type if isinstance(type, tuple) else (type,)
+    return any(each is not None and each.differentiable for each in types)
 
 
 Rewrite = Callable[[Rewriter], "Node | None"]

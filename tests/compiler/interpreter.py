@@ -12,6 +12,11 @@ from meshwright.compiler.capture import Captured, capture
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Node, map_nodes
 
 
+def output_labels(captured: Captured) -> tuple[str, ...]:
+    """What a captured graph returns."""
+    return tuple(output.label for output in captured.graph.outputs)
+
+
 def run(captured: Captured, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """The outputs of the graph by label, on the model's own parameters and buffers."""
     given = dict(zip(captured.input_names, captured.input_spec.flatten(args, kwargs), strict=True))

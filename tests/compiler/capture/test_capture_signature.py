@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meshwright.compiler.capture import Captured, capture
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import INPUT
-from tests.compiler.interpreter import run
+from tests.compiler.interpreter import output_labels, run
 
 X, Y = torch.randn(2, 4), torch.randn(2, 4)
 
@@ -42,7 +42,7 @@ class Many(nn.Module):
 
 
 def labels(make: Callable[[Tensor], Any], **options: Any) -> tuple[str, ...]:
-    return capture(Returns(make), (X,), **options).output_labels
+    return output_labels(capture(Returns(make), (X,), **options))
 
 
 def refusal(make: Callable[[Tensor], Any], **options: Any) -> str:
@@ -64,7 +64,7 @@ def refusal(make: Callable[[Tensor], Any], **options: Any) -> str:
 def test_the_loss_is_found_in_any_output(make: Callable[[Tensor], Any]) -> None:
     model = Returns(make)
     captured = capture(model, (X,))
-    assert captured.output_labels == ("loss",)
+    assert output_labels(captured) == ("loss",)
     assert torch.equal(run(captured, X)["loss"], model.a(X).sum())
 
 
