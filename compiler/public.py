@@ -19,6 +19,7 @@ from meshwright.compiler.report.ledger import Comm, ledger
 from meshwright.compiler.report.listing import GraphText
 from meshwright.compiler.report.memory import Memory, memory
 from meshwright.compiler.report.summary import summarise
+from meshwright.compiler.report.timeline import timeline
 from meshwright.dsl.errors import plural
 
 
@@ -76,6 +77,11 @@ class Program(Compiled):
     def memory(self) -> Memory:
         """The bytes that one rank needs to hold, known before anything runs."""
         return memory(self)
+
+    def timeline(self) -> str:
+        """The text of what each rank does in a step, in order, a bar beside what runs while a
+        collective is under way."""
+        return timeline(self.instructions)
 
     def show(self, *, local: bool = False) -> None:
         """Print the mesh, layouts, collectives, bytes and memory as tables.

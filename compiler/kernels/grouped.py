@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from meshwright.compiler.kernels.blocks import has_data
+
 
 def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
     """`y[r, t] = x[r, t] @ weight[group[r, t]]`: `x[r, t, k]`, `weight[e, k, n]`, `y[r, t, n]`.
@@ -55,6 +57,8 @@ def _ordered(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, int, int]]:
     """Each group that has rows, with its first row and the one after its last."""
+    if not has_data(ends):
+        return
     start = 0
     for e, stop in enumerate(ends.tolist()):
         if start < stop:

@@ -178,7 +178,8 @@ class Walk:
     """The storages of one rank through the actions of a step, one after another.
 
     `peak` is the most bytes alive at once, `most_saved` the most that is saved for later graphs,
-    and `saved` what one run of each graph saves, by node. What outlives the step does not count:
+    and `saved` what one run of each graph saves, by node. A call that cannot run on fake tensors
+    counts with its results alone. What outlives the step does not count:
     parameters, buffers, constants, the batch and the gradients.
     """
 
@@ -241,7 +242,7 @@ class Walk:
             case Copy():
                 pass
             case Rearrange(target, source, steps):
-                self._bind(target, self._rearranged(source, steps))
+                self._bind(target, self._rearranged(source, steps, each.node))
             case Exchange():
                 given, received = self._exchanged(each)
                 self._hold(given)
@@ -335,20 +336,21 @@ class Walk:
         if call.out is not None:
             kwargs["out"] = self._held(call.out)
         key = (_function_key(call), _key(args), _key(tuple(kwargs.items())))
-        found = self._costed(key, call.function.recipe, args, kwargs)
+        found = self._costed(key, call.function.recipe, args, kwargs, call.node)
         if call.target is not None:
             self._bind(call.target, found)
 
-    def _rearranged(self, source: Operand, steps: Rearranging) -> Held:
+    def _rearranged(self, source: Operand, steps: Rearranging, node: Node) -> Held:
         held: Held = self._held(source)
         if steps:
             names = tuple(s.name if isinstance(s, Constant) else s for s in steps)
-            held = self._costed(("steps", names, _key(held)), _rearranger(steps), (held,), {})
+            key = ("steps", names, _key(held))
+            held = self._costed(key, _rearranger(steps), (held,), {}, node)
         return held
 
     def _exchanged(self, exchange: Exchange) -> tuple[Held, Held]:
         """The operand of an exchange and its result, in memory of its own unless it is donated."""
-        given = self._rearranged(exchange.source, exchange.steps)
+        given = self._rearranged(exchange.source, exchange.steps, exchange.node)
         assert isinstance(given, Local)
         if exchange.donate and exchange.wire.kind == "all_reduce":
             return given, given
@@ -365,14 +367,17 @@ class Walk:
         recipe: Callable[[RankContext], Callable[..., Any]],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        node: Node,
     ) -> Any:
         """The results of a call, whose own storages count towards the peak."""
         cost = self._costs.get(key)
         if cost is None:
-            cost = self._costs[key] = self._measured(recipe, args, kwargs)
-            self.peak = max(self.peak, self.alive + cost.peak)
-            self.alive += cost.kept
-        self.peak = max(self.peak, self.alive + cost.peak - cost.kept)
+            cost = self._measured(recipe, args, kwargs, node)
+            # What the first call keeps, such as tables of random numbers, the others do not make.
+            again = self._measured(recipe, args, kwargs, node) if cost.kept else cost
+            self._costs[key] = again
+        self.peak = max(self.peak, self.alive + cost.peak)
+        self.alive += cost.kept
         own: dict[int, Storage] = {}
         operands = list(_leaves((*args, *kwargs.values())))
 
@@ -394,6 +399,7 @@ class Walk:
         recipe: Callable[[RankContext], Callable[..., Any]],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        node: Node,
     ) -> _Cost:
         function, fakes, counter = recipe(self.context), [], StorageCounter()
 
@@ -408,8 +414,12 @@ class Walk:
             return operand
 
         positional, named = given(args), {key: given(value) for key, value in kwargs.items()}
-        with torch.no_grad(), self._fakes, counter:
-            found = function(*positional, **named)
+        try:
+            with torch.no_grad(), self._fakes, counter:
+                found = function(*positional, **named)
+        except RuntimeError:
+            # Torch cannot run it without data, or without the device.
+            return self._from_types(node)
         memory = {address(fake): -1 - i for i, fake in reversed(list(enumerate(fakes)))}
 
         def described(result: Any) -> Any:
@@ -425,6 +435,22 @@ class Walk:
         returned = {address(result) for result in tree_leaves(found) if result is not None}
         size = sum(size for key, (_, size) in counter.made.items() if key in returned)
         return _Cost(results, counter.peak, counter.alive() - size)
+
+    def _from_types(self, node: Node) -> _Cost:
+        """The results of a node alone, each in memory of its own."""
+        many = isinstance(node.type, tuple)
+        types = node.type if isinstance(node.type, tuple) else (node.type,)
+        layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
+        results: list[_Result | None] = []
+        for i, (type, layout) in enumerate(zip(types, layouts, strict=True)):
+            if type is None or layout is None:
+                results.append(None)
+                continue
+            shape = layout.local_shape(self.context.mesh)
+            size = math.prod(shape) * type.dtype.itemsize
+            results.append(_Result(shape, _contiguous(shape), type.dtype, i, size))
+        total = sum(result.num_bytes for result in results if result is not None)
+        return _Cost(tuple(results) if many else results[0], total, 0)
 
     def _fake(self, local: Local) -> Tensor:
         with self._fakes:

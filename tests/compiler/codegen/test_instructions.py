@@ -83,6 +83,20 @@ def test_gradients_are_reduced_while_the_backward_goes_on() -> None:
     assert not any(isinstance(each, Wait) for each in body)
 
 
+@pytest.mark.usefixtures("small_buckets")
+def test_the_timeline_shows_what_runs_while_gradients_are_reduced() -> None:
+    model, x = layers()
+    lines = meshwright.compile(model, PLAN, x).timeline().splitlines()
+    backward = lines[lines.index("stage0.backward") :]
+    starts = [i for i, line in enumerate(backward) if line.startswith("┌")]
+    ends = [i for i, line in enumerate(backward) if "under way" in line]
+    first = starts[0]
+    assert "all_reduce[dp]" in backward[first]
+    assert len(ends) >= 3 and ends == list(range(ends[0], len(backward)))
+    assert all(line.startswith("│") for line in backward[first + 1 : ends[0]])
+    assert ends[0] - first > 10
+
+
 def test_a_reduction_with_nothing_left_to_do_is_waited_for_at_once() -> None:
     model, x = layers()
     body = backward(meshwright.compile(model, PLAN, x))
