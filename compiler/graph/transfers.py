@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeAlias
 
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, Op
@@ -30,11 +31,15 @@ def is_collective(node: Node) -> bool:
 
 def transfer_of(node: Node, mesh: Mesh) -> Transfer:
     """What each rank does for a collective. Raises LayoutError where it is not one between the
-    layouts of its operand and its result."""
+    layouts of its operand and its result.
+
+    Along sequential axes there is no wire: what it would give is at hand after the loop.
+    """
     assert isinstance(node.op, MeshOp)
     options = {key: value for key, value in node.kwargs.items() if key != "axes"}
     source, axes = node.args[0].placed, node.kwargs["axes"]
-    return plan_transfer(node.op.name, axes, source, node.placed, mesh, **options)
+    transfer = plan_transfer(node.op.name, axes, source, node.placed, mesh, **options)
+    return replace(transfer, wire=None) if mesh.sequential.issuperset(axes) else transfer
 
 
 def moves(node: Node) -> bool:

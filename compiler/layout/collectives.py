@@ -141,7 +141,6 @@ def plan_transfer(
 ) -> Transfer:
     """How each rank gets from `source` to `target` by one collective over `axes`.
 
-    Sequential axes have no wire: where one would be, the local tensor is what it would give.
     `shift` is for `permute`; `root` for `broadcast`, whose target is the root's block alone, and
     `reduce`, whose target is zero outside of it. Raises LayoutError if the layouts differ in more
     than this kind of change over `axes`.
@@ -162,7 +161,7 @@ def plan_transfer(
             before = local_ops(row.before, dims, axes, mesh)
         if row.after is not None:
             after = local_ops(row.after, dims, axes, mesh)
-    if row.wire is None or mesh.sequential.issuperset(axes):
+    if row.wire is None:
         return Transfer(before, None, after)
     return Transfer(before, Wire(row.wire, axes, source.reduction, shift, root), after)
 

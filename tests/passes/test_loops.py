@@ -16,8 +16,9 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.public import Program
 from meshwright.passes import driver
 from meshwright.passes.statements.draft import Draft
-from tests.equivalence import Comparison, check_equal
-from tests.models import GPT_TENSOR, Gpt, Mlp, rows, tokens
+from meshwright.runtime.executor import Executor
+from tests.equivalence import Comparison, check_equal, implicit_gathers
+from tests.models import GPT_TENSOR, Gpt, Mlp, real, rows, tokens
 from tests.passes.test_stored import stored_split
 
 AXIS = "micro"
@@ -80,15 +81,31 @@ def kinds(program: Program, phase: Phase) -> set[str]:
 
 def test_gradients_are_summed_up_where_they_are_kept() -> None:
     batch = rows()
-    run = compiled(Mlp(), batch, "mesh dp=2, micro=4\ndata x over (dp, micro)\n").launch()
-    executors = [executor for executor, _ in run._launched.ranks]
-    for executor in executors:
-        assert len(executor.places[0]) == len(list(Mlp().parameters()))
+    program = compiled(Mlp(), batch, "mesh dp=2, micro=4\ndata x over (dp, micro)\n")
+    run = program.launch()
+    executor = Executor(program, run.states[0], {})
+    assert len(executor.places[0]) == len(program.parameters)
     run.step(*batch)
     first = run.gradients()
     run.step(*batch)
     for name, gradient in run.gradients().items():
         assert torch.allclose(gradient, 2 * first[name])
+
+
+class Absolute(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.l1_loss(self.head(x), y)
+
+
+def test_joining_is_no_cheaper_to_the_placement_than_sending() -> None:
+    torch.manual_seed(0)
+    plan = "mesh micro=4\ndata x, y over micro\n"
+    program = check_equal(Absolute(), lambda: (real(8, 16), real(8, 4)), plan)
+    assert implicit_gathers(program) == []
 
 
 def test_dropout_draws_the_same_numbers_in_microbatches() -> None:
