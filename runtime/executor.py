@@ -22,13 +22,14 @@ from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.layout.wires import Wait
 from meshwright.compiler.public import Program
-from meshwright.compiler.stages import PASSED_AS, Action, Stage
+from meshwright.compiler.stages import PASSED_AS, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
 from meshwright.runtime.rank import RankProgram, RankState, Results, padded
 
 Kept = Tensor | list[tuple[Tensor, Tensor]] | None
 """The gradients of a bucket before a step: all as one, each with its view, or none."""
+_RETURNED = (OutputKind.LOSS, OutputKind.OUTPUT, OutputKind.BUFFER)
 Passed = dict[tuple[InputKind, str, int], Any]
 """What other stages have sent, by what it is to its taker, name and microbatch."""
 
@@ -53,9 +54,9 @@ class Executor:
             key: self._linked(graph, codes[graph.name], places, once=key[1].once)
             for key, graph in graphs.items()
         }
-        self.stages = program.stages
+        self.walk = [(action, self.graphs[action.stage, action.kind]) for action in self.actions]
+        self.loops = [self._loop(stage) for stage in program.stages]
         self.buffers = [o for g in graphs.values() for o in g.outputs_of(OutputKind.BUFFER)]
-        self.places = [self._places(stage) for stage in program.stages]
         self._kept: dict[_Bucket, Kept] = {}
         """What each bucket held before the step that is under way, if that came to fill it."""
 
@@ -66,6 +67,7 @@ class Executor:
             for name, (owners, node) in _owners(graph).items()
         }
         views = {name: flat for name, (_, flat) in filled.items()}
+        outputs = list(enumerate(o for o in graph.outputs if o.kind is not OutputKind.SAVED))
         contexts = [
             RankContext(graph.mesh, {**state.coords, **turn}, state.device, state.random, views)
             for turn in (graph.mesh.turns[:1] if once else graph.mesh.turns)
@@ -74,25 +76,28 @@ class Executor:
             graph,
             code,
             [code.link(context) for context in contexts],
+            once,
             _Inputs(graph, self, places),
-            tuple(each for each in graph.outputs if each.kind is not OutputKind.SAVED),
+            [(i, PASSED_AS[o.kind], o.name) for i, o in outputs if o.kind in PASSED_AS],
+            [_Result(i, o, storage(o.node).held) for i, o in outputs if o.kind in _RETURNED],
             {
                 name: _Bucket(flat, [state.parameters[owner] for owner in owners], views)
                 for name, (owners, (flat, *views)) in filled.items()
             },
         )
 
-    def _places(self, stage: Stage) -> dict[int, tuple[_Bucket, Tensor]]:
-        """Where gradients are summed up over a loop, by the number under which each is saved: in
-        the bucket that a graph after the loop would copy the sum to."""
+    def _loop(self, stage: Stage) -> _Loop:
+        """How values leave the loop of a stage; a gradient is summed up in the bucket that a graph
+        after the loop would copy the sum to."""
+        joined = stage.joined
         found: dict[int, tuple[_Bucket, Tensor]] = {}
         for phase, graph in stage.graphs.items():
             users, buckets = graph.users(), self.graphs[stage.number, phase].buckets
             for node in (node for node in graph.nodes if node.op == MeshOp("bucket")):
                 for part, (_, view) in zip(node.args, buckets[node.name].pairs, strict=True):
-                    if part in stage.joined.values() and users[part] == [node]:
+                    if part in joined.values() and users[part] == [node]:
                         found[part.args[0].args[0]] = buckets[node.name], view
-        return found
+        return _Loop(len(stage.forward.mesh.turns), joined, found)
 
     def tensor(self, node: Node) -> Tensor:
         """What this rank holds of a parameter, buffer or constant, in the layout of `node`."""
@@ -120,24 +125,25 @@ class Executor:
         `commit` has been called; `undo` makes it as if it had not been.
         """
         self._kept = {}
-        saved = [_Saved(*each) for each in zip(self.stages, self.places, strict=True)]
+        saved = [_Saved(loop) for loop in self.loops]
         passed: Passed = {}
-        made: list[tuple[Output, Any]] = []
+        made: list[tuple[_Result, Any]] = []
         reductions: list[Pending] = []
-        for action in self.actions:
-            each = self.graphs[action.stage, action.kind]
+        for action, each in self.walk:
             inputs = yield from each.inputs.take(arguments, passed, action.microbatch)
             self._keep(each.buckets.values())
-            own = saved[action.stage].of(action)
-            values, under_way = yield from each.run(inputs, own, action.microbatch)
-            self._keep(saved[action.stage].filled(action))
-            saved[action.stage].hand_over(action)
+            handed, microbatch = saved[action.stage], action.microbatch
+            own = handed.once if each.once else handed.by_microbatch[microbatch]
+            values, under_way = yield from each.run(inputs, own, microbatch)
+            if each.once:
+                handed.share()
+            elif handed.joined:
+                self._keep(handed.filled(microbatch))
+                handed.join(microbatch)
             reductions += under_way
-            for output, value in zip(each.outputs, values, strict=True):
-                if output.kind in PASSED_AS:
-                    passed[PASSED_AS[output.kind], output.name, action.microbatch] = value
-                elif output.kind is not OutputKind.GRADIENT:
-                    made.append((output, value))
+            for place, kind, name in each.sent:
+                passed[kind, name, action.microbatch] = values[place]
+            made += [(result, values[result.place]) for result in each.results]
         results = yield from _results(made)
         for reduction in reductions:
             yield from _arrived(reduction)
@@ -164,39 +170,46 @@ class Executor:
             bucket.put_back(gradients)
 
 
+@dataclass(frozen=True, slots=True)
+class _Loop:
+    """How values of the microbatches of a stage become one: `joined` as in `Stage`, and by number
+    of a saved gradient the part of a bucket in which it is summed up."""
+
+    num_turns: int
+    joined: Mapping[int, Node]
+    places: Mapping[int, tuple[_Bucket, Tensor]]
+
+
 class _Saved:
     """What the graphs of a stage have saved for later ones, by number."""
 
-    def __init__(self, stage: Stage, places: Mapping[int, tuple[_Bucket, Tensor]]) -> None:
-        self.turns, self.places = stage.forward.mesh.turns, places
-        self.by_microbatch: list[dict[int, Any]] = [{} for _ in self.turns]
+    def __init__(self, loop: _Loop) -> None:
+        self.joined, self.places = loop.joined, loop.places
+        self.by_microbatch: list[dict[int, Any]] = [{} for _ in range(loop.num_turns)]
         self.once: dict[int, Any] = {}
-        self.joined = stage.joined
 
-    def of(self, action: Action) -> dict[int, Any]:
-        """What an action takes from, and adds to."""
-        return self.once if action.kind.once else self.by_microbatch[action.microbatch]
+    def filled(self, microbatch: int) -> list[_Bucket]:
+        """The buckets to which gradients are added that the microbatch has just saved."""
+        own = self.by_microbatch[microbatch]
+        return [self.places[number][0] for number in own if number in self.places]
 
-    def filled(self, action: Action) -> list[_Bucket]:
-        """The buckets to which gradients are added that the action has just saved."""
-        return [self.places[number][0] for number in self.of(action) if number in self.places]
+    def share(self) -> None:
+        """Let every microbatch have what was made once."""
+        for own in self.by_microbatch:
+            own.update(self.once)
 
-    def hand_over(self, action: Action) -> None:
-        """Let every microbatch have what was made once, and join what was made by one of them."""
-        if action.kind.once:
-            for own in self.by_microbatch:
-                own.update(self.once)
-            return
-        own = self.by_microbatch[action.microbatch]
+    def join(self, microbatch: int) -> None:
+        """Join what a microbatch has saved for after the loop with what the ones before have."""
+        own = self.by_microbatch[microbatch]
         for number in self.joined.keys() & own.keys():
-            self._join(number, own.pop(number), action.microbatch)
+            self._join(number, own.pop(number), microbatch)
 
     def _join(self, number: int, value: Tensor, microbatch: int) -> None:
         node, total = self.joined[number], self.once.get(number)
         kind = collective_kind(node.op)
         if kind is not None and kind.gathers:
             if total is None:
-                total = self.once[number] = value.new_empty((len(self.turns), *value.shape))
+                total = self.once[number] = value.new_empty((len(self.by_microbatch), *value.shape))
             total[microbatch].copy_(value)
         elif total is None:
             place = self.places[number][1] if number in self.places else torch.empty_like(value)
@@ -213,13 +226,12 @@ _COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Takes one more value into a reduction."""
 
 
-def _results(made: Sequence[tuple[Output, Any]]) -> RankProgram:
+def _results(made: Sequence[tuple[_Result, Any]]) -> RankProgram:
     """The outputs once they are all there; the loss comes first."""
     results: Results = {}
-    for output, value in sorted(made, key=lambda each: each[0].kind is not OutputKind.LOSS):
-        result = (yield from _arrived(value)) if type(value) is Pending else value
-        # A tensor that lives on, or a view of one, may be written to.
-        results[output] = result.clone() if storage(output.node).held else result
+    for result, value in sorted(made, key=lambda each: each[0].output.kind is not OutputKind.LOSS):
+        found = (yield from _arrived(value)) if type(value) is Pending else value
+        results[result.output] = found.clone() if result.lives_on else found
     return results
 
 
@@ -232,6 +244,16 @@ def _arrived(pending: Pending) -> Generator[Any, Any, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
+class _Result:
+    """An output that the step returns, and its place among the values of its graph."""
+
+    place: int
+    output: Output
+    lives_on: bool
+    """Whether it is a tensor that ranks hold, or a view of one, which may be written to."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Linked:
     """A graph with its code linked for this rank."""
 
@@ -239,9 +261,12 @@ class _Linked:
     code: Code
     functions: list[RankFunction]
     """One for each microbatch, or one alone."""
+    once: bool
+    """Whether it runs once for all microbatches."""
     inputs: _Inputs
-    outputs: tuple[Output, ...]
-    """Those that are not saved."""
+    sent: list[tuple[int, InputKind, str]]
+    """What other stages take: its place among the values, what it is to them, and its name."""
+    results: list[_Result]
     buckets: dict[str, _Bucket]
 
     def run(self, inputs: Sequence[Tensor], saved: dict[int, Any], microbatch: int) -> RankProgram:
