@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Binding:
 
     def start(self, dim: Dim) -> int:
         """The global index of the first of the consecutive entries of `dim` held here."""
-        return int(self.positions(dim)[0])
+        return int(self.positions(dim)[0]) if dim_axes(dim) else 0
 
     def coordinates(self, dims: tuple[Dim, ...]) -> tuple[Coords, ...]:
         """Where the local tensor lies along each dim, as `RandomIndex` wants it."""
@@ -107,14 +108,12 @@ def bind(
     known = composite_of(node.op)
     assert known is not None, node.op
     kernel = known.bind(Binding(node, mesh, coords, random, device))
-    places = [i for i, arg in enumerate(node.args) if isinstance(arg, Node)]
-    if places == list(range(len(places))):
+    taken = list(takewhile(lambda arg: arg is None or isinstance(arg, Node), node.args))
+    if None not in taken:
         return kernel
 
     def filled(*tensors: Tensor) -> Any:
-        values: list[Tensor | None] = [None] * (places[-1] + 1)
-        for place, tensor in zip(places, tensors, strict=True):
-            values[place] = tensor
-        return kernel(*values)
+        given = iter(tensors)
+        return kernel(*(None if arg is None else next(given) for arg in taken))
 
     return filled

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, TensorType
 from meshwright.compiler.kernels import attention as kernels
@@ -67,11 +65,7 @@ class Attention(Composite):
 
     def bind(self, binding: BindingContext) -> Kernel:
         options = _options(binding, 4, binding.operand(0), binding.operand(1))
-
-        def attention(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-            return kernels.attention(*tensors, **options())
-
-        return attention
+        return lambda *tensors: kernels.attention(*tensors, **options())
 
 
 @composite
@@ -93,12 +87,8 @@ class AttentionBackward(Composite):
 
     def bind(self, binding: BindingContext) -> Kernel:
         options = _options(binding, 7, binding.operand(1), binding.operand(2))
-        wants_bias = binding.node.args[11]
-
-        def backward(*tensors: Tensor) -> tuple[Tensor | None, ...]:
-            return kernels.attention_backward(*tensors, need_bias_grad=wants_bias, **options())
-
-        return backward
+        backward = partial(kernels.attention_backward, need_bias_grad=binding.node.args[11])
+        return lambda *tensors: backward(*tensors, **options())
 
 
 def _options(binding: BindingContext, first: int, q: Node, k: Node) -> Callable[[], dict[str, Any]]:

@@ -62,7 +62,7 @@ class CrossEntropy(Composite):
         options = _options(binding, 3)
 
         def cross_entropy(
-            logits: Tensor, target: Tensor, weight: Tensor | None = None
+            logits: Tensor, target: Tensor, weight: Tensor | None
         ) -> tuple[Tensor, Tensor]:
             rows, lse = kernels.cross_entropy(
                 logits.reshape(-1, logits.shape[-1]), target.reshape(-1), weight=weight, **options
@@ -89,7 +89,7 @@ class CrossEntropyBackward(Composite):
         overwrite = binding.node.kwargs.get("overwrite", False)
 
         def backward(
-            grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, weight: Tensor | None = None
+            grad: Tensor, logits: Tensor, target: Tensor, lse: Tensor, weight: Tensor | None
         ) -> Tensor:
             flat = logits.reshape(-1, logits.shape[-1])
             found = kernels.cross_entropy_backward(
@@ -126,7 +126,7 @@ class CrossEntropyStats(Composite):
         options = _options(binding, 3)
         offset = binding.start(binding.operand(0).placed.dims[-1])
 
-        def stats(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        def stats(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
             found = kernels.cross_entropy_stats(
                 logits.reshape(-1, logits.shape[-1]),
                 target.reshape(-1),
@@ -153,9 +153,7 @@ class CrossEntropyCombine(Composite):
     def bind(self, binding: BindingContext) -> Kernel:
         options = _options(binding, 3)
 
-        def combine(
-            stats: Tensor, target: Tensor, weight: Tensor | None = None
-        ) -> tuple[Tensor, Tensor]:
+        def combine(stats: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
             rows, lse = kernels.cross_entropy_combine(
                 stats.reshape(*stats.shape[:2], -1), target.reshape(-1), weight=weight, **options
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 
@@ -51,11 +52,7 @@ class Embedding(Composite):
         table = binding.operand(0)
         offset = _offset(binding, table.placed.dims[0])
         num_rows = (*binding.node.args[3:], table.tensor.shape[0])[0]
-
-        def embedding(weight: Tensor, index: Tensor) -> Tensor:
-            return kernels.embedding(weight, index, num_rows=num_rows, offset=offset)
-
-        return embedding
+        return partial(kernels.embedding, num_rows=num_rows, offset=offset)
 
 
 @composite

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
 
 from meshwright.compiler.graph.ir import MeshOp, Node, NodeType, TensorType
 from meshwright.compiler.kernels import grouped as kernels
@@ -82,12 +83,7 @@ class GroupedMMWeight(Composite):
         return dx, dy, None
 
     def bind(self, binding: BindingContext) -> Kernel:
-        num_groups = binding.node.args[3]
-
-        def weight(x: Tensor, grad: Tensor, group: Tensor) -> Tensor:
-            return kernels.grouped_mm_weight(x, grad, group, num_groups)
-
-        return weight
+        return partial(kernels.grouped_mm_weight, num_groups=binding.node.args[3])
 
 
 def _back(context: AdjointContext, grad: Node, weight: Node, group: Node) -> Node:

@@ -12,6 +12,9 @@ The backward has one sum over ranks, of two numbers per row.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from torch import Tensor
 
 from meshwright.compiler.composites.statistics import gathered, per_rank
@@ -65,17 +68,14 @@ class Norm(Composite):
 
     def bind(self, binding: BindingContext) -> Kernel:
         eps, kind = binding.node.args[3:]
+        if kind == "layer":
+            return partial(kernels.layer_norm, eps=eps)
 
-        def layer(
-            x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-        ) -> tuple[Tensor | None, ...]:
-            return kernels.layer_norm(x, weight, bias, eps)
-
-        def rms(x: Tensor, weight: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        def rms(x: Tensor, weight: Tensor | None, bias: None) -> tuple[Tensor | None, ...]:
             y, rstd = kernels.rms_norm(x, weight, eps)
             return y, None, rstd
 
-        return layer if kind == "layer" else rms
+        return rms
 
 
 @composite
@@ -99,22 +99,12 @@ class NormBackward(Composite):
         return context.call(NormBackwardApply.op, total, *context.args)
 
     def bind(self, binding: BindingContext) -> Kernel:
-        def layer(
-            grad: Tensor,
-            x: Tensor,
-            mean: Tensor,
-            rstd: Tensor,
-            weight: Tensor | None = None,
-            bias: Tensor | None = None,
-        ) -> tuple[Tensor | None, ...]:
-            return kernels.layer_norm_backward(grad, x, mean, rstd, weight, bias)
-
         def rms(
-            grad: Tensor, x: Tensor, mean: None, rstd: Tensor, weight: Tensor | None = None
+            grad: Tensor, x: Tensor, mean: None, rstd: Tensor, weight: Tensor | None, bias: None
         ) -> tuple[Tensor | None, ...]:
             return (*kernels.rms_norm_backward(grad, x, rstd, weight), None)
 
-        return layer if binding.node.args[6] == "layer" else rms
+        return kernels.layer_norm_backward if binding.node.args[6] == "layer" else rms
 
 
 @composite
@@ -151,7 +141,7 @@ class NormFinish(Composite):
         size = binding.operand(0).tensor.shape[-1]
 
         def finish(
-            x: Tensor, stats: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+            x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None
         ) -> tuple[Tensor | None, ...]:
             mean: Tensor | None = None
             if kind == "layer":
@@ -175,16 +165,7 @@ class NormBackwardSums(Composite):
         return TensorType((2, *x.shape[:-1]), accumulation_dtype(x.dtype))
 
     def bind(self, binding: BindingContext) -> Kernel:
-        def sums(
-            grad: Tensor,
-            x: Tensor,
-            mean: Tensor | None,
-            rstd: Tensor,
-            weight: Tensor | None = None,
-        ) -> Tensor:
-            return kernels.norm_backward_sums(grad, x, mean, rstd, weight)
-
-        return sums
+        return kernels.norm_backward_sums
 
 
 @composite
@@ -204,15 +185,8 @@ class NormBackwardApply(Composite):
     def bind(self, binding: BindingContext) -> Kernel:
         size = binding.operand(2).tensor.shape[-1]
 
-        def apply(
-            sums: Tensor,
-            grad: Tensor,
-            x: Tensor,
-            mean: Tensor | None,
-            rstd: Tensor,
-            weight: Tensor | None = None,
-            bias: Tensor | None = None,
-        ) -> tuple[Tensor | None, ...]:
+        def apply(sums: Tensor, *backward: Any) -> tuple[Tensor | None, ...]:
+            grad, x, mean, rstd, weight, bias = backward
             needs = (True, weight is not None, bias is not None)
             return kernels.norm_backward_apply(grad, x, mean, rstd, weight, sums, size, needs)
 

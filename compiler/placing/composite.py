@@ -152,8 +152,8 @@ class Composite:
         return None
 
     def bind(self, binding: BindingContext) -> Kernel:
-        """Its kernel on one rank: a function of the node's tensor arguments, in order, each at its
-        place, None where a node has none and others follow."""
+        """Its kernel on one rank: a function of the arguments up to the first that is neither a
+        tensor nor None."""
         raise PassError(f"`{self.op}` has no kernel", help="give its class a `bind`")
 
 
