@@ -84,7 +84,7 @@ def test_gradients_are_summed_up_where_they_are_kept() -> None:
     program = compiled(Mlp(), batch, "mesh dp=2, micro=4\ndata x over (dp, micro)\n")
     run = program.launch()
     executor = Executor(program, run.states[0], {})
-    assert len(executor.places[0]) == len(program.parameters)
+    assert len(executor.loops[0].places) == len(program.parameters)
     run.step(*batch)
     first = run.gradients()
     run.step(*batch)
