@@ -39,7 +39,7 @@ class Embedding(Composite):
         return TensorType((*index.shape, *weight.shape[1:]), weight.dtype)
 
     def padded(self, args: tuple[Arg, ...], extents: Mapping[int, Extent]) -> tuple[Arg, ...]:
-        return (*args, extents[0].size) if 0 in extents else args
+        return (*args, extents[0].true) if 0 in extents else args
 
     def adjoint(self, context: AdjointContext) -> Cotangents:
         weight, index, padding_idx = context.node.args[:3]

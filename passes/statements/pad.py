@@ -21,7 +21,7 @@ Elsewhere: Megatron pads the vocabulary for good; DTensor splits unevenly.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -56,15 +56,18 @@ class _Padder(Padder):
         return new
 
     def keeps(
-        self, call: Call, spec: Spec, padded: Mapping[int, Collection[str]], letter: str
+        self, call: Call, spec: Spec, padded: Mapping[int, Mapping[str, Extent]], letter: str
     ) -> bool:
         if isinstance(call.op, MeshOp) and letter in spec.consecutive:
-            return True  # it counts entries from the first, and is told how many there are
+            # It counts entries from the first, and is told how many there are.
+            return all(
+                extents[letter].before == 1 for extents in padded.values() if letter in extents
+            )
         return treats_apart(spec, letter) and _is_harmless(call, spec, padded, letter)
 
 
 def _is_harmless(
-    call: Call, spec: Spec, padded: Mapping[int, Collection[str]], letter: str
+    call: Call, spec: Spec, padded: Mapping[int, Mapping[str, Extent]], letter: str
 ) -> bool:
     """Whether a call gives finite numbers with finite slopes for pad entries along a letter."""
     found = frozenset(

@@ -23,7 +23,7 @@ Elsewhere: Megatron refuses such sequences.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.extents import Extent
@@ -57,7 +57,7 @@ class _Padder(Padder):
             self._enter(value, ranks)
 
     def keeps(
-        self, call: Call, spec: Spec, padded: Mapping[int, Collection[str]], letter: str
+        self, call: Call, spec: Spec, padded: Mapping[int, Mapping[str, Extent]], letter: str
     ) -> bool:
         return treats_apart(spec, letter)
 

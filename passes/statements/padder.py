@@ -6,7 +6,7 @@ dim apart, and is run on all of them. Any other takes its operands with the padd
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,11 +87,11 @@ class Padder:
         return self.builder.copy(node, {})
 
     def keeps(
-        self, call: Call, spec: Spec, padded: Mapping[int, Collection[str]], letter: str
+        self, call: Call, spec: Spec, padded: Mapping[int, Mapping[str, Extent]], letter: str
     ) -> bool:
         """Whether a call may run on operands that are padded along a letter of its rule.
 
-        `padded` has, by number of operand, the letters along which it is padded.
+        `padded` has, by number of operand, the letters along which it is padded, and how.
         """
         raise NotImplementedError
 
