@@ -25,7 +25,8 @@ from meshwright.compiler.layout.layout import (
 )
 from meshwright.compiler.layout.local_ops import Permute, Reshape, Select
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.wires import Start, Wait, Wire, bytes_sent
+from meshwright.compiler.layout.wires import WIRES, Start, Wait, Wire, bytes_sent
+from meshwright.dsl.statements import COUNTED
 from tests.compiler.layouts import product, split, unshard
 from tests.compiler.spellings import OBLONG, SQUARE, dims, distinct, states
 from tests.compiler.wires import run_transfer
@@ -256,6 +257,17 @@ def test_the_table_is_its_own_adjoint_and_goes_back_between_dual_states():
         assert back.adjoint == row.name
         if "one" not in (row.source, row.target):
             assert (back.source, back.target) == (DUALS[row.target], DUALS[row.source])
+
+
+def test_plans_count_the_kinds_that_move_bytes_under_the_names_of_their_rows() -> None:
+    between_stages = {"send", "recv"}
+    counted = {row.counted_as for row in COLLECTIVES.values() if row.moves}
+    assert counted == set(COUNTED) - between_stages
+
+
+def test_every_row_names_a_wire_that_there_is_and_every_wire_options_that_there_are() -> None:
+    assert {row.wire for row in COLLECTIVES.values() if row.wire} == set(WIRES)
+    assert {option for row in WIRES.values() for option in row.options} <= {*Wire.__slots__}
 
 
 @pytest.mark.parametrize("reduce", ["max", "min"])
