@@ -95,14 +95,14 @@ class _Hoister:
             self.placements[node], self.wanted[node] = placement, layout
 
     def _given(self, node: Node) -> Node | None:
-        """The one tensor that a call gives: of several results the only one in use."""
+        """The one tensor that a call gives: of multiple results the only one in use."""
         if isinstance(node.type, TensorType):
             return node
         users = self.users[node]
         return users[0] if len(users) == 1 and users[0].op == GETITEM else None
 
     def _asked(self, user: Node, value: Node) -> Layout | None:
-        """The slice of `value` that one user wants, or None if it wants all of it, or several."""
+        """The slice of `value` that one user wants; None if it wants all of it, or multiple."""
         if user.op == SLICE:
             return user.placed
         if user not in self.placements:

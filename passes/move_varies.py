@@ -9,7 +9,7 @@ After:   vary: f32[16, 64] varying(dp)      = vary(wpe_weight, dp)
 
 A value made of parameters alone is varied at the parameters, where its gradient joins the others in
 a bucket, unless the parameters are much the larger. An operator whose adjoint needs the whole
-cotangent (a Cholesky factor, a determinant) stays before the `vary`. A value of which several views
+cotangent (a Cholesky factor, a determinant) stays before the `vary`. A value of which many views
 are varied, such as the time steps of a scan, is varied itself. Where one value is varied over two
 nested sets of axes, the larger is made from the smaller: their cotangents are summed before the
 last reduction.
@@ -185,7 +185,7 @@ def _joined(graph: Graph) -> Graph:
 
 
 class _Views:
-    """`axes`: by value that is only viewed and varied, the axes; `sources`: those of several views
+    """`axes`: by value that is only viewed and varied, the axes; `sources`: those of multiple views
     that are varied, and together not much smaller than the value."""
 
     def __init__(self, graph: Graph) -> None:

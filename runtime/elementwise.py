@@ -29,7 +29,7 @@ _RELATIVE, _ROUNDING = 1e-6, 1e-13
 def same_on_parts(make: Make, layout: Layout, mesh: Mesh) -> bool:
     """Whether ranks that hold a tensor in `layout` update it as one that holds it whole.
 
-    Several steps are made in float64, on a tensor of this layout, or of a smaller one with the same
+    Steps are made in float64, on a tensor of this layout, or of a smaller one with the same
     splits; every rank has an optimizer of its own, for one that looks at all it has.
     """
     small = _smaller(layout.drop_states(), mesh)
@@ -45,7 +45,7 @@ def same_on_parts(make: Make, layout: Layout, mesh: Mesh) -> bool:
 
 
 def same_with_copies(make: Make, copies: int) -> bool:
-    """Whether tensors are updated alike when the optimizer has several copies of each."""
+    """Whether tensors are updated alike when the optimizer has multiple copies of each."""
     for value, gradients in _trials((6, 8)):
         other, others = value.flip(0), [gradient.flip(1) for gradient in gradients]
         alone = _values(make, [value, other], [gradients, others])

@@ -62,7 +62,7 @@ def _check_elementwise(
     """Raise `RunError` if the optimizer looks at more than single elements and must not.
 
     It is tried out in every way in which one of the group's parameters is split. Where none is, it
-    may look at whole tensors, but not at all together if it has those of several ranks: `copies`.
+    may look at whole tensors, but not at all together if it has those of multiple ranks: `copies`.
     """
     split: dict[Layout, str] = {}
     for name in names:

@@ -333,7 +333,7 @@ class Run:
         counts, and a last group has the rest. Torch's learning-rate schedulers work on it.
         Raises `RunError` for options that the class does not take, and for classes that look along
         a dim that is split (Muon, Adafactor), or at all tensors together (LBFGS) where this process
-        has several ranks; others are tried out. Raises `PlanError` for an idle selector.
+        has more than one rank; others are tried out. Raises `PlanError` for an idle selector.
         """
         with apart_from_caller(self.program.device.type):
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)

@@ -1,4 +1,4 @@
-"""Small models that several tests train, and batches for them."""
+"""Small models that multiple tests train, and batches for them."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class VjpContext:
         return self.emitter.call(op, args, kwargs, origin=self.origin, type=type, wanted=wanted)
 
     def items(self, source: Node) -> list[Node | None]:
-        """The results of a call with several."""
+        """The results of a call that has multiple."""
         assert isinstance(source.type, tuple)
         return [
             None if type is None else self.emitter.item(source, i, self.origin)

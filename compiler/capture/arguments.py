@@ -17,7 +17,7 @@ from meshwright.dsl.plan import Plan
 def check_arguments(model: Any, plan: Any, loss: Any, outputs: Any, static: Any, mode: Any) -> None:
     """Raise `CaptureError` that names the first argument of another kind, and what to pass."""
     if not isinstance(model, nn.Module):
-        _refuse("the model", model, "pass an `nn.Module`, made already")
+        _refuse("the model", model, "pass an instance of an `nn.Module`")
     if (inner := _wrapped(model)) is not None:
         _refuse("the model", model, f"pass the model inside: `{inner}`")
     if not isinstance(plan, Plan):

@@ -312,7 +312,7 @@ def _identifier(name: str) -> str:
 
 
 def _stem(node: fx.Node, op: Any) -> str:
-    """A name for one result of several, `split_0`; otherwise the operator's own will do."""
+    """A name for one of multiple results, `split_0`; otherwise the operator's own will do."""
     if op is not GETITEM:
         return ""
     source, index = node.args

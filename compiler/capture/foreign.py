@@ -144,7 +144,7 @@ def quiet() -> Iterator[None]:
         with redirect_stderr(OfThread(said, sys.stderr)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assigned during export")
             yield
-        # Where nobody can be told, that is no reason not to compile.
+        # Where nobody can be told, that is not a reason to refuse.
         if sys.stderr is not None:
             with suppress(OSError):
                 sys.stderr.write(said.getvalue())

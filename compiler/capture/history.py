@@ -120,7 +120,7 @@ class History:
 
 
 def _like(node: fx.Node) -> Any:
-    """A new leaf, or what a placeholder that is no tensor stands for."""
+    """A new leaf, or what a placeholder that is not a tensor stands for."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return value

@@ -73,7 +73,7 @@ class InputSpec:
         return tuple(given[name] for name in self.types)
 
     def _was(self, name: str, value: Any) -> str:
-        """What the example gave for an input that is no tensor and has another value now."""
+        """What the example gave for an input that is not a tensor and has another value now."""
         if name not in self.constants:
             return "which the example did not give"
         before = spelled(self.constants[name])
@@ -156,7 +156,7 @@ def input_spec(
 ) -> InputSpec:
     """Read the names and types of an example off `model`'s signature.
 
-    Raises `CaptureError` for a name in `static` that is no tensor of the example.
+    Raises `CaptureError` for a name in `static` that is not a tensor of the example.
     """
     signature = inspect.signature(model.forward)
     leaves, tree = named_leaves(signature, args, kwargs)

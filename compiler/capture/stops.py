@@ -67,7 +67,7 @@ def _stop(graph: fx.Graph, node: fx.Node, stopped: set[fx.Node]) -> None:
 
 
 def _may_follow(node: fx.Node) -> bool:
-    """Whether a gradient might pass through: of a node with several results nothing is known."""
+    """Whether a gradient might pass through: of a node with multiple results nothing is known."""
     return has_history(node) or not isinstance(node.meta.get("val"), Tensor)
 
 

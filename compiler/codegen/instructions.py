@@ -80,7 +80,7 @@ class Take:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One result of several."""
+    """One of multiple results."""
 
     target: Variable
     source: Value

@@ -41,7 +41,7 @@ class Fragment:
 
     calls: tuple[FragmentCall, ...]
     results: tuple[int | None, ...]
-    """The slot of each result; None for one that there is not."""
+    """The slot of each result; `None` where there is no result."""
 
     def replay(self, parameters: Iterable[Node | None], emit: Emit) -> list[Node | None]:
         """The results on these parameters, each call emitted by `emit`."""

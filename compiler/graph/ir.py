@@ -133,7 +133,7 @@ INPUT = MeshOp("input")
 SAVED = MeshOp("saved")
 """A value that an earlier graph of the stage has saved; `args` is its number."""
 GETITEM = MeshOp("getitem")
-"""One result of a node with several: `args` is `(node, index)`."""
+"""One of the results of a node: `args` is `(node, index)`."""
 
 
 @dataclass(eq=False, slots=True)
@@ -141,7 +141,7 @@ class Node:
     """One operation of a graph, with global shapes.
 
     `name` is unique in its graph, `op` is torch's operator or one of the mesh (a collective),
-    `args` and `kwargs` what it is called with, `type` its shape and dtype (several for several
+    `args` and `kwargs` what it is called with, `type` its shape and dtype (a tuple for multiple
     results), `layout` where the result lies on the mesh, and `origin` the module, the source line
     and the plan line that it comes from, and `phase` when it runs. Nodes are compared by identity;
     a pass never edits one in place, it emits another.

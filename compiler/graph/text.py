@@ -52,7 +52,7 @@ def type_text(type: TensorType, layout: Layout | None, graph: Graph, *, local: b
 
 
 def node_type_text(node: Node, graph: Graph, *, local: bool = False) -> str:
-    """The type of a node, or of each result of a node with several."""
+    """The type of a node, or of each result of a node that has multiple."""
     if isinstance(node.type, TensorType):
         layout = node.layout
         assert not isinstance(layout, tuple)

@@ -67,7 +67,7 @@ def _thaw(arg: Arg, lists: frozenset[int] = frozenset()) -> Arg:
 
 
 def type_of(value: Any) -> NodeType:
-    """The type of a tensor, or of each of several."""
+    """The type of a tensor, or of each of multiple tensors."""
     if isinstance(value, torch.Tensor):
         return TensorType(tuple(int(size) for size in value.shape), value.dtype)
     if isinstance(value, (tuple, list)):

@@ -252,18 +252,18 @@ def local_ops(
     planner: Planner, dims: Sequence[Stretches], axes: tuple[str, ...], mesh: Mesh
 ) -> tuple[LocalOp, ...]:
     """Run a planner on a tensor whose dims may be concatenations, segment by segment."""
-    several = next((i for i, dim in enumerate(dims) if len(dim) > 1), None)
-    if several is None:
+    concatenated = next((i for i, dim in enumerate(dims) if len(dim) > 1), None)
+    if concatenated is None:
         change = Change(tuple(digits_of(dim[0]) for dim in dims), axes, mesh)
         return planner(change)
     segments = []
-    for stretch in dims[several]:
-        chosen = [*dims[:several], (stretch,), *dims[several + 1 :]]
+    for stretch in dims[concatenated]:
+        chosen = [*dims[:concatenated], (stretch,), *dims[concatenated + 1 :]]
         alone = Change((digits_of(stretch),), axes, mesh)
         length = alone.shape(before=True, after=planner is push)[0]
         segments.append((length, local_ops(planner, chosen, axes, mesh)))
     front_in, front_out = int(planner is push), int(planner is pull)
-    return (BySegment(several + front_in, several + front_out, tuple(segments)),)
+    return (BySegment(concatenated + front_in, concatenated + front_out, tuple(segments)),)
 
 
 def stretches(

@@ -37,7 +37,7 @@ def moved(
 ) -> tuple[int, Extent] | None:
     """The dim of a view in `new_shape` that holds the padded factor of `dim`, and its extent there.
 
-    Both shapes are without padding. None where the factor is spread over several dims.
+    Both shapes are without padding. None where the factor is spread over multiple dims.
     """
     low = math.prod(shape[dim + 1 :]) * extent.after
     high = low * extent.size
@@ -48,7 +48,7 @@ def moved(
         if below and low % below == 0 and above >= high and above % high == 0:
             own = Extent(above // high, extent.size, extent.padded, low // below)
             found.append((place, own))
-    # A size of 1 may stand at several places: the one where it was is the sequence.
+    # A size of 1 may stand at more than one place: the one where it was is the sequence.
     return min(found, key=lambda item: abs(item[0] - dim), default=None)
 
 

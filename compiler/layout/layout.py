@@ -293,7 +293,7 @@ def uniform_blocks(
     """What a rank holds, in blocks that are each held by the same ranks; views of `local`.
 
     With every block the axes that split it: ranks that differ on others alone hold copies. Only
-    dims of several segments, of which one is split over other axes than the next, make more than
+    dims of multiple segments, of which one is split over other axes than the next, make more than
     one block.
     """
     if all(len(dim) == 1 for dim in layout.dims):

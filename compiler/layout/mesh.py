@@ -45,7 +45,7 @@ class Mesh:
         return math.prod(size for _, size in _rank_axes(self))
 
     def size(self, axes: str | Iterable[str]) -> int:
-        """The number of coordinates along `axes`, one name or several taken together."""
+        """The number of coordinates along `axes`, one name or multiple taken together."""
         if isinstance(axes, str):
             axes = (axes,)
         return math.prod(_sizes(self)[axis] for axis in axes)

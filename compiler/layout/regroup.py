@@ -64,7 +64,7 @@ def reshape(layout: Layout, new_shape: tuple[int, ...], mesh: Mesh) -> Layout:
         return layout.with_dims(whole(size) for size in new_shape).canonical(mesh)
     if 0 in new_shape:
         raise LayoutError(
-            f"a reshape of the empty `{layout}` can not keep its cuts",
+            f"a reshape of the empty `{layout}` cannot keep its cuts",
             code="empty-reshape",
             help="leave the tensor whole",
         )
@@ -131,7 +131,7 @@ class _Reshape:
             if new.high == span.high and new.size > 1 and fits:
                 return place
         raise LayoutError(
-            f"the concatenation `{format_dim(self.layout.dims[dim])}` can not be cut into "
+            f"the concatenation `{format_dim(self.layout.dims[dim])}` cannot be cut into "
             f"`{_text(self.new_shape)}`",
             code="cut-concatenation",
             culprit=str(self.layout),
@@ -159,7 +159,7 @@ class _Reshape:
     def _fail_at(self, item: tuple[Cut, int]) -> NoReturn:
         cut, dim = item
         raise LayoutError(
-            f"`{format_dim(self.layout.dims[dim])}` can not be cut into "
+            f"`{format_dim(self.layout.dims[dim])}` cannot be cut into "
             f"`{_text(self._pieces(dim))}` with `{cut.axis}` over {cut.size} ranks",
             code="cut-view",
             culprit=str(self.layout),

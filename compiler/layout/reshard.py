@@ -52,7 +52,7 @@ class Collective:
         return Collective(self.row.adjoint, self.axes, self.target.dual(), self.source.dual())
 
 
-# The kind that takes an axis from one state towards another; of several the first in the table.
+# The kind that takes an axis from one state towards another: the first in the table that does.
 _TOWARDS: dict[tuple[str, str], str] = {}
 for _row in COLLECTIVES.values():
     for _target in (_row.target, *_row.towards):
@@ -129,7 +129,7 @@ def _check(source: Layout, target: Layout) -> None:
     started = target.reduction == "sum" or set(target.partial) <= set(source.partial)
     if not started:
         raise LayoutError(
-            f"a pending {target.reduction} can not be made from `{source}`",
+            f"a pending {target.reduction} cannot be made from `{source}`",
             code="pending-extremum",
             culprit=f"{source} to {target}",
             help="leave the value as it is",
@@ -137,7 +137,7 @@ def _check(source: Layout, target: Layout) -> None:
     for axis in source.varying:
         if target.state(axis) in ("replicated", "partial"):
             raise LayoutError(
-                f"a value that varies over `{axis}` can not become {target.state(axis)}",
+                f"a value that varies over `{axis}` cannot become {target.state(axis)}",
                 code="varying-source",
                 culprit=f"{source} to {target}",
                 help="start from the value before it was varied",

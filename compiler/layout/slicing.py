@@ -75,7 +75,7 @@ def resized(dim: Dim, size: int, mesh: Mesh) -> Dim:
 
 def _refused(what: str) -> LayoutError:
     return LayoutError(
-        f"{what} is no layout of equal shares",
+        f"{what} is not a layout of equal shares",
         code="cut-slice",
         help="cut at the borders of the split factors, or leave the dim whole",
     )

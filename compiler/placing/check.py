@@ -65,7 +65,7 @@ def _check_placed(node: Node, graph: Graph, after: str) -> None:
         try:
             transfer_of(node, graph.mesh)
         except LayoutError as error:
-            raise _broken(node, after, f"is no such collective: {error.problem}") from error
+            raise _broken(node, after, f"is not such a collective: {error.problem}") from error
         return
     if isinstance(node.op, MeshOp) and node.op.name in _FRAME:
         return

@@ -56,7 +56,7 @@ class AdjointContext(Protocol):
         """Emit one call of the backward, placed by its rule."""
 
     def items(self, source: Node) -> list[Node | None]:
-        """The results of a call with several."""
+        """The results of a call that has multiple."""
 
 
 class LoweringContext(Protocol):

@@ -88,7 +88,7 @@ class Emitter:
         self.planned: Callable[[Node, Collective], bool] = lambda value, collective: False
         """Whether the plan asks for this change of a value's layout, as for sequences."""
         self.shared: set[Node] = set()
-        """Values with several users: a pending sum is reduced once for all of them."""
+        """Values with multiple users: a pending sum is reduced once for all of them."""
         self.movements: list[Movement] = []
         self._have: dict[Node, dict[Layout, Node]] = {}
         self._items: dict[tuple[Node, int], Node] = {}
@@ -175,7 +175,7 @@ class Emitter:
         return make_call(op, args, kwargs, type, self.mesh, operand, wanted)
 
     def item(self, source: Node, index: int, origin: Origin, *, name: str = "") -> Node:
-        """One result of a node with several; emitted once."""
+        """One of the results of a node; emitted once."""
         if (source, index) not in self._items:
             assert isinstance(source.type, tuple) and isinstance(source.layout, tuple)
             self._items[source, index] = self.builder.emit(

@@ -1,4 +1,4 @@
-"""Graphs as text: one node a line, global shapes with `@axis`, the module as a trailing comment.
+"""Graphs as text: one node per line, global shapes with `@axis`, the module as a trailing comment.
 
 Layers that are equal print once. Lines longer than `WIDTH` are broken under their operator, and
 numbers are written as a person writes them; `exact_text` of a graph does neither.
@@ -70,7 +70,7 @@ class GraphText:
 
 
 def graph_text(graph: Graph, *, local: bool = False, full: bool = False) -> str:
-    """A graph for a reader, each of several equal layers once, or with `full` whole.
+    """A graph for a reader, equal layers once, or with `full` whole.
 
     Deterministic: the same program prints the same text. With `local`, what one rank holds.
     """

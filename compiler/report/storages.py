@@ -73,7 +73,7 @@ class Local:
 
 
 Held: TypeAlias = "Local | tuple[Any, ...] | None"
-"""What a variable holds: a tensor, several, or none."""
+"""What a variable holds: one tensor, multiple, or none."""
 
 
 class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -44,7 +44,7 @@ class Sum:
     """Equal collectives of one part: `count` of them, for which each rank sends `bytes` per step.
 
     `kind`, `axes` and `plan_line` are those of `Moved`. `phase` is `forward`, `backward` or, for
-    those that reduce gradients of several modules at once, `gradients`: there `bytes` is the share
+    those that reduce gradients of multiple modules at once, `gradients`: there `bytes` is the share
     of the part's own parameters.
     """
 

@@ -120,7 +120,7 @@ class _Counts:
 
     elements: Node
     ignores_others: bool
-    """Whether elements that have no entry are left out, and are no error either."""
+    """Whether elements that have no entry are left out, which is not an error."""
 
 
 def _uncast(node: Node) -> Node:

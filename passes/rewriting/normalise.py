@@ -59,7 +59,7 @@ def _identity(rewriter: Rewriter) -> Node:
 
 @rewrites(GETITEM)
 def _item(rewriter: Rewriter) -> Node | None:
-    """One of several values brought to a common shape is its own expansion, where it has any."""
+    """One of the values brought to a common shape is its own expansion, where it has any."""
     source, index = rewriter.args
     if rewriter.node.args[0] in rewriter.items:
         found: Node = rewriter.items[rewriter.node.args[0]][index]
@@ -230,7 +230,7 @@ def _rms_norm(rewriter: Rewriter) -> Node:
 
 
 def _norm(rewriter: Rewriter, bias: Node | None, eps: float, kind: str) -> Node:
-    """Over several dimensions a norm is one over their product."""
+    """Over multiple dimensions a norm is one over their product."""
     x, shape, weight = rewriter.args[0], rewriter.args[1], rewriter.option(2, "weight")
     full = x.tensor.shape
     if len(shape) > 1:

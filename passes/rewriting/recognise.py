@@ -30,7 +30,7 @@ _LONGEST = 1 << 24
 
 def repeated_heads(x: Node) -> Node | None:
     """`x[b, g·n, s, d]` as `[b, g, s, d]` where each head stands n times in a row, as models write
-    grouped-query attention out; None if it is no such value."""
+    grouped-query attention out; None if it is not such a value."""
     if x.op == aten.repeat_interleave.self_int and x.args[2:3] == (1,):
         found: Node = x.args[0]
         return found

@@ -34,7 +34,7 @@ class Rewriter:
         self.builder = builder
         self.num_random = 0
         self.items: dict[Node, tuple[Node, ...]] = {}
-        """By node with several results that was replaced: what stands for each."""
+        """By node with multiple results that was replaced: what stands for each."""
 
     def begin(self, node: Node, mapping: Mapping[Node, Node]) -> None:
         """Turn to the next node to be replaced; `mapping` gives what stands for those before."""

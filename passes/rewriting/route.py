@@ -97,7 +97,7 @@ class _Router:
         self.inverse: dict[Node, Node] = {}
         """By node that holds the inverse of an order: the sort that gives the order."""
         self.several: dict[Node, tuple[tuple[int | None, ...], Node]] = {}
-        """Of nodes with several results: the dim in which each is permuted, and by which sort."""
+        """Of nodes with multiple results: the dim in which each is permuted, and by which sort."""
         self.repeated: dict[Node, Node] = {}
         """By matrix of the new graph in which each row of another stands a number of times."""
 
@@ -159,7 +159,7 @@ class _Router:
             self.permuted[node] = Permuted(new, dims[0], by)
 
     def item(self, node: Node) -> bool:
-        """One result of several; the results of a sort are its operand's elements and places."""
+        """One of multiple results; the results of a sort are its operand's elements and places."""
         several, index = node.args
         if several in self.several and several.op in SORTS and is_vector(several.args[0]):
             (_, by), x = self.several[several], several.args[0]

@@ -32,7 +32,7 @@ def is_convolution(op: Op) -> bool:
 def contracted_dim(node: Node) -> int | None:
     """The dim of a convolution's weight that is summed over, in whole or group by group.
 
-    None for what is no convolution, and where groups share that dim.
+    None for what is not a convolution, and where groups share that dim.
     """
     if node.op not in _CONVOLUTIONS:
         return None

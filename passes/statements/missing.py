@@ -71,7 +71,7 @@ def _used_elsewhere(
 
 
 def _computed(draft: Draft, module: str, statement: Spread) -> Reason | None:
-    """The module multiplies by a tensor that is made of several parameters, or of one."""
+    """The module multiplies by a tensor that is made of one parameter or more."""
     found = computed_weights(draft.graph).get(module)
     if found is None:
         return None

@@ -73,7 +73,7 @@ class Padder:
         self.mapping: dict[Node, Node] = {}
         self.extents: dict[Node, Extents] = {}
         self.ways: dict[Node, _Way] = {}
-        """Of new nodes with several results: how they were run."""
+        """Of new nodes with multiple results: how they were run."""
         self.cut: dict[tuple[Node, int], Node] = {}
         self.padded: dict[tuple[Node, int, Extent], Node] = {}
         self.values: dict[Node, Pin] = {}

@@ -35,7 +35,7 @@ class Sequences:
     """The regions of a graph: `entries` maps a region's first node to the values that enter.
 
     Which region a value belongs to follows from where its data comes from, or from where it goes
-    if it is made before any region: values of one size may be sequences of several.
+    if it is made before any region: values of one size may be sequences of more than one.
     """
 
     def __init__(self, graph: Graph, regions: tuple[Region, ...], mesh: Mesh) -> None:
@@ -53,7 +53,7 @@ class Sequences:
             self._follow(graph, regions)
 
     def _enter(self, node: Node, value: Node, flow: Flow) -> None:
-        """`value` enters with `node`, which may be the first of several regions: of the innermost
+        """`value` enters with `node`, which may be the first of multiple regions: of the innermost
         then."""
         entered = dict(self.entries.get(node, ()))
         known = entered.get(value)
@@ -120,7 +120,7 @@ class Sequences:
 
     def _is_flat(self, dim: Dim, flow: Flow) -> bool:
         """Whether a dim is batch and sequence in one, the sequence split over `axes`; each token
-        may be there several times, for its experts."""
+        may be there more than once, for its experts."""
         layout, batch, length = Layout((dim,)), flow.batch, flow.length
         tokens = batch * length
         (size,) = layout.shape

@@ -143,7 +143,7 @@ def _inputs(draft: Draft) -> Draft:
 
 
 def _entering(node: Node, module: str) -> Node | None:
-    """The first operand that comes from outside `module` and is no weight."""
+    """The first operand that comes from outside `module` and is not a weight."""
     for operand in node.operands():
         outside = all(path != module for path, _ in operand.origin.modules)
         if outside and not operand.of_model and isinstance(operand.type, TensorType):

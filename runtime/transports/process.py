@@ -111,7 +111,7 @@ class ProcessTransport:
         num_ranks = self.mesh.num_ranks
         peers = [rank for rank in range(num_ranks) if rank != self.rank]
         if num_ranks > 64:
-            # The store serves one request a rank and period: past this, only those one waits for.
+            # The store serves one request per rank and period: past this, only those one waits for.
             near = {r for axis in self.mesh.names for r in self.mesh.group(self.rank, (axis,))}
             peers = sorted(near - {self.rank})
         before = set(connections())

@@ -50,7 +50,7 @@ class Operand:
     proposals: tuple[Layout, ...] = ()
     """Layouts worth trying for a value whose pending sum must be reduced here."""
     keep_partial: bool = True
-    """Whether a pending sum may stay pending; not where several users would each reduce it."""
+    """Whether a pending sum may stay pending; not where multiple users would each reduce it."""
     zero: bool = False
     """Whether the value is known to be all zeros."""
     rooted: bool = False

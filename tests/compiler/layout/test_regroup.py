@@ -133,7 +133,7 @@ def test_a_view_regroups_factors(layout, new_shape, text):
             split((384,), {0: "tp"}),
             (3, 128),
             (
-                "`384@tp` can not be cut into `3·128` with `tp` over 2 ranks\n"
+                "`384@tp` cannot be cut into `3·128` with `tp` over 2 ranks\n"
                 "  at: [384@tp]\n"
                 "  help: write the dim as `3·128@tp`"
             ),
@@ -142,7 +142,7 @@ def test_a_view_regroups_factors(layout, new_shape, text):
             split((8, 2304), {0: "dp", 1: "tp"}),
             (8, 3, 12, 64),
             (
-                "`2304@tp` can not be cut into `3·12·64` with `tp` over 2 ranks\n"
+                "`2304@tp` cannot be cut into `3·12·64` with `tp` over 2 ranks\n"
                 "  at: [8@dp, 2304@tp]\n"
                 "  help: write the dim as `3·12@tp·64`"
             ),
@@ -151,7 +151,7 @@ def test_a_view_regroups_factors(layout, new_shape, text):
             split((4, 30), {1: "tp"}),
             (4, 3, 2, 5),
             (
-                "`30@tp` can not be cut into `3·2·5` with `tp` over 2 ranks\n"
+                "`30@tp` cannot be cut into `3·2·5` with `tp` over 2 ranks\n"
                 "  at: [4, 30@tp]\n"
                 "  help: write the dim as `3·2@tp·5`"
             ),
@@ -160,7 +160,7 @@ def test_a_view_regroups_factors(layout, new_shape, text):
             split((6, 4), {1: "tp"}),
             (4, 6),
             (
-                "`4@tp` can not be cut into `6` with `tp` over 2 ranks\n"
+                "`4@tp` cannot be cut into `6` with `tp` over 2 ranks\n"
                 "  at: [6, 4@tp]\n"
                 "  help: leave the dim whole over `tp`"
             ),
@@ -169,7 +169,7 @@ def test_a_view_regroups_factors(layout, new_shape, text):
             Layout((whole(2), concatenation((Factor(8, ("tp",)),), (Factor(4, ("tp",)),)))),
             (24,),
             (
-                "the concatenation `(8@tp | 4@tp)` can not be cut into `24`\n"
+                "the concatenation `(8@tp | 4@tp)` cannot be cut into `24`\n"
                 "  at: [2, (8@tp | 4@tp)]\n"
                 "  help: split the tensor at the segments before the reshape"
             ),

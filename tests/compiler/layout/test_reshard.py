@@ -45,7 +45,7 @@ def test_any_layout_becomes_any_other_and_its_cotangent_comes_back(shape, mesh, 
     for source, target in itertools.product(everything, repeat=2):
         lost = [axis for axis in source.varying if target.state(axis) in ("replicated", "partial")]
         if lost:
-            with pytest.raises(LayoutError, match="can not become"):
+            with pytest.raises(LayoutError, match="cannot become"):
                 collectives(source, target, mesh)
         else:
             check_chain(source, target, mesh)
@@ -227,7 +227,7 @@ def test_a_pending_max_costs_no_adjoint():
             X.add_varying(["tp"]),
             X,
             (
-                "a value that varies over `tp` can not become replicated\n"
+                "a value that varies over `tp` cannot become replicated\n"
                 "  at: [8, 16] varying(tp) to [8, 16]\n"
                 "  help: start from the value before it was varied"
             ),
@@ -244,7 +244,7 @@ def test_a_pending_max_costs_no_adjoint():
             X,
             X.add_partial(["tp"], "max"),
             (
-                "a pending max can not be made from `[8, 16]`\n"
+                "a pending max cannot be made from `[8, 16]`\n"
                 "  at: [8, 16] to [8, 16] partial(max over tp)\n"
                 "  help: leave the value as it is"
             ),
