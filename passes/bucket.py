@@ -30,16 +30,13 @@ from meshwright.compiler.graph.ir import (
     Output,
     OutputKind,
     Phase,
-    TensorType,
     rewrite,
 )
 from meshwright.compiler.graph.transfers import combines
-from meshwright.compiler.layout.layout import Layout, whole
+from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM, bucket_type
 
 BUCKET_BYTES = 25 << 20
 """The size at which a bucket is closed: large enough that latency does not count."""
-
-BUCKET, BUCKET_ITEM = MeshOp("bucket"), MeshOp("bucket_item")
 
 
 @dataclass
@@ -109,12 +106,9 @@ def local_numel(node: Node, graph: Graph) -> int:
 def _emit(builder: Builder, found: _Bucket, mapping: dict[Node, Node]) -> dict[Output, Node]:
     builder.phase = Phase.WEIGHT
     parts = tuple(mapping[before] for _, before in found.gradients)
-    size = sum(math.prod(part.placed.local_shape(builder.mesh)) for part in parts)
     origin = Origin(module="gradients", forward=parts[-1].origin.forward)
-    flat = Layout((whole(size),)).add_partial(found.axes)
-    value = builder.emit(
-        BUCKET, parts, type=TensorType((size,), found.dtype), layout=flat, origin=origin
-    )
+    type, flat = bucket_type(parts, found.dtype, builder.mesh)
+    value = builder.emit(BUCKET, parts, type=type, layout=flat, origin=origin)
     if found.axes:
         value = builder.emit(
             MeshOp("all_reduce"),

@@ -19,7 +19,7 @@ from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import Graph, Node, TensorType
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.check import check
+from meshwright.compiler.placing.check import check_all
 from meshwright.compiler.program import Padding, Stored
 from meshwright.compiler.public import Program
 from meshwright.compiler.stages import same_on_every_rank
@@ -175,8 +175,7 @@ def compile_captured(
     with ALONE:
         for each in PASSES:
             draft = each(draft)
-            for graph in draft.graphs:
-                check(graph, each.__name__, checked)
+            check_all(draft.graphs, each.__name__, checked)
     inputs, recapture = source.captured.input_names, source.recapture
 
     def recompile(model: nn.Module, *, example: Any, mode: Mode) -> Program:

@@ -6,22 +6,31 @@ once: a hundred equal layers cost one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from meshwright.compiler.errors import LayoutError, PassError
-from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, MeshOp, Node
+from meshwright.compiler.graph.ir import Graph, Node, NodeLayout
 from meshwright.compiler.graph.transfers import collective_kind, transfer_of
 from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.calls import make_call
 from meshwright.compiler.placing.engine import candidates
+from meshwright.compiler.placing.frame import FRAME, Saved, saved_by
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.compiler.placing.rules.notation import Call, Operand
 
-_FRAME = {INPUT.name, "saved", "bucket", "bucket_item"}
-"""Mesh operators that have no rule of their own."""
+
+def check_all(graphs: Sequence[Graph], after: str, checked: set[Node]) -> None:
+    """Check the graphs of a program, each with what the others save; see `check`."""
+    saved = saved_by(graphs)
+    for graph in graphs:
+        check(graph, after, checked, saved)
 
 
-def check(graph: Graph, after: str, checked: set[Node] | None = None) -> None:
+def check(
+    graph: Graph, after: str, checked: set[Node] | None = None, saved: Saved | None = None
+) -> None:
     """Raises `PassError` naming the first node that is out of order or ill placed, and the pass.
 
     `checked` are nodes found to be well placed after earlier passes, and these are added to it: a
@@ -42,7 +51,7 @@ def check(graph: Graph, after: str, checked: set[Node] | None = None) -> None:
         if placed and node not in checked:
             if node.layout is None:
                 raise _broken(node, after, "has no layout, and others have")
-            _check_placed(node, graph, after)
+            _check_placed(node, graph, after, saved or {})
             checked.add(node)
 
 
@@ -54,20 +63,21 @@ def _broken(node: Node, after: str, what: str) -> PassError:
     )
 
 
-def _check_placed(node: Node, graph: Graph, after: str) -> None:
+def _check_placed(node: Node, graph: Graph, after: str, saved: Saved) -> None:
     """The node's layout is one that its rule gives for the layouts of its operands."""
-    if node.op == GETITEM:
-        source, index = node.args
-        if source.layout[index] != node.layout:
-            raise _broken(node, after, f"is laid out as {node.layout}, not {source.layout[index]}")
+    _check_sizes(node, after)
+    if node.op in FRAME:
+        type, layout = FRAME[node.op](node, graph.mesh, saved)
+        if node.type != type or not _equal(node.layout, layout, graph.mesh):
+            raise _broken(
+                node, after, f"is {node.type} laid out as {node.layout}, not {type} as {layout}"
+            )
         return
     if collective_kind(node.op) is not None:
         try:
             transfer_of(node, graph.mesh)
         except LayoutError as error:
             raise _broken(node, after, f"is not such a collective: {error.problem}") from error
-        return
-    if isinstance(node.op, MeshOp) and node.op.name in _FRAME:
         return
     layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
     call = make_call(
@@ -87,6 +97,20 @@ def _check_placed(node: Node, graph: Graph, after: str) -> None:
     if not _allowed(call, layouts):
         given = ", ".join(str(operand.layout) for operand in call.operands)
         raise _broken(node, after, f"may not give {layouts} on operands {given}")
+
+
+def _check_sizes(node: Node, after: str) -> None:
+    types = node.type if isinstance(node.type, tuple) else (node.type,)
+    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
+    for type, layout in zip(types, layouts, strict=True):
+        if type is not None and layout is not None and type.shape != layout.shape:
+            raise _broken(node, after, f"is {list(type.shape)} and laid out as {layout}")
+
+
+def _equal(ours: NodeLayout, theirs: NodeLayout, mesh: Mesh) -> bool:
+    if isinstance(ours, Layout) and isinstance(theirs, Layout):
+        return ours.equals(theirs, mesh)
+    return ours == theirs
 
 
 @lru_cache(maxsize=65536)
