@@ -316,7 +316,17 @@ class _Partitioner:
         value = self.mapping[node]
         if value.placed.varying:
             layout = layout.add_varying(value.placed.varying)
+        if layout.shape != value.tensor.shape:
+            value = self._lengthened(value, layout.shape)
         return self.emitter.reshard(value, layout, node.origin)
+
+    def _lengthened(self, value: Node, shape: tuple[int, ...]) -> Node:
+        """`value` with the zeros that storage adds."""
+        added = (size - own for size, own in zip(shape, value.tensor.shape, strict=True))
+        # The last dim comes first; a pair per dim is what is added before and behind.
+        pads = [each for more in reversed(list(added)) for each in (0, more)]
+        args = (value, pads)
+        return self.emitter.call(aten.constant_pad_nd.default, args, origin=value.origin)
 
 
 def _bias_apart(node: Node) -> tuple[Op, tuple[Arg, ...], Node, int] | None:

@@ -19,6 +19,7 @@ from meshwright.passes.statements.draft import Draft
 from meshwright.runtime.executor import Executor
 from tests.equivalence import Comparison, check_equal, implicit_gathers
 from tests.models import GPT_TENSOR, Gpt, Mlp, real, rows, tokens
+from tests.passes.examples import Body
 from tests.passes.test_stored import stored_split
 
 AXIS = "micro"
@@ -141,6 +142,28 @@ def test_outputs_are_joined_and_maxima_taken_over_microbatches(mesh: str) -> Non
     axes = ", ".join(part.split("=")[0] for part in mesh.split(", "))
     plan = f"mesh {mesh}\ndata x over ({axes})\n"
     check_equal(Scored(), rows, plan, outputs=["y", "largest"])
+
+
+class Shown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Body()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.block(x)
+        return {"loss": y.square().mean(), "y": y}
+
+
+def test_what_the_backward_gathers_again_leaves_the_loop_as_it_was() -> None:
+    torch.manual_seed(0)
+    plan = """
+        mesh tp=2, micro=2
+        data x over micro
+        columns block.up over tp
+        rows block.down over tp
+        sequence block over tp
+        """
+    check_equal(Shown(), lambda: (real(8, 16, 16),), plan, outputs=["y"])
 
 
 def test_a_run_in_microbatches_evaluates_and_gives_outputs() -> None:

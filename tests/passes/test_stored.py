@@ -30,7 +30,7 @@ def stored_split(draft: Draft) -> Draft:
     """Every weight stored split over `AXIS`, whatever the layout in which operators use it."""
     found = {}
     for node in draft.graph.inputs:
-        if node.args[0] == "parameter":
+        if node.of_model and node.args[0] != "constant":
             pin = draft.inputs.get(input_key(node))
             used = pin.layout if pin else replicated(node.tensor.shape)
             if used.dims:
@@ -173,6 +173,27 @@ def test_weights_that_do_not_divide_are_stored_with_zeros(mesh: str) -> None:
     plan = f"mesh {mesh}\ndata x over dp\nallow replicate **\n"
     program = check_equal(Odd(), lambda: (real(12, 7),), plan)
     assert program.parameters["up.weight"].padding is not None
+
+
+class Tracked(nn.Module):
+    """Keeps a running mean of its inputs, and takes it off them."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(7, 5)
+        self.register_buffer("mean", torch.randn(7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+        return self.up(x - self.mean).square().mean()
+
+
+def test_a_buffer_that_is_written_is_stored_split_too() -> None:
+    torch.manual_seed(0)
+    program = check_equal(Tracked(), lambda: (real(6, 7),), "mesh dp=2\ndata x over dp\n")
+    assert program.buffers["mean"].layout.split_axes == (AXIS,)
 
 
 def test_a_checkpoint_of_stored_split_weights_loads_under_another_plan_and_back(
