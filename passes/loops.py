@@ -44,7 +44,7 @@ def _apart(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node |
     sequential = tuple(axis for axis in axes if axis in mesh.sequential)
     rest = tuple(axis for axis in axes if axis not in mesh.sequential)
     if sequential and not kind.combines:
-        raise _not_in_a_loop(node, f"moves along `{sequential[0]}`")
+        raise _not_in_a_loop(node, sequential[0], "moves values between the turns of")
     if not sequential or not rest:
         return None
     layout = mapping[node.args[0]].placed.drop_partial(sequential).drop_split(sequential, mesh)
@@ -130,7 +130,8 @@ class _Looper:
             if each in self.counting:
                 continue
             if combines(each, self.mesh) or (each.op == INPUT and each.args[0] == "parameter"):
-                raise _not_in_a_loop(node, "needs a whole sum that parameters feed")
+                what = "depends on parameters, and is needed whole in"
+                raise _not_in_a_loop(node.args[0], node.kwargs["axes"][0], what)
             self.counting.add(each)
             pending += each.operands()
 
@@ -146,11 +147,11 @@ def in_loop(node: Node, mesh: Mesh) -> bool:
     )
 
 
-def _not_in_a_loop(node: Node, what: str) -> LayoutError:
-    where = node.origin
+def _not_in_a_loop(node: Node, axis: str, what: str) -> LayoutError:
+    where = f"`{node.origin.module}`" if node.origin.module else "the model"
     return LayoutError(
-        f"`{op_text(node.op)}` in `{where.module}` {what}: what runs one after the other cannot",
+        f"`{op_text(node.op)}` in {where} {what} the loop over `{axis}`",
         code="not-in-a-loop",
-        culprit=f"{node.name} {where.source}".strip(),
-        help="leave the statistic to each microbatch, or run the whole batch at once",
+        culprit=f"{node.name} {node.origin.source}".strip(),
+        help=f"run the whole batch at once, without `{axis}`",
     )

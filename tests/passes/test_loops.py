@@ -199,13 +199,15 @@ class Contrasted(nn.Module):
         return self.up(x).mean(0).exp().sum()
 
 
-@pytest.mark.parametrize(("model", "module"), [(Normed, "bn"), (Contrasted, "")])
+@pytest.mark.parametrize(("model", "module"), [(Normed, "`bn`"), (Contrasted, "the model")])
 def test_a_statistic_of_activations_that_is_needed_whole_is_refused(
     model: type[nn.Module], module: str
 ) -> None:
-    with pytest.raises(LayoutError, match="parameters feed") as error:
+    with pytest.raises(
+        LayoutError, match="depends on parameters, and is needed whole in the loop over `micro`"
+    ) as error:
         compiled(model(), rows(), "mesh micro=2\ndata x over micro\n")
-    assert f"in `{module}`" in str(error.value)
+    assert f"in {module} depends" in str(error.value)
 
 
 def test_the_label_count_is_reduced_once_before_the_loop() -> None:
@@ -222,3 +224,13 @@ def test_a_program_in_microbatches_has_the_ranks_of_its_other_axes() -> None:
     program = compiled(Mlp(), rows(), "mesh dp=2, micro=4\ndata x over (dp, micro)\n")
     assert program.mesh == Mesh((("dp", 2),))
     assert sorted(program.schedule) == [0, 1]
+
+
+def test_a_sequential_axis_has_no_ranks_and_no_groups() -> None:
+    mesh = Mesh((("dp", 2), ("micro", 3), ("tp", 2)), frozenset({"micro"}))
+    assert mesh.num_ranks == 4 and mesh.size(("dp", "micro")) == 6
+    assert mesh.coords(3) == {"dp": 1, "tp": 1} and mesh.rank({"dp": 1, "tp": 0}) == 2
+    assert mesh.group(0, ("dp", "micro")) == (0, 2)
+    assert mesh.turns == ({"micro": 0}, {"micro": 1}, {"micro": 2})
+    assert mesh.of_ranks == Mesh((("dp", 2), ("tp", 2)))
+    assert str(mesh) == "dp=2, micro=3 (sequential), tp=2"
