@@ -48,6 +48,7 @@ bench: $(READY)  ## beside DTensor, DDP and hand-written code: see benchmarks/RE
 	$(BIN)/python -m benchmarks.tensor_parallel
 	$(BIN)/python -m benchmarks.data_parallel
 	$(BIN)/python -m benchmarks.input_check
+	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.compile_time
 
 ci:

@@ -53,6 +53,15 @@ def test_comparing_inputs_changes_no_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_peaks_of_memory_are_those_of_processes_of_their_own(tmp_path: Path) -> None:
+    found = run("benchmarks.memory", tmp_path, "--size", "tiny")
+    assert list(found) == ["tiny, dp=2", "tiny, tp=2"]
+    for result in found.values():
+        assert min(result["megabytes"].values()) > 100
+        assert result["ratio"]["median"] < 1.5
+
+
+@pytest.mark.slow
 def test_compile_time_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     found = run("benchmarks.compile_time", tmp_path)
     assert found["dp=2, tp=2"]["ranks"] == 4
