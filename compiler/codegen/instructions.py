@@ -17,6 +17,7 @@ from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.local_ops import Permute, Reshape
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
+from meshwright.dsl.errors import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +205,9 @@ class Instructions:
     name: str
     inputs: tuple[Variable, ...]
     body: tuple[Instruction, ...]
+
+    def __repr__(self) -> str:
+        return f"<Instructions of {self.name}: {plural(len(self.body), 'instruction')}>"
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
