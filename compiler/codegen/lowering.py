@@ -213,7 +213,7 @@ class _Lowering:
         wire = replace(wire, index=self.num_wires)
         self.num_wires += 1
         found = self._variable(node)
-        donate = self._may_overwrite(source) and not before
+        donate = self._may_overwrite(source)
         into = given if isinstance(given, BucketView) else None
         self.body.append(Exchange(found, wire, given, before, donate, into, node))
         if transfer.after:

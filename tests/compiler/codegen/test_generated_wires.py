@@ -12,6 +12,8 @@ from meshwright.compiler.graph.ir import (
     Builder,
     Graph,
     MeshOp,
+    Node,
+    Op,
     Origin,
     Output,
     OutputKind,
@@ -64,3 +66,30 @@ def test_collectives_share_a_transfer_where_they_move_the_same(
     graph = two_of(*calls)
     assert len(lowered(graph).exchanges) == transfers
     assert len(ledger([graph])) == transfers
+
+
+@pytest.mark.parametrize(
+    ("also", "donated"), [("", True), ("used", False), ("returned", False), ("view", False)]
+)
+def test_a_sum_is_donated_where_nothing_else_reads_its_memory(also: str, donated: bool) -> None:
+    builder, aten = Builder("step.forward", MESH), torch.ops.aten
+    kind, whole = TensorType((8, 8), torch.float32), replicated((8, 8))
+
+    def emit(op: Op, args: tuple[Arg, ...], layout: Layout, axes: tuple[str, ...] = ()) -> Node:
+        kwargs = {"axes": axes} if axes else {}
+        return builder.emit(op, args, kwargs, type=kind, layout=layout, origin=Origin())
+
+    x = emit(INPUT, ("argument", "x"), split((8, 8), {1: ("dp",)}))
+    y = emit(INPUT, ("argument", "y"), split((8, 8), {0: ("dp",)}))
+    pending = whole.add_partial(["dp"])
+    product = emit(aten.mm.default, (x, y), pending)
+    if also == "view":
+        product = emit(aten.t.default, (product,), pending)
+    made = [emit(MeshOp("all_reduce"), (product,), whole, ("dp",))]
+    if also == "used":
+        made.append(emit(aten.neg.default, (product,), pending))
+    if also == "returned":
+        made.append(product)
+    graph = builder.graph(Output(OutputKind.OUTPUT, str(i), n) for i, n in enumerate(made))
+    (exchange,) = lowered(graph).exchanges
+    assert exchange.donate == donated

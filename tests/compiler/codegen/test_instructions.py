@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from meshwright.compiler.codegen.instructions import (
     Exchange,
     Free,
     Instruction,
+    Rearrange,
     Return,
     Start,
     UnderWay,
@@ -21,7 +24,16 @@ from meshwright.compiler.codegen.instructions import (
     reads,
     target,
 )
+from meshwright.compiler.codegen.lowering import lowered
+from meshwright.compiler.codegen.ordering import ordered
+from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Output, OutputKind, TensorType
+from meshwright.compiler.layout.layout import replicated
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import everyone
+from meshwright.compiler.placing.frame import BUCKET, bucket_type
 from meshwright.passes import bucket
+from meshwright.runtime.transports import virtual
+from tests.compiler.layouts import split
 
 PLAN = meshwright.Plan.parse("mesh dp=2\ndata x over dp\n")
 
@@ -74,7 +86,10 @@ def backward(program: meshwright.Program) -> tuple[Instruction, ...]:
 @pytest.mark.usefixtures("small_buckets")
 def test_gradients_are_reduced_while_the_backward_goes_on() -> None:
     model, x = layers()
-    body = backward(meshwright.compile(model, PLAN, x))
+    program = meshwright.compile(model, PLAN, x)
+    body, source = backward(program), program.code[-1].source
+    requests = [line for line in source.splitlines() if "_Start(" in line]
+    assert requests and all(line.endswith(", True)") for line in requests)
     starts = [i for i, each in enumerate(body) if isinstance(each, Start)]
     calls = [i for i, each in enumerate(body) if isinstance(each, Call)]
     assert len(body[-1].reductions) == len(starts) >= 3
@@ -105,7 +120,13 @@ def test_a_reduction_with_nothing_left_to_do_is_waited_for_at_once() -> None:
 
 
 @pytest.mark.usefixtures("small_buckets")
-def test_gradients_reduced_under_way_are_those_of_the_model() -> None:
+@pytest.mark.parametrize("in_place", [True, False])
+def test_gradients_reduced_under_way_are_those_of_the_model(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transport may overwrite a bucket with its sum, or give the sum in other memory."""
+    if not in_place:
+        monkeypatch.setattr(virtual, "everyone", lambda wire, given, _: everyone(wire, given))
     model, x = layers()
     run = meshwright.compile(model, PLAN, x).launch()
     for _ in range(2):
@@ -149,3 +170,69 @@ def test_every_line_of_code_knows_its_node() -> None:
         named = {node.name for node in code.nodes if node is not None}
         made = (i for i in each.body if isinstance(i, (Call, Copy, Exchange)))
         assert {instruction.node.name for instruction in made} <= named
+
+
+class Masked(nn.Module):
+    """Has a constant that is not finite, and gives its loss under another name too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        masked = self.up(x).masked_fill(x > 1.0, float("-inf"))
+        loss = masked.softmax(-1).square().mean()
+        return {"loss": loss, "again": loss}
+
+
+def test_constants_may_be_infinite_and_one_value_returned_twice() -> None:
+    model, x = Masked(), torch.randn(4, 8)
+    run = meshwright.compile(model, PLAN, x).launch()
+    wanted = model(x)["loss"].detach()
+    torch.testing.assert_close(torch.as_tensor(run.step(x)), wanted)
+    torch.testing.assert_close(run.forward(x)["again"], wanted)
+
+
+def test_factories_and_moves_between_devices_are_given_the_device_of_the_rank() -> None:
+    builder, aten = Builder("step.forward", Mesh(())), torch.ops.aten
+    kind, whole = TensorType((4,), torch.float32), replicated((4,))
+    x = builder.emit(INPUT, ("argument", "x"), type=kind, layout=whole)
+    calls = [
+        (aten.ones.default, ((4,),), {}),
+        (aten._to_copy.default, (x,), {"device": torch.device("cuda")}),
+        (aten._to_copy.default, (x,), {"dtype": torch.float32}),
+    ]
+    made = [builder.emit(*call, type=kind, layout=whole) for call in calls]
+    graph = builder.graph(Output(OutputKind.OUTPUT, str(i), node) for i, node in enumerate(made))
+    given = [each.kwargs for each in lowered(graph).body if isinstance(each, Call)]
+    assert ["device" in kwargs for kwargs in given] == [True, True, False]
+
+
+@pytest.mark.parametrize("also", [(), (torch.ops.aten.neg.default,)])
+def test_a_gradient_is_computed_in_its_bucket_where_nothing_else_reads_it(also: Any) -> None:
+    builder, aten = Builder("step.backward", Mesh((("dp", 2),))), torch.ops.aten
+    kind, whole = TensorType((4, 4), torch.float32), replicated((4, 4))
+    pending = whole.add_partial(["dp"])
+    x = builder.emit(INPUT, ("argument", "x"), type=kind, layout=whole.add_varying(["dp"]))
+    gradient = builder.emit(aten.mm.default, (x, x), type=kind, layout=pending)
+    type, flat = bucket_type((gradient,), kind.dtype, builder.mesh)
+    made = [builder.emit(BUCKET, (gradient,), type=type, layout=flat)]
+    made += [builder.emit(op, (gradient,), type=kind, layout=pending) for op in also]
+    graph = builder.graph(Output(OutputKind.OUTPUT, str(i), node) for i, node in enumerate(made))
+    body = lowered(graph).body
+    (product,) = (each for each in body if isinstance(each, Call) and each.node is gradient)
+    assert (product.out is None) == any(isinstance(each, Copy) for each in body) == bool(also)
+
+
+def test_a_result_is_waited_for_where_it_is_read_by_another_exchange_too() -> None:
+    builder, neg = Builder("step.forward", Mesh((("dp", 2), ("tp", 2)))), torch.ops.aten.neg.default
+    kind, rows = TensorType((4, 4), torch.float32), split((4, 4), {0: ("tp",)})
+    gather, given = MeshOp("all_gather_replicated"), ("argument", "x")
+    x = builder.emit(INPUT, given, type=kind, layout=split((4, 4), {0: ("tp",), 1: ("dp",)}))
+    part = builder.emit(gather, (x,), {"axes": ("dp",)}, type=kind, layout=rows)
+    other = builder.emit(neg, (x,), type=kind, layout=x.layout)
+    whole = builder.emit(gather, (part,), {"axes": ("tp",)}, type=kind, layout=replicated((4, 4)))
+    last = builder.emit(neg, (whole,), type=kind, layout=whole.layout)
+    graph = builder.graph(Output(OutputKind.OUTPUT, str(i), n) for i, n in enumerate((other, last)))
+    found = [type(each) for each in ordered(lowered(graph)).body if not isinstance(each, Free)]
+    assert found == [Start, Call, Wait, Rearrange, Exchange, Rearrange, Call, Return]
