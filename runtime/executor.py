@@ -130,7 +130,9 @@ class Executor:
         made: list[tuple[_Result, Any]] = []
         reductions: list[Pending] = []
         for action, each in self.walk:
-            inputs = yield from each.inputs.take(arguments, passed, action.microbatch)
+            inputs = each.inputs.of(arguments)
+            if each.inputs.received:
+                yield from each.inputs.receive(inputs, passed, action.microbatch)
             self._keep(each.buckets.values())
             handed, microbatch = saved[action.stage], action.microbatch
             own = handed.once if each.once else handed.by_microbatch[microbatch]
@@ -299,15 +301,18 @@ class _Inputs:
             elif not node.of_model:
                 self.arguments.append((i, places[node.args[1]]))
 
-    def take(self, arguments: Sequence[Tensor], passed: Passed, microbatch: int) -> RankProgram:
-        """The inputs in order, with what stages have sent taken out of `passed`."""
+    def of(self, arguments: Sequence[Tensor]) -> list[Any]:
+        """The inputs in order, without what other stages send."""
         tensors = self.known.copy()
         for place, argument in self.arguments:
             tensors[place] = arguments[argument]
+        return tensors
+
+    def receive(self, tensors: list[Any], passed: Passed, microbatch: int) -> RankProgram:
+        """Put what stages have sent where it belongs, out of `passed`."""
         for place, kind, name in self.received:
             value = passed.pop((kind, name, microbatch))
             tensors[place] = (yield from _arrived(value)) if type(value) is Pending else value
-        return tensors
 
 
 class _Bucket:

@@ -67,13 +67,7 @@ class Mesh:
 
     def group(self, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
         """The ranks that differ from `rank` only along `axes`, the first axis varying slowest."""
-        here = self.coords(rank)
-        axes = tuple(axis for axis in axes if axis in here)
-        spans = [range(self.size(axis)) for axis in axes]
-        return tuple(
-            self.rank({**here, **dict(zip(axes, place, strict=True))})
-            for place in itertools.product(*spans)
-        )
+        return _group(self, rank, axes)
 
     def groups(self, axes: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
         """Every group over `axes`, by its first rank."""
@@ -101,6 +95,16 @@ def _rank_axes(mesh: Mesh) -> tuple[tuple[str, int], ...]:
 @lru_cache(maxsize=256)
 def _sizes(mesh: Mesh) -> dict[str, int]:
     return dict(mesh.axes)
+
+
+@lru_cache(maxsize=4096)
+def _group(mesh: Mesh, rank: int, axes: tuple[str, ...]) -> tuple[int, ...]:
+    here = mesh.coords(rank)
+    axes = tuple(axis for axis in axes if axis in here)
+    return tuple(
+        mesh.rank({**here, **dict(zip(axes, place, strict=True))})
+        for place in itertools.product(*(range(mesh.size(axis)) for axis in axes))
+    )
 
 
 @lru_cache(maxsize=256)

@@ -71,11 +71,11 @@ class WireKind:
 
     `receive(wire, place, given, out)` is what the member at `place` gets of `given`, one tensor per
     member: its operand or, where operands are `divided`, its entry for `place` of [n, ...]. The
-    result is new memory, one of `given`, or `out`, the member's own operand if that is not needed
-    any more. `sent` is the share of an operand that a member sends in a group of n under the
-    bandwidth-optimal algorithm. `needs(wire, place, n)` are the members whose operands count at
-    `place`, all by default. Where results are `alike`, every member gets the same. `options` are
-    the fields of `Wire` that it reads.
+    result is new memory or, where the kind `forwards`, one of `given`; or it is `out`, the member's
+    own operand if that is not needed any more. `sent` is the share of an operand that a member
+    sends in a group of n under the bandwidth-optimal algorithm. `needs(wire, place, n)` are the
+    members whose operands count at `place`, all by default. Where results are `alike`, every member
+    gets the same. `options` are the fields of `Wire` that it reads.
     """
 
     name: str
@@ -84,6 +84,7 @@ class WireKind:
     needs: Callable[[Wire, int, int], tuple[int, ...]] | None = None
     divided: bool = False
     alike: bool = False
+    forwards: bool = False
     options: tuple[str, ...] = ()
 
     def given(self, operand: Tensor, place: int) -> Tensor:
@@ -166,10 +167,11 @@ _ROWS = (
     # To the member `shift` places after, cyclically.
     WireKind(
         "permute", _shifted, lambda wire, n: Fraction(bool(wire.shift % n)),
-        needs=lambda wire, place, n: ((place - wire.shift) % n,), options=("shift",),
+        needs=lambda wire, place, n: ((place - wire.shift) % n,), forwards=True,
+        options=("shift",),
     ),
     WireKind(
-        "broadcast", _from_root, _once, needs=lambda wire, place, n: (wire.root,),
+        "broadcast", _from_root, _once, needs=lambda wire, place, n: (wire.root,), forwards=True,
         options=("root",),
     ),
     # To the root; the others get zeros.
@@ -182,11 +184,23 @@ _ROWS = (
 WIRES: dict[str, WireKind] = {row.name: row for row in _ROWS}
 
 
-def receive(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """What the member at `place` gets, in `out` or in memory of its own; see `WireKind`."""
-    result = WIRES[wire.kind].receive(wire, place, given, out)
-    borrowed = any(result is tensor for tensor in given if tensor is not out)
-    return result.clone() if borrowed else result
+def receive(
+    wire: Wire,
+    place: int,
+    given: Sequence[Tensor],
+    out: Tensor | None = None,
+    *,
+    keep_others: bool = True,
+) -> Tensor:
+    """What the member at `place` gets, in `out` or in memory of its own; see `WireKind`.
+
+    Unless it is to `keep_others`, what the other members give may itself be the result.
+    """
+    kind = WIRES[wire.kind]
+    result = kind.receive(wire, place, given, out)
+    if not kind.forwards or result is out:
+        return result
+    return result.clone() if keep_others or result is given[place] else result
 
 
 def everyone(wire: Wire, operands: Sequence[Tensor], donated: Sequence[bool] = ()) -> list[Tensor]:
@@ -197,17 +211,16 @@ def everyone(wire: Wire, operands: Sequence[Tensor], donated: Sequence[bool] = (
     """
     kind, size = WIRES[wire.kind], len(operands)
     if kind.alike:
-        own = donated or [False] * size
-        first = receive(wire, 0, operands, operands[0] if own[0] else None)
-        others = (
-            operand.copy_(first) if mine and operand.shape == first.shape else first.clone()
-            for operand, mine in zip(operands[1:], own[1:], strict=True)
-        )
-        return [first, *others]
-    given: Sequence[Sequence[Tensor]] = [operands] * size
+        first = kind.receive(wire, 0, operands, operands[0] if donated and donated[0] else None)
+        if True not in donated or first.shape != operands[0].shape:
+            return [first, *[first.clone() for _ in range(size - 1)]]
+        pairs = zip(operands[1:], donated[1:], strict=True)
+        return [first, *[own.copy_(first) if free else first.clone() for own, free in pairs]]
     if kind.divided:
-        given = list(zip(*map(torch.unbind, operands), strict=True))
-    return [receive(wire, place, given[place]) for place in range(size)]
+        given = enumerate(zip(*map(torch.unbind, operands), strict=True))
+        return [kind.receive(wire, place, parts, None) for place, parts in given]
+    results = [kind.receive(wire, place, operands, None) for place in range(size)]
+    return [result.clone() for result in results] if kind.forwards else results
 
 
 def bytes_sent(wire: Wire, local_numel_in: int, itemsize: int, mesh: Mesh) -> int:

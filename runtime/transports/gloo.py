@@ -201,7 +201,8 @@ def _direct(
         given = [own] * group.size
         for peer, part in zip(sources, received, strict=True):
             given[peer] = part
-        return receive(wire, group.position, given, tensor if donate and not kind.divided else None)
+        out = tensor if donate and not kind.divided else None
+        return receive(wire, group.position, given, out, keep_others=scratch)
 
     return works, finish
 

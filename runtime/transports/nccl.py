@@ -100,7 +100,8 @@ def _direct(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun
         held = [own] * group.size
         for peer, part in zip(sources, received.unbind(0), strict=True):
             held[peer] = part
-        return receive(wire, place, held, tensor if donate and not kind.divided else None)
+        out = tensor if donate and not kind.divided else None
+        return receive(wire, place, held, out, keep_others=False)
 
     return [work], finish
 

@@ -153,11 +153,10 @@ class _Driver:
 
     def finish(self, exchange: _Exchange) -> None:
         given: list[Any] = exchange.given
-        donated = [handle is not None and handle.donated for handle in exchange.handles]
-        results = everyone(exchange.wire, given, donated)
+        handles: list[Any] = exchange.handles
+        results = everyone(exchange.wire, given, [handle.donated for handle in handles])
         exchange.given = []
-        for handle, result in zip(exchange.handles, results, strict=True):
-            assert handle is not None
+        for handle, result in zip(handles, results, strict=True):
             handle.exchange = None
             if handle.waited:
                 self.inbox[handle.rank] = result
