@@ -46,7 +46,7 @@ class Programs:
         run: Callable[[Sequence[Any]], list[Any]],
     ) -> None:
         self._states, self._transport, self._run = states, transport, run
-        self._structure = Structure(program.model)
+        self._structure = Structure(program.model, program.captured)
         self.launched = self._linked(program)
         self.latest = {program.mode: self.launched}
         self.by_signature: dict[Any, Linked] = {}
@@ -57,9 +57,9 @@ class Programs:
         static = own.captured.input_spec.static_values(args, kwargs)
         key = (mode, *_signature(args, kwargs), *static)
         if key not in self.by_signature:
-            model = self._structure.model()
-            program = own.recompile(model, example=(args, kwargs), mode=mode)
-            self._structure.check(model, program.captured.constants)
+            with self._structure.as_compiled() as model:
+                program = own.recompile(model, example=(args, kwargs), mode=mode)
+                self._structure.check(model, program.captured.constants)
             self._transport.check_same_program(executable_digest(program))
             with apart_from_caller(program.device.type):
                 self.by_signature[key] = self._linked(program)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor, nn
 
+from meshwright.compiler.capture.aliases import named_tensors
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import spelled
@@ -91,7 +92,7 @@ class Run:
         self._closed = False
         self._start(seed, values, interval)
         if program.mode == "train":
-            notice_optimizers_of(program.captured.parameters)
+            notice_optimizers_of(named_tensors(program.model).parameters)
         self._programs = Programs(program, self.states, self.transport, self._run)
         self.program = self._programs.launched.program
         self._rows: tuple[Inputs, list[Sharder]] | None = None

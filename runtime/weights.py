@@ -38,23 +38,50 @@ def name_in(program: Program, name: str, given: Mapping[str, object]) -> str | N
 
 
 def values_of(program: Program, state_dict: Mapping[str, Tensor] | None) -> Values:
-    """The global values: those of `state_dict` where it has them, else the model's own."""
-    captured = program.captured
+    """The global values: those of `state_dict` where it has them, else those the model has now."""
+    held = _held(program.model)
+    aliases: dict[str, list[str]] = {}
+    for name, own in program.captured.aliases.items():
+        aliases.setdefault(own, []).append(name)
 
     def value(stored: Stored) -> Tensor:
         name = None if state_dict is None else name_in(program, stored.name, state_dict)
         if state_dict is not None and name is not None:
             return state_dict[name].detach()
-        found = captured.parameters.get(stored.name)
-        found = captured.buffers[stored.name] if found is None else found
+        found = held.get(stored.name)
+        if found is None or found.shape != stored.type.shape:
+            raise RunError(
+                f"the model has no `{stored.name}` of shape {list(stored.type.shape)} any more",
+                help="compile the model as it is now",
+            )
         if found.device.type == "meta":
             raise RunError(
                 f"`{stored.name}` is on the meta device: it has no values to start from",
                 help="pass `launch(state_dict=...)` that has it, or build the model elsewhere",
             )
+        for alias in aliases[stored.name]:
+            if not _equal(held.get(alias), found):
+                raise RunError(
+                    f"`{stored.name}` and `{alias}` were one tensor when the model was compiled",
+                    help="tie them again, or compile the model as it is now",
+                )
         return found.detach()
 
     return value
+
+
+def _equal(a: Tensor | None, b: Tensor) -> bool:
+    if a is None or a is b:
+        return a is b
+    return (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a model has now, under all their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def check_state(

@@ -28,7 +28,7 @@ from meshwright.compiler.capture.mutation import detach_out_of_place, functional
 from meshwright.compiler.capture.outputs import Loss, Mode, OutputKey, Wrapper
 from meshwright.compiler.capture.patches import ALONE
 from meshwright.compiler.capture.regions import inline_regions
-from meshwright.compiler.capture.state import put_back
+from meshwright.compiler.capture.state import modules_in_training, put_back
 from meshwright.compiler.capture.stops import stop_gradients
 from meshwright.compiler.capture.values import OnlyOnce, values_in_python
 from meshwright.compiler.capture.watch import watching
@@ -51,6 +51,8 @@ class Captured:
     """Every name of a parameter or buffer to the name above."""
     frozen: frozenset[str]
     """The parameters that ask for no gradient."""
+    training: frozenset[str]
+    """The modules that were in their training mode."""
     input_spec: InputSpec
     mode: Mode = field(default="train")
 
@@ -85,7 +87,7 @@ def capture(
     `CaptureError`, and nothing else for what a model can do wrong.
     """
     args, kwargs = split_example(example)
-    named = named_tensors(model)
+    named, training = named_tensors(model), modules_in_training(model)
     once = OnlyOnce()
     with ALONE, only_capture_errors():
         spec = input_spec(model, args, kwargs, static)
@@ -96,11 +98,16 @@ def capture(
     graph = converter.convert(returned)
     check_backwards(graph)
     once.warn()
-    return _captured(converter, graph, named, spec, mode)
+    return _captured(converter, graph, named, training, spec, mode)
 
 
 def _captured(
-    converter: Converter, graph: Graph, named: NamedTensors, spec: InputSpec, mode: Mode
+    converter: Converter,
+    graph: Graph,
+    named: NamedTensors,
+    training: frozenset[str],
+    spec: InputSpec,
+    mode: Mode,
 ) -> Captured:
     return Captured(
         graph,
@@ -109,6 +116,7 @@ def _captured(
         converter.constants,
         named.aliases,
         named.frozen,
+        training,
         spec,
         mode,
     )

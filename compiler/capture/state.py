@@ -114,6 +114,11 @@ def _numbers(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
                 yield module, name, value
 
 
+def modules_in_training(model: nn.Module) -> frozenset[str]:
+    """The names of the modules in their training mode."""
+    return frozenset(name for name, module in model.named_modules() if module.training)
+
+
 def tensor_attributes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for key, value in vars(module).items():

@@ -7,14 +7,16 @@ on the meta device will do, and a model that nobody else holds can go.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from meshwright.compiler.capture.aliases import named_tensors
-from meshwright.compiler.capture.state import tensor_attributes
+from meshwright.compiler.capture.capture import Captured
+from meshwright.compiler.capture.state import modules_in_training, tensor_attributes
 from meshwright.compiler.errors import CaptureError
 
 _NO_COPY = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -28,18 +30,31 @@ class Structure:
     model itself, which is then kept.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, captured: Captured) -> None:
         self._model = ref(model)
+        self._training, self._frozen = captured.training, captured.frozen
         tensors = named_tensors(model)
         self._tensors = {
             name: ref(tensor) for name, tensor in (tensors.parameters | tensors.buffers).items()
         }
         self.copy = _on_meta(model)
 
-    def model(self) -> nn.Module:
-        """The model itself while anyone else holds it, then the copy."""
+    @contextmanager
+    def as_compiled(self) -> Iterator[nn.Module]:
+        """The model itself while anyone else holds it and has not changed it, else the copy.
+
+        Inside, its modules are in the mode, and its parameters trained or not, as when it was
+        compiled.
+        """
         model = self._model()
-        return self.copy if model is None else model
+        if model is None or not _alike(model, self.copy):
+            model = self.copy
+        training, frozen = modules_in_training(model), named_tensors(model).frozen
+        _set_flags(model, self._training, self._frozen)
+        try:
+            yield model
+        finally:
+            _set_flags(model, training, frozen)
 
     def check(self, model: nn.Module, constants: Mapping[str, Tensor]) -> None:
         """Raise `CaptureError` if `constants`, captured from `model`, have values of the original.
@@ -61,6 +76,40 @@ class Structure:
                     code="closure",
                     help="keep the model for as long as the run, and with it all that is compiled",
                 )
+
+
+def _set_flags(model: nn.Module, training: frozenset[str], frozen: frozenset[str]) -> None:
+    for name, module in model.named_modules():
+        module.training = name in training
+    for name, parameter in named_tensors(model).parameters.items():
+        if parameter.requires_grad == (name in frozen):
+            parameter.requires_grad_(name not in frozen)
+
+
+def _alike(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same modules, tensors of the same types, and equal settings."""
+    ours, theirs = dict(model.named_modules()), dict(other.named_modules())
+    return (
+        ours.keys() == theirs.keys()
+        and named_tensors(model).aliases == named_tensors(other).aliases
+        and all(
+            type(module) is type(theirs[name]) and _settings(module) == _settings(theirs[name])
+            for name, module in ours.items()
+        )
+    )
+
+
+def _settings(module: nn.Module) -> dict[str, object]:
+    """The plain values that a module's forward may read, and the types of its own tensors."""
+    plain = (bool, int, float, str, type(None))
+    found: dict[str, object] = {
+        name: value
+        for name, value in vars(module).items()
+        if type(value) in plain and name != "training"
+    }
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        found[f"tensor {name}"] = None if tensor is None else (tensor.shape, tensor.dtype)
+    return found
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
