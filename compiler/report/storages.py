@@ -328,8 +328,6 @@ class Walk:
             if output.kind in PASSED_AS:
                 key = (PASSED_AS[output.kind], output.name, self._action.microbatch)
                 self._passed[key] = held
-        for reduction in returned.reductions:
-            self._hold(self._values[reduction.handle])
 
     def _call(self, call: Call) -> None:
         args, kwargs = self._held(call.args), {k: self._held(v) for k, v in call.kwargs.items()}

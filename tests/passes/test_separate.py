@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import meshwright
 from meshwright.compiler.graph.ir import Graph, OutputKind, Phase
@@ -54,3 +57,28 @@ def test_values_are_popped_from_the_end_in_the_order_of_the_backward() -> None:
     forward, backward = program.graphs().values()
     in_order: Sequence[str] = saved(forward)[::-1]
     assert list(in_order) == popped(backward)
+
+
+class Headed(nn.Module):
+    """A loss over the last entries, which may be read elsewhere too."""
+
+    def __init__(self, also: str) -> None:
+        super().__init__()
+        self.head, self.also = nn.Linear(16, 16, bias=False), also
+
+    def forward(self, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        logits = self.head(x)
+        loss = F.cross_entropy(logits, targets)
+        if self.also == "backward":
+            loss = loss + logits.square().mean()
+        return {"loss": loss, "logits": logits}
+
+
+@pytest.mark.parametrize("also", ["", "backward", "output"])
+def test_a_backward_overwrites_what_nothing_else_reads(also: str) -> None:
+    example = torch.randn(8, 16), torch.randint(0, 16, (8,))
+    plan = meshwright.Plan.parse("mesh dp=1\n")  # over ranks an output is gathered
+    outputs = ["logits"] if also == "output" else []
+    program = meshwright.compile(Headed(also), plan, example, outputs=outputs)
+    found = [node for node in program.stages[0].graphs[Phase.BACKWARD].nodes if node.kwargs]
+    assert any("overwrite" in node.kwargs for node in found) == (not also)
