@@ -207,8 +207,10 @@ def _channel_shuffle(rewriter: Rewriter) -> Node:
 @rewrites(aten.embedding.default)
 def _embedding(rewriter: Rewriter) -> Node:
     if rewriter.option(3, "scale_grad_by_freq", False) or rewriter.option(4, "sparse", False):
+        module = rewriter.node.origin.module
+        where = f"the embedding `{module}`" if module else "an embedding in the model"
         raise CaptureError(
-            f"the embedding `{rewriter.node.origin.module}` has `scale_grad_by_freq` or `sparse`",
+            f"{where} has `scale_grad_by_freq` or `sparse`",
             help="build the embedding without them",
         )
     weight, index = rewriter.args[:2]

@@ -84,8 +84,16 @@ def test_embeddings_that_scale_their_gradient_by_frequency_are_refused() -> None
         def forward(self, x: Tensor) -> Tensor:
             return self.e(x).sum()
 
-    with pytest.raises(CaptureError, match="scale_grad_by_freq"):
-        stages(Scaled(), (torch.randint(0, 8, (4,)),), "mesh dp=2\n")
+    example, plan = (torch.randint(0, 8, (4,)),), "mesh dp=2\n"
+    with pytest.raises(CaptureError, match="the embedding `e` has `scale_grad_by_freq`"):
+        stages(Scaled(), example, plan)
+
+    class Lookup(nn.Embedding):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.embedding(x, self.weight, scale_grad_by_freq=True).sum()
+
+    with pytest.raises(CaptureError, match="an embedding in the model has `scale_grad_by_freq`"):
+        stages(Lookup(8, 4), example, plan)
 
 
 def test_a_parameter_repeated_for_each_row_of_a_split_batch_is_repeated_on_each_rank() -> None:
