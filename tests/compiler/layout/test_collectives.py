@@ -399,6 +399,26 @@ def test_bytes_are_those_of_the_bandwidth_optimal_algorithm(wire, numel, sent):
             ),
         ),
         (
+            "all_reduce",
+            replicated((8,)).add_partial(["dp", "tp"]),
+            replicated((8,)),
+            (
+                "`all_reduce` over `dp` goes from partial to partial, not from partial to "
+                "replicated\n  at: [8] partial(dp, tp) to [8]\n"
+                "  help: ask `reshard.collectives` for the collectives between two layouts"
+            ),
+        ),
+        (
+            "pad",
+            split((8, 8), {0: "tp", 1: "dp"}),
+            split((8, 8), {}).add_partial(["tp"]),
+            (
+                "`pad` over `dp` goes from split to split, not from split to replicated\n"
+                "  at: [8@tp, 8@dp] to [8, 8] partial(tp)\n"
+                "  help: ask `reshard.collectives` for the collectives between two layouts"
+            ),
+        ),
+        (
             "broadcast",
             split((8,), {0: "tp"}),
             replicated((8,)).add_varying(["tp"]),
