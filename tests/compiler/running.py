@@ -13,8 +13,8 @@ from meshwright.compiler.codegen.lowering import lowered
 from meshwright.compiler.codegen.ordering import ordered
 from meshwright.compiler.codegen.printing import Pending, printed
 from meshwright.compiler.graph.ir import Graph
-from meshwright.compiler.layout.collectives import Wait
 from meshwright.compiler.layout.layout import shard
+from meshwright.compiler.layout.wires import Wait
 from meshwright.runtime.rank import RankProgram
 from meshwright.runtime.transports.virtual import run_virtual
 from tests.compiler.layouts import unshard

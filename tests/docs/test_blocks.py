@@ -37,7 +37,7 @@ MESH = "mesh dp=2, tp=2, row=2, col=2, pp=2, cp=2, ep=2, z=2\n"
 """For parts of plans: every axis that a page names."""
 GROUPS = "axes model = (row, col)\n"
 NOT_RUN = {
-    "docs/architecture.md": ["plan text ── dsl ──► Plan ────────────────┐"],
+    "docs/architecture.md": ["plan text ── dsl ──► Plan ──────────────────┐"],
     "docs/launching.md": [
         "rank 1 of 2 failed: ValueError: no such label",
         "meshwright run train.py --processes 4 --nodes 2 --node-rank 0 --rendezvous first:29500",

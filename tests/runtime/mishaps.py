@@ -60,7 +60,7 @@ PHASES = {
     "before launch": "",
     "in compile": "/passes/",
     "in launch": "/runtime/",
-    "while connecting": "/runtime/gloo.py:GlooGroup.__init__",
+    "while connecting": "/runtime/transports/gloo.py:GlooGroup.__init__",
     "in step": "<meshwright ",
     "between steps": "",
     "in optimizer.step": "/torch/optim/",
