@@ -4,9 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-# One thread a process: the tests start several, and their tensors are small.
+# One thread per process: the tests start multiple processes, and their tensors are small.
 export OMP_NUM_THREADS ?= 1
-# As many test files at a time as there are cores; a file stays in one process, which compiles its models once.
+# As many test files at once as there are cores; a file stays in one process, which compiles its models once.
 WORKERS ?= auto
 PYTEST  := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile
 

@@ -28,7 +28,7 @@ columns blocks.*.up    over tp
 rows    blocks.*.down  over tp
 """
 PIXELS, CLASSES, BATCH, STEPS = 64, 10, 32, 60
-IGNORED = -100  # what `cross_entropy` leaves out
+IGNORED = -100  # the label that `cross_entropy` ignores
 
 
 class Block(nn.Module):
@@ -86,7 +86,7 @@ def evaluate(run: mw.Run, dataset: Dataset) -> tuple[float, float]:
 
 
 def batches(run: mw.Run, dataset: Dataset, first: int) -> Iterator[list[Tensor]]:
-    """This rank's rows of every batch from step `first` on, epoch after epoch, shuffled anew."""
+    """This rank's rows of every batch from step `first` on, in a new order in every epoch."""
     sampler = DistributedSampler(dataset, num_replicas=run.data_ranks, rank=run.data_rank, seed=0)
     loader = DataLoader(dataset, BATCH // run.data_ranks, sampler=sampler, drop_last=True)
     for epoch in itertools.count(first // len(loader)):
@@ -96,12 +96,12 @@ def batches(run: mw.Run, dataset: Dataset, first: int) -> Iterator[list[Tensor]]
 
 
 def save(run: mw.Run, optimizer: Optimizer, schedule: LRScheduler, step: int, folder: Path) -> None:
-    """Write a checkpoint, and beside the weights what else `resume` reads."""
+    """Write a checkpoint, with all that `resume` needs."""
     run.save(folder, optimizer, extra={"step": step, "schedule": schedule.state_dict()})
 
 
 def resume(run: mw.Run, optimizer: Optimizer, schedule: LRScheduler, folder: Path) -> int:
-    """Read what `save` wrote; the number of the step to go on with, 0 if there is none."""
+    """Read what `save` wrote, if anything, and return the number of the next step."""
     if not (folder / "manifest.json").exists():
         return 0
     extra = run.load(folder, optimizer)

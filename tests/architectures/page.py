@@ -31,7 +31,7 @@ of it in float32, to 1e-5. Every gather that the plan did not ask for is refused
 The plans are in [`examples/plans`](../examples/plans). Each is written for its family, not for a
 size: copy it, set the mesh, and set the numbers of heads that it names with `let` to the model's.
 `python -m tests.architectures llama` runs a row, `--check` compares them all with this page, and
-`--write` makes it anew.
+`--write` writes it again.
 """
 
 
