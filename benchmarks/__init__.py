@@ -1,1 +1,1 @@
-"""Meshwright beside its peers. See RESULTS.md for how to run and what came out."""
+"""Meshwright beside its peers; RESULTS.md says how to run this, and has the results."""

@@ -1,9 +1,9 @@
-"""Time to compile a 96-layer GPT, of GPT-3's width, for meshes of up to 1,024 ranks, on one core.
+"""The time to compile a 96-layer GPT of GPT-3's width for meshes of up to 1,024 ranks, on one core.
 
     python -m benchmarks.compile_time [--layers 96] [--quick] [--json FILE]
 
 The model is on the meta device; nothing is allocated. Each mesh has a process of its own, so that
-no cache of one helps another, and imports are not counted.
+no cache of one helps another; imports are not counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ sequence blocks.*        over tp
 
 
 def compile_once(size: Size, dp: int, tp: int) -> dict[str, Any]:
-    """Seconds of `compile` here and now, and the process's largest memory in MB."""
+    """The seconds that `compile` takes in this process, and its peak memory in MB."""
     import meshwright as mw
 
     torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def compile_once(size: Size, dp: int, tp: int) -> dict[str, Any]:
     plan = mw.Plan.parse(PLAN.format(dp=dp, tp=tp, heads=size.heads))
     start = time.perf_counter()
     program = mw.compile(model, plan, example=tuple(batch))
-    _ = program.digest  # the generated code too, which a run would otherwise wait for
+    _ = program.digest  # includes the generated code, which a run needs
     seconds = time.perf_counter() - start
     nodes = sum(len(graph.nodes) for graph in program.graphs().values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -59,7 +59,7 @@ def compile_once(size: Size, dp: int, tp: int) -> dict[str, Any]:
 
 
 def in_own_process(layers: int, dp: int, tp: int, quick: bool) -> dict[str, Any]:
-    """The same in a fresh process that has one core."""
+    """`compile_once` in a fresh process on one core."""
     core = min(os.sched_getaffinity(0))
     command = [sys.executable, "-m", "benchmarks.compile_time", "--layers", str(layers)]
     command += ["--mesh", str(dp), str(tp)] + ["--quick"] * quick

@@ -40,14 +40,9 @@ def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = launch.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = launch.parser(__doc__, MESHES)
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    args = parser.parse_args(argv)
-    if args.worker:
-        launch.work(build, pairs, args)
-        return
-    launch.main("benchmarks.data_parallel", MESHES, args, argv)
+    launch.main("benchmarks.data_parallel", build, pairs, parser, argv)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,13 @@ SIZES = {
     "base": Size("base", vocab=8192, d=512, heads=8, layers=8, length=256),
 }
 ADAMW = {"lr": 3e-4, "fused": True}
-"""The optimizer's options, the same for every peer: fused is torch's fastest on the CPU."""
+"""The optimizer's options, the same for every peer; fused is torch's fastest on the CPU."""
 
 
 def attention(qkv: Tensor, head_dim: int) -> Tensor:
-    """`[b, s, (heads 3 head_dim)]` to `[b, s, (heads head_dim)]`, for however many heads are here.
+    """`[b, s, (heads 3 head_dim)]` to `[b, s, (heads head_dim)]`, for any number of heads.
 
-    Heads are major, as in Megatron, so that a contiguous piece of the features is whole heads.
+    Heads are major, as in Megatron, so that a contiguous part of the features has whole heads.
     """
     b, s, _ = qkv.shape
     q, k, v = qkv.view(b, s, -1, 3, head_dim).permute(3, 0, 2, 1, 4)

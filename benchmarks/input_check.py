@@ -1,4 +1,4 @@
-"""What comparing inputs between ranks costs: one GPT with it off, as it is by default, and at
+"""The cost of comparing inputs between ranks: one GPT without it, with the default, and with it at
 every step.
 
 python -m benchmarks.input_check [--size tiny|base] [--rounds N] [--quick] [--json FILE]
@@ -31,15 +31,8 @@ def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = launch.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--mesh", choices=MESHES, help="only this one")
-    args = parser.parse_args(argv)
-    if args.worker:
-        launch.work(build, pairs, args)
-        return
-    meshes = (args.mesh,) if args.mesh else MESHES
-    launch.main("benchmarks.input_check", meshes, args, argv)
+    parser = launch.parser(__doc__, MESHES)
+    launch.main("benchmarks.input_check", build, pairs, parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Timing peers against each other: alternating, in the same processes, on a watched machine.
+"""Time peers against each other: in turns, in the same processes, on a watched machine.
 
-A wall time says little on a shared machine; the ratio of two times taken one after the other
-says more. So peers take turns within a round, each round gives one ratio for a pair, and what is
-reported is the median of those with the smallest and largest.
+On a shared machine a wall time says little, and the ratio of two times taken one after the other
+says more. So peers take turns within a round, each round gives one ratio per pair, and the median
+ratio is reported with the smallest and the largest.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from benchmarks.peers import Peer, mean_over_ranks
 from benchmarks.peers.single import losses
 
 QUIET = 0.15
-"""Cores that others may use while a round counts as quiet."""
+"""Cores that other processes may use in a round that counts as quiet."""
 PATIENCE = 20.0
 """Seconds to wait for a quiet machine before a round."""
 TOLERANCE = 5e-6
-"""Relative difference to one process's loss; they are sums in another order, in float32."""
+"""Relative difference from one process's loss, which sums in another order, in float32."""
 CHECKED = {"tiny": 10, "base": 3}
-"""Steps that are compared. AdamW forgives a gradient's scale, so that leaving out a reduction
-shows late: without that of the norms' gradients, tiny is off by 1e-5 after 3 steps.
+"""Steps that are compared. AdamW hides a gradient's scale, so a missing reduction shows late:
+without that of the norms' gradients, tiny is off by 1e-5 after 3 steps.
 """
 
 
 @dataclass(frozen=True)
 class Round:
-    """Milliseconds a step of each peer, and how many cores others used meanwhile."""
+    """Milliseconds per step of each peer, and how many cores other processes used meanwhile."""
 
     times: dict[str, float]
     others: float
@@ -44,16 +44,22 @@ class Round:
 
 @dataclass(frozen=True)
 class Ratio:
+    """The ratios of all rounds: the median, the smallest and the largest."""
+
     median: float
     low: float
     high: float
 
+    @classmethod
+    def of(cls, ratios: Sequence[float]) -> Ratio:
+        return cls(statistics.median(ratios), min(ratios), max(ratios))
+
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 class Machine:
-    """How busy others keep the machine, all ranks' own use taken off."""
+    """How busy other processes keep the machine; the ranks themselves do not count."""
 
     def __init__(self) -> None:
         self.wall, self.busy, self.own = time.perf_counter(), _busy(), time.process_time()
@@ -69,7 +75,7 @@ class Machine:
 
 
 def _busy() -> float:
-    """Seconds of CPU time that all processes used, and other machines stole (0 where unknown)."""
+    """Seconds of CPU time that all processes used or other machines stole; 0 where unknown."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -80,7 +86,7 @@ def _busy() -> float:
 
 
 def await_quiet(patience: float = PATIENCE) -> None:
-    """Sleep until others leave the machine alone, or patience ends."""
+    """Sleep until other processes are quiet, or patience ends."""
     end = time.monotonic() + patience
     while True:
         machine = Machine()
@@ -92,9 +98,9 @@ def await_quiet(patience: float = PATIENCE) -> None:
 
 
 def check(peers: Sequence[Peer], size: Size) -> dict[str, float]:
-    """Train each peer for some steps; the largest relative difference to one process's losses.
+    """Train each peer for some steps; the largest relative difference from one process's losses.
 
-    Raises `AssertionError` when a peer computes something else. Also warms every peer up.
+    Raises `AssertionError` when a peer computes something else. It also warms up every peer.
     """
     steps = CHECKED[size.name]
     expected = torch.zeros(steps, dtype=torch.float64)
@@ -114,7 +120,7 @@ def check(peers: Sequence[Peer], size: Size) -> dict[str, float]:
 
 
 def measure(peers: Sequence[Peer], size: Size, rounds: int, steps: int) -> list[Round]:
-    """Time `steps` steps of each peer in each round; who begins moves on by one each round."""
+    """Time `steps` steps of each peer in each round, in an order that rotates by one per round."""
     batch = make_batch(size)
     found = []
     for number in range(rounds):
@@ -127,7 +133,7 @@ def measure(peers: Sequence[Peer], size: Size, rounds: int, steps: int) -> list[
 
 
 def visit(peer: Peer, batch: tuple[Tensor, Tensor], steps: int) -> float:
-    """Milliseconds a step on the slowest rank."""
+    """Milliseconds per step on the slowest rank."""
     if steps > 1:
         peer.step(*batch)  # its memory and caches are cold after the others' turns
     dist.barrier()
@@ -146,6 +152,5 @@ def counted(rounds: Sequence[Round]) -> list[Round]:
 
 
 def ratio(rounds: Sequence[Round], peer: str, reference: str) -> Ratio:
-    """The peer's time by the reference's, round by round."""
-    found = [taken.times[peer] / taken.times[reference] for taken in rounds]
-    return Ratio(statistics.median(found), min(found), max(found))
+    """The peer's time divided by the reference's, round by round."""
+    return Ratio.of([taken.times[peer] / taken.times[reference] for taken in rounds])

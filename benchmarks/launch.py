@@ -1,4 +1,4 @@
-"""Command line and processes of the benchmarks that compare peers."""
+"""The command line and the processes of benchmarks that compare peers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +26,55 @@ from benchmarks.interleave import check, measure
 from benchmarks.peers import Peer
 
 STEPS = {"tiny": 20, "base": 1}
-"""Steps that a peer takes at each of its turns."""
+"""Steps that a peer takes in each of its turns."""
 ROUNDS = {"tiny": 15, "base": 7}
 Build = Callable[[Size, DeviceMesh, argparse.Namespace], Sequence[Peer]]
 Pairs = Callable[[Sequence[str]], Sequence[tuple[str, str]]]
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=description)
+def parser(description: str | None, meshes: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of every benchmark that compares peers on `meshes`."""
+    found = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     found.add_argument("--size", choices=(*SIZES, "both"), default="both")
-    found.add_argument("--rounds", type=int, default=0, help="turns a peer (default: by size)")
+    found.add_argument("--mesh", choices=meshes, help="only this one")
+    found.set_defaults(meshes=meshes)
+    found.add_argument("--rounds", type=int, default=0, help="turns per peer (default: by size)")
     found.add_argument("--quick", action="store_true", help="one round of one step: does it run?")
     found.add_argument("--json", type=Path, help="write the results there")
     found.add_argument("--worker", nargs=3, metavar=("MESH", "SIZE", "OUT"), help=argparse.SUPPRESS)
     return found
 
 
-def main(module: str, meshes: Sequence[str], args: argparse.Namespace, argv: list[str]) -> None:
-    """Run `module` as a worker for each mesh and size, under torchrun; print and write results."""
+def main(
+    module: str, build: Build, pairs: Pairs, options: argparse.ArgumentParser, argv: list[str]
+) -> None:
+    """Time the peers that `build` makes for each mesh and size, in processes that run `module`."""
+    args = options.parse_args(argv)
+    if args.worker:
+        work(build, pairs, args)
+    else:
+        sweep(args, partial(run_workers, module, argv), report.table)
+
+
+def sweep(
+    args: argparse.Namespace,
+    measure: Callable[[str, str], dict[str, Any]],
+    table: Callable[[str, dict[str, Any]], str],
+) -> None:
+    """Print and write what `measure(mesh, size)` finds for each mesh and size asked for."""
     results: dict[str, Any] = {}
     for size in SIZES if args.size == "both" else (args.size,):
-        for mesh in meshes:
+        for mesh in (args.mesh,) if args.mesh else args.meshes:
             title = f"{size}, {mesh}"
-            results[title] = run_workers(module, mesh, size, argv)
-            print(report.table(title, results[title]), flush=True)
+            results[title] = measure(mesh, size)
+            print(table(title, results[title]), flush=True)
     report.write(args.json, results)
 
 
-def run_workers(module: str, mesh: str, size: str, argv: list[str]) -> dict[str, Any]:
-    """Start one process per rank and return what rank 0 found."""
+def run_workers(module: str, argv: list[str], mesh: str, size: str) -> Any:
+    """Start one process per rank of `mesh`, by torchrun, and return what rank 0 has written."""
     processes = 1
     for axis in mesh.split(", "):
         processes *= int(axis.split("=")[1])
@@ -72,7 +93,7 @@ def work(build: Build, pairs: Pairs, args: argparse.Namespace) -> None:
     mesh_text, size_name, out = args.worker
     size = SIZES[size_name]
     torch.set_num_threads(1)
-    # The collectives' newer names are not in every torch that this runs on.
+    # The newer names of collectives are not in every torch that this runs on.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     with ranks(mesh_text) as mesh:
         found = compare(build(size, mesh, args), pairs, size, args)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory [--size tiny|base] [--rounds N] [--quick] [--json FILE]
 
-Each system has processes of its own, started in turns. A peak is the most that was resident from
-the start to the end of three steps, compiling and launching included, in the largest process.
+Each system has processes of its own, started in turns. A peak is the most memory that was resident
+from the start to the end of three steps, compiling and launching included, in the largest process.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from benchmarks import launch, report
+from benchmarks import launch
 from benchmarks.data_parallel import build_one as data_parallel
 from benchmarks.gpt import SIZES, make_batch
+from benchmarks.interleave import Ratio
 from benchmarks.tensor_parallel import build_one as tensor_parallel
 
 REFERENCES = {"dp=2": "ddp", "tp=2": "hand-written"}
@@ -47,49 +50,42 @@ def work(args: argparse.Namespace) -> None:
 
 
 def _peak() -> int:
-    """The most bytes that this process has had resident; Linux alone says so."""
+    """The most bytes that this process has had resident; only Linux says so."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (size,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
     return int(size) * 1024
 
 
-def compare(mesh: str, size: str, rounds: int, argv: list[str]) -> dict[str, Any]:
+def compare(rounds: int, argv: list[str], mesh: str, size: str) -> dict[str, Any]:
     """The peaks of Meshwright and its reference, in turns, and their ratio round by round."""
     systems = ("meshwright", REFERENCES[mesh])
     peaks: dict[str, list[int]] = {system: [] for system in systems}
     for number in range(rounds):
         for system in systems if number % 2 == 0 else systems[::-1]:
-            found = launch.run_workers("benchmarks.memory", mesh, size, [*argv, "--system", system])
-            peaks[system].append(found)
+            given = [*argv, "--system", system]
+            peaks[system].append(launch.run_workers("benchmarks.memory", given, mesh, size))
     ratios = [own / other for own, other in zip(*peaks.values(), strict=True)]
     return {
         "megabytes": {name: round(statistics.median(p) / 2**20) for name, p in peaks.items()},
-        "ratio": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
+        "ratio": asdict(Ratio.of(ratios)),
     }
 
 
 def table(title: str, found: dict[str, Any]) -> str:
     """The result as text."""
-    sizes, ratio = found["megabytes"], found["ratio"]
-    shown = ", ".join(f"{name} {size} MB" for name, size in sizes.items())
-    return f"{title:<12} {shown}: {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    shown = ", ".join(f"{name} {size} MB" for name, size in found["megabytes"].items())
+    return f"{title:<12} {shown}: {Ratio(**found['ratio'])}"
 
 
 def main(argv: list[str]) -> None:
-    parser = launch.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = launch.parser(__doc__, tuple(REFERENCES))
     parser.add_argument("--system", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         work(args)
-        return
-    results: dict[str, Any] = {}
-    for size in SIZES if args.size == "both" else (args.size,):
-        for mesh in REFERENCES:
-            rounds = 1 if args.quick else args.rounds or 3
-            results[f"{size}, {mesh}"] = compare(mesh, size, rounds, argv)
-            print(table(f"{size}, {mesh}", results[f"{size}, {mesh}"]), flush=True)
-    report.write(args.json, results)
+    else:
+        rounds = 1 if args.quick else args.rounds or 3
+        launch.sweep(args, partial(compare, rounds, argv), table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a benchmark prints and writes: a table, and JSON with machine, date and versions."""
+"""The output of a benchmark: a table, and JSON with the machine, the date and versions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.interleave import QUIET, Round, counted, ratio
+from benchmarks.interleave import QUIET, Ratio, Round, counted, ratio
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what this runs."""
+    """The machine, the date and the versions of this run."""
     return {
         "date": dt.date.today().isoformat(),
         "cpu": _cpu(),
@@ -73,12 +73,12 @@ def result(
 
 def table(title: str, found: dict[str, Any]) -> str:
     """The result as text."""
-    lines = [title, f"  {'peer':<28}{'ms a step':>12}{'least':>10}{'loss off by':>14}"]
+    lines = [title, f"  {'peer':<28}{'ms per step':>12}{'least':>10}{'loss off by':>14}"]
     for name, times in found["milliseconds"].items():
         off = found["loss_difference"][name]
         lines.append(f"  {name:<28}{times['median']:>12.1f}{times['min']:>10.1f}{off:>14.1e}")
     for entry in found["ratios"]:
-        spread = f"{entry['median']:.2f}  ({entry['low']:.2f} to {entry['high']:.2f})"
+        spread = Ratio(entry["median"], entry["low"], entry["high"])
         lines.append(f"  {entry['peer'] + ' / ' + entry['reference']:<52}{spread}")
     used, rounds = found["rounds_used"], found["rounds"]
     state = "on a quiet machine" if found["quiet"] else "ON A BUSY MACHINE: do not quote"

@@ -28,7 +28,7 @@ def build(size: Size, mesh: DeviceMesh, args: argparse.Namespace) -> list[Peer]:
 
 
 def build_one(system: str, size: Size, mesh: DeviceMesh, feature: str) -> Peer:
-    # A peer's imports take seconds, and those of one must not be needed for another.
+    # A peer's imports take seconds, and no other peer needs them.
     if system == "dtensor":
         from benchmarks.peers.dtensor import dtensor
 
@@ -43,7 +43,7 @@ def build_one(system: str, size: Size, mesh: DeviceMesh, feature: str) -> Peer:
 
 
 def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Ours by each other with the same features, then the others by each other."""
+    """Ours and each other peer at the same level, then the two others."""
     found = []
     for feature in FEATURES:
         ours, hand, torchs = (
@@ -54,17 +54,10 @@ def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> None:
-    parser = launch.parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = launch.parser(__doc__, MESHES)
     parser.add_argument("--features", default=",".join(FEATURES))
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--mesh", choices=MESHES, help="only this one")
-    args = parser.parse_args(argv)
-    if args.worker:
-        launch.work(build, pairs, args)
-        return
-    meshes = (args.mesh,) if args.mesh else MESHES
-    launch.main("benchmarks.tensor_parallel", meshes, args, argv)
+    launch.main("benchmarks.tensor_parallel", build, pairs, parser, argv)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Golden texts: what a person reads is compared with a file beside the test. And signals."""
+"""Golden texts, in files beside the tests, and the signals of processes that tests start."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +15,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Let processes that tests start take signals as from a terminal, whatever started pytest.
 
-    A signal that is ignored, as under `nohup` or in the background of a script, would be so in them
-    too; one with a handler is not.
+    They would ignore a signal that pytest ignores, as under `nohup` or in the background of a
+    script, but not one that it handles.
     """
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -45,10 +44,7 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         if not path.exists():
             pytest.fail(f"no golden text {path.name}: read this, then --update-golden\n{text}")
         expected = path.read_text(encoding="utf-8")
-        assert text == expected, f"{_shown(path)} differs: --update-golden if it should"
+        shown = "/".join(path.parts[-3:])
+        assert text == expected, f"{shown} differs: --update-golden if it should"
 
     return compare
-
-
-def _shown(path: Path) -> str:
-    return "/".join(path.parts[-3:])

@@ -1,4 +1,4 @@
-"""Train a model twice, compiled under a plan and as it is, and compare all that training gives."""
+"""Train a model twice, compiled under a plan and in eager mode, and compare all that it gives."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def check_equal(
     in `meshwright.compile`; gradients of `accumulate` batches are summed before each of `steps`
     `update`s. `copied` makes the model that runs eagerly. The programs run on the virtual mesh, and
     every rank's copies of what is replicated are compared, after each step and at the end.
-    Differences are absolute; with `floor`, relative to a tensor's largest entry, or to `floor` if
-    that is larger. Returns the compiled program.
+    Differences are absolute or, with `floor`, relative to the larger of `floor` and a tensor's
+    largest entry. Returns the compiled program.
     """
     model = model.to(dtype)
-    batches = [_batch(example) for _ in range(steps * accumulate)]
+    count = steps * accumulate
+    batches = [example() if callable(example) else example for _ in range(count)]
     reference = copied(model)
     program = meshwright.compile(
         model, meshwright.Plan.parse(plan), example=batches[0], loss=loss, outputs=outputs
@@ -77,20 +78,19 @@ def check_equal(
 
 
 def without_grouped(model: nn.Module) -> nn.Module:
-    """A copy that multiplies one row at a time: torch's grouped product takes no float64."""
+    """A copy that multiplies row by row, since torch's grouped product does not take float64."""
     model = copy.deepcopy(model)
     model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     return model
 
 
 class Comparison:
-    """Collects what differs, so that a failure names everything that does."""
+    """Collects the differences, so that a failure names them all."""
 
     def __init__(self, tolerance: float, floor: float | None = None) -> None:
         self.tolerance = tolerance
         self.floor = floor
         self.wrong: list[str] = []
-        self.worst = 0.0
 
     def __call__(self, name: str, ours: Tensor, theirs: Tensor) -> None:
         if tuple(ours.shape) != tuple(theirs.shape):
@@ -104,10 +104,9 @@ class Comparison:
         both_nan = ours.isnan().any() and ours.isnan().equal(theirs.isnan())
         if not difference <= self.tolerance and not both_nan:
             self.wrong.append(f"{name}: differs by {difference:.1e}")
-        self.worst = max(self.worst, difference)
 
     def gradients(self, ours: Mapping[str, Tensor], reference: nn.Module, when: str) -> None:
-        """Those of every name of every parameter; one that has none must have none here."""
+        """Compare gradients by every name of each parameter; both sides have the same ones."""
         named = dict(reference.named_parameters(remove_duplicate=False))
         theirs = {name: p.grad for name, p in named.items() if p.grad is not None}
         if set(ours) != set(theirs):
@@ -123,7 +122,7 @@ class Comparison:
 def expected_results(
     reference: nn.Module, batch: Example, loss: Any, outputs: Sequence[str]
 ) -> list[Tensor]:
-    """What eager mode gives for the loss and each of the outputs."""
+    """The loss and each of the outputs in eager mode."""
     output = reference(**batch) if isinstance(batch, dict) else reference(*batch)
     if callable(loss):
         scalar = loss(output)
@@ -145,12 +144,8 @@ def _at(output: Any, path: str) -> Any:
     return output
 
 
-def _batch(example: Example | Callable[[], Example]) -> Example:
-    return example() if callable(example) else example
-
-
 def implicit_gathers(program: Program) -> list[str]:
-    """The gathers that no statement of the plan asked for, as text."""
+    """A line for each gather that no statement of the plan asked for."""
     return [
         f"{m.value.name}: {m.collective.source} -> {m.collective.target} "
         f"for {m.user} in {m.node.origin.module}"

@@ -69,7 +69,7 @@ def rows(batch: int = 8, d: int = 16) -> tuple[Tensor]:
 
 
 def tokens(vocab: int = 48, batch: int = 8, length: int = 8) -> tuple[Tensor, Tensor]:
-    """What `Gpt` takes: labels are ignored in different numbers on every row."""
+    """What `Gpt` takes; each row has another number of labels that are ignored."""
     targets = torch.randint(0, vocab, (batch, length))
     targets[torch.arange(length) < torch.arange(batch)[:, None] % length] = -100
     return torch.randint(0, vocab, (batch, length)), targets

@@ -1,11 +1,11 @@
-"""Walk torch's own table of operators, each as the middle of a small model, under several plans.
+"""Walk torch's own table of operators, each in the middle of a small model, under multiple plans.
 
 `torch.testing._internal` lists every operator with samples of its arguments. The differentiable
-tensors of a sample become values that parameters feed, split by `data`, by a weight's columns or by
-both, or are parameters themselves; all that the operator returns enters a scalar. Loss and every
-gradient are compared with eager's in float64 and, where they differ, with finite differences: of
-some operators torch's own derivative is wrong. An operator that draws random numbers is compared
-with the same program on one rank instead, since no plan may change what it draws.
+tensors of a sample become values that depend on parameters, split by `data`, by a weight's columns
+or by both, or are parameters themselves; all that the operator returns enters a scalar. The loss
+and every gradient are compared with eager mode in float64 and, where they differ, with finite
+differences, since torch's own derivative of some operators is wrong. An operator that draws random
+numbers is compared with the same program on one rank instead: no plan may change what it draws.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ import meshwright
 from meshwright.runtime.errors import MismatchError
 
 PLANS = ("dp", "dp + parameters", "tp", "dp x tp", "parameters")
-"""Which operands are split: the batch of all, of the first alone, the last dim, both, or none."""
+"""What is split: the batch of all operands, that of the first, their last dim, both, or none."""
 
 Values = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one sample under one plan."""
+    """The outcome of one sample under one plan."""
 
     operator: str
     sample: int
     plan: str
     verdict: str
-    """`equal`, `refused`, `eager` (torch itself does not do it), `wrong` or `foreign`."""
+    """`equal`, `refused`, `eager` (torch itself cannot do it), `wrong` or `foreign`."""
     reason: str = ""
 
 
@@ -55,7 +55,7 @@ class Sample:
     tree: pytree.TreeSpec
     function: Callable[..., Any]
     finish: Callable[[Any], Any]
-    """Takes what the operator returns to what is unique in it: not the signs of eigenvectors."""
+    """Keeps of the results what is unique, such as eigenvectors without their signs."""
 
     def tensors(self) -> list[int]:
         return [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
@@ -71,7 +71,7 @@ class Sample:
 
 @dataclass
 class Setting:
-    """How one sample meets one plan: the plan's text, the inputs, and what parameters hold."""
+    """One sample under one plan: the plan's text, the inputs, and the values of parameters."""
 
     plan: str
     inputs: Values = field(default_factory=dict)
@@ -113,7 +113,7 @@ def scalar(value: Tensor) -> Tensor:
 
 
 def setting(sample: Sample, name: str) -> Setting | None:
-    """The sample under the plan of this name; `None` where nothing can be split so."""
+    """The sample under the plan of this name; `None` where nothing can be split in this way."""
     if name == "parameters":
         return _parameters(sample)
     wanted = sample.differentiable()
@@ -148,12 +148,12 @@ def setting(sample: Sample, name: str) -> Setting | None:
 
 
 def divisor(size: int) -> int:
-    """A number of ranks to split this many over; 0 where there is none."""
+    """A number of ranks that divides `size`; 0 where there is none."""
     return next((n for n in (2, 3, 5) if size and size % n == 0), 0)
 
 
 def _parameters(sample: Sample) -> Setting:
-    """Every differentiable operand a parameter, and a batch that only the end meets."""
+    """Every differentiable operand is a parameter; a batch enters after the operator."""
     tensors, wanted = sample.tensors(), sample.differentiable()
     sizes = {sample.leaves[i].shape[0] for i in tensors if sample.leaves[i].dim()}
     size = next(n for n in (6, 14, 22, 26, 34) if n not in sizes)
@@ -175,7 +175,7 @@ def eager(model: nn.Module, inputs: Values, seed: int) -> Values:
 
 
 def compiled(model: nn.Module, inputs: Values, plan: str) -> Values:
-    """The same, compiled under `plan`, on the virtual mesh; copies on ranks are compared."""
+    """The same compiled under `plan`, on the virtual mesh; copies on ranks are compared."""
     given = {key: value.clone() for key, value in inputs.items()}
     run = meshwright.compile(model, meshwright.Plan.parse(plan), example=given).launch()
     loss = run.step(**{key: value.clone() for key, value in inputs.items()})
@@ -184,7 +184,7 @@ def compiled(model: nn.Module, inputs: Values, plan: str) -> Values:
 
 
 def difference(found: Values, wanted: Values, tolerance: float) -> str:
-    """What differs, in words; empty where nothing does."""
+    """The differences in words; empty where there are none."""
     if set(found) != set(wanted):
         return f"gradients of {sorted(set(found) ^ set(wanted))} on one side only"
     wrong = []
@@ -225,7 +225,7 @@ def attempt(sample: Sample, name: str) -> tuple[str, str] | None:
 
 
 def by_differences(model: nn.Module, inputs: Values, wanted: Values) -> Values:
-    """`wanted` with its gradients by central differences of the eager loss, of real parameters."""
+    """`wanted`, with gradients of real parameters by central differences of the eager loss."""
     step, found = 1e-6, dict(wanted)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -247,7 +247,7 @@ def _words(error: Exception) -> str:
 
 
 def _torch_s_own(sample: Sample, error: Exception) -> tuple[str, str]:
-    """Foreign, unless torch's shape function for the operator gives shapes that it does not."""
+    """`foreign`, unless torch's shape function for the operator gives other shapes than it does."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -259,21 +259,21 @@ def _torch_s_own(sample: Sample, error: Exception) -> tuple[str, str]:
 
 
 def _tolerance(sample: Sample) -> float:
-    """What rounding allows: a cast to half, in the operator, rounds each rank's part."""
+    """The difference that rounding allows: an operator that casts to half rounds parts of ranks."""
     types = [x.dtype for x in sample.call(sample.leaves)]
     lossy = [torch.finfo(t).eps for t in types if t.is_floating_point or t.is_complex]
     return max([1e-8, *(64 * eps for eps in lossy)])
 
 
 _LEFT_OUT = ("jiterator", "empty", "new_empty")
-"""Operators that only other devices have, and those whose result holds whatever memory held."""
+"""Operators of other devices only, and those whose result is uninitialised memory."""
 
 
 def operators() -> list[Any]:
-    """Torch's table, of those that take float64."""
+    """The entries of torch's table that take float64."""
     from torch.testing._internal import common_methods_invocations as table
 
-    # Random operators are not to seed themselves.
+    # Random operators must not seed themselves.
     table.wrapper_set_seed = lambda op, *args, **kwargs: op(*args, **kwargs)
     return [
         op for op in table.op_db if torch.float64 in op.dtypes and not op.name.startswith(_LEFT_OUT)
@@ -286,10 +286,10 @@ def label(op: Any) -> str:
 
 
 _SIZE = 4
-"""In place of the 5 that most samples are made of: it divides."""
+"""The size of most samples, in place of 5, which does not divide."""
 
 _FIXED_SIZES = {"_segment_reduce"}
-"""Operators whose samples hold lengths written out for the size 5."""
+"""Operators whose samples have lengths that are written out for the size 5."""
 
 
 @contextmanager
@@ -322,7 +322,7 @@ def _listed(op: Any, size: int) -> list[Any]:
 
 
 def samples(op: Any, count: int) -> list[tuple[int, Sample]]:
-    """`count` of the operator's samples that can be split, one more that cannot, by number."""
+    """`count` samples of the operator that can be split and one that cannot, with their numbers."""
     try:
         listed = _listed(op, 5 if op.name in _FIXED_SIZES else _SIZE)
     except (IndexError, RuntimeError):
@@ -344,7 +344,7 @@ def _divides(sample: Sample) -> bool:
 
 
 def _spread(items: list[Any], count: int) -> list[Any]:
-    """`count` of the items, at equal distances."""
+    """`count` items at equal distances."""
     if len(items) <= count:
         return items
     last = len(items) - 1
@@ -352,7 +352,7 @@ def _spread(items: list[Any], count: int) -> list[Any]:
 
 
 def walk(op: Any, count: int = 2, plans: Sequence[str] = PLANS) -> list[Outcome]:
-    """Every outcome of one operator."""
+    """The outcomes of one operator."""
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""One file a peer. Each builds `Peer`s: a name and a function that does one whole training step."""
+"""The peers, one file each: a `Peer` is a name and a function that does a whole training step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 FEATURES = ("gathered", "vocab", "sequence")
-"""What a tensor-parallel peer does besides splitting its linears and its embedding:
-`gathered` collects the logits; `vocab` has a vocabulary-parallel loss instead; `sequence` has that
-and Megatron's sequence parallelism.
+"""The levels of tensor parallelism, beyond split linears and embedding: `gathered` gathers the
+logits; `vocab` has a vocabulary-parallel loss instead; `sequence` has that and Megatron's sequence
+parallelism.
 """
 
 
@@ -44,7 +44,7 @@ def rows(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """The mean of a number that every rank has, where equally many ranks have each value."""
+    """The mean of a number over all ranks, where each value is on equally many ranks."""
     value = value.detach().double()
     dist.all_reduce(value)
     return value / dist.get_world_size()

@@ -18,7 +18,7 @@ Group = dist.ProcessGroup
 
 
 def gathered(x: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
-    """`[s/n, ...]` to `[s, ...]`, once the work is waited for."""
+    """`[s/n, ...]` to `[s, ...]`, complete once the work has been waited for."""
     whole = x.new_empty((group.size() * x.shape[0], *x.shape[1:]))
     work = dist.all_gather_into_tensor(whole, x.contiguous(), group=group, async_op=True)
     return whole, work

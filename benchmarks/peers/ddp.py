@@ -13,7 +13,7 @@ from benchmarks.peers import Peer, rows
 
 
 def ddp(size: Size, mesh: DeviceMesh) -> Peer:
-    """Buckets that gradients are views of, reduced while the backward goes on."""
+    """Torch's DDP: gradients are views of buckets, reduced while the backward runs."""
     model = DistributedDataParallel(
         make_model(size), gradient_as_bucket_view=True, static_graph=True
     )
@@ -30,7 +30,7 @@ def ddp(size: Size, mesh: DeviceMesh) -> Peer:
 
 
 def flat(size: Size, mesh: DeviceMesh) -> Peer:
-    """Every gradient is a view of one buffer, which is reduced once, after the backward."""
+    """One flat buffer, of which every gradient is a view, reduced once after the backward."""
     model = make_model(size)
     buffer = torch.zeros(sum(p.numel() for p in model.parameters()))
     pieces = buffer.split([p.numel() for p in model.parameters()])

@@ -23,8 +23,10 @@ from benchmarks.peers import Peer, average, rows
 
 
 def dtensor(size: Size, mesh: DeviceMesh, feature: str) -> Peer:
-    """Over dp, gradients are averaged in one flat buffer: DDP does not take DTensors, and FSDP2's
-    machinery costs more at these sizes.
+    """The plain model under `parallelize_module`.
+
+    Over dp, gradients are averaged in one flat buffer: DDP does not take DTensors, and FSDP2 costs
+    more at these sizes.
     """
     model = make_model(size)
     parallelize_module(model, mesh["tp"], styles(feature))
@@ -48,13 +50,15 @@ def dtensor(size: Size, mesh: DeviceMesh, feature: str) -> Peer:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds, partial sums as they are."""
+    """This rank's tensor, with partial sums as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def styles(feature: str) -> dict[str, ParallelStyle]:
-    """Each module's style. Between modules activations are local tensors: no operator of the
-    model itself pays for DTensor's dispatch, but those of the norms and the loss, which must.
+    """Each module's style.
+
+    Between modules activations are local tensors, so that only the norms and the loss pay for
+    DTensor's dispatch.
     """
     between = Shard(1) if feature == "sequence" else Replicate()
     found: dict[str, ParallelStyle] = {
@@ -80,7 +84,7 @@ def styles(feature: str) -> dict[str, ParallelStyle]:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, object]]:
-    """DTensors and plain tensors apart: one fused update cannot take both."""
+    """DTensors and plain tensors in separate groups: one fused update cannot take both."""
     groups: dict[bool, list[nn.Parameter]] = {}
     for parameter in model.parameters():
         groups.setdefault(isinstance(parameter.data, DTensor), []).append(parameter)

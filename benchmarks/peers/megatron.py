@@ -83,7 +83,7 @@ class ParallelGPT(nn.Module):
         return collective.apply(x, self.group) + self.wpe(positions).unsqueeze(1)
 
     def partial(self) -> list[nn.Parameter]:
-        """Whole parameters whose gradients a split sequence leaves as partial sums."""
+        """The unsplit parameters whose gradients are partial sums under a split sequence."""
         if not self.sequence:
             return []
         found = [self.wpe.weight, *self.ln.parameters()]
@@ -94,7 +94,7 @@ class ParallelGPT(nn.Module):
 
 
 def part(tensor: Tensor, dim: int, group: dist.ProcessGroup) -> Tensor:
-    """This rank's piece, in memory of its own."""
+    """This rank's part, in memory of its own."""
     return tensor.detach().chunk(group.size(), dim)[group.rank()].clone()
 
 
@@ -111,7 +111,10 @@ def split_rows(linear: nn.Linear, group: dist.ProcessGroup) -> nn.Linear:
 
 
 def megatron(size: Size, mesh: DeviceMesh, feature: str) -> Peer:
-    """Over dp, it is wrapped in DDP. Gradients that are partial over tp share one all-reduce."""
+    """The hand-written model; over dp it is wrapped in DDP.
+
+    Gradients that are partial over tp share one all-reduce.
+    """
     group = mesh.get_group("tp")
     model = ParallelGPT(make_model(size), group, feature)
     trained: nn.Module = model

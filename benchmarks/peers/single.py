@@ -1,4 +1,4 @@
-"""One process, eager: what every peer's loss is compared with."""
+"""One process in eager mode, with whose losses every peer's are compared."""
 
 from __future__ import annotations
 
