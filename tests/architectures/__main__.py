@@ -1,9 +1,9 @@
-"""Make the table of docs/models.md, or compare it with what holds now.
+"""Make the table of docs/models.md, or compare the page with what holds now.
 
 python -m tests.architectures                         print the table
 python -m tests.architectures llama gpt2              print these rows
 python -m tests.architectures --columns tensor,all    only these columns
-python -m tests.architectures --write                 make the page anew
+python -m tests.architectures --write                 write the page
 python -m tests.architectures --check                 fail if the page says anything else
 """
 
@@ -32,9 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         PAGE.write_text(page(rows), encoding="utf-8")
     stale = options.check and not _up_to_date(rows)
-    return int(
-        stale or any(each.word == "**wrong**" for row in rows.values() for each in row.values())
-    )
+    return int(stale or any(each.is_wrong for row in rows.values() for each in row.values()))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""The table of architectures against columns: what each plan gives, compared with eager mode."""
+"""The table of architectures and columns: each plan compared with eager mode."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ COLUMNS: dict[str, tuple[str, tuple[type[s.Statement], ...]]] = {
     "vocab": ("mesh tp=2", (*TENSOR, s.Vocab)),
     "all": ("mesh dp=2, tp=2", (*TENSOR, s.Sequence, s.Vocab, s.Data)),
 }
-"""The mesh of each column, and the statements of a plan that it takes beside `let` and `allow`."""
+"""The mesh of each column, and the statements of a plan that it takes besides `let` and `allow`."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one architecture under one column: a word for the table, and the reason."""
+    """The outcome of one architecture in one column: a word for the table, and the reason."""
 
     word: str
     reason: str = ""
@@ -57,9 +57,9 @@ def plan_of(name: str, column: str) -> str:
 
 
 def check_architecture(architecture: Architecture, plan: str) -> None:
-    """Assert that two steps under the plan are eager's, and that the plan asked for all gathers.
+    """Assert that two steps under the plan equal eager mode, and need no gather it did not ask for.
 
-    Models that compute in float32 inside, whatever their type, differ by what that rounds to.
+    Models that compute in float32 inside, whatever their type, differ by its rounding.
     """
     with every_gather_refused(), quiet():
         check_equal(
@@ -76,7 +76,7 @@ def check_architecture(architecture: Architecture, plan: str) -> None:
 
 
 def outcome(name: str, column: str) -> Outcome:
-    """How the architecture fares under the column."""
+    """The outcome of the architecture in the column."""
     architecture = ARCHITECTURES[name]
     if column in architecture.without:
         return Outcome("–", architecture.without[column])
@@ -86,21 +86,21 @@ def outcome(name: str, column: str) -> Outcome:
         return Outcome("refused", str(error))
     except AssertionError as error:
         return Outcome("**wrong**", str(error))
-    except Exception as error:  # whatever it is, the rest of the table is of use
+    except Exception as error:  # the rest of the table is still of use
         return Outcome(f"**{type(error).__name__}**", str(error))
     return Outcome("equal")
 
 
 @contextmanager
 def every_gather_refused() -> Iterator[None]:
-    """Small models move little; refuse what would be much in a large one."""
+    """Refuse even small gathers: in a model of real size they would be large."""
     with mock.patch.dict(os.environ, MESHWRIGHT_IMPLICIT_BYTES="0"):
         yield
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the warnings of transformers about configurations that nobody trained."""
+    """Leave out the warnings of transformers about unusual configurations."""
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""The page docs/models.md, from what came of each architecture under each column."""
+"""The page docs/models.md, from the outcome of each architecture in each column."""
 
 from __future__ import annotations
 

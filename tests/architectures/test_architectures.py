@@ -7,7 +7,7 @@ import pytest
 import meshwright as mw
 from tests.architectures.__main__ import main
 from tests.architectures.catalogue import ARCHITECTURES
-from tests.architectures.matrix import PLANS, check_architecture, plan_of
+from tests.architectures.matrix import PLANS, Outcome, check_architecture, plan_of
 from tests.architectures.page import PAGE
 
 FEW = [
@@ -35,6 +35,14 @@ def test_no_plan_names_a_layer_by_its_number() -> None:
         for each in mw.Plan.load(path).statements:
             for target in getattr(each, "targets", ()):
                 assert not any(part.isdigit() for part in str(target).split(".")), path.name
+
+
+@pytest.mark.parametrize(("word", "code"), [("equal", 0), ("**wrong**", 1), ("**TypeError**", 1)])
+def test_an_error_that_is_not_ours_is_no_better_than_a_wrong_number(
+    word: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.architectures.__main__.outcome", lambda *_: Outcome(word))
+    assert main(["llama"]) == code
 
 
 @pytest.mark.slow
