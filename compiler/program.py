@@ -13,7 +13,7 @@ from torch import nn
 from meshwright.compiler.capture import Captured
 from meshwright.compiler.codegen.instructions import Instructions
 from meshwright.compiler.codegen.lowering import lowered
-from meshwright.compiler.codegen.ordering import ordered
+from meshwright.compiler.codegen.overlap import overlap
 from meshwright.compiler.codegen.printing import Code, printed
 from meshwright.compiler.graph.ir import Graph, InputKind, Node, TensorType
 from meshwright.compiler.graph.text import exact_text
@@ -91,7 +91,7 @@ class Compiled:
         found: list[Instructions] = []
         num_wires = 0
         for graph in self.graphs().values():
-            found.append(ordered(lowered(graph, first_wire=num_wires)))
+            found.append(overlap(lowered(graph, first_wire=num_wires)))
             num_wires += len(found[-1].exchanges)
         return tuple(found)
 

@@ -7,8 +7,8 @@ every rank runs its forward, then its backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from meshwright.compiler.errors import PassError
@@ -16,13 +16,33 @@ from meshwright.compiler.graph.ir import (
     SAVED,
     Graph,
     InputKind,
+    MeshOp,
     Node,
     Output,
     OutputKind,
     Phase,
 )
-from meshwright.compiler.graph.transfers import combines
+from meshwright.compiler.graph.transfers import collective_kind, combines
 from meshwright.compiler.layout.mesh import Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """How the values that a stage saves in all turns of a loop under one number become one."""
+
+    node: Node
+    """The reduction or gather over sequential axes that takes them."""
+    phase: Phase
+    """That of the graph in which it is."""
+    place: tuple[Node, int] | None
+    """The bucket, and the part of it, in which they are summed up; the graph would copy the sum
+    there and do nothing else with it."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether they are joined side by side, not summed up."""
+        kind = collective_kind(self.node.op)
+        return kind is not None and kind.gathers
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +61,19 @@ class Stage:
         return self.graphs[Phase.FORWARD]
 
     @property
-    def joined(self) -> dict[int, Node]:
-        """By number of a saved value: the reduction or gather by which a graph that runs once takes
-        those of all coordinates of the sequential axes as one."""
-        return {
-            node.args[0].args[0]: node
-            for phase, graph in self.graphs.items()
-            for node in graph.nodes
-            if phase.once and combines(node, graph.mesh) and node.args[0].op == SAVED
-        }
+    def joined(self) -> dict[int, Joined]:
+        """By number of a saved value: how a graph that runs once takes those of all coordinates of
+        the sequential axes as one."""
+        found: dict[int, Joined] = {}
+        for phase, graph in self.graphs.items():
+            users = graph.users() if phase.once else {}
+            for node, takers in users.items():
+                if combines(node, graph.mesh) and node.args[0].op == SAVED:
+                    alone = len(takers) == 1 and node not in graph.returned
+                    bucket = takers[0] if alone and takers[0].op == MeshOp("bucket") else None
+                    place = (bucket, bucket.args.index(node)) if bucket else None
+                    found[node.args[0].args[0]] = Joined(node, phase, place)
+        return found
 
     @property
     def trains(self) -> bool:
@@ -61,10 +85,6 @@ class Stage:
         """The names of the parameters that the stage computes with."""
         inputs = self.forward.inputs
         return tuple(n.args[1] for n in inputs if n.args[0] == InputKind.PARAMETER)
-
-    def map(self, function: Callable[[Graph], Graph]) -> Stage:
-        """The stage with each graph replaced by what `function` makes of it."""
-        return replace(self, graphs={phase: function(each) for phase, each in self.graphs.items()})
 
     def received(self, phase: Phase) -> tuple[Node, ...]:
         """The inputs that come from other stages: activations of a forward, cotangents of a

@@ -35,7 +35,6 @@ from meshwright.passes.hoist import hoist
 from meshwright.passes.loops import loop, part_axes
 from meshwright.passes.lower import lower
 from meshwright.passes.move_varies import move_varies
-from meshwright.passes.overlap import overlap
 from meshwright.passes.partition import partition
 from meshwright.passes.rewriting.lookups import lookups
 from meshwright.passes.rewriting.masks import masks
@@ -44,7 +43,7 @@ from meshwright.passes.rewriting.route import route
 from meshwright.passes.separate import separate
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
-from meshwright.passes.statements.draft import Draft, on_graphs
+from meshwright.passes.statements.draft import Draft, on_graph
 from meshwright.passes.statements.fragments import with_fragments
 from meshwright.passes.statements.pad import pad
 from meshwright.passes.statements.pad_sequences import pad_sequences
@@ -72,18 +71,17 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     # Every node is placed, and every change of layout is a node.
     partition,
     hoist,
-    on_graphs(move_varies),
+    on_graph(move_varies),
     # The backward is written out; from here on there is one graph of both.
     differentiate,
     check_replication,
-    on_graphs(lower),
-    on_graphs(part_axes),
-    on_graphs(bucket),
+    on_graph(lower),
+    on_graph(part_axes),
+    on_graph(bucket),
     attribute,
-    on_graphs(loop),
-    # Forward and backward are apart, each in the order in which it runs.
+    on_graph(loop),
+    # Forward and backward are graphs of their own.
     separate,
-    on_graphs(overlap),
 )
 """The passes that carry out a plan. The docstring of each says what it requires and ensures, and
 shows a graph before and after it; `check` checks every graph after every pass."""

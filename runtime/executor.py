@@ -18,11 +18,10 @@ from meshwright.compiler.codegen.printing import Code, Pending, RankFunction
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import Graph, InputKind, MeshOp, Node, Output, OutputKind
-from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.layout.wires import Wait
 from meshwright.compiler.public import Program
-from meshwright.compiler.stages import PASSED_AS, Stage
+from meshwright.compiler.stages import PASSED_AS, Joined, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
 from meshwright.runtime.rank import RankProgram, RankState, Results, padded
@@ -67,7 +66,7 @@ class Executor:
             for name, (owners, node) in _owners(graph).items()
         }
         views = {name: flat for name, (_, flat) in filled.items()}
-        outputs = list(enumerate(o for o in graph.outputs if o.kind is not OutputKind.SAVED))
+        outputs = list(enumerate(graph.results))
         contexts = [
             RankContext(graph.mesh, {**state.coords, **turn}, state.device, state.random, views)
             for turn in (graph.mesh.turns[:1] if once else graph.mesh.turns)
@@ -87,17 +86,14 @@ class Executor:
         )
 
     def _loop(self, stage: Stage) -> _Loop:
-        """How values leave the loop of a stage; a gradient is summed up in the bucket that a graph
-        after the loop would copy the sum to."""
-        joined = stage.joined
-        found: dict[int, tuple[_Bucket, Tensor]] = {}
-        for phase, graph in stage.graphs.items():
-            users, buckets = graph.users(), self.graphs[stage.number, phase].buckets
-            for node in (node for node in graph.nodes if node.op == MeshOp("bucket")):
-                for part, (_, view) in zip(node.args, buckets[node.name].pairs, strict=True):
-                    if part in joined.values() and users[part] == [node]:
-                        found[part.args[0].args[0]] = buckets[node.name], view
-        return _Loop(len(stage.forward.mesh.turns), joined, found)
+        """How values leave the loop of a stage."""
+        joined, places = stage.joined, dict[int, tuple[_Bucket, Tensor]]()
+        for number, each in joined.items():
+            if each.place is not None:
+                node, index = each.place
+                bucket = self.graphs[stage.number, each.phase].buckets[node.name]
+                places[number] = bucket, bucket.pairs[index][1]
+        return _Loop(len(stage.forward.mesh.turns), joined, places)
 
     def tensor(self, node: Node) -> Tensor:
         """What this rank holds of a parameter, buffer or constant, in the layout of `node`."""
@@ -178,7 +174,7 @@ class _Loop:
     of a saved gradient the part of a bucket in which it is summed up."""
 
     num_turns: int
-    joined: Mapping[int, Node]
+    joined: Mapping[int, Joined]
     places: Mapping[int, tuple[_Bucket, Tensor]]
 
 
@@ -207,9 +203,8 @@ class _Saved:
             self._join(number, own.pop(number), microbatch)
 
     def _join(self, number: int, value: Tensor, microbatch: int) -> None:
-        node, total = self.joined[number], self.once.get(number)
-        kind = collective_kind(node.op)
-        if kind is not None and kind.gathers:
+        joined, total = self.joined[number], self.once.get(number)
+        if joined.gathers:
             if total is None:
                 total = self.once[number] = value.new_empty((len(self.by_microbatch), *value.shape))
             total[microbatch].copy_(value)
@@ -217,7 +212,7 @@ class _Saved:
             place = self.places[number][1] if number in self.places else torch.empty_like(value)
             self.once[number] = place.copy_(value)
         else:
-            _COMBINED[node.args[0].placed.reduction](total, value)
+            _COMBINED[joined.node.args[0].placed.reduction](total, value)
 
 
 _COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

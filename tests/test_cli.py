@@ -109,6 +109,8 @@ def test_check_reads_a_plan_and_compiles_a_model_under_it(
         ("graph", ["graph", "model.py:build", "a.plan", "--name=stage0.forward"]),
         ("graph_local", ["graph", "model.py:build", "a.plan", "--name=stage0.forward", "--local"]),
         ("graph_module_json", ["graph", "model:build", "a.plan", "--module=down", "--json"]),
+        ("timeline", ["timeline", "model.py:build", "a.plan"]),
+        ("timeline_json", ["timeline", "model.py:build", "a.plan", "--json", "--mode=infer"]),
         ("explain", ["explain", "model.py:build", "a.plan", "down"]),
         ("check_json", ["check", "model.py:build", "a.plan", "--json"]),
         ("infer", ["graph", "model.py:build", "a.plan", "--mode=infer"]),

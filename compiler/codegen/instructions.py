@@ -112,7 +112,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Rearrange:
-    """Apply local steps; the target may be the source, whose old value is then gone."""
+    """Apply local steps."""
 
     target: Variable
     source: Value
@@ -124,14 +124,16 @@ class Rearrange:
 class Exchange:
     """Run a wire and wait for it: a start and its wait with nothing in between.
 
-    The operand goes through `steps` first; with `donate` the transport may overwrite it. Where
-    `into` is given the result ends there, and `target` is a name for it.
+    The operand goes through the steps `before`, what arrives through those `after`; with `donate`
+    the transport may overwrite what it is given. With `into` the result ends there, and `target` is
+    a name for it.
     """
 
     target: Variable
     wire: Wire
     source: Value
-    steps: Rearranging
+    before: Rearranging
+    after: Rearranging
     donate: bool
     into: BucketView | None
     node: Node
@@ -200,10 +202,11 @@ Instruction: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
-    """What each rank does for a graph, in order; `inputs` are the variables it begins with."""
+    """What each rank does for a graph, in order. Each variable is given a value once; `inputs` are
+    those that it begins with, and their nodes."""
 
     name: str
-    inputs: tuple[Variable, ...]
+    inputs: Mapping[Variable, Node]
     body: tuple[Instruction, ...]
 
     def __repr__(self) -> str:

@@ -94,7 +94,7 @@ class _Lowering:
                     self.slots.setdefault(part, []).append(BucketView(node.name, i))
 
     def run(self) -> Instructions:
-        inputs = tuple(self._variable(node) for node in self.graph.inputs)
+        inputs = {self._variable(node): node for node in self.graph.inputs}
         for node in self.graph.nodes:
             if node.op != INPUT:
                 self._node(node)
@@ -137,9 +137,7 @@ class _Lowering:
         elif op == MeshOp("bucket"):
             self.values[node] = BucketView(node.name)
         elif op == MeshOp("bucket_item"):
-            source = self.values[node.args[0]]
-            assert isinstance(source, BucketView), node.name
-            self.values[node] = BucketView(source.bucket, node.args[1])
+            return  # a gradient: it stays where it is
         elif collective_kind(op) is not None:
             self._collective(node)
         elif composite_of(op):
@@ -190,7 +188,8 @@ class _Lowering:
     def _writes_into_bucket(self, node: Node) -> bool:
         """Whether a gradient is computed where it is kept."""
         places = self.slots.get(node, ())
-        return node.op in OUT and len(places) == 1 and len(self.users[node]) == 1
+        alone = len(places) == len(self.users[node]) == 1 and node not in self.returned
+        return node.op in OUT and alone
 
     def _collective(self, node: Node) -> None:
         source: Node = node.args[0]
@@ -209,15 +208,14 @@ class _Lowering:
 
     def _exchange(self, node: Node, transfer: Transfer, wire: Wire) -> None:
         source: Node = node.args[0]
-        given, before = self.values[source], self._steps(transfer.before)
+        given = self.values[source]
+        before, after = self._steps(transfer.before), self._steps(transfer.after)
         wire = replace(wire, index=self.num_wires)
         self.num_wires += 1
         found = self._variable(node)
         donate = self._may_overwrite(source)
         into = given if isinstance(given, BucketView) else None
-        self.body.append(Exchange(found, wire, given, before, donate, into, node))
-        if transfer.after:
-            self.body.append(Rearrange(found, found, self._steps(transfer.after), node))
+        self.body.append(Exchange(found, wire, given, before, after, donate, into, node))
         if into is not None:
             self.values[node] = into
 
@@ -235,13 +233,11 @@ class _Lowering:
         )
 
     def _return(self) -> None:
-        outputs = self.graph.outputs
         handed = self.graph.outputs_of(OutputKind.SAVED)
         saved = tuple((int(output.name), self.values[output.node]) for output in handed)
         if saved:
             self.body.append(Save(saved))
-        kept = (self.values[o.node] for o in outputs if o.kind is not OutputKind.SAVED)
-        self.body.append(Return(tuple(kept)))
+        self.body.append(Return(tuple(self.values[each.node] for each in self.graph.results)))
 
 
 def _bound(step: LocalOp) -> Callable[[RankContext], Any]:

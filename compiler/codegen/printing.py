@@ -141,12 +141,9 @@ class _Printer:
             case Rearrange(target, source, steps):
                 return (f"{target.name} = {self._steps(steps, source)}",)
             case Exchange():
-                given = f"{self._wire(each)}, {self._steps(each.steps, each.source)}"
-                return self._received(each, f"yield {given}, {each.donate}")
+                return self._received(each, f"yield {self._sent(each)}")
             case Start(handle, exchange):
-                given = f"{self._wire(exchange)}, {self._steps(exchange.steps, exchange.source)}"
-                request = f"{self._text(_START)}({given}, {exchange.donate})"
-                return (f"{handle.name} = yield {request}",)
+                return (f"{handle.name} = yield {self._text(_START)}({self._sent(exchange)})",)
             case Wait(handle, exchange):
                 return self._received(exchange, f"yield {self._text(_WAIT)}({handle.name})")
             case Free(variables):
@@ -166,16 +163,20 @@ class _Printer:
         text = f"{self._text(call.function)}({', '.join(parts)})"
         return text if call.target is None else f"{call.target.name} = {text}"
 
-    def _wire(self, exchange: Exchange) -> str:
+    def _sent(self, exchange: Exchange) -> str:
         wire = exchange.wire
-        return self._text(Constant(f"_w{wire.index}", lambda _: wire))
+        name = self._text(Constant(f"_w{wire.index}", lambda _: wire))
+        return f"{name}, {self._steps(exchange.before, exchange.source)}, {exchange.donate}"
 
     def _received(self, exchange: Exchange, request: str) -> Sequence[str]:
         name = exchange.target.name
-        if exchange.into is None:
-            return (f"{name} = {request}",)
-        into = self._text(exchange.into)
-        return (f"{name} = {request}", f"if {name} is not {into}: {into}.copy_({name})")
+        lines = [f"{name} = {request}"]
+        if exchange.after:
+            lines.append(f"{name} = {self._steps(exchange.after, exchange.target)}")
+        if exchange.into is not None:
+            into = self._text(exchange.into)
+            lines.append(f"if {name} is not {into}: {into}.copy_({name})")
+        return lines
 
     def _under_way(self, values: Sequence[Value | UnderWay]) -> str:
         return "".join(f"{self._result(value)}, " for value in values)

@@ -251,6 +251,13 @@ class Graph:
         """The nodes that outputs are computed by."""
         return frozenset(output.node for output in self.outputs)
 
+    @property
+    def results(self) -> tuple[Output, ...]:
+        """The outputs that running the graph returns: what is saved is handed over, and gradients
+        are left in their buckets."""
+        apart = (OutputKind.SAVED, OutputKind.GRADIENT)
+        return tuple(output for output in self.outputs if output.kind not in apart)
+
     def outputs_of(self, *kinds: OutputKind) -> tuple[Output, ...]:
         """The outputs that are one of `kinds`, in order."""
         return tuple(output for output in self.outputs if output.kind in kinds)

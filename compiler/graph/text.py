@@ -116,13 +116,17 @@ def size_text(num_bytes: int) -> str:
     return f"{size:.1f} {unit}" if unit != "B" and size < 100 else f"{size:.0f} {unit}"
 
 
+_PLAIN = str.maketrans({"…": "...", "·": "*", "│": "|", "┌": "+", "└": "+"})
+
+
 def spelt(text: str, encoding: str | None) -> str:
-    """A text as a stream of this encoding can have it: `...` for `…`, `3*64` for `3·64`."""
+    """A text as a stream of this encoding can have it: `...` for `…`, `3*64` for `3·64`, `|` for
+    `│`."""
     encoding = encoding or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
-        plain = text.replace("…", "...").replace("·", "*")
+        plain = text.translate(_PLAIN)
         return plain.encode(encoding, "backslashreplace").decode(encoding)
     return text
 

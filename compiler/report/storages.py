@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -42,10 +42,9 @@ from meshwright.compiler.codegen.instructions import (
 )
 from meshwright.compiler.codegen.linking import RandomState
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
-from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.local_ops import Permute, Reshape
 from meshwright.compiler.placing.composite import composite_of
-from meshwright.compiler.stages import PASSED_AS, Action, Stage
+from meshwright.compiler.stages import PASSED_AS, Action, Joined, Stage
 
 
 class Storage:
@@ -167,10 +166,10 @@ class _Saved:
                 self.once[number] = self._total(value, self.joined[number])
         return before, self.held()
 
-    def _total(self, value: Local, node: Node) -> Local:
-        kind = collective_kind(node.op)
-        gathers = kind is not None and kind.gathers
-        shape = (self.turns, *value.shape) if gathers else value.shape
+    def _total(self, value: Local, joined: Joined) -> Local:
+        if joined.place is not None:
+            return replace(value, stride=_contiguous(value.shape), storage=Storage(0))
+        shape = (self.turns, *value.shape) if joined.gathers else value.shape
         return _new(shape, value.dtype)
 
 
@@ -207,7 +206,7 @@ class Walk:
         self.context = RankContext(graph.mesh, coords, self.device, RandomState(), {})
         self._buckets = {node.name: node for node in graph.nodes if node.op == MeshOp("bucket")}
         self._own = stage.of(action)
-        for variable, node in zip(instructions.inputs, graph.inputs, strict=True):
+        for variable, node in instructions.inputs.items():
             self._input(variable, node)
         for each in instructions.body:
             self._instruction(each)
@@ -248,7 +247,7 @@ class Walk:
                 self._hold(given)
                 self._bind(each.target, received)
                 self._release(given)
-                self._answered(received)
+                self._arrived(each, received)
             case Start(handle, exchange):
                 self._bind(handle, self._exchanged(exchange))
                 self._answered(None)
@@ -257,7 +256,7 @@ class Walk:
                 assert isinstance(under_way, tuple)
                 self._bind(exchange.target, under_way[1])
                 self._bind(handle, None)
-                self._answered(under_way[1])
+                self._arrived(exchange, under_way[1])
             case Free(variables):
                 for variable in variables:
                     self._release(self._values.pop(variable))
@@ -271,6 +270,13 @@ class Walk:
         self._hold(held)
         self._release(self._answer)
         self._answer = held
+
+    def _arrived(self, exchange: Exchange, received: Held) -> None:
+        """The result of an exchange, after its steps."""
+        self._answered(received)
+        if exchange.after:
+            arranged = self._rearranged(exchange.target, exchange.after, exchange.node)
+            self._bind(exchange.target, arranged)
 
     def _hold(self, held: Held) -> None:
         for local in _leaves(held):
@@ -321,8 +327,7 @@ class Walk:
 
     def _return(self, returned: Return) -> None:
         """What is returned is kept to the end of the step, or until another stage takes it."""
-        kept = [o for o in self._graph.outputs if o.kind is not OutputKind.SAVED]
-        for output, result in zip(kept, returned.results, strict=True):
+        for output, result in zip(self._graph.results, returned.results, strict=True):
             held = self._held(result.handle if isinstance(result, UnderWay) else result)
             self._hold(held)
             if output.kind in PASSED_AS:
@@ -348,7 +353,7 @@ class Walk:
 
     def _exchanged(self, exchange: Exchange) -> tuple[Held, Held]:
         """The operand of an exchange and its result, in memory of its own unless it is donated."""
-        given = self._rearranged(exchange.source, exchange.steps, exchange.node)
+        given = self._rearranged(exchange.source, exchange.before, exchange.node)
         assert isinstance(given, Local)
         if exchange.donate and exchange.wire.kind == "all_reduce":
             return given, given
@@ -368,12 +373,14 @@ class Walk:
         node: Node,
     ) -> Any:
         """The results of a call, whose own storages count towards the peak."""
-        cost = self._costs.get(key)
+        turn = self._action.microbatch
+        cost = self._costs.get((key, None)) or self._costs.get((key, turn))
         if cost is None:
             cost = self._measured(recipe, args, kwargs, node)
-            # What the first call keeps, such as tables of random numbers, the others do not make.
+            # What the first call of a turn keeps, such as tables of random numbers, the others do
+            # not make.
             again = self._measured(recipe, args, kwargs, node) if cost.kept else cost
-            self._costs[key] = again
+            self._costs[key, turn if cost.kept else None] = again
         self.peak = max(self.peak, self.alive + cost.peak)
         self.alive += cost.kept
         own: dict[int, Storage] = {}

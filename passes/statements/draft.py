@@ -76,13 +76,11 @@ class Draft:
         return parts or (self.graph,)
 
 
-def on_graphs(function: Callable[[Graph], Graph]) -> Callable[[Draft], Draft]:
-    """A pass over drafts that rewrites each of their graphs by one that reads no plan."""
+def on_graph(function: Callable[[Graph], Graph]) -> Callable[[Draft], Draft]:
+    """A pass over drafts that rewrites their graph by one that reads no plan."""
 
     @wraps(function)
     def run(draft: Draft) -> Draft:
-        if draft.stages:
-            return replace(draft, stages=tuple(stage.map(function) for stage in draft.stages))
         return replace(draft, graph=function(draft.graph))
 
     return run

@@ -218,6 +218,12 @@ _COMMANDS = {
             **_LOCAL,
         },
     ),
+    "timeline": _Command(
+        "what each rank does, in order, and during which collectives",
+        "MODEL PLAN",
+        _BOTH,
+        _COMPILED,
+    ),
     "explain": _Command(
         "why one module is laid out as it is",
         "MODEL PLAN NAME",

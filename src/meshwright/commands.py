@@ -14,6 +14,7 @@ from meshwright.compiler.graph.text import size_text, spelt
 from meshwright.compiler.public import Program
 from meshwright.compiler.report.listing import graph_text
 from meshwright.compiler.report.show import show_text
+from meshwright.compiler.report.timeline import timeline_data
 from meshwright.dsl.errors import did_you_mean, plural
 from meshwright.dsl.plan import Plan
 from meshwright.launcher.job import Job
@@ -98,6 +99,16 @@ def _part(graph: Graph, module: str, program: Program) -> Graph:
         node for node in graph.nodes if any(path == module for path, _ in node.origin.modules)
     )
     return replace(graph, nodes=nodes, outputs=())
+
+
+def timeline(arguments: Namespace) -> int:
+    """Print what each rank does in a step, in order."""
+    program = _compiled(arguments)
+    if arguments.json:
+        _print_json(timeline_data(program.instructions))
+    else:
+        _print(program.timeline())
+    return 0
 
 
 def explain(arguments: Namespace) -> int:

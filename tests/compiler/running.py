@@ -10,7 +10,7 @@ from torch import Tensor
 from meshwright.compiler.codegen.instructions import RankContext
 from meshwright.compiler.codegen.linking import RandomState
 from meshwright.compiler.codegen.lowering import lowered
-from meshwright.compiler.codegen.ordering import ordered
+from meshwright.compiler.codegen.overlap import overlap
 from meshwright.compiler.codegen.printing import Pending, printed
 from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.layout.layout import shard
@@ -25,7 +25,7 @@ def run_graph(graph: Graph, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Where ranks hold copies of an output, they must be equal.
     """
-    code, mesh, cpu = printed(ordered(lowered(graph))), graph.mesh, torch.device("cpu")
+    code, mesh, cpu = printed(overlap(lowered(graph))), graph.mesh, torch.device("cpu")
 
     def rank(number: int) -> RankProgram:
         coords = mesh.coords(number)

@@ -28,7 +28,6 @@ from meshwright.compiler.public import Program
 from meshwright.compiler.stages import Action, Stage
 from meshwright.passes.bucket import bucket
 from meshwright.passes.lower import lower
-from meshwright.passes.overlap import overlap
 from meshwright.passes.separate import separate_graph
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Mlp, real, rows, tokens
 from tests.passes.stages import stages as passed
@@ -93,7 +92,7 @@ def stage(number: int, forward: Graph, phases: Sequence[Phase]) -> Stage:
     joint, _ = differentiate(forward)
     joint = bucket(lower(joint))
     parts = separate_graph(joint, f"stage{number}", phases, regather=lambda _: False)
-    return Stage(number, parts).map(overlap)
+    return Stage(number, parts)
 
 
 def in_stages(

@@ -18,7 +18,9 @@ from meshwright.compiler.graph.ir import INPUT, SAVED
 from meshwright.compiler.kernels import hashing
 from meshwright.compiler.report.memory import walks
 from meshwright.compiler.report.storages import StorageCounter, address
-from tests.models import GPT_DATA, GPT_TENSOR, Gpt
+from meshwright.passes import driver
+from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
+from tests.passes.test_loops import PLANS, sequential
 
 
 class RankCounter(StorageCounter):
@@ -62,6 +64,7 @@ class RankCounter(StorageCounter):
             finally:
                 self.rank = None
             answer = yield request
+            del request
 
 
 def measured(program: meshwright.Program, example: Any) -> int:
@@ -84,7 +87,8 @@ def measured(program: meshwright.Program, example: Any) -> int:
 
 
 def numel(node: Any, program: meshwright.Program) -> int:
-    return torch.Size(node.placed.local_shape(program.mesh)).numel()
+    mesh = program.stages[0].forward.mesh
+    return len(mesh.turns) * torch.Size(node.placed.local_shape(mesh)).numel()
 
 
 def check(model: nn.Module, plan: str, example: Any) -> None:
@@ -110,6 +114,14 @@ def batch() -> tuple[Tensor, Tensor]:
 )
 def test_the_peak_of_a_gpt_is_the_one_that_is_measured(plan: str) -> None:
     check(Gpt(p=0.1), plan, batch())
+
+
+@pytest.mark.parametrize("name", ["data", "micro alone", "sequence"])
+def test_the_peak_of_microbatches_is_the_one_that_is_measured(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "PASSES", (sequential, *driver.PASSES))
+    check(Gpt(p=0.1), PLANS[name], tokens())
 
 
 class Convolutions(nn.Module):

@@ -146,6 +146,7 @@ def test_show_keeps_to_the_width_of_a_console_in_colour_and_without() -> None:
 
 def test_a_stream_without_unicode_gets_what_it_can_spell() -> None:
     assert spelt("3·64 …", "ascii") == "3*64 ..."
+    assert spelt("┌│└", "ascii") == "+|+"
     assert spelt("3·64 …", "latin-1") == "3*64 ..."
     assert spelt("3·64 …", "utf-8") == "3·64 …"
     assert spelt("ö", "ascii") == "\\xf6"

@@ -1,0 +1,114 @@
+"""The order of instructions: early starts, late waits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import meshwright
+from meshwright.compiler.codegen.instructions import (
+    Call,
+    Copy,
+    Exchange,
+    Free,
+    Instruction,
+    Return,
+    Start,
+    Variable,
+    Wait,
+    reads,
+    target,
+)
+from meshwright.compiler.codegen.lowering import lowered
+from meshwright.compiler.codegen.overlap import overlap
+from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Output, OutputKind, TensorType
+from meshwright.compiler.layout.layout import replicated
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.passes import driver
+from tests.compiler.layouts import split
+from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
+from tests.passes.examples import Lm, Mlp, labelled, rows
+from tests.passes.test_stored import stored_split
+
+SEQUENCE = f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}sequence blocks.* over tp\n"
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> meshwright.Program:
+    """A GPT whose weights are gathered where they are used."""
+    place = driver.PASSES.index(driver.partition)
+    passes = (*driver.PASSES[:place], stored_split, *driver.PASSES[place:])
+    monkeypatch.setattr(driver, "PASSES", passes)
+    return meshwright.compile(Gpt(layers=2), meshwright.Plan.parse(SEQUENCE), tokens())
+
+
+def named(body: tuple[Instruction, ...]) -> list[str]:
+    """The nodes of what runs, in order; a wait is not shown."""
+    kept = (each for each in body if isinstance(each, (Call, Copy, Exchange, Start)))
+    return [each.node.name for each in kept]
+
+
+def calls(body: tuple[Instruction, ...]) -> int:
+    return sum(isinstance(each, Call) for each in body)
+
+
+def test_labels_are_counted_before_all_else() -> None:
+    plan = meshwright.Plan.parse("mesh dp=2\ndata tokens, targets over dp\n")
+    found = named(meshwright.compile(Lm(), plan, labelled()).instructions[0].body)
+    assert found[:3] == ["ne", "sum_1", "all_reduce"]
+    assert "embedding" in found[3]
+
+
+def test_the_same_work_is_left_in_an_order_that_runs(program: meshwright.Program) -> None:
+    for graph, each in zip(program.graphs().values(), program.instructions, strict=True):
+        before = lowered(graph)
+        made = set(each.inputs)
+        for instruction in each.body:
+            assert {value for value in reads(instruction) if isinstance(value, Variable)} <= made
+            if variable := target(instruction):
+                assert variable not in made
+                made.add(variable)
+        assert Counter(named(each.body)) == Counter(named(before.body))
+
+
+def test_a_weight_is_gathered_while_the_one_before_is_used(program: meshwright.Program) -> None:
+    for each in program.instructions:
+        weights = {v for v, node in each.inputs.items() if node.args[0] == "parameter"}
+        starts: list[int] = []
+        waits: dict[Variable, int] = {}
+        for i, instruction in enumerate(each.body):
+            if isinstance(instruction, Start) and instruction.exchange.source in weights:
+                starts.append(i)
+            elif isinstance(instruction, Wait):
+                waits[instruction.handle] = i
+        ends = [waits[target(each.body[start])] for start in starts]
+        assert len(starts) >= 20 and not calls(each.body[: starts[0]])
+        pairs = list(zip(starts, ends, strict=True))
+        assert all(start < end for start, end in zip(starts[1:], ends, strict=False))
+        assert sum(calls(each.body[start:end]) > 0 for start, end in pairs) > 10
+        # A norm takes two weights, beside the one that is gathered ahead.
+        assert all(sum(start <= i < end for start, end in pairs) <= 3 for i in starts)
+
+
+def test_a_bucket_is_reduced_as_soon_as_its_last_gradient_is_there() -> None:
+    plan = meshwright.Plan.parse("mesh dp=2\ndata x over dp\n")
+    body = meshwright.compile(Mlp(), plan, example=rows()).instructions[-1].body
+    (reduced,) = (i for i, each in enumerate(body) if isinstance(each, Exchange) and each.into)
+    before = [each for each in body[:reduced] if not isinstance(each, Free)]
+    assert isinstance(before[-1], (Call, Copy)) and before[-1].out is not None
+
+
+def test_a_result_is_waited_for_where_it_is_read_by_another_exchange_too() -> None:
+    builder, neg = Builder("step.forward", Mesh((("dp", 2), ("tp", 2)))), torch.ops.aten.neg.default
+    kind, rows = TensorType((4, 4), torch.float32), split((4, 4), {0: ("tp",)})
+    gather, given = MeshOp("all_gather_replicated"), ("argument", "x")
+    x = builder.emit(INPUT, given, type=kind, layout=split((4, 4), {0: ("tp",), 1: ("dp",)}))
+    part = builder.emit(gather, (x,), {"axes": ("dp",)}, type=kind, layout=rows)
+    other = builder.emit(neg, (x,), type=kind, layout=x.layout)
+    whole = builder.emit(gather, (part,), {"axes": ("tp",)}, type=kind, layout=replicated((4, 4)))
+    last = builder.emit(neg, (whole,), type=kind, layout=whole.layout)
+    graph = builder.graph(Output(OutputKind.OUTPUT, str(i), n) for i, n in enumerate((other, last)))
+    found = [type(each) for each in overlap(lowered(graph)).body if not isinstance(each, Free)]
+    assert found == [Exchange, Start, Call, Wait, Call, Return]
