@@ -71,13 +71,12 @@ class _Starts:
         self.first = (*gathers[:1], *self._early(inputs.keys() - weights))
         self.following = dict(pairwise(gathers))
         """The gather of a weight after each."""
-        own = set(gathers)
         self.makers: dict[_Place, list[int]] = {}
         """What makes a value; of a bucket, each of its parts."""
         self.followers: dict[int, list[int]] = {}
-        """By what makes their operand, or the last of it: all exchanges but the gathers."""
+        """Exchanges by what makes their operand, or the last part of it."""
         for i, each in enumerate(self.body):
-            if isinstance(each, Exchange) and i not in own:
+            if isinstance(each, Exchange):
                 for maker in self.makers.get(_place(each.source), ())[-1:]:
                     self.followers.setdefault(maker, []).append(i)
             if (made := _made(each)) is not None:
@@ -101,14 +100,14 @@ class _Starts:
         return found[::-1]
 
     def _gathers(self, weights: Iterable[Variable]) -> list[int]:
-        """The exchanges that bring weights to the layouts in which they are used."""
+        """The exchanges that take weights as they are stored, or a rank's part of them."""
         stored: set[Value] = set(weights)
         found: list[int] = []
         for i, each in enumerate(self.body):
-            if isinstance(each, (Exchange, Rearrange)) and each.source in stored:
+            if isinstance(each, Rearrange) and each.source in stored:
                 stored.add(each.target)
-                if isinstance(each, Exchange):
-                    found.append(i)
+            elif isinstance(each, Exchange) and each.source in stored:
+                found.append(i)
         return found
 
     def run(self) -> list[Instruction]:

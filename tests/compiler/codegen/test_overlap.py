@@ -92,6 +92,21 @@ def test_a_weight_is_gathered_while_the_one_before_is_used(program: meshwright.P
         assert all(sum(start <= i < end for start, end in pairs) <= 3 for i in starts)
 
 
+def test_an_exchange_starts_where_its_operand_is_made() -> None:
+    plan = meshwright.Plan.parse(f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}")
+    body = meshwright.compile(Gpt(layers=2), plan, tokens()).instructions[-1].body
+    under_way: list[int] = []
+    for i, each in enumerate(body):
+        if isinstance(each, (Start, Exchange)):
+            since = [other for other in body[:i] if isinstance(other, (Call, Copy))]
+            exchange = each.exchange if isinstance(each, Start) else each
+            assert target(since[-1]) == exchange.source or exchange.into
+        if isinstance(each, Wait):
+            (start,) = (j for j in range(i) if body[j] == Start(each.handle, each.exchange))
+            under_way.append(calls(body[start:i]))
+    assert sum(count >= 3 for count in under_way) == 4, "the cotangents of two columns per layer"
+
+
 def test_a_bucket_is_reduced_as_soon_as_its_last_gradient_is_there() -> None:
     plan = meshwright.Plan.parse("mesh dp=2\ndata x over dp\n")
     body = meshwright.compile(Mlp(), plan, example=rows()).instructions[-1].body
