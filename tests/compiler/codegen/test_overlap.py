@@ -16,6 +16,7 @@ from meshwright.compiler.codegen.instructions import (
     Instruction,
     Return,
     Start,
+    Take,
     Variable,
     Wait,
     reads,
@@ -115,7 +116,20 @@ def test_a_bucket_is_reduced_as_soon_as_its_last_gradient_is_there() -> None:
     assert isinstance(before[-1], (Call, Copy)) and before[-1].out is not None
 
 
-def test_a_result_is_waited_for_where_it_is_read_by_another_exchange_too() -> None:
+def test_what_is_gathered_again_is_gathered_where_it_is_read(program: meshwright.Program) -> None:
+    body = program.instructions[-1].body
+    taken = {each.target for each in body if isinstance(each, Take)}
+    again = [
+        calls(body[:i])
+        for i, each in enumerate(body)
+        if isinstance(each, (Start, Exchange)) and set(reads(each)) <= taken
+    ]
+    assert len(again) >= 4 and min(again) > 0 and len(set(again)) == len(again)
+
+
+def gathered_twice(*returned: str) -> tuple[Instruction, ...]:
+    """The instructions that return these: `other`, computed from an input, `whole`, the input after
+    two gathers, and `last`, computed from that."""
     builder, neg = Builder("step.forward", Mesh((("dp", 2), ("tp", 2)))), torch.ops.aten.neg.default
     kind, rows = TensorType((4, 4), torch.float32), split((4, 4), {0: ("tp",)})
     gather, given = MeshOp("all_gather_replicated"), ("argument", "x")
@@ -124,6 +138,17 @@ def test_a_result_is_waited_for_where_it_is_read_by_another_exchange_too() -> No
     other = builder.emit(neg, (x,), type=kind, layout=x.layout)
     whole = builder.emit(gather, (part,), {"axes": ("tp",)}, type=kind, layout=replicated((4, 4)))
     last = builder.emit(neg, (whole,), type=kind, layout=whole.layout)
-    graph = builder.graph(Output(OutputKind.OUTPUT, str(i), n) for i, n in enumerate((other, last)))
-    found = [type(each) for each in overlap(lowered(graph)).body if not isinstance(each, Free)]
+    made = {"other": other, "whole": whole, "last": last}
+    graph = builder.graph(Output(OutputKind.OUTPUT, name, made[name]) for name in returned)
+    return tuple(each for each in overlap(lowered(graph)).body if not isinstance(each, Free))
+
+
+def test_a_result_is_waited_for_where_it_is_read_by_another_exchange_too() -> None:
+    found = [type(each) for each in gathered_twice("other", "last")]
     assert found == [Exchange, Start, Call, Wait, Call, Return]
+
+
+def test_what_is_returned_after_more_steps_is_waited_for() -> None:
+    *_, waited, returned = gathered_twice("other", "whole")
+    assert isinstance(waited, Wait) and waited.exchange.after
+    assert isinstance(returned, Return) and returned.results[1] == waited.exchange.target
