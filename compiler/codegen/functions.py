@@ -62,8 +62,8 @@ CONTIGUOUS: tuple[Op, ...] = (
     aten._pdist_forward.default,
     aten._pdist_backward.default,
 )
-"""Operators whose kernels take contiguous operands for granted, or whose derivatives do: that of a
-determinant reads the factors of the transpose that a contiguous matrix has."""
+"""Operators whose kernels assume contiguous operands, or whose derivatives do: that of a
+determinant reads the factors of the transpose, which a contiguous matrix has."""
 
 FAST: dict[Op, tuple[str, Callable[..., Any]]] = {
     **{op: _on_contiguous(op) for op in CONTIGUOUS},

@@ -49,7 +49,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class BucketView:
-    """Memory of a bucket: the whole flat buffer, or the part of the gradient at `index`."""
+    """The memory of a bucket: the whole flat buffer, or the part for the gradient at `index`."""
 
     bucket: str
     index: int | None = None
@@ -72,7 +72,7 @@ Rearranging: TypeAlias = "tuple[Reshape | Permute | Constant, ...]"
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """Take the saved value of a number: nothing else holds it for this graph."""
+    """Take a saved value by its number; the store of saved values lets go of it."""
 
     target: Variable
     number: int
@@ -167,21 +167,21 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class Free:
-    """Let go of variables; what nothing else holds is free memory."""
+    """Let go of variables, which frees the memory that nothing else holds."""
 
     variables: tuple[Variable, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Hand values over to the graphs that take them, each under its number."""
+    """Save values for the later graphs that take them, each under its number."""
 
     values: tuple[tuple[int, Value], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class UnderWay:
-    """A result that whoever calls the function waits for."""
+    """A result that the caller of the function waits for."""
 
     handle: Variable
     exchange: Exchange
@@ -189,7 +189,7 @@ class UnderWay:
 
 @dataclass(frozen=True, slots=True)
 class Return:
-    """Return the outputs, and what is under way into buckets."""
+    """Return the results of the graph, and what is under way into buckets."""
 
     results: tuple[Value | UnderWay, ...]
     reductions: tuple[UnderWay, ...] = ()
@@ -223,7 +223,7 @@ def reads(instruction: Instruction) -> Iterator[Value]:
     """The values that an instruction needs, repeats included."""
     match instruction:
         case Call(args=args, kwargs=kwargs):
-            yield from values_in((args, *kwargs.values()))
+            yield from _values_in((args, *kwargs.values()))
         case Item(source=source) | Copy(source=source) | Rearrange(source=source):
             yield source
         case Exchange(source=source) | Start(exchange=Exchange(source=source)):
@@ -254,10 +254,9 @@ def target(instruction: Instruction) -> Variable | None:
             return None
 
 
-def values_in(operand: Operand) -> Iterator[Value]:
-    """Every value inside a nested operand."""
+def _values_in(operand: Operand) -> Iterator[Value]:
     if isinstance(operand, (Variable, BucketView)):
         yield operand
-    elif isinstance(operand, (tuple, list)):
+    elif isinstance(operand, tuple):
         for item in operand:
-            yield from values_in(item)
+            yield from _values_in(item)

@@ -24,7 +24,7 @@ from meshwright.compiler.placing.composite import Kernel, composite_of
 
 @dataclass(slots=True)
 class RandomState:
-    """What every random operator of a rank is keyed by: the run's seed, and when it draws.
+    """The keys of a rank's random operators: the run's seed, and the number of the draw.
 
     An evaluation draws new numbers each time, and does not change those of the steps after it.
     """

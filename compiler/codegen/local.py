@@ -1,7 +1,7 @@
-"""What one rank calls: the sizes among the arguments of a call, from its layouts.
+"""The arguments of one rank's calls, from those of the global call and its layouts.
 
-A node's arguments are those of the global call. Where they hold sizes or bounds of a dim that is
-split, a rank passes its own; every other argument is the same on every rank.
+Where a global call has sizes or bounds of a dim that is split, a rank passes its own; every other
+argument is the same on every rank.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class PlacedCall:
-    """A call with the layouts of its operands and results; what stands for a tensor in `args` is
-    never looked at."""
+    """A call with the layouts of its operands and results. What stands for tensors in `args` does
+    not matter."""
 
     op: Op
     args: tuple[Arg, ...]
@@ -61,7 +61,7 @@ class PlacedCall:
 Localiser: TypeAlias = Callable[[PlacedCall], PlacedCall]
 
 LOCAL: dict[Op, Localiser] = {}
-"""How to localise the calls of an operator; those of others are the same on every rank."""
+"""How to localise the calls of an operator; calls of others are the same on every rank."""
 
 
 def local_args(
@@ -139,7 +139,7 @@ def _split_with_sizes(call: PlacedCall) -> PlacedCall:
 
 
 def _ranks(layout: Layout, dim: int, mesh: Mesh) -> int:
-    """How many equal shares a dim has; bounds within it scale alike."""
+    """The number of equal shares of a dim; bounds within it scale alike."""
     return mesh.size(dim_axes(layout.dims[dim]))
 
 
@@ -187,7 +187,8 @@ def _repeat_interleave(call: PlacedCall) -> PlacedCall:
 
 
 def _groups(call: PlacedCall, place: int, grouped: Layout, weight: Layout) -> PlacedCall:
-    """A rank's groups: the channels of `grouped` are as many times the weight's second dim."""
+    """The call with a rank's groups: its channels of `grouped`, divided by the weight's second
+    dim."""
     if call.arg(place, 1) == 1:
         return call
     own = weight.local_shape(call.mesh)

@@ -67,7 +67,7 @@ _FRESH = {
 """Operators whose result is memory of its own, which a collective may overwrite."""
 
 _HANDLED = {"device", "layout", "pin_memory"}
-"""Keywords of factories that are written here or left out."""
+"""Keywords of factories that a rank is given its own value for, or that are left out."""
 
 _DEVICE = Constant("_device", lambda context: context.device)
 
@@ -115,7 +115,7 @@ class _Lowering:
         return found
 
     def _constant(self, stem: str, recipe: Callable[[RankContext], Any]) -> Constant:
-        """A constant of one node, under a name of its own."""
+        """A constant of one node, under a name that no other has."""
         name = f"_{stem}{len(self.constants)}_"
         found = self.constants[name] = Constant(name, recipe)
         return found

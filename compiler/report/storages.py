@@ -1,7 +1,7 @@
 """Walk instructions with the storages of one rank: how many bytes are alive, and when.
 
-Each call runs once, on fake tensors of its shapes, strides and types, so that views, copies and
-what the operator needs inside itself are what they will be; equal calls are run once.
+Each call is run on fake tensors of its shapes, strides and types, so that views, copies and what
+the operator needs inside itself are what they will be; equal calls are run once.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from meshwright.compiler.stages import PASSED_AS, Action, Joined, Stage
 
 
 class Storage:
-    """Memory that values share; `held` says how many of them there are."""
+    """Memory that `held` values share."""
 
     __slots__ = ("held", "num_bytes")
 
@@ -107,7 +107,7 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def address(tensor: Tensor) -> int:
-    """What tensors that share memory have in common."""
+    """The address of a tensor's storage, equal for tensors that share memory."""
     return int(tensor.untyped_storage()._cdata)
 
 
@@ -134,7 +134,7 @@ class _Cost:
 
 
 class _Saved:
-    """What the graphs of a stage have saved for later ones, as the executor keeps it."""
+    """The values that graphs of a stage have saved for later ones, as the executor keeps them."""
 
     def __init__(self, stage: Stage) -> None:
         self.turns = len(stage.forward.mesh.turns)
@@ -151,8 +151,8 @@ class _Saved:
         return tuple(held for own in (self.once, *self.by_microbatch) for held in own.values())
 
     def hand_over(self, action: Action) -> tuple[Held, Held]:
-        """Share what was made once, and join what was made by one microbatch; what was held before
-        and what is after."""
+        """Share what was made once, or join what one microbatch has made. Returns what was held
+        before, and what is held after."""
         before = self.held()
         if action.kind.once:
             for each in self.by_microbatch:
@@ -167,6 +167,7 @@ class _Saved:
         return before, self.held()
 
     def _total(self, value: Local, joined: Joined) -> Local:
+        """Where the values of all microbatches end; buckets lie outside of what is counted."""
         if joined.place is not None:
             return replace(value, stride=_contiguous(value.shape), storage=Storage(0))
         shape = (self.turns, *value.shape) if joined.gathers else value.shape
@@ -177,9 +178,9 @@ class Walk:
     """The storages of one rank through the actions of a step, one after another.
 
     `peak` is the most bytes alive at once, `most_saved` the most that is saved for later graphs,
-    and `saved` what one run of each graph saves, by node. A call that cannot run on fake tensors
-    counts with its results alone. What outlives the step does not count:
-    parameters, buffers, constants, the batch and the gradients.
+    and `saved` what one run of each graph saves, by node. Of a call that cannot run on fake
+    tensors only the results count. What outlives the step does not count: parameters, buffers,
+    constants, the batch and the gradients.
     """
 
     def __init__(
@@ -266,13 +267,13 @@ class Walk:
                 self._return(each)
 
     def _answered(self, held: Held) -> None:
-        """Whoever runs the function holds what it has sent in until the next request."""
+        """Note what the function was sent: its caller holds that until the next request."""
         self._hold(held)
         self._release(self._answer)
         self._answer = held
 
     def _arrived(self, exchange: Exchange, received: Held) -> None:
-        """The result of an exchange, after its steps."""
+        """Note the result of an exchange, and let it go through its steps."""
         self._answered(received)
         if exchange.after:
             arranged = self._rearranged(exchange.target, exchange.after, exchange.node)
