@@ -239,9 +239,11 @@ def reads(instruction: Instruction) -> Iterator[Value]:
             pass
 
 
-def target(instruction: Instruction) -> Variable | None:
-    """The variable that an instruction gives a value."""
+def target(instruction: Instruction) -> Value | None:
+    """What an instruction gives a value: a variable, or memory of a bucket."""
     match instruction:
+        case Call(out=BucketView() as out) | Copy(out=out):
+            return out
         case Take(target=found) | Item(target=found) | Call(target=found):
             return found
         case Rearrange(target=found) | Exchange(target=found):

@@ -21,20 +21,17 @@ overlap.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TypeAlias
 
 from meshwright.compiler.codegen.instructions import (
     BucketView,
-    Call,
-    Copy,
     Exchange,
     Free,
     Instruction,
     Instructions,
-    Rearrange,
     Return,
     Save,
     Start,
@@ -54,80 +51,64 @@ _Place: TypeAlias = "Variable | str"
 
 def overlap(instructions: Instructions) -> Instructions:
     """The same work with early starts and late waits, and each value freed after its last use."""
-    body = _Waits(_Starts(instructions).run()).run()
+    body = _Waits(_with_early_starts(instructions)).run()
     return replace(instructions, body=tuple(_with_frees(body, instructions.inputs)))
 
 
-class _Starts:
-    """Moves each exchange up to where its operand is made."""
+def _with_early_starts(instructions: Instructions) -> list[Instruction]:
+    """The instructions, with each exchange moved up to where its operand is made."""
+    body, inputs = instructions.body, instructions.inputs
+    weights = {v for v, node in inputs.items() if node.args[0] == InputKind.PARAMETER}
+    gathers = [i for i, each in _exchanges(body) if each.source in weights]
+    following = dict(pairwise(gathers))
+    followers = _followers(body)
+    order: dict[int, None] = {}
 
-    def __init__(self, instructions: Instructions) -> None:
-        self.body = instructions.body
-        self.order: dict[int, None] = {}
-        """The places in `body` of the instructions in their new order."""
-        inputs = instructions.inputs
-        weights = {v for v, node in inputs.items() if node.args[0] == InputKind.PARAMETER}
-        gathers = self._gathers(weights)
-        self.first = (*gathers[:1], *self._early(inputs.keys() - weights))
-        self.following = dict(pairwise(gathers))
-        """The gather of a weight after each."""
-        self.makers: dict[_Place, list[int]] = {}
-        """What makes a value; of a bucket, each of its parts."""
-        self.followers: dict[int, list[int]] = {}
-        """Exchanges by what makes their operand, or the last part of it."""
-        for i, each in enumerate(self.body):
-            if isinstance(each, Exchange):
-                for maker in self.makers.get(_place(each.source), ())[-1:]:
-                    self.followers.setdefault(maker, []).append(i)
-            if (made := _made(each)) is not None:
-                self.makers.setdefault(made, []).append(i)
+    def put(i: int) -> None:
+        if i not in order:
+            order[i] = None
+            for follower in followers.get(i, ()):
+                put(follower)
 
-    def _early(self, given: Iterable[Variable]) -> list[int]:
-        """What exchanges need that depends on no parameter, and these exchanges."""
-        ready: set[Value] = set(given)
-        for each in self.body:
-            made = target(each)
-            if made and not isinstance(each, Take) and ready.issuperset(reads(each)):
-                ready.add(made)
-        wanted: set[Value] = set()
-        found: list[int] = []
-        for i in reversed(range(len(self.body))):
-            each = self.body[i]
-            made = target(each)
-            if made in ready and (isinstance(each, Exchange) or made in wanted):
-                wanted.update(reads(each))
-                found.append(i)
-        return found[::-1]
+    for i in (*gathers[:1], *_early(body, inputs.keys() - weights)):
+        put(i)
+    for i in range(len(body)):
+        put(i)
+        if i in following:
+            put(following[i])
+    return [body[i] for i in order]
 
-    def _gathers(self, weights: Iterable[Variable]) -> list[int]:
-        """The exchanges that take weights as they are stored, or a rank's part of them."""
-        stored: set[Value] = set(weights)
-        found: list[int] = []
-        for i, each in enumerate(self.body):
-            if isinstance(each, Rearrange) and each.source in stored:
-                stored.add(each.target)
-            elif isinstance(each, Exchange) and each.source in stored:
-                found.append(i)
-        return found
 
-    def run(self) -> list[Instruction]:
-        for i in self.first:
-            self._put(i)
-        for i in range(len(self.body)):
-            self._put(i)
-            if i in self.following:
-                self._put(self.following[i])
-        return [self.body[i] for i in self.order]
+def _exchanges(body: Sequence[Instruction]) -> Iterator[tuple[int, Exchange]]:
+    return ((i, each) for i, each in enumerate(body) if isinstance(each, Exchange))
 
-    def _put(self, i: int) -> None:
-        if i in self.order:
-            return
-        for place in dict.fromkeys(map(_place, reads(self.body[i]))):
-            for maker in self.makers.get(place, ()):
-                self._put(maker)
-        self.order[i] = None
-        for follower in self.followers.get(i, ()):
-            self._put(follower)
+
+def _followers(body: Sequence[Instruction]) -> dict[int, list[int]]:
+    """The exchanges by what makes their operand; in a bucket, by what makes its last part."""
+    last: dict[_Place, int] = {}
+    found: dict[int, list[int]] = {}
+    for i, each in enumerate(body):
+        if isinstance(each, Exchange) and _place(each.source) in last:
+            found.setdefault(last[_place(each.source)], []).append(i)
+        if (made := target(each)) is not None:
+            last[_place(made)] = i
+    return found
+
+
+def _early(body: Sequence[Instruction], given: Iterable[Variable]) -> list[int]:
+    """What exchanges need that depends on no parameter, and these exchanges."""
+    ready: set[Value | None] = set(given)
+    for each in body:
+        if not isinstance(each, Take) and ready.issuperset(reads(each)):
+            ready.add(target(each))
+    wanted: set[Value | None] = set()
+    found: list[int] = []
+    for i, each in reversed(list(enumerate(body))):
+        made = target(each)
+        if made in ready and (isinstance(each, Exchange) or made in wanted):
+            wanted.update(reads(each))
+            found.append(i)
+    return found[::-1]
 
 
 class _Waits:
@@ -182,15 +163,6 @@ class _Waits:
 
 def _place(value: Value) -> _Place:
     return value.bucket if isinstance(value, BucketView) else value
-
-
-def _made(instruction: Instruction) -> _Place | None:
-    """What an instruction gives a value, or a part of it."""
-    match instruction:
-        case Call(out=BucketView(bucket=bucket)) | Copy(out=BucketView(bucket=bucket)):
-            return bucket
-        case _:
-            return target(instruction)
 
 
 def _with_frees(body: Sequence[Instruction], kept: Iterable[Variable]) -> list[Instruction]:

@@ -68,7 +68,7 @@ def test_the_same_work_is_left_in_an_order_that_runs(program: meshwright.Program
         made = set(each.inputs)
         for instruction in each.body:
             assert {value for value in reads(instruction) if isinstance(value, Variable)} <= made
-            if variable := target(instruction):
+            if isinstance(variable := target(instruction), Variable):
                 assert variable not in made
                 made.add(variable)
         assert Counter(named(each.body)) == Counter(named(before.body))
