@@ -14,7 +14,7 @@ import torch
 
 from meshwright.compiler.codegen.linking import RandomState
 from meshwright.compiler.graph.ir import Node
-from meshwright.compiler.layout.local_ops import Permute, Reshape
+from meshwright.compiler.layout.local_ops import LocalOp
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
 from meshwright.dsl.errors import plural
@@ -66,8 +66,6 @@ class BucketView:
 
 Value: TypeAlias = "Variable | BucketView"
 Operand: TypeAlias = Any  # Value | Constant | number | str | bool | None | tuple of those
-Rearranging: TypeAlias = "tuple[Reshape | Permute | Constant, ...]"
-"""Local steps, one after another; a constant is a function of one tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +110,11 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Rearrange:
-    """Apply local steps."""
+    """Apply steps of one rank, one after another."""
 
     target: Variable
     source: Value
-    steps: Rearranging
+    steps: tuple[LocalOp, ...]
     node: Node
 
 
@@ -132,8 +130,8 @@ class Exchange:
     target: Variable
     wire: Wire
     source: Value
-    before: Rearranging
-    after: Rearranging
+    before: tuple[LocalOp, ...]
+    after: tuple[LocalOp, ...]
     donate: bool
     into: BucketView | None
     node: Node

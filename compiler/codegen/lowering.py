@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from meshwright.compiler.codegen.instructions import (
     Operand,
     RankContext,
     Rearrange,
-    Rearranging,
     Return,
     Save,
     Take,
@@ -51,7 +50,6 @@ from meshwright.compiler.graph.transfers import (
     transfer_of,
 )
 from meshwright.compiler.layout.collectives import Transfer
-from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, apply_all
 from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.placing.composite import composite_of
 
@@ -196,7 +194,7 @@ class _Lowering:
         transfer = transfer_of(node, self.mesh)
         key = transfer_key(node)
         if transfer.wire is None:
-            steps = self._steps(transfer.before + transfer.after)
+            steps = (*transfer.before, *transfer.after)
             self.values[node] = given = self.values[source]
             if steps:
                 self.body.append(Rearrange(self._variable(node), given, steps, node))
@@ -209,7 +207,7 @@ class _Lowering:
     def _exchange(self, node: Node, transfer: Transfer, wire: Wire) -> None:
         source: Node = node.args[0]
         given = self.values[source]
-        before, after = self._steps(transfer.before), self._steps(transfer.after)
+        before, after = tuple(transfer.before), tuple(transfer.after)
         wire = replace(wire, index=self.num_wires)
         self.num_wires += 1
         found = self._variable(node)
@@ -225,24 +223,9 @@ class _Lowering:
         known = composite_of(node.op)
         return known.is_fresh if known else node.op in _FRESH
 
-    def _steps(self, steps: Sequence[LocalOp]) -> Rearranging:
-        """Local steps, bound to the rank where they depend on it."""
-        return tuple(
-            step if isinstance(step, (Reshape, Permute)) else self._constant("step", _bound(step))
-            for step in steps
-        )
-
     def _return(self) -> None:
         handed = self.graph.outputs_of(OutputKind.SAVED)
         saved = tuple((int(output.name), self.values[output.node]) for output in handed)
         if saved:
             self.body.append(Save(saved))
         self.body.append(Return(tuple(self.values[each.node] for each in self.graph.results)))
-
-
-def _bound(step: LocalOp) -> Callable[[RankContext], Any]:
-    def recipe(context: RankContext) -> Any:
-        coords, mesh = context.coords, context.mesh
-        return lambda tensor: apply_all((step,), tensor, coords, mesh)
-
-    return recipe

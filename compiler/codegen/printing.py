@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 from meshwright.compiler.codegen.instructions import (
@@ -30,7 +31,6 @@ from meshwright.compiler.codegen.instructions import (
     Operand,
     RankContext,
     Rearrange,
-    Rearranging,
     Return,
     Save,
     Start,
@@ -42,7 +42,7 @@ from meshwright.compiler.codegen.instructions import (
 )
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout import wires
-from meshwright.compiler.layout.local_ops import Permute, Reshape
+from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, apply
 from meshwright.compiler.layout.wires import Wire
 from meshwright.dsl.errors import plural
 
@@ -188,7 +188,7 @@ class _Printer:
         given = "" if into is None else f", {self._text(into)}"
         return f"{self._text(_PENDING)}({value.handle.name}{given})"
 
-    def _steps(self, steps: Rearranging, source: Value) -> str:
+    def _steps(self, steps: Sequence[LocalOp], source: Value) -> str:
         text = self._text(source)
         for step in steps:
             match step:
@@ -196,8 +196,9 @@ class _Printer:
                     text = f"{text}.reshape({shape})"
                 case Permute(order):
                     text = f"{text}.permute({order})"
-                case Constant():
-                    text = f"{self._text(step)}({text})"
+                case _:
+                    bound = Constant(f"_step{len(self.constants)}_", partial(_bound, step))
+                    text = f"{self._text(bound)}({text})"
         return text
 
     def _text(self, operand: Operand) -> str:
@@ -210,3 +211,9 @@ class _Printer:
             inner = "".join(f"{self._text(item)}, " for item in operand)
             return f"({inner})"
         return repr(operand)
+
+
+def _bound(step: LocalOp, context: RankContext) -> Callable[[Any], Any]:
+    """A step as a function of one rank's tensor."""
+    coords, mesh = context.coords, context.mesh
+    return lambda tensor: apply(step, tensor, coords, mesh)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -31,7 +32,6 @@ from meshwright.compiler.codegen.instructions import (
     Operand,
     RankContext,
     Rearrange,
-    Rearranging,
     Return,
     Save,
     Start,
@@ -42,7 +42,7 @@ from meshwright.compiler.codegen.instructions import (
 )
 from meshwright.compiler.codegen.linking import RandomState
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
-from meshwright.compiler.layout.local_ops import Permute, Reshape
+from meshwright.compiler.layout.local_ops import LocalOp, apply_all
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.stages import PASSED_AS, Action, Joined, Stage
 
@@ -344,12 +344,11 @@ class Walk:
         if call.target is not None:
             self._bind(call.target, found)
 
-    def _rearranged(self, source: Operand, steps: Rearranging, node: Node) -> Held:
+    def _rearranged(self, source: Operand, steps: tuple[LocalOp, ...], node: Node) -> Held:
         held: Held = self._held(source)
         if steps:
-            names = tuple(s.name if isinstance(s, Constant) else s for s in steps)
-            key = ("steps", names, _key(held))
-            held = self._costed(key, _rearranger(steps), (held,), {}, node)
+            recipe = partial(_rearranger, steps)
+            held = self._costed((steps, _key(held)), recipe, (held,), {}, node)
         return held
 
     def _exchanged(self, exchange: Exchange) -> tuple[Held, Held]:
@@ -502,21 +501,5 @@ def _function_key(call: Call) -> Any:
     return (node.op, repr(args), node.layout, tuple(n.layout for n in node.operands()))
 
 
-def _rearranger(steps: Rearranging) -> Callable[[RankContext], Callable[[Tensor], Tensor]]:
-    def recipe(context: RankContext) -> Callable[[Tensor], Tensor]:
-        bound = [s.recipe(context) if isinstance(s, Constant) else s for s in steps]
-
-        def rearrange(tensor: Tensor) -> Tensor:
-            for step in bound:
-                match step:
-                    case Reshape(shape):
-                        tensor = tensor.reshape(shape)
-                    case Permute(order):
-                        tensor = tensor.permute(order)
-                    case _:
-                        tensor = step(tensor)
-            return tensor
-
-        return rearrange
-
-    return recipe
+def _rearranger(steps: tuple[LocalOp, ...], context: RankContext) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: apply_all(steps, tensor, context.coords, context.mesh)
