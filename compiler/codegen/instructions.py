@@ -12,24 +12,11 @@ from typing import Any, TypeAlias
 
 import torch
 
-from meshwright.compiler.codegen.linking import RandomState
+from meshwright.compiler.codegen.linking import RankContext
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.local_ops import LocalOp
-from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
 from meshwright.dsl.errors import plural
-
-
-@dataclass(frozen=True, slots=True)
-class RankContext:
-    """What is linked into a rank's copy of the generated functions."""
-
-    mesh: Mesh
-    coords: Mapping[str, int]
-    device: torch.device
-    random: RandomState
-    buckets: Mapping[str, tuple[torch.Tensor, ...]]
-    """By bucket node: the flat buffer, then its views, one for each gradient."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,18 @@ class RandomState:
 
 
 @dataclass(frozen=True, slots=True)
+class RankContext:
+    """What is linked into a rank's copy of the generated functions."""
+
+    mesh: Mesh
+    coords: Mapping[str, int]
+    device: torch.device
+    random: RandomState
+    buckets: Mapping[str, tuple[Tensor, ...]]
+    """By bucket node: the flat buffer, then its views, one for each gradient."""
+
+
+@dataclass(frozen=True, slots=True)
 class Binding:
     """A node to bind, on the rank with these coordinates."""
 
@@ -97,17 +109,12 @@ class Binding:
         return lambda: RandomIndex(state.seed, state.draw, op_id, whole, coords)
 
 
-def bind(
-    node: Node,
-    mesh: Mesh,
-    coords: Mapping[str, int],
-    random: RandomState,
-    device: torch.device,
-) -> Kernel:
+def bind(node: Node, context: RankContext) -> Kernel:
     """The function of its operands that runs a composite on one rank."""
     known = composite_of(node.op)
     assert known is not None, node.op
-    kernel = known.bind(Binding(node, mesh, coords, random, device))
+    binding = Binding(node, context.mesh, context.coords, context.random, context.device)
+    kernel = known.bind(binding)
     taken = list(takewhile(lambda arg: arg is None or isinstance(arg, Node), node.args))
     if None not in taken:
         return kernel

@@ -6,6 +6,7 @@ import keyword
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from meshwright.compiler.codegen.instructions import (
     Instructions,
     Item,
     Operand,
-    RankContext,
     Rearrange,
     Return,
     Save,
@@ -29,7 +29,7 @@ from meshwright.compiler.codegen.instructions import (
     Value,
     Variable,
 )
-from meshwright.compiler.codegen.linking import bind
+from meshwright.compiler.codegen.linking import RankContext, bind
 from meshwright.compiler.codegen.local import local_args
 from meshwright.compiler.graph.aliasing import IDENTITIES
 from meshwright.compiler.graph.ir import (
@@ -139,9 +139,7 @@ class _Lowering:
         elif collective_kind(op) is not None:
             self._collective(node)
         elif composite_of(op):
-            kernel = self._constant(
-                op_stem(op), lambda c: bind(node, c.mesh, c.coords, c.random, c.device)
-            )
+            kernel = self._constant(op_stem(op), partial(bind, node))
             operands = tuple(self.values[operand] for operand in node.operands())
             self.body.append(Call(self._variable(node), kernel, operands, {}, node))
         else:

@@ -29,7 +29,6 @@ from meshwright.compiler.codegen.instructions import (
     Instructions,
     Item,
     Operand,
-    RankContext,
     Rearrange,
     Return,
     Save,
@@ -40,6 +39,7 @@ from meshwright.compiler.codegen.instructions import (
     Variable,
     Wait,
 )
+from meshwright.compiler.codegen.linking import RankContext
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout import wires
 from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, apply

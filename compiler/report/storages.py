@@ -30,7 +30,6 @@ from meshwright.compiler.codegen.instructions import (
     Instructions,
     Item,
     Operand,
-    RankContext,
     Rearrange,
     Return,
     Save,
@@ -40,7 +39,7 @@ from meshwright.compiler.codegen.instructions import (
     Variable,
     Wait,
 )
-from meshwright.compiler.codegen.linking import RandomState
+from meshwright.compiler.codegen.linking import RandomState, RankContext
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
 from meshwright.compiler.layout.local_ops import LocalOp, apply_all
 from meshwright.compiler.placing.composite import composite_of

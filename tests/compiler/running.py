@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from meshwright.compiler.codegen.instructions import RankContext
-from meshwright.compiler.codegen.linking import RandomState
+from meshwright.compiler.codegen.linking import RandomState, RankContext
 from meshwright.compiler.codegen.lowering import lowered
 from meshwright.compiler.codegen.overlap import overlap
 from meshwright.compiler.codegen.printing import Pending, printed
