@@ -199,9 +199,10 @@ class Instructions:
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """Every exchange, in the order in which they are started."""
+        """Every exchange, by the numbers of their wires."""
         started = (each.exchange if isinstance(each, Start) else each for each in self.body)
-        return tuple(each for each in started if isinstance(each, Exchange))
+        found = (each for each in started if isinstance(each, Exchange))
+        return tuple(sorted(found, key=lambda each: each.wire.index))
 
 
 def reads(instruction: Instruction) -> Iterator[Value]:

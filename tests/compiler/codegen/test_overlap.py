@@ -74,6 +74,14 @@ def test_the_same_work_is_left_in_an_order_that_runs(program: meshwright.Program
         assert Counter(named(each.body)) == Counter(named(before.body))
 
 
+def test_collectives_are_named_by_the_numbers_of_their_wires(program: meshwright.Program) -> None:
+    names = [name for code in program.code for name in code.wire_names]
+    for each in program.instructions:
+        for instruction in each.body:
+            if isinstance(instruction, (Start, Wait)):
+                assert names[instruction.exchange.wire.index] == instruction.node.name
+
+
 def test_a_weight_is_gathered_while_the_one_before_is_used(program: meshwright.Program) -> None:
     for each in program.instructions:
         weights = {v for v, node in each.inputs.items() if node.args[0] == "parameter"}
