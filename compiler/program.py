@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from meshwright.compiler.capture import Captured
+from meshwright.compiler.capture.capture import Captured
 from meshwright.compiler.codegen.instructions import Instructions
 from meshwright.compiler.codegen.lowering import lowered
 from meshwright.compiler.codegen.overlap import overlap

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from meshwright.compiler import capture as capturing
-from meshwright.compiler.capture import Captured
 from meshwright.compiler.capture.arguments import check_arguments, target_device
+from meshwright.compiler.capture.capture import Captured
 from meshwright.compiler.capture.outputs import Mode
 from meshwright.compiler.capture.patches import ALONE
 from meshwright.compiler.errors import CaptureError

@@ -40,7 +40,8 @@ from meshwright.compiler.graph.ir import (
     nodes_in,
 )
 from meshwright.compiler.graph.slots import call_operands, slotted
-from meshwright.compiler.layout.layout import Layout, dim_axes, replicated, whole
+from meshwright.compiler.layout.factors import dim_axes, whole
+from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.placing.emit import Emitter, is_floating
 from meshwright.passes.rewriting.recognise import repeated_heads
 from meshwright.passes.statements.draft import Draft, Pin, input_key

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import TensorType
-from meshwright.compiler.layout.layout import Dim, Layout, block_map, dim_axes, shard, whole
+from meshwright.compiler.layout.factors import Dim, dim_axes, whole
+from meshwright.compiler.layout.layout import Layout, block_map, shard
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.public import Program
 from meshwright.dsl.statements import Data

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.kernels.hashing import Coords, RandomIndex
-from meshwright.compiler.layout.layout import Dim, Layout, block_map, dim_axes
+from meshwright.compiler.layout.factors import Dim, dim_axes
+from meshwright.compiler.layout.layout import Layout, block_map
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.composite import Kernel, composite_of
 

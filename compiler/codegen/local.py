@@ -13,7 +13,8 @@ from typing import TypeAlias
 import torch
 
 from meshwright.compiler.graph.ir import Arg, MeshOp, Op
-from meshwright.compiler.layout.layout import Layout, dim_axes
+from meshwright.compiler.layout.factors import dim_axes
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.notation import dim_index
 from meshwright.compiler.placing.rules.resampling import INTERPOLATIONS_BACKWARD

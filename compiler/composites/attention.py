@@ -14,7 +14,7 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, TensorType
 from meshwright.compiler.kernels import attention as kernels
 from meshwright.compiler.kernels.blocks import accumulation_dtype
-from meshwright.compiler.layout.layout import Dim, cut, dim_axes
+from meshwright.compiler.layout.factors import Dim, cut, dim_axes
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.composite import (
     AdjointContext,

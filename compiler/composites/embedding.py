@@ -10,7 +10,7 @@ from torch import Tensor
 from meshwright.compiler.graph.ir import Arg, MeshOp, NodeType, TensorType
 from meshwright.compiler.kernels import embedding as kernels
 from meshwright.compiler.layout.extents import Extent
-from meshwright.compiler.layout.layout import Dim, dim_axes
+from meshwright.compiler.layout.factors import Dim, dim_axes
 from meshwright.compiler.placing.composite import (
     AdjointContext,
     BindingContext,

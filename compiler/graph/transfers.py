@@ -12,7 +12,7 @@ from meshwright.compiler.layout.collectives import (
     Transfer,
     plan_transfer,
 )
-from meshwright.compiler.layout.layout import Dim
+from meshwright.compiler.layout.factors import Dim
 from meshwright.compiler.layout.mesh import Mesh
 
 TransferKey: TypeAlias = tuple[Node, str, tuple[tuple[str, Arg], ...], tuple[Dim, ...]]

@@ -22,11 +22,7 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.cuts import Interval, dim_of, intervals_of
 from meshwright.compiler.layout.factors import (
     Dim,
-    Factor,
-    Segment,
     check_axis,
-    concatenation,
-    cut,
     dim_axes,
     dim_size,
     format_dim,
@@ -34,24 +30,6 @@ from meshwright.compiler.layout.factors import (
     whole,
 )
 from meshwright.compiler.layout.mesh import Mesh
-
-__all__ = [
-    "Dim",
-    "Factor",
-    "Layout",
-    "LayoutError",
-    "Segment",
-    "block_map",
-    "concatenation",
-    "cut",
-    "dim_axes",
-    "dim_size",
-    "format_dim",
-    "replicated",
-    "shard",
-    "uniform_blocks",
-    "whole",
-]
 
 
 @dataclass(frozen=True, slots=True)

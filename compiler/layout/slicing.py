@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.cuts import Cut, Interval, dim_of, intervals_of
-from meshwright.compiler.layout.layout import Dim, cut, dim_axes, dim_size, format_dim, whole
+from meshwright.compiler.layout.factors import Dim, cut, dim_axes, dim_size, format_dim, whole
 from meshwright.compiler.layout.mesh import Mesh
 
 

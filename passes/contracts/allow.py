@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.graph.text import op_text
-from meshwright.compiler.layout.factors import Factor, concatenation, dim_axes, spelled_dim
+from meshwright.compiler.layout.factors import Factor, dim_axes, spelled_dim
 from meshwright.compiler.layout.regroup import factors_for
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.placing.rules.lookup import has_rule
@@ -79,7 +79,7 @@ def _composite(worst: Movement, draft: Draft) -> str | None:
     segments = len(sizes) > 1 and sum(sizes) == layout.shape[at]
     if not segments or any(size % draft.mesh.size(axes) for size in sizes):
         return None
-    return spelled_dim(concatenation(*((Factor(size, axes),) for size in sizes)))
+    return spelled_dim(tuple((Factor(size, axes),) for size in sizes))
 
 
 def _targets(movements: Sequence[Movement]) -> str:

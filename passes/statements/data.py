@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from meshwright.compiler.graph.ir import Node
-from meshwright.compiler.layout.layout import cut
+from meshwright.compiler.layout.factors import cut
 from meshwright.dsl.layouts import format_axes
 from meshwright.dsl.statements import Data, Shard
 from meshwright.passes.statements.draft import Draft

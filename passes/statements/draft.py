@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
 
-from meshwright.compiler.capture import Captured
+from meshwright.compiler.capture.capture import Captured
 from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout

@@ -28,7 +28,8 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.extents import Extent, moved
-from meshwright.compiler.layout.layout import dim_axes, replicated, whole
+from meshwright.compiler.layout.factors import dim_axes, whole
+from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.placing.calls import make_call
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.placing.result_types import result_type

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.graph.text import dtype_text
-from meshwright.compiler.layout.layout import Dim, Factor, Layout, dim_axes, whole
+from meshwright.compiler.layout.factors import Dim, Factor, dim_axes, whole
+from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.solve import Dim as SolvedDim
 from meshwright.dsl.statements import Statement

@@ -15,7 +15,7 @@ Elsewhere: Megatron's RowParallelLinear, DTensor's RowwiseParallel.
 
 from __future__ import annotations
 
-from meshwright.compiler.layout.layout import cut
+from meshwright.compiler.layout.factors import cut
 from meshwright.dsl.statements import Rows
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.linears import linears

@@ -11,7 +11,8 @@ from functools import cache, partial
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Graph, Node, TensorType
-from meshwright.compiler.layout.layout import Dim, Layout, cut, dim_axes
+from meshwright.compiler.layout.factors import Dim, cut, dim_axes
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
 from meshwright.compiler.layout.reshard import Collective

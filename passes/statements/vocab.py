@@ -21,7 +21,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.compiler.graph.ir import Graph, Node
-from meshwright.compiler.layout.layout import Layout, cut, whole
+from meshwright.compiler.layout.factors import cut, whole
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.program import Padding
 from meshwright.dsl.statements import Vocab
 from meshwright.passes.statements.draft import Draft, Pin

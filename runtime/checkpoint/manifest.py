@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.factors import Dim, Factor, dim_axes
-from meshwright.compiler.layout.layout import Layout, LayoutError
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.checkpoint.files import COPY_AGAIN, read_bytes, regular_file, size_of
 from meshwright.runtime.checkpoint.header import dtype_of, unique

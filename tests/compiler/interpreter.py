@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.capture import Captured, capture
+from meshwright.compiler.capture.capture import Captured, capture
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Node, map_nodes
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout.layout import Dim, Factor, Layout, block_map, cut
+from meshwright.compiler.layout.factors import Dim, Factor, cut
+from meshwright.compiler.layout.layout import Layout, block_map
 from meshwright.compiler.layout.mesh import Mesh
 
 

@@ -6,7 +6,8 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from meshwright.compiler.layout.layout import Dim, Factor, Layout, Segment
+from meshwright.compiler.layout.factors import Dim, Factor, Segment
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 
 SQUARE = Mesh((("a", 2), ("b", 2)))

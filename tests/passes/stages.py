@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 import meshwright
-from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.capture import capture
 from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.graph.text import call_text, node_type_text
 from meshwright.compiler.layout.mesh import Mesh

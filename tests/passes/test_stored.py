@@ -15,7 +15,8 @@ import meshwright
 from meshwright.compiler.graph.ir import Graph, MeshOp
 from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.graph.weights import input_behind
-from meshwright.compiler.layout.layout import Layout, cut, dim_axes, replicated
+from meshwright.compiler.layout.factors import cut, dim_axes
+from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.public import Program
 from meshwright.passes import driver

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import meshwright as mw
-from meshwright.compiler.layout.factors import Factor
-from meshwright.compiler.layout.layout import Layout, whole
+from meshwright.compiler.layout.factors import Factor, whole
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.elementwise import same_on_parts
 from tests.compiler.layouts import split

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.capture import capture
 from tests.compiler.interpreter import check_equal_to_eager, output_labels
 
 aten = torch.ops.aten

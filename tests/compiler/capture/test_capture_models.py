@@ -12,7 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.capture import capture
 from tests.compiler.interpreter import check_equal_to_eager, output_labels, run
 
 aten = torch.ops.aten

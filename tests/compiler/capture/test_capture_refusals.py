@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.capture import capture
 from meshwright.compiler.errors import CaptureError
 from tests.compiler.interpreter import output_labels
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.capture import Captured, capture
+from meshwright.compiler.capture.capture import Captured, capture
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import INPUT
 from tests.compiler.interpreter import output_labels, run

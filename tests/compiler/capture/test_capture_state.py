@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.capture import capture
 
 CALLS: ContextVar[int] = ContextVar("CALLS", default=0)
 TABLE: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright
-from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.capture import capture
 from meshwright.compiler.errors import CaptureError
 from tests.compiler.interpreter import check_equal_to_eager
 from tests.equivalence import check_equal

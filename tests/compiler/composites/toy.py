@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import meshwright
 from meshwright.compiler.graph.custom import custom
 from meshwright.compiler.graph.ir import MeshOp, Node
-from meshwright.compiler.layout.layout import dim_axes
+from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.placing.composite import (
     AdjointContext,
     BindingContext,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import meshwright
-from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.capture import capture
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.annotate import LAYOUT, layout
 from meshwright.compiler.graph.custom import REGISTRY, custom

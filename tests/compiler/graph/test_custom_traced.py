@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from meshwright.compiler.capture import capture
+from meshwright.compiler.capture.capture import capture
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.custom import REGISTRY
 from tests.equivalence import check_equal

@@ -8,21 +8,14 @@ import itertools
 import pytest
 import torch
 
+from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.collectives import (
     COLLECTIVES,
     Transfer,
     plan_transfer,
 )
-from meshwright.compiler.layout.layout import (
-    Factor,
-    Layout,
-    LayoutError,
-    block_map,
-    concatenation,
-    replicated,
-    shard,
-    whole,
-)
+from meshwright.compiler.layout.factors import Factor, whole
+from meshwright.compiler.layout.layout import Layout, block_map, replicated, shard
 from meshwright.compiler.layout.local_ops import Permute, Reshape, Select
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import WIRES, Start, Wait, Wire, bytes_sent
@@ -283,7 +276,7 @@ def test_pending_extrema_are_reduced_as_such(kind, reduce):
 
 
 QKV = Layout((whole(5), product(Factor(3), Factor(12, ("tp",)), Factor(64))))
-GROUPED = Layout((concatenation((Factor(8, ("tp",)),), (Factor(4, ("tp",)),)),))
+GROUPED = Layout((((Factor(8, ("tp",)),), (Factor(4, ("tp",)),)),))
 WHOLE = Layout((whole(5), whole(2304)))
 
 

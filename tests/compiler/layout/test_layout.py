@@ -8,17 +8,9 @@ import itertools
 import pytest
 import torch
 
-from meshwright.compiler.layout.layout import (
-    Factor,
-    Layout,
-    LayoutError,
-    block_map,
-    concatenation,
-    cut,
-    replicated,
-    shard,
-    whole,
-)
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.layout.factors import Factor, cut, whole
+from meshwright.compiler.layout.layout import Layout, block_map, replicated, shard
 from meshwright.compiler.layout.mesh import Mesh
 from tests.compiler.layouts import product, split, unshard
 from tests.compiler.spellings import OBLONG, SQUARE, dims, distinct, states
@@ -139,9 +131,9 @@ def test_a_shard_of_blocks_is_a_view():
         (product(Factor(2, ("dp",)), Factor(4, ("tp",))), "[8@(dp, tp)]"),
         (product(Factor(4, ("dp",)), Factor(4, ("tp",))), "[4@dp·4@tp]"),
         (product(Factor(3), Factor(12, ("tp",)), Factor(64)), "[3·768@tp]"),
-        (concatenation((Factor(8),), (Factor(3),), (Factor(4, ("tp",)),)), "[(11 | 4@tp)]"),
-        (concatenation((Factor(8, ("tp",)),), (Factor(8, ("tp",)),)), "[2·8@tp]"),
-        (concatenation((Factor(8, ("tp",)),), (Factor(2, ("tp",)),)), "[(8@tp | 2@tp)]"),
+        (((Factor(8),), (Factor(3),), (Factor(4, ("tp",)),)), "[(11 | 4@tp)]"),
+        (((Factor(8, ("tp",)),), (Factor(8, ("tp",)),)), "[2·8@tp]"),
+        (((Factor(8, ("tp",)),), (Factor(2, ("tp",)),)), "[(8@tp | 2@tp)]"),
         (product(Factor(1), Factor(4, ("one",)), Factor(1)), "[4]"),
         (product(), "[1]"),
     ],

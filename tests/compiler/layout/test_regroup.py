@@ -7,17 +7,9 @@ import itertools
 import pytest
 import torch
 
-from meshwright.compiler.layout.layout import (
-    Factor,
-    Layout,
-    LayoutError,
-    block_map,
-    concatenation,
-    cut,
-    replicated,
-    shard,
-    whole,
-)
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.layout.factors import Factor, cut, whole
+from meshwright.compiler.layout.layout import Layout, block_map, replicated, shard
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
 from tests.compiler.layouts import product, split
@@ -104,17 +96,17 @@ def test_concatenations_survive_reshapes_that_end_at_their_top():
         (split((4, 6), {0: "dp"}).add_partial(["tp"]), (24,), "[24@dp] partial(tp)"),
         (replicated((4, 6)).add_varying(["tp"]), (24,), "[24] varying(tp)"),
         (
-            Layout((whole(2), concatenation((Factor(8, ("tp",)),), (Factor(4, ("tp",)),)))),
+            Layout((whole(2), ((Factor(8, ("tp",)),), (Factor(4, ("tp",)),)))),
             (2, 1, 12),
             "[2, 1, (8@tp | 4@tp)]",
         ),
         (
-            Layout((concatenation((Factor(8, ("tp",)),), (Factor(4, ("tp",)),)),)),
+            Layout((((Factor(8, ("tp",)),), (Factor(4, ("tp",)),)),)),
             (6, 2),
             "[(4@tp | 2@tp), 2]",
         ),
         (
-            Layout((concatenation((Factor(4, ("tp",)),), (Factor(2, ("tp",)),)), whole(2))),
+            Layout((((Factor(4, ("tp",)),), (Factor(2, ("tp",)),)), whole(2))),
             (12,),
             "[(8@tp | 4@tp)]",
         ),
@@ -166,7 +158,7 @@ def test_a_view_regroups_factors(layout, new_shape, text):
             ),
         ),
         (
-            Layout((whole(2), concatenation((Factor(8, ("tp",)),), (Factor(4, ("tp",)),)))),
+            Layout((whole(2), ((Factor(8, ("tp",)),), (Factor(4, ("tp",)),)))),
             (24,),
             (
                 "the concatenation `(8@tp | 4@tp)` cannot be cut into `24`\n"

@@ -8,16 +8,10 @@ import itertools
 import pytest
 import torch
 
+from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.collectives import COLLECTIVES
-from meshwright.compiler.layout.layout import (
-    Factor,
-    Layout,
-    LayoutError,
-    concatenation,
-    cut,
-    replicated,
-    whole,
-)
+from meshwright.compiler.layout.factors import Factor, cut, whole
+from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import Collective, collectives, cost
 from meshwright.compiler.layout.wires import bytes_sent
@@ -201,7 +195,7 @@ def test_dispatching_tokens_to_experts_is_one_all_to_all():
 
 
 def test_segments_that_end_inside_blocks_are_gathered_first():
-    source = Layout((concatenation((Factor(4, ("a",)),), (Factor(2, ("a",)),)),))
+    source = Layout((((Factor(4, ("a",)),), (Factor(2, ("a",)),)),))
     assert spelt(source, split((6,), {0: "a"}), SQUARE) == ["all_gather_replicated(a)", "slice(a)"]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import meshwright
 from meshwright import PlanError
 from meshwright.compiler.graph.ir import GETITEM
-from meshwright.compiler.layout.layout import dim_axes
+from meshwright.compiler.layout.factors import dim_axes
 from meshwright.passes.statements import sequence
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import real

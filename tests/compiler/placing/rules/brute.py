@@ -14,16 +14,8 @@ from torch import Tensor
 from meshwright.compiler.codegen.local import local_args
 from meshwright.compiler.graph.ir import MeshOp, Op, TensorType
 from meshwright.compiler.graph.slots import Slot, freeze
-from meshwright.compiler.layout.layout import (
-    Dim,
-    Factor,
-    Layout,
-    concatenation,
-    cut,
-    dim_axes,
-    replicated,
-    shard,
-)
+from meshwright.compiler.layout.factors import Dim, Factor, cut, dim_axes
+from meshwright.compiler.layout.layout import Layout, replicated, shard
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.engine import candidates
 from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
@@ -122,7 +114,7 @@ def dim_splits(size: int, axes: tuple[str, ...], mesh: Mesh) -> Iterator[Dim]:
         yield product(Factor(3), Factor(size // 3, axes))
     if size % (2 * ranks) == 0 and size > 2 * ranks:
         yield product(Factor(2), Factor(size // 2, axes))
-        yield concatenation((Factor(size - ranks, axes),), (Factor(ranks, axes),))
+        yield ((Factor(size - ranks, axes),), (Factor(ranks, axes),))
 
 
 def layouts_of(tensor: Tensor, mesh: Mesh) -> list[Layout]:

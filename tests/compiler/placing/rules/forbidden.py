@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.layout import Layout, cut, replicated
+from meshwright.compiler.layout.factors import cut
+from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.engine import candidates
 from meshwright.compiler.placing.rules.notation import Placement
