@@ -1,4 +1,4 @@
-"""What the compiler raises: errors that carry data, and the one renderer of their text."""
+"""The errors that the compiler raises: they carry data, and one function renders their text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from meshwright.dsl.errors import MeshwrightError
 
 
 class CompilerError(MeshwrightError):
-    """The base of what the compiler raises: a problem in words, and one line of help.
+    """The base class of the compiler's errors: a problem in words, and one line of help.
 
     `problem` is the first line; `code` names the kind of problem for programs that catch it;
     `culprit` is the node, factor, axis or source line at fault (empty if the problem names it
@@ -25,12 +25,12 @@ class CaptureError(CompilerError):
     """The model cannot be captured as one graph with the gradients that autograd would give.
 
     Raised by `compile`, and by `Run.evaluate` and `Run.forward` when they first compile, for a
-    forward that decides by a tensor's value, a call that does not fit it, or a wrong argument.
+    forward that branches on a tensor's value, a call that does not fit it, or a wrong argument.
     """
 
 
 class LayoutError(CompilerError):
-    """No layout can say what was asked for, or an operator needs whole what is split.
+    """No layout expresses what was asked for, or an operator needs a dim whole that is split.
 
     Raised by `compile`. For a gather that the plan did not ask for, the help has the `allow` or
     `shard` line to write.
@@ -38,7 +38,7 @@ class LayoutError(CompilerError):
 
 
 class PassError(CompilerError):
-    """A pass broke its own contract: always a bug of Meshwright, please report it.
+    """A pass broke its own contract. This is always a bug in Meshwright: please report it.
 
     Raised by `compile`, which checks every graph after every pass.
     """

@@ -14,7 +14,7 @@ class NamedTensors:
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
     aliases: dict[str, str]
-    """Every name, the first ones included, to the first name of its tensor."""
+    """The first name of its tensor, by every name that a tensor has."""
 
     @property
     def frozen(self) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""What `compile` was called with: each argument of its kind, or an error that says which is not."""
+"""Check the arguments of `compile`: an error names the first of the wrong kind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meshwright.dsl.plan import Plan
 
 
 def check_arguments(model: Any, plan: Any, loss: Any, outputs: Any, static: Any, mode: Any) -> None:
-    """Raise `CaptureError` that names the first argument of another kind, and what to pass."""
+    """Raise `CaptureError` for the first argument of the wrong kind, with what to pass instead."""
     if not isinstance(model, nn.Module):
         _refuse("the model", model, "pass an instance of an `nn.Module`")
     if (inner := _wrapped(model)) is not None:
@@ -40,7 +40,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _wrapped(model: nn.Module) -> str | None:
-    """Where the model is in what torch wraps around one; nothing if it is a model itself."""
+    """The path to the model inside a wrapper of torch's; None if `model` is not one."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return "model.module"
     if hasattr(model, "_orig_mod"):  # what `torch.compile` gives

@@ -46,11 +46,11 @@ class Captured:
     """Each parameter once, under the first name it has in `model.named_parameters()`."""
     buffers: dict[str, Tensor]
     constants: dict[str, Tensor]
-    """Tensors that the forward made out of Python numbers, or held outside its buffers."""
+    """Tensors that the forward makes from Python numbers, or that are held outside buffers."""
     aliases: dict[str, str]
-    """Every name of a parameter or buffer to the name above."""
+    """The name above of each parameter and buffer, by every name that it has."""
     frozen: frozenset[str]
-    """The parameters that ask for no gradient."""
+    """The parameters that do not require a gradient."""
     training: frozenset[str]
     """The modules that were in their training mode."""
     input_spec: InputSpec
@@ -83,7 +83,7 @@ def capture(
     `train` records the loss under the model's own training flags, `eval` the loss and `infer` every
     output in its eval mode, both without gradients. `loss` is a path into the output or a function
     of it; `outputs` are paths; `static` are inputs whose values are known. `device` is what
-    factories in the graph will allocate on. The model is as it was afterwards. Raises
+    factories in the graph will allocate on. Afterwards the model is as it was. Raises
     `CaptureError`, and nothing else for what a model can do wrong.
     """
     args, kwargs = split_example(example)

@@ -3,8 +3,8 @@
     if labels.max() >= self.vocab_size:
         raise ValueError("label out of range")
 
-The value of a tensor decides here, which no graph can follow; but one way out of two there is
-nothing to follow. A step goes the other way, unchecked. So does `assert`.
+The value of a tensor decides here, which no graph can follow. But one of the two branches only
+raises, so a step takes the other one, unchecked. The same holds for `assert`.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ Span = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Check:
-    """A place in a test of which one outcome only raises."""
+    """A value in a condition of which one outcome only raises."""
 
     passing: bool | None
-    """What the value there should be, taken as a truth, so that nothing is raised; None where it is
-    not a truth of its own but a part of one, as a number that is compared is."""
+    """The truth of the value for which nothing is raised; None where its truth is not what decides,
+    such as a number that is compared."""
 
 
 def check_at(frame: FrameType) -> Check | None:
-    """The check that the expression which `frame` is evaluating belongs to, if any.
+    """The check to which the expression that `frame` is evaluating belongs, if any.
 
-    There is none where an `except` of the forward could catch what it raises.
+    There is none where the forward could catch what the check raises.
     """
     if _is_caught(frame):
         return None
@@ -60,7 +60,7 @@ def check_at(frame: FrameType) -> Check | None:
 
 @dataclass(frozen=True)
 class _Test:
-    """The condition of a statement that raises where it is `not passing`."""
+    """The condition of a statement that raises unless the condition is `passing`."""
 
     condition: ast.expr
     passing: bool
@@ -151,9 +151,9 @@ def _check(test: _Test, span: Span) -> Check:
 
 
 def _jump(test: _Test, jump: dis.Instruction, frame: FrameType) -> Check:
-    """The check of a jump, whose place in the source says little.
+    """The check of a jump, whose position does not say which truth it jumps on.
 
-    Truths are jumped on one after the other; the jumps before this one are counted.
+    The jumps come in the order of the truths, so those before this one are counted.
     """
     leaves = list(_leaves(test.condition, test.passing))
     outcomes = {passing for _, passing in leaves}
@@ -185,7 +185,7 @@ def _has_jumps(leaf: ast.expr) -> bool:
 
 
 def _is_jump(step: dis.Instruction, test: _Test) -> bool:
-    """Whether this is a jump on a truth, in the statement or behind it."""
+    """Whether this is a conditional jump, in the statement or after it."""
     span = _span(step)
     jumps = "JUMP" in step.opname and "IF" in step.opname
     return jumps and span is not None and span[:2] >= test.statement[:2]

@@ -250,7 +250,7 @@ def _refuse_dynamic(node: fx.Node) -> NoReturn:
 
 
 def _check_strided(node: fx.Node) -> None:
-    """`as_strided` reads memory, which a graph of values knows only where it lies in order."""
+    """Refuse `as_strided` unless its operand is contiguous: a graph knows values, not memory."""
     source: Any = node.args[0]
     if not isinstance(source, fx.Node):
         return
@@ -312,7 +312,7 @@ def _identifier(name: str) -> str:
 
 
 def _stem(node: fx.Node, op: Any) -> str:
-    """A name for one of multiple results, `split_0`; otherwise the operator's own will do."""
+    """`split_0` for one of multiple results; empty where the operator's own name will do."""
     if op is not GETITEM:
         return ""
     source, index = node.args

@@ -89,12 +89,12 @@ _KNOWN = (
         "take the device from a tensor: `device=x.device`",
     ),
 )
-"""What the text or type of an error holds, then our code, problem and help; `{operator}` is the one
-that torch names."""
+"""Signs in the text or type of an error, then our code, problem and help; `{operator}` is the
+operator that torch names."""
 
 
 class only_capture_errors:
-    """A context out of which no other exception comes than those that Meshwright means."""
+    """A context that turns every exception that is not Meshwright's own into a `CaptureError`."""
 
     def __enter__(self) -> None: ...
 
@@ -107,7 +107,7 @@ class only_capture_errors:
 
 def _translated(error: Exception) -> CaptureError:
     text = f"{type(error).__name__}: {_first_line(error)}"
-    # What a person writes into an error of their own may be worded like one of torch's.
+    # An error that the model itself raises may be worded like one of torch's.
     for signs, code, problem, help in () if raised_by_statement(error) else _KNOWN:
         if any(sign in text for sign in signs):
             problem = problem.format(operator=getattr(error, "func", "an operator"))
@@ -144,7 +144,7 @@ def quiet() -> Iterator[None]:
         with redirect_stderr(OfThread(said, sys.stderr)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*assigned during export")
             yield
-        # Where nobody can be told, that is not a reason to refuse.
+        # A stderr that is closed is not a reason to refuse the model.
         if sys.stderr is not None:
             with suppress(OSError):
                 sys.stderr.write(said.getvalue())

@@ -1,4 +1,4 @@
-"""A custom `autograd.Function` in the graph: its forward in line, its backward as an adjoint.
+"""A custom `autograd.Function` in the graph: its forward inline, its backward as an adjoint.
 
 Before:  y = Gelu.apply(x)
 Traced:  y0 = <the operators of Gelu.forward, without gradients>
@@ -110,7 +110,7 @@ def _check(node: Node, backward: _Backward) -> None:
 
 
 class _Tracing:
-    """A context out of which each error comes as one that names the function."""
+    """A context that turns each error into one that names the function."""
 
     def __init__(self, function: Function, part: str, line: str) -> None:
         self.function, self.part, self.line = function, part, line
@@ -129,7 +129,7 @@ class _Tracing:
 
 
 def cannot_trace(function: Function, part: str, why: str, line: str) -> CaptureError:
-    """The error for a function that only `mw.custom` can say something of."""
+    """The error for a function that must be registered with `mw.custom`."""
     given = ", ".join(signature_of(function).parameters)
     returned = ", ".join(f"grad_{name}" for name in signature_of(function).parameters)
     many = "," if "," not in returned else ""

@@ -1,9 +1,9 @@
-"""Random numbers of the forward that do not come from torch's one stream.
+"""Random numbers of the forward that do not come from torch's default stream.
 
 A seed set in the forward is refused: the program's numbers have keys of their own. What Python and
-NumPy draw is a constant of the graph, which is said. `x.random_(low, high)`, which export cannot
-write down, is traced as the `randint` that it is. Distributions do not check their arguments, which
-are values of tensors, unless they are told to.
+NumPy draw becomes a constant of the graph, with a warning. `x.random_(low, high)`, which export
+cannot record, is traced as `randint`. Distributions check their arguments, which takes values of
+tensors, only when told to.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from meshwright.compiler.errors import CaptureError
 
 @contextmanager
 def draws_noticed() -> Iterator[None]:
-    """Warn of numbers that the forward draws from Python's or NumPy's stream inside this."""
+    """Warn if the forward draws from Python's or NumPy's stream inside this context."""
     before = _streams()
     yield
     moved = [name for name, state in _streams().items() if before.get(name, state) != state]
@@ -47,7 +47,7 @@ def _streams() -> dict[str, Any]:
 
 
 def refuse_generators(program: ExportedProgram) -> None:
-    """Raise for an operator that is given a generator, or another object, of the model's own."""
+    """Raise `CaptureError` for an operator that is given a generator or another object."""
     placeholders = program.graph.find_nodes(op="placeholder")
     for node, spec in zip(placeholders, program.graph_signature.input_specs, strict=True):
         if spec.kind is not InputKind.CUSTOM_OBJ or not node.users:
@@ -90,7 +90,7 @@ def _random(tensor: Tensor, *bounds: Any, **options: Any) -> Tensor:
 
 
 def _gamma(self: Any, sample_shape: torch.Size = _NO_SHAPE) -> Tensor:
-    """As torch's, whose bound on the sample is a write that autograd does not see."""
+    """`Gamma.rsample`, where torch bounds the sample by a write that autograd does not see."""
     shape = self._extended_shape(sample_shape)
     sample = torch._standard_gamma(self.concentration.expand(shape)) / self.rate.expand(shape)
     free = sample.detach()

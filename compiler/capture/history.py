@@ -21,7 +21,7 @@ Memory = frozenset[int]
 
 
 class History:
-    """What was found: all of it is by node, and `reaches` by a use of one node by another.
+    """What autograd knows of each node, and in `reaches` of each use of one node by another.
 
     `memory` is the storages that a value lies in. `families[node]` is the value that it shares its
     history with: itself, or what it is a view of. A `detach` begins a family in the same memory.

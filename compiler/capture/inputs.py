@@ -26,7 +26,7 @@ _MOST_VALUES = 10_000
 class InputSpec:
     """The inputs of one captured call, by name, in the order of the graph's arguments.
 
-    Positional and keyword arguments are one thing here: both are bound to the parameters of the
+    Positional and keyword arguments are treated alike: both are bound to the parameters of the
     model's `forward` first. What is not a tensor is part of the program, and must not change.
     """
 
@@ -73,11 +73,11 @@ class InputSpec:
         return tuple(given[name] for name in self.types)
 
     def _was(self, name: str, value: Any) -> str:
-        """What the example gave for an input that is not a tensor and has another value now."""
+        """How the example's value differs, for an input that is not a tensor."""
         if name not in self.constants:
             return "which the example did not give"
         before = spelled(self.constants[name])
-        return f"not {before}" if before != spelled(value) else "another than the example's"
+        return f"not {before}" if before != spelled(value) else "not the example's"
 
     def _check_no_lists(self, given: Mapping[str, Any], names: Iterable[str]) -> None:
         """Refuse lists and arrays in the place of tensors, without a look at what they hold."""
@@ -110,7 +110,7 @@ class InputSpec:
         )
 
     def fixed_values(self) -> list[str]:
-        """What the program was compiled for beside its inputs, spelt alike in every process."""
+        """The values that are part of the program, spelled the same in every process."""
         found = []
         for name, value in self.constants.items():
             if isinstance(value, Tensor):
@@ -135,7 +135,7 @@ class InputSpec:
         for name, value in given.items():
             if isinstance(value, Tensor) and isinstance(self.constants.get(name), Tensor):
                 if not _same(value, self.constants[name]):
-                    found.append(f"`{name}` is static and has another value than the example's")
+                    found.append(f"`{name}` is static and differs from the example's")
             elif isinstance(value, Tensor):
                 found += _tensor_difference(name, value, types.get(name))
             elif name in types:
@@ -178,7 +178,7 @@ def input_spec(
 
 
 def _at(given: Mapping[str, Any], name: str) -> Any:
-    """What stands at a dotted name of the arguments; nothing where there is none."""
+    """The value at a dotted name of the arguments; None where there is none."""
     value: Any = given
     for part in name.split("."):
         if isinstance(value, Mapping):
@@ -191,7 +191,7 @@ def _at(given: Mapping[str, Any], name: str) -> Any:
 
 
 def _holds_more(value: Any, budget: int) -> int:
-    """What is left of `budget` after one for each leaf of lists and dicts; negative: more."""
+    """The rest of `budget` after one per leaf of lists and dicts; negative if there are more."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if not isinstance(value, (list, tuple)):
@@ -206,7 +206,7 @@ def _holds_more(value: Any, budget: int) -> int:
 
 
 def _check_no_arrays(constants: Mapping[str, Any]) -> None:
-    """Other values are frozen as they are: an array of numbers is meant as an input."""
+    """Refuse arrays: other values become constants, but an array is meant as an input."""
     for name, value in constants.items():
         if hasattr(value, "__array__") and not isinstance(value, Tensor):
             raise CaptureError(
@@ -234,7 +234,7 @@ def split_example(example: Any) -> Arguments:
 def bind(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments by the names of the parameters of `forward`."""
+    """The arguments of a call, by the names of the parameters of `forward`."""
     try:
         return dict(signature.bind(*args, **kwargs).arguments)
     except TypeError as error:
@@ -293,7 +293,7 @@ def _tensor_difference(name: str, value: Tensor, expected: TensorType | None) ->
 
 
 def _of_other_dtype(given: Mapping[str, Any], types: Mapping[str, TensorType]) -> str | None:
-    """The first tensor in another dtype than the example's, which has to be converted."""
+    """The first tensor whose dtype is not the example's, and has to be converted."""
     for name, expected in types.items():
         value = given.get(name)
         if isinstance(value, Tensor) and value.dtype != expected.dtype:

@@ -1,8 +1,8 @@
-"""Works out beside the trace what follows from numbers that the forward itself writes.
+"""Compute beside the trace what follows from the literals of a forward.
 
 A trace records `torch.tensor([True, False])` without its values. Here the same operators run on
-real tensors too, as long as nothing but literals goes into them, so that a mask made in the forward
-is as well known as one that the model holds.
+real tensors too, as long as only literals go into them, so that a mask made in the forward is known
+as well as one that the model holds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 _LARGEST = 1 << 20
-"""How many elements are worked out; a larger literal is only traced."""
+"""The most elements that are computed; a larger literal is only traced."""
 
 _SOURCES = {
     *("tensor", "as_tensor", "asarray", "arange", "linspace", "logspace", "ones", "zeros", "full"),
@@ -29,12 +29,12 @@ _OF_ANOTHER = {
     *("new_tensor", "new_ones", "new_zeros", "new_full"),
     *("ones_like", "zeros_like", "full_like"),
 }
-"""What takes from its first operand no value, only the type or the shape."""
+"""Functions that take only the type or the shape of their first operand, not its values."""
 
 _SIZED = {
     *("nonzero", "argwhere", "unique", "unique_consecutive", "repeat_interleave", "bincount"),
 }
-"""What gives a tensor whose size depends on values: here the result itself, not a trace of it."""
+"""Functions whose result has a size that depends on values: with known values it is not traced."""
 
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -82,7 +82,7 @@ class Literals(TorchFunctionMode):
         """The arguments with real tensors in the place of stand-ins, if all are known."""
         name = getattr(function, "__name__", "")
         if name not in _OF_ANOTHER and any(map(self._is_unknown, args)):
-            return None  # At once, for most calls of a trace end here.
+            return None  # Most calls of a trace end here, so this comes first.
         leaves, tree = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if any(isinstance(leaf, _SYMBOLS) for leaf in leaves) or isinstance(function, _CUSTOM):
@@ -137,8 +137,8 @@ def _run(function: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _sizes(function: Any, args: Any, kwargs: Any) -> bool:
-    """Whether the size of what `function` gives depends on values: not where it repeats by a
-    number, of which a trace says more than a constant would."""
+    """Whether the size of the result depends on values. It does not where `repeats` is a number:
+    then a trace says more than a constant would."""
     name = getattr(function, "__name__", "")
     if name == "repeat_interleave":
         repeats = kwargs.get("repeats", args[1] if len(args) > 1 else None)

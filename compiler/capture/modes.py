@@ -1,9 +1,9 @@
-"""Say in another way what export would forget: modes and shortcuts that leave no operator.
+"""Trace in another form what export would lose: modes and shortcuts that leave no operator.
 
 `inference_mode` is traced as `no_grad`, which it equals for gradients; `x.data` as `x.detach()`;
 an autocast that is off as nothing (export loses a `no_grad` inside it), one that is on is refused.
 A batch norm that averages over all batches counts them in a tensor, not in Python. Packed sequences
-are refused where they are made. A dropout that is not told whether to drop out does.
+are refused where they are made. A `native_dropout` that is not told whether to drop out does.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _exit_autocast(self: Any, *error: object) -> None: ...
 
 
 _CALLER = 2
-"""How many frames above it a property finds who reads or sets it: one is that of the patch."""
+"""How many frames up a property finds its caller: the frame between is the patch's."""
 
 
 def _data(tensor: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _pack(*args: Any) -> Any:
 
 
 def _batch_norm(norm: Any, x: Tensor) -> Tensor:
-    """`_BatchNorm.forward`, where `momentum=None` makes one over the number of batches of it."""
+    """`_BatchNorm.forward`; `momentum=None` means one over the number of batches, a tensor here."""
     counted = norm.training and norm.running_mean is not None and norm.momentum is None
     if not counted:
         return _ORIGINAL_NORM(norm, x)  # type: ignore[no-any-return]  # as the original

@@ -30,7 +30,7 @@ def functionalised(program: ExportedProgram) -> ExportedProgram:
 
 
 def detach_out_of_place(graph: fx.Graph) -> None:
-    """Give what follows a `detach_` a `detach` instead, in place.
+    """Replace each `detach_` in the graph by a `detach` that the nodes after it use.
 
     `torch.tensor(...)` in a forward exports as a copy that is then detached so.
     """

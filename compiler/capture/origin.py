@@ -1,4 +1,4 @@
-"""Where a node of the exported program comes from, in the user's own words."""
+"""Where a node of the exported program comes from: its module and the user's source line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def is_user(filename: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def innermost_line(stack_trace: str) -> str:
-    """`file.py:123`, the last frame of a printed stack that is the user's, or nothing."""
+    """`file.py:123`, the last frame of a printed stack that is the user's; empty if none is."""
     for filename, line in reversed(_FRAME.findall(stack_trace)):
         if is_user(filename):
             return f"{Path(filename).name}:{line}"

@@ -24,8 +24,8 @@ OutputKey: TypeAlias = tuple[OutputKind, str]
 class Wrapper(nn.Module):
     """Calls the model on flat tensors and returns flat tensors, so that caches stop nothing.
 
-    `record` is told what comes out, in order, and `changed` of each number that a
-    module keeps in Python and that the forward changed; export puts attributes back.
+    `record` is given the keys of what comes out, in order, and `changed` each number that a module
+    keeps in Python and that the forward changed; export puts attributes back.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Wrapper(nn.Module):
 
 
 def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in tuples, mappings and dataclasses, by its path; `` for a lone tensor."""
+    """Every tensor in tuples, mappings and dataclasses, by its path: empty for a lone tensor."""
     prefix = f"{path}." if path else ""
     if isinstance(output, Tensor):
         yield path, output

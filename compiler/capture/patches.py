@@ -1,10 +1,10 @@
 """Replace attributes of torch and of Python for the thread that captures, and for no other.
 
-A patch of a class or a module is everybody's: a thread that trains while another captures would be
-refused its hooks, and its writes to `.data` would be lost. So what stands in an attribute's place
-looks at the thread first. It does so where the attribute is read and not in a call of its own, so
-that a replacement finds its caller one frame above; a property, which is read within, finds it two
-frames above.
+A patch of a class or a module is seen by all threads: one that trains while another captures would
+have its hooks refused and its writes to `.data` lost. So what stands in an attribute's place checks
+the thread first. It does so when the attribute is read, and not in a call of its own, so that a
+replacement finds its caller one frame up; a property, which is read inside the check, finds it two
+frames up.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ second thread waits."""
 
 @contextmanager
 def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    """While this is open, `owner.name` is something else in this thread; it may be inherited."""
+    """While this is open, `owner.name`, which may be inherited, is `replacement` in this thread."""
     own = name in owner.__dict__
     found = owner.__dict__.get(name)
     if isinstance(owner, type):
@@ -42,7 +42,7 @@ def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 
 class OfThread:
-    """An object that is `own` to this thread, and `other` to every other one."""
+    """An object that acts as `own` in this thread, and as `other` in all others."""
 
     def __init__(self, own: Any, other: Any) -> None:
         self._own, self._other, self._thread = own, other, threading.get_ident()
@@ -53,7 +53,7 @@ class OfThread:
 
 
 class _Attribute:
-    """An attribute of a class that is `replacement` to this thread."""
+    """An attribute of a class that is `replacement` in this thread."""
 
     def __init__(self, original: Any, replacement: Any) -> None:
         self._original, self._replacement = original, replacement

@@ -1,4 +1,4 @@
-"""Put the bodies of `no_grad` regions back in line, and remember what was in them.
+"""Inline the bodies of `no_grad` regions, and remember which nodes were in them.
 
 Before:  c, s = wrap_with_set_grad_enabled(False, body, x)
 After:   c, s = <body of x>, and the nodes of body are among those returned

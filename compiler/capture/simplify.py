@@ -1,4 +1,4 @@
-"""What in an exported graph means nothing once it is functional, and one spelling for what is left.
+"""Leave out what means nothing in a functional graph, and give the rest one spelling.
 
 identity   alias, contiguous, clone, lift_fresh_copy; a cast, view, slice or expand that changes
            nothing; dropout that is off; `cat` of one tensor (caches join to an empty one)
@@ -80,7 +80,7 @@ def _is_identity(op: Op, args: tuple[Arg, ...], source: Node, type: TensorType) 
 
 
 def _simplify_cat(args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> Node | Call:
-    """Without the empty one-dimensional tensors that `cat` skips."""
+    """`cat` without the empty one-dimensional tensors that it skips."""
     kept = [part for part in args[0] if part.tensor.shape != (0,)] or args[0][:1]
     if len(kept) == 1 and len({part.tensor.dtype for part in args[0]}) == 1:
         return kept[0]  # type: ignore[no-any-return]  # arguments are not typed

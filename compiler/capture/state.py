@@ -1,4 +1,4 @@
-"""What a forward leaves in its model: buffers it assigns are outputs, the rest is put back."""
+"""What a forward changes in its model: buffers it assigns are outputs, the rest is put back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StateBefore:
         self.numbers = list(_numbers(model))
 
     def changed_numbers(self) -> Iterator[tuple[nn.Module, str]]:
-        """What modules count or measure in Python, and have now counted."""
+        """The numbers that modules hold in Python and that have changed, by module and name."""
         for module, name, value in self.numbers:
             now = vars(module).get(name, value)
             if now is not value and now != value:
@@ -57,7 +57,7 @@ class StateBefore:
 
 @contextmanager
 def put_back(model: nn.Module, *, evaluating: bool) -> Iterator[None]:
-    """Run a forward inside this: all that it can change in Python is afterwards what it was.
+    """Run a forward inside this: afterwards, all that it can change in Python is as it was before.
 
     With `evaluating` the model is in its eval mode meanwhile.
     """
@@ -96,7 +96,7 @@ def _noting(draw: Callable[..., Any], stream: str, noted: set[str]) -> Callable[
 
 
 def _generators() -> list[tuple[str, Callable[[Any], Any], Any]]:
-    """By stream that a forward may draw from: what sets its state again, and its state."""
+    """The streams that a forward may draw from: name, function that restores a state, and state."""
     found: list[tuple[str, Callable[[Any], Any], Any]] = [
         ("random", random.setstate, random.getstate()),
         ("torch", torch.set_rng_state, torch.get_rng_state()),

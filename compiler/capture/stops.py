@@ -7,9 +7,9 @@ After:   k = mul(h, 2)
          y = mul(h, k_stop)
 
 Every traced value says whether it had a history. Where a graph would give it one all the same
-(`no_grad`, `inference_mode`, operators that are not differentiable), its uses that are
-differentiated get it behind a `detach`. `detach` stays in a captured graph: it is a stop-gradient.
-What is written in place gains and loses its history on the way; `written.py` sees to it.
+(`no_grad`, `inference_mode`, operators that are not differentiable), the uses that are
+differentiated take it from a `detach`. `detach` stays in a captured graph: it is a stop-gradient.
+What is written in place gains and loses its history on the way: see `written.py`.
 """
 
 from __future__ import annotations

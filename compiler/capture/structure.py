@@ -1,7 +1,7 @@
 """The structure of a model, which a run keeps in place of the model and its weights.
 
 A run compiles for other modes and shapes long after its launch. Capture reads no weight, so a copy
-on the meta device will do, and a model that nobody else holds can go.
+on the meta device will do, and a model that nobody else holds can be freed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from meshwright.compiler.capture.state import modules_in_training, tensor_attrib
 from meshwright.compiler.errors import CaptureError
 
 _NO_COPY = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""What copying an object raises that has no copy."""
+"""What copying raises for an object that cannot be copied."""
 
 
 class Structure:

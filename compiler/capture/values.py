@@ -1,8 +1,8 @@
 """What a forward does with the values of tensors in Python, which no graph records.
 
-A check that only raises is passed over; a value that is known is read; a mask that is known becomes
-the places that it picks. What happens once, while the model is captured, and never in a step
-(`print`, a value that goes into a list) is said.
+A check that only raises is skipped; a value that is known is read; a mask that is known becomes the
+indices that it picks. There is a warning for what happens once, while the model is captured, and
+never in a step (`print`, a value that goes into a list).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OnlyOnce:
         self._found: dict[tuple[str, int, str], None] = {}
 
     def note(self, what: str, frame: FrameType | None) -> None:
-        """Remember the line of the user's that `frame` is at, or was called from."""
+        """Remember the user's line that `frame` is at or was called from."""
         while frame is not None and not is_user(frame.f_code.co_filename):
             frame = frame.f_back
         if frame is not None:
@@ -60,7 +60,7 @@ class OnlyOnce:
             self._found[code.co_filename, code.co_firstlineno, text] = None
 
     def warn(self) -> None:
-        """Give one warning a line, at that line, in all captures."""
+        """Warn of each line, at that line, once in all captures."""
         for file, line, text in [each for each in self._found if each not in _SAID]:
             _SAID.add((file, line, text))
             warnings.warn_explicit(text, UserWarning, file, line)
@@ -98,7 +98,7 @@ _TRUTHS: tuple[tuple[Any, str], ...] = (
 
 
 def _truth(original: Callable[..., Any], literals: Literals) -> Callable[..., Any]:
-    """`original`, with the answer that raises nothing where it has none and a check asks."""
+    """`original`, but where a check asks for an unknown value, the answer that raises nothing."""
 
     def ask(*args: Any, **kwargs: Any) -> Any:
         values = [literals.value(a) if isinstance(a, Tensor | torch.SymBool) else a for a in args]
@@ -151,10 +151,10 @@ class _Known(TorchFunctionMode):
 
 
 class _KnownIndices(TorchFunctionMode):
-    """Writes what is known in an index as Python would.
+    """Replaces known tensors in an index by numbers and by the indices that a mask picks.
 
-    A mode, for a class that once had a `__getitem__` of its own is a sequence ever after:
-    `torch.tensor([torch.tensor(3)])` would fail.
+    This is a mode and not a patch: a class that once had a `__getitem__` of its own counts as a
+    sequence from then on, and `torch.tensor([torch.tensor(3)])` would fail.
     """
 
     def __init__(self, literals: Literals) -> None:
@@ -178,7 +178,7 @@ def _known_index(index: Any, literals: Literals) -> Any:
 
 
 def picked_by_a_mask(line: str) -> CaptureError:
-    """What to say of a lookup under a mask whose values only a step has."""
+    """The error for a lookup under a mask whose values only a step has."""
     return CaptureError(
         "`x[mask]` is as long as the mask has true elements",
         code="data dependent",
@@ -189,7 +189,7 @@ def picked_by_a_mask(line: str) -> CaptureError:
 
 
 def _places(place: Any, literals: Literals) -> tuple[Any, ...]:
-    """The indices of what a known mask picks, a known number; any other index as it is."""
+    """The indices that a known mask picks, or a known number; any other index as it is."""
     if isinstance(place, slice):
         ends = (place.start, place.stop, place.step)
         found = tuple(_places(end, literals)[0] for end in ends)
@@ -251,7 +251,7 @@ def _data_ptr(self: Tensor) -> int:
 
 
 def _is_constant(value: Any) -> bool:
-    """Whether the truth of an argument needs no tensor's value that only a step has."""
+    """Whether the truth of an argument is known without a value that only a step has."""
     if isinstance(value, FakeTensor):
         return value.constant is not None
     if isinstance(value, torch.SymBool):

@@ -3,7 +3,7 @@
 Export records the operators that ran. What only autograd would have seen leaves no trace in them:
 the backward of a custom `autograd.Function`, a tensor's or a module's backward hook. Each was seen
 giving a wrong gradient without a word, so they are watched for while the model is traced. A custom
-function that is made of torch operators is traced with its backward, `functions.py`.
+function that is made of torch operators is traced with its backward: see `functions.py`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from meshwright.compiler.graph import custom
 
 @contextmanager
 def watching(model: nn.Module) -> Iterator[None]:
-    """Trace `model` inside this if its gradients are wanted."""
+    """Trace `model` inside this where its gradients are wanted."""
     refuse_hooks(model)
     with ExitStack() as stack:
         for owner, name, replacement in _WATCHED:
@@ -50,7 +50,7 @@ def refuse_hooks(model: nn.Module) -> None:
 
 def _apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
     if function is CheckpointFunction:
-        # Recomputation changes no value; which values to keep is the plan's to say.
+        # Recomputation changes no value, and the plan says which values to keep.
         run, _, *inputs = args
         return run(*inputs)
     if function is _Dirichlet:

@@ -9,7 +9,8 @@ from torch import fx
 
 _aten = torch.ops.aten
 _RUNNING_STATISTICS = {_aten.batch_norm.default: 5, _aten.instance_norm.default: 5}
-"""Operators that update statistics without saying so in their schema; where they are told to."""
+"""Operators that update statistics although their schema does not say so, and which argument tells
+them to."""
 
 
 def writes(node: fx.Node) -> bool:

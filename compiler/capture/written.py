@@ -14,9 +14,9 @@ After:   o = zeros_like(h)
          k = clone(detach(o_stop))  memory of its own, so that its history is its own too
          mul_(k, 2)
 
-Functionalising makes every alias of what was written again, through its views. For views that is
-what autograd does, too. A `detach` in between would stop what was written as well, and so becomes a
-copy; where both sides of it are used after a write, it stays if the detached side is only read.
+Functionalising makes every alias of what was written anew, through its views. For views autograd
+does the same. A `detach` in between would stop what was written as well, and so becomes a copy;
+where both sides of it are used after a write, it stays if the detached side is only read.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Written:
             )
 
     def _changes_what_was_saved(self, own: fx.Node, operand: fx.Node) -> bool:
-        """Whether a backward would read what is written here through `.data`, unknown to it."""
+        """Whether a backward would read what is written here through `.data`, behind its back."""
         source = own.args[0] if own.target is _DETACH else None
         if not isinstance(source, fx.Node) or source.target is not torch.ops.aten.alias.default:
             return False

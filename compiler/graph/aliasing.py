@@ -35,7 +35,7 @@ def is_view(op: Op) -> bool:
 
 
 def node_bytes(node: Node, graph: Graph) -> int:
-    """What one rank holds of all results of a node."""
+    """The bytes that one rank holds of all results of a node."""
     types = node.type if isinstance(node.type, tuple) else (node.type,)
     layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
     return sum(

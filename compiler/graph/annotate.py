@@ -39,7 +39,7 @@ def layout(x: Tensor, layout: str) -> Tensor:
     While the model is compiled, `x` (any shape, any type) takes the `layout` there, which is
     written as in a plan's `shard` statement: `"[b@dp, s, d]"` has a name or a size for each dim.
     Anywhere else this is `x` itself, and the text is not read.
-    A layout that the mesh or the shape does not allow is a `PlanError` of `compile`.
+    `compile` raises `PlanError` for a layout that the mesh or the shape does not allow.
     """
     return mark(x, layout) if _CAPTURING.get() else x
 

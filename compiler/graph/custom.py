@@ -30,8 +30,8 @@ Vjp: TypeAlias = "Callable[[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]], 
 class CustomOp:
     """What is known of one operator.
 
-    `vjp(grads, inputs, outputs)` takes one cotangent an output, all arguments of the call (those
-    that are not tensors too) and the outputs; it returns one value an argument, None where there
+    `vjp(grads, inputs, outputs)` takes one cotangent per output, all arguments of the call (also
+    those that are not tensors) and the outputs; it returns one value per argument, None where there
     is no gradient, or a lone tensor for the first argument. It is traced: use torch operators.
     """
 
@@ -39,11 +39,11 @@ class CustomOp:
     rule: str
     vjp: Vjp
     num_returned: int = 0
-    """How many of its first operands it returns as they are: it has no rule, only a vjp."""
+    """How many of its first operands it returns as they are. If any, it has no rule, only a vjp."""
 
 
 REGISTRY: dict[torch._ops.OpOverload, CustomOp] = {}
-"""Every operator that was made so far; one appears when its function is first called."""
+"""Every operator made so far; one is made when its function is first called."""
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ def custom(
       and the outputs. It returns a tuple with a gradient for each argument, None where there is
       none, or a lone tensor for the first. It is traced: use torch's operators.
 
-    The function must take parts of its tensors as it takes the whole, and have no memory.
+    The function must treat a part of its tensors as it treats the whole, and keep no state.
     """
     name = _unique(function.__name__)
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Graphs as plain dictionaries, for `--json`: the same fields as the text, apart."""
+"""Graphs as plain dictionaries, for `--json`: what the text says, field by field."""
 
 from __future__ import annotations
 

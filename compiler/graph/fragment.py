@@ -1,6 +1,6 @@
 """Traced pieces of graphs: what an operator is made of, and what its backward is.
 
-A function of tensors is run on fake ones once for the shapes and types that it is given. The
+A function of tensors is run on fake ones, once for the shapes and types of its arguments. The
 operators that it calls are kept as a `Fragment`, which is replayed on nodes wherever it is needed.
 """
 
@@ -22,8 +22,7 @@ from meshwright.compiler.graph.types import fake_mode, fake_tensor, portable_ope
 
 @dataclass(frozen=True, slots=True)
 class FragmentCall:
-    """One call of a fragment; its arguments hold `Slot`s of the parameters, then of the calls
-    before."""
+    """One call of a fragment; the `Slot`s of its arguments count the parameters, then the calls."""
 
     op: Op
     args: tuple[Arg, ...]
@@ -76,7 +75,7 @@ def read(
     calls_in_order: Iterable[torch.fx.Node] = (),
 ) -> Fragment:
     """The calls that compute `results` from `parameters`: `calls_in_order`, and the others each
-    just before it is first needed. None is a parameter that is not used, or no result.
+    just before it is first needed. None stands for an unused parameter, or for no result.
 
     Raises `PassError` where `what` needs a tensor that is neither given nor computed.
     """

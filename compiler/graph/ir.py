@@ -70,23 +70,23 @@ NodeLayout: TypeAlias = "Layout | tuple[Layout | None, ...] | None"
 
 
 class Phase(Enum):
-    """When a node runs: what a schedule moves about is all nodes of one phase of a stage.
+    """When a node runs. A schedule moves all nodes of one phase of a stage together.
 
     Where the mesh has sequential axes, `BEFORE` and `AFTER` run once and the others for each of
     their coordinates.
     """
 
     COUNT = "count"
-    """It sums up what the loop needs whole of the inputs, such as the number of labels."""
+    """It sums up over all inputs what the loop needs, such as the number of labels."""
     BEFORE = "before"
     """It computes what does not depend on a sequential axis."""
     FORWARD = "forward"
     BACKWARD = "backward"
     """It computes cotangents of activations, for which the stages before it wait."""
     WEIGHT = "weight"
-    """It computes gradients of parameters, for which nothing waits but the optimizer."""
+    """It computes gradients of parameters, for which only the optimizer waits."""
     AFTER = "after"
-    """It takes what was summed up or joined over the loop."""
+    """It uses what was summed up or joined over the loop."""
 
     @property
     def once(self) -> bool:
@@ -140,11 +140,11 @@ GETITEM = MeshOp("getitem")
 class Node:
     """One operation of a graph, with global shapes.
 
-    `name` is unique in its graph, `op` is torch's operator or one of the mesh (a collective),
-    `args` and `kwargs` what it is called with, `type` its shape and dtype (a tuple for multiple
-    results), `layout` where the result lies on the mesh, and `origin` the module, the source line
-    and the plan line that it comes from, and `phase` when it runs. Nodes are compared by identity;
-    a pass never edits one in place, it emits another.
+    `name` is unique in its graph, `op` is an operator of torch or of Meshwright (a collective, for
+    one), `args` and `kwargs` what it is called with, `type` its shape and dtype (a tuple for
+    multiple results), `layout` where the result lies on the mesh, `origin` the module, source line
+    and plan line that it comes from, and `phase` when it runs. Nodes are compared by identity; a
+    pass never edits one in place, it emits another.
     """
 
     name: Final[str]
@@ -160,7 +160,7 @@ class Node:
 
     @property
     def held(self) -> bool:
-        """Whether it is an input that ranks hold throughout a step: not one of another stage."""
+        """Whether it is an input that ranks hold throughout a step: not one from another stage."""
         return self.op == INPUT and self.args[0] not in _PASSED
 
     @property
@@ -224,7 +224,7 @@ class Output:
         return f"{self.kind}:{self.name}" if self.name else str(self.kind)
 
     def of(self, node: Node) -> Output:
-        """The same output, computed by another node."""
+        """This output, computed by another node."""
         return replace(self, node=node)
 
 
@@ -392,8 +392,8 @@ def rewrite(
 
     `mapping` gives what stands for each node before it; a node for which the function returns
     nothing is copied. `output` is given each output and the node that stands for it, and returns
-    the one to take instead; what no output needs is left out. `builder` is one of the caller's own,
-    where something else emits through it too.
+    the one to take instead; what no output needs is left out. Pass `builder` where something else
+    emits through it too.
     """
     builder = builder or Builder(graph.name, graph.mesh)
     mapping: dict[Node, Node] = {}

@@ -1,4 +1,4 @@
-"""What is said of one node: its type with `@axis`, its operator and its arguments, exactly."""
+"""Nodes as text: the type with `@axis`, the operator and the arguments, exactly."""
 
 from __future__ import annotations
 
@@ -120,8 +120,7 @@ _PLAIN = str.maketrans({"…": "...", "·": "*", "│": "|", "┌": "+", "└": 
 
 
 def spelt(text: str, encoding: str | None) -> str:
-    """A text as a stream of this encoding can have it: `...` for `…`, `3*64` for `3·64`, `|` for
-    `│`."""
+    """The text in characters that `encoding` has: `...` for `…`, `3*64` for `3·64`, `|` for `│`."""
     encoding = encoding or "utf-8"
     try:
         text.encode(encoding)
@@ -132,7 +131,7 @@ def spelt(text: str, encoding: str | None) -> str:
 
 
 def exact_text(graph: Graph) -> str:
-    """All that is in a graph, one line for each node, to compare programs: nothing is rounded."""
+    """The whole graph, one line per node, to compare programs by: nothing is rounded."""
     nodes = (
         f"{node.name}: {node_type_text(node, graph)} = {call_text(node)}  # {node.origin.module}"
         for node in graph.nodes

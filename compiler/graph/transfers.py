@@ -25,15 +25,15 @@ def collective_kind(op: Op) -> CollectiveKind | None:
 
 
 def is_collective(node: Node) -> bool:
-    """Whether a node is a collective, of those that only change the layout too."""
+    """Whether a node is a collective, including those that only change the layout."""
     return collective_kind(node.op) is not None
 
 
 def transfer_of(node: Node, mesh: Mesh) -> Transfer:
-    """What each rank does for a collective. Raises LayoutError where it is not one between the
-    layouts of its operand and its result.
+    """What each rank does for a collective.
 
-    Along sequential axes there is no wire: what it would give is at hand after the loop.
+    Along sequential axes there is no wire: the result is at hand after the loop. Raises LayoutError
+    where the collective does not lead from its operand's layout to its result's.
     """
     assert isinstance(node.op, MeshOp)
     options = {key: value for key, value in node.kwargs.items() if key != "axes"}

@@ -1,4 +1,4 @@
-"""The global types of values, and those of torch's operators by its own shape functions."""
+"""The global types of values; those of torch's operators come from its own shape functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from meshwright.compiler.graph.slots import freeze
 
 
 def torch_type(op: Op, args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> NodeType:
-    """The type, or tuple of types, that an operator of torch gives on types in place of nodes."""
+    """The type, or tuple of types, that a torch operator gives; types stand for its operands."""
     return _torch_type(op, freeze(args), tuple((k, freeze(v)) for k, v in kwargs.items()))
 
 
@@ -29,8 +29,8 @@ def fake_mode() -> FakeTensorMode:
 def portable_operators() -> Iterator[None]:
     """While this is open, torch takes no operator of oneDNN in place of its own.
 
-    It would for some types (an LSTM's in float32, not in float64), and what they leave for their
-    backward exists only on the device that ran them.
+    It does for some types (for an LSTM in float32, not in float64), and what those operators save
+    for their backward exists only on the device that ran them.
     """
     enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)

@@ -15,9 +15,9 @@ _USES = frozenset(MeshOp(name) for name in COLLECTIVES if name != "vary")
 
 
 def input_behind(node: Node) -> Node | None:
-    """The input that a node is, or that it brings to another layout; nothing for other nodes.
+    """The input that a node is, or that it brings to another layout; None for other nodes.
 
-    A slice that cuts off what storage adds belongs to the way there.
+    A slice that cuts off the padding of what is stored is part of the way there.
     """
     if node.op == torch.ops.aten.slice.Tensor and node.args[0].op in _USES:
         node = node.args[0]

@@ -1,1 +1,1 @@
-"""Which part of a global tensor each rank holds, and what moves between two such layouts."""
+"""Layouts: which part of a global tensor each rank holds, and what moves between two of them."""

@@ -1,7 +1,7 @@
 """Two layouts of one tensor, cut into the same stretches, and the local operations between them.
 
 A change of layout over some axes moves those axes' digits: in or out of a dim, or from one dim to
-another. `own`, `pad`, `pull` and `push` are the four ways in which a rank's tensor meets them:
+another. `own`, `pad`, `pull` and `push` plan what a rank does to its tensor for that:
 
     own   keep this rank's digits of whole dims          (slice, narrow)
     pad   put this rank's digits among zeros             (pad)
@@ -116,7 +116,7 @@ def _extend(digits: list[Digit], size: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change over `axes`, one stretch a dim chosen; `dims` hold the digits of each dim."""
+    """A change over `axes` of one stretch per dim, whose digits are in `dims`."""
 
     dims: tuple[Digits, ...]
     axes: tuple[str, ...]
@@ -138,7 +138,7 @@ class Change:
         )
 
     def missing(self, *, after: bool) -> tuple[str, ...]:
-        """The moved axes that take no digit here: of a segment that they do not cut."""
+        """The moved axes that take no digit, before or after: they do not cut the segment."""
         taken = {digit.after if after else digit.before for dim in self.dims for digit in dim}
         return tuple(axis for axis in self.axes if axis not in taken)
 
@@ -182,7 +182,7 @@ def own(change: Change) -> tuple[LocalOp, ...]:
 
 
 def pad(change: Change) -> tuple[LocalOp, ...]:
-    """Put this rank's digits among zeros; what no axis cuts counts on the first coordinate."""
+    """Put this rank's digits among zeros; what an axis does not cut stays on its first place."""
     recorder = _Recorder(change.shape(before=True))
     uncut = change.missing(after=False)
     if uncut:
@@ -198,7 +198,7 @@ def pad(change: Change) -> tuple[LocalOp, ...]:
 
 
 def pull(change: Change) -> tuple[LocalOp, ...]:
-    """From the dims before to [ranks, *what stays]."""
+    """Move digits from the dims to the front: [ranks, *what stays]."""
     recorder = _Recorder(change.shape(before=True))
     spread = change.missing(after=True)
     for axis in reversed(spread):
@@ -214,7 +214,7 @@ def pull(change: Change) -> tuple[LocalOp, ...]:
 
 
 def push(change: Change) -> tuple[LocalOp, ...]:
-    """From [ranks, *what stays] to the dims after."""
+    """Move the front digits of [ranks, *what stays] into the dims."""
     rest = change.shape(before=True, after=True)
     recorder = _Recorder([math.prod(change.sizes), *rest])
     digits = [digit for dim in change.dims for digit in dim if not digit.after]
@@ -233,7 +233,7 @@ def push(change: Change) -> tuple[LocalOp, ...]:
 
 
 def _joined(digits: Digits) -> list[tuple[int, tuple[str, ...], tuple[str, ...]]]:
-    """(size, axes before, axes after), neighbouring digits of moved axes in one."""
+    """The digits as (size, axes before, axes after), neighbours joined where they move alike."""
     found: list[tuple[int, tuple[str, ...], tuple[str, ...]]] = []
     for size, before, after in digits:
         held: tuple[str, ...] = (before,) if before else ()
@@ -251,7 +251,7 @@ Planner = Callable[[Change], tuple[LocalOp, ...]]
 def local_ops(
     planner: Planner, dims: Sequence[Stretches], axes: tuple[str, ...], mesh: Mesh
 ) -> tuple[LocalOp, ...]:
-    """Run a planner on a tensor whose dims may be concatenations, segment by segment."""
+    """The operations of a planner, segment by segment where a dim is a concatenation."""
     concatenated = next((i for i, dim in enumerate(dims) if len(dim) > 1), None)
     if concatenated is None:
         change = Change(tuple(digits_of(dim[0]) for dim in dims), axes, mesh)
@@ -269,7 +269,7 @@ def local_ops(
 def stretches(
     source: Sequence[Dim], target: Sequence[Dim], axes: tuple[str, ...], mesh: Mesh
 ) -> list[Stretches]:
-    """Each dim's stretches; one that `axes` leave alone is one stretch of its local length.
+    """The stretches of each dim; one that `axes` leave alone is a single one of its local length.
 
     Raises LayoutError if the dims differ in more than `axes`.
     """

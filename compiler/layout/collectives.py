@@ -28,13 +28,13 @@ from meshwright.compiler.layout.wires import Wire
 
 @dataclass(frozen=True, slots=True)
 class CollectiveKind:
-    """A change of one axis's state, its adjoint, and how ranks bring it about.
+    """A change of one axis's state, its adjoint, and what ranks do for it.
 
-    `source` and `target` are the states before and after; of `one`, a split value, only the block
-    of one coordinate, `root`, counts. Each rank does `before` to its own tensor, `wire` carries it
-    to others, if anything moves, and `after` is done to what arrives. With `or_replicated` the
-    split side may be replicated too. `towards` are more targets that it is the first collective on
-    the way to. Reports and contracts of plans count it as `counted`, by default its own name.
+    `source` and `target` are the states before and after; `one` is a split value of which only the
+    block at one coordinate, `root`, counts. Each rank applies `before` to its own tensor, `wire`
+    carries it to others, if anything moves, and `after` is applied to what arrives. With
+    `or_replicated` the split side may be replicated too. `towards` are further targets to which
+    this is the first step. Reports and plans count it as `counted`, by default its own name.
     """
 
     name: str
@@ -60,18 +60,18 @@ class CollectiveKind:
 
     @property
     def gathers(self) -> bool:
-        """Whether each rank holds afterwards what others held."""
+        """Whether it gives each rank what others held."""
         return self.moves and self.source == "split" and self.target != "split"
 
     @property
     def combines(self) -> bool:
-        """Whether each rank holds afterwards one value made of those of all."""
+        """Whether it gives each rank one value made of those of all ranks."""
         whole = self.target in ("replicated", "varying")
         return self.moves and whole and self.source in ("split", "partial")
 
     @property
     def shards(self) -> bool:
-        """Whether each rank keeps its shard of a value that it holds whole, or a sum of."""
+        """Whether it takes a replicated value or a pending sum to a shard on each rank."""
         return self.target == "split" and self.source in ("replicated", "partial")
 
     @property
@@ -86,12 +86,12 @@ class CollectiveKind:
 
     @property
     def keeps_cuts(self) -> bool:
-        """Whether whole blocks change hands, and every cut stays where it is."""
+        """Whether ranks exchange whole blocks, so that every cut stays where it is."""
         return self.source == self.target == "split" and not (self.before or self.after)
 
 
-# What shrinks the tensor comes first and what grows it last: a change of layout takes them in this
-# order, so that the collectives between, and the adjoints of all, move as little as possible.
+# What shrinks the tensor comes first and what grows it last. A change of layout takes them in this
+# order, so that every collective and every adjoint moves as little as possible.
 _ROWS = (
     CollectiveKind("narrow", "varying", "split", "pad", before=own, or_replicated=True),
     CollectiveKind("slice", "replicated", "split", "all_gather_replicated", before=own),
@@ -141,9 +141,9 @@ def plan_transfer(
 ) -> Transfer:
     """How each rank gets from `source` to `target` by one collective over `axes`.
 
-    `shift` is for `permute`; `root` for `broadcast`, whose target is the root's block alone, and
-    `reduce`, whose target is zero outside of it. Raises LayoutError if the layouts differ in more
-    than this kind of change over `axes`.
+    `shift` is for `permute`. `root` is for `broadcast`, whose target is the root's block alone, and
+    for `reduce`, whose target is zero outside of it. Raises LayoutError if the layouts differ in
+    more than this kind of change over `axes`.
     """
     axes = tuple(axis for axis in axes if mesh.size(axis) > 1)
     source, target = source.canonical(mesh), target.canonical(mesh)
@@ -169,7 +169,7 @@ def plan_transfer(
 def _check_states(
     row: CollectiveKind, axes: tuple[str, ...], source: Layout, target: Layout
 ) -> None:
-    """Each axis changes as the row says; the other axes keep their state."""
+    """Raise LayoutError unless `axes` change as the row says and the others keep their state."""
     for axis in {*axes, *source.axes_used, *target.axes_used}:
         found = (source.state(axis), target.state(axis))
         wanted = (found[0], found[0])
@@ -188,7 +188,7 @@ def _check_states(
 
 
 def _check_block(kind: str, source: Layout, target: Layout, mesh: Mesh) -> None:
-    """A block is on its root what the whole value's shard is there."""
+    """Raise LayoutError unless the block has the shape of the split value's shard."""
     if source.local_shape(mesh) != target.local_shape(mesh):
         raise LayoutError(
             f"`{kind}` from `{source}` to `{target}` is not a block of the split value",

@@ -2,9 +2,9 @@
 
 A `Cut` (stride, size, axis) says that the digit of weight `stride` and base `size` in an index is
 the rank's coordinate on `axis`. The cuts of a product of factors form a chain: each stride is a
-multiple of the stride times the size of the next smaller one. An `Interval` is a stretch of a dim
-under the same cuts; its length is a multiple of its period, the extent of its largest cut.
-Neighbouring intervals with the same cuts are one, which makes the list of them unique.
+multiple of the stride times the size of the next smaller one. An `Interval` is a run of elements of
+a dim under the same cuts; its length is a multiple of its period, the extent of its largest cut.
+Neighbouring intervals with the same cuts are joined, so that a dim has one list of them.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Interval(NamedTuple):
 
     @property
     def period(self) -> int:
-        """The smallest stretch after which ownership repeats."""
+        """The number of elements after which ownership repeats."""
         return self.cuts[0].extent if self.cuts else 1
 
     @property
     def local_length(self) -> int:
-        """How many of its elements each rank holds."""
+        """The number of its elements that each rank holds."""
         return self.length // math.prod(cut.size for cut in self.cuts)
 
     def without(self, axes: frozenset[str]) -> Interval:
-        """Not cut by `axes`; the other cuts stay."""
+        """The interval without the cuts by `axes`."""
         return Interval(self.length, tuple(cut for cut in self.cuts if cut.axis not in axes))
 
     def digits(self) -> list[tuple[int, str | None]]:
-        """(base, axis) of the digits of an index, major first; no axis for what lies between."""
+        """The digits of an index as (base, axis), major first; between cuts the axis is None."""
         found: list[tuple[int, str | None]] = []
         bound = self.length
         for cut in self.cuts:
@@ -79,7 +79,7 @@ def is_chain(cuts: Cuts, length: int) -> bool:
 
 
 def ordered(cuts: Iterable[Cut]) -> Cuts:
-    """Major first."""
+    """The cuts, major first."""
     return tuple(sorted(cuts, reverse=True))
 
 

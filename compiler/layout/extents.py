@@ -1,7 +1,7 @@
-"""Extents: where in a dim the padding of a sequence lies.
+"""Extents: where the padding of a sequence lies in a dim.
 
-A sequence of 17 that is padded to 18 is a dim of its own in `[b, 18, d]`, and a factor of one in
-`[b·18, d]`. A view moves it from the one to the other.
+A sequence of 17 that is padded to 18 is a dim of its own in `[b, 18, d]`, and a factor of a dim in
+`[b·18, d]`. A view leads from one to the other.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def moved(
 def true_positions(positions: Tensor, extent: Extent) -> Tensor:
     """Positions in the stored dim as positions in the dim without padding.
 
-    Those of pad entries are beyond the sequence, where other entries or none are.
+    A pad entry gets the position of another entry, or one outside of the dim.
     """
     inner = positions % extent.after
     along = positions.div(extent.after, rounding_mode="floor") % extent.padded

@@ -1,4 +1,4 @@
-"""Factors: how a dim is written as products of sizes, each cut over mesh axes."""
+"""Factors: a dim written as products of sizes, each cut over mesh axes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Dim = tuple[Segment, ...]
 
 
 def whole(size: int) -> Dim:
-    """A dim that nothing cuts."""
+    """A dim that no axis cuts."""
     return ((Factor(size),),)
 
 
@@ -57,13 +57,13 @@ def format_dim(dim: Dim) -> str:
 
 
 def spelled_dim(dim: Dim) -> str:
-    """As a plan writes it: `(3 128@tp)`, or `(64@tp | 32@tp)` for a concatenation."""
+    """The dim as a plan writes it: `(3 128@tp)`, or `(64@tp | 32@tp)` for a concatenation."""
     segments = [" ".join(str(factor) for factor in segment) or "1" for segment in dim]
     return f"({' | '.join(segments)})"
 
 
 def local_size(dim: Dim, mesh: Mesh) -> int:
-    """What each rank holds of a dim. Raises LayoutError if a factor does not divide."""
+    """The size of each rank's part of a dim. Raises LayoutError if a factor does not divide."""
     return sum(math.prod(_local_factor(factor, mesh) for factor in segment) for segment in dim)
 
 
@@ -75,7 +75,7 @@ def _local_factor(factor: Factor, mesh: Mesh) -> int:
 
 
 def check_factor(factor: Factor, mesh: Mesh) -> None:
-    """Raises LayoutError unless the factor's axes are in `mesh` and divide its size."""
+    """Raise LayoutError unless the factor's axes are in `mesh` and divide its size."""
     for axis in factor.axes:
         check_axis(axis, mesh, str(factor))
     ranks = mesh.size(factor.axes)
@@ -90,7 +90,7 @@ def check_factor(factor: Factor, mesh: Mesh) -> None:
 
 
 def check_axis(axis: str, mesh: Mesh, culprit: str) -> None:
-    """Raises LayoutError unless `mesh` has the axis that `culprit` names."""
+    """Raise LayoutError unless `mesh` has the axis that `culprit` names."""
     if axis not in mesh.names:
         raise LayoutError(
             f"`{culprit}` names axis `{axis}`, which the mesh ({mesh}) does not have",

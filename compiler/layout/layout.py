@@ -1,10 +1,10 @@
 """Layouts: which part of a global tensor each rank holds.
 
 A dim is an ordered product of factors, major to minor, each split by mesh axes; or a concatenation
-of such products, of which a rank holds its part of each. `3·12@tp·64` is a dim of 2304 whose middle
+of such products, where a rank holds its part of each. `3·12@tp·64` is a dim of 2304 whose middle
 factor is split over `tp`. Underneath, a split is a `Cut`: axis `a` takes the digit with weight
-`stride` in the index of the dim. A set of cuts is the same thing in every spelling, so that
-equality, reshapes and changes of layout are all worked out on cuts (see `cuts.py`).
+`stride` in the index of the dim. The set of cuts does not depend on the spelling, so equality,
+reshapes and changes of layout are all computed on cuts (see `cuts.py`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from meshwright.compiler.layout.mesh import Mesh
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One product of factors a dim, and the state of the axes that split no dim.
+    """One product of factors per dim, and the state of the axes that split no dim.
 
     `partial` holds (axis, "sum" | "max" | "min"): the value is that reduction over the axis.
-    `varying` holds the axes over which the value is the same but each rank's use counts by itself.
-    On every other axis the value is split, if a dim is cut by it, or replicated.
+    `varying` holds the axes over which the value is the same but each rank's use counts separately.
+    On every other axis the value is split, if the axis cuts a dim, or replicated.
     Raises LayoutError for an axis used twice or pending reductions of two kinds.
     """
 
@@ -67,7 +67,7 @@ class Layout:
         return tuple(dim_size(dim) for dim in self.dims)
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        """What each rank holds. Raises LayoutError if a factor does not divide."""
+        """The shape of each rank's part. Raises LayoutError if a factor does not divide."""
         return tuple(local_size(dim, mesh) for dim in self.dims)
 
     def canonical(self, mesh: Mesh) -> Layout:
@@ -136,30 +136,30 @@ class Layout:
         return Layout(self.dims, pending, self.partial_axes)
 
     def add_partial(self, axes: Iterable[str], reduce: str = "sum") -> Layout:
-        """Also pending over `axes`."""
+        """This layout, also pending over `axes`."""
         added = dict.fromkeys(axes, reduce)
         return replace(self, partial=tuple(sorted({**dict(self.partial), **added}.items())))
 
     def drop_partial(self, axes: Iterable[str] | None = None) -> Layout:
-        """Replicated where it was pending, over `axes` or everywhere."""
+        """This layout, replicated where it was pending, over `axes` or everywhere."""
         gone = self.partial_axes if axes is None else set(axes)
         return replace(self, partial=tuple(item for item in self.partial if item[0] not in gone))
 
     def add_varying(self, axes: Iterable[str]) -> Layout:
-        """Also varying over `axes`."""
+        """This layout, also varying over `axes`."""
         return replace(self, varying=tuple(sorted({*self.varying, *axes})))
 
     def drop_varying(self, axes: Iterable[str] | None = None) -> Layout:
-        """Replicated where it was varying, over `axes` or everywhere."""
+        """This layout, replicated where it was varying, over `axes` or everywhere."""
         gone = self.varying if axes is None else set(axes)
         return replace(self, varying=tuple(axis for axis in self.varying if axis not in gone))
 
     def drop_states(self) -> Layout:
-        """Only the dims."""
+        """The dims of this layout, neither partial nor varying."""
         return Layout(self.dims) if self.partial or self.varying else self
 
     def drop_split(self, axes: Iterable[str], mesh: Mesh) -> Layout:
-        """Replicated over those of `axes` that cut a dim; the other cuts stay where they are."""
+        """This layout without the cuts by `axes`."""
         gone = frozenset(axes)
         intervals = (intervals_of(dim, mesh) for dim in self.dims)
         return self.with_dims(
@@ -167,7 +167,7 @@ class Layout:
         )
 
     def with_dims(self, dims: Iterable[Dim]) -> Layout:
-        """Other dims, the same partial and varying axes."""
+        """A layout of other dims, with the same partial and varying axes."""
         return Layout(tuple(dims), self.partial, self.varying)
 
     def __repr__(self) -> str:
@@ -234,10 +234,10 @@ def _check_once(axes: list[str], layout: Layout) -> None:
 
 
 def shard(tensor: Tensor, layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Tensor:
-    """What the rank at `coords` holds of a global tensor: a view of it wherever that is possible.
+    """The part of a global tensor that the rank at `coords` holds: a view wherever possible.
 
-    Of a pending sum the first coordinate holds the value and the others zeros; of a pending max or
-    min every one holds the value.
+    The first coordinate of a pending sum holds the value and the others hold zeros; every
+    coordinate of a pending max or min holds the value.
     """
     for dim, spelling in enumerate(layout.dims):
         intervals = intervals_of(spelling, mesh)
@@ -268,11 +268,10 @@ def block_map(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Tensor:
 def uniform_blocks(
     local: Tensor, layout: Layout, mesh: Mesh
 ) -> Iterator[tuple[Tensor, tuple[str, ...]]]:
-    """What a rank holds, in blocks that are each held by the same ranks; views of `local`.
+    """The blocks of what a rank holds, views of `local`, each with the axes that split it.
 
-    With every block the axes that split it: ranks that differ on others alone hold copies. Only
-    dims of multiple segments, of which one is split over other axes than the next, make more than
-    one block.
+    Ranks that differ only on other axes hold copies of a block. There is more than one block only
+    where the segments of a dim are split over different axes.
     """
     if all(len(dim) == 1 for dim in layout.dims):
         yield local, layout.split_axes
@@ -285,7 +284,7 @@ def uniform_blocks(
 
 
 def _own(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, int]) -> Tensor:
-    """The rank's share of one dim that is one interval."""
+    """The rank's part of a tensor along a dim that is one interval."""
     if not interval.cuts:
         return tensor
     held = _select(tensor, dim, interval, coords)
@@ -293,7 +292,7 @@ def _own(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, int]
 
 
 def _select(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, int]) -> Tensor:
-    """A view of the rank's share, with the dim unflattened into what lies between the cuts."""
+    """The rank's part as a view, with the dim unflattened into what lies between the cuts."""
     digits = interval.digits()
     view = _unflatten(tensor, dim, [size for size, _ in digits])
     place = dim
@@ -306,7 +305,7 @@ def _select(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, i
 
 
 def _unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """Always a view. (torch's `unflatten` refuses an empty product.)"""
+    """The tensor with `dim` unflattened, always a view (`unflatten` refuses no sizes at all)."""
     return tensor.view((*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :]))
 
 

@@ -1,6 +1,6 @@
-"""What a rank does to its own tensor before and after a collective: data that code is printed from.
+"""Operations on a rank's own tensor before and after a collective, as data for code generation.
 
-Sizes are local, and known when the program is compiled; what depends on the rank is its coordinate.
+Sizes are local and known when the program is compiled; only coordinates depend on the rank.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """`tensor.select(dim, 0)`: the ranks of that dim hold the same."""
+    """`tensor.select(dim, 0)`, for a dim whose entries are all the same."""
 
     dim: int
 

@@ -14,7 +14,7 @@ class Mesh:
     """The grid of ranks: named axes with their sizes, the first varying slowest over the ranks.
 
     `axes` are (name, size) pairs. The coordinates of an axis in `sequential` are not ranks: each
-    rank runs through them one after the other. Layouts have it as any other axis.
+    rank runs through them one after the other. Layouts treat it like any other axis.
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -45,13 +45,13 @@ class Mesh:
         return math.prod(size for _, size in _rank_axes(self))
 
     def size(self, axes: str | Iterable[str]) -> int:
-        """The number of coordinates along `axes`, one name or multiple taken together."""
+        """The number of coordinates along `axes`: one name, or multiple names taken together."""
         if isinstance(axes, str):
             axes = (axes,)
         return math.prod(_sizes(self)[axis] for axis in axes)
 
     def coords(self, rank: int) -> dict[str, int]:
-        """The coordinates of `rank`, by axis that is not sequential: `{"dp": 0, "tp": 1}`."""
+        """The coordinates of `rank` on the axes that are not sequential: `{"dp": 0, "tp": 1}`."""
         axes = _rank_axes(self)
         found: dict[str, int] = {}
         for name, size in reversed(axes):

@@ -37,7 +37,7 @@ from meshwright.compiler.layout.mesh import Mesh
 
 
 class _Span(NamedTuple):
-    """A dim as digits of the flat index: those of weight `low` up to, but without, `high`."""
+    """A dim as digits of the flat index: weights from `low` up to, but not including, `high`."""
 
     low: int
     high: int
@@ -46,7 +46,7 @@ class _Span(NamedTuple):
 
 @lru_cache(maxsize=65536)
 def reshape(layout: Layout, new_shape: tuple[int, ...], mesh: Mesh) -> Layout:
-    """The layout of a view in `new_shape` (no -1) of a tensor laid out so, in canonical form.
+    """The canonical layout of the view in `new_shape` (no -1) of a tensor in `layout`.
 
     Each rank's shard of the view is the view of its shard. Partial and varying axes stay. Raises
     LayoutError where a new border goes through a cut, with the composite dim that would work.
@@ -72,8 +72,10 @@ def reshape(layout: Layout, new_shape: tuple[int, ...], mesh: Mesh) -> Layout:
 
 
 def factors_for(layout: Layout, new_shape: tuple[int, ...], mesh: Mesh) -> str | None:
-    """A split dim of `layout`, as a plan would write it, with which the view does not cut through a
-    split; None where the view can be taken, or no such dim is known."""
+    """The split dim of `layout` as a plan would write it so that the view becomes possible.
+
+    None where the view is possible already, or no such spelling is known.
+    """
     try:
         reshape(layout, new_shape, mesh)
     except LayoutError:
@@ -124,7 +126,7 @@ class _Reshape:
         return any(_holds(span, cut) for span in self.new)
 
     def _host(self, dim: int) -> int:
-        """The new dim that takes a concatenation: it ends where the old one does, at the top."""
+        """The new dim that takes a concatenation: the one that ends where the old one does."""
         span, intervals = self.segmented[dim]
         for place, new in enumerate(self.new):
             fits = all(interval.length * span.low % new.low == 0 for interval in intervals)
@@ -183,7 +185,7 @@ class _Reshape:
         return f"write the dim as `{format_dim((factors,))}`"
 
     def factors(self, dim: int) -> Segment | None:
-        """An old dim as the new ones it becomes, the axes on the first that they divide."""
+        """An old dim as the product of its new dims, the axes on the first that they divide."""
         axes = tuple(cut.axis for cut in _cuts(intervals_of(self.layout.dims[dim], self.mesh)))
         ranks, pieces = self.mesh.size(axes), self._pieces(dim)
         place = next((i for i, size in enumerate(pieces) if size % ranks == 0), None)

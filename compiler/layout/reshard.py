@@ -1,8 +1,8 @@
 """From any layout to any other: a short chain of collectives, and its cost in bytes.
 
 The chain shrinks the tensor first and grows it last, and takes as many axes at once as it can. It
-sends the least that is possible between the layouts that plans ask for; where axes must change
-places in one another's way, up to a third more than the best chain (a test holds that bound).
+sends the least possible between the layouts that plans ask for; where axes block each other's
+places, it sends up to a third more than the best chain (a test holds that bound).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Collective:
 
     @property
     def row(self) -> CollectiveKind:
-        """Its kind."""
+        """The row of its kind."""
         return COLLECTIVES[self.kind]
 
     def transfer(self, mesh: Mesh) -> Transfer:
@@ -65,8 +65,8 @@ def collectives(source: Layout, target: Layout, mesh: Mesh) -> tuple[Collective,
     """The collectives from one layout of a tensor to another, axes fused where they can be.
 
     Their layouts are canonical; there are none if the layouts are equal. Raises LayoutError if the
-    shapes differ, or if a varying value would have to become replicated or partial: ask from the
-    value that was varied.
+    shapes differ, or if a varying value would have to become replicated or partial: start from the
+    value before it was varied.
     """
     return _collectives(source.canonical(mesh), target.canonical(mesh), mesh)
 
@@ -119,7 +119,7 @@ def _collectives(source: Layout, target: Layout, mesh: Mesh) -> tuple[Collective
 
 
 def _check(source: Layout, target: Layout) -> None:
-    """Raises `LayoutError` where no collectives lead from one layout to the other."""
+    """Raise LayoutError where no collectives lead from one layout to the other."""
     if source.shape != target.shape:
         raise LayoutError(
             f"`{source}` and `{target}` are layouts of different shapes",
@@ -213,7 +213,7 @@ class _Reshard:
         return True
 
     def _in_the_way(self, waiting: dict[str, list[str]]) -> str:
-        """Of axes that block each other's places, the cheapest to gather."""
+        """The axis that is cheapest to gather of those that block each other's places."""
         return min(waiting[_TOWARDS["split", "split"]], key=self.mesh.size)
 
     def _append(self, kind: str, axes: list[str]) -> None:

@@ -1,6 +1,6 @@
-"""Dims under slicing, joining and repeating: which of those a split dim allows, and its split then.
+"""Dims under slicing, joining and repeating: how the result is split.
 
-A rank's share of the slice must be a slice of its share, and so on; LayoutError where it is not.
+Each rank must be able to make its part of the result from its own part, else LayoutError is raised.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def slice_dim(dim: Dim, start: int, stop: int, mesh: Mesh) -> Dim:
             found.append(Interval(high - low, interval.cuts))
         position += interval.length
     if not found:
-        raise _refused(f"no element of `{format_dim(dim)}`")
+        raise _refused(f"an empty slice of `{format_dim(dim)}`")
     return dim_of(found)
 
 
@@ -64,7 +64,7 @@ def interleave_dim(dim: Dim, count: int, mesh: Mesh) -> Dim:
 
 
 def resized(dim: Dim, size: int, mesh: Mesh) -> Dim:
-    """A dim of another size in as many blocks."""
+    """A dim of another size, cut into as many blocks."""
     if dim_size(dim) == size:
         return dim
     axes = dim_axes(dim)

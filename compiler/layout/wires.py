@@ -1,8 +1,8 @@
-"""Wires: what transports carry among the ranks of a group, and the requests of programs for it.
+"""Wires: what transports carry among the ranks of a group, and how programs ask for it.
 
-One row per kind says what each member gets of what all of them give. It is how the virtual mesh
-computes a wire, and how every other transport does where it has nothing faster: a new kind is one
-row, and runs on all of them.
+One row per kind says what each member gets from what all of them give. The virtual mesh computes a
+wire this way, and so does every other transport that has nothing faster: a new kind is one row, and
+runs on all of them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ COMBINE: dict[str, Callable[..., Tensor]] = {
 class Wire:
     """What a transport runs over the groups of `axes` (n ranks, in the order of `Mesh.group`).
 
-    `kind` is a row of `WIRES`, `shift` and `root` are for those that read them. `index` is the
-    place in the program's list of collectives, for errors.
+    `kind` names a row of `WIRES`; `reduce`, `shift` and `root` are for the kinds that read them.
+    `index` is the place in the program's list of collectives, for errors.
     """
 
     kind: str
@@ -44,7 +44,7 @@ class Wire:
 class Start:
     """Yielded by a program to start a wire; the answer is a handle.
 
-    With `donate` the operand may be overwritten, and is not used again but through the result.
+    With `donate` the operand may be overwritten: it is used again only through the result.
     """
 
     __slots__ = ("donate", "tensor", "wire")
@@ -67,15 +67,15 @@ Receive = Callable[[Wire, int, Sequence[Tensor], Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class WireKind:
-    """What the members of a group give, and what each gets of it.
+    """What each member of a group gets from what all of them give.
 
-    `receive(wire, place, given, out)` is what the member at `place` gets of `given`, one tensor per
-    member: its operand or, where operands are `divided`, its entry for `place` of [n, ...]. The
-    result is new memory or, where the kind `forwards`, one of `given`; or it is `out`, the member's
-    own operand if that is not needed any more. `sent` is the share of an operand that a member
-    sends in a group of n under the bandwidth-optimal algorithm. `needs(wire, place, n)` are the
-    members whose operands count at `place`, all by default. Where results are `alike`, every member
-    gets the same. `options` are the fields of `Wire` that it reads.
+    `receive(wire, place, given, out)` is what the member at `place` gets from `given`, one tensor
+    per member: its operand or, where operands are `divided`, its entry for `place` of [n, ...]. The
+    result is new memory; or one of `given`, where the kind `forwards`; or `out`, which is the
+    member's own operand where that is no longer needed. `sent` is the share of an operand that a
+    member sends in a group of n under the bandwidth-optimal algorithm. `needs(wire, place, n)` are
+    the members whose operands count at `place`, all by default. Where results are `alike`, every
+    member gets the same. `options` are the fields of `Wire` that it reads.
     """
 
     name: str
@@ -88,7 +88,7 @@ class WireKind:
     options: tuple[str, ...] = ()
 
     def given(self, operand: Tensor, place: int) -> Tensor:
-        """What the member at `place` is given of an operand."""
+        """The part of an operand that goes to the member at `place`."""
         return operand[place] if self.divided else operand
 
     def peers(
@@ -108,7 +108,7 @@ class WireKind:
 def combine(parts: Sequence[Tensor], reduce: str, out: Tensor | None = None) -> Tensor:
     """The sum, maximum or minimum of `parts` in `out`, or a new tensor; half types round once.
 
-    Neighbours are paired, then pairs, and so on: the order that recursive doubling has. So every
+    Neighbours are paired, then pairs, and so on: the order of recursive doubling. So every
     member gets the same bits, whichever transport and algorithm moved the parts.
     """
     dtype = parts[0].dtype
@@ -194,7 +194,7 @@ def receive(
 ) -> Tensor:
     """What the member at `place` gets, in `out` or in memory of its own; see `WireKind`.
 
-    Unless it is to `keep_others`, what the other members give may itself be the result.
+    Without `keep_others` the result may be the very tensor that another member gave.
     """
     kind = WIRES[wire.kind]
     result = kind.receive(wire, place, given, out)
@@ -204,10 +204,10 @@ def receive(
 
 
 def everyone(wire: Wire, operands: Sequence[Tensor], donated: Sequence[bool] = ()) -> list[Tensor]:
-    """What each member gets of the operands of all, in the order of the group.
+    """What each member gets from the operands of all, in the order of the group.
 
-    No result shares memory with another; where all get the same, that of a member which has
-    `donated` its operand overwrites it, and none shares memory with any other operand.
+    No two results share memory. Where all get the same, the result of a member that `donated` its
+    operand overwrites it; no result shares memory with any other operand.
     """
     kind, size = WIRES[wire.kind], len(operands)
     if kind.alike:
