@@ -1,4 +1,4 @@
-"""The errors that the compiler raises: they carry data, and one function renders their text."""
+"""The errors that the compiler raises: they carry data, of which their text is made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ class CompilerError(MeshwrightError):
         self.code, self.problem, self.culprit, self.help = code, problem, culprit, help
 
     def __str__(self) -> str:
-        return render(self)
+        lines = [self.problem]
+        if self.culprit:
+            lines.append(f"  at: {self.culprit}")
+        if self.help:
+            lines.append(f"  help: {self.help}")
+        return "\n".join(lines)
 
 
 class CaptureError(CompilerError):
@@ -42,13 +47,3 @@ class PassError(CompilerError):
 
     Raised by `compile`, which checks every graph after every pass.
     """
-
-
-def render(error: CompilerError) -> str:
-    """The text of an error: the problem, where it is, and what to do."""
-    lines = [error.problem]
-    if error.culprit:
-        lines.append(f"  at: {error.culprit}")
-    if error.help:
-        lines.append(f"  help: {error.help}")
-    return "\n".join(lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import proxy_tensor
 
-from meshwright.compiler.capture.aliases import NamedTensors, named_tensors
+from meshwright.compiler.capture.aliases import named_tensors
 from meshwright.compiler.capture.convert import Converter
 from meshwright.compiler.capture.fakes import Fakes
 from meshwright.compiler.capture.foreign import only_capture_errors, quiet
@@ -54,7 +54,7 @@ class Captured:
     training: frozenset[str]
     """The modules that were in their training mode."""
     input_spec: InputSpec
-    mode: Mode = field(default="train")
+    mode: Mode
 
     def __repr__(self) -> str:
         return (
@@ -92,23 +92,10 @@ def capture(
     with ALONE, only_capture_errors():
         spec = input_spec(model, args, kwargs, static)
         program, returned = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode, once)
-    converter = Converter(
-        program, named, spec, torch.device(device), differentiable=mode == "train"
-    )
+    converter = Converter(program, named, spec, torch.device(device), mode)
     graph = converter.convert(returned)
     check_backwards(graph)
     once.warn()
-    return _captured(converter, graph, named, training, spec, mode)
-
-
-def _captured(
-    converter: Converter,
-    graph: Graph,
-    named: NamedTensors,
-    training: frozenset[str],
-    spec: InputSpec,
-    mode: Mode,
-) -> Captured:
     return Captured(
         graph,
         named.parameters,

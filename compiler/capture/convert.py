@@ -17,9 +17,9 @@ from torch.export.graph_signature import InputKind
 from torch.export.graph_signature import OutputKind as ExportedKind
 
 from meshwright.compiler.capture.aliases import NamedTensors
-from meshwright.compiler.capture.inputs import InputSpec, type_of
+from meshwright.compiler.capture.inputs import InputSpec
 from meshwright.compiler.capture.origin import origin_of
-from meshwright.compiler.capture.outputs import OutputKey
+from meshwright.compiler.capture.outputs import Mode, OutputKey
 from meshwright.compiler.capture.simplify import simplify
 from meshwright.compiler.capture.values import picked_by_a_mask
 from meshwright.compiler.errors import CaptureError
@@ -34,6 +34,7 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     TensorType,
 )
+from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import FIRST_ONLY
 
@@ -62,11 +63,10 @@ class Converter:
         named: NamedTensors,
         inputs: InputSpec,
         device: torch.device,
-        *,
-        differentiable: bool,
+        mode: Mode,
     ) -> None:
         self.program, self.named, self.inputs = program, named, inputs
-        self.device, self.differentiable = device, differentiable
+        self.device, self.differentiable = device, mode == "train"
         self.builder = Builder("model", Mesh(()))
         self.env: dict[fx.Node, Node] = {}
         self.by_target: dict[tuple[str, str], Node] = {}
@@ -93,9 +93,9 @@ class Converter:
     def _inputs(self) -> None:
         for name, tensor in self.named.parameters.items():
             wanted = self.differentiable and tensor.requires_grad
-            self._input("parameter", name, type_of(tensor), requires_grad=wanted)
+            self._input("parameter", name, TensorType.of(tensor), requires_grad=wanted)
         for name, tensor in self.named.buffers.items():
-            self._input("buffer", name, type_of(tensor))
+            self._input("buffer", name, TensorType.of(tensor))
         for name, type in self.inputs.types.items():
             self._input("argument", name, type)
         placeholders = self.program.graph.find_nodes(op="placeholder")
@@ -118,7 +118,7 @@ class Converter:
         if isinstance(tensor, FakeTensor):
             _refuse_untraced(node)
         self.constants[name] = tensor.detach()
-        return self._input("constant", name, type_of(self.constants[name]))
+        return self._input("constant", name, TensorType.of(self.constants[name]))
 
     def _input(
         self, kind: str, name: str, type: TensorType, *, requires_grad: bool = False
@@ -150,7 +150,9 @@ class Converter:
             op, args, kwargs = simpler
         else:
             _refuse_dynamic(node)
-        grad = _is_differentiable(op, args, type) and _any_grad(args, kwargs)
+        grad = _is_differentiable(op, args, type) and any(
+            operand.requires_grad for operand in call_operands(args, kwargs)
+        )
         return self.builder.emit(
             op, args, kwargs, type=type, origin=origin, requires_grad=grad, name=_stem(node, op)
         )
@@ -227,7 +229,7 @@ def _tensor_type(node: fx.Node, value: Tensor) -> TensorType:
             culprit=origin_of(node).source,
             help="keep it dense, with zeros where nothing is stored",
         )
-    return TensorType(tuple(value.shape), value.dtype)
+    return TensorType.of(value)
 
 
 def _refuse_dynamic(node: fx.Node) -> NoReturn:
@@ -282,7 +284,7 @@ def _refuse_untraced(node: fx.Node) -> NoReturn:
     )
 
 
-def _refuse_parameter_write(name: str, node: fx.Node) -> None:
+def _refuse_parameter_write(name: str, node: fx.Node) -> NoReturn:
     raise CaptureError(
         f"the forward writes to parameter `{name}`",
         code="parameter write",
@@ -298,11 +300,6 @@ def _is_differentiable(op: Any, args: tuple[Any, ...], type: NodeType) -> bool:
         return False
     types = type if isinstance(type, tuple) else (type,)
     return any(t and t.differentiable for t in types)
-
-
-def _any_grad(args: Any, kwargs: dict[str, Any]) -> bool:
-    probe = Node("", GETITEM, args, kwargs, None)
-    return any(operand.requires_grad for operand in probe.operands())
 
 
 def _identifier(name: str) -> str:

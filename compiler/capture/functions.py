@@ -10,13 +10,14 @@ sides are made of torch operators, and so are laid out by rules under any plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils import _pytree as pytree
 
 from meshwright.compiler.autodiff import vjp
@@ -30,19 +31,18 @@ from meshwright.dsl.errors import MeshwrightError
 Function = type[torch.autograd.Function]
 
 
-class Context(SimpleNamespace):
+class Context(FunctionCtx):
     """What a `forward` and a `backward` see as `ctx`; attributes are the function's own."""
 
     def __init__(self, needs_input_grad: Sequence[bool]) -> None:
-        super().__init__()
         self.needs_input_grad = tuple(needs_input_grad)
-        self.saved_tensors: tuple[Any, ...] = ()
+        self.to_save: tuple[Any, ...] = ()
+        self.non_differentiable: tuple[Any, ...] = ()
         self.materialize_grads = True
-        self.constant: tuple[int, ...] = ()
-        """The ids of results without gradients."""
 
-    def save_for_backward(self, *tensors: Any) -> None:
-        self.saved_tensors = tensors
+    @property
+    def saved_tensors(self) -> tuple[Any, ...]:
+        return self.to_save
 
     def save_for_forward(self, *tensors: Any) -> None: ...
 
@@ -53,12 +53,6 @@ class Context(SimpleNamespace):
             culprit=current_line(),
             help="return a new tensor from its forward instead",
         )
-
-    def mark_non_differentiable(self, *tensors: Any) -> None:
-        self.constant = tuple(id(tensor) for tensor in tensors)
-
-    def set_materialize_grads(self, value: bool) -> None:
-        self.materialize_grads = value
 
 
 def traced(function: Function, args: tuple[Any, ...]) -> Any:
@@ -73,7 +67,7 @@ def traced(function: Function, args: tuple[Any, ...]) -> Any:
     places = [i for i, result in enumerate(results) if _has_gradient(result, context)]
     if not places:
         return output
-    context.constant = ()
+    context.non_differentiable = ()
     leaves, tree = pytree.tree_flatten(vars(context))
     held = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     pull = _Backward(
@@ -87,7 +81,7 @@ def traced(function: Function, args: tuple[Any, ...]) -> Any:
     )
     operands = [*(results[i] for i in places), *(a for a in args if isinstance(a, Tensor)), *held]
     attached = _operator(pull, len(operands))(*operands)
-    for place, value in zip(places, _many(attached), strict=True):
+    for place, value in zip(places, pytree.tree_leaves(attached), strict=True):
         results[place] = value
     return tuple(results) if isinstance(output, (tuple, list)) else results[0]
 
@@ -121,14 +115,14 @@ class _Tracing:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if isinstance(error, PassError):
-            raise cannot_trace(self.function, self.part, error.problem, self.line) from error
+            raise _cannot_trace(self.function, self.part, error.problem, self.line) from error
         if isinstance(error, Exception) and not isinstance(error, MeshwrightError):
             first = next(iter(str(error).splitlines()), "no message")
             why = f"{type(error).__name__}: {first}"
-            raise cannot_trace(self.function, self.part, why, self.line) from error
+            raise _cannot_trace(self.function, self.part, why, self.line) from error
 
 
-def cannot_trace(function: Function, part: str, why: str, line: str) -> CaptureError:
+def _cannot_trace(function: Function, part: str, why: str, line: str) -> CaptureError:
     """The error for a function that must be registered with `mw.custom`."""
     given = ", ".join(signature_of(function).parameters)
     returned = ", ".join(f"grad_{name}" for name in signature_of(function).parameters)
@@ -205,7 +199,7 @@ def _forward(function: Any, context: Context, args: tuple[Any, ...]) -> Any:
 
 def _has_gradient(value: Any, context: Context) -> bool:
     floating = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-    return floating and id(value) not in context.constant
+    return floating and all(value is not other for other in context.non_differentiable)
 
 
 def _fitted(grad: Any, like: Tensor) -> Any:
@@ -213,7 +207,3 @@ def _fitted(grad: Any, like: Tensor) -> Any:
     if not isinstance(grad, Tensor):
         return grad
     return grad.sum_to_size(like.shape).to(like.dtype)
-
-
-def _many(value: Any) -> Iterator[Any]:
-    yield from value if isinstance(value, (tuple, list)) else (value,)

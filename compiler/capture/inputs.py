@@ -124,10 +124,7 @@ class InputSpec:
         """The arguments of `forward` with these tensors in their places."""
         found = dict(zip(self.types, tensors, strict=True))
         leaves = [found[n] if n in found else self.constants[n] for n in self.leaves]
-        bound = inspect.BoundArguments(
-            self.signature,
-            pytree.tree_unflatten(leaves, self.tree),
-        )
+        bound = inspect.BoundArguments(self.signature, pytree.tree_unflatten(leaves, self.tree))
         return bound.args, bound.kwargs
 
     def _differences(self, given: dict[str, Any], types: Mapping[str, TensorType]) -> list[str]:
@@ -167,7 +164,7 @@ def input_spec(
                 f"`static` names `{name}`, and the example has no such tensor",
                 help="name one of " + ", ".join(f"`{known}`" for known in tensors),
             )
-    types = {name: type_of(value) for name, value in tensors.items() if name not in static}
+    types = {name: TensorType.of(value) for name, value in tensors.items() if name not in static}
     constants = {
         name: value.detach().clone() if isinstance(value, Tensor) else value
         for name, value in leaves
@@ -190,7 +187,7 @@ def _at(given: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def _holds_more(value: Any, budget: int) -> int:
+def _budget_left(value: Any, budget: int) -> int:
     """The rest of `budget` after one per leaf of lists and dicts; negative if there are more."""
     if isinstance(value, Mapping):
         value = list(value.values())
@@ -199,7 +196,7 @@ def _holds_more(value: Any, budget: int) -> int:
     if len(value) > budget:
         return -1
     for item in value:
-        budget = _holds_more(item, budget)
+        budget = _budget_left(item, budget)
         if budget < 0:
             break
     return budget
@@ -250,7 +247,7 @@ def named_leaves(
     """Every leaf with its dotted name: `tokens`, `batch.x`, `args.0`; `**kwargs` adds no prefix."""
     bound = bind(signature, args, kwargs)
     for name, value in bound.items():
-        if _holds_more(value, _MOST_VALUES) < 0:
+        if _budget_left(value, _MOST_VALUES) < 0:
             raise CaptureError(
                 f"the input `{name}` is {spelled(value)}, with more than {_MOST_VALUES} values",
                 code="not-a-tensor",
@@ -262,11 +259,8 @@ def named_leaves(
     return [(_name(path).removeprefix(prefix), leaf) for path, leaf in leaves], tree
 
 
-def type_of(tensor: Tensor) -> TensorType:
-    return TensorType(tuple(tensor.shape), tensor.dtype)
-
-
 def spell(type: TensorType) -> str:
+    """`float32[8, 16]`, the type as an error says it."""
     return f"{str(type.dtype).removeprefix('torch.')}{list(type.shape)}"
 
 
@@ -287,8 +281,8 @@ def _key(entry: Any) -> str:
 def _tensor_difference(name: str, value: Tensor, expected: TensorType | None) -> list[str]:
     if expected is None:
         return [f"`{name}` is extra"]
-    if type_of(value) != expected:
-        return [f"`{name}` is {spell(type_of(value))}, not {spell(expected)}"]
+    if (found := TensorType.of(value)) != expected:
+        return [f"`{name}` is {spell(found)}, not {spell(expected)}"]
     return []
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor, nn
 
 from meshwright.compiler.capture.generators import draws_noticed
+from meshwright.compiler.capture.inputs import spell
 from meshwright.compiler.capture.state import StateBefore
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.graph.ir import OutputKind
+from meshwright.compiler.graph.ir import OutputKind, TensorType
 from meshwright.dsl.errors import one_line
 
 Mode: TypeAlias = Literal["train", "eval", "infer"]
@@ -128,8 +129,8 @@ def _called(loss: Callable[[Any], Any], output: Any) -> Any:
 def describe(output: Any) -> str:
     """What an output holds, in a line: `a dict of logits: f32[4, 10]`."""
     if isinstance(output, Tensor):
-        return f"`{_type(output)}`"
-    held = [f"`{path}: {_type(value)}`" for path, value in tensors_of(output)]
+        return f"`{spell(TensorType.of(output))}`"
+    held = [f"`{path}: {spell(TensorType.of(value))}`" for path, value in tensors_of(output)]
     if not held:
         return f"`{type(output).__name__}`"
     more = f", and {len(held) - 8} more" if len(held) > 8 else ""
@@ -166,7 +167,3 @@ def _at(held: dict[str, Tensor], path: str, output: Any) -> Tensor:
 
 def _is_scalar(value: Tensor) -> bool:
     return value.dim() == 0 and value.is_floating_point()
-
-
-def _type(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

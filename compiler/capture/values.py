@@ -23,10 +23,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from meshwright.compiler.capture.checks import check_at
+from meshwright.compiler.capture.inputs import spell
 from meshwright.compiler.capture.literals import Literals
 from meshwright.compiler.capture.origin import current_line, is_user
 from meshwright.compiler.capture.patches import replaced
 from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.graph.ir import TensorType
 
 _SAID: set[tuple[str, int, str]] = set()
 """What has been warned of, by file and line."""
@@ -229,13 +231,13 @@ def _print(once: OnlyOnce) -> Callable[..., None]:
 def _format(once: OnlyOnce) -> Callable[[Tensor, str], str]:
     original: Any = Tensor.__format__
 
-    def spell(self: Tensor, format: str) -> str:
+    def written(self: Tensor, format: str) -> str:
         if not isinstance(self, FakeTensor):
             return str(original(self, format))
         once.note("formatting a tensor", sys._getframe(1))
-        return f"<{str(self.dtype).removeprefix('torch.')}{list(self.shape)}>"
+        return f"<{spell(TensorType.of(self))}>"
 
-    return spell
+    return written
 
 
 def _data_ptr(self: Tensor) -> int:

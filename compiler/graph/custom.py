@@ -14,11 +14,11 @@ import keyword
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from meshwright.compiler.errors import CaptureError
 
@@ -68,23 +68,12 @@ class Registered:
         return self.overloads[kinds](*args)
 
     def _define(self, kinds: tuple[str, ...], args: tuple[Any, ...]) -> Callable[..., Any]:
-        single, count = _num_outputs(self.function, args)
-        returns = "Tensor" if single else f"({', '.join(['Tensor'] * count)})"
-        taken = ", ".join(f"{kind} a{place}" for place, kind in enumerate(kinds))
+        with torch.no_grad():
+            result = self.function(*args)
+        count = None if isinstance(result, Tensor) else len(result)
         name = f"{self.name}_{len(self.overloads)}" if self.overloads else self.name
-        defined = torch.library.custom_op(
-            f"{NAMESPACE}::{name}",
-            functools.partial(_without_aliases, self.function),
-            mutates_args=(),
-            schema=f"({taken}) -> {returns}",
-        )
-        defined.register_fake(functools.partial(_without_aliases, self.function))
-        defined.register_autograd(
-            functools.partial(_backward, self.known.vjp), setup_context=_setup_context
-        )
-        overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-        REGISTRY[overload] = self.known
-        return defined
+        run = functools.partial(_without_aliases, self.function)
+        return _defined(name, run, kinds, count, self.known)
 
 
 _FUNCTIONS: dict[type[torch.autograd.Function], Registered] = {}
@@ -129,20 +118,32 @@ def returning_first(stem: str, vjp: Any, num_operands: int) -> Any:
     In the backward `vjp` says what their gradients mean for the others.
     """
     name, count = _unique(stem), len(vjp.places)
-    taken = ", ".join(f"Tensor a{place}" for place in range(num_operands))
-    returns = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
 
     def first(*tensors: Tensor) -> Any:
         found = tuple(tensor.clone() for tensor in tensors[:count])
         return found[0] if count == 1 else found
 
-    schema = f"({taken}) -> {returns}"
-    made = torch.library.custom_op(f"{NAMESPACE}::{name}", first, mutates_args=(), schema=schema)
-    made.register_fake(first)
-    made.register_autograd(functools.partial(_backward, vjp), setup_context=_setup_context)
-    REGISTRY[getattr(getattr(torch.ops, NAMESPACE), name).default] = CustomOp(
-        name, "", vjp, num_returned=count
+    known = CustomOp(name, "", vjp, num_returned=count)
+    kinds = ("Tensor",) * num_operands
+    return _defined(name, first, kinds, None if count == 1 else count, known)
+
+
+def _defined(
+    name: str,
+    function: Callable[..., Any],
+    kinds: Sequence[str],
+    count: int | None,
+    known: CustomOp,
+) -> Any:
+    """A new operator of torch's library that returns one tensor, or a tuple of `count`."""
+    taken = ", ".join(f"{kind} a{place}" for place, kind in enumerate(kinds))
+    returns = "Tensor" if count is None else f"({', '.join(['Tensor'] * count)})"
+    made = torch.library.custom_op(
+        f"{NAMESPACE}::{name}", function, mutates_args=(), schema=f"({taken}) -> {returns}"
     )
+    made.register_fake(function)
+    made.register_autograd(functools.partial(_backward, known.vjp), setup_context=_setup_context)
+    REGISTRY[getattr(getattr(torch.ops, NAMESPACE), name).default] = known
     return made
 
 
@@ -159,7 +160,9 @@ def _forward_of(function: Any) -> tuple[Callable[..., Any], inspect.Signature]:
         return function.forward, signature_of(function)
 
     def run(*args: Any) -> Any:
-        return function.forward(_Context(needs_input_grad=(True,) * len(args)), *args)
+        context: Any = FunctionCtx()
+        context.needs_input_grad = (True,) * len(args)
+        return function.forward(context, *args)
 
     return run, signature_of(function)
 
@@ -172,28 +175,12 @@ def signature_of(function: Any) -> inspect.Signature:
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
-class _Context(SimpleNamespace):
-    """Takes what a `forward` hands its context; nothing reads it back."""
-
-    def save_for_backward(self, *tensors: Any) -> None: ...
-    def save_for_forward(self, *tensors: Any) -> None: ...
-    def mark_dirty(self, *tensors: Any) -> None: ...
-    def mark_non_differentiable(self, *tensors: Any) -> None: ...
-    def set_materialize_grads(self, value: bool) -> None: ...
-
-
 def _without_aliases(function: Callable[..., Any], *args: Any) -> Any:
     """An operator of torch's library may not return its operands or views of them."""
     result = function(*args)
     if isinstance(result, Tensor):
         return result.clone()
     return tuple(value.clone() for value in result)
-
-
-def _num_outputs(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[bool, int]:
-    with torch.no_grad():
-        result = function(*args)
-    return isinstance(result, Tensor), 1 if isinstance(result, Tensor) else len(result)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

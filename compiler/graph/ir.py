@@ -5,18 +5,17 @@ A node's `type` is always the *global* one; what a rank holds follows from its `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.dsl.errors import plural
-
-if TYPE_CHECKING:
-    from meshwright.compiler.layout.layout import Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +25,14 @@ class TensorType:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorType:
+        """The type of a tensor."""
+        return TensorType(tuple(tensor.shape), tensor.dtype)
+
     @property
     def num_bytes(self) -> int:
-        size = self.dtype.itemsize
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def differentiable(self) -> bool:

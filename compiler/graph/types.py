@@ -69,10 +69,9 @@ def _thaw(arg: Arg, lists: frozenset[int] = frozenset()) -> Arg:
 def type_of(value: Any) -> NodeType:
     """The type of a tensor, or of each of multiple tensors."""
     if isinstance(value, torch.Tensor):
-        return TensorType(tuple(int(size) for size in value.shape), value.dtype)
+        return TensorType.of(value)
     if isinstance(value, (tuple, list)):
         return tuple(
-            TensorType(tuple(item.shape), item.dtype) if isinstance(item, torch.Tensor) else None
-            for item in value
+            TensorType.of(item) if isinstance(item, torch.Tensor) else None for item in value
         )
     return None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.cuts import Interval, dim_of, intervals_of
+from meshwright.compiler.layout.cuts import Interval, Intervals, dim_of, intervals_of
 from meshwright.compiler.layout.factors import (
     Dim,
     check_axis,
@@ -276,11 +276,11 @@ def uniform_blocks(
     if all(len(dim) == 1 for dim in layout.dims):
         yield local, layout.split_axes
         return
-    for grid in itertools.product(*(_stretches(intervals_of(dim, mesh)) for dim in layout.dims)):
+    for grid in itertools.product(*(_local(intervals_of(dim, mesh)) for dim in layout.dims)):
         block = local
-        for dim, (_, start, interval) in enumerate(grid):
+        for dim, (start, interval) in enumerate(grid):
             block = block.narrow(dim, start, interval.local_length)
-        yield block, tuple({cut.axis: None for _, _, interval in grid for cut in interval.cuts})
+        yield block, tuple({cut.axis: None for _, interval in grid for cut in interval.cuts})
 
 
 def _own(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, int]) -> Tensor:
@@ -309,10 +309,7 @@ def _unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     return tensor.view((*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :]))
 
 
-def _stretches(intervals: Iterable[Interval]) -> list[tuple[int, int, Interval]]:
-    """Each interval with its first index, globally and on a rank."""
-    found, start, local_start = [], 0, 0
-    for interval in intervals:
-        found.append((start, local_start, interval))
-        start, local_start = start + interval.length, local_start + interval.local_length
-    return found
+def _local(intervals: Intervals) -> Iterator[tuple[int, Interval]]:
+    """Each interval with its first index on a rank."""
+    starts = itertools.accumulate((each.local_length for each in intervals), initial=0)
+    return zip(starts, intervals, strict=False)

@@ -33,11 +33,9 @@ class Mesh:
     @property
     def turns(self) -> tuple[dict[str, int], ...]:
         """The coordinates along the sequential axes, in the order in which ranks take them."""
-        axes = [(name, size) for name, size in self.axes if name in self.sequential]
-        places = itertools.product(*(range(size) for _, size in axes))
-        return tuple(
-            {name: at for (name, _), at in zip(axes, place, strict=True)} for place in places
-        )
+        names = [name for name in self.names if name in self.sequential]
+        places = itertools.product(*(range(self.size(name)) for name in names))
+        return tuple(dict(zip(names, place, strict=True)) for place in places)
 
     @property
     def num_ranks(self) -> int:

@@ -8,14 +8,12 @@ of the reshaped shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple, NoReturn
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.cuts import (
     Cut,
-    Cuts,
     Interval,
     Intervals,
     dim_of,
@@ -111,19 +109,14 @@ class _Reshape:
     def result(self) -> Layout:
         hosts = {dim: self._host(dim) for dim in self.segmented}
         dims: list[Dim] = []
-        taken = 0
         for place, span in enumerate(self.new):
             inside = [cut for cut, _ in self.flat if _holds(span, cut)]
             guest = next((dim for dim, host in hosts.items() if host == place), None)
-            intervals = self._intervals(span, inside, guest)
-            dims.append(dim_of(intervals))
-            taken += len(inside)
-        if taken != len(self.flat):
-            self._fail_at(next(item for item in self.flat if not self._kept(item[0])))
+            dims.append(dim_of(self._intervals(span, inside, guest)))
+        for cut, dim in self.flat:
+            if not any(_holds(span, cut) for span in self.new):
+                self._fail_at(cut, dim)
         return Layout(tuple(dims), self.layout.partial, self.layout.varying).canonical(self.mesh)
-
-    def _kept(self, cut: Cut) -> bool:
-        return any(_holds(span, cut) for span in self.new)
 
     def _host(self, dim: int) -> int:
         """The new dim that takes a concatenation: the one that ends where the old one does."""
@@ -155,11 +148,10 @@ class _Reshape:
         cuts = ordered(Cut(cut.stride // span.low, cut.size, cut.axis) for cut in flat)
         below = [cut for cut in flat if cut.stride % span.low]
         if below or not is_chain(cuts, length):
-            self._fail_at(((below or flat)[0], dim))
+            self._fail_at((below or flat)[0], dim)
         return Interval(length, cuts)
 
-    def _fail_at(self, item: tuple[Cut, int]) -> NoReturn:
-        cut, dim = item
+    def _fail_at(self, cut: Cut, dim: int) -> NoReturn:
         raise LayoutError(
             f"`{format_dim(self.layout.dims[dim])}` cannot be cut into "
             f"`{_text(self._pieces(dim))}` with `{cut.axis}` over {cut.size} ranks",
@@ -178,15 +170,16 @@ class _Reshape:
         """What to write instead."""
         factors = self.factors(dim)
         if factors is None:
-            axes = (
-                f"`{cut.axis}`" for cut in _cuts(intervals_of(self.layout.dims[dim], self.mesh))
-            )
-            return f"leave the dim whole over {', '.join(axes)}"
+            return f"leave the dim whole over {', '.join(f'`{axis}`' for axis in self._axes(dim))}"
         return f"write the dim as `{format_dim((factors,))}`"
+
+    def _axes(self, dim: int) -> tuple[str, ...]:
+        """The axes that cut an old dim."""
+        return tuple(axis for axis in dim_axes(self.layout.dims[dim]) if self.mesh.size(axis) > 1)
 
     def factors(self, dim: int) -> Segment | None:
         """An old dim as the product of its new dims, the axes on the first that they divide."""
-        axes = tuple(cut.axis for cut in _cuts(intervals_of(self.layout.dims[dim], self.mesh)))
+        axes = self._axes(dim)
         ranks, pieces = self.mesh.size(axes), self._pieces(dim)
         place = next((i for i, size in enumerate(pieces) if size % ranks == 0), None)
         if place is None or math.prod(pieces) != self.old[dim].size:
@@ -210,12 +203,6 @@ def _holds(span: _Span, cut: Cut) -> bool:
     """Whether the cut's digit lies inside one dim."""
     inside = span.low <= cut.stride and cut.extent <= span.high
     return inside and cut.stride % span.low == 0 and span.high % cut.extent == 0
-
-
-def _cuts(intervals: Intervals) -> Iterator[Cut]:
-    """The cuts of a dim, each axis once."""
-    cuts: Cuts = tuple(cut for interval in intervals for cut in interval.cuts)
-    yield from {cut.axis: cut for cut in reversed(cuts)}.values()
 
 
 def _text(shape: tuple[int, ...]) -> str:
