@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
-from types import TracebackType
 
 from meshwright.compiler.capture.origin import line_of, raised_by_statement, raised_by_user
 from meshwright.compiler.capture.patches import OfThread
@@ -93,16 +92,15 @@ _KNOWN = (
 operator that torch names."""
 
 
-class only_capture_errors:
-    """A context that turns every exception that is not Meshwright's own into a `CaptureError`."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, MeshwrightError):
-            raise _translated(error) from error
+@contextmanager
+def only_capture_errors() -> Iterator[None]:
+    """Turn each exception that is not Meshwright's own into a `CaptureError` while this is open."""
+    try:
+        yield
+    except MeshwrightError:
+        raise
+    except Exception as error:
+        raise _translated(error) from error
 
 
 def _translated(error: Exception) -> CaptureError:

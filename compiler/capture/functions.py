@@ -10,9 +10,9 @@ sides are made of torch operators, and so are laid out by rules under any plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -99,27 +99,22 @@ def _check(node: Node, backward: _Backward) -> None:
     types = node.type if isinstance(node.type, tuple) else (node.type,)
     slots = tuple(Slot(i) for i in range(len(operands)))
     wanted = tuple(operand.requires_grad for operand in operands)
-    with _Tracing(backward.function, "backward", backward.line):
+    with _tracing(backward.function, "backward", backward.line):
         vjp.trace(node.op, slots, (), tuple(o.tensor for o in operands), wanted, types)
 
 
-class _Tracing:
-    """A context that turns each error into one that names the function."""
-
-    def __init__(self, function: Function, part: str, line: str) -> None:
-        self.function, self.part, self.line = function, part, line
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        if isinstance(error, PassError):
-            raise _cannot_trace(self.function, self.part, error.problem, self.line) from error
-        if isinstance(error, Exception) and not isinstance(error, MeshwrightError):
-            first = next(iter(str(error).splitlines()), "no message")
-            why = f"{type(error).__name__}: {first}"
-            raise _cannot_trace(self.function, self.part, why, self.line) from error
+@contextmanager
+def _tracing(function: Function, part: str, line: str) -> Iterator[None]:
+    """Turn each error into one that names the function while this is open."""
+    try:
+        yield
+    except PassError as error:
+        raise _cannot_trace(function, part, error.problem, line) from error
+    except MeshwrightError:
+        raise
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "no message")
+        raise _cannot_trace(function, part, f"{type(error).__name__}: {first}", line) from error
 
 
 def _cannot_trace(function: Function, part: str, why: str, line: str) -> CaptureError:
@@ -189,7 +184,7 @@ def _operator(backward: _Backward, num_operands: int) -> Any:
 
 
 def _forward(function: Any, context: Context, args: tuple[Any, ...]) -> Any:
-    with _Tracing(function, "forward", current_line()):
+    with _tracing(function, "forward", current_line()):
         if function.setup_context is torch.autograd.Function.setup_context:
             return function.forward(context, *args)
         output = function.forward(*args)

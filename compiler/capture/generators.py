@@ -101,8 +101,7 @@ def _gamma(self: Any, sample_shape: torch.Size = _NO_SHAPE) -> Tensor:
 _ORIGINAL_RANDOM: Any = torch.Tensor.random_
 _SEEDS = ("manual_seed", "seed", "set_rng_state")
 TRANSLATED: tuple[tuple[Any, str, Any], ...] = (
-    *((torch, name, _refused(getattr(torch, name))) for name in _SEEDS),
-    *((torch.random, name, _refused(getattr(torch.random, name))) for name in _SEEDS),
+    *((o, name, _refused(getattr(o, name))) for o in (torch, torch.random) for name in _SEEDS),
     (torch.Tensor, "random_", _random),
     (torch.distributions.Gamma, "rsample", _gamma),
     (torch.distributions.Distribution, "_validate_args", False),

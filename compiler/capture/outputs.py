@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
@@ -73,21 +73,17 @@ class Wrapper(nn.Module):
 
 def tensors_of(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor in tuples, mappings and dataclasses, by its path: empty for a lone tensor."""
-    prefix = f"{path}." if path else ""
+    parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(output, Tensor):
         yield path, output
     elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from tensors_of(value, f"{prefix}{key}")
-    elif isinstance(output, tuple) and hasattr(output, "_fields"):
-        for key, value in zip(output._fields, output, strict=True):
-            yield from tensors_of(value, f"{prefix}{key}")
+        parts = output.items()
     elif isinstance(output, (tuple, list)):
-        for index, value in enumerate(output):
-            yield from tensors_of(value, f"{prefix}{index}")
+        parts = zip(getattr(output, "_fields", range(len(output))), output, strict=True)
     elif dataclasses.is_dataclass(output):
-        for key in dataclasses.fields(output):
-            yield from tensors_of(getattr(output, key.name), f"{prefix}{key.name}")
+        parts = ((key.name, getattr(output, key.name)) for key in dataclasses.fields(output))
+    for key, value in parts:
+        yield from tensors_of(value, f"{path}.{key}" if path else str(key))
 
 
 def pick_loss(output: Any, loss: Loss) -> Tensor:

@@ -23,10 +23,10 @@ _GRAD = torch.ops.higher_order.wrap_with_set_grad_enabled
 def inline_regions(module: fx.GraphModule) -> set[fx.Node]:
     """Inline every region of `module`, in place; returns the nodes that ran without gradients."""
     inliner = _Inliner(module.graph)
-    for node in list(module.graph.nodes):
-        if is_region(node):
-            inliner.replace(module, node)
-    if inliner.found:
+    regions = [node for node in module.graph.nodes if is_region(node)]
+    for node in regions:
+        inliner.replace(module, node)
+    if regions:
         for node in module.graph.find_nodes(op="get_attr"):
             if not node.users:
                 module.graph.erase_node(node)
@@ -38,11 +38,9 @@ class _Inliner:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.stopped: set[fx.Node] = set()
-        self.found = False
 
     def replace(self, owner: fx.GraphModule, node: fx.Node) -> None:
         """Put the results of a top-level region in the places of its `getitem`s."""
-        self.found = True
         with self.graph.inserting_before(node):
             results = self.region(owner, node, operands_of(node))
         for user in list(node.users):

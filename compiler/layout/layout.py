@@ -137,8 +137,8 @@ class Layout:
 
     def add_partial(self, axes: Iterable[str], reduce: str = "sum") -> Layout:
         """This layout, also pending over `axes`."""
-        added = dict.fromkeys(axes, reduce)
-        return replace(self, partial=tuple(sorted({**dict(self.partial), **added}.items())))
+        pending = dict(self.partial) | dict.fromkeys(axes, reduce)
+        return replace(self, partial=tuple(sorted(pending.items())))
 
     def drop_partial(self, axes: Iterable[str] | None = None) -> Layout:
         """This layout, replicated where it was pending, over `axes` or everywhere."""
