@@ -91,7 +91,7 @@ def _tests(filename: str) -> tuple[_Test, ...]:
 
 
 def _is_caught(frame: FrameType | None) -> bool:
-    """Whether a `try` with handlers is open here or in a caller, up to the model's own call."""
+    """Whether an exception may be caught here or in a caller, up to the model's own call."""
     while frame is not None and frame.f_code.co_filename != _CALLER:
         file, line = frame.f_code.co_filename, frame.f_lineno
         if not file.startswith(_TORCH) and any(a <= line <= b for a, b in _tries(file)):
@@ -103,8 +103,13 @@ def _is_caught(frame: FrameType | None) -> bool:
 @lru_cache(maxsize=256)
 def _tries(filename: str) -> tuple[tuple[int, int], ...]:
     """The lines of a file from which an exception may be caught."""
-    found = [node for node in ast.walk(_tree(filename)) if isinstance(node, ast.Try)]
-    return tuple((t.lineno, t.handlers[0].lineno - 1) for t in found if t.handlers)
+    found = []
+    for node in ast.walk(_tree(filename)):
+        if isinstance(node, (ast.Try, ast.TryStar)) and node.handlers:
+            found.append((node.lineno, node.handlers[0].lineno - 1))
+        elif isinstance(node, ast.With) and any("suppress" in ast.unparse(i) for i in node.items):
+            found.append((node.lineno, _extent(node)[2]))
+    return tuple(found)
 
 
 @lru_cache(maxsize=256)

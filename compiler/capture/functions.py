@@ -23,7 +23,12 @@ from torch.utils import _pytree as pytree
 from meshwright.compiler.autodiff import vjp
 from meshwright.compiler.capture.origin import current_line
 from meshwright.compiler.errors import CaptureError, PassError
-from meshwright.compiler.graph.custom import REGISTRY, returning_first, signature_of
+from meshwright.compiler.graph.custom import (
+    REGISTRY,
+    has_setup_context,
+    returning_first,
+    signature_of,
+)
 from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.graph.slots import Slot
 from meshwright.dsl.errors import MeshwrightError
@@ -55,12 +60,16 @@ class Context(FunctionCtx):
         )
 
 
-def traced(function: Function, args: tuple[Any, ...]) -> Any:
-    """The results of `function.apply(*args)`, as operators and one that carries the backward."""
+def traced(function: Function, *args: Any, **kwargs: Any) -> Any:
+    """The results of `apply` with these arguments: operators, and one that carries the backward."""
+    if has_setup_context(function):
+        bound = signature_of(function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        args, kwargs = bound.args, bound.kwargs
     needs = [isinstance(arg, Tensor) and arg.requires_grad for arg in args]
     context = Context(needs)
     with torch.no_grad():
-        output = _forward(function, context, args)
+        output = _forward(function, context, args, kwargs)
     if not torch.is_grad_enabled() or not any(needs):
         return output
     results = list(output) if isinstance(output, (tuple, list)) else [output]
@@ -183,11 +192,11 @@ def _operator(backward: _Backward, num_operands: int) -> Any:
         return returning_first(backward.function.__name__, backward, num_operands)
 
 
-def _forward(function: Any, context: Context, args: tuple[Any, ...]) -> Any:
+def _forward(function: Any, context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with _tracing(function, "forward", current_line()):
-        if function.setup_context is torch.autograd.Function.setup_context:
-            return function.forward(context, *args)
-        output = function.forward(*args)
+        if not has_setup_context(function):
+            return function.forward(context, *args, **kwargs)
+        output = function.forward(*args, **kwargs)
         function.setup_context(context, args, output)
         return output
 

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from meshwright.compiler.graph.ir import TensorType
+
 _LARGEST = 1 << 20
 """The most elements that are computed; a larger literal is only traced."""
 
@@ -116,7 +118,7 @@ class Literals(TorchFunctionMode):
             return
         real = _run(function, *given)
         results = [v for v in pytree.tree_leaves(real) if isinstance(v, Tensor)]
-        if [_type(v) for v in made] != [_type(v) for v in results]:
+        if [TensorType.of(v) for v in made] != [TensorType.of(v) for v in results]:
             return
         if not any(isinstance(v, Tensor) for v in pytree.tree_leaves(given)):
             results = [_copy(v) for v in results]  # `as_tensor` shares the memory of an array.
@@ -161,10 +163,6 @@ def _copy(value: Any) -> Any:
 
 def _is_small(tensor: Tensor) -> bool:
     return all(isinstance(n, int) for n in tensor.shape) and tensor.numel() <= _LARGEST
-
-
-def _type(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
 
 
 def _storage(tensor: Tensor) -> int:

@@ -60,7 +60,7 @@ def _apply(function: type[torch.autograd.Function], *args: Any, **kwargs: Any) -
     registered = custom.registered(function)
     if registered is not None:
         return registered(*args, **kwargs)
-    return traced(function, args)
+    return traced(function, *args, **kwargs)
 
 
 def _hook(name: str) -> Callable[..., NoReturn]:

@@ -98,7 +98,7 @@ def custom(
 
     The function must treat a part of its tensors as it treats the whole, and keep no state.
     """
-    name = _unique(function.__name__)
+    name = _unique(getattr(function, "__name__", ""))
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
         run, taken = _forward_of(function)
         _FUNCTIONS[function] = Registered(name, run, CustomOp(name, rule, vjp), taken)
@@ -156,7 +156,7 @@ def _unique(stem: str) -> str:
 
 def _forward_of(function: Any) -> tuple[Callable[..., Any], inspect.Signature]:
     """`forward` without the context, and the arguments that `apply` takes."""
-    if function.setup_context is not torch.autograd.Function.setup_context:
+    if has_setup_context(function):
         return function.forward, signature_of(function)
 
     def run(*args: Any) -> Any:
@@ -167,10 +167,15 @@ def _forward_of(function: Any) -> tuple[Callable[..., Any], inspect.Signature]:
     return run, signature_of(function)
 
 
+def has_setup_context(function: Any) -> bool:
+    """Whether an `autograd.Function` is in the style whose `forward` is given no context."""
+    return function.setup_context is not torch.autograd.Function.setup_context
+
+
 def signature_of(function: Any) -> inspect.Signature:
     """The arguments that `apply` of an `autograd.Function` takes."""
     signature = inspect.signature(function.forward)
-    if function.setup_context is not torch.autograd.Function.setup_context:
+    if has_setup_context(function):
         return signature
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 

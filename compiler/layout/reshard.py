@@ -7,14 +7,13 @@ places, it sends up to a third more than the best chain (a test holds that bound
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.alignment import align
+from meshwright.compiler.layout.alignment import Stretch, align
 from meshwright.compiler.layout.collectives import (
     COLLECTIVES,
     CollectiveKind,
@@ -144,23 +143,24 @@ def _check(source: Layout, target: Layout) -> None:
             )
 
 
+class _Part:
+    """A stretch of a dim, its cuts on the way, and those that it is to have."""
+
+    def __init__(self, stretch: Stretch) -> None:
+        self.length, self.cuts, self.goal = stretch.length, set(stretch.before), set(stretch.after)
+
+
 class _Reshard:
     """The cuts and states on the way from one layout to another."""
 
     def __init__(self, source: Layout, target: Layout, mesh: Mesh) -> None:
         self.mesh, self.target, self.now = mesh, target, source
-        self.lengths: list[int] = []
-        self.cuts: list[set[Cut]] = []
-        self.goal: list[set[Cut]] = []
-        self.counts: list[int] = []
+        self.dims: list[list[_Part]] = []
         for before, after in zip(source.dims, target.dims, strict=True):
             dim = align(before, after, mesh)
             assert dim is not None
-            self.counts.append(len(dim))
-            for stretch in dim:
-                self.lengths.append(stretch.length)
-                self.cuts.append(set(stretch.before))
-                self.goal.append(set(stretch.after))
+            self.dims.append([_Part(stretch) for stretch in dim])
+        self.parts = [part for dim in self.dims for part in dim]
         self.done: list[Collective] = []
 
     def run(self) -> tuple[Collective, ...]:
@@ -185,10 +185,7 @@ class _Reshard:
 
     def _arrived(self, axis: str, state: str) -> bool:
         if state == "split":
-            return all(
-                _of(axis, cuts) == _of(axis, goal)
-                for cuts, goal in zip(self.cuts, self.goal, strict=True)
-            )
+            return all(_of(axis, part.cuts) == _of(axis, part.goal) for part in self.parts)
         return state != "partial" or self.now.reduction == self.target.reduction
 
     def _fitting(self, kind: str, axes: list[str]) -> list[str]:
@@ -203,12 +200,12 @@ class _Reshard:
 
     def _fits(self, axes: list[str], *, moves: bool) -> bool:
         """Whether the digits that the axes are to take are free in every stretch."""
-        for length, cuts, goal in zip(self.lengths, self.cuts, self.goal, strict=True):
-            wanted = _of(axes, goal)
+        for part in self.parts:
+            wanted = _of(axes, part.goal)
             # An axis cannot stay in one segment and move in another.
-            if moves and wanted & cuts:
+            if moves and wanted & part.cuts:
                 return False
-            if not is_chain(ordered(cuts | wanted), length):
+            if not is_chain(ordered(part.cuts | wanted), part.length):
                 return False
         return True
 
@@ -218,10 +215,10 @@ class _Reshard:
 
     def _append(self, kind: str, axes: list[str]) -> None:
         state = COLLECTIVES[kind].target
-        for cuts, goal in zip(self.cuts, self.goal, strict=True):
-            cuts -= _of(axes, cuts)
+        for part in self.parts:
+            part.cuts -= _of(axes, part.cuts)
             if state == "split":
-                cuts |= _of(axes, goal)
+                part.cuts |= _of(axes, part.goal)
         following = self.now.drop_partial(axes).drop_varying(axes).with_dims(self._dims())
         if state == "partial":
             following = following.add_partial(axes, self.target.reduction)
@@ -232,11 +229,8 @@ class _Reshard:
         self.now = target
 
     def _dims(self) -> list[Dim]:
-        intervals = (
-            Interval(length, ordered(cuts))
-            for length, cuts in zip(self.lengths, self.cuts, strict=True)
-        )
-        return [dim_of(itertools.islice(intervals, count)) for count in self.counts]
+        parts = ((Interval(part.length, ordered(part.cuts)) for part in dim) for dim in self.dims)
+        return [dim_of(dim) for dim in parts]
 
 
 def _of(axes: str | Iterable[str], cuts: set[Cut]) -> set[Cut]:

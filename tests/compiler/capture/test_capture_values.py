@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,29 @@ def test_a_check_that_only_raises_is_passed_over() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_equal_to_eager(Values(checked), (torch.randn(5, 4).double(),))
+
+
+def suppressed(model: Values, h: Tensor) -> Tensor:
+    with contextlib.suppress(ValueError):
+        if h.sum() < 1000:
+            raise ValueError("small")
+        h = h * 2
+    return h
+
+
+def caught_in_a_group(model: Values, h: Tensor) -> Tensor:
+    try:
+        if h.sum() < 1000:
+            raise ValueError("small")
+    except* ValueError:
+        return h * 2
+    return h
+
+
+@pytest.mark.parametrize("then", [suppressed, caught_in_a_group])
+def test_a_check_whose_error_is_caught_decides(then: Any) -> None:
+    with pytest.raises(CaptureError, match="decides by the value of a tensor"):
+        capture(Values(then), (torch.randn(5, 4).double(),))
 
 
 def test_a_known_mask_picks_known_places() -> None:

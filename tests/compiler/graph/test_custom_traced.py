@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from meshwright.compiler.capture.capture import capture
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.custom import REGISTRY
+from tests.compiler.interpreter import check_equal_to_eager
 from tests.equivalence import check_equal
 
 
@@ -137,12 +138,12 @@ class Doubled(torch.autograd.Function):
 
 
 class Applies(nn.Module):
-    def __init__(self, function: Any, *args: Any) -> None:
+    def __init__(self, function: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__()
-        self.a, self.function, self.args = nn.Linear(4, 4), function, args
+        self.a, self.function, self.args, self.kwargs = nn.Linear(4, 4), function, args, kwargs
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function.apply(self.a(x) * 1, *self.args).sum()
+        return self.function.apply(self.a(x) * 1, *self.args, **self.kwargs).sum()
 
 
 def test_a_backward_that_leaves_torch_is_refused_with_the_vjp_to_write() -> None:
@@ -151,6 +152,42 @@ def test_a_backward_that_leaves_torch_is_refused_with_the_vjp_to_write() -> None
     assert caught.value.culprit.startswith("test_custom_traced.py:")
     assert "`inputs` is `(x, step, y)`" in caught.value.help
     assert "`(grad_x, grad_step, grad_y)` is returned" in caught.value.help
+
+
+class Scaled(torch.autograd.Function):
+    """Has a default, which a call binds, and an attribute of its own on the context."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: float = 2.0) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.constant = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.constant * 3, None
+
+
+class Halved(torch.autograd.Function):
+    """As `Scaled`, in the older style."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float = 2.0) -> Tensor:
+        ctx.constant = scale
+        return x * scale / 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.constant
+
+
+@pytest.mark.parametrize("function", [Scaled, Halved])
+@pytest.mark.parametrize("given", [{}, {"scale": 5.0}])
+def test_a_function_has_its_defaults_and_its_keywords(function: Any, given: Any) -> None:
+    model = Applies(function, **given).double()
+    check_equal_to_eager(model, (torch.randn(2, 4).double(),))
 
 
 def test_a_function_that_writes_to_its_input_is_refused() -> None:
