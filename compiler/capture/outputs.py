@@ -123,7 +123,7 @@ def _called(loss: Callable[[Any], Any], output: Any) -> Any:
 
 
 def describe(output: Any) -> str:
-    """What an output holds, in a line: `a dict of logits: f32[4, 10]`."""
+    """What an output holds, in a line: "`dict` of `logits: float32[4, 10]`"."""
     if isinstance(output, Tensor):
         return f"`{spell(TensorType.of(output))}`"
     held = [f"`{path}: {spell(TensorType.of(value))}`" for path, value in tensors_of(output)]

@@ -75,6 +75,6 @@ class _WrittenAttribute(_Attribute):
 
 
 def _function(original: Any, replacement: Any) -> Any:
-    """A function of a module: its call is an attribute of its class."""
+    """A stand-in for a module's function, whose call is an attribute of its class."""
     call = _Attribute(staticmethod(original), staticmethod(replacement))
     return update_wrapper(type("Function", (), {"__call__": call})(), original)

@@ -99,5 +99,5 @@ def _simplify_copy(source: Node, type: TensorType) -> Node | Call | None:
 
 
 def _is_noise(key: str, value: Arg) -> bool:
-    """Keywords that every factory carries and that say nothing."""
+    """Whether a keyword is one that every factory carries and that says nothing."""
     return (key, value) in (("pin_memory", False), ("layout", torch.strided)) or value is None

@@ -45,7 +45,7 @@ class Snapshot:
             self._keep_globals(names)
 
     def put_back(self) -> None:
-        """Make everything what it was; what has not changed is not touched."""
+        """Restore what has changed, and touch nothing else."""
         for held, before in self._kept.values():
             if isinstance(held, CellType):
                 held.cell_contents = before
@@ -144,7 +144,7 @@ def _items(value: Any) -> list[Any]:
 
 
 def _kind(value: Any) -> Any:
-    """The container that a value is at bottom: a subclass may forbid what is done here."""
+    """The container type beneath a value's class, which may forbid what is done here."""
     return next(kind for kind in (list, set, deque) if isinstance(value, kind))
 
 

@@ -81,7 +81,7 @@ def put_back(model: nn.Module, *, evaluating: bool) -> Iterator[None]:
 
 
 def _draws(module: Any) -> list[tuple[str, Callable[..., Any]]]:
-    """The functions of a module that draw from its one stream."""
+    """The functions of a module that draw from its default stream."""
     kinds = ("Random", "RandomState")
     found = ((name, value) for name, value in vars(module).items() if "state" not in name)
     return [pair for pair in found if type(getattr(pair[1], "__self__", None)).__name__ in kinds]

@@ -113,7 +113,7 @@ def _settings(module: nn.Module) -> dict[str, object]:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without values, whose other attributes are copies too; the model if it has none."""
+    """A copy without values, whose other attributes are copies too; the model if it has no copy."""
     memo: dict[int, object] = {id(tensor): tensor for _, tensor in tensor_attributes(model)}
     for tensor in (*model.parameters(), *model.buffers()):
         memo[id(tensor)] = _like(tensor)

@@ -305,7 +305,7 @@ def _select(tensor: Tensor, dim: int, interval: Interval, coords: Mapping[str, i
 
 
 def _unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """The tensor with `dim` unflattened, always a view (`unflatten` refuses no sizes at all)."""
+    """The tensor with `dim` unflattened, always a view (torch's `unflatten` refuses no sizes)."""
     return tensor.view((*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :]))
 
 
