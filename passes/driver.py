@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meshwright.compiler import capture as capturing
+from meshwright.compiler.capture import capture as capturing
 from meshwright.compiler.capture.arguments import check_arguments, target_device
 from meshwright.compiler.capture.capture import Captured
 from meshwright.compiler.capture.outputs import Mode

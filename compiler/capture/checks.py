@@ -167,7 +167,8 @@ def _jump(test: _Test, jump: dis.Instruction, frame: FrameType) -> Check:
     if any(_has_jumps(leaf) for leaf, _ in leaves):
         return Check(None)
     jumps = [step.offset for step in dis.get_instructions(frame.f_code) if _is_jump(step, test)]
-    return Check(leaves[jumps.index(jump.offset)][1])
+    # The body of a `finally` stands in the code once for each way out.
+    return Check(leaves[jumps.index(jump.offset) % len(leaves)][1])
 
 
 def _leaves(node: ast.expr, passing: bool) -> Iterator[tuple[ast.expr, bool]]:

@@ -66,7 +66,8 @@ def traced(function: Function, *args: Any, **kwargs: Any) -> Any:
         bound = signature_of(function).bind(*args, **kwargs)
         bound.apply_defaults()
         args, kwargs = bound.args, bound.kwargs
-    needs = [isinstance(arg, Tensor) and arg.requires_grad for arg in args]
+    inputs = (*args, *kwargs.values())
+    needs = [isinstance(arg, Tensor) and arg.requires_grad for arg in inputs]
     context = Context(needs)
     with torch.no_grad():
         output = _forward(function, context, args, kwargs)
@@ -83,12 +84,12 @@ def traced(function: Function, *args: Any, **kwargs: Any) -> Any:
         function,
         tree,
         tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves),
-        tuple(isinstance(arg, Tensor) for arg in args),
+        tuple(isinstance(arg, Tensor) for arg in inputs),
         tuple(places),
         len(results),
         line=current_line(),
     )
-    operands = [*(results[i] for i in places), *(a for a in args if isinstance(a, Tensor)), *held]
+    operands = [*(results[i] for i in places), *(a for a in inputs if isinstance(a, Tensor)), *held]
     attached = _operator(pull, len(operands))(*operands)
     for place, value in zip(places, pytree.tree_leaves(attached), strict=True):
         results[place] = value

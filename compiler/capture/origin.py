@@ -17,7 +17,7 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in ')
 _TORCH = str(Path(torch.__file__).parent)
 _OURS = str(Path(__file__).resolve().parents[2])
 _LINK = str(Path(__file__).absolute().parents[2])
-_FOREIGN = (_TORCH, "<")
+_FOREIGN = (_TORCH, "<frozen ", "<eval_with_key>")
 
 
 def is_user(filename: str) -> bool:

@@ -134,7 +134,7 @@ def _defined(
     kinds: Sequence[str],
     count: int | None,
     known: CustomOp,
-) -> Any:
+) -> Callable[..., Any]:
     """A new operator of torch's library that returns one tensor, or a tuple of `count`."""
     taken = ", ".join(f"{kind} a{place}" for place, kind in enumerate(kinds))
     returns = "Tensor" if count is None else f"({', '.join(['Tensor'] * count)})"

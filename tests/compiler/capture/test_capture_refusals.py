@@ -238,6 +238,13 @@ def test_hooks_that_wait_for_the_backward_are_refused(add: Callable[[Model], Any
     assert "hook" in refusal(model)
 
 
+@pytest.mark.parametrize("file", ["<stdin>", "<string>", "<ipython-input-1-0>"])
+def test_a_model_that_is_typed_in_is_the_users_too(file: str) -> None:
+    names: dict[str, Any] = {}
+    exec(compile("def write(model, h):\n h.data = h * 2\n return h", file, "exec"), names)
+    assert f"at: {file}:2" in refusal(Model(names["write"]))
+
+
 def test_hooks_and_custom_functions_do_not_matter_without_gradients() -> None:
     model = Model(CASES["custom function"])
     model.a.weight.register_hook(lambda grad: grad)

@@ -53,14 +53,26 @@ def checked(model: Values, h: Tensor) -> Tensor:
     return h.pow(2) + F.gaussian_nll_loss(h, h * 0, h.pow(2) + 1)
 
 
+def checked_at_the_end(model: Values, h: Tensor) -> Tensor:
+    try:
+        if model.text:
+            return h
+        h = h * 2
+    finally:
+        if bool((h > 1e9).any()) and not (h < 1e9).all():
+            raise ValueError("too large")
+    return h
+
+
 def masked(model: Values, h: Tensor) -> Tensor:
     return h[:, model.mask] * 2 + h[..., model.mask].pow(2)
 
 
-def test_a_check_that_only_raises_is_passed_over() -> None:
+@pytest.mark.parametrize("then", [checked, checked_at_the_end])
+def test_a_check_that_only_raises_is_passed_over(then: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_equal_to_eager(Values(checked), (torch.randn(5, 4).double(),))
+        check_equal_to_eager(Values(then), (torch.randn(5, 4).double(),))
 
 
 def suppressed(model: Values, h: Tensor) -> Tensor:
@@ -76,7 +88,7 @@ def caught_in_a_group(model: Values, h: Tensor) -> Tensor:
         if h.sum() < 1000:
             raise ValueError("small")
     except* ValueError:
-        return h * 2
+        h = h * 2
     return h
 
 

@@ -180,7 +180,31 @@ class Halved(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad * ctx.constant
+        return grad * ctx.constant, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        return grad * y * 3, grad * x
+
+
+def test_a_keyword_of_a_function_has_a_gradient() -> None:
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Product.apply(self.a(x), y=self.a(x) + 1).sum()
+
+    check_equal_to_eager(Squared(), (torch.randn(2, 4).double(),))
 
 
 @pytest.mark.parametrize("function", [Scaled, Halved])
