@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from meshwright.compiler.capture.aliases import named_tensors
+from meshwright.compiler.errors import CompilerError
 from meshwright.compiler.graph.text import size_text
 from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.explain import Explanation, explain
@@ -44,6 +45,20 @@ class Program(Compiled):
         captured = replace(self.captured, parameters=named.parameters, buffers=named.buffers)
         vars(found).update(model=model, captured=captured)
         return found
+
+    def __copy__(self) -> Program:
+        found = object.__new__(type(self))
+        vars(found).update(vars(self))
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self.with_model(copy.deepcopy(self.model, memo))
+
+    def __reduce__(self) -> NoReturn:
+        raise CompilerError(
+            "a program cannot be pickled: its graphs hold operators of this process",
+            help="save the text of the plan and compile again; `run.save(folder)` keeps weights",
+        )
 
     def __repr__(self) -> str:
         comm, peak = self.comm(), size_text(self.memory().peak)

@@ -7,6 +7,7 @@ collective; only tensors whose copies differ are then gathered, to say by how mu
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
-from meshwright.runtime.errors import MismatchError, spell_ranks, verb
+from meshwright.runtime.errors import MismatchError, by_value, spell_ranks, verb
 from meshwright.runtime.rank import RankProgram, RankState, Results
 from meshwright.runtime.start import checksum
 from meshwright.runtime.weights import stored_tensors
@@ -140,7 +141,7 @@ def _differ(sums: Sequence[int], held: Held, state: RankState) -> bool:
 
 def _other_tensors(digests: Sequence[int]) -> Found:
     usual, *others = by_value(range(len(digests)), digests)
-    ranks = tuple(sorted(rank for group in others for rank in group))
+    ranks = tuple(sorted(itertools.chain(*others)))
     return Found((Drift("the list of gradients and optimizer state", ranks, usual, 0.0),), 1)
 
 
@@ -167,15 +168,6 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 def copy_groups(split_axes: Sequence[str], mesh: Mesh) -> tuple[tuple[int, ...], ...]:
     """The ranks that hold the same part of what is split over these axes."""
     return mesh.groups(tuple(axis for axis in mesh.names if axis not in split_axes))
-
-
-def by_value(ranks: Sequence[int], values: Sequence[Any]) -> list[tuple[int, ...]]:
-    """The ranks with the same value; the largest set first, the one of the lowest rank if in
-    doubt."""
-    found: dict[Any, list[int]] = {}
-    for rank, value in zip(ranks, values, strict=True):
-        found.setdefault(value, []).append(rank)
-    return sorted((tuple(each) for each in found.values()), key=lambda each: -len(each))
 
 
 def check_found(found: Found, rank: int) -> None:

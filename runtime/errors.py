@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 from meshwright.compiler.codegen.printing import Code
 from meshwright.compiler.graph.text import op_text
@@ -114,6 +114,15 @@ def spell_ranks(ranks: Iterable[int]) -> str:
     if len(shown) == 1:
         return f"rank {shown[0]}"
     return f"ranks {', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def by_value(ranks: Iterable[int], values: Iterable[Hashable]) -> list[tuple[int, ...]]:
+    """The ranks in sets of those with the same value: the largest first, and of equally large ones
+    that with the lowest rank. So the first is taken to be right, and the others differ."""
+    found: dict[Hashable, list[int]] = {}
+    for rank, value in zip(ranks, values, strict=True):
+        found.setdefault(value, []).append(rank)
+    return sorted(map(tuple, found.values()), key=len, reverse=True)
 
 
 def verb(ranks: Iterable[int], single: str, plural: str) -> str:

@@ -6,7 +6,7 @@ stage, activations and cotangents for the stage that takes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,15 +19,15 @@ from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import Graph, InputKind, MeshOp, Node, Output, OutputKind
 from meshwright.compiler.layout.layout import shard
-from meshwright.compiler.layout.wires import Wait
+from meshwright.compiler.layout.wires import COMBINE, Wait
 from meshwright.compiler.public import Program
 from meshwright.compiler.stages import PASSED_AS, Joined, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
 from meshwright.runtime.rank import RankProgram, RankState, Results, padded
 
-Kept = Tensor | list[tuple[Tensor, Tensor]] | None
-"""The gradients of a bucket before a step: all as one, each with its view, or none."""
+Kept = Tensor | list[tuple[Tensor, Tensor]]
+"""The gradients of a bucket before a step: all as one, or each with its view."""
 _RETURNED = (OutputKind.LOSS, OutputKind.OUTPUT, OutputKind.BUFFER)
 Passed = dict[tuple[InputKind, str, int], Any]
 """What other stages have sent, by what it is to its taker, name and microbatch."""
@@ -55,7 +55,11 @@ class Executor:
         }
         self.walk = [(action, self.graphs[action.stage, action.kind]) for action in self.actions]
         self.loops = [self._loop(stage) for stage in program.stages]
-        self.buffers = [o for g in graphs.values() for o in g.outputs_of(OutputKind.BUFFER)]
+        returned = [o for graph in graphs.values() for o in graph.outputs_of(*_RETURNED)]
+        returned.sort(key=lambda output: output.kind is not OutputKind.LOSS)
+        self.returned = dict.fromkeys(returned)
+        """What a step returns, in order: the loss comes first."""
+        self.buffers = [output for output in returned if output.kind is OutputKind.BUFFER]
         self._kept: dict[_Bucket, Kept] = {}
         """What each bucket held before the step that is under way, if that came to fill it."""
 
@@ -72,13 +76,12 @@ class Executor:
             for turn in (graph.mesh.turns[:1] if once else graph.mesh.turns)
         ]
         return _Linked(
-            graph,
             code,
             [code.link(context) for context in contexts],
             once,
             _Inputs(graph, self, places),
             [(i, PASSED_AS[o.kind], o.name) for i, o in outputs if o.kind in PASSED_AS],
-            [_Result(i, o, storage(o.node).held) for i, o in outputs if o.kind in _RETURNED],
+            [(i, o, storage(o.node).held) for i, o in outputs if o.kind in _RETURNED],
             {
                 name: _Bucket(flat, [state.parameters[owner] for owner in owners], views)
                 for name, (owners, (flat, *views)) in filled.items()
@@ -123,7 +126,7 @@ class Executor:
         self._kept = {}
         saved = [_Saved(loop) for loop in self.loops]
         passed: Passed = {}
-        made: list[tuple[_Result, Any]] = []
+        results: dict[Output, Any] = self.returned.copy()
         reductions: list[Pending] = []
         for action, each in self.walk:
             inputs = each.inputs.of(arguments)
@@ -141,8 +144,11 @@ class Executor:
             reductions += under_way
             for place, kind, name in each.sent:
                 passed[kind, name, action.microbatch] = values[place]
-            made += [(result, values[result.place]) for result in each.results]
-        results = yield from _results(made)
+            for place, output, lives_on in each.results:
+                results[output] = values[place].clone() if lives_on else values[place]
+        for output, value in results.items():
+            if type(value) is Pending:
+                results[output] = yield from _arrived(value)
         for reduction in reductions:
             yield from _arrived(reduction)
         return results
@@ -212,24 +218,7 @@ class _Saved:
             place = self.places[number][1] if number in self.places else torch.empty_like(value)
             self.once[number] = place.copy_(value)
         else:
-            _COMBINED[joined.node.args[0].placed.reduction](total, value)
-
-
-_COMBINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "sum": lambda total, value: total.add_(value),
-    "max": lambda total, value: torch.maximum(total, value, out=total),
-    "min": lambda total, value: torch.minimum(total, value, out=total),
-}
-"""Takes one more value into a reduction."""
-
-
-def _results(made: Sequence[tuple[_Result, Any]]) -> RankProgram:
-    """The outputs once they are all there; the loss comes first."""
-    results: Results = {}
-    for result, value in sorted(made, key=lambda each: each[0].output.kind is not OutputKind.LOSS):
-        found = (yield from _arrived(value)) if type(value) is Pending else value
-        results[result.output] = found.clone() if result.lives_on else found
-    return results
+            COMBINE[joined.node.args[0].placed.reduction](total, value, out=total)
 
 
 def _arrived(pending: Pending) -> Generator[Any, Any, Tensor]:
@@ -241,20 +230,9 @@ def _arrived(pending: Pending) -> Generator[Any, Any, Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Result:
-    """An output that the step returns, and its place among the values of its graph."""
-
-    place: int
-    output: Output
-    lives_on: bool
-    """Whether it is a tensor that ranks hold, or a view of one, which may be written to."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Linked:
     """A graph with its code linked for this rank."""
 
-    graph: Graph
     code: Code
     functions: list[RankFunction]
     """One for each microbatch, or one alone."""
@@ -263,7 +241,9 @@ class _Linked:
     inputs: _Inputs
     sent: list[tuple[int, InputKind, str]]
     """What other stages take: its place among the values, what it is to them, and its name."""
-    results: list[_Result]
+    results: list[tuple[int, Output, bool]]
+    """What the step returns: its place among the values, the output, and whether it lives on in a
+    tensor that ranks hold, which may be written to."""
     buckets: dict[str, _Bucket]
 
     def run(self, inputs: Sequence[Tensor], saved: dict[int, Any], microbatch: int) -> RankProgram:
@@ -318,24 +298,17 @@ class _Bucket:
 
     def keep(self) -> Kept:
         """Gradients to add to, safe from being overwritten: all as one buffer, or one by one."""
-        gradients = [parameter.grad for parameter, _ in self.pairs]
-        if not any(gradient is not None for gradient in gradients):
-            return None
-        pairs = zip(gradients, self.pairs, strict=True)
-        if all(gradient is view for gradient, (_, view) in pairs):
+        held = [(view, p.grad) for p, view in self.pairs if p.grad is not None]
+        if len(held) == len(self.pairs) and all(view is gradient for view, gradient in held):
             return self.flat.clone()
-        return [
-            (view, gradient.clone())
-            for gradient, (_, view) in zip(gradients, self.pairs, strict=True)
-            if gradient is not None
-        ]
+        return [(view, gradient.clone()) for view, gradient in held]
 
     def give(self, kept: Kept) -> None:
         """Add what was kept, and let the parameters have their gradients."""
         if isinstance(kept, Tensor):
             self.flat.add_(kept)
             return
-        for view, gradient in kept or ():
+        for view, gradient in kept:
             view.add_(gradient)
         for parameter, view in self.pairs:
             parameter.grad = view
@@ -345,7 +318,7 @@ class _Bucket:
         if isinstance(kept, Tensor):
             self.flat.copy_(kept)
             return
-        for view, gradient in kept or ():
+        for view, gradient in kept:
             view.copy_(gradient)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -29,9 +29,9 @@ def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
     return local.clone() if shared else local
 
 
-def gathered_all(locals: Sequence[tuple[Tensor, Stored]], state: RankState) -> RankProgram:
-    """Global tensors, one after the other."""
-    found: list[Tensor] = []
+def gathered_all(locals: Iterable[tuple[Tensor, Stored]], state: RankState) -> RankProgram:
+    """The global tensors by name, gathered one after the other."""
+    found: dict[str, Tensor] = {}
     for local, stored in locals:
-        found.append((yield from gathered(local, stored, state)))
+        found[stored.name] = yield from gathered(local, stored, state)
     return found

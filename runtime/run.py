@@ -369,13 +369,11 @@ class Run:
     def _gather(
         self, stored: Sequence[Stored], value: Callable[[RankState, Stored], Tensor | None]
     ) -> dict[str, Tensor]:
-        present = [s for s in stored if value(self.states[0], s) is not None]
         programs = []
         for state in self.states:
-            held = [(value(state, s), s) for s in present]
-            programs.append(gathered_all([(t, s) for t, s in held if t is not None], state))
-        tensors = self._run(programs)[0]
-        found = {s.name: tensor for s, tensor in zip(present, tensors, strict=True)}
+            held = [(tensor, s) for s in stored if (tensor := value(state, s)) is not None]
+            programs.append(gathered_all(held, state))
+        found: dict[str, Tensor] = self._run(programs)[0]
         aliases = self.program.captured.aliases
         return {alias: found[name] for alias, name in aliases.items() if name in found}
 

@@ -8,6 +8,7 @@ the next one begins, so that no call waits for a comparison of its own.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from meshwright.compiler.layout.wires import Start, Wait, Wire
 from meshwright.dsl.errors import spelled
-from meshwright.runtime.copies import by_value
-from meshwright.runtime.errors import MismatchError, RunError, spell_ranks, verb
+from meshwright.runtime.errors import MismatchError, RunError, by_value, spell_ranks, verb
 from meshwright.runtime.inputs import check_dense
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.start import checksum
@@ -115,7 +115,7 @@ class InputCheck:
         for name, row in zip(sent.names, rows, strict=True):
             for ranks in sent.groups:
                 usual, *others = by_value(ranks, [row[rank] for rank in ranks])
-                different = [rank for own in others for rank in own]
+                different = list(itertools.chain(*others))
                 if different:
                     culprits.update(different)
                     line = f"{verb(different, 'differs', 'differ')} from {spell_ranks(usual)}"

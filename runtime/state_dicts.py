@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from meshwright.runtime.weights import (
     check_lossless,
     check_state,
     check_values,
+    held_tensors,
     listed,
     name_in,
     shapes_of,
@@ -67,7 +68,7 @@ def _checked(program: Program, given: Any) -> list[str]:
 def targets_in(program: Program, model: Any) -> dict[str, Tensor]:
     """The tensors of a model to copy to. Raises `RunError` unless each can hold what is trained."""
     check_kind(model, nn.Module, "what to copy to", _LIKE_COMPILED)
-    targets = dict(_tensors_of(model))
+    targets = held_tensors(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in targets.items()}
     where = "what to copy to"
     check_state(program, shapes, where, needed=state_names(program), help=_LIKE_COMPILED)
@@ -86,11 +87,6 @@ def targets_in(program: Program, model: Any) -> dict[str, Tensor]:
             raise RunError(f"`{name}` of this model {problem}", help=_LIKE_COMPILED)
     check_values(program, targets, where)
     return targets
-
-
-def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _why_not(tensor: Tensor) -> str:

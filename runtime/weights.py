@@ -39,7 +39,7 @@ def name_in(program: Program, name: str, given: Mapping[str, object]) -> str | N
 
 def values_of(program: Program, state_dict: Mapping[str, Tensor] | None) -> Values:
     """The global values: those of `state_dict` where it has them, else those the model has now."""
-    held = _held(program.model)
+    held = held_tensors(program.model)
     aliases: dict[str, list[str]] = {}
     for name, own in program.captured.aliases.items():
         aliases.setdefault(own, []).append(name)
@@ -76,12 +76,10 @@ def _equal(a: Tensor | None, b: Tensor) -> bool:
     return (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
 
 
-def _held(model: nn.Module) -> dict[str, Tensor]:
+def held_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that a model has now, under all their names."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
 
 
 def check_state(

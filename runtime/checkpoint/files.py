@@ -15,6 +15,7 @@ from meshwright.runtime.errors import RunError
 _PIECE = 4 << 20
 COPY_AGAIN = "copy the whole folder of the checkpoint again, or load another one"
 """Help for what is damaged or not there."""
+MAKE_ROOM = "make room there, or name another folder"
 
 
 @contextlib.contextmanager

@@ -16,7 +16,13 @@ import time
 from pathlib import Path
 from typing import BinaryIO, Self, cast
 
-from meshwright.runtime.checkpoint.files import cannot, make_folder, sync_folder, write_all
+from meshwright.runtime.checkpoint.files import (
+    MAKE_ROOM,
+    cannot,
+    make_folder,
+    sync_folder,
+    write_all,
+)
 from meshwright.runtime.checkpoint.locks import try_lock
 from meshwright.runtime.checkpoint.manifest import (
     MANIFEST,
@@ -32,12 +38,13 @@ from meshwright.runtime.errors import RunError, check_kind
 
 _SHARD = re.compile(r"\d{5,}\.safetensors")
 _ATTEMPTS, _PAUSE = 100, 0.01
-_ROOM = "make room there, or name another folder"
 
 
 def folder_of(path: object) -> Path:
-    """The folder that `save` and `load` are called with. `RunError` for what is not a path."""
+    """The folder that `save` and `load` are called with. Raises `RunError` for what names none."""
     check_kind(path, (str, Path), "the path", "pass the name of a folder")
+    if path == "":
+        raise RunError("the path is empty", help='name a folder; `"."` is the working directory')
     return Path(cast(str | Path, path))
 
 
@@ -104,7 +111,7 @@ class NewSave:
             os.replace(file, self.folder / MANIFEST)
             sync_folder(self.folder)
         except OSError as error:
-            raise cannot("write", self.folder / MANIFEST, error, _ROOM) from None
+            raise cannot("write", self.folder / MANIFEST, error, MAKE_ROOM) from None
         self._release()
         remove_unused(self.folder, before)
 

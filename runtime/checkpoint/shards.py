@@ -15,6 +15,7 @@ from torch import Tensor
 
 from meshwright.runtime.checkpoint.files import (
     COPY_AGAIN,
+    MAKE_ROOM,
     cannot,
     read_all,
     read_bytes,
@@ -24,8 +25,6 @@ from meshwright.runtime.checkpoint.files import (
 )
 from meshwright.runtime.checkpoint.header import Header, header_length
 from meshwright.runtime.errors import RunError
-
-_ROOM = "make room there, or name another folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +64,7 @@ def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str
             pass
         os.fsync(file.fileno())
     except OSError as error:
-        raise cannot("write", path, error, _ROOM) from None
+        raise cannot("write", path, error, MAKE_ROOM) from None
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> str:

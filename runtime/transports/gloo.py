@@ -7,37 +7,24 @@ four processes on two cores, torch 2.13, loopback.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import math
-import os
-import socket
-import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    AllreduceOptions,
-    BroadcastOptions,
-    ProcessGroupGloo,
-    ReduceOp,
-    ReduceOptions,
-    Store,
-)
+from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
 from meshwright.compiler.layout.wires import COMBINE, HALF_TYPES, WIRES, Wire, receive
+from meshwright.runtime.transports import native
+from meshwright.runtime.transports.native import Begun
+from meshwright.runtime.world.connections import connections
 
-Finish = Callable[[], Tensor]
-Begun = tuple[list[Any], Finish]
-"""What to wait for, and what then gives the result (a further round of messages included)."""
 Algorithm = Callable[["GlooGroup", Wire, Tensor, bool], Begun]
 
 KIB, MIB = 2**10, 2**20
-_REDUCE_OPS: dict[str, Any] = {"sum": ReduceOp.SUM, "max": ReduceOp.MAX, "min": ReduceOp.MIN}
 _NATIVE_REDUCES = {
     torch.float32,
     torch.float64,
@@ -130,50 +117,6 @@ class GlooGroup:
         """Let go of Gloo's threads; without it processes abort at exit."""
         self._scratch.clear()
         del self.backend
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """A connected socket that torch has opened: its descriptor, and what it then stood for."""
-
-    number: int
-    inode: int
-
-    def abort(self) -> None:
-        """Shut it down, so that whoever waits for it returns."""
-        with contextlib.suppress(OSError), self._duplicate() as duplicate:
-            duplicate.shutdown(socket.SHUT_RDWR)
-
-    def ended(self) -> bool:
-        """Whether the other end has closed it."""
-        try:
-            with self._duplicate() as duplicate:
-                return not duplicate.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-
-    def _duplicate(self) -> socket.socket:
-        duplicate = os.dup(self.number)
-        if os.fstat(duplicate).st_ino == self.inode:
-            return socket.socket(fileno=duplicate)
-        os.close(duplicate)
-        raise OSError(errno.EBADF, "closed, and its number used again")
-
-
-def connections() -> Iterator[Connection]:
-    """This process's connected sockets."""
-    for name in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):
-            number = int(name)
-            # A socket object takes over its descriptor only if that is one of a socket.
-            if not stat.S_ISSOCK(os.fstat(number).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(number)) as duplicate:
-                if duplicate.family in (socket.AF_INET, socket.AF_INET6):
-                    duplicate.getpeername()
-                    yield Connection(number, os.fstat(number).st_ino)
 
 
 def _wait(works: Sequence[Any]) -> None:
@@ -274,34 +217,6 @@ def _direct_all_to_all(group: GlooGroup, wire: Wire, tensor: Tensor, donate: boo
     return works, lambda: whole
 
 
-def _native_all_reduce(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    options = AllreduceOptions()
-    options.reduceOp = _REDUCE_OPS[wire.reduce]
-    result = tensor if donate else tensor.clone()
-    return [group.backend.allreduce([result], options)], lambda: result
-
-
-def _native_all_gather(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    whole = tensor.new_empty((group.size, *tensor.shape))
-    flat = tensor.view(-1)
-    return [group.backend._allgather_base(whole.view(-1), flat)], lambda: whole
-
-
-def _native_broadcast(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    options = BroadcastOptions()
-    options.rootRank = wire.root
-    result = tensor.clone()
-    return [group.backend.broadcast([result], options)], lambda: result
-
-
-def _native_reduce(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    options = ReduceOptions()
-    options.reduceOp, options.rootRank = _REDUCE_OPS[wire.reduce], wire.root
-    result = tensor.clone()
-    works = [group.backend.reduce([result], options)]
-    return works, lambda: result if group.position == wire.root else result.zero_()
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
     """`algorithm` is the one for `kind` in groups of `sizes` and operands up to `max_bytes`."""
@@ -320,21 +235,21 @@ ALGORITHMS: tuple[Row, ...] = (
     Row("all_reduce", _DOUBLING, 512 * KIB, _double, alone=True),
     Row("all_reduce", (2, 3, 4), 8 * MIB, _scatter_and_gather, alone=True),
     Row("all_reduce", _ANY, 256 * KIB, _direct),
-    Row("all_reduce", (), math.inf, _native_all_reduce),
+    Row("all_reduce", (), math.inf, native.all_reduce),
     Row("all_gather", _ANY, math.inf, _direct_all_gather),
-    Row("all_gather", (), math.inf, _native_all_gather),
+    Row("all_gather", (), math.inf, native.all_gather),
     Row("reduce_scatter", (), math.inf, _direct_in_scratch, alone=True),
     Row("all_to_all", (), math.inf, _direct_all_to_all),
     Row("broadcast", (2, 3, 4), math.inf, _direct),
-    Row("broadcast", (), math.inf, _native_broadcast),
+    Row("broadcast", (), math.inf, native.broadcast),
     Row("reduce", (2, 3, 4), math.inf, _direct),
-    Row("reduce", (), math.inf, _native_reduce),
+    Row("reduce", (), math.inf, native.reduce),
 )
 """The first row that fits counts, or else `_direct`; no `sizes` means every size. A row that is
 `alone`, for its second round of messages or the buffer that it shares with others, is not for a
 collective that is started and waited for later."""
 
-_REDUCES_NATIVELY = (_native_all_reduce, _native_reduce)
+_REDUCES_NATIVELY = (native.all_reduce, native.reduce)
 
 
 def choose(kind: str, size: int, started: bool) -> list[tuple[float, Algorithm]]:

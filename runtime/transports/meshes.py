@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.errors import RunError
+from meshwright.runtime.rank import RankProgram
 from meshwright.runtime.transports.process import ProcessTransport
 from meshwright.runtime.transports.virtual import run_virtual
 from meshwright.runtime.world.rendezvous import under_torchrun
-
-RankProgram = Generator[Any, Any, Any]
 
 _MOST_VIRTUAL_RANKS = 4096
 

@@ -8,20 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import (
-    AllreduceOptions,
-    AllToAllOptions,
-    BroadcastOptions,
-    ReduceOp,
-    ReduceOptions,
-    ReduceScatterOptions,
-    Store,
-)
+from torch._C._distributed_c10d import AllToAllOptions, ReduceScatterOptions, Store
 
 from meshwright.compiler.layout.wires import WIRES, Wire, receive
-from meshwright.runtime.transports.gloo import Begun
-
-_REDUCE_OPS: dict[str, Any] = {"sum": ReduceOp.SUM, "max": ReduceOp.MAX, "min": ReduceOp.MIN}
+from meshwright.runtime.transports import native
+from meshwright.runtime.transports.native import Begun
 
 
 class NcclGroup:
@@ -53,21 +44,9 @@ class NcclGroup:
         del self.backend
 
 
-def _all_reduce(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    options = AllreduceOptions()
-    options.reduceOp = _REDUCE_OPS[wire.reduce]
-    result = tensor if donate else tensor.clone()
-    return [group.backend.allreduce([result], options)], lambda: result
-
-
-def _all_gather(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    whole = tensor.new_empty((group.size, *tensor.shape))
-    return [group.backend._allgather_base(whole.view(-1), tensor.view(-1))], lambda: whole
-
-
 def _reduce_scatter(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
     options = ReduceScatterOptions()
-    options.reduceOp = _REDUCE_OPS[wire.reduce]
+    options.reduceOp = native.REDUCE_OPS[wire.reduce]
     part = tensor.new_empty(tensor.shape[1:])
     work = group.backend._reduce_scatter_base(part.view(-1), tensor.view(-1), options)
     return [work], lambda: part
@@ -106,26 +85,11 @@ def _direct(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun
     return [work], finish
 
 
-def _broadcast(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    options = BroadcastOptions()
-    options.rootRank = wire.root
-    result = tensor.clone()
-    return [group.backend.broadcast([result], options)], lambda: result
-
-
-def _reduce(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    options = ReduceOptions()
-    options.reduceOp, options.rootRank = _REDUCE_OPS[wire.reduce], wire.root
-    result = tensor.clone()
-    works = [group.backend.reduce([result], options)]
-    return works, lambda: result if group.position == wire.root else result.zero_()
-
-
 _NATIVE: dict[str, Callable[[NcclGroup, Wire, Tensor, bool], Begun]] = {
-    "all_reduce": _all_reduce,
-    "all_gather": _all_gather,
+    "all_reduce": native.all_reduce,
+    "all_gather": native.all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,
-    "broadcast": _broadcast,
-    "reduce": _reduce,
+    "broadcast": native.broadcast,
+    "reduce": native.reduce,
 }

@@ -9,7 +9,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -21,42 +22,68 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import WIRES, Start, Wire, receive
 from meshwright.runtime.errors import OperatorError, RunError, last_words
-from meshwright.runtime.transports.gloo import GlooGroup, connections
+from meshwright.runtime.rank import RankProgram
+from meshwright.runtime.transports.gloo import GlooGroup
 from meshwright.runtime.transports.nccl import NcclGroup
 from meshwright.runtime.transports.shared import SharedGroup, host_name, share
 from meshwright.runtime.world import launcher
+from meshwright.runtime.world.connections import connections
 from meshwright.runtime.world.digest import check_digests, check_world
 from meshwright.runtime.world.rendezvous import Limit, connect, host_rank, meet, place
 from meshwright.runtime.world.termination import Termination
-from meshwright.runtime.world.watch import Watch
+from meshwright.runtime.world.watch import Waits, Watch
 
 _COLLECTIVE_SECONDS = 30 * 24 * 3600.0
 """A limit on one collective would be one on its slowest member's compute: the watch ends runs."""
 _BACKEND_WORDS = ("gloo", "nccl", "connection", "timed out", "socket")
 
-
 _Group = GlooGroup | SharedGroup | NcclGroup
 
 
+@dataclass(eq=False, slots=True)
 class _Lane:
-    """One set of axes on this rank: its group (none if it is alone) and how many were begun."""
+    """One set of axes on this rank: its group (none if it is alone), and the number of collectives
+    that it has begun."""
 
-    __slots__ = ("group", "label", "order")
+    group: _Group | None
+    label: str
+    order: int = 0
 
-    def __init__(self, group: _Group | None, label: str) -> None:
-        self.group, self.label, self.order = group, label, 0
 
-
+@dataclass(eq=False, slots=True)
 class Handle:
     """A started collective; keeps what it was lent until it is waited for."""
 
-    __slots__ = ("finish", "label", "order", "wire", "works")
+    waits: Waits
+    works: list[Any]
+    finish: Callable[[], Tensor]
 
-    def __init__(
-        self, label: str, order: int, wire: Wire, works: list[Any], finish: Callable[[], Tensor]
+
+class _Waiting:
+    """A context in which this rank waits for others, as `watch.waits` says until it ends.
+
+    An error of the backend becomes the error that the watch finds; any other ends this rank.
+    """
+
+    def __init__(self, transport: ProcessTransport) -> None:
+        self.transport, self.watch = transport, transport.watch
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
-        self.label, self.order, self.wire = label, order, wire
-        self.works, self.finish = works, finish
+        if isinstance(error, RuntimeError):
+            ours = self.transport.ours(error)
+            if ours is not error:
+                raise ours from None
+            return
+        self.watch.waits = None
+        if error is not None:
+            self.transport.end(error)
+        elif self.watch.told_at:
+            self.watch.end_as_told()
 
 
 class ProcessTransport:
@@ -64,7 +91,7 @@ class ProcessTransport:
 
     Reads torchrun's environment variables (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`), or
     joins the default process group where the caller made one. Made by every rank in the same order.
-    Groups of axes are made on first use, or beforehand by `prepare`.
+    Groups of axes are made on first use.
 
     `period` is the seconds between heartbeats, `patience` those without one after which a peer that
     this rank waits for counts as stalled. Raises `RunError` where the world's size is not the
@@ -98,6 +125,7 @@ class ProcessTransport:
         ProcessTransport._made += 1
         self.lanes: dict[tuple[str, ...], _Lane] = {}
         self.watch = self._start_watch(period, patience, limit)
+        self._waiting = _Waiting(self)
         hosts = self.store.multi_get([f"host/{rank}" for rank in range(mesh.num_ranks)])
         self._ranks_here = hosts.count(hosts[self.rank])
         self._detach = launcher.at_end(self.watch.abandon)
@@ -132,7 +160,7 @@ class ProcessTransport:
         watch.start()
         return watch
 
-    def run(self, program: Generator[Any, Any, Any], names: Sequence[str] = ()) -> Any:
+    def run(self, program: RankProgram, names: Sequence[str] = ()) -> Any:
         """Drive this rank's generator to its end; returns what it returned.
 
         `names[i]` is the node of the collective with index i, for errors. An exception of the
@@ -158,10 +186,10 @@ class ProcessTransport:
             return stop.value
         except RunError as error:
             if isinstance(error, OperatorError):
-                self._end(error)
+                self.end(error)
             raise
         except BaseException as error:
-            self._end(error)
+            self.end(error)
             raise
         finally:
             # What the program has to put in order is not left to whoever drops the exception.
@@ -171,7 +199,7 @@ class ProcessTransport:
         if self._ended is not None:
             raise self._ended
 
-    def _end(self, error: BaseException) -> None:
+    def end(self, error: BaseException) -> None:
         """Tell the others what ends this rank, and refuse whatever is called afterwards."""
         self.watch.publish_end(error)
         self._ended = self._ended or RunError(
@@ -191,21 +219,11 @@ class ProcessTransport:
         order = lane.order
         lane.order = watch.counts[lane.label] = order + 1
         watch.waits = (lane.label, order, wire)
-        try:
+        with self._waiting:
             works, finish = group.begin(wire, tensor, False, donate)
             for work in works:
                 work.wait()
-            result = finish()
-        except RuntimeError as error:
-            raise self._ours(error) from None
-        except BaseException as error:
-            watch.waits = None
-            self._end(error)
-            raise
-        watch.waits = None
-        if watch.told_at:
-            watch.end_as_told()
-        return result
+            return finish()
 
     def start(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Handle:
         """Begin a collective; until its wait the operand must stay as it is."""
@@ -213,43 +231,25 @@ class ProcessTransport:
         group, watch = lane.group, self.watch
         if group is None or not tensor.numel():
             result = _alone(wire, tensor, 1 if group is None else group.size)
-            return Handle(lane.label, -1, wire, [], lambda: result)
+            return Handle((lane.label, -1, wire), [], lambda: result)
         if watch.failure is not None:
             raise watch.failure
         order = lane.order
         lane.order = watch.counts[lane.label] = order + 1
-        try:
+        waits = watch.waits = (lane.label, order, wire)
+        with self._waiting:
             works, finish = group.begin(wire, tensor, True, donate)
-        except RuntimeError as error:
-            watch.waits = (lane.label, order, wire)
-            raise self._ours(error) from None
-        return Handle(lane.label, order, wire, works, finish)
+        return Handle(waits, works, finish)
 
     def wait(self, handle: Handle) -> Tensor:
         """The result of a started collective; each handle is waited for once."""
-        watch = self.watch
-        watch.waits = (handle.label, handle.order, handle.wire)
-        try:
+        self.watch.waits = handle.waits
+        with self._waiting:
             for work in handle.works:
                 work.wait()
             result = handle.finish()
-        except RuntimeError as error:
-            raise self._ours(error) from None
-        except BaseException as error:
-            watch.waits = None
-            self._end(error)
-            raise
-        watch.waits = None
-        if watch.told_at:
-            watch.end_as_told()
         handle.works, handle.finish = [], _taken
         return result
-
-    def prepare(self, axes_sets: Sequence[tuple[str, ...]]) -> None:
-        """Connect the groups over each of `axes_sets`, given in one order on all ranks."""
-        for axes in axes_sets:
-            if axes not in self.lanes:
-                self._lane(axes)
 
     def check_same_program(self, digest: str) -> None:
         """Compare a SHA-256 in hexadecimal over all ranks; raises `MismatchError` on every one."""
@@ -314,7 +314,7 @@ class ProcessTransport:
         except RuntimeError as error:
             raise watch.explain(error) from None
         except BaseException as error:
-            self._end(error)
+            self.end(error)
             raise
         finally:
             watch.waits = None
@@ -329,7 +329,7 @@ class ProcessTransport:
         shared_store = PrefixStore("shared memory", store)
         return share(shared_store, group, self.shared_memory, self._ranks_here)
 
-    def _ours(self, error: RuntimeError) -> RuntimeError:
+    def ours(self, error: RuntimeError) -> RuntimeError:
         """The error to raise for one that came out of a backend."""
         if self.watch.failure is None:
             text = str(error).lower()

@@ -28,10 +28,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from meshwright.compiler.layout.wires import WIRES, Wire, receive
-from meshwright.runtime.errors import MismatchError
-from meshwright.runtime.transports.gloo import Begun, GlooGroup
+from meshwright.runtime.errors import CALL_SAME_METHODS, MismatchError
+from meshwright.runtime.transports.gloo import KIB, MIB, GlooGroup
+from meshwright.runtime.transports.native import Begun
 
-KIB, MIB = 2**10, 2**20
 SLOTS = 8
 """As many 8-byte numbers as a cache line has."""
 _WORDS = 32
@@ -255,7 +255,7 @@ class SharedGroup:
                     rank=rank,
                     peers=(peer,),
                     where=(f"rank {rank}: {ours}", f"rank {peer}: {theirs}"),
-                    help="call the same methods on every rank: none under `if rank == 0`",
+                    help=CALL_SAME_METHODS,
                 )
 
     def _defer(self, operation: _Operation) -> None:

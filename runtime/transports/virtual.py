@@ -7,7 +7,7 @@ order within the group, so ranks may be at different points of different program
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +23,7 @@ from meshwright.runtime.errors import (
     spell_wire,
     verb,
 )
-
-RankProgram = Generator[Any, Any, Any]
+from meshwright.runtime.rank import RankProgram
 
 
 class _Exchange:
@@ -71,8 +70,7 @@ def run_virtual(
     the members of a group ask for different operations, `DeadlockError` where no rank can go on.
     An exception of a rank's own goes through with a note of the rank, unless it names its ranks.
     """
-    if len(programs) != mesh.num_ranks:
-        raise ValueError(f"{len(programs)} programs for a mesh of {mesh.num_ranks} ranks")
+    assert len(programs) == mesh.num_ranks
     driver = _Driver(programs, mesh, names)
     try:
         return driver.run()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.layout.wires import Wire
-from meshwright.runtime.errors import MismatchError, RunError, spell_ranks
+from meshwright.runtime.errors import CALL_SAME_METHODS, MismatchError, RunError, spell_ranks
 from meshwright.runtime.rank import RankProgram, RankState
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def _refuse_methods(state: RankState, method: str) -> RankProgram:
         rank=state.rank,
         peers=tuple(range(state.mesh.num_ranks)),
         where=[f"`{called}` on {spell_ranks(ranks)}" for called, ranks in callers.items()],
-        help="call the same methods on every rank: none under `if rank == 0`",
+        help=CALL_SAME_METHODS,
     )
 
 

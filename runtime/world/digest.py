@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.runtime.errors import MismatchError, RunError, spell_ranks
+from meshwright.runtime.errors import MismatchError, RunError, by_value, spell_ranks
 
 
 def check_world(mesh: Mesh, num_processes: int) -> None:
@@ -23,19 +24,15 @@ def check_world(mesh: Mesh, num_processes: int) -> None:
 
 def check_digests(digests: Sequence[str], rank: int) -> None:
     """Raise `MismatchError` unless every rank has the same digest; `digests` is by rank."""
-    holders: dict[str, list[int]] = {}
-    for holder, digest in enumerate(digests):
-        holders.setdefault(digest, []).append(holder)
-    if len(holders) == 1:
+    usual, *others = by_value(range(len(digests)), digests)
+    if not others:
         return
-    # The largest set of equal ranks is taken to be right, the one of the lowest rank if in doubt.
-    usual = max(holders, key=lambda digest: len(holders[digest]))
-    different = [holder for holder, digest in enumerate(digests) if digest != usual]
+    different = sorted(itertools.chain(*others))
     raise MismatchError(
-        f"{spell_ranks(different)} compiled a different program than {spell_ranks(holders[usual])}",
+        f"{spell_ranks(different)} compiled a different program than {spell_ranks(usual)}",
         rank=rank,
         peers=tuple(different),
-        where=[f"{spell_ranks(ranks)}: digest {digest[:12]}" for digest, ranks in holders.items()],
+        where=[f"{spell_ranks(own)}: digest {digests[own[0]][:12]}" for own in (usual, *others)],
         help="give every rank the same model, plan, example and versions, and the same seeds where "
         "the model draws numbers in Python",
     )

@@ -159,7 +159,8 @@ def connect(limit: Limit) -> Store:
     if dist.is_available() and dist.is_initialized():
         return dist.distributed_c10d._get_default_store()
     if _store is None:
-        tcp = _serve(_world(), limit) if _world().rank == host_rank() else _reach(_world(), limit)
+        world = _world()
+        tcp = (_serve if world.rank == host_rank() else _reach)(world, limit)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         _store = PrefixStore(f"attempt/{attempt}", tcp)
     return _store

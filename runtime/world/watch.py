@@ -29,7 +29,7 @@ from meshwright.runtime.errors import (
     spell_wire,
     verb,
 )
-from meshwright.runtime.transports.gloo import Connection
+from meshwright.runtime.world.connections import Connection
 from meshwright.runtime.world.termination import EXIT_CODE, say
 
 Waits = tuple[str, int, Wire]

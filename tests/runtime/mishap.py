@@ -88,7 +88,8 @@ def main(culprits: str, scenario: str) -> None:
     transport.check_same_program(digest * 32)
     if scenario == "hangs in a backend":
         # What a backend that cannot be interrupted looks like.
-        transport.prepare([("tp",), ("dp",)])
+        for axis in mesh.names:
+            transport.collective(Wire("all_reduce", (axis,)), torch.zeros(1))
         transport.watch.aborts.clear()
     program = SCENARIOS[scenario]() if own and scenario in SCENARIOS else train(40)
     transport.run(program, NAMES)

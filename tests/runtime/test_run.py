@@ -386,6 +386,17 @@ def test_a_run_is_not_copied_or_pickled() -> None:
         assert "help: keep it with `run.save(folder, optimizer)`" in str(caught.value)
 
 
+def test_a_program_is_copied_with_its_model_and_not_pickled() -> None:
+    program = compiled()
+    with pytest.raises(mw.MeshwrightError, match="a program cannot be pickled") as caught:
+        torch.save(program, io.BytesIO())
+    assert "help: save the text of the plan and compile again" in str(caught.value)
+    assert copy.copy(program).model is program.model
+    deep = copy.deepcopy(program)
+    assert deep.model is not program.model
+    assert deep.launch().step(*batch()).equal(program.launch().step(*batch()))
+
+
 @pytest.mark.parametrize(
     "kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad, torch.optim.RMSprop]
 )

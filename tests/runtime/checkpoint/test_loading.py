@@ -351,6 +351,8 @@ def test_arguments_of_another_kind_are_refused(tmp_path: Path, method: str) -> N
     run = launched("tensor")
     with pytest.raises(mw.RunError, match="the path is a `NoneType`"):
         getattr(run, method)(None)
+    with pytest.raises(mw.RunError, match="the path is empty\n  help: name a folder"):
+        getattr(run, method)("")
     with pytest.raises(mw.RunError, match="the optimizer is a `str`"):
         getattr(run, method)(tmp_path, "AdamW")
 

@@ -119,7 +119,6 @@ def main() -> None:
     torch.set_num_threads(1)
     mesh = MESHES[int(os.environ["WORLD_SIZE"])]
     transport = ProcessTransport(mesh)
-    transport.prepare(AXES)
     transport.check_same_program("5e" * 32)
     count = 0
     for wire, dtype, shape, started in cases():

@@ -110,7 +110,7 @@ def main(*names: str) -> None:
         wanted = names[1] != "unwanted"
         os.pidfd_open = unable
     transport = ProcessTransport(mesh, shared_memory=wanted)
-    transport.prepare([AXES])
+    transport.collective(Wire("all_gather", AXES), torch.zeros(1))
     if names[0] == "unshared":
         names = names[:1]
     else:
