@@ -1,7 +1,7 @@
-"""What a caller has set for all of torch does not reach into a run.
+"""Keep what a caller has set for all of torch out of a run.
 
 Under `torch.inference_mode()` tensors are made that nothing can train later, under a default device
-they are made elsewhere, and autocast changes types behind a graph's back.
+they are made elsewhere, and autocast changes the types that a graph has.
 """
 
 from __future__ import annotations

@@ -27,12 +27,12 @@ from meshwright.runtime.start import checksum
 from meshwright.runtime.weights import stored_tensors
 
 _SHOWN = 8
-"""Tensors that an error names; those beyond are counted, and not gathered."""
+"""The number of tensors that an error names; the others are counted and not gathered."""
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a rank holds of a tensor, or a block of it, and the axes that split it."""
+    """A rank's part of a tensor, or a block of that part, and the axes that split it."""
 
     label: str
     tensor: Tensor
@@ -41,7 +41,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """Copies of one tensor that differ: the ranks, those they differ from, and by how much."""
+    """Copies of one tensor that differ: on which ranks, from which others, and by how much."""
 
     label: str
     ranks: tuple[int, ...]
@@ -51,7 +51,7 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a comparison found: the largest drifts, and how many tensors differ in all."""
+    """The result of a comparison: the first drifts, and the number of tensors that differ."""
 
     drifts: tuple[Drift, ...]
     num_tensors: int
@@ -63,7 +63,7 @@ def held(
     optimizer: Optimizer | None,
     results: Results,
 ) -> list[Held]:
-    """All that this rank holds, in one order on all ranks."""
+    """All that this rank holds, in the same order on every rank."""
     found: list[Held] = []
     for kind, stored in stored_tensors(program):
         found += _blocks(f"`{stored.name}`", state.tensors[kind, stored.name], stored, program)
@@ -105,7 +105,7 @@ def _optimizer_state(program: Program, state: RankState, optimizer: Optimizer) -
 
 
 def _number(value: Any) -> Tensor | None:
-    """One number or more, as a tensor."""
+    """A number, or a list of them, as a tensor; None for anything else."""
     if isinstance(value, Tensor):
         return value
     numbers = value if isinstance(value, (list, tuple)) else (value,)
@@ -115,7 +115,7 @@ def _number(value: Any) -> Tensor | None:
 
 
 def compare(state: RankState, listed: Sequence[Held], tolerance: float) -> RankProgram:
-    """What differs among copies by more than `tolerance`: a `Found`, the same on every rank."""
+    """The copies that differ by more than `tolerance`: a `Found`, the same on every rank."""
     every_axis, device = state.mesh.names, state.device
     text = "\0".join(f"{each.label} {tuple(each.tensor.shape)}" for each in listed)
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
@@ -146,7 +146,7 @@ def _other_tensors(digests: Sequence[int]) -> Found:
 
 
 def _drifts(each: Held, copies: Tensor, mesh: Mesh, tolerance: float) -> Iterator[Drift]:
-    """By part of a tensor: the ranks whose copies differ from those that most ranks hold."""
+    """For each part of a tensor, the ranks whose copies differ from the most common one."""
     for ranks in copy_groups(each.split_axes, mesh):
         sums = [int(checksum(copies[rank])) for rank in ranks]
         usual, *others = by_value(ranks, sums)
@@ -171,7 +171,7 @@ def copy_groups(split_axes: Sequence[str], mesh: Mesh) -> tuple[tuple[int, ...],
 
 
 def check_found(found: Found, rank: int) -> None:
-    """Raise `MismatchError` that names every tensor, its ranks and the size of the difference."""
+    """Raise a `MismatchError` that names each tensor, its ranks and how far they differ."""
     if not found.drifts:
         return
     lines = [

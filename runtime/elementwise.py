@@ -19,18 +19,19 @@ Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 _MOST_ELEMENTS = 1 << 14
 _SCALES = (1.0, 1e-6, 1.0, 1e6, 1.0, 0.0)
-"""Of the gradients, step by step: what limits an update by a norm may do so for large ones only."""
+"""Of the gradients, by step: an optimizer that limits the norm of an update may act on large
+ones only."""
 _RATE = 0.1
-"""The learning rate of trials: that of an optimizer may be zero before its schedule begins."""
+"""The learning rate in trials: an optimizer's own may be zero until its schedule begins."""
 _RELATIVE, _ROUNDING = 1e-6, 1e-13
-"""How far equal updates may differ: state may be in float32, and is rounded otherwise in parts."""
+"""How far equal updates may differ: state may be in float32, and parts round differently."""
 
 
 def same_on_parts(make: Make, layout: Layout, mesh: Mesh) -> bool:
     """Whether ranks that hold a tensor in `layout` update it as one that holds it whole.
 
-    Steps are made in float64, on a tensor of this layout, or of a smaller one with the same
-    splits; every rank has an optimizer of its own, for one that looks at all it has.
+    Steps are made in float64, on a tensor of this layout or of a smaller one with the same splits.
+    Every rank has an optimizer of its own, since some look at all of their tensors together.
     """
     small = _smaller(layout.drop_states(), mesh)
     places = list({_place(small, mesh, rank): mesh.coords(rank) for rank in _some(mesh)}.values())
@@ -58,7 +59,7 @@ def same_with_copies(make: Make, copies: int) -> bool:
 def _values(
     make: Make, values: Sequence[Tensor], gradients: Sequence[list[Tensor]]
 ) -> list[list[Tensor]]:
-    """Of every tensor, its values before and after each step."""
+    """The values of each tensor before the first step and after every step."""
     parameters = [nn.Parameter(value.clone()) for value in values]
     optimizer = make(parameters)
     for group in optimizer.param_groups:
@@ -75,7 +76,7 @@ def _values(
 
 
 def _update(optimizer: torch.optim.Optimizer) -> None:
-    """One step; classes that need a closure get one that finds the same gradients again."""
+    """Make one step; classes that need a closure get one that leaves the gradients as they are."""
     step: Callable[..., Any] = optimizer.step
     closures = [
         lambda: torch.zeros(())
@@ -87,7 +88,7 @@ def _update(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _trials(shape: tuple[int, ...]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Values, and a gradient for each step; large values, and small ones."""
+    """Large values and small ones, each with a gradient for every step."""
     generator = torch.Generator().manual_seed(0)
     for size in (1.0, 1e-3):
         noise = torch.randn(1 + len(_SCALES), *shape, generator=generator, dtype=torch.float64)

@@ -49,7 +49,7 @@ class MismatchError(RunError):
 
 
 class DeadlockError(RunError):
-    """No rank can go on, because each waits for another. Raised by whatever they wait in."""
+    """No rank can go on, because each waits for another. Raised by the methods they wait in."""
 
 
 class PeerError(RunError):
@@ -60,14 +60,14 @@ class PeerError(RunError):
 
 
 class OperatorError(RunError):
-    """An operator of the program failed on this rank, as it would have in eager mode.
+    """An operator of the program failed on this rank, as it would have done in eager mode.
 
     Raised by the methods of `Run` that run the model; `where` has the line of the model.
     """
 
 
 def operator_error(error: Exception, code: Code) -> OperatorError:
-    """The error for one that an operator raised as generated `code` ran."""
+    """The error to raise for one that an operator raised while generated `code` ran."""
     problem = one_line(str(error).partition("\n")[0]) or type(error).__name__
     lines = [
         frame.lineno
@@ -85,11 +85,11 @@ def operator_error(error: Exception, code: Code) -> OperatorError:
 
 
 class ToldToStop(SystemExit):
-    """This rank was sent SIGTERM, and waits for nobody, or does so no more."""
+    """Ends a rank that was sent SIGTERM, as soon as it waits for no other rank."""
 
 
 def last_words(error: BaseException) -> tuple[str, str]:
-    """The state in which `error` leaves a rank, "failed" or "left", and what others say of it."""
+    """How `error` ends a rank, "failed" or "left", and what other ranks say of it."""
     if isinstance(error, ToldToStop):
         return "left", "was told to stop (SIGTERM)"
     if isinstance(error, KeyboardInterrupt):
@@ -100,7 +100,7 @@ def last_words(error: BaseException) -> tuple[str, str]:
 
 
 def check_kind(value: object, kind: type | tuple[type, ...], what: str, help: str) -> None:
-    """Raise `RunError` for an argument of another kind: `what` is a `str`, and what to pass."""
+    """Raise `RunError`, "`what` is a `str`" with this `help`, unless `value` is of the `kind`."""
     if not isinstance(value, kind):
         raise RunError(f"{what} is a `{type(value).__name__}`", help=help)
 

@@ -30,7 +30,7 @@ Kept = Tensor | list[tuple[Tensor, Tensor]]
 """The gradients of a bucket before a step: all as one, or each with its view."""
 _RETURNED = (OutputKind.LOSS, OutputKind.OUTPUT, OutputKind.BUFFER)
 Passed = dict[tuple[InputKind, str, int], Any]
-"""What other stages have sent, by what it is to its taker, name and microbatch."""
+"""What other stages have sent, by what it is to the stage that takes it, name and microbatch."""
 
 
 class Executor:
@@ -61,7 +61,7 @@ class Executor:
         """What a step returns, in order: the loss comes first."""
         self.buffers = [output for output in returned if output.kind is OutputKind.BUFFER]
         self._kept: dict[_Bucket, Kept] = {}
-        """What each bucket held before the step that is under way, if that came to fill it."""
+        """What each bucket held before the step that is under way, if that has come to fill it."""
 
     def _linked(self, graph: Graph, code: Code, places: dict[str, int], *, once: bool) -> _Linked:
         state = self.state
@@ -120,8 +120,8 @@ class Executor:
         """One step: the actions of this rank in order, then what is still under way.
 
         `arguments` are the local parts of the inputs, in the program's order. Returns `Results`, in
-        memory that no later step writes to; gradients are in the flat buffers. It counts when
-        `commit` has been called; `undo` makes it as if it had not been.
+        memory that no later step writes to; gradients are in the flat buffers. The step counts
+        once `commit` has been called; `undo` takes it back.
         """
         self._kept = {}
         saved = [_Saved(loop) for loop in self.loops]
@@ -154,7 +154,7 @@ class Executor:
         return results
 
     def _keep(self, buckets: Iterable[_Bucket]) -> None:
-        """Note what buckets hold that are about to be filled."""
+        """Keep what is in buckets that are about to be filled."""
         for bucket in buckets:
             if bucket not in self._kept:
                 self._kept[bucket] = bucket.keep()
@@ -176,8 +176,8 @@ class Executor:
 
 @dataclass(frozen=True, slots=True)
 class _Loop:
-    """How values of the microbatches of a stage become one: `joined` as in `Stage`, and by number
-    of a saved gradient the part of a bucket in which it is summed up."""
+    """How a stage's values of all microbatches become one: `joined` as in `Stage`, and in `places`
+    the part of a bucket in which a saved gradient is summed up, by the gradient's number."""
 
     num_turns: int
     joined: Mapping[int, Joined]
@@ -193,7 +193,7 @@ class _Saved:
         self.once: dict[int, Any] = {}
 
     def filled(self, microbatch: int) -> list[_Bucket]:
-        """The buckets to which gradients are added that the microbatch has just saved."""
+        """The buckets to which the gradients are added that a microbatch has just saved."""
         own = self.by_microbatch[microbatch]
         return [self.places[number][0] for number in own if number in self.places]
 
@@ -203,7 +203,7 @@ class _Saved:
             own.update(self.once)
 
     def join(self, microbatch: int) -> None:
-        """Join what a microbatch has saved for after the loop with what the ones before have."""
+        """Join what a microbatch has saved for after the loop with that of the ones before."""
         own = self.by_microbatch[microbatch]
         for number in self.joined.keys() & own.keys():
             self._join(number, own.pop(number), microbatch)
@@ -235,7 +235,7 @@ class _Linked:
 
     code: Code
     functions: list[RankFunction]
-    """One for each microbatch, or one alone."""
+    """One for each microbatch, or a single one."""
     once: bool
     """Whether it runs once for all microbatches."""
     inputs: _Inputs
@@ -257,10 +257,10 @@ class _Linked:
 
 
 class _Inputs:
-    """The values of a graph's inputs: all but the arguments and what stages send are known
-    beforehand.
+    """The values of a graph's inputs, of which all but the arguments and what other stages send are
+    known beforehand.
 
-    Weights that the graph does not use are left out: it has no say in how they are laid out.
+    Weights that the graph does not use are left out: their layout there need not be the stored one.
     """
 
     def __init__(self, graph: Graph, executor: Executor, places: dict[str, int]) -> None:
@@ -284,7 +284,7 @@ class _Inputs:
         return tensors
 
     def receive(self, tensors: list[Any], passed: Passed, microbatch: int) -> RankProgram:
-        """Put what stages have sent where it belongs, out of `passed`."""
+        """Take what stages have sent out of `passed`, and put it where it belongs."""
         for place, kind, name in self.received:
             value = passed.pop((kind, name, microbatch))
             tensors[place] = (yield from _arrived(value)) if type(value) is Pending else value
@@ -323,7 +323,7 @@ class _Bucket:
 
 
 def _owners(graph: Graph) -> dict[str, tuple[tuple[str, ...], Node]]:
-    """By bucket node: the parameters whose gradients it holds, in order, and the node."""
+    """By the name of a bucket: the parameters whose gradients it holds, in order, and its node."""
     names: dict[tuple[str, int], str] = {}
     for gradient in graph.outputs_of(OutputKind.GRADIENT):
         source: Node = gradient.node.args[0]

@@ -1,4 +1,4 @@
-"""Global tensors out of every rank's parts."""
+"""Gather global tensors from every rank's parts."""
 
 from __future__ import annotations
 

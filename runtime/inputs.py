@@ -22,9 +22,9 @@ Sharder = Callable[[Tensor], Tensor]
 
 
 class Inputs:
-    """What a program takes, in the order of its graph's arguments.
+    """The inputs that a program takes, in the order of its graph's arguments.
 
-    With `rows` a caller holds only its own rows: what `data` splits is local already.
+    With `rows` a caller passes only its own rows: what `data` splits is local already.
     """
 
     def __init__(self, program: Program, *, rows: bool = False) -> None:
@@ -93,7 +93,7 @@ def data_axes(program: Program) -> tuple[str, ...]:
 
 
 def _rows(name: str, layout: Layout, program: Program) -> tuple[tuple[int, ...], Layout]:
-    """The shape that a caller holds of its own rows, and how ranks cut that further."""
+    """The shape of a caller's own rows, and the layout in which its ranks split those further."""
     data, mesh = set(data_axes(program)), program.mesh
     dims: list[Dim] = []
     taken: list[int] = []
@@ -110,7 +110,7 @@ def _rows(name: str, layout: Layout, program: Program) -> tuple[tuple[int, ...],
 
 
 def _plain(program: Program) -> tuple[bool, bool]:
-    """Whether the inputs are all tensors that can be given by position, or by name."""
+    """Whether all inputs are tensors that can be passed by position, and by name."""
     spec = program.captured.input_spec
     parameters = spec.signature.parameters
     if spec.constants or any(name not in parameters for name in spec.types):
@@ -124,7 +124,7 @@ def _plain(program: Program) -> tuple[bool, bool]:
 
 
 def _sharder(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> Sharder:
-    """What takes a rank's shard: a slice of one dim where that is all it is."""
+    """The function that takes a rank's shard: a slice of one dim where that is enough."""
     split = [i for i, dim in enumerate(layout.dims) if dim_axes(dim)]
     if not split and not layout.partial:
         return _same
@@ -146,7 +146,7 @@ def check_dense(tensor: Tensor) -> None:
 
 
 def check_leaves(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Raise `RunError` for an input that asks for a gradient: it would get none."""
+    """Raise `RunError` for an input that requires a gradient: it would get none."""
     for name, tensor in zip(names, tensors, strict=True):
         if tensor.requires_grad:
             raise RunError(

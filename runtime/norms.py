@@ -41,7 +41,7 @@ def total_norm(state: RankState, program: Program, p: float) -> RankProgram:
 
 
 def _norm(gradient: Tensor, p: float) -> Tensor:
-    """Half types would overflow in a power."""
+    """The `p`-norm of one gradient, in float64: a power would overflow half types."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(gradient, p, dtype=wide)
     return norm.double()

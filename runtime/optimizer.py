@@ -1,4 +1,4 @@
-"""Optimizers over local shards: groups by name, and which classes do with a part of a tensor."""
+"""Make optimizers over local shards: parameter groups by name, and which classes may be used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ELEMENTWISE = (
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop",
     "SGD", "SparseAdam",
 )  # fmt: skip
-"""Classes of torch whose update of an element looks at it alone; others are tried out."""
+"""Classes of torch that update each element by itself; others are tried out."""
 
 
 def make_optimizer(
@@ -34,7 +34,7 @@ def make_optimizer(
     groups: Groups,
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """What `Run.optimizer` gives, over the local shards `parameters`."""
+    """The optimizer that `Run.optimizer` returns, over the local shards `parameters`."""
     if not callable(kind):
         raise RunError(f"the optimizer is a `{type(kind).__name__}`", help=_OPTIONS_HELP)
     held = list(parameters)
@@ -61,8 +61,9 @@ def _check_elementwise(
 ) -> None:
     """Raise `RunError` if the optimizer looks at more than single elements and must not.
 
-    It is tried out in every way in which one of the group's parameters is split. Where none is, it
-    may look at whole tensors, but not at all together if it has those of multiple ranks: `copies`.
+    It is tried out on each layout in which one of the parameters `names` is split. Where none is
+    split it may look at whole tensors, but not at all of them together if it has `copies` of each,
+    those of multiple ranks.
     """
     split: dict[Layout, str] = {}
     for name in names:
@@ -101,7 +102,7 @@ _FAILURES = (
 
 
 def _tried(kind: object, name: str, same: Callable[[], bool]) -> bool:
-    """What a trial finds. Raises `RunError` for an optimizer that fails in it."""
+    """The result of a trial, `same`. Raises `RunError` for an optimizer that fails in it."""
     try:
         return same()
     except MeshwrightError:
@@ -117,8 +118,8 @@ def _tried(kind: object, name: str, same: Callable[[], bool]) -> bool:
 def made(
     kind: Callable[..., Any], parameters: Sequence[Any], options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """An optimizer of this class. Raises `RunError` for options that it does not take, and warns
-    of those of groups that it does not read."""
+    """An optimizer of this class. Raises `RunError` for options that it does not take, and warns of
+    options of groups that it does not read."""
     found = _make(kind, parameters, options)
     _warn_of_unread(found)
     return found
@@ -143,11 +144,11 @@ def _make(
 
 
 _BESIDE_OPTIONS = {"params", "param_names", "name", "initial_lr", "max_lr", "min_lr"}
-"""What groups have beside the options of a class, for schedulers and for people."""
+"""Keys of groups that are not options of a class, but for schedulers and for people."""
 
 
 def _warn_of_unread(optimizer: torch.optim.Optimizer) -> None:
-    """Name the options of groups that the class does not have: torch keeps them and is silent."""
+    """Warn of options of groups that the class does not have: torch keeps them without a word."""
     given = {name for group in optimizer.param_groups for name in group}
     for name in sorted(given - set(optimizer.defaults) - _BESIDE_OPTIONS):
         known = ", ".join(f"`{each}`" for each in optimizer.defaults)
@@ -168,11 +169,11 @@ def _spell(kind: object) -> str:
 def grouped(
     parameters: Iterable[tuple[str, nn.Parameter]], groups: Groups, aliases: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a torch optimizer. The `"params"` of `groups` are selectors; the first
-    group that matches a parameter has it, and the rest are in a group of their own.
+    """Parameter groups for a torch optimizer. The `"params"` of `groups` are selectors; a parameter
+    is in the first group that matches it, and the rest are in a group of their own.
 
     Raises `PlanError` for a selector that matches nothing, `RunError` for a group without `params`
-    and for one of which groups before it have all.
+    and for one whose parameters are all in groups before it.
     """
     check_kind(groups, (list, tuple), "`groups`", _GROUPS_HELP)
     names = list(aliases)

@@ -1,4 +1,4 @@
-"""What one rank holds: its shards and its flat gradient buffers."""
+"""The tensors of one rank: its shards and its flat gradient buffers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 
 RankProgram = Generator[Any, Any, Any]
+"""One rank's part of a computation; yields what a transport is to carry, and gets the results."""
 Results = dict[Output, Tensor]
-"""What a step returns: loss, outputs and new values of buffers."""
+"""The results of a step: loss, outputs and new values of buffers."""
 Values = Callable[[Stored], Tensor]
 """The global value of a parameter or buffer."""
 
@@ -30,7 +31,7 @@ class RankState:
         self.coords = program.mesh.coords(rank)
         self.random = RandomState()
         self.num_updates = 0
-        """How often optimizers of this run changed the parameters since the launch or a load."""
+        """The number of optimizer steps since the launch or a load."""
         self.parameters: dict[str, nn.Parameter] = {}
         self.tensors: dict[tuple[str, str], Tensor] = {}
         """What graphs take as inputs, by kind and name; without autograd."""
@@ -47,7 +48,7 @@ class RankState:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """How many steps this rank has made, and its optimizers since the launch or a load."""
+        """The numbers of steps of this rank, and of its optimizers since the launch or a load."""
         return self.random.step, self.num_updates
 
     def _hold(self, kind: str, stored: Stored, values: Values) -> Tensor:
@@ -84,7 +85,7 @@ def padded(value: Tensor, stored: Stored) -> Tensor:
 
 
 def _indexed(device: torch.device) -> torch.device:
-    """The device with its number, so that it equals that of the tensors on it."""
+    """The device with its index, so that it equals that of the tensors on it."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -134,7 +134,7 @@ class Run:
         on every rank; each rank takes its rows. Returns the loss, a 0-d tensor without history (so
         there is no `backward` to call), or `(loss, *outputs)` where the program was compiled with
         `outputs`, which are global. The same on every rank; does not wait for the device. Gradients
-        are views of buffers that the next step overwrites once they were set to None. Raises
+        are views of buffers that the next step overwrites once they have been set to None. Raises
         `RunError` for inputs unlike the example's, unless `new_shapes` says to compile. Inputs that
         differ between ranks are a `MismatchError`, here or in the next call.
         """
@@ -213,7 +213,7 @@ class Run:
         names: Sequence[str],
         training: bool,
     ) -> list[Results]:
-        """Run one step on every rank of this process; an interrupted one leaves all as it was."""
+        """Run one step on every rank of this process; an interrupted step leaves all as it was."""
         before = [replace(state.random) for state in self.states]
         try:
             for state in self.states:
@@ -334,7 +334,8 @@ class Run:
         counts, and a last group has the rest. Torch's learning-rate schedulers work on it.
         Raises `RunError` for options that the class does not take, and for classes that look along
         a dim that is split (Muon, Adafactor), or at all tensors together (LBFGS) where this process
-        has more than one rank; others are tried out. Raises `PlanError` for an idle selector.
+        has more than one rank; classes that are not known to be elementwise are tried out first.
+        Raises `PlanError` for a selector that matches nothing.
         """
         with apart_from_caller(self.program.device.type):
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
@@ -356,7 +357,7 @@ class Run:
     def state_dict(self) -> dict[str, Tensor]:
         """Global parameters and buffers under the model's own names, gathered on every rank.
 
-        A model made as the one compiled takes it with its own `load_state_dict`.
+        A model built like the one compiled takes it with its own `load_state_dict`.
         """
         found = self._everything()
         return {name: found[name] for name in state_names(self.program)}
@@ -459,7 +460,7 @@ class Run:
 
         It has the parameters and buffers, the seed and the number of steps; with `optimizer`, its
         state and its groups' options. Not in it: schedulers, and how far a loader has come. Those
-        go into `extra`, plain values that `load` gives back (numbers, texts, lists, tuples,
+        go into `extra`, plain values that `load` returns (numbers, texts, lists, tuples,
         dictionaries; rank 0's count): `extra={"epoch": 3, "scheduler": scheduler.state_dict()}`.
 
         Each rank writes the parts it owns into a subfolder of this save, and `manifest.json`, which
@@ -474,7 +475,7 @@ class Run:
     ) -> dict[str, Any]:
         """Take over the checkpoint in the folder `path`, which any plan for this model wrote.
 
-        Gives back the `extra` of `save`, or an empty dictionary. With `optimizer`, its state and
+        Returns the `extra` of `save`, or an empty dictionary. With `optimizer`, its state and
         its options are taken over too, but for those that say how this process computes (`foreach`,
         `fused`, `capturable`, `differentiable`). Make its schedulers before or after.
 

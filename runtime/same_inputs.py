@@ -1,9 +1,9 @@
 """Compare what ranks are given: the global batch, or the rows that some of them share.
 
-Ranks of one group that compute on different batches raise nothing: they train on garbage. So in the
-first calls and then now and then a checksum of every input goes to all ranks. The first call of a
-kind is compared before it runs; later ones are sent off when the call has run, and compared when
-the next one begins, so that no call waits for a comparison of its own.
+Ranks of one group that compute on different batches raise nothing: they train on garbage. So in
+the first calls, and now and then in later ones, a checksum of every input goes to all ranks. In the
+first call of a method they are compared before it runs; later ones are sent off when the call has
+run, and compared when the next one begins, so that no call waits for its own comparison.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from meshwright.runtime.transports.meshes import Transport
 INTERVAL = 100
 """Calls from one comparison to the next, once the first ones are over."""
 _SAMPLED_BYTES = 1 << 20
-"""What a later comparison reads of an input: a loader that differs, differs everywhere."""
+"""Bytes that a later comparison reads of an input: a loader that differs, differs everywhere."""
 
 _SAME_BATCH = "give every rank the same batch (seed all loaders alike)"
 _OWN_ROWS = "or pass each rank its own rows of it to `step_local`"
@@ -60,7 +60,8 @@ class _Sent:
 
 
 class InputCheck:
-    """Compares, every `interval` calls and at calls 1, 2, 4, 8 and so on before, what ranks got.
+    """Compares what ranks are given, in calls 1, 2, 4, 8 and so on up to `interval`, and then once
+    in every `interval` calls.
 
     Made and called alike on every rank; `splits_data` is whether the plan splits the batch.
     """
@@ -165,7 +166,7 @@ def _waited(handle: object) -> RankProgram:
 
 
 def _sum(tensor: Tensor, number: int) -> Tensor:
-    """A checksum: of the whole at the first call, later of elements spread over it."""
+    """A checksum: of the whole tensor in the first call, later of elements spread over it."""
     check_dense(tensor)
     stride = -(-tensor.nbytes // _SAMPLED_BYTES)
     if number > 1 and stride > 1:

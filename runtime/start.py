@@ -1,4 +1,4 @@
-"""What ranks agree on before the first step: program, seed, and weights, wherever each got them."""
+"""Agree before the first step on program, seed, weights and constants, wherever ranks got them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from meshwright.runtime.rank import RankProgram, RankState, Values
 from meshwright.runtime.weights import stored_tensors
 
 _WORDS = 1 << 20
+"""Numbers of 64 bits that a checksum adds up at once."""
 
 
 def check_seed(seed: object) -> None:
@@ -73,7 +74,7 @@ def same_constants(state: RankState, program: Program) -> RankProgram:
 
 
 def _differing(state: RankState, tensors: Sequence[Tensor]) -> RankProgram:
-    """Of which tensors the checksums differ between ranks."""
+    """For each tensor, whether its checksum differs between ranks."""
     if not tensors:
         return []
     sums = torch.stack([checksum(tensor).to(state.device) for tensor in tensors])

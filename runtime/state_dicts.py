@@ -1,4 +1,4 @@
-"""Take over global tensors, and give them to a model: all of them or none, on every rank."""
+"""Take over global tensors, or copy them into a model: all of them or none, on every rank."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _LIKE_COMPILED = "pass a model like the one compiled"
 def take_over(program: Program, state: RankState, given: Any, *, same: bool) -> RankProgram:
     """Change what a rank holds to the tensors in `given`; all ranks take those of rank 0.
 
-    With `same` every rank is given the same ones. Nothing is changed where any rank's do not fit
-    the model.
+    With `same`, every rank is given the same ones. Nothing is changed where those of any rank do
+    not fit the model.
     """
     names = yield from agreed(state, lambda: _checked(program, given), "load_state_dict")
     first = (yield from told(state, "\0".join(names))).split("\0")
@@ -50,7 +50,7 @@ def take_over(program: Program, state: RankState, given: Any, *, same: bool) -> 
 
 
 def _checked(program: Program, given: Any) -> list[str]:
-    """The parameters and buffers that a dictionary has values for."""
+    """The names of the parameters and buffers that a dictionary has values for, once checked."""
     check_state(program, shapes_of(given, "the state"), "the state", needed=state_names(program))
     check_values(program, given, "the state")
     named = [
@@ -90,7 +90,7 @@ def targets_in(program: Program, model: Any) -> dict[str, Tensor]:
 
 
 def _why_not(tensor: Tensor) -> str:
-    """Why nothing can be written to a tensor, if that is so."""
+    """Why a tensor cannot be written to; empty if it can."""
     if tensor.is_inference():
         return "was made under `torch.inference_mode` and cannot be written to"
     if tensor.layout is not torch.strided:

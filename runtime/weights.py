@@ -1,4 +1,4 @@
-"""Where the values of parameters and buffers come from: the model, or a dictionary by name."""
+"""The values of parameters and buffers, from the model or from a dictionary by name."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def check_state(
     needed: Iterable[str],
     help: str = "use one that `state_dict()` or `save` of the same model gave",
 ) -> None:
-    """Raise `RunError` that names which of the `needed` tensors are missing, and what is unknown
-    or of another shape."""
+    """Raise a `RunError` that names the `needed` tensors that are missing, and those that are
+    unknown or of another shape."""
     aliases = program.captured.aliases
     problems = [f"`{name}` is unknown" for name in shapes if name not in aliases]
     problems += [
@@ -110,7 +110,7 @@ def check_state(
 
 
 def _prefix(names: Iterable[str], known: Container[str]) -> str:
-    """What a wrapper of the model puts before each name: `module.` of DDP, `_orig_mod.`."""
+    """The prefix that a wrapper of the model adds to each name: `module.` of DDP, `_orig_mod.`."""
     names = list(map(str, names))
     for prefix in ("module.", "_orig_mod.", "model."):
         if names and all(
@@ -135,7 +135,7 @@ def check_ties(program: Program, given: Mapping[str, str], where: str) -> None:
 
 
 def check_dtypes(program: Program, dtypes: Mapping[str, str], path: str | Path) -> None:
-    """Raise `RunError` that names tensors of a checkpoint that the model has in another type."""
+    """Raise a `RunError` that names tensors of a checkpoint that have another type in the model."""
     problems = []
     for name, dtype in dtypes.items():
         own = program.captured.aliases[name]
@@ -157,8 +157,8 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def check_values(program: Program, state_dict: Mapping[str, Tensor], where: str) -> None:
-    """Raise `RunError` that names tensors without values, or of a kind of number that is not the
-    model's."""
+    """Raise a `RunError` that names tensors without values, and those whose kind of number is not
+    the model's."""
     aliases = program.captured.aliases
     problems = []
     for name, tensor in state_dict.items():
@@ -178,8 +178,8 @@ def check_values(program: Program, state_dict: Mapping[str, Tensor], where: str)
 
 
 def check_lossless(tensors: Iterable[tuple[str, Tensor, torch.dtype]], where: str) -> None:
-    """Raise `RunError` that names tensors whose values another type wraps around or makes
-    infinite; rounding is not a loss."""
+    """Raise a `RunError` that names tensors whose values overflow in another type; rounding is not
+    a loss."""
     problems = [
         f"`{name}` has values that `{dtype}` cannot hold"
         for name, tensor, dtype in tensors
@@ -197,7 +197,7 @@ def _loses(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor is no more than its values: a `DTensor` is one part of many."""
+    """Whether a tensor is just its values; a `DTensor` is one part of many."""
     if is_traceable_wrapper_subclass(tensor):
         return False
     return type(tensor) is Tensor or isinstance(tensor, nn.Parameter)
@@ -208,7 +208,7 @@ def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
 
 
 def shapes_of(state_dict: Mapping[str, Tensor], where: str) -> dict[str, tuple[int, ...]]:
-    """The shapes in a dictionary that a user gave. Raises `RunError` for anything but tensors."""
+    """The shapes of the tensors in a dictionary. Raises `RunError` for anything but tensors."""
     help = "pass a dictionary from names to tensors"
     check_kind(state_dict, Mapping, where, help)
     for name, tensor in state_dict.items():

@@ -1,7 +1,7 @@
 """Values of the caller's own in a checkpoint, such as an epoch or the state of a scheduler.
 
-They are plain, so that nothing has to be executed to read them, and come back equal: what JSON does
-not tell apart, tuples and keys that are not text, is written as a dictionary with one key.
+They are plain, so that nothing has to be executed to read them, and they come back equal: tuples
+and keys that are not text, which JSON lacks, are written as a dictionary with one key.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _PLAIN = (
 
 
 def written_extra(extra: Any) -> Any:
-    """The values as JSON has them. Raises `RunError` that names a value that is not plain."""
+    """The values as JSON has them. Raises a `RunError` that names a value that is not plain."""
     if extra is None:
         return None
     check_kind(extra, dict, "`extra`", 'pass a dictionary: `extra={"epoch": epoch}`')
     found = _written(extra, "extra", 0)
     if (size := len(json.dumps(found))) > _MOST_BYTES:
         raise RunError(
-            f"`extra` has {size >> 20} MiB as text, and a checkpoint holds {_MOST_BYTES >> 20}",
+            f"`extra` has {size >> 20} MiB as text; a checkpoint holds at most {_MOST_BYTES >> 20}",
             help="keep what is that large in a file of your own beside the checkpoint",
         )
     return found

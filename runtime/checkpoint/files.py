@@ -1,4 +1,4 @@
-"""Files and folders as a checkpoint needs them: safe from a crash, and from what is not a file."""
+"""Files and folders as checkpoints need them: safe from crashes, pipes and devices."""
 
 from __future__ import annotations
 

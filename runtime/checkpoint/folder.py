@@ -2,8 +2,8 @@
 
 Each save is a subfolder whose name is drawn at random, so that nothing is ever written over. The
 manifest is moved into place once the save is whole. Whoever writes or reads a save shares a lock on
-the file of its rank 0; a save that the manifest does not name and nobody has locked is of no use to
-anyone, and is removed by the next to save there.
+the file of its rank 0; a save that the manifest does not name and nobody has locked is unused, and
+the next save into the folder removes it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class NewSave:
         return self.folder / self.name
 
     def begin(self) -> str:
-        """Make the subfolder and lock it; its name. Raises `RunError` where that cannot be."""
+        """Make and lock the subfolder, and return its name. Raises `RunError` where that fails."""
         try:
             make_folder(self.folder)
             check_replaceable(self.folder)
@@ -84,7 +84,7 @@ class NewSave:
         )
 
     def _lock(self) -> bool:
-        """Whether this save is locked; another may remove it before it is, as of no use."""
+        """Lock this save, and whether that worked: another may have removed it as unused before."""
         path = shard_path(self.folder, self.name, 0)
         try:
             self.file = create_file(path)
@@ -116,7 +116,7 @@ class NewSave:
         remove_unused(self.folder, before)
 
     def close(self) -> None:
-        """End this save: what is there of one that did not become the current one is removed."""
+        """End this save, and remove what there is of it if it has not become the current one."""
         if not self.name:
             return
         named = named_save(self.folder)
@@ -141,7 +141,7 @@ class OpenSave:
     """
 
     def __init__(self, folder: Path, text: str) -> None:
-        """The save that this manifest names. Raises `RunError` for one that makes no sense."""
+        """Open the save that this manifest names. Raises `RunError` for one that makes no sense."""
         self.folder, self.text = folder, text
         self.manifest = parse_manifest(folder, text)
         self.shards = Shards(folder, self.manifest.save, self.manifest.shards)
@@ -175,7 +175,7 @@ class OpenSave:
         return named_save(self.folder) not in (None, self.manifest.save)
 
     def close(self) -> None:
-        """Let it be removed, if it is no longer the current one."""
+        """Unlock it, so that it can be removed once it is not the current one."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -190,8 +190,8 @@ class OpenSave:
 def remove_unused(folder: Path, before: str | None) -> None:
     """Remove the saves that the manifest does not name and nobody has locked.
 
-    Without locks in the filesystem only the one `before`: others may be under way. Nothing else is
-    touched: neither what has other names, nor a folder with anything that no save puts there.
+    Without locks in the filesystem, only the one `before` is removed: others may be under way.
+    Nothing else is touched: neither other names, nor a folder with files that no save writes.
     """
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
@@ -223,9 +223,9 @@ def _remove_unused(folder: Path, name: str, complete: bool) -> None:
 
 
 def _remove_files(path: Path, unless: Path | None = None) -> None:
-    """Remove the files of a save, if there are no others; that of rank 0, which is locked, last.
+    """Remove the files of a save, that of rank 0, which is locked, last.
 
-    Nothing is removed where `unless` is there.
+    Nothing is removed where there are other files, or where there is `unless`.
     """
     entries = sorted(os.scandir(path), key=lambda entry: entry.name, reverse=True)
     # What a network filesystem keeps of a file that is open somewhere goes by itself.
@@ -244,7 +244,7 @@ def _shared_lock(path: Path) -> int | None:
     except OSError:
         return None
     for _ in range(_ATTEMPTS):
-        # Held alone only while somebody sees whether it can be removed.
+        # Another has it alone only while it finds out whether the save can be removed.
         if try_lock(file, shared=True) is not False:
             break
         time.sleep(_PAUSE)
@@ -252,7 +252,7 @@ def _shared_lock(path: Path) -> int | None:
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file is still to be found under its name."""
+    """Whether an open file is still the one at its path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     except FileNotFoundError:

@@ -66,7 +66,7 @@ class Header:
         return max((held.end for held in self.tensors.values()), default=0)
 
     def to_bytes(self) -> bytes:
-        """The length and the JSON; as long with one set of digests as with another."""
+        """The length of the JSON and the JSON; digests do not change how long it is."""
         metadata = {"save": self.save, "rank": str(self.rank)}
         metadata |= {_DIGEST + name: held.digest for name, held in self.tensors.items()}
         rows = {
@@ -85,7 +85,7 @@ class Header:
     def parse(text: bytes) -> Header:
         """The header that JSON describes. Raises `ValueError` for what `to_bytes` does not write.
 
-        Nothing in it is believed: tensors must follow each other without gaps, each as long as its
+        Nothing in it is trusted: tensors must follow each other without gaps, each as long as its
         type and shape say.
         """
         try:
@@ -131,7 +131,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` for a key that comes twice, of which one would be lost."""
+    """A JSON object. Raises `ValueError` for a key that comes twice: one value would be lost."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key comes twice")

@@ -1,8 +1,8 @@
 """Read a checkpoint that any plan wrote into the ranks of any other: all of it or nothing.
 
-Rank 0 reads the manifest for all, so that a save beside them cannot give ranks different ones. Each
-rank then reads and checks what it is to hold, in memory of its own; only when every rank has all of
-that is anything changed.
+Rank 0 reads the manifest for all, so that a save meanwhile cannot give ranks different ones. Each
+rank then reads and checks what it is to hold, into new memory; only when every rank has all of that
+is anything changed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _load(reader: _Reader, state: RankState) -> RankProgram:
 
 
 def _staged(reader: _Reader, state: RankState) -> RankProgram:
-    """What the rank takes over, once every rank has its part."""
+    """What this rank takes over, once every rank has read its part."""
     attempts = _ATTEMPTS
     while True:
         yield from agreed(state, reader.check_arguments, "load")
@@ -140,7 +140,7 @@ class _Reader:
         self.opened: OpenSave | None = None
         self._saved: SavedOptimizer | None = None
         self._fits = False
-        """Whether what is opened was compared with the model and the optimizer."""
+        """Whether the open save has been compared with the model and the optimizer."""
 
     def check_arguments(self) -> None:
         """Raise `RunError` for a path or an optimizer that is not one."""
@@ -149,7 +149,7 @@ class _Reader:
             check_owner(self.states, self.optimizer)
 
     def current(self) -> str:
-        """The text of the current manifest, whose save is there as a whole."""
+        """The text of the current manifest, all files of whose save are in place."""
         self.close()
         self.opened, self._fits = OpenSave.current(folder_of(self.path)), False
         return self.opened.text
@@ -159,7 +159,7 @@ class _Reader:
         return self.opened is not None and self.opened.replaced()
 
     def close(self) -> None:
-        """Let the save be removed when it is no longer the current one."""
+        """Unlock the save, so that it can be removed once it is not the current one."""
         if self.opened is not None:
             self.opened.close()
 
@@ -204,7 +204,7 @@ class _Reader:
 
     @contextlib.contextmanager
     def _naming_manifest(self) -> Iterator[None]:
-        """Say in an error which file has what it is about."""
+        """Add to an error that it is about the manifest."""
         try:
             yield
         except RunError as error:

@@ -10,9 +10,9 @@ import fcntl
 
 
 def try_lock(file: int, *, shared: bool) -> bool | None:
-    """Take a lock on an open file without waiting: whether that worked, None where there are none.
+    """Lock an open file without waiting, and whether that worked; None where there are no locks.
 
-    Closing the file frees it. Any number may share one; one that is not shared is held alone.
+    Closing the file unlocks it. Any number may share a lock; one that is not shared is held alone.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:

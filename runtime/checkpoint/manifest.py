@@ -34,7 +34,7 @@ _END_BYTES = len('  "sha256": ""\n}\n') + 64
 _START_BYTES = 128
 _OTHER_VERSION = "load it with the version of Meshwright that wrote it"
 _MOST_BYTES, _MOST_AXES, _MOST_FACTORS = 256 << 20, 64, 1024
-"""Far above what any mesh or model needs, and low enough to be refused at once."""
+"""Far above what any mesh or model needs, and low enough for a file to be refused at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +167,8 @@ def parse_manifest(folder: Path, text: str) -> Manifest:
 
 
 def _read(text: str) -> Any:
-    """The JSON, without Python's collector, which would go through millions of lists again and
-    again: four fifths of the time."""
+    """The JSON, read without Python's garbage collector, which would visit millions of lists again
+    and again: four fifths of the time."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -179,7 +179,7 @@ def _read(text: str) -> Any:
 
 
 def _spelled(error: Exception) -> str:
-    """What is wrong with an entry, in a line."""
+    """What is wrong with an entry, in one line."""
     if isinstance(error, KeyError):
         return f"`{error.args[0]}` is missing"
     if isinstance(error, RecursionError):
@@ -188,7 +188,7 @@ def _spelled(error: Exception) -> str:
 
 
 def _version_problem(data: bytes) -> str:
-    """Why a file is not a manifest of this format, by its first bytes."""
+    """Why a file is not a manifest of this format, by its first bytes; empty if it is."""
     version = _version_of(data)
     if version is None:
         return f'it does not begin with "format": "{_FORMAT}"'
@@ -203,7 +203,7 @@ def _version_of(data: bytes) -> int | None:
 
 
 def _damage(data: bytes) -> str:
-    """Why a file is not a manifest as it was written."""
+    """Why a file is not a manifest as it was written; empty if it is."""
     if problem := _version_problem(data):
         return problem
     end = _END.fullmatch(data, max(0, len(data) - _END_BYTES))
@@ -241,7 +241,7 @@ def _checked(found: Mapping[str, Any]) -> Manifest:
 
 
 def _aliases(found: Mapping[str, Any], tensors: Mapping[str, SavedTensor]) -> dict[str, str]:
-    """The names that tensors go by; that of a tensor is its own, and no other's."""
+    """The names that tensors go by; a name under which one is stored must lead to that one."""
     aliases = {_text(alias): _text(name) for alias, name in found.items()}
     for name in tensors.keys() & aliases.keys():
         if aliases[name] != name:
@@ -283,7 +283,7 @@ def _tensor(row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
         raise ValueError(f"{len(owners)} parts do not fit layout {layout}")
     axes = tuple(axis for axis in mesh.names if axis in layout.split_axes)
     for part, rank in enumerate(owners):
-        # A part of the right size in another's place would load without a word.
+        # A part of the right size in another place would load without a word.
         if mesh.position(mesh.coords(rank), axes) != part:
             raise ValueError(f"rank {rank} does not hold part {part} of layout {layout}")
     dtype_of(dtype := _text(row["dtype"]))

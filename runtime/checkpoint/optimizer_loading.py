@@ -1,4 +1,4 @@
-"""Read an optimizer's state and options: all is checked and at hand before any of it is changed."""
+"""Read an optimizer's state and options, and check all of it before any of it is changed."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ from meshwright.runtime.rank import RankState
 from meshwright.runtime.weights import listed
 
 _TENSOR = torch.zeros(1)
-"""In place of any tensor that was kept, where only that it is one counts."""
+"""Stands for any tensor that was kept where only its being a tensor counts."""
 State = dict[Tensor, dict[str, Any]]
+"""What an optimizer keeps of each parameter, as in `Optimizer.state`."""
 
 
 @dataclass(frozen=True, slots=True)
 class SavedOptimizer:
-    """What a checkpoint says of an optimizer, checked against the one that is to have it.
+    """What a checkpoint says of an optimizer, checked against the one that is to take it over.
 
-    Names are those of the checkpoint; `own_names` has them by the names of the program.
+    Names are those of the checkpoint; `own_names` maps those of the program to them.
     """
 
     own_names: Mapping[str, str]
     options: Sequence[Mapping[str, Any]]
     """What each group takes over."""
     kept: Mapping[str, Sequence[str]]
-    """By parameter: what the optimizer kept of it."""
+    """By parameter: the keys of what the optimizer kept of it."""
     numbers: Mapping[str, Mapping[str, Any]]
-    """Those of them that are not tensors."""
+    """By parameter: what it kept that is not a tensor."""
 
     def give_options(self, optimizer: Optimizer) -> None:
         """Change the options of an optimizer to those that were saved."""
@@ -166,8 +167,8 @@ def _check_kinds(
     kept: Mapping[str, Sequence[str]],
     numbers: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Raise `RunError` for what was kept as a number and is a tensor for other parameters, or here,
-    or the other way round, and for another kind of number."""
+    """Raise `RunError` where what was kept under one key is a tensor for one parameter and a number
+    for another, or for the optimizer here, or another kind of number."""
     kinds: dict[str, Any] = {}
     for parameter in states[0].parameters.values():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -194,8 +195,8 @@ def staged_state(
     manifest: Manifest,
     shards: Shards,
 ) -> State:
-    """What the optimizer is to keep of this rank's parameters, in new tensors where it has them;
-    nothing of those that it had kept nothing of when it was saved."""
+    """What the optimizer is to keep of each of this rank's parameters that it has; tensors are new.
+    Empty for a parameter of which nothing was saved."""
     listed = {id(each) for group in optimizer.param_groups for each in group["params"]}
     found: State = {}
     for name, parameter in state.parameters.items():
@@ -222,7 +223,7 @@ def _tensor(
     manifest: Manifest,
     shards: Shards,
 ) -> Tensor:
-    """A tensor that an optimizer kept of a parameter: cut for this rank if it has its shape."""
+    """A tensor that an optimizer kept of a parameter: this rank's part if it has its shape."""
     parameter, saved = state.parameters[name], manifest.tensors[saved_name]
     stored = program.parameters[name]
     if saved.shape == stored.type.shape:
@@ -242,7 +243,7 @@ def _tensor(
 
 
 def _on_device(parameter: Tensor, optimizer: Optimizer) -> bool:
-    """Whether torch keeps a parameter's step count beside it, and not on the CPU."""
+    """Whether torch keeps a parameter's step count on its device, and not on the CPU."""
     return any(
         group.get("fused") or group.get("capturable")
         for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""What a checkpoint has of an optimizer: its tensors as parts, all else in the manifest."""
+"""An optimizer as a checkpoint holds it: its tensors as parts, all else in the manifest."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankState
 
 OPTIMIZER = "optimizer/"
-"""How the names of an optimizer's tensors begin in a checkpoint."""
+"""The prefix of the names of an optimizer's tensors in a checkpoint."""
 _WITHOUT = "save without the optimizer"
 
 
 def check_optimizer(
     program: Program, states: Sequence[RankState], optimizer: Optimizer
 ) -> dict[str, Any]:
-    """What the manifest says of it: class, groups and numbers. Raises `RunError` for one that was
-    not made by this run, or keeps what no checkpoint can hold."""
+    """The optimizer's entry in the manifest: class, groups and numbers. Raises `RunError` for one
+    that was not made by this run, or keeps what no checkpoint can hold."""
     check_owner(states, optimizer)
     state = states[0]
     groups = [
@@ -107,7 +107,7 @@ def optimizer_entries(program: Program, state: RankState, optimizer: Optimizer) 
 
 
 def _entry(program: Program, name: str, key: str, value: Tensor) -> Entry:
-    """Something of a parameter's shape is cut as it is; numbers are the same on every rank."""
+    """What an optimizer keeps of a parameter: split as that is if it has its shape, else whole."""
     stored = program.parameters[name]
     label, shape = tensor_name(key, name), tuple(value.shape)
     if shape == stored.layout.local_shape(program.mesh):

@@ -1,7 +1,7 @@
 """An optimizer's options and numbers: written as JSON, and checked before an optimizer gets them.
 
-Text for a learning rate would fail steps later, or not at all; so a value that a checkpoint has is
-only taken over where it is of the kind that the optimizer has there.
+Text for a learning rate would fail steps later, or not at all. So a value of a checkpoint is taken
+over only if it is of the kind that the optimizer has there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from meshwright.runtime.errors import RunError
 OWN_CHOICE = ("foreach", "fused", "capturable", "differentiable")
 """Options that say how this process computes, not what: they stay as they are here."""
 _OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
-"""Options that torch's schedulers add: an optimizer has them once it has such a scheduler."""
+"""Options that torch's schedulers add to those of an optimizer."""
 _SAME_OPTIONS = "make the optimizer with the options that it was saved with, or load without it"
 DAMAGED = "load another checkpoint, or load without `optimizer`"
 
@@ -42,10 +42,10 @@ def written(value: Any, what: str) -> Any:
 
 
 def checked_options(own: Mapping[str, Any], saved: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The options that the group `own` takes over of what was `saved`, each of the kind it has.
+    """The options of `saved` that the group `own` takes over, each of the kind that it has there.
 
-    Raises `RunError` that names an option that is unknown, missing or of another kind; `place` is
-    which group it is, for the error.
+    Raises a `RunError` that names an option that is unknown, missing or of another kind; `place`
+    says for it which group that is.
     """
     names = own.keys() - {"params", *_OF_SCHEDULERS}
     for name in sorted(saved.keys() - own.keys() - {"names", *_OF_SCHEDULERS}):

@@ -1,6 +1,6 @@
-"""Parts of tensors: who owns which, what one holds, and how one plan's parts fill another's.
+"""Parts of tensors: which rank owns one, what it holds, and how one plan's parts fill another's.
 
-A layout cuts each dim by itself, so a part is the outer product of index lists, one a dim.
+A layout splits each dim by itself, so a part is the outer product of index lists, one per dim.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Entry:
         return Entry(name or stored.name, stored.type.shape, stored.layout, tensor)
 
     def owners(self, place: int, mesh: Mesh) -> tuple[int, ...]:
-        """The rank that writes each part; copies take turns by the entry's place in the list."""
+        """The rank that writes each part; ranks with copies take turns, by the entry's place."""
         found = []
         others = tuple(a for a in mesh.names if a not in self.layout.split_axes)
         for coords in part_coords(self.layout, mesh):
@@ -72,7 +72,7 @@ def indices(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> list[Tenso
 
 
 def own_parts(entries: Sequence[Entry], state: RankState) -> dict[str, Tensor]:
-    """What this rank writes: the parts that it owns, with padding cut off."""
+    """The parts that this rank owns and writes, without padding."""
     found: dict[str, Tensor] = {}
     for place, entry in enumerate(entries):
         if state.rank in entry.owners(place, state.mesh):
@@ -111,7 +111,7 @@ def read_whole(name: str, manifest: Manifest, shards: Shards) -> Tensor:
 def _fill(
     target: Tensor, wanted: Sequence[Tensor], name: str, manifest: Manifest, shards: Shards
 ) -> None:
-    """Fill `target`, which holds the global indices `wanted`, with those of each part it has."""
+    """Fill `target`, which holds the global indices `wanted`, from every part that has some."""
     saved = manifest.tensors[name]
     for owner, coords in zip(saved.owners, part_coords(saved.layout, manifest.mesh), strict=True):
         given = indices(saved.layout, manifest.mesh, coords)
@@ -124,7 +124,7 @@ def _fill(
 
 
 def _common(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
-    """Where indices in both lists, which are sorted, stand in the one and in the other."""
+    """The places of the indices that two sorted lists share, in the one and in the other."""
     if not len(given):
         return given, given
     places = torch.searchsorted(given, wanted).clamp(max=len(given) - 1)

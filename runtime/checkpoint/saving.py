@@ -1,4 +1,4 @@
-"""Write a checkpoint: each rank a file with the parts that it owns, rank 0 the manifest.
+"""Write a checkpoint: each rank writes a file with the parts that it owns, rank 0 the manifest.
 
 What can fail on one rank is done between collectives, and raised on all. The save before stays as
 it was until this one is whole, on the disk, and named by the manifest.
@@ -103,7 +103,7 @@ def _save(
 
 
 def _not_abreast(own: Sequence[int], first: Sequence[int]) -> RunError | None:
-    """The error where this rank has come to another step than the first: parts would not fit."""
+    """The error where this rank has made more or fewer steps than rank 0: parts would not fit."""
     for ours, theirs, what in zip(own, first, ("steps", "steps of the optimizer"), strict=True):
         if ours != theirs:
             return RunError(
@@ -124,7 +124,7 @@ def _entries(program: Program, state: RankState, optimizer: Optimizer | None) ->
 
 
 def _write(new: NewSave, name: str, rank: int, parts: dict[str, Tensor]) -> None:
-    """Write this rank's file; that of rank 0 is open since the save began."""
+    """Write this rank's file; that of rank 0 has been open since the save began."""
     shard, header = shard_path(new.folder, name, rank), Header.of(name, rank, parts)
     if new.file is not None:
         write_shard(new.file, shard, header, parts)

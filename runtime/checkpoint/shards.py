@@ -47,7 +47,7 @@ def create_file(path: Path) -> BinaryIO:
 
 
 def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors that `header` describes into a new file, and see it onto the disk.
+    """Write the tensors that `header` describes into a new file, and flush it to the disk.
 
     The header comes last, once the digests are known: a file that was not finished has none.
     Raises `RunError`.
@@ -110,7 +110,7 @@ def read_header(path: Path, expected: Shard | None = None) -> tuple[Shard, Heade
 class Shards:
     """The files of one save, opened when they are needed; all that is read is checked.
 
-    They are not mapped into memory: a mapped file that somebody cuts ends the process.
+    They are not mapped into memory: truncating a mapped file ends the process that reads it.
     """
 
     def __init__(self, folder: Path, save: str, shards: Sequence[Shard]) -> None:

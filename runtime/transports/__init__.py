@@ -1,1 +1,1 @@
-"""What carries collectives: every rank in this process, or one rank per process."""
+"""Transports, which carry collectives: every rank in this process, or one rank per process."""

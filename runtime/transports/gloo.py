@@ -1,8 +1,8 @@
 """Collectives over Gloo, composed of sends and receives where that is faster than Gloo's own.
 
-A send or receive runs in the calling thread, one of Gloo's collectives in a thread of its pool:
-two hand-overs more, some 100 microseconds. The table below holds what was measured with two and
-four processes on two cores, torch 2.13, loopback.
+A send or receive runs in the calling thread. Gloo's own collectives run in a thread of its pool,
+and two hand-overs between threads cost about 100 microseconds. The table below holds what was
+measured with two and four processes on two cores, torch 2.13, loopback.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GlooGroup:
         self._choices: dict[tuple[str, bool], list[tuple[float, Algorithm]]] = {}
 
     def begin(self, wire: Wire, tensor: Tensor, started: bool, donate: bool) -> Begun:
-        """Post a collective; `started` allows only those that need no second round of messages."""
+        """Post a collective; one that is `started` must not need a second round of messages."""
         if not tensor.is_contiguous():
             tensor, donate = tensor.contiguous(), True
         choices = self._choices.get((wire.kind, started))
@@ -73,7 +73,7 @@ class GlooGroup:
     def scratch(self, like: Tensor, count: int) -> list[Tensor]:
         """`count` buffers of the shape of `like`, free again when the collective has its result.
 
-        Fresh large buffers cost a page fault each 4 KiB, as much as moving the bytes.
+        Large new buffers cost one page fault per 4 KiB, as much as moving the bytes.
         """
         key = (like.shape, like.dtype, count)
         found = self._scratch.get(key)
@@ -92,10 +92,10 @@ class GlooGroup:
     def exchange(
         self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]
     ) -> list[Any]:
-        """Post messages to and from members; crossing ones never wait for one another.
+        """Post messages to and from members; those that cross do not wait for one another.
 
-        Receiving first saves a message where two processes have a core each; where four share two
-        cores it costs a time slice of the scheduler (4 ms) every other time.
+        Receiving first saves a message where two processes have a core each. Where four share two
+        cores, it costs a time slice of the scheduler (4 ms) every other time.
         """
         backend = self.backend
         if self.size == 2:
@@ -114,7 +114,7 @@ class GlooGroup:
             connection.abort()
 
     def close(self) -> None:
-        """Let go of Gloo's threads; without it processes abort at exit."""
+        """Let go of Gloo's threads; otherwise the process aborts when it exits."""
         self._scratch.clear()
         del self.backend
 
@@ -127,7 +127,7 @@ def _wait(works: Sequence[Any]) -> None:
 def _direct(
     group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool, *, scratch: bool = False
 ) -> Begun:
-    """Send each operand straight to the members that need it: every kind of wire can do it."""
+    """Send each operand straight to the members that need it, which works for any kind of wire."""
     kind = WIRES[wire.kind]
     targets, sources = kind.peers(wire, group.position, group.others)
     parts = tensor.unbind(0) if kind.divided else [tensor] * group.size
@@ -174,7 +174,7 @@ def _double(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun
 
 
 def _scatter_and_gather(group: GlooGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    """Reduce one part a member, then exchange the parts: 2(n-1)/n of the bytes, two rounds."""
+    """Reduce one part per member, then exchange the parts: 2(n-1)/n of the bytes, two rounds."""
     length = -(-tensor.numel() // group.size)
     flat = tensor.reshape(-1)
     if length * group.size != flat.numel():
@@ -219,7 +219,7 @@ def _direct_all_to_all(group: GlooGroup, wire: Wire, tensor: Tensor, donate: boo
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`algorithm` is the one for `kind` in groups of `sizes` and operands up to `max_bytes`."""
+    """The algorithm for a kind of wire in groups of `sizes` and operands of up to `max_bytes`."""
 
     kind: str
     sizes: tuple[int, ...]
@@ -245,9 +245,9 @@ ALGORITHMS: tuple[Row, ...] = (
     Row("reduce", (2, 3, 4), math.inf, _direct),
     Row("reduce", (), math.inf, native.reduce),
 )
-"""The first row that fits counts, or else `_direct`; no `sizes` means every size. A row that is
-`alone`, for its second round of messages or the buffer that it shares with others, is not for a
-collective that is started and waited for later."""
+"""The first row that fits is taken, or `_direct` if none does; no `sizes` means every size. A row
+that is `alone` is not for a collective that is started and waited for later: it has a second round
+of messages, or a buffer that it shares with others."""
 
 _REDUCES_NATIVELY = (native.all_reduce, native.reduce)
 

@@ -1,4 +1,4 @@
-"""The two transports under one executor: every rank in this process, or one rank a process."""
+"""The two transports under one executor: every rank in this process, or one rank per process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MOST_VIRTUAL_RANKS = 4096
 class Transport(Protocol):
     """Runs one generator for each of `ranks`, which are those that live in this process.
 
-    With `has_every_rank` they are given the same inputs and weights by being here; otherwise each
+    With `has_every_rank`, all ranks are here and given the same inputs and weights; otherwise each
     process brings its own, which have to agree.
     """
 
@@ -29,7 +29,7 @@ class Transport(Protocol):
     has_every_rank: bool
 
     def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
-        """What each generator returned; `names[i]` is the node of collective i, for errors."""
+        """The results of the generators; `names[i]` is the node of collective i, for errors."""
         ...
 
     def check_same_program(self, digest: str) -> None:
@@ -106,7 +106,7 @@ class ProcessMesh:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise `RunError` where there is no such device here, or fewer than processes."""
+    """Raise `RunError` where there is no such device here, or fewer of them than processes."""
     if device.type != "cuda":
         return
     found, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0")) + 1

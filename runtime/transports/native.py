@@ -1,4 +1,4 @@
-"""Collectives that a backend of torch has of its own, as Gloo and NCCL are both asked for them."""
+"""The collectives that Gloo and NCCL have themselves, and that both are asked for alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, Reduc
 from meshwright.compiler.layout.wires import Wire
 
 Begun = tuple[list[Any], Callable[[], Tensor]]
-"""What to wait for, and what then gives the result (a further round of messages included)."""
+"""What to wait for, and the function that then gives the result, after another round if need be."""
 REDUCE_OPS: dict[str, Any] = {"sum": ReduceOp.SUM, "max": ReduceOp.MAX, "min": ReduceOp.MIN}
 
 

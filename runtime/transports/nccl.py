@@ -1,4 +1,4 @@
-"""Collectives over NCCL: its own where it has one, which choose their algorithm themselves."""
+"""Collectives over NCCL: its own, which choose their algorithms themselves, where it has one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NcclGroup:
     """The processes of one group; `members` are ranks, in the order of the group."""
 
     def __init__(self, store: Store, members: tuple[int, ...], rank: int, timeout: float) -> None:
-        # This class exists only in builds of torch that have NCCL.
+        # Only builds of torch with NCCL have this class.
         from torch.distributed import ProcessGroupNCCL
 
         self.members = members
@@ -35,7 +35,7 @@ class NcclGroup:
         return _NATIVE.get(wire.kind, _direct)(self, wire, tensor, donate)
 
     def abort(self) -> None:
-        """End what is under way, so that whoever waits for it returns with an error."""
+        """End what is under way, so that a thread which waits for it returns with an error."""
         self.backend.abort()
 
     def close(self) -> None:
@@ -59,7 +59,7 @@ def _all_to_all(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> B
 
 
 def _direct(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
-    """Send each operand straight to the members that need it: every kind of wire can do it.
+    """Send each operand straight to the members that need it, which works for any kind of wire.
 
     As an all_to_all of uneven parts, whose sends and receives are one NCCL group.
     """

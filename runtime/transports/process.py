@@ -34,7 +34,7 @@ from meshwright.runtime.world.termination import Termination
 from meshwright.runtime.world.watch import Waits, Watch
 
 _COLLECTIVE_SECONDS = 30 * 24 * 3600.0
-"""A limit on one collective would be one on its slowest member's compute: the watch ends runs."""
+"""The watch ends runs: a limit on collectives would limit what their slowest member computes."""
 _BACKEND_WORDS = ("gloo", "nccl", "connection", "timed out", "socket")
 
 _Group = GlooGroup | SharedGroup | NcclGroup
@@ -93,12 +93,12 @@ class ProcessTransport:
     joins the default process group where the caller made one. Made by every rank in the same order.
     Groups of axes are made on first use.
 
-    `period` is the seconds between heartbeats, `patience` those without one after which a peer that
-    this rank waits for counts as stalled. Raises `RunError` where the world's size is not the
-    mesh's, and on any collective `PeerError` or `DeadlockError` once it can no longer complete.
+    Ranks give a heartbeat every `period` seconds; one that this rank waits for counts as stalled
+    after `patience` seconds without. Raises `RunError` where the world's size is not the mesh's;
+    a collective raises `PeerError` or `DeadlockError` once it can no longer complete.
 
     Small tensors of ranks on one host go through memory that they share. Where `shared_memory` is
-    false on any member of a group, all of them go over Gloo; if it is not given, it is false where
+    false on any member of a group, all of its tensors go over Gloo; by default it is true unless
     the environment has `MESHWRIGHT_SHARED_MEMORY=0`.
     """
 
@@ -132,14 +132,14 @@ class ProcessTransport:
         self.termination = Termination(self.watch)
         self._closed = False
         self._ended: RunError | None = None
-        """Why nothing can run any more: a collective or a method was left half done."""
+        """The error of whatever is called next: a collective or a method was left half done."""
         atexit.register(self.close)
 
     def _start_watch(self, period: float, patience: float, limit: Limit) -> Watch:
         num_ranks = self.mesh.num_ranks
         peers = [rank for rank in range(num_ranks) if rank != self.rank]
         if num_ranks > 64:
-            # The store serves one request per rank and period: past this, only those one waits for.
+            # The store serves one request per rank and period: from here on, watch neighbours only.
             near = {r for axis in self.mesh.names for r in self.mesh.group(self.rank, (axis,))}
             peers = sorted(near - {self.rank})
         before = set(connections())
@@ -192,7 +192,7 @@ class ProcessTransport:
             self.end(error)
             raise
         finally:
-            # What the program has to put in order is not left to whoever drops the exception.
+            # It is cleaned up now, and not when somebody drops the exception.
             program.close()
 
     def _check_going(self) -> None:
@@ -259,7 +259,7 @@ class ProcessTransport:
         check_digests([bytes(row).hex() for row in every.tolist()], self.rank)
 
     def close(self) -> None:
-        """Leave the mesh: say how it ended, stay while others need this process, free the groups.
+        """Leave the mesh: say how this rank ended, stay while others need it, free the groups.
 
         Runs by itself when the interpreter exits.
         """
@@ -274,7 +274,7 @@ class ProcessTransport:
         if state != "lost":
             self.watch.linger(self.watch.patience)
         elif self.rank == self.watch.host:
-            # It has nothing to give, but the others are to read whom it has lost.
+            # Nobody needs it any more, but the others have to read which rank it has lost.
             self.watch.linger(3 * self.watch.period, whole=True)
         self.watch.stop()
         for lane in self.lanes.values():
@@ -303,7 +303,7 @@ class ProcessTransport:
         return lane
 
     def _watched_connection(self, axes: tuple[str, ...], members: tuple[int, ...]) -> _Group:
-        """A group that is waited for as collectives are: a member may be gone."""
+        """Connect a group, and wait for that as for a collective: a member may be gone."""
         watch, label = self.watch, ",".join(axes)
         watch.members[f"connection {label}"] = watch.members[label]
         watch.counts[f"connection {label}"] = 1
@@ -330,7 +330,7 @@ class ProcessTransport:
         return share(shared_store, group, self.shared_memory, self._ranks_here)
 
     def ours(self, error: RuntimeError) -> RuntimeError:
-        """The error to raise for one that came out of a backend."""
+        """The error to raise for one in a collective: what the watch finds, if it is a backend's."""
         if self.watch.failure is None:
             text = str(error).lower()
             if isinstance(error, RunError) or not any(word in text for word in _BACKEND_WORDS):
@@ -344,7 +344,7 @@ class ProcessTransport:
 
 
 def _alone(wire: Wire, tensor: Tensor, size: int) -> Tensor:
-    """The result where nothing has to move: a group of one, or a tensor without elements."""
+    """The result where nothing has to move: in a group of one, or of a tensor without elements."""
     return receive(wire, 0, [WIRES[wire.kind].given(tensor, 0)] * size)
 
 

@@ -3,7 +3,7 @@
 A member copies its operand into a slot of its own and publishes the slot's number; the others see
 the number and read the slot. No thread and no system call is in between, where a message over
 Gloo's sockets wakes two threads. The bytes are in place before the number because x86-64 keeps the
-order of plain stores and of plain loads: Python has no fences, so other processors use Gloo.
+order of plain stores and of plain loads. Python has no fences, so other processors use Gloo.
 
 The memory is an unnamed file that the others open through its creator's `/proc` entry: it is gone
 with the last process that maps it, however that ends.
@@ -33,14 +33,14 @@ from meshwright.runtime.transports.gloo import KIB, MIB, GlooGroup
 from meshwright.runtime.transports.native import Begun
 
 SLOTS = 8
-"""As many 8-byte numbers as a cache line has."""
+"""The slots of a member: as many as a cache line has 8-byte numbers."""
 _WORDS = 32
-"""A member's numbers: 8 published, 8 consumed, each 8 apart from what other members write."""
+"""The numbers of a member: 8 published, 8 consumed, and a gap before those of the next one."""
 _STAGGER = 4 * KIB + 64
 """Between slots, so that their first bytes do not compete for the same lines of a cache."""
 _KIND_BITS, _SIZE_BITS = 6, 21
 _TAG_BITS = _KIND_BITS + _SIZE_BITS
-"""Of the word that members compare: what kind of wire it is, and the bytes of an operand."""
+"""Of the word that members compare: the kind of wire, and the bytes of an operand."""
 _SPIN_SECONDS, _YIELD_SECONDS = 50e-6, 1e-3
 _SHORTEST_SLEEP, _LONG_SLEEP, _LONGEST_SLEEP = 1e-6, 100e-6, 2e-3
 _MAX_VIEWS = 4096
@@ -52,7 +52,7 @@ def slot_bytes(size: int) -> int:
 
 
 class _Operation:
-    """One collective of this member, until it is waited for; `word` is what every one publishes."""
+    """One collective of this member until it is waited for; every member publishes its `word`."""
 
     __slots__ = (
         *("donate", "number", "published", "result", "slot"),
@@ -73,8 +73,8 @@ class SharedGroup:
     """The processes of one group, all on this host; `large` moves what does not fit a slot.
 
     A start never waits: where a member still reads the slot, the operand follows once it is free,
-    carried by a thread that exists only from then on. `crowded` is whether the host has more ranks
-    than cores, so that polling would keep from running whom it waits for.
+    carried by a thread that is started then. `crowded` says that the host has more ranks than
+    cores, so that polling would take a core from the member that is waited for.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class SharedGroup:
         self._ended = False
 
     def begin(self, wire: Wire, tensor: Tensor, started: bool, donate: bool) -> Begun:
-        """Publish the operand; what is returned waits for the others and gives the result."""
+        """Publish the operand; the function that is returned waits for the others."""
         if tensor.nbytes > self.limit:
             return self.large.begin(wire, tensor, started, donate)
         if not tensor.is_contiguous():
@@ -137,7 +137,7 @@ class SharedGroup:
         self.large.close()
 
     def parts(self, operation: _Operation) -> list[Tensor]:
-        """Every member's operand, this one's its own tensor; for parts in turn, the own part."""
+        """Every member's operand or, where operands are divided, its part for this member."""
         tensor, place = operation.tensor, self.position
         divided = WIRES[operation.wire.kind].divided
         parts = self._view(operation.slot, tensor, place if divided else -1).copy()
@@ -154,7 +154,7 @@ class SharedGroup:
             self._views.clear()
         start = _offset(self.size, 0, slot)
         stride = _offset(self.size, 1, slot) - start
-        # Else views made in inference mode could not be written to outside of it.
+        # Views made in inference mode could not be written to outside it.
         with torch.inference_mode(False):
             views = [
                 torch.frombuffer(
@@ -168,7 +168,7 @@ class SharedGroup:
         return views
 
     def _free(self, number: int) -> bool:
-        """Whether every member has done with the use of the slot before `number`."""
+        """Whether every member is done with what the slot held before operation `number`."""
         words, before, first = self._words, number - SLOTS, 8 + number % SLOTS
         return all(words[index] >= before for index in range(first, len(words), _WORDS))
 
@@ -202,7 +202,7 @@ class SharedGroup:
         return operation.result
 
     def _await(self, index: int, operation: _Operation, place: int) -> None:
-        """Until a peer's number is there: at first in the tightest of loops."""
+        """Wait until a peer's number is there, at first in a tight loop."""
         words, word = self._words, operation.word
         if not self.crowded:
             end = time.perf_counter() + _SPIN_SECONDS
@@ -217,7 +217,7 @@ class SharedGroup:
     def _poll(
         self, there: Callable[[], bool], operation: _Operation, places: Sequence[int]
     ) -> None:
-        """Until `there`; raises once the members in `places` can no longer bring it about."""
+        """Wait until `there`; raises once the members in `places` can no longer make it so."""
         begin = now = time.perf_counter()
         while now < begin + _YIELD_SECONDS:
             os.sched_yield()
@@ -233,7 +233,7 @@ class SharedGroup:
             if there():
                 return
             gone = self._gone(places)
-            # Who has ended may have published first.
+            # A member that has ended may have published before.
             if there():
                 return
             if self._ended or gone:
@@ -286,7 +286,7 @@ class SharedGroup:
             operation = self._deferred[0]
             before = self._own[operation.slot]
             if before is not None and self._ready(before):
-                # The carrier has a mode of its own, in which it could not write to the operand.
+                # Outside the caller's inference mode the carrier could not write to the operand.
                 with torch.inference_mode(before.tensor.is_inference()):
                     self._take(before)
             if not self._free(operation.number):
@@ -341,7 +341,7 @@ def _all(store: Store, key: str, size: int) -> list[bytes]:
 
 
 def host_name() -> str:
-    """What processes that can share memory and see each other end have in common."""
+    """A text that is the same for processes that can share memory and see each other end."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return "no"
     try:
@@ -373,7 +373,7 @@ def _file(store: Store, large: GlooGroup, first: int, opened: contextlib.ExitSta
 def _attach(
     file: int, size: int, processes: Sequence[int], kept: contextlib.ExitStack
 ) -> tuple[mmap.mmap, list[int]] | None:
-    """The memory and a descriptor a member that tells its end; none where something fails."""
+    """The memory, and for each member a descriptor that tells its end; None if something fails."""
     if file < 0:
         return None
     num_bytes = _offset(size, size, 0)

@@ -27,7 +27,7 @@ from meshwright.runtime.rank import RankProgram
 
 
 class _Exchange:
-    """One collective of one group: what the members gave so far."""
+    """One collective of one group: what its members have given so far."""
 
     __slots__ = ("first", "given", "handles", "members", "missing", "wire")
 
@@ -64,11 +64,11 @@ class _Group:
 def run_virtual(
     programs: Sequence[RankProgram], mesh: Mesh, names: Sequence[str] = ()
 ) -> list[Any]:
-    """Run one generator a rank to its end; returns what each returned, by rank.
+    """Run one generator per rank to its end, and return what each returned, by rank.
 
     `names[i]` is the node of the collective with index i, for errors. Raises `MismatchError` where
     the members of a group ask for different operations, `DeadlockError` where no rank can go on.
-    An exception of a rank's own goes through with a note of the rank, unless it names its ranks.
+    An exception that a rank raises gets a note with the rank, unless it names its ranks.
     """
     assert len(programs) == mesh.num_ranks
     driver = _Driver(programs, mesh, names)
@@ -176,7 +176,7 @@ class _Driver:
             return
         if not tensor.dim() or tensor.shape[0] != size:
             raise MismatchError(
-                f"{spell_wire(wire, self.names)} needs a first dim of {size}, one part a member",
+                f"{spell_wire(wire, self.names)} needs a first dim of {size}, one part per member",
                 rank=rank,
                 where=(f"rank {rank} gives {spell_tensor(tensor)}",),
             )
@@ -200,7 +200,7 @@ class _Driver:
         )
 
     def deadlock(self) -> DeadlockError:
-        """What each rank waits for, ranks that wait for the same thing on one line."""
+        """The error that says what each rank waits for, one line for those that wait alike."""
         lines: dict[str, list[int]] = {}
         peers: set[int] = set()
         for rank, handle in enumerate(self.waiting):
@@ -231,5 +231,5 @@ class _Driver:
 
 
 def spell_tensor(tensor: Tensor) -> str:
-    """`f32`-like text is for graphs; errors say torch's own name: `float32[2, 3]`."""
+    """A tensor as errors name it, with torch's name of the dtype: `float32[2, 3]`."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

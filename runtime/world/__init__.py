@@ -1,1 +1,1 @@
-"""Where ranks meet, who is alive, and what they agree on."""
+"""The world of a run: where ranks meet, which are alive, and what they agree on."""

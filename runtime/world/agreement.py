@@ -1,4 +1,4 @@
-"""Ranks agree: an error on one rank is raised on all of them, in the same words.
+"""Agreement among ranks: an error on one rank is raised on all of them, in the same words.
 
 A rank that raised alone would leave the others in a collective that never completes. So what can
 fail on one rank (a full disk, a file that is not there) is done apart from collectives, and then
@@ -22,16 +22,16 @@ from meshwright.runtime.rank import RankProgram, RankState
 T = TypeVar("T")
 _DONE = "done "
 _METHOD_CHARS, _PROBLEM_CHARS, _LINE_CHARS, _LINES = 32, 2000, 300, 8
-"""Bounds of the text that a rank sends; what is longer is cut."""
+"""Limits of the text that a rank sends; what is longer is cut."""
 
 
 def agreed(state: RankState, work: Callable[[], T], method: str = "") -> Generator[Any, Any, T]:
-    """What `work`, done on every rank and free of collectives, returns on this one.
+    """Do `work`, which has no collectives, on every rank, and return what it returns on this one.
 
     A method of the run gives its name where it first agrees: where ranks called different methods,
-    all of them raise `MismatchError`. Raises a `RunError` on every rank where it raised one on any,
-    or ran out of memory; the run can be used afterwards. What has to be undone on the ranks where
-    the work was done is up to the caller, who catches the error.
+    all of them raise `MismatchError`. Where the work raised a `RunError` or ran out of memory on
+    any rank, every rank raises a `RunError`, and the run can be used afterwards. A caller that has
+    to undo the work on the other ranks catches the error.
     """
     found, problem = _tried(work)
     yield from agree(state, problem, method)
@@ -39,7 +39,7 @@ def agreed(state: RankState, work: Callable[[], T], method: str = "") -> Generat
 
 
 def first_says(state: RankState, work: Callable[[], str]) -> Generator[Any, Any, str]:
-    """What `work`, done on rank 0 for all, returns, on every rank; an error of it likewise."""
+    """Do `work` on rank 0 for all: every rank returns its text, or raises its error."""
     said = ""
     if state.rank == 0:
         text, problem = _tried(work)
@@ -90,7 +90,7 @@ def _refuse_methods(state: RankState, method: str) -> RankProgram:
 
 
 def told(state: RankState, text: str) -> RankProgram:
-    """The text that rank 0 gives, on every rank; what the others give is not looked at."""
+    """The text that rank 0 gives, on every rank; that of the others is ignored."""
     every_axis = state.mesh.names
     data = text.encode() if state.rank == 0 else b""
     length = torch.tensor([len(data)], device=state.device)
@@ -144,7 +144,7 @@ def _joint(found: Sequence[dict[str, Any] | None], rank: int) -> RunError:
 
 
 def _encoded(problem: RunError) -> bytes:
-    """A problem as JSON; what a path has that no text can hold is escaped."""
+    """A problem as JSON; bytes of a path that are not text are escaped."""
     content = {
         "problem": _shortened(problem.problem, _PROBLEM_CHARS),
         "where": [_shortened(line, _LINE_CHARS) for line in problem.where[:_LINES]],

@@ -1,4 +1,4 @@
-"""The sockets that torch has opened: which there are, and to end or to see the end of one."""
+"""The connected sockets of this process, most of them torch's: find them, end one, see one end."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A connected socket that torch has opened: its descriptor, and what it then stood for."""
+    """A connected socket that torch has opened: its descriptor, and the inode that it had then."""
 
     number: int
     inode: int
 
     def abort(self) -> None:
-        """Shut it down, so that whoever waits for it returns."""
+        """Shut it down, so that a thread which waits for it returns."""
         with contextlib.suppress(OSError), self._duplicate() as duplicate:
             duplicate.shutdown(socket.SHUT_RDWR)
 

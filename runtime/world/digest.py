@@ -1,4 +1,4 @@
-"""The start-up checks: as many processes as ranks, and the same program on each."""
+"""Checks at the start: as many processes as ranks, and the same program on each."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "mksh", "fish", "tcsh", "csh", "a
 
 
 class _Process:
-    """What this process knows of those before it; begun anew in a child that it forks."""
+    """What this process knows of those that started it; made anew in a forked child."""
 
     def __init__(self) -> None:
         self.parent = os.getppid()
@@ -36,7 +36,7 @@ class _Process:
 
 
 def guard() -> None:
-    """Watch the launcher from now on, if this is a rank that has one; at most once a process."""
+    """Watch the launcher from now on, if this rank has one; at most once per process."""
     if _this.guarded:
         return
     launcher = _launcher(_this.parent)
@@ -47,14 +47,14 @@ def guard() -> None:
 
 
 def at_end(end: Callable[[RunError], None]) -> Callable[[], None]:
-    """Let `end` be called, with what happened, when the launcher ends; the result takes it back."""
+    """Call `end` with the error when the launcher ends; the function returned cancels that."""
     ends = _this.ends
     ends.append(end)
     return lambda: ends.remove(end) if end in ends else None
 
 
 def _launcher(parent: int) -> int | None:
-    """The process whose end this one has to notice; none where it is not a rank, or detached."""
+    """The process whose end ends this one; None if this is not a rank, or is detached."""
     mark = next((name for name in (*_AGENTS, "RANK") if name in os.environ), None)
     if mark is None or parent <= 1 or os.name != "posix":
         return None
@@ -67,7 +67,7 @@ def _launcher(parent: int) -> int | None:
 
 
 def _ancestor(process: int, mark: bytes) -> int:
-    """The nearest ancestor that does not have the mark itself: wrappers in between pass it on."""
+    """The nearest ancestor without the mark in its environment: wrappers in between pass it on."""
     while True:
         try:
             with open(f"/proc/{process}/environ", "rb") as file:
@@ -99,7 +99,7 @@ def _watch(process: _Process, launcher: int) -> None:
 
 
 def _await_end(parent: int, launcher: int) -> None:
-    """Until one of them has ended."""
+    """Wait until one of the two has ended."""
     poller = select.poll()
     if hasattr(os, "pidfd_open"):
         try:
@@ -123,7 +123,7 @@ def _leave(process: _Process, problem: str) -> None:
     for end in list(process.ends):
         end(error)
     if callable(signal.getsignal(signal.SIGTERM)):
-        # As the launcher would have done: a handler may have something to save.
+        # As the launcher would have done: a handler may have something to save first.
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_SECONDS)
     elif process.ends:
@@ -132,7 +132,7 @@ def _leave(process: _Process, problem: str) -> None:
 
 
 def _begin() -> None:
-    _this.__init__()  # type: ignore[misc]  # a child that is forked knows nothing yet
+    _this.__init__()  # type: ignore[misc]  # a forked child knows nothing yet
 
 
 _this = _Process()

@@ -1,6 +1,6 @@
-"""Where ranks meet: what their environment says, the store that it names, and who has come.
+"""The meeting of ranks: what their environment says, the store that it names, and who has come.
 
-The store's calls block in C++, some of them without an end. They run in a thread of their own, so
+The store's calls block in C++, some of them for ever. They run in a thread of their own, so
 that the main thread can be interrupted, say whom it waits for, and give up.
 """
 
@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 LIMIT = "MESHWRIGHT_RENDEZVOUS_SECONDS"
 _SECONDS, _AGENT_SECONDS, _QUIET_SECONDS = 600.0, 30.0, 30.0
-"""Until ranks that have not come are given up; until the launcher is, which is there before them;
-and until a rank says whom it waits for."""
+"""Until a rank gives up those that have not come, until it gives up the launcher, which is there
+before them, and until it says whom it waits for."""
 _TORCHRUN = "start the script with `torchrun`, which sets it"
 
 
@@ -73,7 +73,7 @@ def place() -> tuple[int, int]:
 
 
 def host_rank() -> int | None:
-    """The rank whose process holds the store; none where the launcher's does."""
+    """The rank whose process holds the store; None where the launcher's does."""
     return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 
 
@@ -119,9 +119,10 @@ class Limit:
         return self.begin + self.seconds - time.monotonic()
 
     def patiently(self, work: Callable[[], T], waits_for: Callable[[], str]) -> T | None:
-        """What `work` returns or raises, in a thread that is left to itself at the limit.
+        """Do `work` in a thread, and return what it returns, or None at the limit.
 
-        None at the limit. `waits_for` is said on standard error when it has taken a while.
+        After a while it says on standard error what it `waits_for`; at the limit the thread is
+        abandoned.
         """
         found: list[T] = []
         raised: list[RuntimeError] = []
@@ -167,7 +168,7 @@ def connect(limit: Limit) -> Store:
 
 
 def _serve(world: World, limit: Limit) -> Store:
-    """The store, kept by this process, for all others to reach at the world's address."""
+    """The store, which this process keeps for all others to reach at the world's address."""
     try:
         found = limit.patiently(
             lambda: _tcp(world, limit, serve=True),
@@ -195,7 +196,7 @@ def _reach(world: World, limit: Limit) -> Store:
     seconds = limit.seconds if host_rank() is not None else min(_AGENT_SECONDS, limit.seconds)
 
     def work() -> Store | None:
-        # A bare connection first: that of the store reports every failed attempt at length.
+        # A plain connection first: the store's own reports every failed attempt at length.
         while time.monotonic() < limit.begin + seconds:
             try:
                 socket.create_connection((world.address, world.port), timeout=2.0).close()
@@ -237,7 +238,7 @@ def _unreachable(world: World, limit: Limit, reason: str) -> RunError:
         )
     else:
         help = (
-            "look whether rank 0 has come to `launch`, and give every rank its host in "
+            "check that rank 0 has come to `launch`, and give every rank its host in "
             "`MASTER_ADDR` and one free port in `MASTER_PORT`"
         )
     return RunError(f"{problem}: {reason}", rank=world.rank, help=help)
@@ -278,7 +279,7 @@ def meet(store: Store, rank: int, num_ranks: int, limit: Limit, texts: dict[str,
 def _give_up(
     store: Store, rank: int, missing: Sequence[int], limit: Limit, told: Sequence[str]
 ) -> None:
-    """Raise, and tell it to the others first, whose time may end later."""
+    """Raise `PeerError`, and first tell the others, whose time may end later."""
     if told:
         problem, *names = told[0].split("|")
         peers = [int(name) for name in names]

@@ -1,6 +1,6 @@
-"""SIGTERM, which torchrun sends to the other ranks as soon as one has died.
+"""The handling of SIGTERM, which torchrun sends to the other ranks as soon as one has died.
 
-By itself it would end them before they can say which rank they have lost, and in what.
+Unhandled, it would end them before they can say which rank they have lost, and in what.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def say(text: str) -> None:
 
 
 class Watched(Protocol):
-    """What a signal is told to: see `Watch`."""
+    """What is told of a signal: see `Watch`."""
 
     waits: Any
     signals: Callable[[], bool]
@@ -44,10 +44,10 @@ class Watched(Protocol):
 class Termination:
     """A handler of SIGTERM for as long as a transport is open.
 
-    A rank that waits for others is given the time to find out why, and ends when its wait does; any
-    other exits at once. A main thread inside a backend runs no handler, so the number of the signal
-    also goes through a pipe that the watch reads. Does nothing where the script has its own
-    handler.
+    A rank that waits for others is given time to find out why, and ends when its wait does; any
+    other ends at once. A main thread inside a backend runs no Python handler, so the number of the
+    signal also goes through a pipe that the watch reads. Does nothing where the script has a
+    handler of its own.
     """
 
     def __init__(self, watch: Watched) -> None:
@@ -93,7 +93,7 @@ _installed: list[Termination] = []
 
 
 def _leave_to_the_parent() -> None:
-    """A child, as of a loader, that is told to stop would otherwise tell the rank itself."""
+    """In a forked child, such as a loader's worker: a signal to it is not one to the rank."""
     if _installed:
         _installed.clear()
         signal.set_wakeup_fd(-1)

@@ -1,4 +1,4 @@
-"""The heartbeat: what every rank is doing, through the store, so that no rank waits in vain.
+"""Heartbeats through the store: every rank tells what it is doing, so that none waits in vain.
 
 One thread publishes and reads once a second; a second one judges, so that a store that hangs is
 noticed too. Computing is never limited: a rank is only judged while another waits for it, by a
@@ -36,13 +36,13 @@ Waits = tuple[str, int, Wire]
 """What a rank waits for: the label of a group of axes, the place in its order, the operation."""
 
 _READ_OUTPUT = "read the end of its output; the system's log names what was killed for its memory"
-_LOOK_AT_PROCESS = "look whether its process is stopped, or its machine out of reach"
+_LOOK_AT_PROCESS = "check whether its process is stopped, or its machine out of reach"
 _RUN_SAME_STEPS = "run the same number of steps on every rank"
 _ENDS = {
     "failed": "read its own traceback",
     "left": "look for what ended it in its output; the other ranks cannot go on without it",
 }
-"""The states of ranks that did not come to the end of their program, and what to do then."""
+"""The states of ranks that did not reach the end of their program, and what to do then."""
 
 
 @dataclass(slots=True)
@@ -69,8 +69,8 @@ class Beat:
 class Watch:
     """This rank's heartbeat and its view of the others'.
 
-    The main thread writes `waits` and `counts` around its collectives; nothing else of it is
-    needed, so a collective pays two assignments. `aborts` end whatever the main thread waits in.
+    The main thread only writes `waits` and `counts` around its collectives, so that a collective
+    pays for two assignments. `aborts` end whatever the main thread waits in.
     `host` is the rank whose process holds the store, if a rank's does, and `connection` that to it.
     """
 
@@ -128,7 +128,8 @@ class Watch:
         self._judge_thread.join(timeout=self.patience)
 
     def linger(self, seconds: float, *, whole: bool = False) -> None:
-        """Stay until no other rank runs any more, or for `seconds`: `whole`, or while none moves.
+        """Stay until no other rank runs, at most `seconds` from when one last moved or, with
+        `whole`, from now.
 
         The store of the run may be this process's, and others may still need its last bytes.
         """
@@ -141,32 +142,32 @@ class Watch:
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """Publish a last time, and end the heartbeat; where the store holds it, leave it there."""
+        """Publish a last time and end the heartbeat; abandon a thread that the store blocks."""
         self._stopping.set()
         self._hurry.set()
         self._thread.join(timeout=self.patience)
 
     def publish_end(self, error: BaseException) -> None:
-        """Tell the others, at once, what ends this rank; the first time counts."""
+        """Tell the others at once what ends this rank; only the first call counts."""
         if self.state == "running":
             self.state, self.problem = last_words(error)
         self._hurry.set()
 
     def told_to_stop(self) -> None:
-        """Another process wants this one to end: find out why it waits, or let its wait end it."""
+        """Note that another process wants this one to end, which it does when its wait ends."""
         if self.state == "running" and not self.told_at:
             self.told_at = self._closed_at = time.monotonic()
             self._hurry.set()
 
     def end_as_told(self) -> NoReturn:
-        """End the main thread, which waits for nobody; what it cleans up has all the time."""
+        """End the main thread, which waits for no other rank; it may take its time to clean up."""
         self.told_at = 0.0
         error = ToldToStop(EXIT_CODE)
         self.publish_end(error)
         raise error
 
     def explain(self, error: RuntimeError) -> RunError:
-        """Ours for a backend's error: waits until the others' heartbeats tell what happened."""
+        """The error to raise for a backend's: waits until heartbeats tell what has happened."""
         if not self.failure:
             self._closed_at = time.monotonic()
             self._hurry.set()
@@ -176,7 +177,7 @@ class Watch:
         peers = self._blockers(self.rank) or self.peers
         reason = str(error).partition("\n")[0]
         return PeerError(
-            f"the connection to {verb(peers, 'broke', 'broke')}: {reason}",
+            f"the connection to {spell_ranks(peers)} broke: {reason}",
             rank=self.rank,
             peers=tuple(peers),
             where=self._where(()),
@@ -191,11 +192,11 @@ class Watch:
             abort()
 
     def store_ended(self) -> bool:
-        """Whether the process that holds the store has closed its connection: it has ended."""
+        """Whether the process that holds the store has closed its connection, so has ended."""
         return self.connection is not None and self.connection.ended()
 
     def beat(self) -> str:
-        """What this rank publishes."""
+        """The text that this rank publishes."""
         waits = self.waits
         self._number += 1
         return json.dumps(
@@ -243,7 +244,7 @@ class Watch:
         self._answered = now
 
     def _forgive(self, gap: float) -> None:
-        """This process itself stood still: that is not the others' silence."""
+        """Do not count a time in which this process itself stood still as the others' silence."""
         for beat in self.beats.values():
             beat.changed += gap
 
@@ -267,7 +268,7 @@ class Watch:
                 return
 
     def _end(self, error: RunError) -> None:
-        """Make the main thread raise `error`; where it cannot be reached, end the process."""
+        """Make the main thread raise `error`; if it cannot be reached, end the process."""
         waits = self.waits
         self.failure = error
         self.state, self.problem = "lost", error.problem
@@ -285,19 +286,19 @@ class Watch:
             self._exit(error)
 
     def _end_unreachable(self) -> None:
-        """As told, after a time in which neither its wait has ended nor a reason for it came."""
+        """End a rank that was told to stop if neither its wait has ended nor a reason was found."""
         error = self._error("it was told to stop (SIGTERM)", self._blockers(self.rank))
         self.publish_end(ToldToStop(EXIT_CODE))
         if not self._left.wait(2 * self.period) and self.told_at:
             self._exit(error, EXIT_CODE)
 
     def _exit(self, error: RunError, code: int = 1) -> None:
-        """End the process under a main thread that cannot be reached."""
+        """End the process, whose main thread cannot be reached."""
         say(f"{type(error).__name__}: {error}")
         os._exit(code)
 
     def examine(self, now: float) -> RunError | None:
-        """Why this rank waits in vain, if it does; the nearest cause first."""
+        """Why this rank waits in vain, or None; the nearest cause comes first."""
         for peer, beat in self.beats.items():
             if beat.state in _ENDS:
                 return self._error(f"rank {peer} {beat.problem}", [peer], _ENDS[beat.state])
@@ -308,7 +309,7 @@ class Watch:
         return self._silent() or self._finished(blockers) or self._in_circle() or self._relayed()
 
     def _storeless(self, ended: bool) -> RunError:
-        """The store has ended, with the process that kept it, or does not answer."""
+        """The error for a store that does not answer, or that has ended with its process."""
         what = "has ended" if ended else "does not answer"
         if self.host is None:
             return self._error(f"the launcher, which keeps the store of the run, {what}", [])
@@ -355,7 +356,7 @@ class Watch:
         return None
 
     def _in_circle(self) -> RunError | None:
-        """Whether nobody that this rank waits for, itself or through others, computes or sends."""
+        """The deadlock of this rank if all that it waits for, directly or not, wait as well."""
         reached: dict[int, tuple[str, int]] = {}
         stack = [self.rank]
         while stack:
@@ -393,7 +394,7 @@ class Watch:
         return Beat(label=waits[0], order=waits[1], doing=doing, counts=self.counts)
 
     def _blockers(self, rank: int) -> list[int]:
-        """The members of the group that `rank` waits in who have not come to that collective."""
+        """The members of the group that `rank` waits in that have not reached its collective."""
         beat = self._beat(rank)
         if not beat.waits or beat.label not in self.members:
             return []

@@ -18,7 +18,7 @@ from tests.runtime.processes import free_port
 
 MESH = Mesh((("tp", 2),))
 SET_PORT = (
-    "look whether rank 0 has come to `launch`, and give every rank its host in `MASTER_ADDR` and "
+    "check that rank 0 has come to `launch`, and give every rank its host in `MASTER_ADDR` and "
     "one free port in `MASTER_PORT`"
 )
 
