@@ -139,7 +139,7 @@ class Run:
         differ between ranks are a `MismatchError`, here or in the next call.
         """
         linked, tensors = self._find("train", args, kwargs)
-        return _results(self._execute("step", linked, tensors))
+        return _returned(self._execute("step", linked, tensors))
 
     def step_local(self, *args: Any, **kwargs: Any) -> Any:
         """As `step`, given only this rank's rows of the inputs that are under `data`.
@@ -159,7 +159,7 @@ class Run:
         help = "pass the rows `data_slice(n)` of a batch like the example's"
         tensors = inputs.flatten(args, kwargs, help)
         ranks = [(self._programs.launched.ranks[0][0], sharders)]
-        return _results(self._execute("step_local", self._programs.launched, tensors, ranks))
+        return _returned(self._execute("step_local", self._programs.launched, tensors, ranks))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of one global batch in the model's eval mode, without gradients.
@@ -169,7 +169,7 @@ class Run:
         `PlanError` for a batch that does not divide.
         """
         linked, tensors = self._find("eval", args, kwargs)
-        return _results(self._execute("evaluate", linked, tensors))
+        return _returned(self._execute("evaluate", linked, tensors))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for one global batch in its eval mode, without a loss.
@@ -527,6 +527,6 @@ def launch(program: Program, **options: Any) -> Run:
         return Run(program, **options)
 
 
-def _results(found: Results) -> Any:
+def _returned(found: Results) -> Any:
     loss, *outputs = found.values()
     return (loss, *outputs) if outputs else loss

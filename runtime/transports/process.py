@@ -330,7 +330,7 @@ class ProcessTransport:
         return share(shared_store, group, self.shared_memory, self._ranks_here)
 
     def ours(self, error: RuntimeError) -> RuntimeError:
-        """The error to raise for one in a collective: what the watch finds, if it is a backend's."""
+        """The error to raise for one in a collective: what the watch finds for a backend's."""
         if self.watch.failure is None:
             text = str(error).lower()
             if isinstance(error, RunError) or not any(word in text for word in _BACKEND_WORDS):

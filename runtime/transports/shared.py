@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -51,22 +52,20 @@ def slot_bytes(size: int) -> int:
     return max(64 * KIB, min(MIB, 4 * MIB // size))
 
 
+@dataclass(eq=False, slots=True)
 class _Operation:
     """One collective of this member until it is waited for; every member publishes its `word`."""
 
-    __slots__ = (
-        *("donate", "number", "published", "result", "slot"),
-        *("sources", "targets", "tensor", "wire", "word"),
-    )
-
-    def __init__(self, wire: Wire, tensor: Tensor, donate: bool, number: int) -> None:
-        self.wire, self.tensor, self.donate, self.number = wire, tensor, donate, number
-        self.slot = number % SLOTS
-        self.word = number << _TAG_BITS | tensor.nbytes << _KIND_BITS | _kind_number(wire.kind)
-        self.targets: Sequence[int] = ()
-        self.sources: Sequence[int] = ()
-        self.published = False
-        self.result: Tensor | None = None
+    wire: Wire
+    tensor: Tensor
+    donate: bool
+    number: int
+    slot: int
+    word: int
+    targets: Sequence[int]
+    sources: Sequence[int]
+    published: bool = False
+    result: Tensor | None = None
 
 
 class SharedGroup:
@@ -106,10 +105,9 @@ class SharedGroup:
         if tensor.requires_grad:
             tensor = tensor.detach()
         self._number = number = self._number + 1
-        operation = _Operation(wire, tensor, donate, number)
-        operation.targets, operation.sources = WIRES[wire.kind].peers(
-            wire, self.position, self.large.others
-        )
+        word = number << _TAG_BITS | tensor.nbytes << _KIND_BITS | _kind_number(wire.kind)
+        peers = WIRES[wire.kind].peers(wire, self.position, self.large.others)
+        operation = _Operation(wire, tensor, donate, number, number % SLOTS, word, *peers)
         if self._deferred or not self._free(number):
             self._defer(operation)
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -38,16 +39,15 @@ class _Exchange:
         self.handles: list[_Handle | None] = [None] * len(members)
 
 
+@dataclass(eq=False, slots=True)
 class _Handle:
     """A started collective of one rank; `result` is there once every member has given."""
 
-    __slots__ = ("donated", "exchange", "rank", "result", "waited")
-
-    def __init__(self, rank: int, donated: bool) -> None:
-        self.rank, self.donated = rank, donated
-        self.exchange: _Exchange | None = None
-        self.result: Tensor | None = None
-        self.waited = False
+    rank: int
+    donated: bool
+    exchange: _Exchange | None = None
+    result: Tensor | None = None
+    waited: bool = False
 
 
 class _Group:
