@@ -11,11 +11,9 @@ import torch
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram
-from meshwright.runtime.transports.process import ProcessTransport
-from meshwright.runtime.transports.virtual import run_virtual
+from meshwright.runtime.transports.process import ProcessMesh
+from meshwright.runtime.transports.virtual import VirtualMesh
 from meshwright.runtime.world.rendezvous import under_torchrun
-
-_MOST_VIRTUAL_RANKS = 4096
 
 
 class Transport(Protocol):
@@ -44,65 +42,6 @@ class Transport(Protocol):
 def transport_of(mesh: Mesh, device: torch.device) -> Transport:
     """The process mesh where this process is one rank of many, else the virtual mesh."""
     return ProcessMesh(mesh, device) if under_torchrun() else VirtualMesh(mesh)
-
-
-class VirtualMesh:
-    """Every rank of the mesh in this process."""
-
-    has_every_rank = True
-
-    def __init__(self, mesh: Mesh) -> None:
-        if mesh.num_ranks > _MOST_VIRTUAL_RANKS:
-            raise RunError(
-                f"the mesh has {mesh.num_ranks} ranks, and one process runs at most "
-                f"{_MOST_VIRTUAL_RANKS}",
-                help="start a process for each rank with `meshwright run` or torchrun",
-            )
-        self.mesh = mesh
-        self.ranks: tuple[int, ...] = tuple(range(mesh.num_ranks))
-
-    def __repr__(self) -> str:
-        return f"<VirtualMesh {self.mesh}: {len(self.ranks)} ranks in this process>"
-
-    def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
-        """Drive all ranks to their ends."""
-        return run_virtual(programs, self.mesh, names)
-
-    def check_same_program(self, digest: str) -> None:
-        """There is one program here."""
-
-    def close(self, error: BaseException | None = None) -> None:
-        """There is nothing to leave."""
-
-
-class ProcessMesh:
-    """This process is one rank, among those that torchrun started."""
-
-    has_every_rank = False
-
-    def __init__(self, mesh: Mesh, device: torch.device) -> None:
-        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        self.process = ProcessTransport(mesh, device)
-        self.ranks: tuple[int, ...] = (self.process.rank,)
-
-    def __repr__(self) -> str:
-        return f"<ProcessMesh: this process is rank {self.process.rank}>"
-
-    def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
-        """Drive this rank to its end."""
-        (program,) = programs
-        return [self.process.run(program, names)]
-
-    def check_same_program(self, digest: str) -> None:
-        """Compare digests over all ranks."""
-        self.process.check_same_program(digest)
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Say how this rank ended, and free its groups."""
-        if error is not None:
-            self.process.watch.publish_end(error)
-        self.process.close()
 
 
 def check_device(device: torch.device) -> None:

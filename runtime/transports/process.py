@@ -65,7 +65,7 @@ class _Waiting:
     An error of the backend becomes the error that the watch finds; any other ends this rank.
     """
 
-    def __init__(self, transport: ProcessTransport) -> None:
+    def __init__(self, transport: ProcessMesh) -> None:
         self.transport, self.watch = transport, transport.watch
 
     def __enter__(self) -> None:
@@ -86,7 +86,7 @@ class _Waiting:
             self.watch.end_as_told()
 
 
-class ProcessTransport:
+class ProcessMesh:
     """This rank's end of a mesh of processes.
 
     Reads torchrun's environment variables (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`), or
@@ -102,6 +102,7 @@ class ProcessTransport:
     the environment has `MESHWRIGHT_SHARED_MEMORY=0`.
     """
 
+    has_every_rank = False
     _made = 0
 
     def __init__(
@@ -114,15 +115,18 @@ class ProcessTransport:
         shared_memory: bool | None = None,
     ) -> None:
         self.mesh, self.device = mesh, torch.device(device)
+        if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         if shared_memory is None:
             shared_memory = os.environ.get("MESHWRIGHT_SHARED_MEMORY") != "0"
         self.shared_memory = shared_memory
         launcher.guard()
         limit = Limit()
         self.rank, num_processes = place()
+        self.ranks: tuple[int, ...] = (self.rank,)
         check_world(mesh, num_processes)
-        self.store = PrefixStore(f"meshwright/{ProcessTransport._made}", connect(limit))
-        ProcessTransport._made += 1
+        self.store = PrefixStore(f"meshwright/{ProcessMesh._made}", connect(limit))
+        ProcessMesh._made += 1
         self.lanes: dict[tuple[str, ...], _Lane] = {}
         self.watch = self._start_watch(period, patience, limit)
         self._waiting = _Waiting(self)
@@ -160,8 +164,11 @@ class ProcessTransport:
         watch.start()
         return watch
 
-    def run(self, program: RankProgram, names: Sequence[str] = ()) -> Any:
-        """Drive this rank's generator to its end; returns what it returned.
+    def __repr__(self) -> str:
+        return f"<ProcessMesh: this process is rank {self.rank}>"
+
+    def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
+        """Drive this rank's generator, the only one, to its end; returns what it returned.
 
         `names[i]` is the node of the collective with index i, for errors. An exception of the
         program's own is told to the other ranks before it goes on, and ends the run: the next
@@ -169,6 +176,7 @@ class ProcessTransport:
         """
         self._check_going()
         self.watch.names = names
+        (program,) = programs
         send = program.send
         value: Any = None
         try:
@@ -183,7 +191,7 @@ class ProcessTransport:
                     value = self.wait(request.handle)
                 del request
         except StopIteration as stop:
-            return stop.value
+            return [stop.value]
         except RunError as error:
             if isinstance(error, OperatorError):
                 self.end(error)
@@ -258,13 +266,15 @@ class ProcessTransport:
         every = self.collective(Wire("all_gather", self.mesh.names), own)
         check_digests([bytes(row).hex() for row in every.tolist()], self.rank)
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Leave the mesh: say how this rank ended, stay while others need it, free the groups.
 
-        Runs by itself when the interpreter exits.
+        Runs by itself when the interpreter exits. Others are told of an `error` that ends this rank.
         """
         if self._closed:
             return
+        if error is not None:
+            self.watch.publish_end(error)
         self._closed = True
         atexit.unregister(self.close)
         state, problem = self._last_state()

@@ -26,6 +26,8 @@ from meshwright.runtime.errors import (
 )
 from meshwright.runtime.rank import RankProgram
 
+_MOST_RANKS = 4096
+
 
 class _Exchange:
     """One collective of one group: what its members have given so far."""
@@ -59,6 +61,34 @@ class _Group:
         self.members = members
         self.counts = [0] * len(members)
         self.exchanges: dict[int, _Exchange] = {}
+
+
+class VirtualMesh:
+    """Every rank of the mesh in this process."""
+
+    has_every_rank = True
+
+    def __init__(self, mesh: Mesh) -> None:
+        if mesh.num_ranks > _MOST_RANKS:
+            raise RunError(
+                f"the mesh has {mesh.num_ranks} ranks, and one process runs at most {_MOST_RANKS}",
+                help="start a process for each rank with `meshwright run` or torchrun",
+            )
+        self.mesh = mesh
+        self.ranks: tuple[int, ...] = tuple(range(mesh.num_ranks))
+
+    def __repr__(self) -> str:
+        return f"<VirtualMesh {self.mesh}: {len(self.ranks)} ranks in this process>"
+
+    def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
+        """Drive all ranks to their ends."""
+        return run_virtual(programs, self.mesh, names)
+
+    def check_same_program(self, digest: str) -> None:
+        """There is one program here."""
+
+    def close(self, error: BaseException | None = None) -> None:
+        """There is nothing to leave."""
 
 
 def run_virtual(

@@ -55,7 +55,7 @@ def main(folder: Path, culprit: str, what: str) -> None:
         if number == 0 and culprit == str(RANK):
             befall(what, folder)
     (folder / f"losses-{RANK}").write_text(json.dumps(losses))
-    lanes = run.transport.process.lanes  # type: ignore[attr-defined]  # of a process
+    lanes = run.transport.lanes  # type: ignore[attr-defined]  # of a process
     kinds = [isinstance(lane.group, shared.SharedGroup) for lane in lanes.values() if lane.group]
     (folder / f"shared-{RANK}").write_text(json.dumps(kinds))
     run.close()

@@ -22,11 +22,11 @@ def main(folder: Path) -> None:
     optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
     if run.states[0].rank == 1:
         mesh: Any = run.transport
-        collective, mesh.process.collective = mesh.process.collective, interrupted
+        collective, mesh.collective = mesh.collective, interrupted
     try:
         run.step(*batch())
     except KeyboardInterrupt:
-        mesh.process.collective = collective
+        mesh.collective = collective
     except mw.RunError as error:
         print(error)
     for _ in range(2):

@@ -14,7 +14,7 @@ import torch
 
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
-from meshwright.runtime.transports.process import ProcessTransport
+from meshwright.runtime.transports.process import ProcessMesh
 
 NAMES = ("hidden_sum", "loss_sum")
 ROW, COLUMN = Wire("all_reduce", ("tp",), index=0), Wire("all_reduce", ("dp",), index=1)
@@ -82,7 +82,7 @@ SCENARIOS = {
 def main(culprits: str, scenario: str) -> None:
     torch.set_num_threads(1)
     mesh = Mesh((("dp", int(os.environ["WORLD_SIZE"]) // 2), ("tp", 2)))
-    transport = ProcessTransport(mesh, period=0.4, patience=PATIENCE)
+    transport = ProcessMesh(mesh, period=0.4, patience=PATIENCE)
     own = str(transport.rank) in culprits.split(",")
     digest = "ab" if scenario == "compiles differently" and own else "cd"
     transport.check_same_program(digest * 32)
@@ -92,7 +92,7 @@ def main(culprits: str, scenario: str) -> None:
             transport.collective(Wire("all_reduce", (axis,)), torch.zeros(1))
         transport.watch.aborts.clear()
     program = SCENARIOS[scenario]() if own and scenario in SCENARIOS else train(40)
-    transport.run(program, NAMES)
+    transport.run([program], NAMES)
     print("trained")
 
 

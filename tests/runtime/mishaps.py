@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import meshwright as mw
-from meshwright.runtime.transports.process import ProcessTransport
+from meshwright.runtime.transports.process import ProcessMesh
 from tests.runtime.models import PLANS, batch, make
 
 PERIOD, PATIENCE = 0.4, 2.0
@@ -169,7 +169,7 @@ def wind_up(mishap: Mishap, run: mw.Run, optimizer: torch.optim.Optimizer) -> No
 
 def main(what: str, when: str, culprit: str) -> None:
     torch.set_num_threads(1)
-    ProcessTransport.__init__.__kwdefaults__.update(period=PERIOD, patience=PATIENCE)
+    ProcessMesh.__init__.__kwdefaults__.update(period=PERIOD, patience=PATIENCE)
     train(Mishap(what, when, os.environ["RANK"] == culprit), int(os.environ["WORLD_SIZE"]))
     print("trained")
 

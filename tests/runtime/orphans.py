@@ -13,15 +13,15 @@ import torch
 
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
-from meshwright.runtime.transports.process import ProcessTransport
+from meshwright.runtime.transports.process import ProcessMesh
 from meshwright.runtime.world import launcher
 
 MINUTES = 120.0
 
 
-def transport() -> ProcessTransport:
+def transport() -> ProcessMesh:
     mesh = Mesh((("tp", int(os.environ["WORLD_SIZE"])),))
-    found = ProcessTransport(mesh)
+    found = ProcessMesh(mesh)
     found.collective(Wire("all_reduce", ("tp",)), torch.ones(3))
     return found
 

@@ -124,7 +124,7 @@ def check_bytes(program: mw.Program) -> None:
         real.step(*batch())
         sent.clear()
         real.step(*batch())
-        lanes = real.transport.process.lanes  # type: ignore[attr-defined]
+        lanes = real.transport.lanes  # type: ignore[attr-defined]
         numbers = {", ".join(axes): lane.group.backend.number for axes, lane in lanes.items()}
     measured = {axes: sent[number] for axes, number in sorted(numbers.items()) if sent[number]}
     assert measured == program.comm().bytes_by_axis(), (measured, program.comm().counts())

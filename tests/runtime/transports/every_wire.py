@@ -17,7 +17,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import WIRES, Start, Wait, Wire, everyone
 from meshwright.runtime.transports import nccl
 from meshwright.runtime.transports.gloo import GlooGroup
-from meshwright.runtime.transports.process import ProcessTransport
+from meshwright.runtime.transports.process import ProcessMesh
 from meshwright.runtime.transports.shared import slot_bytes
 from meshwright.runtime.transports.virtual import run_virtual
 from tests.runtime.transports import mirror
@@ -99,7 +99,7 @@ def differs(got: Tensor, expected: Tensor, same_order: bool) -> bool:
     return not torch.equal(got, expected)
 
 
-def check_nccl(transport: ProcessTransport) -> None:
+def check_nccl(transport: ProcessMesh) -> None:
     """What NCCL runs where it has nothing of its own, on Gloo's all_to_all."""
     group = transport.lanes["tp",].group
     assert isinstance(group, GlooGroup)
@@ -118,14 +118,14 @@ def main() -> None:
     mirror.register()
     torch.set_num_threads(1)
     mesh = MESHES[int(os.environ["WORLD_SIZE"])]
-    transport = ProcessTransport(mesh)
+    transport = ProcessMesh(mesh)
     transport.check_same_program("5e" * 32)
     count = 0
     for wire, dtype, shape, started in cases():
         given = [operand(wire, mesh, shape, dtype, rank) for rank in range(mesh.num_ranks)]
         before = given[transport.rank].clone()
         expected = run_virtual([program(wire, tensor, started) for tensor in given], mesh)
-        got = transport.run(program(wire, given[transport.rank], started))
+        (got,) = transport.run([program(wire, given[transport.rank], started)])
         shared = transport.shared_memory and before.nbytes <= slot_bytes(mesh.size(wire.axes))
         if differs(got, expected[transport.rank], shared) or not given[transport.rank].equal(
             before
@@ -133,8 +133,8 @@ def main() -> None:
             print("differs:", wire, dtype, shape, "started" if started else "")
         count += 1
     addend = torch.randn(999, generator=torch.Generator().manual_seed(transport.rank))
-    bits = transport.run(program(Wire("all_reduce", mesh.names), addend, False))
-    same = transport.run(program(Wire("all_gather", mesh.names), bits, False))
+    (bits,) = transport.run([program(Wire("all_reduce", mesh.names), addend, False)])
+    (same,) = transport.run([program(Wire("all_gather", mesh.names), bits, False)])
     print("the same bits" if (same == bits).all() else "differs: bits of a sum")
     print(f"{count} cases")
     if len(given) == 2 and not transport.shared_memory:

@@ -11,14 +11,14 @@ import torch
 
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
-from meshwright.runtime.transports.process import ProcessTransport
+from meshwright.runtime.transports.process import ProcessMesh
 from meshwright.runtime.transports.shared import SLOTS, SharedGroup
 
 AXES = ("tp",)
 SUM, GATHER, BROADCAST = (Wire(kind, AXES) for kind in ("all_reduce", "all_gather", "broadcast"))
 
 
-def backwards(transport: ProcessTransport) -> None:
+def backwards(transport: ProcessMesh) -> None:
     """Many more starts than slots, waited for in the opposite order, at other times."""
     size, rank = transport.mesh.num_ranks, transport.rank
     for turn in range(3):
@@ -32,7 +32,7 @@ def backwards(transport: ProcessTransport) -> None:
             assert (got == size * i + size * (size - 1) / 2).all(), (i, got)
 
 
-def apart(transport: ProcessTransport) -> None:
+def apart(transport: ProcessMesh) -> None:
     """The members of one group wait for their collectives in different orders."""
     rank = transport.rank
     for count in (SLOTS, 3 * SLOTS):
@@ -43,7 +43,7 @@ def apart(transport: ProcessTransport) -> None:
             assert got.flatten().tolist() == [10 * r + i for r in range(len(got))], (i, got)
 
 
-def ahead(transport: ProcessTransport) -> None:
+def ahead(transport: ProcessMesh) -> None:
     """The root of broadcasts starts more than there are slots before any other rank comes."""
     if transport.rank:
         time.sleep(0.2)
@@ -58,7 +58,7 @@ def ahead(transport: ProcessTransport) -> None:
     assert time.monotonic() - begin < 0.7
 
 
-def modes(transport: ProcessTransport) -> None:
+def modes(transport: ProcessMesh) -> None:
     """Operands in inference mode, that require gradients, and that are donated."""
     ones = torch.ones(5, requires_grad=True)
     with torch.inference_mode():
@@ -76,19 +76,19 @@ def modes(transport: ProcessTransport) -> None:
         assert (donated == transport.mesh.num_ranks).all()
 
 
-def other(transport: ProcessTransport) -> None:
+def other(transport: ProcessMesh) -> None:
     """Members that ask for different operations."""
     transport.collective(GATHER if transport.rank else SUM, torch.ones(3))
 
 
-def killed(transport: ProcessTransport) -> None:
+def killed(transport: ProcessMesh) -> None:
     """All ranks end as if killed for their memory."""
     transport.collective(SUM, torch.ones(3))
     print("killed", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def unshared(transport: ProcessTransport) -> None:
+def unshared(transport: ProcessMesh) -> None:
     """One member does not want shared memory, or cannot have it: nobody uses it."""
     lane = transport.lanes[AXES]
     assert not isinstance(lane.group, SharedGroup)
@@ -109,7 +109,7 @@ def main(*names: str) -> None:
     if names[0] == "unshared" and os.environ["RANK"] == "1":
         wanted = names[1] != "unwanted"
         os.pidfd_open = unable
-    transport = ProcessTransport(mesh, shared_memory=wanted)
+    transport = ProcessMesh(mesh, shared_memory=wanted)
     transport.collective(Wire("all_gather", AXES), torch.zeros(1))
     if names[0] == "unshared":
         names = names[:1]

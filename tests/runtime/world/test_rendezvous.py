@@ -11,7 +11,7 @@ import pytest
 
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.errors import PeerError, RunError
-from meshwright.runtime.transports.process import ProcessTransport
+from meshwright.runtime.transports.process import ProcessMesh
 from meshwright.runtime.world import rendezvous
 from meshwright.runtime.world.rendezvous import under_torchrun
 from tests.runtime.processes import free_port
@@ -37,7 +37,7 @@ def problem(kind: type[RunError] = RunError) -> str:
     """What starting the transport says."""
     begin = time.monotonic()
     with pytest.raises(kind) as caught:
-        ProcessTransport(MESH)
+        ProcessMesh(MESH)
     assert time.monotonic() - begin < 30
     return str(caught.value)
 
