@@ -298,7 +298,7 @@ class _Bucket:
 
     def keep(self) -> Kept:
         """Gradients to add to, safe from being overwritten: all as one buffer, or one by one."""
-        held = [(view, p.grad) for p, view in self.pairs if p.grad is not None]
+        held = [(view, grad) for p, view in self.pairs if (grad := p.grad) is not None]
         if len(held) == len(self.pairs) and all(view is gradient for view, gradient in held):
             return self.flat.clone()
         return [(view, gradient.clone()) for view, gradient in held]

@@ -53,7 +53,9 @@ def make_optimizer(
             make = partial(_make_group, kind, group, options)
             own = list(dict.fromkeys(names[parameter] for parameter in group["params"]))
             _check_elementwise(program, kind, make, own, copies)
-    return made(kind, listed, options)
+    found = _make(kind, listed, options)
+    _warn_of_unread(found)
+    return found
 
 
 def _check_elementwise(
@@ -115,19 +117,10 @@ def _tried(kind: object, name: str, same: Callable[[], bool]) -> bool:
         ) from error
 
 
-def made(
-    kind: Callable[..., Any], parameters: Sequence[Any], options: Mapping[str, Any]
-) -> torch.optim.Optimizer:
-    """An optimizer of this class. Raises `RunError` for options that it does not take, and warns of
-    options of groups that it does not read."""
-    found = _make(kind, parameters, options)
-    _warn_of_unread(found)
-    return found
-
-
 def _make(
     kind: Callable[..., Any], parameters: Sequence[Any], options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
+    """An optimizer of this class. Raises `RunError` for options that it does not take."""
     try:
         found = kind(parameters, **options)
     except (TypeError, ValueError) as error:
@@ -155,7 +148,7 @@ def _warn_of_unread(optimizer: torch.optim.Optimizer) -> None:
         warnings.warn(
             f"`{_spell(type(optimizer))}` has no option `{name}`: in a parameter group it changes "
             f"nothing by itself; its options are {known}",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

@@ -269,7 +269,7 @@ class ProcessMesh:
     def close(self, error: BaseException | None = None) -> None:
         """Leave the mesh: say how this rank ended, stay while others need it, free the groups.
 
-        Runs by itself when the interpreter exits. Others are told of an `error` that ends this rank.
+        Runs by itself when the interpreter exits. The others are told of `error`, if one ends it.
         """
         if self._closed:
             return
