@@ -74,16 +74,14 @@ class _Waiting:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
-        if isinstance(error, RuntimeError):
-            ours = self.transport.ours(error)
-            if ours is not error:
-                raise ours from None
-            return
-        self.watch.waits = None
-        if error is not None:
+        if error is None:
+            self.watch.waits = None
+            if self.watch.told_at:
+                self.watch.end_as_told()
+        elif not isinstance(error, RuntimeError):
             self.transport.end(error)
-        elif self.watch.told_at:
-            self.watch.end_as_told()
+        elif (ours := self.transport.ours(error)) is not error:
+            raise ours from None
 
 
 class ProcessMesh:
@@ -209,6 +207,7 @@ class ProcessMesh:
 
     def end(self, error: BaseException) -> None:
         """Tell the others what ends this rank, and refuse whatever is called afterwards."""
+        self.watch.waits = None
         self.watch.publish_end(error)
         self._ended = self._ended or RunError(
             f"rank {self.rank} cannot go on: `{type(error).__name__}` left a call half done",

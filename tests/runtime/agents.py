@@ -23,7 +23,7 @@ RANK = int(os.environ["RANK"])
 
 
 def befall(what: str, folder: Path) -> None:
-    """After the first step."""
+    """What happens to a rank after the first step."""
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "once" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

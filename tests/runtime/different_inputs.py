@@ -27,7 +27,7 @@ class Model(nn.Module):
 
 
 class Drawn(Model):
-    """Beside its weights, it has numbers that each rank draws for itself."""
+    """A model with weights, and with numbers that each rank draws for itself."""
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def evaluated_apart(run: mw.Run) -> None:
 
 
 def later(run: mw.Run) -> None:
-    """Equal at first: call 2 is compared when call 3 begins."""
+    """Inputs that are equal at first: call 2 is compared when call 3 begins."""
     for call in range(1, 5):
         print("call", call)
         run.step(*batch(RANK if call > 1 else 0))

@@ -40,7 +40,7 @@ class Job:
     seconds: dict[int, float] = field(default_factory=dict)
 
     def reap(self) -> bool:
-        """Note who has ended; whether the job is over."""
+        """Note which ranks have ended, and return whether the job is over."""
         for rank, process in enumerate(self.processes):
             if rank not in self.codes and (found := os.waitpid(process, os.WNOHANG))[0]:
                 self.codes[rank] = os.waitstatus_to_exitcode(found[1])
@@ -49,7 +49,7 @@ class Job:
         return ended or time.monotonic() > self.deadline
 
     def reply(self) -> str:
-        """The exit code of each rank, none for those that still ran, which are killed."""
+        """The exit code of each rank; None for those that still run, which are killed."""
         for rank, process in enumerate(self.processes):
             if rank not in self.codes:
                 os.kill(process, signal.SIGKILL)
@@ -65,7 +65,7 @@ class Job:
 
 
 def fork(request: dict[str, Any], rank: int) -> int:
-    """A new process that will call `main`; 0 in that process, ready to."""
+    """Fork a process that will call `main`, and return its id; 0 in that process."""
     process = os.fork()
     if process:
         return process
@@ -112,7 +112,7 @@ def warm_up(module: ModuleType) -> None:
 
 
 def end(main: Callable[..., object], args: Sequence[str]) -> NoReturn:
-    """Call `main` and end as the interpreter does, but for taking every module apart."""
+    """Call `main` and end as the interpreter does, without taking every module apart."""
     code: object = 0
     try:
         main(*args)

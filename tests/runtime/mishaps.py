@@ -21,7 +21,7 @@ from meshwright.runtime.transports.process import ProcessMesh
 from tests.runtime.models import PLANS, batch, make
 
 PERIOD, PATIENCE = 0.4, 2.0
-"""Of the heartbeat, here: a run has 1 and 5 seconds."""
+"""Seconds of the heartbeat in these tests; a run has 1 and 5."""
 STEPS = 3
 
 
@@ -70,7 +70,8 @@ PHASES = {
     "in check": "/runtime/",
     "in close": "/runtime/",
 }
-"""Each with where in the code it strikes: in the first call there, in folders after a few."""
+"""The phases, and where in the code a mishap strikes: in the first call of a function, and after a
+few calls in a folder."""
 CALLS = 5
 
 
@@ -82,7 +83,7 @@ class Mishap:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Code that it may strike in."""
+        """A context in which it may strike."""
         if phase != self.when:
             yield
             return
@@ -110,7 +111,7 @@ class Mishap:
         return profile
 
     def differs(self, what: str) -> bool:
-        """Whether this rank does something else than the others, and this."""
+        """Whether this rank does something other than the others, and `what` that is."""
         return self.here and self.what == what
 
 

@@ -27,7 +27,7 @@ def transport() -> ProcessMesh:
 
 
 def not_launched() -> None:
-    """As after `compile`."""
+    """A rank that has compiled and not launched."""
     launcher.guard()
     here()
     time.sleep(MINUTES)
@@ -52,13 +52,13 @@ def step() -> None:
 
 
 def gloo() -> None:
-    """As `step`, over sockets."""
+    """The same as `step`, over sockets."""
     os.environ["MESHWRIGHT_SHARED_MEMORY"] = "0"
     step()
 
 
 def computes() -> None:
-    """In Python, without a pause."""
+    """A rank that computes in Python without a pause."""
     transport()
     here()
     end = time.monotonic() + MINUTES
@@ -67,7 +67,7 @@ def computes() -> None:
 
 
 def operator() -> None:
-    """In an operator that returns to Python after minutes."""
+    """A rank in an operator that returns to Python after minutes."""
     transport()
     here()
     weight = torch.randn(2000, 2000)
@@ -75,7 +75,7 @@ def operator() -> None:
 
 
 def stubborn() -> None:
-    """A script that takes any exception for a passing one."""
+    """A script that catches and ignores every exception."""
     transport()
     here()
     end = time.monotonic() + MINUTES
@@ -85,19 +85,19 @@ def stubborn() -> None:
 
 
 def handles() -> None:
-    """A script with a handler of its own, which does not end it."""
+    """A script with its own handler of SIGTERM, which does not end it."""
     signal.signal(signal.SIGTERM, lambda number, frame: print("handled", flush=True))
     stubborn()
 
 
 def detached() -> None:
-    """What `nohup` starts outlives what called it."""
+    """A process that `nohup` starts outlives the one that called it."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     not_launched()
 
 
 def session() -> None:
-    """So does what `setsid` starts."""
+    """So does a process that `setsid` starts."""
     os.setsid()
     not_launched()
 

@@ -69,7 +69,7 @@ def same(ours: Tensor | Mapping[str, Tensor], theirs: Tensor | Mapping[str, Tens
 
 
 def compiled(plan: str) -> mw.Program:
-    """Of a model that has other weights on each rank."""
+    """A program of a model that has other weights on each rank."""
     model = make(seed=RANK, dropout=0.2)
     return mw.compile(model, mw.Plan.parse(plan), example=batch(), outputs=["logits"])
 
@@ -133,7 +133,7 @@ def check_bytes(program: mw.Program) -> None:
 
 
 def check_descriptors(program: mw.Program) -> None:
-    """A run that is closed leaves little open: the store's connections."""
+    """A closed run leaves only the store's connections open."""
     numbers = []
     for _ in range(4):
         with program.launch() as real:

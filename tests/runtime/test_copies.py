@@ -1,4 +1,4 @@
-"""`run.check` compares what several ranks hold copies of; on the virtual mesh."""
+"""`run.check` compares what multiple ranks hold copies of, on the virtual mesh."""
 
 from __future__ import annotations
 

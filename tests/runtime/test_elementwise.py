@@ -1,4 +1,4 @@
-"""Optimizers that look at more than single elements are found out wherever that matters."""
+"""Optimizers that look at more than single elements are found wherever that matters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs of several stages, whatever the order in which ranks run their actions."""
+"""Programs of multiple stages, in whatever order ranks run their actions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of real processes beside the virtual mesh, many cases a start."""
+"""Runs of real processes compared with the virtual mesh, many cases per start."""
 
 from __future__ import annotations
 

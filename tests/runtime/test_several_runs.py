@@ -1,4 +1,4 @@
-"""Runs beside one another, after one another, and outside of the main thread."""
+"""Runs at the same time, one after another, and outside the main thread."""
 
 from __future__ import annotations
 

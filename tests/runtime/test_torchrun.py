@@ -50,7 +50,7 @@ def two_agents(folder: Path, *mishap: str) -> tuple[list[str], list[int]]:
 
 
 def losses(num_ranks: int) -> list[float]:
-    """Of the same three steps on the virtual mesh."""
+    """The losses of the same three steps on the virtual mesh."""
     run = compiled(num_ranks).launch()
     optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2)
     found = []

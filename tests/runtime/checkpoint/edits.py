@@ -172,7 +172,7 @@ def a_key_renamed(manifest: dict[str, Any], scene: Scene) -> list[str]:
 
 @edit
 def two_values_swapped(manifest: dict[str, Any], scene: Scene) -> list[str]:
-    """Of two tensors."""
+    """Swap values of two tensors."""
     one, row = _tensor_row(manifest, scene)
     tensors = manifest["tensors"]
     other = scene.dice.choice([name for name in tensors if tensors[name] != row])
@@ -209,7 +209,7 @@ def two_aliases_swapped(manifest: dict[str, Any], scene: Scene) -> list[str]:
 
 @edit
 def a_shape_turned(manifest: dict[str, Any], scene: Scene) -> list[str]:
-    """As one who thinks of `[inputs, outputs]` writes it; the bytes stay as many."""
+    """A shape as `[inputs, outputs]`, with as many bytes as before."""
     matrices = [
         (name, row)
         for name, row in manifest["tensors"].items()
@@ -267,7 +267,7 @@ def a_million_dims(manifest: dict[str, Any], scene: Scene) -> list[str]:
 
 @edit
 def a_million_owners(manifest: dict[str, Any], scene: Scene) -> list[str]:
-    """Of parts of a tensor that is huge, too."""
+    """A million owners, of parts of a tensor that is huge, too."""
     manifest["mesh"].append(["many", 1_000_000])
     _, row = _tensor_row(manifest, scene)
     row["shape"], row["dims"] = [10**6], [[[[10**6, "many"]]]]

@@ -19,7 +19,8 @@ Job = tuple[mw.Run, torch.optim.Optimizer]
 
 
 def compiled() -> mw.Program:
-    """For two ranks, without padding: a number that fills all of the state is what is saved."""
+    """A program for two ranks without padding, so that a number that fills the state is all that is
+    saved."""
     torch.set_num_threads(1)
     return mw.compile(make(), mw.Plan.parse(PLANS["sequence"]), example=batch())
 

@@ -28,7 +28,7 @@ from tests.runtime.checkpoint.states import differing, fill, numbers, shards, sn
 from tests.runtime.models import batch, make
 
 SECONDS = 30.0
-"""For the error of a mishap, of which a loaded machine and the wait for a peer take most."""
+"""The limit on the error of a mishap; a loaded machine and the wait for a peer take most of it."""
 
 
 @dataclass
@@ -81,7 +81,7 @@ MISHAPS: dict[str, Mishap] = {}
 
 
 def mishap(function: Mishap) -> Mishap:
-    """After which the run goes on."""
+    """Register a mishap, and check that the run goes on after it."""
 
     def meets(rank: Rank) -> None:
         function(rank)
@@ -93,7 +93,7 @@ def mishap(function: Mishap) -> Mishap:
 
 @contextlib.contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file of this process grows past `size` bytes."""
+    """A context in which no file of this process grows past `size` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -140,7 +140,7 @@ def the_disk_of_rank_0_fills_in_the_middle(rank: Rank) -> None:
 
 
 def _flipped(rank: Rank, culprit: int) -> None:
-    """A bit of a tensor that is split: only the rank with that part reads it."""
+    """Flip a bit of a tensor that is split: only the rank with that part reads it."""
     folder, name = rank.copy(f"a bit of rank {culprit}"), "blocks.0.up.weight"
     if rank.rank == 0:
         file = shards(folder)[culprit]

@@ -19,7 +19,7 @@ SUM, GATHER, BROADCAST = (Wire(kind, AXES) for kind in ("all_reduce", "all_gathe
 
 
 def backwards(transport: ProcessMesh) -> None:
-    """Many more starts than slots, waited for in the opposite order, at other times."""
+    """Many more starts than slots, waited for in the opposite order and at other times."""
     size, rank = transport.mesh.num_ranks, transport.rank
     for turn in range(3):
         given = [torch.full((300,), float(rank + i)) for i in range(5 * SLOTS)]

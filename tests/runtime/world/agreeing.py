@@ -49,7 +49,7 @@ def program(state: RankState, case: Case) -> RankProgram:
 
 
 def drive(run: mw.Run) -> str:
-    """What a run raises in each case; it is used in between."""
+    """The errors that a run raises in each case, and uses of it in between."""
     lines = []
     for name, case in CASES.items():
         assert results(run, {}) == [(state.rank, "rank 0 says: ü") for state in run.states]
