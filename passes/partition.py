@@ -225,9 +225,8 @@ class _Partitioner:
         if node.op not in DECOMPOSITIONS or self._moved(node, node.args) == 0.0:
             return None
         values = [self.mapping[n] for n in call_operands(node.args, node.kwargs)]
-        fragment = decompose(
-            node.op, *slotted(node.args, node.kwargs), tuple(n.tensor for n in values)
-        )
+        operands = tuple(n.tensor for n in values)
+        fragment = decompose(node.op, *slotted(node.args, node.kwargs), operands, node.type)
         results = [n for n in fragment.replay(values, partial(self._piece, node)) if n is not None]
         self.results[node] = results
         return results[0]
