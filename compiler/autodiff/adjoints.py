@@ -1,32 +1,64 @@
-"""Adjoints written by hand: of collectives, from their types, and of linear maps."""
+"""The backward of one placed call.
+
+A composite has its adjoint in its own file, and that of a collective follows from its type. The
+table here has operators whose trace would be wasteful or wrong; any other call is traced.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
-from meshwright.compiler.autodiff.vjp import VjpContext, adjoint
+from meshwright.compiler.autodiff.vjp import VjpContext, traced_cotangents
 from meshwright.compiler.graph.ir import MeshOp, Node, Op
 from meshwright.compiler.graph.transfers import collective_kind
-from meshwright.compiler.placing.composite import Cotangents
+from meshwright.compiler.layout.collectives import CollectiveKind
+from meshwright.compiler.placing.composite import Cotangents, composite_of
 
 aten = torch.ops.aten
 
 
-def collective_adjoint(context: VjpContext) -> Node:
-    """The adjoint of a collective takes the cotangent to the dual of its operand's layout."""
-    node = context.node
-    kind = collective_kind(node.op)
-    assert kind is not None
-    kwargs = dict(node.kwargs)
+Adjoint: TypeAlias = Callable[[VjpContext], Cotangents]
+
+ADJOINTS: dict[Op, Adjoint] = {}
+"""Adjoints written by hand, by operator."""
+
+
+def cotangents(context: VjpContext) -> Cotangents:
+    """Emit the backward of `context.node`; the cotangent of each operand that wants one."""
+    op = context.node.op
+    if kind := collective_kind(op):
+        return [_of_collective(context, kind)]
+    if known := composite_of(op):
+        return known.adjoint(context)
+    return ADJOINTS.get(op, traced_cotangents)(context)
+
+
+def adjoint(*ops: Op) -> Callable[[Adjoint], Adjoint]:
+    """Register a function as the adjoint of these operators."""
+
+    def register(function: Adjoint) -> Adjoint:
+        for op in ops:
+            assert op not in ADJOINTS, op
+            ADJOINTS[op] = function
+        return function
+
+    return register
+
+
+def _of_collective(context: VjpContext, kind: CollectiveKind) -> Node:
+    """The collective that takes the cotangent to the dual of the operand's layout."""
+    kwargs = dict(context.node.kwargs)
     if "shift" in kwargs:
         kwargs["shift"] = -kwargs["shift"]
     return context.emitter.builder.emit(
         MeshOp(kind.adjoint),
         (context.grad,),
         kwargs,
-        type=node.type,
+        type=context.node.type,
         layout=context.operands[0].placed.dual(),
         origin=context.origin,
     )
@@ -74,7 +106,8 @@ _WRITES: dict[Op, Op] = {
 
 @adjoint(*_WRITES)
 def _write(context: VjpContext) -> Cotangents:
-    """Nothing comes back from what was replaced; torch's own forgets it, or complex numbers."""
+    """What was replaced has a cotangent of zeros; torch's own adjoints get that, or complex
+    numbers, wrong."""
     base, source = context.operands
     where, options = context.node.args[2:], context.node.kwargs
     write = context.node.op
@@ -89,7 +122,7 @@ def _write(context: VjpContext) -> Cotangents:
 
 @adjoint(aten.copy.default)
 def _copy(context: VjpContext) -> Cotangents:
-    """What is written over has a gradient of zeros; autograd writes down only `copy_`."""
+    """What is overwritten has a cotangent of zeros; autograd knows `copy_` alone."""
     over, value = context.operands
     zeros = context.call(aten.zeros_like.default, over) if over.requires_grad else None
     if not value.requires_grad:

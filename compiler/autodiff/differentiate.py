@@ -17,8 +17,8 @@ from dataclasses import replace
 
 import torch
 
-from meshwright.compiler.autodiff.adjoints import collective_adjoint
-from meshwright.compiler.autodiff.vjp import VjpContext, cotangents
+from meshwright.compiler.autodiff.adjoints import cotangents
+from meshwright.compiler.autodiff.vjp import VjpContext
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
@@ -32,9 +32,7 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     Phase,
 )
-from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.layout import Layout
-from meshwright.compiler.placing.composite import Cotangents
 from meshwright.compiler.placing.emit import Emitter, Movement
 
 aten = torch.ops.aten
@@ -63,14 +61,6 @@ def differentiate(
         seeds = [output for output in given if output.node.requires_grad]
     differentiator = _Differentiator(graph, explicit)
     return differentiator.run(seeds), tuple(differentiator.emitter.movements)
-
-
-def node_cotangents(context: VjpContext) -> Cotangents:
-    """Emit the backward of one node; the cotangent of each operand that wants one."""
-    op = context.node.op
-    if collective_kind(op) is not None:
-        return [collective_adjoint(context)]
-    return cotangents(context)
 
 
 class _Differentiator:
@@ -155,7 +145,7 @@ class _Differentiator:
             for i in range(num_results)
         )
         context = VjpContext(self.emitter, node, self._results(node), grads, origin)
-        found = node_cotangents(context)
+        found = cotangents(context)
         for operand, grad in zip(context.operands, found, strict=True):
             if grad is not None and operand.requires_grad:
                 self._add(operand, 0, grad, origin)

@@ -7,7 +7,7 @@ reduced, and what they give would be reduced once more at the parameter.
 
 from __future__ import annotations
 
-from meshwright.compiler.autodiff.differentiate import node_cotangents
+from meshwright.compiler.autodiff.adjoints import cotangents
 from meshwright.compiler.autodiff.vjp import VjpContext
 from meshwright.compiler.graph.ir import INPUT, Builder, Node
 from meshwright.compiler.graph.transfers import collective_kind
@@ -26,7 +26,7 @@ def keeps_pending(node: Node, axes: tuple[str, ...], mesh: Mesh) -> bool:
         return True
     emitter = Emitter(Builder("pending", mesh), backward=True)
     context = _context(emitter, node, axes)
-    found = node_cotangents(context)
+    found = cotangents(context)
     return not emitter.movements and all(
         set(axes) <= set(grad.placed.partial_axes)
         for grad, operand in zip(found, context.operands, strict=True)

@@ -1,15 +1,13 @@
-"""The vector-Jacobian product of one call, as a few instructions at global shapes.
+"""The vector-Jacobian product of one call, traced through autograd on fake tensors.
 
-A composite has its adjoint in its own file, an operator whose trace would be wasteful in a table
-(`adjoints.py`). Any other is traced through autograd on fake tensors, once per operator and
-argument types: layouts play no part, so that a hundred equal layers on any mesh cost one trace.
+It is traced once per operator and argument types: layouts play no part, so that a hundred equal
+layers on any mesh cost one trace.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from functools import lru_cache
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,15 +28,18 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.compiler.graph.slots import filled, slotted
 from meshwright.compiler.layout.layout import Layout
-from meshwright.compiler.placing.composite import Cotangents, composite_of
+from meshwright.compiler.placing.composite import Cotangents
 from meshwright.compiler.placing.emit import Emitter
-from meshwright.dsl.errors import MeshwrightError
+from meshwright.dsl.errors import MeshwrightError, plural
 
 aten = torch.ops.aten
 
 
 class VjpContext:
-    """What the adjoint of one call is written with."""
+    """A call to differentiate, and what emits its backward.
+
+    `results` are the nodes that hold its results, `grads` their cotangents.
+    """
 
     def __init__(
         self,
@@ -82,55 +83,23 @@ class VjpContext:
         ]
 
 
-ADJOINTS: dict[Op, Callable[[VjpContext], Cotangents]] = {}
-"""Adjoints written by hand, by operator."""
-
-
-def adjoint(
-    *ops: Op,
-) -> Callable[[Callable[[VjpContext], Cotangents]], Callable[[VjpContext], Cotangents]]:
-    """Register a function as the adjoint of these operators."""
-
-    def register(
-        function: Callable[[VjpContext], Cotangents],
-    ) -> Callable[[VjpContext], Cotangents]:
-        for op in ops:
-            assert op not in ADJOINTS, op
-            ADJOINTS[op] = function
-        return function
-
-    return register
-
-
-def cotangents(context: VjpContext) -> Cotangents:
-    """Emit the backward of `context.node`; the cotangent of each operand that wants one."""
-    op = context.node.op
-    if known := composite_of(op):
-        return known.adjoint(context)
-    if op in ADJOINTS:
-        return ADJOINTS[op](context)
-    return _replay(_traced(context), context)
-
-
-def _traced(context: VjpContext) -> Fragment:
-    """The vjp of the context's node."""
-    with _traceable(context.node):
-        return _trace_node(context.node, context)
-
-
-class _traceable:
-    """A context in which torch traces the derivative of `node`; an error there names it."""
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        if isinstance(error, Exception) and not isinstance(error, MeshwrightError):
-            raise _untraceable(self.node, error) from error
+def traced_cotangents(context: VjpContext) -> Cotangents:
+    """Emit the backward of `context.node` as autograd computes it; the cotangent of each operand
+    that wants one."""
+    node = context.node
+    try:
+        fragment = trace(
+            node.op,
+            *slotted(node.args, node.kwargs),
+            tuple(operand.tensor for operand in context.operands),
+            tuple(operand.requires_grad for operand in context.operands),
+            tuple(None if grad is None else grad.tensor for grad in context.grads),
+        )
+    except MeshwrightError:
+        raise
+    except Exception as error:
+        raise _untraceable(node, error) from error
+    return _replay(fragment, context)
 
 
 def _untraceable(node: Node, error: Exception) -> CaptureError:
@@ -143,16 +112,6 @@ def _untraceable(node: Node, error: Exception) -> CaptureError:
         code="untraceable backward",
         culprit=f"{node.origin.module} {node.origin.source}".strip(),
         help="write it with other operators, or register one with `meshwright.custom` and its vjp",
-    )
-
-
-def _trace_node(node: Node, context: VjpContext) -> Fragment:
-    return trace(
-        node.op,
-        *slotted(node.args, node.kwargs),
-        tuple(operand.tensor for operand in context.operands),
-        tuple(operand.requires_grad for operand in context.operands),
-        tuple(None if grad is None else grad.tensor for grad in context.grads),
     )
 
 
@@ -220,15 +179,16 @@ def _registered_pull(known: CustomOp) -> Callable[..., tuple[Any, ...]]:
             for r, grad in zip(results, grads, strict=True)
         )
         found = known.vjp(cotangents, args, results)
-        found = (found,) if isinstance(found, torch.Tensor) else tuple(found)
-        of_tensors = [g for g, arg in zip(found, args, strict=False) if _is_tensor(arg)]
-        return (*results, *(g for g, want in zip(of_tensors, wanted, strict=False) if want))
+        lone = isinstance(found, torch.Tensor)
+        found = (found, *[None] * (len(args) - 1)) if lone else tuple(found)
+        if len(found) != len(args):
+            given, needed = plural(len(found), "gradient"), plural(len(args), "argument")
+            raise ValueError(f"its vjp returns {given} for {needed}")
+        pairs = zip(found, args, strict=True)
+        of_tensors = [grad for grad, arg in pairs if isinstance(arg, torch.Tensor)]
+        return (*results, *(g for g, want in zip(of_tensors, wanted, strict=True) if want))
 
     return pull
-
-
-def _is_tensor(arg: Any) -> bool:
-    return isinstance(arg, torch.Tensor)
 
 
 _ALIASES = {aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default}
