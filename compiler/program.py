@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,9 +38,9 @@ class Padding:
 class Stored:
     """A parameter or buffer as ranks hold it.
 
-    `name` and `type` are the model's, `layout` is that in which ranks store the tensor, with its
-    padding (`padded_shape`), `used` that in which operators take it, and `requires_grad` says
-    whether it is trained.
+    `name` and `type` are the model's. `layout` is the layout in which ranks store the tensor,
+    padding included (`padded_shape`), `used` the one in which operators take it, and
+    `requires_grad` says whether it is trained.
     """
 
     name: str
@@ -53,18 +54,22 @@ class Stored:
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
-        """The global shape with the rows that make it divide; the model's where none are needed."""
+        """The global shape, padding included: the model's where nothing is padded."""
         return self.layout.shape
+
+    def local_bytes(self, mesh: Mesh) -> int:
+        """The bytes that one rank holds of it."""
+        return math.prod(self.layout.local_shape(mesh)) * self.type.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Compiled:
     """The result of compiling a model under a plan: graphs, layouts, and their code.
 
-    `plan` is the plan with what modules carry of their own, `mesh` its axes, `device` what is
-    compiled for and `model` the module that was compiled, untouched. `stages` have the graphs, and
-    `schedule` the order in which each rank runs them. `parameters` and `buffers` say how ranks hold
-    each tensor of the model, by name.
+    `plan` is the plan with the statements that modules carry themselves, `mesh` its axes, `device`
+    the device of the code and `model` the module that was compiled, unchanged. `stages` have the
+    graphs, and `schedule` the order in which each rank runs them. `parameters` and `buffers` say
+    how ranks hold each tensor of the model, by name.
     """
 
     plan: Plan
@@ -102,10 +107,10 @@ class Compiled:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all that ranks must agree on: code, layouts, schedule, mesh, inputs and what is
-        stored.
+        """A hash of what ranks must agree on: mesh, code, graphs, schedule, stored tensors, and
+        fixed inputs.
 
-        Values of tensors are not in it: ranks take over those of rank 0.
+        Values of tensors are not in it: every rank takes those of rank 0.
         """
         parts = [str(self.mesh), *(code.source for code in self.code)]
         parts += [repr(code.wires) for code in self.code]
@@ -118,7 +123,7 @@ class Compiled:
 
     @property
     def mode(self) -> str:
-        """The mode that was compiled for: `"train"`, `"eval"` or `"infer"`."""
+        """The mode of the compilation: `"train"`, `"eval"` or `"infer"`."""
         return self.captured.mode
 
     def inputs(self) -> tuple[Node, ...]:

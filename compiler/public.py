@@ -28,10 +28,10 @@ from meshwright.dsl.errors import plural
 class Program(Compiled):
     """A model compiled under a plan. Made by `meshwright.compile`.
 
-    Nothing here needs a device or a process group but `launch`. `plan` is the plan with what
-    modules carry of their own, `mesh` its axes, `device` what is compiled for and `model` the
-    module that was compiled, untouched. `parameters` and `buffers` say how ranks hold each
-    tensor of the model, by name. It holds the model, for `launch` to take the weights of.
+    Only `launch` needs a device or a process group. `plan` is the plan with the statements that
+    modules carry themselves, `mesh` its axes, `device` the device of the code and `model` the
+    module that was compiled, unchanged: `launch` takes the weights from it. `parameters` and
+    `buffers` say how ranks hold each tensor of the model, by name.
     """
 
     recompile: Callable[..., Program] = field(repr=False)
@@ -40,7 +40,7 @@ class Program(Compiled):
     launcher: Callable[..., Any] = field(repr=False)
 
     def with_model(self, model: nn.Module) -> Program:
-        """The same program of a copy of its model, with the tensors of that."""
+        """The same program for a copy of its model, with the tensors of the copy."""
         named, found = named_tensors(model), copy.copy(self)
         captured = replace(self.captured, parameters=named.parameters, buffers=named.buffers)
         vars(found).update(model=model, captured=captured)
@@ -94,7 +94,7 @@ class Program(Compiled):
         return memory(self)
 
     def timeline(self) -> str:
-        """The text of what each rank does in a step, in order, a bar beside what runs while a
+        """What each rank does in a step, in order, as text with a bar beside what runs while a
         collective is under way."""
         return timeline(self.instructions)
 
@@ -114,8 +114,8 @@ class Program(Compiled):
     def explain(self, name: str) -> Explanation:
         """Why the module, parameter or input `name` is laid out as it is, and what it moves.
 
-        It prints as text; `""` is the whole model. Of a module with modules inside, it sums up
-        what each rank holds and sends, and names those that count most. Raises `PlanError` for a
+        It prints as text; `""` is the whole model. For a module that contains others, it sums up
+        what each rank holds and sends, and names the largest of them. Raises `PlanError` for a
         name that the model does not have.
         """
         return explain(self, name)
@@ -128,21 +128,22 @@ class Program(Compiled):
         new_shapes: str = "error",
         check_inputs: bool | int = True,
     ) -> Any:
-        """Start a run and return it, a `Run`.
+        """Start a run, and return its `Run`.
 
-        Under torchrun and `meshwright run` this process is one rank, and as many must run as the
-        mesh has; otherwise every rank runs in this process. All start from rank 0's weights.
+        Under torchrun and `meshwright run` this process is one rank of as many as the mesh has;
+        otherwise every rank runs in this process. All start from rank 0's weights.
 
-        - `seed`: keys dropout and every other random number, with the number of the step; below
-          2**63, and rank 0's counts. Torch's own seeds play no part in a step.
+        - `seed`: keys dropout and every other random number, with the number of the step. It is
+          below 2**63, and all ranks take that of rank 0. Torch's own seeds have no effect on a
+          step.
         - `state_dict`: global tensors to start from in place of the model's, under its names.
         - `new_shapes`: `"compile"` lets `Run.step` compile for inputs of other shapes than the
           example's, once for each; `"error"` refuses them.
         - `check_inputs`: compare what the processes are given, in calls 1, 2, 4, 8 and so on and
-          then in every 100th; a number compares every that many calls, `False` never.
+          then in every 100th; a number `n` compares every `n` calls, `False` never.
 
-        Raises `RunError` for a wrong argument, where there are no weights to start from, where the
-        number of processes is not the mesh's, or where the device is not there.
+        Raises `RunError` for a wrong argument, if there are no weights to start from, if the
+        number of processes is not the mesh's, or if the device is not there.
         """
         return self.launcher(
             self,

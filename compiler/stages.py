@@ -1,8 +1,8 @@
 """Stages of a program, and the schedule in which ranks run them.
 
 A stage is what runs without waiting for another stage: one graph for each phase. A program is its
-stages and a table from ranks to actions. Where a model is not cut into stages there is one, and
-every rank runs its forward, then its backward.
+stages and a table from ranks to actions. A model that is not cut has one stage, of which every rank
+runs the forward, then the backward.
 """
 
 from __future__ import annotations
@@ -121,9 +121,12 @@ Schedule: TypeAlias = "Mapping[int, tuple[Action, ...]]"
 
 
 def same_on_every_rank(stages: Iterable[Stage], mesh: Mesh) -> Schedule:
-    """The schedule in which each rank runs every graph of every stage: forwards, then, from the
-    last stage to the first, what follows; all that for each microbatch, the next one's after it.
-    What runs once comes before and after these."""
+    """The schedule in which every rank runs all graphs of all stages.
+
+    For each microbatch in turn: every forward, then, from the last stage to the first, the
+    backward and the weight gradients. Counts of all microbatches and what runs once come before
+    the first, or after the last.
+    """
     listed, turns = list(stages), range(len(mesh.turns))
     first = [Action(Phase.COUNT, s.number, i) for s in listed for i in turns]
     first += [Action(Phase.BEFORE, s.number) for s in listed]
@@ -143,9 +146,9 @@ def same_on_every_rank(stages: Iterable[Stage], mesh: Mesh) -> Schedule:
 
 
 def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
-    """Raises `PassError` for an action without a graph, for one that takes what no earlier action
-    of its rank has made, and for one that makes what another has made: nothing adds up the losses
-    and gradients of microbatches, or of two stages that share a parameter."""
+    """Check that each action has a graph, takes what earlier actions of its rank have made, and
+    makes nothing again: losses and gradients of multiple microbatches, or of two stages that share
+    a parameter, are not added up. Raises `PassError`."""
     numbered = {stage.number: stage for stage in stages}
     for actions in dict.fromkeys(schedule.values()):
         made: set[object] = set()
@@ -168,7 +171,8 @@ def _misplaced(action: Action, what: str) -> PassError:
 
 
 def _taken(stage: Stage, action: Action) -> Iterator[tuple[Any, ...]]:
-    """What an action takes that other actions make: kind, name, microbatch and, if saved, stage."""
+    """The values of other actions that an action takes: kind, name, microbatch and, if saved,
+    stage."""
     for node in stage.received(action.kind):
         yield *node.args, action.microbatch
     for node in stage.graphs[action.kind].nodes:
@@ -177,7 +181,7 @@ def _taken(stage: Stage, action: Action) -> Iterator[tuple[Any, ...]]:
 
 
 def _made(stage: Stage, action: Action, turns: Iterable[int]) -> Iterator[tuple[Any, ...]]:
-    """What an action makes, in the same terms; results of a step have no microbatch."""
+    """The values that an action makes, in the same terms; results of a step have no microbatch."""
     for output in stage.sent(action.kind):
         yield PASSED_AS[output.kind], output.name, action.microbatch
     for output in stage.graphs[action.kind].outputs:

@@ -5,9 +5,9 @@ varying are each other's. So the adjoint of a collective follows from its type, 
 node is placed by the same rules as the forward.
 
 Cotangents start at the loss, where they are 1, and at the values that a stage sends to others,
-where they are inputs. What no cotangent of an activation depends on computes gradients of
-parameters: it is the weight phase of the backward. An activation is a value that is computed from
-an argument or from what another stage has sent; a cast of a parameter is not one.
+where they are inputs. An activation is a value that is computed from an argument or from what
+another stage has sent; a cast of a parameter is not one. Nodes of the backward on which no
+cotangent of an activation depends compute gradients of parameters: they are the weight phase.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def differentiate(
     The joint graph has the nodes of `graph`, then its backward. It has one more output for each
     input that the seeds depend on and that wants a gradient: a `GRADIENT` for a parameter, a
     `COTANGENT` for any other. `seeds` are the outputs that are differentiated: by default the loss
-    and each differentiable value that is sent. The seed of a loss is 1; that of any other output
-    is an input of the joint graph, `COTANGENT` by the output's name. `explicit` are the inputs that
-    the plan laid out.
+    and each differentiable value that is sent. The cotangent of a loss is 1; that of any other
+    output is an input of the joint graph, a `COTANGENT` under the output's name. `explicit` are the
+    inputs that the plan laid out.
 
-    Requires: every node placed. Ensures: each gradient and cotangent has the dual layout of its
-    value's.
+    Requires: every node placed. Ensures: each gradient and cotangent has the dual of the layout of
+    its value.
     """
     if seeds is None:
         given = graph.outputs_of(OutputKind.LOSS, OutputKind.SENT)
@@ -111,7 +111,8 @@ class _Differentiator:
         self._add(node, 0, seed, origin)
 
     def _phased(self, outputs: tuple[Output, ...]) -> Graph:
-        """The joint graph, with what computes no cotangent of an activation in the weight phase."""
+        """The joint graph; nodes on which no cotangent of an activation depends are in the weight
+        phase."""
         nodes = self.emitter.builder.nodes
         behind = set(self.inner)
         for node in reversed(nodes):
@@ -151,8 +152,8 @@ class _Differentiator:
                 self._add(operand, 0, grad, origin)
 
     def _scatter(self, node: Node, origin: Origin) -> None:
-        """Scatter what each user of a gathered value sent back: a sum is not reduced for all ranks
-        to be cut afterwards."""
+        """Scatter the cotangent of each user of a gathered value: a pending sum is not first
+        reduced on all ranks and then cut."""
         for part in self.pending.pop((node, 0)):
             pending = part.args[0] if part.op == MeshOp("all_reduce") else part
             self._add(node.args[0], 0, pending, origin)
@@ -173,7 +174,7 @@ class _Differentiator:
         self.pending.setdefault((value, index), []).append(dual)
 
     def _cotangent(self, value: Node, index: int) -> Node:
-        """The sum of what a value's users sent back."""
+        """The sum of the cotangents that a value has from its users."""
         parts = self.pending.pop((value, index))
         origin = replace(value.origin, forward=value.name)
         total = parts[0]

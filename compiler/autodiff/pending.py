@@ -1,8 +1,8 @@
 """Find out whether the adjoint of a call leaves a pending cotangent pending.
 
 The cotangent of a varying value is a pending sum. Most adjoints are linear in it by rules that say
-so, and pass it on as it is. Others (that of a Cholesky factor) need it whole: they would have it
-reduced, and what they give would be reduced once more at the parameter.
+so, and pass the pending sum on. Others (that of a Cholesky factor) need the cotangent whole: it
+would be reduced before them, and their results once more at the parameter.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from meshwright.compiler.placing.emit import Emitter
 
 
 def keeps_pending(node: Node, axes: tuple[str, ...], mesh: Mesh) -> bool:
-    """Whether a cotangent of a placed call that is pending over `axes` gives the operands
-    cotangents that are, and nothing is reduced on the way.
+    """Whether the operands of a placed call have cotangents that are pending over `axes` if its
+    result has one, with nothing reduced on the way.
 
-    Requires: a call with one result, replicated over `axes`. Found out by writing its backward.
+    Requires: a call with one result, replicated over `axes`. Its backward is written to find out.
     """
     if collective_kind(node.op) is not None:
         return True

@@ -124,8 +124,8 @@ def trace(
     wanted: tuple[bool, ...],
     grads: tuple[TensorType | None, ...],
 ) -> Fragment:
-    """The vjp of `op`: of its operands, cotangents and results, the cotangent of each operand that
-    wants one. `args` hold `Slot`s for the operands."""
+    """The vjp of `op`: from its operands, cotangents and results to the cotangent of each operand
+    that wants one. `args` hold `Slot`s for the operands."""
     known = REGISTRY.get(op)
     pull = _registered_pull(known) if known else _autograd_pull
 
@@ -149,7 +149,7 @@ def _autograd_pull(
     wanted: tuple[bool, ...],
     grads: list[torch.Tensor | None],
 ) -> tuple[Any, ...]:
-    """The results, then the cotangents of the wanted tensors, by autograd."""
+    """The results, then the cotangents of the wanted tensors, as autograd computes them."""
     leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
     with torch.enable_grad():
         _, result = run(leaves)
@@ -164,7 +164,7 @@ def _autograd_pull(
 
 
 def _registered_pull(known: CustomOp) -> Callable[..., tuple[Any, ...]]:
-    """As `_autograd_pull`, by the vjp that the user registered."""
+    """As `_autograd_pull`, with the vjp that the user registered."""
 
     def pull(
         run: Callable[[list[torch.Tensor]], Any],
@@ -232,7 +232,7 @@ def _plain(graph: torch.fx.Graph) -> torch.fx.Graph:
 def _read(
     op: Any, graph: torch.fx.Graph, wanted: tuple[bool, ...], grads: tuple[TensorType | None, ...]
 ) -> Fragment:
-    """The vjp without the calls that only compute results of the forward again."""
+    """The vjp without calls that only recompute results of the forward."""
     *given, output = (node for node in graph.nodes if node.op in ("placeholder", "output"))
     (returned,) = output.args
     results, found = returned[: len(grads)], returned[len(grads) :]
@@ -260,10 +260,10 @@ def _is_random(op: Op) -> bool:
 def _repeats(
     results: Sequence[torch.fx.Node | None], found: Sequence[torch.fx.Node | None]
 ) -> bool:
-    """Whether the backward computes again what the results were made of.
+    """Whether the backward recomputes values behind the results.
 
-    It then takes the results from there too: a norm's asks where its values equal their maximum,
-    and the same in another order of sums is not equal.
+    It then recomputes the results too. The backward of a norm, for example, compares values with
+    their maximum: one that was computed by a sum in another order equals none of them.
     """
     made = {node for node in results if node is not None}
     return bool((_behind(made, ()) - made) & _behind(found, made))
@@ -272,7 +272,7 @@ def _repeats(
 def _behind(
     nodes: Iterable[torch.fx.Node | None], ends: Container[torch.fx.Node]
 ) -> set[torch.fx.Node]:
-    """The calls that compute `nodes`, those of `ends` and what is behind them left out."""
+    """The calls that compute `nodes`, without `ends` and the calls behind those."""
     calls: set[torch.fx.Node] = set()
     pending = [node for node in nodes if node is not None]
     while pending:

@@ -21,7 +21,8 @@ WIDTH = 100
 """Columns of the text."""
 _MOST = 12
 """How many of the modules inside a module are named."""
-_RIGHT = (Column("", right=True), Column("sent per rank", right=True))
+_NUMBER = Column("", right=True)
+_SENT = Column("sent per rank", right=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,11 @@ class LaidOut:
 class Explanation:
     """Why one part of a model is laid out as it is; it prints as text.
 
-    `name` and `kind` say of what, `tensors` are its `LaidOut` parameters, buffers and inputs,
-    `collectives` what `Moved` because of it, and `statements` maps places, such as `gpt.plan:6`,
-    to what stands there. Of a module with modules inside, `whole` is the `Part` that sums them up,
-    `sums` are its collectives with equal ones together, and `children` the largest first.
+    `name` and `kind` say which part, `tensors` are its `LaidOut` parameters, buffers and inputs,
+    `collectives` those that `Moved` because of it, and `statements` maps places, such as
+    `gpt.plan:6`, to the statements there. For a module that contains others, `whole` is the `Part`
+    that sums them up, `sums` are its collectives with equal ones together, and `children` the
+    modules inside, the largest first.
     """
 
     name: str
@@ -100,7 +102,7 @@ class Explanation:
             yield sheet_text(sheet, WIDTH) if sheet.rows else "  nothing"
 
     def _sums_sheet(self, whole: Part) -> Sheet:
-        columns = (Column(""), Column("", fixed=True), *_RIGHT[:2], Column("because of"))
+        columns = (Column(""), Column("", fixed=True), _NUMBER, _SENT, Column("because of"))
         rows = [
             (
                 each.phase,
@@ -138,13 +140,12 @@ def _held_sheet(whole: Part) -> Sheet:
     )
     kept = tuple((name, size_text(size)) for name, size in rows if size)
     title = f"held by each rank, of {whole.num_parameters:,} parameters in all"
-    return Sheet(title, (Column(""), _RIGHT[0]), kept)
+    return Sheet(title, (Column(""), _NUMBER), kept)
 
 
 def _parts_sheet(parts: Sequence[Part]) -> Sheet:
-    headings = ("parameters", "held per rank", "sent per rank")
-    right = (Column(heading, right=True) for heading in headings)
-    columns = (Column("name"), Column("", fixed=True), _RIGHT[0], *right)
+    right = (Column(heading, right=True) for heading in ("parameters", "held per rank"))
+    columns = (Column("name"), Column("", fixed=True), _NUMBER, *right, _SENT)
     rows = tuple(
         (
             part.name,
@@ -162,7 +163,7 @@ def _parts_sheet(parts: Sequence[Part]) -> Sheet:
 
 
 def explain(program: Compiled, name: str) -> Explanation:
-    """What is said of the module, parameter, buffer or input `name`; see `Program.explain`."""
+    """The explanation of the module, parameter, buffer or input `name`; see `Program.explain`."""
     if not isinstance(name, str):
         raise PlanError(
             "P115",
@@ -181,10 +182,8 @@ def explain(program: Compiled, name: str) -> Explanation:
             help=did_you_mean(name, [*filter(None, modules), *tensors, *program.captured.aliases]),
         )
     kind = "tensor" if own == name else f"tensor, the same as {own}"
-    reduced = _moved_for(program, {own})
-    listed = collectives(program.graphs().values())
-    moved = tuple(item for node, item in listed.items() if node in reduced)
-    return Explanation(name, kind, (tensors[own],), moved, statement_texts(program.plan))
+    texts = statement_texts(program.plan)
+    return Explanation(name, kind, (tensors[own],), _moved(program, {own}), texts)
 
 
 def _of_module(
@@ -196,23 +195,22 @@ def _of_module(
     names = {**{key: key for key in tensors}, **program.captured.aliases}
     direct = {own: tensors[own] for key, own in names.items() if key.rpartition(".")[0] == path}
     held = {own for key, own in names.items() if not path or key.startswith(f"{path}.")}
-    moved = _moved(program, path, held)
-    texts = statement_texts(program.plan)
+    moved, texts = _moved(program, held, path), statement_texts(program.plan)
     shown = (name or "the model", kind, tuple(direct.values()), moved, texts)
-    if not any(True for _ in module.children()):
+    if next(module.children(), None) is None:
         return Explanation(*shown)
     sums = Sums(program)
     whole = sums.of(path, type(module).__name__)
     return Explanation(*shown, whole, sums.sums(path), sums.children(path, module))
 
 
-def _moved(program: Compiled, path: str, names: set[str]) -> tuple[Moved, ...]:
-    """What moves inside a module, or for its tensors."""
-    reduced = _moved_for(program, names)
+def _moved(program: Compiled, names: set[str], path: str | None = None) -> tuple[Moved, ...]:
+    """The collectives for these tensors, and those inside the module at `path`."""
+    moved = _moved_for(program, names)
     return tuple(
         item
         for node, item in collectives(program.graphs().values()).items()
-        if inside(path, item.modules) or node in reduced
+        if node in moved or (path is not None and inside(path, item.modules))
     )
 
 

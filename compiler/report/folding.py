@@ -2,9 +2,9 @@
 
 The lines of a graph, its nodes and then its outputs, are searched for runs of equal copies, such as
 the layers of a transformer. Two lines are equal if operator, arguments, types, layouts and lines of
-the plan are, and if their module paths differ in one index at the most, by the same step in the
-whole copy. Their operands are at the same place in either copy, or the same node outside, or equal
-places of an earlier repetition as many copies apart.
+the plan are, and if their module paths differ in one index at most, by the same step in the whole
+copy. Their operands are at the same place in both copies, or the same node outside them, or at
+equal places of an earlier repetition, as many copies apart.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from meshwright.compiler.placing.composite import composite_of
 
 Line: TypeAlias = "Node | Output"
 Folded: TypeAlias = "Line | Repeat | str"
-"""A line, equal copies of lines, or what is said about the lines after it."""
+"""A line, equal copies of lines, or a remark about the lines after it."""
 Key: TypeAlias = tuple[Any, ...]
 
 
@@ -32,27 +32,27 @@ def node_of(line: Line) -> Node:
 
 
 LATER = "buckets of gradients, each as soon as its gradients are there"
-"""Said before buckets that are not printed where they run."""
+"""The remark before buckets that are not printed where they run."""
 _WORTH = 0.8
-"""Buckets move if at most this part of the lines is left."""
+"""Buckets are printed last if that leaves less than this part of the lines."""
 _MIN_SAVED = 4
-"""Fewer lines than this are not worth a line that stands for them."""
+"""The fewest lines that are worth a line that stands for them."""
 _MAX_TRIED = 64
-"""How many later lines like one are looked at for the beginning of the next copy."""
+"""How many later lines with the key of a line are tried as the beginning of the next copy."""
 _MAX_BEGINS = 4
 """How many beginnings of modules are tried as the beginning of a copy."""
 _NUMBERED: dict[Op, int] = {MeshOp("saved"): 0, MeshOp("bucket_item"): 1}
-"""Where the number stands that an operator of the frame has by its place in the graph."""
+"""The position of the argument that numbers an operator of the frame by its place in the graph."""
 
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
     """Equal copies of some lines, one after another.
 
-    `first` is the first copy, itself folded; `others` are the rest, and `paths` the modules they
-    belong to, `blocks.1` and so on, or nothing; their indices are `step` apart. `carried` has each
-    value that the first copy takes from before it, the value of the first copy that the second
-    takes in its place and so on, and that of the last copy.
+    `first` is the first copy, itself folded; `others` are the rest, and `paths` the modules that
+    they belong to, `blocks.1` and so on, or empty; their indices are `step` apart. `carried` has
+    triples: a value from before the first copy that it takes, the value of the first copy that the
+    second takes in its place, and the counterpart of that in the last copy.
     """
 
     first: tuple[Folded, ...]
@@ -70,8 +70,8 @@ class _Copies:
     period: int
     count: int = 1
     learned: dict[object, object] = field(default_factory=dict)
-    """What holds from copy to copy: under "", by how much the index in the module's path grows; by
-    operator, by how much its numbers grow; by operand, where it comes from."""
+    """What holds from copy to copy: for "", by how much the index in the module's path grows; for
+    an operator, by how much its numbers grow; for an operand, where it comes from."""
     carried: dict[Node, Node] = field(default_factory=dict)
 
     @property
@@ -103,7 +103,7 @@ class _Place:
 
 
 class _Facts:
-    """What is compared of one line: a key without names and numbers, and what that leaves out."""
+    """What is compared of a line: a key without names and numbers, and those."""
 
     __slots__ = ("key", "numbers", "operands", "path")
 
@@ -142,10 +142,10 @@ def _literals(arg: Arg) -> Arg:
 
 
 def fold_lines(graph: Graph) -> tuple[Folded, ...]:
-    """The lines of a graph, in their order, with repetitions in the place of equal copies.
+    """The lines of a graph, in order, with repetitions in place of equal copies.
 
-    Buckets of gradients are as full as they may be, wherever a layer ends: where they would hide
-    that layers are equal, they come after all other nodes, under `LATER`.
+    Buckets of gradients are closed when they are full, wherever that is in a layer. Where that
+    would hide that layers are equal, they come after all other nodes, under `LATER`.
     """
     found = _fold(graph.nodes, (), graph.outputs)
     later = [node for node in graph.nodes if _in_bucket(node)]
@@ -213,7 +213,7 @@ class _Folder:
         return max(self._tried(start, end), key=lambda each: each.num_saved, default=None)
 
     def _aligned(self, run: _Copies, end: int) -> _Copies:
-        """A run that stands for no fewer lines and begins where a module does, if there is one."""
+        """A run that saves no fewer lines and begins where a module does, else `run`."""
         lines = range(run.start, run.start + run.period)
         paths = [self._moved_path(i + run.period, i) for i in lines]
         begins = (i for i in range(1, len(paths)) if "" != paths[i - 1] != paths[i] != "")
@@ -274,7 +274,7 @@ class _Folder:
             yield run
 
     def _continues(self, run: _Copies, end: int) -> bool:
-        """Whether the lines after a run are a copy more; the run learns what that takes."""
+        """Whether the lines after a run are one more copy; the run learns what holds for them."""
         last = run.start + (run.count - 1) * run.period
         next = last + run.period
         if next + run.period > end:
@@ -295,7 +295,7 @@ class _Folder:
         return all(self._same(a, b, i + run.period, at, run) for at, (a, b) in operands)
 
     def _steps(self, i: int, j: int, run: _Copies) -> bool:
-        """Whether the indices of two lines differ in one at the most, by the step of the run."""
+        """Whether the indices of two lines differ in one at most, by the step of the run."""
         pairs = zip(self.indices[i], self.indices[j], strict=True)
         steps = [b - a for a, b in pairs if a != b]
         return not steps or (len(steps) == 1 and run.learn("", steps[0]))
@@ -318,7 +318,7 @@ class _Folder:
         return source is not None and run.learn(((line - run.start) % run.period, at), source)
 
     def _place(self, a: Node, b: Node, run: _Copies) -> object:
-        """The place of two nodes in the copies of an earlier repetition, if they have it alike."""
+        """The place that two nodes have in copies of an earlier repetition, if it is the same."""
         for x, y in product(self.places.get(a, ()), self.places.get(b, ())):
             if (x.run, x.offset) == (y.run, y.offset):
                 apart = y.copy - x.copy

@@ -1,4 +1,4 @@
-"""The ledger of what moves: every collective of a program, with its bytes and its origin."""
+"""The ledger of communication: every collective of a program, with its bytes and its origin."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Moved:
     `phase` is `forward` or `backward`, `kind` torch's name (`all_reduce`), `axes` those of the
     mesh. `bytes` is what a rank sends under a bandwidth-optimal algorithm: 2(n-1)/n of an
     all-reduce's operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's.
-    `value` is the node in the graph and `type` that of its operand; `module` is where it stands in
-    the model and `modules` that and all around it; `plan_line` are the places of the statements
-    behind it, such as `gpt.plan:6`.
+    `value` is the node in the graph and `type` the type of its operand; `module` is the path of the
+    innermost module that it belongs to and `modules` those of all; `plan_line` are the places of
+    the statements behind it, such as `gpt.plan:6`.
     """
 
     phase: str
@@ -86,11 +86,11 @@ class Comm:
         return dict(sorted(found.items()))
 
     def where(self, test: Callable[[Moved], bool]) -> Comm:
-        """Those for which `test`, a function of a `Moved`, is true."""
+        """The collectives for which `test`, a function of a `Moved`, is true."""
         return Comm(tuple(item for item in self.moved if test(item)))
 
     def under(self, module: str) -> Comm:
-        """Those of `module`, such as `blocks.0`, and the modules inside it."""
+        """The collectives of `module`, such as `blocks.0`, and of the modules inside it."""
         return self.where(lambda item: module in item.modules)
 
     def total_bytes(self) -> int:

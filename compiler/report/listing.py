@@ -28,11 +28,11 @@ aten = torch.ops.aten
 WIDTH = 100
 """Columns of a line."""
 _WIDEST = 64
-"""Columns that names and types are padded to, at the most."""
+"""The most columns that names and types are padded to."""
 _MOST = 16
-"""Items of a list that print; of a longer one, the first and the last."""
+"""How many items of a list print: of a longer one, the first and the last."""
 _SLICES = {aten.slice.Tensor: 1, aten.slice_backward.default: 2, aten.slice_scatter.default: 2}
-"""Where the dim of these operators stands, with a start, an end and a step after it."""
+"""The position of the dim among the arguments; a start, an end and a step follow it."""
 _LIMITS = {torch.iinfo(torch.int64).max: "i64.max", torch.iinfo(torch.int64).min: "i64.min"}
 _FLOAT_LIMITS = {
     sign * torch.finfo(dtype).max: f"{'-' * (sign < 0)}{name}.max"
@@ -70,9 +70,9 @@ class GraphText:
 
 
 def graph_text(graph: Graph, *, local: bool = False, full: bool = False) -> str:
-    """A graph for a reader, equal layers once, or with `full` whole.
+    """The text of a graph, equal layers once or, with `full`, all of them.
 
-    Deterministic: the same program prints the same text. With `local`, what one rank holds.
+    The same program always has the same text. With `local`, shapes are those that one rank holds.
     """
     lines: tuple[Folded, ...] = (*graph.nodes, *graph.outputs)
     if not full:
@@ -133,7 +133,8 @@ class _Printer:
 
 
 def _head_width(rows: Sequence[_Row]) -> int:
-    """How wide names and types are padded: all of them if that fits, else so that most lines do."""
+    """The width that names and types are padded to: the widest if all lines fit then, else the one
+    with which most do."""
     sizes = [(len(row.head), len(row.tail)) for row in rows]
     widest = max((head for head, _ in sizes), default=0)
     room = WIDTH - len("   = ")
@@ -147,7 +148,8 @@ def _head_width(rows: Sequence[_Row]) -> int:
 
 
 def _laid_out(row: _Row, width: int, full: bool) -> Iterator[str]:
-    """The lines of a row: `=` is in one column, and what does not fit is under the operator."""
+    """The lines of a row: heads are padded to `width`, and what does not fit goes under the
+    operator."""
     before = f"  {row.head:<{width}} = "
     if len(before) + len(row.tail) <= WIDTH and len(row.head) <= width:
         yield before + row.tail
@@ -180,7 +182,7 @@ def _comment(module: str, room: int, full: bool) -> str:
 
 
 def _wrapped(line: str, indent: str) -> list[str]:
-    """A line broken at blanks, with what follows indented; its own first blanks stay."""
+    """A line broken at blanks; it keeps its indent, and the lines after it begin with `indent`."""
     start = line[: len(line) - len(line.lstrip())]
     return textwrap.wrap(
         line.lstrip(),
@@ -224,7 +226,7 @@ def _collectives(copy: Sequence[Line]) -> Counter[str]:
 
 
 def _own(copy: Sequence[Line]) -> Iterator[str]:
-    """What each copy has of its own, besides names."""
+    """What differs from copy to copy, besides names."""
     if any(isinstance(line, Node) and line.op == MeshOp("saved") for line in copy):
         yield "saved values of its own"
     if any(_draws(line) for line in copy):
@@ -232,7 +234,7 @@ def _own(copy: Sequence[Line]) -> Iterator[str]:
 
 
 def _draws(line: Line) -> bool:
-    """Whether a line draws random numbers; what numbers them counts from 1."""
+    """Whether a line draws random numbers: the argument that numbers the draws is then above 0."""
     if not isinstance(line, Node):
         return False
     known = composite_of(line.op)
@@ -252,7 +254,7 @@ def _carried(repeat: Repeat) -> Iterator[str]:
 
 
 def _call(node: Node, full: bool) -> str:
-    """The right-hand side of a node's line; without `full`, long lists are cut in their middle."""
+    """The right-hand side of a node's line; unless `full`, long lists lose their middle."""
     if node.op in (INPUT, GETITEM):
         return call_text(node)
     dim = None if isinstance(node.op, MeshOp) else _SLICES.get(node.op)
@@ -263,7 +265,7 @@ def _call(node: Node, full: bool) -> str:
 
 
 def _slice_text(node: Node, dim: int, full: bool) -> str:
-    """`x[:, 1:]`, and `slice_backward(grad, [8, 4], 1, 1:)`; `dim` is where the dim stands."""
+    """`x[:, 1:]`, or `slice_backward(grad, [8, 4], 1, 1:)`; `dim` is the position of the dim."""
     given = [*node.args, *(0, None, None, 1)[len(node.args) - dim :]]
     start, end, step = given[dim + 1 : dim + 4]
     part = f"{_bound(start or None)}:{_bound(end)}" + (f":{step}" if step != 1 else "")
@@ -281,7 +283,7 @@ def _bound(index: int | None) -> str:
 
 
 def _spelt(arg: Arg, full: bool) -> str:
-    """An argument: nine digits of a number, and its name if it is the largest of its type."""
+    """An argument; a float has nine digits, or a name if it is the largest of its type."""
     if isinstance(arg, (tuple, list)):
         return f"[{', '.join(_shortened([_spelt(item, full) for item in arg], full))}]"
     if isinstance(arg, float) and math.isfinite(arg):
@@ -292,7 +294,7 @@ def _spelt(arg: Arg, full: bool) -> str:
 
 
 def _shortened(items: list[str], full: bool) -> list[str]:
-    """The items, or of many the first, how many more there are, and the last."""
+    """The items; of many, the first, how many are left out, and the last."""
     if full or len(items) <= _MOST:
         return items
     return [*items[: _MOST - 2], f"… {len(items) - _MOST + 1} more", items[-1]]

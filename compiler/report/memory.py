@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import InputKind
-from meshwright.compiler.program import Compiled, Stored
+from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.storages import Walk
 from meshwright.compiler.stages import Action
 
@@ -36,9 +35,10 @@ class Memory:
 def memory(program: Compiled) -> Memory:
     """The memory of the rank that needs most, in one step."""
     trained = [s for s in program.parameters.values() if s.requires_grad and program.trains]
-    parameters = sum(_bytes(stored, program) for stored in program.parameters.values())
-    buffers = sum(_bytes(stored, program) for stored in program.buffers.values())
-    gradients = sum(_bytes(stored, program) for stored in trained)
+    mesh = program.mesh
+    parameters = sum(stored.local_bytes(mesh) for stored in program.parameters.values())
+    buffers = sum(stored.local_bytes(mesh) for stored in program.buffers.values())
+    gradients = sum(stored.local_bytes(mesh) for stored in trained)
     forwards = [stage.forward for stage in program.stages]
     given = {
         node.args: len(forward.mesh.turns) * node_bytes(node, forward)
@@ -69,7 +69,3 @@ def walks(program: Compiled) -> list[Walk]:
                 graph = program.stages[action.stage].graphs[action.kind]
                 walk.run(graph, instructions[graph.name], action)
     return list(found.values())
-
-
-def _bytes(stored: Stored, program: Compiled) -> int:
-    return math.prod(stored.layout.local_shape(program.mesh)) * stored.type.dtype.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from meshwright.dsl.errors import plural
 _MODULES = 2
 """How many modules a row names before it only counts them."""
 _NARROWEST = 12
-"""No column is made narrower than this."""
+"""The least width to which a column is narrowed."""
 _BREAKS = re.compile(r"(?<=\s)|(?<=,)(?!\s)|(?=\.)")
-"""Where a cell may go on in another line: after blanks and commas, and before a name's dots."""
+"""Where a cell may be broken: after blanks and commas, and before a name's dots."""
 _WORDS = re.compile(r"(?<=\s)")
 _NAMES = re.compile(r"(?=\.)")
 _ITEMS = re.compile(r"(?<=, )")
@@ -42,7 +43,7 @@ class Sheet:
     totals: tuple[tuple[str, ...], ...] = ()
 
     def widths(self, width: int) -> list[int]:
-        """The columns' widths so that the table fits `width` where its cells can be broken."""
+        """The widths of the columns: the table fits `width` if its cells can be broken so far."""
         every = [tuple(column.heading for column in self.columns), *self.rows, *self.totals]
         natural = [max(map(len, cells)) for cells in zip(*every, strict=True)]
         least = [
@@ -87,7 +88,7 @@ def broken(cell: str, width: int) -> str:
 
 
 def sheets(summary: Summary) -> tuple[Sheet, ...]:
-    """All tables, in the order in which one reads them; those without rows are left out."""
+    """All tables that have rows, in reading order."""
     every = (
         _held(summary.held),
         _traffic(summary),
@@ -155,7 +156,7 @@ def _where(modules: Sequence[str]) -> str:
 
 
 def _short(places: str) -> str:
-    """The lines alone where the plan's name says nothing new: `2, 9` for `a.plan:2, a.plan:9`."""
+    """The line numbers of a plan's own statements: `2, 9` for `a.plan:2, a.plan:9`."""
     return ", ".join(
         place if "__plan__" in place else place.rpartition(":")[2]
         for place in places.split(", ")
@@ -221,9 +222,7 @@ def heading(summary: Summary) -> tuple[str, str]:
     """Two lines: what is compiled under which plan, and for which mesh."""
     mode = {"train": "training", "infer": "inference", "eval": "evaluation"}[summary.mode]
     axes = ", ".join(f"{axis}={size}" for axis, size in summary.mesh)
-    num_ranks = 1
-    for _, size in summary.mesh:
-        num_ranks *= size
+    num_ranks = math.prod(size for _, size in summary.mesh)
     return (
         f"{summary.model} under {summary.plan}, compiled for {mode} on {summary.device}",
         f"mesh {axes}, {plural(num_ranks, 'rank')}",

@@ -17,7 +17,7 @@ from meshwright.dsl.writing.html import html_table
 WIDTH = 80
 """Columns of the text that does not go to a terminal."""
 _WIDEST = 1000
-"""A name that cannot be broken is wider than the terminal, rather than cut off."""
+"""Columns for rich: a name that cannot be broken is wider than the terminal, not cut off."""
 
 
 def show(program: Compiled, *, local: bool = False, console: Console | None = None) -> None:
@@ -62,7 +62,7 @@ def plain(renderable: RenderableType) -> str:
 
 
 def tables(summary: Summary, width: int = WIDTH) -> RenderableType:
-    """All tables, in the order in which one reads them, made to fit so many columns."""
+    """All tables, in reading order, made to fit `width` columns."""
     parts: list[RenderableType] = [_head(summary, width)]
     for sheet in sheets(summary):
         parts += [Text(f"\n{sheet.title}", "bold"), _table(sheet, width)]

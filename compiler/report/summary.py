@@ -1,11 +1,11 @@
-"""A program in figures, for `show` and `--json`: equal layers fold into one row."""
+"""The figures of a program, for `show` and `--json`: equal layers fold into one row."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
+from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import TensorType
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.graph.text import op_text, type_text
@@ -49,7 +49,8 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Gathers not asked for: an operator needs whole what is split, or has no rule."""
+    """Gathers that the plan does not ask for: an operator needs whole what is split, or has no
+    rule."""
 
     op: str
     value: str
@@ -124,7 +125,7 @@ def _stored(program: Compiled, local: bool) -> Iterable[Held]:
             (order[names[0]], Held(kind, selector, len(names), text, size, note, line))
             for (text, note, line), group in groups.items()
             for selector, names in fold([s.name for s in group], list(tensors)).items()
-            for size in [sum(_bytes(tensors[name], program) for name in names)]
+            for size in [sum(tensors[name].local_bytes(program.mesh) for name in names)]
         ]
         yield from (held for _, held in sorted(folded, key=lambda item: item[0]))
 
@@ -136,16 +137,12 @@ def _note(stored: Stored) -> str:
     return "" if stored.requires_grad else "frozen"
 
 
-def _bytes(stored: Stored, program: Compiled) -> int:
-    return math.prod(stored.layout.local_shape(program.mesh)) * stored.type.dtype.itemsize
-
-
 def _inputs(program: Compiled, local: bool) -> Iterable[Held]:
     graph = program.stages[0].forward
     for node in program.inputs():
         text = type_text(node.tensor, node.placed, graph, local=local)
-        size = math.prod(node.placed.local_shape(graph.mesh)) * node.tensor.dtype.itemsize
-        yield Held("input", str(node.args[1]), 1, text, size, "", node.origin.plan_line)
+        name, line = str(node.args[1]), node.origin.plan_line
+        yield Held("input", name, 1, text, node_bytes(node, graph), "", line)
 
 
 def _traffic(program: Compiled, comm: Comm) -> Iterable[Traffic]:
@@ -191,7 +188,7 @@ def _lines(program: Compiled, comm: Comm) -> Iterable[PlanLine]:
 
 
 def statement_texts(plan: Plan) -> dict[str, str]:
-    """What stands at each place, `gpt.plan:6`: the plan's own lines first."""
+    """The statement at each place, such as `gpt.plan:6`: the plan's own first."""
     found: dict[str, str] = {}
     for statement in plan.statements:
         found.setdefault(statement.plan_line, _text(statement))

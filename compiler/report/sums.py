@@ -1,4 +1,4 @@
-"""Sums over a part of a model: what each rank holds of its modules and sends for them in a step."""
+"""Sums over a part of a model: what each rank holds of it, and sends for it in a step."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.program import Compiled, Stored
@@ -71,18 +72,18 @@ class Sums:
 
     def of(self, path: str, kind: str) -> Part:
         """The sums of one module and all inside it."""
-        own = [*self._stored(path)]
-        trained = sum(self._bytes(each) for each in own if each.requires_grad)
+        own = list(self._stored(path))
+        mesh, buffers = self.program.mesh, self.program.buffers
+        trained = sum(each.local_bytes(mesh) for each in own if each.requires_grad)
         gradients = trained if self.program.trains else 0
         sums = self.sums(path)
-        buffers = _under(path, self.program.buffers)
         return Part(
             path,
             kind,
             1,
             sum(math.prod(each.type.shape) for each in own),
-            sum(self._bytes(each) for each in own),
-            sum(self._bytes(self.program.buffers[name]) for name in buffers),
+            sum(each.local_bytes(mesh) for each in own),
+            sum(buffers[name].local_bytes(mesh) for name in _under(path, buffers)),
             gradients,
             2 * gradients,
             sum(size for modules, size in self.saved if inside(path, modules)),
@@ -93,7 +94,7 @@ class Sums:
     def children(self, path: str, module: nn.Module) -> tuple[Part, ...]:
         """The children of a module that hold or send anything, the largest first, equal ones once.
 
-        Largest is what sends most, then what holds most.
+        The largest is the one that sends most, then the one that holds most.
         """
         found: dict[Part, list[str]] = {}
         names = [f"{path}.{name}".lstrip(".") for name, _ in module.named_children()]
@@ -137,12 +138,10 @@ class Sums:
         )
         yield from (parameters[name] for name in own if name in parameters)
 
-    def _bytes(self, stored: Stored) -> int:
-        return math.prod(stored.layout.local_shape(self.program.mesh)) * stored.type.dtype.itemsize
-
 
 def inside(path: str, modules: Iterable[str]) -> bool:
-    """Whether one of these modules is that at `path`, or inside it, though it is never called."""
+    """Whether one of `modules` is at `path` or inside it: one that only contains others is never
+    among them."""
     return not path or any(f"{each}.".startswith(f"{path}.") for each in modules)
 
 
@@ -155,29 +154,19 @@ def _phase(group: tuple[tuple[str, str, tuple[str, ...], str], list[float]]) -> 
 
 
 def _times(part: Part, name: str, count: int) -> Part:
-    """The sums of so many equal parts."""
+    """The sums of `count` equal parts."""
     fields = ("num_parameters", "parameters", "buffers", "gradients", "optimizer", "saved")
     sums = {each: count * getattr(part, each) for each in (*fields, "collectives", "sent")}
     return replace(part, name=name, count=count, **sums)
 
 
 def _shares(graphs: Iterable[Graph]) -> dict[Node, dict[str, float]]:
-    """By collective that reduces gradients: each parameter's share of what it moves."""
+    """By reduction of a bucket of gradients, the share of each parameter in what it moves."""
     found: dict[Node, dict[str, float]] = {}
     for graph in graphs:
         for gradient in graph.outputs_of(OutputKind.GRADIENT):
-            for value, share in _reduced(gradient.node, graph):
-                found.setdefault(value, {})[gradient.name] = share
+            flat, position = gradient.node.args
+            bucket = flat if flat.op == MeshOp("bucket") else flat.args[0]
+            sizes = [node_bytes(part, graph) for part in bucket.args]
+            found.setdefault(flat, {})[gradient.name] = sizes[position] / max(sum(sizes), 1)
     return found
-
-
-def _reduced(gradient: Node, graph: Graph) -> Iterator[tuple[Node, float]]:
-    """The collectives behind a gradient, with its share of each."""
-    yield gradient, 1.0
-    if gradient.op != MeshOp("bucket_item"):
-        yield from ((operand, 1.0) for operand in gradient.operands())
-        return
-    flat, position = gradient.args
-    bucket = flat if flat.op == MeshOp("bucket") else flat.args[0]
-    sizes = [math.prod(part.placed.local_shape(graph.mesh)) for part in bucket.args]
-    yield flat, sizes[position] / sum(sizes)

@@ -128,6 +128,26 @@ def test_an_operator_whose_derivative_needs_values_is_refused_by_name(
     golden("custom_untraceable_backward", text)
 
 
+def test_a_vjp_without_a_gradient_for_each_argument_is_refused() -> None:
+    product = custom(
+        lambda x, y: x * y,
+        rule="..., ... -> ...",
+        vjp=lambda grads, inputs, outputs: (grads[0] * inputs[1],),
+    )
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(self.a(x), self.a(x + 1)).sum()
+
+    plan = meshwright.Plan.parse("mesh dp=2\ndata x over dp")
+    with pytest.raises(CaptureError, match="its vjp returns 1 gradient for 2 arguments"):
+        meshwright.compile(Product(), plan, example=(torch.randn(4, 4),))
+
+
 def test_an_argument_that_no_operator_takes_is_refused() -> None:
     with pytest.raises(CaptureError, match="`lambda_` is given a `set`"):
         cube({1})

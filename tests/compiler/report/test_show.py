@@ -263,6 +263,24 @@ def test_the_modules_inside_sum_up_to_the_whole() -> None:
         assert found.whole.collectives == sum(each.count for each in found.sums) - apart
 
 
+class Empty(nn.Module):
+    """A parameter of no elements, alone in its bucket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.none = nn.Linear(8, 4), nn.Parameter(torch.zeros(0, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x).square().mean() + self.none.sum()
+
+
+def test_a_parameter_of_no_elements_has_no_share_of_what_is_sent() -> None:
+    plan = mw.Plan.parse("mesh dp=2\ndata x over dp\n")
+    found = mw.compile(Empty(), plan, (torch.zeros(4, 8),), device="cpu").explain("")
+    gradients = [each for each in found.sums if each.phase == "gradients"]
+    assert [each.bytes for each in gradients] == [(8 * 4 + 4) * 4]
+
+
 def test_equal_modules_inside_are_named_together_and_the_largest_first() -> None:
     (layers,) = deep().explain("model.layers").children
     assert (layers.name, layers.kind, layers.count) == ("model.layers.*", "ModuleDict", 3)
