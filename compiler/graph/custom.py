@@ -212,11 +212,11 @@ def _kind(value: Any, name: str) -> str:
         return "Tensor?"
     if isinstance(value, (tuple, list)) and value:
         inner = {_kind(item, name) for item in value}
-        if len(inner) == 1:
+        if len(inner) == 1 and inner <= _LISTED:
             return f"{inner.pop()}[]"
     raise CaptureError(
         f"`{name}` is given a `{type(value).__name__}`, which no operator can take",
-        help="pass tensors, numbers, strings, or lists of one of those",
+        help="pass tensors, numbers, strings, or lists of numbers or of strings",
     )
 
 
@@ -227,3 +227,5 @@ _KINDS: tuple[tuple[str, type], ...] = (
     ("float", float),
     ("str", str),
 )
+_LISTED = {"bool", "int", "float", "str"}
+"""The kinds of which an argument may be a list: a rule has one term for each tensor."""

@@ -148,9 +148,10 @@ def test_a_vjp_without_a_gradient_for_each_argument_is_refused() -> None:
         meshwright.compile(Product(), plan, example=(torch.randn(4, 4),))
 
 
-def test_an_argument_that_no_operator_takes_is_refused() -> None:
-    with pytest.raises(CaptureError, match="`lambda_` is given a `set`"):
-        cube({1})
+@pytest.mark.parametrize("given", [{1}, [torch.ones(2), torch.ones(2)]])
+def test_an_argument_that_no_operator_takes_is_refused(given: Any) -> None:
+    with pytest.raises(CaptureError, match=f"`lambda_` is given a `{type(given).__name__}`"):
+        cube(given)
 
 
 def test_a_layout_marks_an_activation_and_changes_nothing_in_eager_mode() -> None:
