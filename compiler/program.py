@@ -27,7 +27,7 @@ from meshwright.dsl.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """A parameter stored with more entries than the model has: `dim` is `size` of `padded`."""
+    """The padding of a stored parameter: `dim` has `padded` entries, and `size` in the model."""
 
     dim: int
     size: int

@@ -70,17 +70,15 @@ def _linear(context: VjpContext) -> Cotangents:
     x, weight, *bias = context.operands
     grad, rows = context.grad, math.prod(x.tensor.shape[:-1])
     flat = context.call(aten.view.default, grad, (rows, weight.tensor.shape[0]))
-    dx = dweight = None
+    dx = dweight = dbias = None
     if x.requires_grad:
         dx = context.call(aten.matmul.default, grad, weight)
     if weight.requires_grad:
         across = context.call(aten.view.default, x, (rows, x.tensor.shape[-1]))
         dweight = context.call(aten.mm.default, context.call(aten.t.default, flat), across)
-    return (dx, dweight, *(_row_sum(context, flat) if b.requires_grad else None for b in bias))
-
-
-def _row_sum(context: VjpContext, flat: Node) -> Node:
-    return context.call(aten.sum.dim_IntList, flat, (0,))
+    if bias and bias[0].requires_grad:
+        dbias = context.call(aten.sum.dim_IntList, flat, (0,))
+    return dx, dweight, *([dbias] if bias else [])
 
 
 @adjoint(aten.mm.default)

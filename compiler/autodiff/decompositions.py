@@ -248,9 +248,9 @@ def binary_cross_entropy(
     x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1
 ) -> Tensor:
     """Logarithms end at -100 and the slope is finite at 0 and 1, as torch's are."""
-    held = x.detach()
+    held, least = x.detach(), max(1e-12, torch.finfo(x.dtype).tiny)
     hit, miss = held.log().clamp(min=-100), (-held).log1p().clamp(min=-100)
-    slope = (held - target.detach()) / ((1 - held) * held).clamp(min=1e-12)
+    slope = (held - target.detach()) / ((1 - held) * held).clamp(min=least)
     rows = (target - 1) * miss - target * hit + slope * (x - held)
     return _reduced(rows if weight is None else rows * weight, reduction)
 

@@ -122,6 +122,8 @@ def test_a_probability_of_0_or_1_has_the_slope_that_torch_gives_it() -> None:
     args = t(0, 0, 1, 1, 0.5), t(0, 1, 0, 1, 0.5)
     ours, theirs = (run(each, args, {}, (1,)) for each in (DECOMPOSITIONS[op], op))
     torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=0)
+    half = [each.half() for each in args]
+    torch.testing.assert_close(DECOMPOSITIONS[op](*half), op(*half))
 
 
 def run(
