@@ -94,7 +94,7 @@ class Program(Compiled):
         return memory(self)
 
     def timeline(self) -> str:
-        """What each rank does in a step, in order, as text with a bar beside what runs while a
+        """The text of what each rank does in a step, in order, with a bar beside what runs while a
         collective is under way."""
         return timeline(self.instructions)
 
