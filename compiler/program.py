@@ -58,7 +58,7 @@ class Stored:
         return self.layout.shape
 
     def local_bytes(self, mesh: Mesh) -> int:
-        """The bytes that one rank holds of it."""
+        """The bytes of it that one rank of `mesh` holds."""
         return math.prod(self.layout.local_shape(mesh)) * self.type.dtype.itemsize
 
 
