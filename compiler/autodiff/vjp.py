@@ -95,10 +95,10 @@ def traced_cotangents(context: VjpContext) -> Cotangents:
             tuple(operand.requires_grad for operand in context.operands),
             tuple(None if grad is None else grad.tensor for grad in context.grads),
         )
-    except MeshwrightError:
-        raise
     except Exception as error:
-        raise _untraceable(node, error) from error
+        if not isinstance(error, MeshwrightError):
+            raise _untraceable(node, error) from error
+        raise
     return _replay(fragment, context)
 
 
