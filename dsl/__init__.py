@@ -14,9 +14,8 @@ from meshwright.dsl.builder import PlanBuilder
 from meshwright.dsl.errors import CODES, MeshwrightError, PlanError
 from meshwright.dsl.layouts import DimTemplate, FactorTemplate, LayoutTemplate
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.resolve import resolve
 from meshwright.dsl.selectors import Selector
-from meshwright.dsl.solve import Dim, Factor, Segment, solve, solve_columns
+from meshwright.dsl.solve import Dim
 from meshwright.dsl.source import Source, Span
 from meshwright.dsl.statements import (
     STATEMENTS,
@@ -46,7 +45,6 @@ from meshwright.dsl.statements import (
     Vocab,
     Zero,
 )  # fmt: skip
-from meshwright.dsl.suggest import nothing_matches
 
 __all__ = [
     "CODES",
@@ -62,7 +60,6 @@ __all__ = [
     "DimTemplate",
     "Expect",
     "Experts",
-    "Factor",
     "FactorTemplate",
     "LayoutTemplate",
     "Let",
@@ -75,7 +72,6 @@ __all__ = [
     "PlanError",
     "Precision",
     "Rows",
-    "Segment",
     "Selector",
     "Sequence",
     "Shard",
@@ -89,8 +85,4 @@ __all__ = [
     "Targeted",
     "Vocab",
     "Zero",
-    "nothing_matches",
-    "resolve",
-    "solve",
-    "solve_columns",
 ]

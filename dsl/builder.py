@@ -21,7 +21,7 @@ from meshwright.dsl.check import Said, check
 from meshwright.dsl.errors import PlanError, either, plural, quoted, spelled
 from meshwright.dsl.layouts import LayoutTemplate, format_axes
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Axes, Let, MeshStatement
+from meshwright.dsl.statements import ARROWS, Axes, Let, MeshStatement
 
 if TYPE_CHECKING:
     from typing import Self
@@ -76,12 +76,11 @@ class PlanBuilder:
         `of` is `"tensor"` for a parameter, buffer or input, `"output"` (`->`) or `"input"` (`<-`)
         for those of a module.
         """
-        arrows = {"tensor": "", "output": "->", "input": "<-"}
-        if of not in arrows:
-            raise PlanError("P111", f"`of` is {spelled(of)}", help=f"use {either(arrows)}")
+        if of not in ARROWS:
+            raise PlanError("P111", f"`of` is {spelled(of)}", help=f"use {either(ARROWS)}")
         if not isinstance(layout, (str, LayoutTemplate)):
             raise _not_text("the layout", layout, 'write one such as `layout="[f@tp, d]"`')
-        return self._add("shard", _listed(targets), arrows[of], str(layout))
+        return self._add("shard", _listed(targets), ARROWS[of], str(layout))
 
     def columns(self, *targets: str, over: AxisNames, factors: str = "") -> Self:
         """Split the output features of these linears.
@@ -180,13 +179,12 @@ class PlanBuilder:
 
     def _add(self, *parts: str) -> Self:
         line = " ".join(filter(None, parts))
-        if "\n" in line or "#" in line:
-            raise PlanError(
-                "P100", f"{quoted(line)} is more than one statement", help="remove what follows it"
-            )
         try:
             plan = Plan.parse("".join(f"{each}\n" for each in [*self._named, line]), self._name)
-            added = plan.statements[-1]
+            *before, added = plan.statements
+            if len(before) != len(self._named) or plan.comments:
+                message = f"{quoted(line)} is more than one statement"
+                raise PlanError("P100", message, help="remove what follows it")
             self._said = check([added], dict(plan.mesh), self._said)
         except PlanError:
             # The same mistake, shown at the line where it would stand.

@@ -12,15 +12,15 @@ from meshwright.dsl import statements as s
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.names import axis_twice
 
-ONLY_ONE = (s.Precision, s.Memory, s.Accumulate, s.Stages)
+_ONLY_ONE = (s.Precision, s.Memory, s.Accumulate, s.Stages)
 """Verbs that speak of the whole run, and so only once."""
 
-PLACING = (s.Columns, s.Rows, s.Vocab, s.Summa)
+_PLACING = (s.Columns, s.Rows, s.Vocab, s.Summa)
 """Verbs that each say all about how a module is split; two of them on one target contradict."""
 
 
 Said: TypeAlias = Mapping[Hashable, s.Statement]
-"""The statement about each subject; see `subjects`."""
+"""The statement about each subject; see `_subjects`."""
 
 
 def check(
@@ -31,8 +31,8 @@ def check(
     Returns what has been said, these statements included.
     """
     for statement in statements:
-        for look in _ALONE.get(type(statement), ()):
-            look(statement)
+        if alone := _ALONE.get(type(statement)):
+            alone(statement)
     said = _without_contradictions(statements, before)
     _check_microbatches(said)
     _check_stages(statements, mesh)
@@ -42,19 +42,19 @@ def check(
 def _without_contradictions(statements: Iterable[s.Statement], before: Said) -> Said:
     said = dict(before)
     for statement in statements:
-        for key in subjects(statement):
+        for key in _subjects(statement):
             other = said.setdefault(key, statement)
             if other is not statement and not same_content(other, statement):
-                raise contradiction(other, statement)
+                raise _contradiction(other, statement)
     return said
 
 
-def subjects(statement: s.Statement) -> Iterator[Hashable]:
+def _subjects(statement: s.Statement) -> Iterator[Hashable]:
     """What a statement speaks of: two that share a subject must say the same of it."""
-    if isinstance(statement, ONLY_ONE):
+    if isinstance(statement, _ONLY_ONE):
         yield statement.verb
     elif isinstance(statement, s.Targeted) and not isinstance(statement, (s.Expect, s.Allow)):
-        about = "placing" if isinstance(statement, PLACING) else statement.verb
+        about = "placing" if isinstance(statement, _PLACING) else statement.verb
         more = tuple(getattr(statement, name, None) for name in ("of", "dim", "what"))
         for target in statement.targets or (None,):
             yield about, more, statement.scope, target
@@ -67,8 +67,7 @@ def same_content(first: s.Statement, second: s.Statement) -> bool:
     return first == second
 
 
-def contradiction(first: s.Statement, second: s.Statement) -> PlanError:
-    """Two statements about the same thing say different things; shows both."""
+def _contradiction(first: s.Statement, second: s.Statement) -> PlanError:
     if first.verb == second.verb:
         message = f"two `{first.verb}` statements contradict each other"
     else:
@@ -94,14 +93,12 @@ def _check_stages(statements: Iterable[s.Statement], mesh: Mapping[str, int]) ->
             continue  # a pattern may match any number of modules
         wanted = prod(mesh.get(axis, 1) for axis in stages.over) * stages.virtual
         if stages.num_stages != wanted:
-            raise stage_count(stages, stages.num_stages, mesh)
+            raise _stage_count(stages, wanted, mesh)
 
 
-def stage_count(stages: s.Stages, count: int, mesh: Mapping[str, int]) -> PlanError:
-    """There are `count` stages, and the mesh has room for another number."""
+def _stage_count(stages: s.Stages, wanted: int, mesh: Mapping[str, int]) -> PlanError:
     sizes = ", ".join(f"{axis}={mesh.get(axis, 1)}" for axis in stages.over)
     times = f" times virtual={stages.virtual}" if stages.virtual > 1 else ""
-    wanted = prod(mesh.get(axis, 1) for axis in stages.over) * stages.virtual
     if stages.count is not None:
         help = f"write `stages {wanted}`"
     elif wanted == 1:
@@ -110,7 +107,7 @@ def stage_count(stages: s.Stages, count: int, mesh: Mapping[str, int]) -> PlanEr
         help = f"name {wanted - 1} {'module' if wanted == 2 else 'modules'} after `at`"
     return PlanError(
         "P304",
-        f"there are {count} stages, but {sizes}{times} makes {wanted}",
+        f"there are {stages.num_stages} stages, but {sizes}{times} makes {wanted}",
         spans=[stages.span],
         help=help,
     )
@@ -158,10 +155,10 @@ def _either(statement: s.Statement, first: str, second: str) -> PlanError:
     )
 
 
-_ALONE: dict[type[s.Statement], tuple[Callable[..., None], ...]] = {
-    s.Memory: (_check_memory,),
-    s.Checkpoint: (_check_checkpoint,),
-    s.Summa: (_check_summa,),
-    s.Experts: (_check_experts,),
-    s.Offload: (_check_offload,),
+_ALONE: dict[type[s.Statement], Callable[..., None]] = {
+    s.Memory: _check_memory,
+    s.Checkpoint: _check_checkpoint,
+    s.Summa: _check_summa,
+    s.Experts: _check_experts,
+    s.Offload: _check_offload,
 }

@@ -72,8 +72,9 @@ def collect(trees: list[Tree[Token]], source: Source, outer: Names | None = None
     """The names that these statements bind; those of `outer` stand, and win over a `let` here."""
     outer = outer or Names()
     reader = ValueReader(source)
-    own = _unique(_sizings(trees, "let", reader), source)
-    sizes = {**_solve_lets(own, outer.sizes), **outer.sizes}
+    lets = _unique(_sizings(trees, "let", reader), source)
+    own = {name: value for name, value in lets.items() if name not in outer.sizes}
+    sizes = {**outer.sizes, **_solve_lets(own, outer.sizes)}
     mesh = dict(outer.mesh)
     _check_one_mesh(trees, source)
     for name, value in _unique(_sizings(trees, "mesh", reader), source).items():

@@ -17,7 +17,7 @@ from meshwright.dsl.files import check_text, read_file
 from meshwright.dsl.layouts import LayoutTemplate
 from meshwright.dsl.names import Names, collect
 from meshwright.dsl.reading.layout_reader import LayoutReader
-from meshwright.dsl.reading.parser import parse_part, parse_plan
+from meshwright.dsl.reading.parser import parse_layout, parse_plan
 from meshwright.dsl.reading.reader import Reader
 from meshwright.dsl.resolve import resolve
 from meshwright.dsl.scopes import fragment
@@ -126,7 +126,7 @@ class Plan:
     def layout(self, text: str) -> LayoutTemplate:
         """Read a layout alone, such as `[b@dp, s, d]`, with this plan's axes."""
         source = Source("<layout>", text)
-        layout: LayoutTemplate = LayoutReader(source, self.names).read(parse_part(source, "layout"))
+        layout: LayoutTemplate = LayoutReader(source, self.names).read(parse_layout(source))
         return layout
 
     def dims(
@@ -181,7 +181,8 @@ class Plan:
 
     def _repr_html_(self) -> str:
         text = self.source.text or self.format()
-        rows = [(str(number), line) for number, line in enumerate(text.splitlines(), start=1)]
+        lines = text.rstrip("\n").split("\n")
+        rows = [(str(number), line) for number, line in enumerate(lines, start=1)]
         return html_table(("", ""), rows, title=f"plan {self.source.name}", right="r ")
 
     def __eq__(self, other: object) -> bool:

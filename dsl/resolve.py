@@ -7,13 +7,12 @@ from typing import TypeVar
 
 from meshwright.dsl.check import same_content
 from meshwright.dsl.errors import PlanError
-from meshwright.dsl.selectors import Selector, more_specific
+from meshwright.dsl.layouts import format_axes
+from meshwright.dsl.selectors import EVERYTHING, Selector, more_specific
 from meshwright.dsl.statements import Data, Targeted
 from meshwright.dsl.suggest import nothing_matches
 
 _T = TypeVar("_T", bound=Targeted)
-
-_EVERYTHING = Selector("**")
 
 
 def resolve(statements: Iterable[_T], names: Collection[str]) -> dict[str, _T]:
@@ -35,7 +34,7 @@ def resolve(statements: Iterable[_T], names: Collection[str]) -> dict[str, _T]:
 
 def _selectors(statements: Iterable[_T]) -> Iterator[tuple[_T, Selector]]:
     for statement in statements:
-        for selector in statement.targets or (_EVERYTHING,):
+        for selector in statement.targets or (EVERYTHING,):
             yield statement, selector
 
 
@@ -83,8 +82,5 @@ def _tie(name: str, first: tuple[_T, Selector], second: tuple[_T, Selector]) -> 
 def _both_dims(one: Data, other: Data) -> str:
     """A layout that splits an input as two `data` statements would."""
     axes = {statement.dim: statement.over for statement in (one, other)}
-    over = {
-        dim: each[0] if len(each) == 1 else f"({', '.join(each)})" for dim, each in axes.items()
-    }
-    dims = [f"d{i}@{over[i]}" if i in over else f"d{i}" for i in range(max(over) + 1)]
+    dims = [f"d{i}@{format_axes(axes[i])}" if i in axes else f"d{i}" for i in range(max(axes) + 1)]
     return f"[{', '.join(dims)}, ...]"

@@ -11,11 +11,10 @@ from meshwright.dsl.errors import PlanError
 from meshwright.dsl.names import Names, collect
 from meshwright.dsl.reading.parser import parse_plan
 from meshwright.dsl.reading.reader import Reader
-from meshwright.dsl.selectors import Selector
+from meshwright.dsl.selectors import EVERYTHING, Selector
 from meshwright.dsl.source import Source
 
 _MODULE = Selector('""')
-_EVERYTHING = Selector("**")
 
 
 def fragment(source: Source, paths: Iterable[str], outer: Names) -> Iterator[s.Statement]:
@@ -41,6 +40,6 @@ def fragment(source: Source, paths: Iterable[str], outer: Names) -> Iterator[s.S
 
 def _placed(statement: s.Targeted, path: str) -> s.Targeted:
     """The statement for the module at `path`."""
-    default = _MODULE if isinstance(statement, s.Expect) else _EVERYTHING
+    default = _MODULE if isinstance(statement, s.Expect) else EVERYTHING
     targets = tuple(target.under(path) for target in statement.targets or (default,))
     return replace(statement, targets=targets, scope=path, spelling={})

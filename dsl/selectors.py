@@ -23,7 +23,7 @@ from typing import Literal
 from meshwright.dsl.errors import PlanError, quoted
 from meshwright.dsl.source import Span
 
-RANKS = {"literal": 0, "range": 1, "choice": 1, "wildcard": 2, "*": 3, "**": 4}
+_RANKS = {"literal": 0, "range": 1, "choice": 1, "wildcard": 2, "*": 3, "**": 4}
 """How specific each kind of segment is; less is more specific."""
 
 _MOST_ALTERNATIVES = 256
@@ -105,6 +105,9 @@ class Selector:
         return replace(self, text=text)
 
 
+EVERYTHING = Selector("**")
+
+
 def quote_segment(name: str) -> str:
     """One segment of a name as a selector writes it."""
     return name if re.fullmatch(r"\w+", name) else f'"{name}"'
@@ -126,10 +129,12 @@ def _align(segments: tuple[Segment, ...], parts: tuple[str, ...]) -> tuple[int, 
             for i in reversed(range(len(parts))):
                 tail = tails[i + 1]
                 if tails[i] is None and tail is not None:
-                    tails[i] = (RANKS["**"], *tail)
+                    tails[i] = (_RANKS["**"], *tail)
         else:
             tails = [
-                (RANKS[segment.kind], *tail) if tail is not None and segment.matches(part) else None
+                (_RANKS[segment.kind], *tail)
+                if tail is not None and segment.matches(part)
+                else None
                 for part, tail in zip(parts, tails[1:], strict=True)
             ] + [None]
     return tails[0]

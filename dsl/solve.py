@@ -10,7 +10,6 @@ without `let`, dim 0 is 3 · 768@tp, which are the same blocks.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import gcd, prod
@@ -27,7 +26,6 @@ Factor: TypeAlias = tuple[int, tuple[str, ...]]
 Segment: TypeAlias = tuple[Factor, ...]
 Dim: TypeAlias = tuple[Segment, ...]
 
-_Monomial: TypeAlias = tuple[str, ...]
 _MOST_SHOWN = 8
 _LARGEST_TRIED = 4096
 
@@ -73,7 +71,7 @@ class _Solver:
     def known(self, factor: FactorTemplate) -> int | None:
         return self.sizes.get(factor.name) if factor.size is None else factor.size
 
-    def monomial(self, segment: SegmentTemplate) -> tuple[int, _Monomial]:
+    def monomial(self, segment: SegmentTemplate) -> tuple[int, tuple[str, ...]]:
         """The product of the known factors, and the unknown ones."""
         sizes = [self.known(factor) for factor in segment]
         unknown = sorted(
@@ -207,17 +205,10 @@ def _merge(solver: _Solver, run: SegmentTemplate, size: int) -> SegmentTemplate:
 def _divide(solver: _Solver, factor: FactorTemplate) -> Factor:
     size = solver.known(factor)
     assert size is not None
-    ranks = prod(_axis_size(solver, axis, factor) for axis in factor.axes)
+    ranks = prod(solver.mesh[axis] for axis in factor.axes)
     if size % ranks:
         raise _cannot_split(solver, factor, size, ranks)
     return size, factor.axes
-
-
-def _axis_size(solver: _Solver, axis: str, factor: FactorTemplate) -> int:
-    if axis not in solver.mesh:
-        help = f"use one of {either(solver.mesh)}"
-        raise solver.error("P201", f"the mesh has no axis `{axis}`", factor.span, help=help)
-    return solver.mesh[axis]
 
 
 def _cannot_split(solver: _Solver, factor: FactorTemplate, size: int, ranks: int) -> PlanError:
@@ -287,7 +278,7 @@ def _mismatch(solver: _Solver, dim: DimTemplate, size: int) -> PlanError:
 
 
 def _undetermined(solver: _Solver, span: Span | None, names: Sequence[str]) -> PlanError:
-    unknown = list(Counter(names))
+    unknown = list(dict.fromkeys(names))
     bindings = ", ".join(f"{name} = ..." for name in unknown[:-1])
     return solver.error(
         "P204",

@@ -7,7 +7,7 @@ spellings (a `let` name or a group's name that stood for a value) do not count.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar
 
 import sympy
@@ -25,6 +25,8 @@ COUNTED = (
 METRICS = (*COUNTED, "bytes", "peak_memory")
 OFFLOADED = ("activations", "parameters", "optimizer")
 ALLOWED = ("replicate", "local")
+ARROWS = {"tensor": "", "output": "->", "input": "<-"}
+"""How `shard` writes whose layout it gives."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipe")
 
 
@@ -59,11 +61,6 @@ class Statement:
     def options(cls) -> Iterator[Field[Any]]:
         """The fields that are written `name=value`."""
         return (each for each in fields(cls) if "kind" in each.metadata)
-
-    def says(self, name: str) -> bool:
-        """Whether the option `name` was written, or differs from its default."""
-        each = next(each for each in self.options() if each.name == name)
-        return name in self.parts or getattr(self, name) not in (each.default, MISSING)
 
 
 @dataclass(frozen=True, kw_only=True)

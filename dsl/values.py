@@ -55,7 +55,7 @@ class Quoted:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """A list in brackets, or a range `[0:6]`, which no option takes yet."""
+    """A list in brackets, or a range `[0:6]`, which no option takes: it is read to be refused."""
 
     values: tuple[Value, ...]
     span: Span = field(compare=False, repr=False)

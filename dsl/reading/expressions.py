@@ -5,7 +5,7 @@ sympy never sees text: `sympify` would execute it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -21,6 +21,7 @@ from meshwright.dsl.values import Items, Number, Quoted, Value, Word, parse_byte
 _MOST_TERMS = 64
 _LONGEST_NUMBER = 24
 _LARGEST_EXPONENT = 30
+_OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 Sizing: TypeAlias = tuple[Token, Value]
 
@@ -100,23 +101,10 @@ class ValueReader(Transformer[Token, object]):
             f"{space}{sign}{space}{value.text}"
             for sign, value in zip(signs, values[1:], strict=True)
         )
-        return Number(
-            _combine(signs, [symbolic(value) for value in values]), text, self._span(meta)
-        )
-
-
-def _combine(signs: Sequence[str], terms: Sequence[sympy.Expr]) -> sympy.Expr:
-    total = terms[0]
-    for sign, term in zip(signs, terms[1:], strict=True):
-        if sign == "+":
-            total = total + term
-        elif sign == "-":
-            total = total - term
-        elif sign == "*":
-            total = total * term
-        else:
-            total = total / term
-    return total
+        total = symbolic(values[0])
+        for sign, value in zip(signs, values[1:], strict=True):
+            total = _OPERATORS[sign](total, symbolic(value))
+        return Number(total, text, self._span(meta))
 
 
 def _literal(token: Token, span: Span) -> sympy.Rational:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
 
 from lark import Lark, Token, Tree
 from lark.exceptions import UnexpectedInput
@@ -22,8 +21,6 @@ MOST_CHARACTERS = 1 << 16
 DEEPEST = 24
 
 _GRAMMAR = Path(__file__).parent.parent / "grammar.lark"
-
-Node: TypeAlias = "Tree[Token]"
 
 
 @dataclass(slots=True)
@@ -84,18 +81,18 @@ class _WordsEverywhere(PostLex):
         return stream
 
 
-def parse_plan(source: Source) -> tuple[list[Node], list[Token]]:
+def parse_plan(source: Source) -> tuple[list[Tree[Token]], list[Token]]:
     """The trees of the statements, and the comments."""
     tree, comments = _parse(source, source.text + "\n", "plan")
     return [child for child in tree.children if isinstance(child, Tree)], comments
 
 
-def parse_part(source: Source, rule: str) -> Node:
-    """The tree of one part of the language: `layout` or `targets`."""
-    return _parse(source, source.text, rule)[0]
+def parse_layout(source: Source) -> Tree[Token]:
+    """The tree of a layout that stands alone."""
+    return _parse(source, source.text, "layout")[0]
 
 
-def _parse(source: Source, text: str, rule: str) -> tuple[Node, list[Token]]:
+def _parse(source: Source, text: str, rule: str) -> tuple[Tree[Token], list[Token]]:
     if len(text) > MOST_CHARACTERS:
         raise PlanError(
             "P108",
@@ -113,12 +110,12 @@ def _parse(source: Source, text: str, rule: str) -> tuple[Node, list[Token]]:
         raise syntax.explain(error, place) from None
 
 
-def _feed(parser: InteractiveParser, reading: Reading) -> Node:
+def _feed(parser: InteractiveParser, reading: Reading) -> Tree[Token]:
     # lark leaves these methods untyped
     tokens = parser.lexer_thread.lex(parser.parser_state)  # type: ignore[no-untyped-call]
     for token in reading.filter(tokens):
         parser.feed_token(token)
-    tree: Node = parser.feed_eof(reading.last)  # type: ignore[no-untyped-call]
+    tree: Tree[Token] = parser.feed_eof(reading.last)  # type: ignore[no-untyped-call]
     return tree
 
 
@@ -138,7 +135,7 @@ def _lark() -> Lark:
         _GRAMMAR.read_text(encoding="utf-8"),
         parser="lalr",
         lexer="contextual",
-        start=["plan", "layout", "targets"],
+        start=["plan", "layout"],
         postlex=_WordsEverywhere(),
         propagate_positions=True,
     )

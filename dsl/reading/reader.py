@@ -27,7 +27,7 @@ _S = TypeVar("_S", bound=s.Statement)
 _Parts: TypeAlias = list[Any]  # what the grammar's rule lists, in its order; None where left out
 _Group: TypeAlias = tuple[Token, AxisList]
 
-_SOURCES = {None: "tensor", "->": "output", "<-": "input"}
+_OF = {arrow: of for of, arrow in s.ARROWS.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Reader(LayoutReader):
             meta,
             [targets, *options],
             layout=layout,
-            of=_SOURCES[arrow],
+            of=_OF[arrow or ""],
             places={"layout": layout.span},
         )
 

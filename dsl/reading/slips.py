@@ -272,7 +272,7 @@ _SLIPS: tuple[tuple[Iterable[str], str, _Edit], ...] = (
     (_SPREAD, r"\bover\s+[\[{(]?\s*(\w+)\s*[)\]}]?$", r"over \1"),
     (_SPREAD, r"^(\w+\s+[\w.*{},\[\]:\"]+?)\s*[=:]\s*(?=[^\W\d]\w*$)", r"\1 over "),
     (_SPREAD, r"^(?!.*\sover\b)(\w+\s+\S+)\s+(\w+)$", r"\1 over \2"),
-    (_SPREAD, r"(?<=[\w*}\]\"])\s+(?=[\w*{][\w.*{}]*\s+over\b)(?<!^\w)", lambda found: ", "),
+    (_SPREAD, r"(?<=[\w*}\]\"])\s+(?=[\w*{][\w.*{}]*\s+over\b)(?<!^\w)", ", "),
     (("columns",), r"^(columns)\s*,\s*", r"\1 "),
     (_SPREAD, r"^(\w+),\s", r"\1 "),
     # Options and factors

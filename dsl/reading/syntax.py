@@ -121,21 +121,13 @@ def trailing_comma(source: Source, comma: Token, verb: Token) -> PlanError:
 
 def reserved(word: str, span: Span, reads: Callable[[str], bool] | None) -> PlanError:
     """A word of the language stands where a name is expected."""
-    line = repaired(span.source.line(span.line), reads) if reads is not None else ""
-    if line:
-        return PlanError(
-            "P105",
-            f"{quoted(word)} is a word of the language, not a name",
-            spans=[span],
-            help=f"write `{line}`",
-        )
-    missing = f"write a name before `{word}`, or " if word in CONNECTIVES else ""
-    return PlanError(
-        "P105",
-        f"{quoted(word)} is a word of the language, not a name",
-        spans=[span],
-        help=f'{missing}put it in quotes if it is a name: `"{word}"`',
-    )
+    if line := repaired(span.source.line(span.line), reads) if reads is not None else "":
+        help = f"write `{line}`"
+    else:
+        missing = f"write a name before `{word}`, or " if word in CONNECTIVES else ""
+        help = f'{missing}put it in quotes if it is a name: `"{word}"`'
+    message = f"{quoted(word)} is a word of the language, not a name"
+    return PlanError("P105", message, spans=[span], help=help)
 
 
 def _stops_early(token: Token, place: Place) -> PlanError:

@@ -13,8 +13,6 @@ from meshwright.dsl.values import format_bytes
 _WIDEST = 40
 """Wider cells do not push the others to the right."""
 
-_ARROWS = {"tensor": "", "output": "-> ", "input": "<- "}
-
 
 @dataclass(slots=True)
 class Line:
@@ -28,9 +26,9 @@ class Line:
 def cells(statement: s.Statement) -> list[str]:
     """Verb, subject, place and the rest: what the columns of a plan hold."""
     subject, place = _SUBJECTS.get(type(statement), _targets)(statement), ""
-    options = format_options(statement)
+    options = _options(statement)
     if isinstance(statement, s.Shard):
-        place = f"{_ARROWS[statement.of]}{statement.layout}"
+        place = f"{s.ARROWS[statement.of]} {statement.layout}".lstrip()
     elif isinstance(statement, s.Spread) and statement.over:
         place = f"over {_spelt(statement, 'over', format_axes(statement.over))}"
     if isinstance(statement, s.Columns) and statement.factors is not None:
@@ -39,12 +37,13 @@ def cells(statement: s.Statement) -> list[str]:
     return found if subject else [statement.verb, *found[2:]]
 
 
-def format_options(statement: s.Statement) -> str:
+def _options(statement: s.Statement) -> str:
     """Every option that was written or is not at its default, in the order of the fields."""
     return " ".join(
         f"{each.name}={_spelt(statement, each.name, each.metadata['kind'].write(value))}"
         for each in statement.options()
-        if (value := getattr(statement, each.name)) is not None and statement.says(each.name)
+        if (value := getattr(statement, each.name)) is not None
+        and (each.name in statement.parts or value != each.default)
     )
 
 

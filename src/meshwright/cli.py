@@ -166,16 +166,11 @@ def _arguments(name: str, words: Sequence[str]) -> Namespace:
 
 def _overview() -> str:
     """What `meshwright help` prints."""
-    usages = {name: f"{name} {command.usage}" for name, command in _COMMANDS.items()}
     lines = ["usage: meshwright COMMAND ...", "", _ABOUT, ""]
     lines += [f"  {name:<8} {command.about}" for name, command in _COMMANDS.items()]
     lines += ["  help     what one command takes", ""]
-    lines += [
-        *(f"  meshwright {usage}" for usage in usages.values()),
-        "  meshwright help COMMAND",
-        "",
-    ]
-    return "\n".join(lines)
+    lines += [f"  meshwright {name} {command.usage}" for name, command in _COMMANDS.items()]
+    return "\n".join([*lines, "  meshwright help COMMAND", ""])
 
 
 _EXAMPLES = {

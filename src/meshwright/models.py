@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,10 +46,10 @@ def load_model(spec: str) -> tuple[nn.Module, Any]:
         raise UsageError(
             f"`{spec}` names no function", help="write `path/to/file.py:function` for the model"
         )
-    with _CodeOfTheUser(where, "is imported"):
+    with _user_code(where, "is imported"):
         module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where)
     function = _function(module, name, where)
-    with _CodeOfTheUser(spec, "is called"):
+    with _user_code(spec, "is called"):
         returned = function()
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise CommandError(
@@ -64,29 +65,23 @@ def load_model(spec: str) -> tuple[nn.Module, Any]:
     return model, example
 
 
-class _CodeOfTheUser:
-    """Makes a `ModelError` of what the user's own code raises inside of it; ours passes."""
-
-    def __init__(self, what: str, when: str) -> None:
-        self.what, self.when = what, when
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        if isinstance(error, SystemExit):
-            raise CommandError(
-                f"`{self.what}` calls `sys.exit` as it {self.when}",
-                help='put what is meant for a script under `if __name__ == "__main__":`',
-            ) from None
-        if not isinstance(error, Exception) or isinstance(error, MeshwrightError):
-            return
+@contextlib.contextmanager
+def _user_code(what: str, when: str) -> Iterator[None]:
+    """Turn what the user's own code raises into a `ModelError`; our own errors pass."""
+    try:
+        yield
+    except MeshwrightError:
+        raise
+    except SystemExit:
+        raise CommandError(
+            f"`{what}` calls `sys.exit` as it {when}",
+            help='put what is meant for a script under `if __name__ == "__main__":`',
+        ) from None
+    except Exception as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         first = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")
         raise ModelError(
-            f"`{self.what}` failed as it {self.when}: {first}",
+            f"`{what}` failed as it {when}: {first}",
             traceback=_own_traceback(error),
             help=f"install `{missing}`, or run where Python finds it"
             if missing

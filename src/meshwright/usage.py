@@ -50,12 +50,13 @@ def assign(command: str, words: Sequence[str], wanted: Sequence[str]) -> dict[st
     open_places = [what for what in wanted if what not in found]
     if len(rest) > len(open_places):
         raise _too_many(command, rest[len(open_places)], found, wanted)
+    placed = dict(zip(open_places, rest, strict=False))
     if len(rest) < len(open_places):
         missing = " and ".join(_WANTED[what] for what in open_places[len(rest) :])
-        written = dict(zip(open_places, rest, strict=False)) | found
-        raise UsageError(f"`{command}` is missing {missing}", help=_usage(command, wanted, written))
-    _check_kinds(command, dict(zip(open_places, rest, strict=True)), found, wanted)
-    return found | dict(zip(open_places, rest, strict=True))
+        help = _usage(command, wanted, found | placed)
+        raise UsageError(f"`{command}` is missing {missing}", help=help)
+    _check_kinds(command, placed, found, wanted)
+    return found | placed
 
 
 def _check_kinds(

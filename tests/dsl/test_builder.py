@@ -65,9 +65,15 @@ def test_a_mistake_is_an_error_where_it_is_made() -> None:
     assert builder.rows("a", over="dp").plan() == Plan.parse("mesh dp=2\nrows a over dp")
 
 
-def test_one_call_cannot_smuggle_in_a_second_statement() -> None:
+@pytest.mark.parametrize("target", ["a\nshare b", "a\rshare b", "a # all"])
+def test_one_call_cannot_smuggle_in_a_second_statement(target: str) -> None:
     with pytest.raises(PlanError, match="more than one statement"):
-        Plan.build(mesh={"dp": 2}).share("a\nshare b")
+        Plan.build(mesh={"dp": 2}).share(target)
+
+
+def test_a_quoted_name_may_hold_any_character() -> None:
+    built = Plan.build(mesh={"dp": 2}).rows('"layer#1"', over="dp").plan()
+    assert built == Plan.parse('mesh dp=2\nrows "layer#1" over dp')
 
 
 def test_a_statement_is_read_once_however_many_follow(monkeypatch: pytest.MonkeyPatch) -> None:

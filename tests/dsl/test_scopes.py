@@ -28,6 +28,13 @@ def test_a_let_of_the_plan_wins_over_that_of_a_fragment() -> None:
     assert plan.columns_dim(columns, (12,)) == (((6, ("tp",)), (2, ())),)
 
 
+def test_what_a_fragment_derives_from_a_name_follows_the_let_of_the_plan() -> None:
+    fragment = "let f = 4, d = 2*f\ncolumns up over tp as (f d)"
+    plan = Plan.parse("mesh tp=2\nlet f = 6").merged(PATHS, fragment)
+    columns = plan.resolve(Columns, NAMES)["blocks.0.mlp.up"]
+    assert plan.columns_dim(columns, (72,)) == (((6, ("tp",)), (12, ())),)
+
+
 def test_an_outer_module_wins_over_an_inner_one() -> None:
     plan = Plan.parse("mesh tp=2, dp=2").merged("blocks.0.mlp", "rows down over tp")
     plan = plan.merged("blocks.0", "rows mlp.down over dp")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,8 +56,6 @@ class Job:
             "TORCHELASTIC_MAX_RESTARTS": 0,
             "TORCHELASTIC_USE_AGENT_STORE": True,
         }
-        return {**self._defaults(os.environ), **{key: str(value) for key, value in local.items()}}
-
-    def _defaults(self, given: Mapping[str, str]) -> dict[str, str]:
         threads = max(1, (os.cpu_count() or 1) // self.processes)
-        return {"OMP_NUM_THREADS": str(threads), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", **given}
+        defaults = {"OMP_NUM_THREADS": str(threads), "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+        return {**defaults, **os.environ, **{key: str(value) for key, value in local.items()}}

@@ -147,7 +147,7 @@ class _Launch:
             self.warden.stdin.flush()
 
     def start(self, host: str, port: int) -> None:
-        """Start every rank, unless there is word to stop by then."""
+        """Start every rank of this machine."""
         for number in self.job.ranks:
             self._start_rank(number, self.job.environment(number, host, port))
 

@@ -156,6 +156,11 @@ def test_names_and_plans_are_escaped() -> None:
     assert "<script>" in checked(plan._repr_html_()).text
 
 
+def test_a_plan_in_a_notebook_has_the_line_numbers_of_its_errors() -> None:
+    plan = mw.Plan.parse("mesh dp=2  # a form\ffeed\ndata x over dp\n")
+    assert "2data x over dp" in checked(plan._repr_html_()).text
+
+
 def test_tables_are_bounded_in_rows_and_cells() -> None:
     checker = checked(html_table(("a", "b"), [("x" * 10_000, "y")] * 10_000, title="t"))
     assert f"{10_000 - LIMIT} more" in checker.text
