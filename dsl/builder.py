@@ -1,4 +1,4 @@
-"""Plans in Python: the same objects, checked where they are written.
+"""Plans built in Python, each statement checked by the call that adds it.
 
     plan = (
         Plan.build(mesh={"dp": 2, "tp": 2})
@@ -8,8 +8,8 @@
         .plan()
     )
 
-Each method writes one statement of the language, which is read at once; so a mistake is a
-`PlanError` at the line that made it, and nothing can be said here that a text could not say.
+Each method writes one statement of the language, which is parsed at once: a mistake is a
+`PlanError` raised by that call, and a built plan can say exactly what a plan's text can.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ Option: TypeAlias = "str | int | float | bool | Iterable[str] | None"
 
 
 class PlanBuilder:
-    """Collects statements, one for each call; `plan` puts them together. Made by `Plan.build`.
+    """A plan under construction: each call adds a statement, and `plan` returns the plan.
 
-    A method is a verb of the [plan language](plan-language.md#every-statement) and says what that
-    does. `targets` are selectors (`"blocks.*.up"`), `over` is an axis or a tuple of axes, options
-    are keywords, with lists for lists. Each call is read at once: a mistake is a `PlanError` there.
+    Made by `Plan.build`. Each method is a verb of the
+    [plan language](plan-language.md#every-statement). `targets` are selectors (`"blocks.*.up"`),
+    `over` is an axis or a tuple of axes, and options are keywords. A call raises `PlanError` for a
+    mistake in its statement.
     """
 
     def __init__(self, mesh: Mapping[str, int] | None, name: str) -> None:
         self._name = name
         self._lines: list[str] = []
         self._named: list[str] = []
-        """The lines that bind names, which is all that another line needs to be read."""
+        """The lines that bind names, which are all that is needed to read another line."""
         self._said: Said = {}
         if mesh is not None and not isinstance(mesh, Mapping):
             help = 'write `Plan.build(mesh={"dp": 2, "tp": 2})`'
@@ -58,12 +59,12 @@ class PlanBuilder:
         return Plan.parse("".join(f"{line}\n" for line in self._lines), self._name)
 
     def axes(self, **groups: AxisNames) -> Self:
-        """Names for groups of axes: `axes(model=("row", "col"))`. `groups` are name to members."""
+        """Name groups of axes: `axes(model=("row", "col"))`; `groups` maps names to axes."""
         pairs = (f"{name} = {_axes(members)}" for name, members in groups.items())
         return self._add("axes", ", ".join(pairs))
 
     def let(self, **sizes: int | str) -> Self:
-        """Names for `sizes`: numbers, or expressions as text: `let(d=768, f="4*d")`."""
+        """Name `sizes`, given as numbers or as expressions in text: `let(d=768, f="4*d")`."""
         return self._add("let", ", ".join(f"{name} = {size}" for name, size in sizes.items()))
 
     def data(self, *inputs: str, over: AxisNames, dim: int | None = None) -> Self:
@@ -106,15 +107,15 @@ class PlanBuilder:
         return self._spread("sequence", targets, over, keep=keep)
 
     def context(self, *targets: str, over: AxisNames, method: str | None = None) -> Self:
-        """Attention over a split sequence; `method` is `"ring"` or `"ulysses"`."""
+        """Split the sequence of attention; `method` is `"ring"` or `"ulysses"`."""
         return self._spread("context", targets, over, method=method)
 
     def summa(self, *targets: str, over: AxisNames, depth: str | None = None) -> Self:
-        """Tensor parallelism over two axes; `depth` is the third axis of 2.5-D."""
+        """Use tensor parallelism over two axes; `depth` is the third axis of 2.5-D."""
         return self._spread("summa", targets, over, depth=depth)
 
     def experts(self, *targets: str, over: AxisNames, **options: Option) -> Self:
-        """Experts on different ranks; `options` are `count`, `route`, `top` and the others."""
+        """Place experts on different ranks; `options` are `count`, `route`, `top` and so on."""
         return self._spread("experts", targets, over, **options)
 
     def zero(self, level: int, *targets: str, over: AxisNames) -> Self:
@@ -124,7 +125,7 @@ class PlanBuilder:
     def stages(
         self, *at: str, count: int | None = None, over: AxisNames, **options: Option
     ) -> Self:
-        """A pipeline: a stage begins before each module of `at`, or there are `count` of them.
+        """Form a pipeline: a stage begins before each module of `at`, or there are `count` of them.
 
         `options` are `schedule`, `microbatches`, `virtual` and `balance`.
         """
@@ -136,7 +137,7 @@ class PlanBuilder:
         return self._add("accumulate", str(count))
 
     def memory(self, *, budget: str | int) -> Self:
-        """Recompute and offload for a `budget` per rank, such as `"60GiB"`."""
+        """Recompute and offload to stay within a `budget` per rank, such as `"60GiB"`."""
         return self._add("memory", _options({"budget": budget}))
 
     def checkpoint(self, *targets: str, **options: Option) -> Self:
@@ -169,7 +170,7 @@ class PlanBuilder:
         return self._add("expect", contract, f"per {', '.join(targets)}" if targets else "")
 
     def allow(self, what: str, *targets: str) -> Self:
-        """Accept in these modules what is refused: `what` is `"replicate"` or `"local"`."""
+        """Accept here what is refused elsewhere: `what` is `"replicate"` or `"local"`."""
         return self._add("allow", what, _listed(targets))
 
     def _spread(
@@ -184,7 +185,9 @@ class PlanBuilder:
             *before, added = plan.statements
             if len(before) != len(self._named) or plan.comments:
                 message = f"{quoted(line)} is more than one statement"
-                raise PlanError("P100", message, help="remove what follows it")
+                raise PlanError(
+                    "P100", message, help="write one statement per call, without comments"
+                )
             self._said = check([added], dict(plan.mesh), self._said)
         except PlanError:
             # The same mistake, shown at the line where it would stand.

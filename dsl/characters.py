@@ -1,7 +1,7 @@
-"""Characters of plan text: what is read alike, what is refused, and how each is called.
+"""Characters of plan text: which are accepted, which are refused, and how errors name them.
 
-A byte order mark and the line ends of other systems are simply read. Blanks of any width are
-blanks. What cannot be seen, or looks like another character, is named where it is refused.
+A byte order mark, the line ends of other systems and spaces of any width are accepted. A character
+that is invisible or looks like another one is refused, and the error names it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LOOK_ALIKES = {
     "\u22c5": "*", "\u00f7": "/", "\u2044": "/", "\u2215": "/", "\u2223": "|", "\u2236": ":",
     "\u2022": "-",
 }  # fmt: skip
-"""What a word processor or a formula writes for a character of the language."""
+"""What word processors and formulas use in place of characters of the language."""
 
 _CONTROLS = {
     0x00: "null", 0x07: "bell", 0x08: "backspace", 0x1B: "escape", 0x1C: "file separator",
@@ -28,7 +28,7 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 def normalised(text: str) -> str:
-    """`text` without a byte order mark, each of its lines ended by a line feed alone."""
+    """`text` without a byte order mark, with line feeds as its only line ends."""
     text = text.removeprefix(_BYTE_ORDER_MARK)
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
@@ -39,7 +39,7 @@ def plain(text: str) -> str:
 
 
 def stand_in(char: str) -> str:
-    """What the language writes for a character; nothing for one that cannot be seen."""
+    """The language's spelling of a character; empty for one that is invisible."""
     if char in _LOOK_ALIKES:
         return _LOOK_ALIKES[char]
     if not is_strange(char):
@@ -49,7 +49,7 @@ def stand_in(char: str) -> str:
 
 
 def is_strange(char: str) -> bool:
-    """Whether a character is neither of the language nor of a name, nor blank."""
+    """Whether a character has no place in a plan: not in the language, a name or white space."""
     if char.isascii():
         return char == "`" or not (char.isprintable() or char in "\t\n\v\f")
     if char.isalnum():
@@ -58,13 +58,13 @@ def is_strange(char: str) -> bool:
 
 
 def described(char: str) -> str:
-    """`U+00A0 no-break space`."""
+    """The code point and name of a character: `U+00A0 no-break space`."""
     name = unicodedata.name(char, "").lower() or _CONTROLS.get(ord(char), "")
     return f"U+{ord(char):04X} {name or 'unnamed character'}"
 
 
 def width(text: str) -> int:
-    """How many cells of a terminal `text` takes."""
+    """The number of terminal cells that `text` takes."""
     if text.isascii():
         return len(text)
     return sum(map(_cells, text))

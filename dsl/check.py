@@ -1,4 +1,4 @@
-"""What no plan may say, whatever the model: parts that are missing, statements that contradict."""
+"""Checks that need no model: missing parts, and statements that contradict each other."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TypeAlias
 
 from meshwright.dsl import statements as s
 from meshwright.dsl.errors import PlanError
+from meshwright.dsl.layouts import format_axes
 from meshwright.dsl.names import axis_twice
 
 _ONLY_ONE = (s.Precision, s.Memory, s.Accumulate, s.Stages)
-"""Verbs that speak of the whole run, and so only once."""
+"""Verbs about the whole run, which may be used once."""
 
 _PLACING = (s.Columns, s.Rows, s.Vocab, s.Summa)
-"""Verbs that each say all about how a module is split; two of them on one target contradict."""
+"""Verbs that each determine how a module is split: two of them for one target contradict."""
 
 
 Said: TypeAlias = Mapping[Hashable, s.Statement]
@@ -26,9 +27,9 @@ Said: TypeAlias = Mapping[Hashable, s.Statement]
 def check(
     statements: Sequence[s.Statement], mesh: Mapping[str, int], before: Said = MappingProxyType({})
 ) -> Said:
-    """Raise the first mistake that these statements hold, alone, together or with those `before`.
+    """Raise `PlanError` for the first mistake in these statements, or between them and `before`.
 
-    Returns what has been said, these statements included.
+    Returns the statement about each subject, these statements included.
     """
     for statement in statements:
         if alone := _ALONE.get(type(statement)):
@@ -50,7 +51,7 @@ def _without_contradictions(statements: Iterable[s.Statement], before: Said) -> 
 
 
 def _subjects(statement: s.Statement) -> Iterator[Hashable]:
-    """What a statement speaks of: two that share a subject must say the same of it."""
+    """The subjects of a statement: two statements with a common one must say the same about it."""
     if isinstance(statement, _ONLY_ONE):
         yield statement.verb
     elif isinstance(statement, s.Targeted) and not isinstance(statement, (s.Expect, s.Allow)):
@@ -61,7 +62,7 @@ def _subjects(statement: s.Statement) -> Iterator[Hashable]:
 
 
 def same_content(first: s.Statement, second: s.Statement) -> bool:
-    """Whether two statements say the same of their targets."""
+    """Whether two statements say the same about their targets."""
     if isinstance(first, s.Targeted) and isinstance(second, s.Targeted):
         return replace(first, targets=()) == replace(second, targets=())
     return first == second
@@ -100,7 +101,7 @@ def _stage_count(stages: s.Stages, wanted: int, mesh: Mapping[str, int]) -> Plan
     sizes = ", ".join(f"{axis}={mesh.get(axis, 1)}" for axis in stages.over)
     times = f" times virtual={stages.virtual}" if stages.virtual > 1 else ""
     if stages.count is not None:
-        help = f"write `stages {wanted}`"
+        help = f"write `stages {wanted} over {format_axes(stages.over)}`"
     elif wanted == 1:
         help = "remove the statement, or give the axis more ranks"
     else:

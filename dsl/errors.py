@@ -1,4 +1,4 @@
-"""What can be wrong with a plan: one exception that carries data, one table, one renderer."""
+"""The error for a wrong plan: an exception that carries data, a table of codes, a renderer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from meshwright.dsl.characters import width
 from meshwright.dsl.source import Span
 
 CODES = {
-    "P100": "something stands where the language does not expect it",
+    "P100": "a word or character that the language does not expect there",
     "P101": "a verb that does not exist",
     "P102": "a statement that stops too early",
     "P103": "a bracket that is never closed",
     "P104": "a trailing comma before an unrelated line, or before nothing",
-    "P105": "a word of the language where a name is expected",
+    "P105": "a keyword where a name is expected",
     "P106": "a number is expected, or this one cannot be used here",
     "P107": "a product written without its `*`",
     "P108": "a text too long or nested too deeply",
@@ -23,8 +23,8 @@ CODES = {
     "P111": "a value that the option does not take",
     "P112": "an option or a part that is missing",
     "P113": "a plan file that cannot be read",
-    "P114": "a statement that has no place in a module's `__plan__`",
-    "P115": "something other than text, or than a path",
+    "P114": "a statement that cannot stand in a module's `__plan__`",
+    "P115": "an argument that is not text, or not a path",
     "P120": "a name that no `let` binds",
     "P121": "`let` names defined by each other",
     "P122": "a division by zero",
@@ -37,12 +37,12 @@ CODES = {
     "P207": "a composite that names no factor to split",
     "P301": "two statements that contradict each other",
     "P302": "a name bound twice",
-    "P303": "gradient accumulation asked for twice",
-    "P304": "a number of stages that is not that of the mesh",
+    "P303": "gradient accumulation requested twice",
+    "P304": "a number of stages that does not fit the mesh",
     "P305": "two selectors, neither more specific, for one name",
     "P401": "a selector that matches nothing",
     "P501": "a statement that cannot be carried out for this model",
-    "P502": "a contract that the compiled program does not hold to",
+    "P502": "a contract that the compiled program breaks",
     "P503": "an axis of the mesh that nothing is split over",
 }
 """Every code and its meaning. Codes are stable: new ones are added, none is reused."""
@@ -85,7 +85,7 @@ class PlanError(MeshwrightError):
         return render(self)
 
     def about(self, *subject: str) -> PlanError:
-        """The same error with lines that say what of the model it is about."""
+        """The same error with more lines of `subject`."""
         return PlanError(
             self.code,
             self.message,
@@ -121,7 +121,7 @@ def _excerpt(span: Span, margin: int) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """`text` with what a terminal cannot show in one cell replaced."""
+    """`text` with every character that a terminal cannot show replaced."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else _stand_in(char) for char in text)
@@ -138,7 +138,7 @@ def quoted(text: str, longest: int = 40) -> str:
 
 
 def spelled(value: object, longest: int = 40) -> str:
-    """A value as an error names it: on one line, short, and never the whole of a large one."""
+    """A value as an error names it: short, on one line, without the contents of a large one."""
     kind = type(value).__name__
     if value is None or isinstance(value, (bool, int, float)):
         try:
@@ -156,7 +156,7 @@ def spelled(value: object, longest: int = 40) -> str:
 
 
 def one_line(text: str, longest: int = 400) -> str:
-    """A text of someone else's on one line, cut when it is long."""
+    """A text from elsewhere on one line, cut when it is long."""
     line = " ".join(text[: 4 * longest].split())
     return line if len(line) <= longest else f"{line[: longest - 3]}..."
 
@@ -166,7 +166,7 @@ def _article(word: str) -> str:
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 1) -> list[str]:
-    """The choices that look most like `word`, the best first; none when none is close."""
+    """The choices that look most like `word`, best first; empty if none is close."""
     by_form: dict[str, list[str]] = {}
     for choice in choices:
         by_form.setdefault(choice.lower(), []).append(choice)
@@ -187,7 +187,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def either(words: Iterable[str], last: str = "or") -> str:
-    """`a`, `b` or `c`."""
+    """Words in backticks, as a list: `a`, `b` or `c`."""
     names = [f"`{word}`" for word in words]
     return f" {last} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 

@@ -1,4 +1,4 @@
-"""Plan files and plan texts, and what is given in their place."""
+"""The text of plan files, and errors for what is passed in place of a text or a path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from meshwright.dsl.source import Source, make_span
 from meshwright.dsl.statements import STATEMENTS
 
 _LONGEST_PATH = 300
-"""Characters of a path in an error: which file it is must be seen."""
+"""Characters of a path in an error, enough to tell which file it is."""
 _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
@@ -29,7 +29,7 @@ def check_text(text: object, name: object) -> None:
             what, help = "this is a plan already", "use it as it is"
     else:
         what = f"the name of a plan is text, not {spelled(name)}"
-        help = "pass the name that errors call the text by, or leave it out"
+        help = "pass the name to use in errors, or leave it out"
     raise PlanError("P115", what, help=help)
 
 

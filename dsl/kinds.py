@@ -80,7 +80,7 @@ class ByteSize:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of a few words; with `path`, or a string that names a file."""
+    """One of `words` or, with `path`, a file name in quotes."""
 
     words: tuple[str, ...]
     path: bool = False
@@ -90,7 +90,7 @@ class Choice:
             return value.text
         if self.path and isinstance(value, Quoted) and value.value:
             return value.text
-        raise wrong_value(value, "is not a choice here", did_you_mean(value.text, self.words))
+        raise wrong_value(value, "is not one of the choices", did_you_mean(value.text, self.words))
 
     def write(self, value: str) -> str:
         return value
@@ -103,7 +103,7 @@ class Flag:
     def read(self, value: Value, sizes: Sizes) -> bool:
         if isinstance(value, Word) and value.text in ("true", "false"):
             return value.text == "true"
-        raise wrong_value(value, "is not a yes or no", "use `true` or `false`")
+        raise wrong_value(value, "is neither true nor false", "use `true` or `false`")
 
     def write(self, value: bool) -> str:
         return "true" if value else "false"
@@ -111,7 +111,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Words:
-    """A list of words: `[sdpa, norm]`; one alone needs no brackets. Of `choices`, if any."""
+    """A list of words, `[sdpa, norm]`, from `choices` if there are any; one needs no brackets."""
 
     choices: tuple[str, ...] = ()
 
@@ -122,7 +122,9 @@ class Words:
                 help = "write a list of words, such as `[sdpa, norm]`"
                 raise wrong_value(item, "is not a word", help)
             if self.choices and item.text not in self.choices:
-                raise wrong_value(item, "is not a choice", did_you_mean(item.text, self.choices))
+                raise wrong_value(
+                    item, "is not one of the choices", did_you_mean(item.text, self.choices)
+                )
         return tuple(item.text for item in items)
 
     def write(self, value: tuple[str, ...]) -> str:

@@ -2,7 +2,8 @@
 
     [b@dp, ..., (3 heads@tp hd)] partial(tp)
 
-A dim is one or more segments (a concatenation), a segment a product of factors, major to minor.
+A dim is a concatenation of one or more segments, and a segment is a product of factors, major to
+minor.
 `solve.py` finds the sizes once a tensor's shape is known.
 """
 
@@ -22,8 +23,8 @@ REDUCTIONS = ("sum", "max", "min")
 class FactorTemplate:
     """A factor of a dim, and the axes that split it, major first.
 
-    It has a size (`3`), a name (`heads`), or both where a `let` binds the name. `spelling` is how
-    the axes were written, where a group's name stood for them.
+    It has a size (`3`), a name (`heads`), or both where a `let` binds the name. `spelling` is the
+    name of a group of axes, if one was written in their place.
     """
 
     size: int | None
@@ -68,7 +69,7 @@ class DimTemplate:
 
 @dataclass(frozen=True, slots=True)
 class LayoutTemplate:
-    """A layout as written. `...` among the dims stands for any number of whole ones.
+    """A layout as written. `...` among the dims stands for any number of unsplit ones.
 
     `partial` are (axis, reduction) pairs: the true value is the reduction over that axis.
     """
@@ -94,7 +95,7 @@ class LayoutTemplate:
 
 
 def format_axes(axes: tuple[str, ...]) -> str:
-    """`tp`, or `(row, col)`."""
+    """Axes as a plan writes them: `tp`, or `(row, col)`."""
     return axes[0] if len(axes) == 1 else f"({', '.join(axes)})"
 
 

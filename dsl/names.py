@@ -1,6 +1,6 @@
-"""What names mean in a plan: sizes (`let`), axes (`mesh`) and groups of axes (`axes`).
+"""The names of a plan: sizes (`let`), axes (`mesh`) and groups of axes (`axes`).
 
-They are collected before any other statement is read, since the order of statements is free.
+They are collected before any other statement is read, since statements may come in any order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Names:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def axes(self, names: Iterable[tuple[str, Span]]) -> tuple[str, ...]:
-        """Axes by name, groups replaced by theirs; unknown and repeated ones are errors."""
+        """The axes with these names, groups expanded; raises for an unknown or a repeated one."""
         found: dict[str, None] = {}
         for name, span in names:
             for axis in self._expand(name, span):
@@ -59,7 +59,7 @@ class Names:
 
 
 def axis_twice(axis: str, spans: Iterable[Span | None]) -> PlanError:
-    """An axis splits a tensor once."""
+    """The error for an axis that is used twice in one layout."""
     return PlanError(
         "P202",
         f"the axis `{axis}` is used twice",
@@ -69,7 +69,7 @@ def axis_twice(axis: str, spans: Iterable[Span | None]) -> PlanError:
 
 
 def collect(trees: list[Tree[Token]], source: Source, outer: Names | None = None) -> Names:
-    """The names that these statements bind; those of `outer` stand, and win over a `let` here."""
+    """The names that these statements bind, and those of `outer`, which win over a `let` here."""
     outer = outer or Names()
     reader = ValueReader(source)
     lets = _unique(_sizings(trees, "let", reader), source)
@@ -115,7 +115,7 @@ def _bound_twice(first: Token, second: Token, source: Source) -> PlanError:
 def _solve_lets(
     values: dict[str, Value], outer: Mapping[str, sympy.Rational]
 ) -> dict[str, sympy.Rational]:
-    """The number of each name, from those it is defined by."""
+    """The value of each name, from the names that define it."""
     needs = {name: {s.name for s in symbolic(v).free_symbols} for name, v in values.items()}
     for name, others in needs.items():
         for other in sorted(each for each in others if each not in values and each not in outer):

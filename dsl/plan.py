@@ -36,10 +36,10 @@ _T = TypeVar("_T", bound=s.Targeted)
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """How a model runs on a mesh: what a plan's text says. Made by `parse`, `load` or `build`.
+    """How a model runs on a mesh, as a plan's text says it. Made by `parse`, `load` or `build`.
 
     Two plans are equal when they say the same, in any order. `print(plan)` is its canonical text.
-    `statements` are objects of `meshwright.dsl`, one class for each verb; `source` has the `name`
+    `statements` are objects of `meshwright.dsl`, one class per verb; `source` has the `name`
     and the `text` that was read.
     """
 
@@ -109,9 +109,9 @@ class Plan:
         return tuple(each for each in self.statements if isinstance(each, verb))
 
     def resolve(self, verb: type[_T], names: Collection[str], **fields: object) -> dict[str, _T]:
-        """For each of a model's names, the statement of this verb that holds for it, if any.
+        """The statement of this verb that holds for each of a model's names, where there is one.
 
-        `fields` narrow the verb to what does not compete: `of="output"` for `Shard`, `dim=1` for
+        `fields` select among the statements of a verb: `of="output"` for `Shard`, `dim=1` for
         `Data`, `what="local"` for `Allow`.
         """
         return resolve(
@@ -124,7 +124,7 @@ class Plan:
         )
 
     def layout(self, text: str) -> LayoutTemplate:
-        """Read a layout alone, such as `[b@dp, s, d]`, with this plan's axes."""
+        """Read a layout on its own, such as `[b@dp, s, d]`, with this plan's names."""
         source = Source("<layout>", text)
         layout: LayoutTemplate = LayoutReader(source, self.names).read(parse_layout(source))
         return layout
@@ -142,10 +142,10 @@ class Plan:
         return solve_columns(columns, shape, dim, dict(self.mesh), tensor)
 
     def merged(self, paths: str | Iterable[str], text: str, name: str = "__plan__") -> Plan:
-        """This plan with the fragment that the class of the modules at `paths` carries.
+        """This plan with the fragment `text` from the class of the modules at `paths`.
 
-        The fragment's selectors are relative to the module. Where it and the plan's own
-        statements of a verb speak of one name, the plan's hold (`resolve`); so do its `let`s.
+        The fragment's selectors are relative to the module. Where statements of the plan and of the
+        fragment match one name, the plan's hold (see `resolve`), and so do its `let`s.
         """
         paths = [paths] if isinstance(paths, str) else list(paths)
         added = fragment(Source(name, text), paths, self.names)
@@ -162,7 +162,7 @@ class Plan:
         subject: str | Iterable[str] = (),
         help: str = "",
     ) -> PlanError:
-        """An error about these statements or places, for whoever finds it later."""
+        """An error at these statements or places, for what is found after the plan was read."""
         places = [at] if at is None or isinstance(at, (s.Statement, Span)) else list(at)
         spans = [each.span if isinstance(each, s.Statement) else each for each in places]
         return PlanError(code, message, spans=spans, subject=subject, help=help)

@@ -1,4 +1,4 @@
-"""Statements against the names of a model: which one speaks of which name."""
+"""The statement that holds for each name of a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def resolve(statements: Iterable[_T], names: Collection[str]) -> dict[str, _T]:
     """The statement that holds for each name, for statements of one verb.
 
     The plan's own win over those that a module's class carries, an outer module's over an inner
-    one's; among equals the more specific selector wins. A statement without targets speaks of
+    one's; among equals the more specific selector wins. A statement without targets matches
     everything. Raises `PlanError` for a selector that matches nothing, and for a tie.
     """
     found: dict[str, list[tuple[_T, Selector]]] = {}
@@ -60,7 +60,7 @@ def _ranks(selector: Selector, name: str) -> tuple[int, ...]:
 
 
 def _depth(statement: Targeted) -> int:
-    """How far in the module lies that carries a statement; the plan itself is outermost."""
+    """The depth of the module whose class carries a statement; 0 for the plan's own."""
     if statement.scope is None:
         return 0
     return 1 + len(statement.scope.split(".")) if statement.scope else 1
@@ -73,7 +73,7 @@ def _tie(name: str, first: tuple[_T, Selector], second: tuple[_T, Selector]) -> 
         help = f"keep one, and write `shard {name} {_both_dims(one, other)}` beside it"
     return PlanError(
         "P305",
-        f"two `{one.verb}` statements speak of `{name}`, and neither selector is more specific",
+        f"two `{one.verb}` statements match `{name}`, and neither selector is more specific",
         spans=[selector.span or one.span, other_selector.span or other.span],
         help=help,
     )

@@ -28,7 +28,7 @@ def fragment(source: Source, paths: Iterable[str], outer: Names) -> Iterator[s.S
         if not isinstance(statement, (s.Targeted, s.Let)) or isinstance(statement, s.Stages):
             raise PlanError(
                 "P114",
-                f"`{statement.verb}` speaks of the whole run, not of a module",
+                f"`{statement.verb}` is about the whole run, not about a module",
                 spans=[statement.span],
                 help="move it to the plan",
             )

@@ -1,10 +1,10 @@
 """Selectors: globs over fully qualified names.
 
     blocks.*.attn.qkv     `*` is one segment, and may stand inside one: `*_proj`
-    model.**.weight       `**` is any number of segments, also none
+    model.**.weight       `**` is any number of segments, including none
     blocks.[0:6]          a range of the numbered children
     {q,k,v}_proj          a choice
-    "layer-1".fc          quotes, for what is not a plain name; `""` is the model itself
+    "layer-1".fc          quotes around what is not a plain name; `""` is the model itself
 
 Of two selectors that match one name the more specific wins: compared segment by segment from the
 left (a `**` counts for each segment it took), it is nowhere less specific and somewhere more.
@@ -54,7 +54,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """A pattern over dotted names. Equal when the pattern is written alike."""
+    """A pattern over dotted names. Selectors are equal when their texts are."""
 
     text: str
     span: Span | None = field(default=None, compare=False, repr=False)
@@ -88,7 +88,7 @@ class Selector:
         return self.ranks(name) is not None
 
     def ranks(self, name: str) -> tuple[int, ...] | None:
-        """For each segment of `name` how specifically it is matched; `None` for no match."""
+        """How specifically each segment of `name` is matched; `None` if the name is not."""
         parts = tuple(name.split(".")) if name else ()
         segments = self.segments
         fixed = len(segments) - sum(segment.kind == "**" for segment in segments)
@@ -97,7 +97,7 @@ class Selector:
         return _align(segments, parts)
 
     def under(self, path: str) -> Selector:
-        """This selector, relative to the module at `path`, as one over the whole model."""
+        """The selector over the whole model, for this one relative to the module at `path`."""
         if not path:
             return self
         prefix = ".".join(quote_segment(part) for part in path.split("."))
@@ -140,7 +140,7 @@ def _align(segments: tuple[Segment, ...], parts: tuple[str, ...]) -> tuple[int, 
     return tails[0]
 
 
-@lru_cache(maxsize=4096)  # equal selectors share an entry: the first one's span is in no answer
+@lru_cache(maxsize=4096)  # equal selectors share an entry: no result has a span
 def _segments(selector: Selector) -> tuple[Segment, ...]:
     return tuple(
         itertools.chain.from_iterable(_read(piece, selector) for piece in _pieces(selector))

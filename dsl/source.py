@@ -35,8 +35,7 @@ class Source:
 class Span:
     """Columns `column` to `end` (exclusive, counted from 1) of `line`.
 
-    What goes on over multiple lines ends, for the reader, at the end of its first; `last_line` is
-    where it really ends.
+    A span of multiple lines is shown up to the end of its first; `last_line` is its last.
     """
 
     source: Source = field(repr=False)

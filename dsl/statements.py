@@ -1,7 +1,7 @@
-"""The statements of the language: one frozen dataclass a verb.
+"""The statements of the language: one frozen dataclass per verb.
 
 Two statements are equal when they say the same, wherever and however they are written: spans and
-spellings (a `let` name or a group's name that stood for a value) do not count.
+spellings (a name of a `let` or of a group, in place of a value) do not count.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ METRICS = (*COUNTED, "bytes", "peak_memory")
 OFFLOADED = ("activations", "parameters", "optimizer")
 ALLOWED = ("replicate", "local")
 ARROWS = {"tensor": "", "output": "->", "input": "<-"}
-"""How `shard` writes whose layout it gives."""
+"""What `shard` writes before the layout, by what the layout is of."""
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipe")
 
 
 def option(kind: Kind, default: Any = None) -> Any:
-    """A field that is written `name=value`, as its kind reads it."""
+    """A field that is written `name=value`, which its kind reads."""
     return field(default=default, metadata={"kind": kind})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """What every statement has: its place, its parts' places, and how its values were spelt.
+    """The base of all statements: the place of each and of its parts, and how values were spelt.
 
     `scope` is the path of the module whose class carries the statement, `None` for the plan's own.
     """
@@ -54,7 +54,7 @@ class Statement:
 
     @property
     def plan_line(self) -> str:
-        """Where it stands, `gpt.plan:6`; nothing where it was not read from a text."""
+        """Its file and line, `gpt.plan:6`; empty if it was not read from a text."""
         return f"{self.span.source.name}:{self.span.line}" if self.span is not None else ""
 
     @classmethod
@@ -138,8 +138,10 @@ class Data(Spread):
 
 @dataclass(frozen=True, kw_only=True)
 class Shard(Targeted):
-    """`shard SEL LAYOUT`; `of` is `tensor` (a parameter, buffer or input), or a module's
-    `output` (`->`) or `input` (`<-`)."""
+    """`shard SEL LAYOUT`: the layout of a tensor.
+
+    `of` is `tensor` (a parameter, buffer or input), or a module's `output` or `input`.
+    """
 
     verb = "shard"
     layout: LayoutTemplate
@@ -229,7 +231,7 @@ class Stages(Spread):
 
     @property
     def num_stages(self) -> int:
-        """How many stages it makes, where every target matches one module."""
+        """The number of stages, where every target matches one module."""
         return self.count if self.count is not None else len(self.targets) + 1
 
 

@@ -1,4 +1,4 @@
-"""What a selector that matches nothing was probably meant to be."""
+"""Suggestions for a selector that matches nothing."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PARAMETERS = ("weight", "bias")
 
 
 def nothing_matches(selector: Selector, names: Collection[str], inputs: bool = False) -> PlanError:
-    """The error for a selector without a match; its help names those that have one.
+    """The error for a selector without a match; its help suggests selectors that have one.
 
-    `names` are the names that it could match, with `inputs` those of a model's inputs.
+    `names` are the names that it could match: those of a model's inputs, if `inputs`.
     """
     found = _suggestions(selector, names, inputs) if len(selector.text) <= _LONGEST else []
     if found:
@@ -55,7 +55,7 @@ def _written(columns: list[tuple[str, ...]]) -> str:
     if parts == [""]:
         return '""'
     written = [part if part == "*" else quote_segment(part) for part in parts]
-    # A number that stands first, or a word of the language alone, would be read as one.
+    # A leading number, or a keyword on its own, would be read as that.
     reserved = len(parts) == 1 and (parts[0] in STATEMENTS or parts[0] in CONNECTIVES)
     if parts[0][0].isdigit() or reserved:
         written[0] = f'"{parts[0]}"'
@@ -76,7 +76,7 @@ def _suggestions(selector: Selector, names: Collection[str], inputs: bool) -> li
 
 
 def _inside(selector: Selector, names: Collection[str]) -> Iterator[str]:
-    """Selectors of what a selector's module or structure holds, where it has no value itself."""
+    """Selectors for what is inside the module or structure that a selector names."""
     inner = Selector(f"{selector.text}.**").match(names) if selector.segments else []
     if not inner:
         return
@@ -90,7 +90,7 @@ def _inside(selector: Selector, names: Collection[str]) -> Iterator[str]:
 
 
 def _rewritten(selector: Selector, names: Collection[str]) -> Iterator[str]:
-    """Patterns in quotes, ranges in braces, capitals."""
+    """The selector without quotes around a pattern, braces around a range, or wrong capitals."""
     text = re.sub(
         r"\{(\d+)-(\d+)\}", lambda at: f"[{at[1]}:{int(at[2]) + 1}]", selector.text[:_LONGEST]
     )
@@ -101,7 +101,7 @@ def _rewritten(selector: Selector, names: Collection[str]) -> Iterator[str]:
 
 
 def _shortened(selector: Selector, names: Collection[str]) -> Iterator[str]:
-    """The selector without what is too much: a module's parameter, or the names before."""
+    """The selector without a parameter's name at its end, or without its first segments."""
     parts = [segment.text for segment in selector.segments]
     ends = [len(parts) - 1] if parts[-1:] and parts[-1] in _PARAMETERS else []
     for start in range(len(parts)):
@@ -115,7 +115,7 @@ def _shortened(selector: Selector, names: Collection[str]) -> Iterator[str]:
 
 
 def _extended(selector: Selector, names: Collection[str]) -> Iterator[str]:
-    """Names with everything of the selector in its order, and something before or between."""
+    """Selectors for names that have all its segments in order, with others before or between."""
     parts = [segment.text for segment in selector.segments if segment.kind != "**"]
     ends = parts[:-1] if parts[-1:] and parts[-1] in _PARAMETERS else parts
     for each in (parts, ends):
@@ -141,7 +141,7 @@ def _alike(selector: Selector, names: Collection[str]) -> Iterator[str]:
 
 
 def _matches(text: str, names: Collection[str]) -> bool:
-    """Whether a text is a selector that matches a name."""
+    """Whether a text is a selector that matches any of these names."""
     try:
         return bool(text) and any(name and Selector(text).matches(name) for name in names)
     except PlanError:

@@ -55,7 +55,7 @@ class Quoted:
 
 @dataclass(frozen=True, slots=True)
 class Items:
-    """A list in brackets, or a range `[0:6]`, which no option takes: it is read to be refused."""
+    """A list in brackets, or a range `[0:6]`, which no option takes."""
 
     values: tuple[Value, ...]
     span: Span = field(compare=False, repr=False)
@@ -114,12 +114,12 @@ def _as_number(digits: str, rest: str) -> str:
 
 
 def wrong_value(value: Value, what: str, help: str, code: str = "P111") -> PlanError:
-    """The error that a value is or does something wrong: `what` goes on after its text."""
+    """The error for a wrong value; `what` is the message after the value's text."""
     return PlanError(code, f"{quoted(value.text)} {what}", spans=[value.span], help=help)
 
 
 def unbound_name(name: str, span: Span, bound: Mapping[str, object]) -> PlanError:
-    """A word where a number is expected, and that no `let` binds."""
+    """The error for a name in place of a number that no `let` binds."""
     close = nearest(name, bound)
     help = f"write `{close[0]}`" if close else "write a number"
     help += "" if close else f", or add a line such as `let {quoted(name)[1:-1]} = 2`"

@@ -1,1 +1,1 @@
-"""Text to statements: the parser, and what it says of text that it cannot read."""
+"""Text to statements: the parser, and its errors."""

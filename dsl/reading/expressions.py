@@ -35,7 +35,7 @@ class ValueReader(Transformer[Token, object]):
         self.source = source
 
     def read(self, tree: Tree[Token]) -> Any:
-        """What the tree says; its mistakes come out as they are, not wrapped by lark."""
+        """The value of a tree; a `PlanError` is raised as it is, not wrapped by lark."""
         try:
             return self.transform(tree)
         except VisitError as error:
@@ -52,7 +52,7 @@ class ValueReader(Transformer[Token, object]):
         return key, self._value(value)
 
     def _value(self, part: object) -> Value:
-        """A value that the grammar may still hold as a string's token."""
+        """A part as a value; a string is still a token of the grammar."""
         if isinstance(part, Token):
             return Quoted(part[1:-1], token_span(self.source, part))
         assert isinstance(part, (Word, Number, Quoted, Items)), part

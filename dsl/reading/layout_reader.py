@@ -26,7 +26,7 @@ _LONGEST_SIZE = len(str(LARGEST))
 
 @dataclass(frozen=True, slots=True)
 class AxisList:
-    """One axis or multiple, each group replaced by its axes."""
+    """One or more axes, with groups expanded."""
 
     axes: tuple[str, ...]
     text: str
@@ -34,7 +34,7 @@ class AxisList:
 
     @property
     def spelling(self) -> str:
-        """What was written, where it is not the axes themselves."""
+        """What was written, if it is not the axes themselves; else empty."""
         return "" if self.text == format_axes(self.axes) else self.text
 
 
@@ -46,7 +46,7 @@ class _Partial:
 
 @v_args(meta=True)
 class LayoutReader(ValueReader):
-    """Reads layouts, with the axes and groups in force."""
+    """Reads layouts, with the names in force."""
 
     def __init__(self, source: Source, names: Names) -> None:
         super().__init__(source)
@@ -138,7 +138,7 @@ class LayoutReader(ValueReader):
             )
 
     def _check_axes_once(self, parts: list[DimTemplate | Token | _Partial | None]) -> None:
-        """No axis in two dims, or in a dim and pending; the segments of a dim may share one."""
+        """Refuse an axis in two dims, or in a dim and `partial`; segments of a dim may share it."""
         used: dict[str, Span | None] = {}
         for part in parts:
             here: dict[str, Span | None] = {}

@@ -25,7 +25,7 @@ _GRAMMAR = Path(__file__).parent.parent / "grammar.lark"
 
 @dataclass(slots=True)
 class Reading:
-    """What is known while the tokens of one text go by."""
+    """The state of reading the tokens of one text."""
 
     source: Source
     brackets: list[Token] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Reading:
     last: Token | None = None
     comments: list[Token] = field(default_factory=list)
     reads: Callable[[str], bool] | None = None
-    """Whether the grammar takes a line, for what to write instead of one that it does not."""
+    """Tells whether the grammar accepts a line, so that only such lines are suggested."""
 
     def filter(self, stream: Iterator[Token]) -> Iterator[Token]:
         """The tokens of the grammar: no comments, and line ends only where a statement ends."""
@@ -73,7 +73,7 @@ class Reading:
 
 
 class _WordsEverywhere(PostLex):
-    """Have words read in every place, so that a misspelt keyword is never taken for half a word."""
+    """Accepts words everywhere, so that the lexer never cuts a keyword out of a longer word."""
 
     always_accept = ("_NL", "WORD", "DIGIT_WORD", "COMMENT")
 
@@ -88,7 +88,7 @@ def parse_plan(source: Source) -> tuple[list[Tree[Token]], list[Token]]:
 
 
 def parse_layout(source: Source) -> Tree[Token]:
-    """The tree of a layout that stands alone."""
+    """The tree of a text that is a layout."""
     return _parse(source, source.text, "layout")[0]
 
 
@@ -120,7 +120,7 @@ def _feed(parser: InteractiveParser, reading: Reading) -> Tree[Token]:
 
 
 def _reads(line: str) -> bool:
-    """Whether the grammar takes a line."""
+    """Whether the grammar accepts a line."""
     source = Source("<line>", line)
     try:
         _feed(_lark().parse_interactive(source.text + "\n", start="plan"), Reading(source))

@@ -1,7 +1,7 @@
 """Parse trees to statements.
 
-A verb whose statement is targets, axes and options needs no code here: `_make` reads the fields
-of its dataclass. The methods below are for the verbs that have something of their own.
+A verb that has only targets, axes and options needs no code here: `_make` reads the fields of its
+dataclass. The methods named after verbs are for those with other parts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from meshwright.dsl.source import Span, token_span, tree_span
 from meshwright.dsl.values import Value, Word, evaluate
 
 _S = TypeVar("_S", bound=s.Statement)
-_Parts: TypeAlias = list[Any]  # what the grammar's rule lists, in its order; None where left out
+_Parts: TypeAlias = list[Any]  # in the order of the grammar's rule; None for what is left out
 _Group: TypeAlias = tuple[Token, AxisList]
 
 _OF = {arrow: of for of, arrow in s.ARROWS.items()}
@@ -165,7 +165,7 @@ class Reader(LayoutReader):
     def allow(self, meta: Meta, parts: _Parts) -> s.Allow:
         return self._make(s.Allow, meta, parts[1:], what=self._choose(parts[0], s.ALLOWED))
 
-    # How
+    # Construction
 
     def _make(
         self,

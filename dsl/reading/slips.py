@@ -1,11 +1,11 @@
-"""Slips of the pen: lines that the grammar does not take, and how the language says the same.
+"""Common slips: lines that the grammar rejects, and how the language says the same.
 
     COLUMNS up on tp            columns up over tp
     mesh 2x2                    mesh dp=2, tp=2
     rows layers[0].wi over tp   rows layers.0.wi over tp
 
-Each slip is a rewrite of one line, for a group of verbs. A line is only ever suggested if it reads,
-so what an error advises works.
+Each slip is a rewrite of one line, for a group of verbs. A line is suggested only if the grammar
+accepts it, so that following the advice works.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _OTHER_WORDS = {
     "allow": "permit",
     "share": "tie",
 }
-"""Verbs, and what other systems and people call them, without `_`, `-` and capitals."""
+"""Verbs, and what other systems and people call them, in lower case without `_` and `-`."""
 
 _ADVICE = {
     "write `columns blocks.*.up over tp` and `rows blocks.*.down over tp`": "tp tensorparallel "
@@ -53,11 +53,11 @@ _ADVICE = {
     "remove the line: `run.optimizer` makes the optimizer": "optimizer optim adam adamw sgd lr",
     "remove the line: `compile` takes the device": "device backend cuda nccl gloo",
     "copy the statements: a plan is one text": "include source load",
-    "write one statement on a line, such as `mesh dp=2, tp=2`: a plan is not Python": "import from "
+    "write one statement per line, such as `mesh dp=2, tp=2`: a plan is not Python": "import from "
     "def class with if for return print",
     **{f"write `precision {dtype}`": dtype for dtype in DTYPES},
 }
-"""What to do about words that begin a line and are not a verb."""
+"""What to do about words that begin a line and are not verbs."""
 
 
 def _by_word(table: dict[str, str]) -> dict[str, str]:
@@ -98,7 +98,7 @@ _Edit: TypeAlias = "str | Callable[[re.Match[str]], str]"
 
 
 def repaired(line: str, reads: Callable[[str], bool]) -> str:
-    """The line as it was probably meant, if that reads; else nothing."""
+    """The line as it was probably meant, if the grammar accepts that; else empty."""
     if len(line) > _LONGEST:
         return ""
     original, line = line.strip(), plain(line).strip()
@@ -110,7 +110,7 @@ def repaired(line: str, reads: Callable[[str], bool]) -> str:
 
 
 def verb_for(word: str) -> str:
-    """The verb that a word stands for where it is none: another spelling, or the nearest."""
+    """The verb that was probably meant by a word that is not one; empty if none is likely."""
     known = _VERB_OF.get(_bare(word))
     return known or (
         "" if _bare(word) in _ADVICE_FOR else next(iter(nearest(word, STATEMENTS)), "")
@@ -118,7 +118,7 @@ def verb_for(word: str) -> str:
 
 
 def advice(word: str) -> str:
-    """What to do about a word that begins a line and is not a verb."""
+    """What to do about a word that begins a line and is not a verb; empty if unknown."""
     return _ADVICE_FOR.get(_bare(word), "")
 
 
@@ -188,7 +188,7 @@ def _factors(found: re.Match[str]) -> str:
 
 
 def _layout(found: re.Match[str]) -> str:
-    """The dims of a layout: each that is a product gets its brackets."""
+    """A layout with brackets around each dim that is a product."""
     dims = (dim.strip() for dim in found[1].split(","))
     written = (f"({dim})" if re.fullmatch(r"\w+(@\w+)?(\s+\w+(@\w+)?)+", dim) else dim
                for dim in dims if dim)  # fmt: skip
@@ -311,4 +311,4 @@ _SLIPS: tuple[tuple[Iterable[str], str, _Edit], ...] = (
     (("expect", "memory", "checkpoint", "offload"),
      r"(\d)\s*([kmgtKMGT](?:[iI]?[bB])?|[kmgtKMGT][iI])\b", _bytes),
 )  # fmt: skip
-"""For which verbs (none: all), what is written, and what is meant; in the order of trial."""
+"""The verbs of each slip (none for all), its pattern and its replacement; tried in order."""

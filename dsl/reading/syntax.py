@@ -1,7 +1,7 @@
-"""What the parser could not read, in the words of a user.
+"""Syntax errors, in a user's words.
 
-lark reports a token that does not fit; here each such report becomes a `PlanError` that names
-what stands there, what is expected, and what to write.
+lark reports a token that does not fit; here each such report becomes a `PlanError` that says what
+was found, what is expected, and what to write.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ TERMINALS = {
     "KEY": "an option `key=value`",
     "_NL": "the end of the line",
 }  # fmt: skip
-"""How each terminal of the grammar is called in an error; operators and the rest go unnamed."""
+"""What errors call the terminals of the grammar; operators and the rest are not named."""
 
 _IMPLIED = {"NUMBER": {"WORD", "LPAR", "MINUS"}, "COMMA": {"PLUS"}}
-"""Terminals that go without saying where another is named: an expression may be a word."""
+"""Terminals that are left out where another is named: an expression may be a word."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the parser stopped: the token before, the brackets still open, what would fit.
 
-    `reads` says whether the grammar takes a line.
+    `reads` says whether the grammar accepts a line.
     """
 
     source: Source
@@ -59,7 +59,7 @@ class Place:
 
 
 def explain(error: UnexpectedInput, place: Place) -> PlanError:
-    """The error for a text that the grammar does not take."""
+    """The error for a text that the grammar rejects."""
     if isinstance(error, UnexpectedToken) and error.token.type in ("$END", "_NL"):
         return _stops_early(error.token, place)
     span, found = _culprit(place.source, error)
@@ -82,7 +82,7 @@ def explain(error: UnexpectedInput, place: Place) -> PlanError:
 
 
 def _strange(span: Span) -> Span | None:
-    """The first character of the culprit's line, from the culprit on, that no plan has."""
+    """The first character, from the culprit to the end of its line, that no plan may have."""
     line, at = span.source.line(span.line), span.column - 1
     code = re.sub(r'"[^"]*"|#.*', lambda found: " " * len(found[0]), line)
     column = next((i for i, char in enumerate(code) if i >= at and is_strange(char)), None)
@@ -92,17 +92,17 @@ def _strange(span: Span) -> Span | None:
 
 
 def _not_of_the_language(span: Span, place: Place) -> PlanError:
-    """A character that cannot be seen, or that looks like one of the language."""
+    """The error for a character that is invisible, or looks like one of the language."""
     char = span.text
     alike = stand_in(char)
     help = _written_right(span, place) or _other_format(span)
     help = help or (f"write `{alike}`" if alike else "remove it")
     shown = f"`{char}` ({described(char)})" if char.isprintable() else f"`{described(char)}`"
-    return PlanError("P100", f"{shown} is not of the language", spans=[span], help=help)
+    return PlanError("P100", f"{shown} is not a character of the language", spans=[span], help=help)
 
 
 def _written_right(span: Span, place: Place) -> str:
-    """The line of a slip as the language has it."""
+    """Help that shows the line as the language has it; empty if that is unknown."""
     if place.rule != "plan":
         return ""
     line = repaired(span.source.line(span.line), place.reads)
@@ -110,7 +110,7 @@ def _written_right(span: Span, place: Place) -> str:
 
 
 def trailing_comma(source: Source, comma: Token, verb: Token) -> PlanError:
-    """A comma carries the statement on to a line that begins with a verb."""
+    """The error for a comma at the end of a line, before one that begins with a verb."""
     return PlanError(
         "P104",
         f"the line ends in a comma, but {quoted(verb)} begins another statement",
@@ -120,13 +120,13 @@ def trailing_comma(source: Source, comma: Token, verb: Token) -> PlanError:
 
 
 def reserved(word: str, span: Span, reads: Callable[[str], bool] | None) -> PlanError:
-    """A word of the language stands where a name is expected."""
+    """The error for a keyword where a name is expected."""
     if line := repaired(span.source.line(span.line), reads) if reads is not None else "":
         help = f"write `{line}`"
     else:
         missing = f"write a name before `{word}`, or " if word in CONNECTIVES else ""
         help = f'{missing}put it in quotes if it is a name: `"{word}"`'
-    message = f"{quoted(word)} is a word of the language, not a name"
+    message = f"{quoted(word)} is a keyword, not a name"
     return PlanError("P105", message, spans=[span], help=help)
 
 
@@ -184,19 +184,19 @@ def _with_verb(span: Span, found: str, verb: str) -> str:
 
 
 def _other_format(span: Span) -> str:
-    """What to do with a path, a program or a data file in the place of a plan."""
+    """What to do with a path, a program or a data file in place of a plan."""
     line = span.source.line(span.line).strip()
     if re.fullmatch(r"\S*(/\S+|\.(plan|txt|mesh))", line) and len(span.source.lines) <= 2:
         return f"read a file with `Plan.load({quoted(line, 60)[1:-1]!r})`".replace("'", '"')
     if line.startswith("```"):
-        return "remove the line: a plan has no fences"
+        return "remove the line: a plan has no code fences"
     if line[:1] in "{[":
-        return "write one statement on a line, such as `mesh dp=2, tp=2`"
+        return "write one statement per line, such as `mesh dp=2, tp=2`"
     return ""
 
 
 def _culprit(source: Source, error: UnexpectedInput) -> tuple[Span, str]:
-    """Where it went wrong and what stands there: a word, a string, or else one character."""
+    """The place of the error and what was found there: a word, a string, or one character."""
     line, column = max(error.line, 1), max(error.column, 1)
     text = source.line(line)[column - 1 :]
     match = re.match(r'[\w.*{}]+|"[^"]*"|[-=<>]+|.', text)
@@ -205,7 +205,7 @@ def _culprit(source: Source, error: UnexpectedInput) -> tuple[Span, str]:
 
 
 def _advice(found: str, span: Span, last: Token) -> str:
-    """What to write instead of a few well-known slips."""
+    """What to write instead of a few common slips; empty for others."""
     if found.startswith("-") and last.type == "SELECTOR":
         around = re.findall(r"[\w-]+", span.source.line(span.line)[: span.column + 20])
         name = next((word for word in reversed(around) if "-" in word.strip("-")), "layer-1")
@@ -228,7 +228,7 @@ def _advice(found: str, span: Span, last: Token) -> str:
 
 
 def _expected(place: Place, span: Span) -> str:
-    """A help line that names what would fit, with an example of the statement."""
+    """Help that names what would fit, with an example of the statement."""
     implied = {each for name in _IMPLIED if name in place.accepts for each in _IMPLIED[name]}
     fits = set(place.accepts) - implied
     names = [text for name, text in TERMINALS.items() if name in fits]

@@ -16,8 +16,8 @@ def arrange(
 ) -> list[Line]:
     """The lines of a plan.
 
-    A comment at the end of a statement stays there; one inside a statement goes above it. What was
-    not written in `source` comes last.
+    A comment at the end of a statement stays there; one inside a statement goes above it.
+    Statements that are not in `source` come last.
     """
     written = [(each, each.span) for each in statements if _is_in(each.span, source)]
     trailing, above = _place_comments(comments, [span for _, span in written if span is not None])

@@ -1,4 +1,4 @@
-"""Small tables for notebooks: no scripts, no style sheets, colours of whatever theme there is."""
+"""Small HTML tables for notebooks, without scripts or style sheets, in the theme's own colours."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 LIMIT = 200
-"""Rows of a table; of more, how many more there are."""
+"""The most rows of a table; the last line counts the others."""
 _LONGEST = 400
-"""Characters of a cell."""
+"""The most characters of a cell."""
 
 _TABLE = "border-collapse:collapse;margin:0.4em 0;color:inherit;background:transparent"
 _CELL = (
@@ -20,7 +20,7 @@ _CELL = (
 def html_table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", right: str = ""
 ) -> str:
-    """A table of escaped cells with at most `LIMIT` rows; a row of one cell is as wide as all.
+    """A table of escaped cells with at most `LIMIT` rows; a row of one cell spans all columns.
 
     `right` has an `r` for each column that is aligned to the right: `"  r "`.
     """
@@ -38,7 +38,7 @@ def html_table(
 
 
 def html_text(text: str) -> str:
-    """A text as it is, escaped, with at most `LIMIT` lines."""
+    """A preformatted text, escaped, with at most `LIMIT` lines."""
     lines = text.splitlines()
     if len(lines) > LIMIT:
         lines = [*lines[:LIMIT], f"… {len(lines) - LIMIT} more lines"]

@@ -11,12 +11,12 @@ from meshwright.dsl.layouts import format_axes
 from meshwright.dsl.values import format_bytes
 
 _WIDEST = 40
-"""Wider cells do not push the others to the right."""
+"""The width beyond which a cell does not widen its column."""
 
 
 @dataclass(slots=True)
 class Line:
-    """One line of a plan: its cells, or nothing but a comment; a blank line may go before."""
+    """One line of a plan: cells, a comment or both; a blank line may come before it."""
 
     cells: list[str] = field(default_factory=list)
     comment: str = ""
@@ -24,7 +24,7 @@ class Line:
 
 
 def cells(statement: s.Statement) -> list[str]:
-    """Verb, subject, place and the rest: what the columns of a plan hold."""
+    """The cells of a statement: verb, subject, place and the rest."""
     subject, place = _SUBJECTS.get(type(statement), _targets)(statement), ""
     options = _options(statement)
     if isinstance(statement, s.Shard):
@@ -61,7 +61,7 @@ def align(lines: Sequence[Line]) -> str:
 
 
 def _width(lines: Sequence[Line], column: int) -> int:
-    """How wide a column is: its widest cell that something follows."""
+    """The width of a column: that of its widest cell that another one follows."""
     followed = (
         len(line.cells[column])
         for line in lines

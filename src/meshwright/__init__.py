@@ -64,7 +64,7 @@ def compile(
     - `model`: an `nn.Module`, not wrapped (`DistributedDataParallel`, `torch.compile`). It is
       captured with the flags that it has, so call `model.train()` before if it was loaded in eval
       mode; it is left as it was, and may be on the meta device.
-    - `plan`: a `Plan`, which names the mesh and how the model lies on it.
+    - `plan`: a `Plan`, which says what the mesh is and how the model is split over it.
     - `example`: one global batch, as a tuple of positional inputs, a dict of keywords, or
       `(tuple, dict)`. Shapes and types count, values do not.
     - `loss`: the scalar to differentiate, as a path into the model's output (`"losses.total"`) or a
@@ -72,8 +72,8 @@ def compile(
       its only scalar.
     - `outputs`: paths of further results that `Run.step` returns, such as `["logits"]`.
     - `mode`: `"train"`, or `"infer"` for a program without a backward, for `Run.forward` alone.
-    - `device`: the type of device that is compiled for, by default `"cuda"` where there is one and
-      else `"cpu"`.
+    - `device`: the type of device to compile for: by default `"cuda"` where there is one, and
+      `"cpu"` elsewhere.
     - `static`: inputs whose values in the example are part of the program, because the forward
       reads them in Python (the grid of images that Qwen2-VL turns into sizes). A step with other
       values is an error.
@@ -83,7 +83,7 @@ def compile(
 
     Needs no devices and no process group. Raises `PlanError` for the plan, alone or against the
     model, `CaptureError` for a model or an argument that cannot be used, and `LayoutError` where an
-    operator needs whole what the plan splits and the plan does not allow the gather.
+    operator needs a tensor whole that the plan splits, and the plan does not allow a gather.
     """
     guard()
     return driver.compile_program(

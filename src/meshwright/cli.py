@@ -1,4 +1,4 @@
-"""The command line: what each command takes. What it does is in `commands.py`."""
+"""The command line: what each command takes. `commands.py` has what it does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ABOUT = "Compile a PyTorch model and a plan into what each device of a mesh run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 1 for what is wrong, 2 for a wrong command."""
+    """Run one command and return its exit code: 0, 1 for an error, 2 for a wrong command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     _open_closed_streams()
     try:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _report(error, as_json="--json" in words and words[0] != "run")
         return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
-        # Whoever read the output has seen enough; Python would complain once more at its end.
+        # The reader of the output is gone: without this, Python complains again as it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Let streams that were closed lead nowhere: what is opened next would take their numbers, and
-    what is printed would go there."""
+    """Open standard streams that were closed as `/dev/null`.
+
+    The next file opened would take the number of one, and what is printed would go there.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -81,7 +83,7 @@ def _no_command(name: str) -> UsageError:
     if close := nearest(name.strip("-"), ["version", "help"]):
         return UsageError(f"unknown option `{name}`", help=f"write `--{close[0]}`")
     return UsageError(
-        f"`{name}` stands before the command",
+        f"`{name}` comes before the command",
         help="write the command first, such as `meshwright show`, and its options after it",
     )
 
@@ -132,7 +134,7 @@ class _Command:
         return arguments
 
     def _in_words(self, error: argparse.ArgumentError) -> UsageError:
-        """What argparse found wrong with an option: its value is missing, or it takes none."""
+        """The error for an option whose value is missing, or that takes none."""
         option = error.argument_name or ""
         if "action" in self.options[option]:
             return UsageError(f"`{option}` takes no value", help=f"write `{option}` alone")
@@ -181,7 +183,7 @@ _EXAMPLES = {
 }
 _BOTH = {
     "MODEL": "`path/to/file.py:function` or `package.module:function`: it returns (model, example)",
-    "PLAN": "a plan file; model and plan are told by their form, in either order",
+    "PLAN": "a plan file; model and plan may come in either order",
 }
 _JSON: _Options = {"--json": {"action": "store_true", "help": "print JSON"}}
 _COMPILED: _Options = {
@@ -208,7 +210,7 @@ _COMMANDS = {
         {
             "--name": {"help": "one graph, such as `stage0.forward` (default: all)"},
             "--module": {"help": "only the nodes of this module, such as `blocks.0`"},
-            "--full": {"action": "store_true", "help": "every one of equal layers"},
+            "--full": {"action": "store_true", "help": "print each of multiple equal layers"},
             **_COMPILED,
             **_LOCAL,
         },
@@ -230,7 +232,10 @@ _COMMANDS = {
         "PLAN [PLAN ...]",
         {"PLAN": "plan files"},
         {
-            "--check": {"action": "store_true", "help": "only say which would change: exit 1"},
+            "--check": {
+                "action": "store_true",
+                "help": "only list those that would change, and exit with 1",
+            },
             "--write": {"action": "store_true", "help": "write the canonical form back"},
             **_JSON,
         },
@@ -240,8 +245,14 @@ _COMMANDS = {
         "SCRIPT [ARGUMENT ...] --processes N",
         {"SCRIPT": "a Python file and its arguments, or `-m` and a module with its own"},
         {
-            "--processes": {"metavar": "N", "help": "how many, one for each rank of this machine"},
-            "--logs": {"metavar": "FOLDER", "help": "a file for the output of each rank there"},
+            "--processes": {
+                "metavar": "N",
+                "help": "how many processes, one per rank of this machine",
+            },
+            "--logs": {
+                "metavar": "FOLDER",
+                "help": "write the output of each rank to a file in it",
+            },
             "--grace": {
                 "metavar": "SECONDS",
                 "help": f"how long ranks have to end when told to (default: {GRACE:g})",
@@ -260,7 +271,7 @@ _COMMANDS = {
             "--steps": {"type": whole_number("--steps"), "default": 0, "help": "optimizer steps"},
             "--processes": {
                 "type": one_of("--processes", ("4",)),
-                "help": "a process for each of the 4 ranks, instead of all in this one",
+                "help": "one process per rank, instead of all ranks in this one",
             },
             **_JSON,
         },

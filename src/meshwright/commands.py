@@ -112,7 +112,7 @@ def timeline(arguments: Namespace) -> int:
 
 
 def explain(arguments: Namespace) -> int:
-    """Print what is said of one module, parameter or input."""
+    """Print the explanation of one module, parameter or input."""
     explanation = _compiled(arguments).explain(arguments.name)
     if arguments.json:
         _print_json(explanation.to_json())
@@ -140,19 +140,19 @@ def fmt(arguments: Namespace) -> int:
         for path in changed:
             _print(f"{path}: {'written' if arguments.write else 'not in canonical form'}")
     else:
-        # A plan is UTF-8 text wherever it is written to.
+        # A plan is UTF-8 text, whatever the encoding of the terminal.
         sys.stdout.flush()
         sys.stdout.buffer.write("\n".join(formatted.values()).encode("utf-8"))
     return 1 if arguments.check and changed else 0
 
 
 def run(arguments: Namespace) -> int:
-    """Run a script in a process per rank; its exit code."""
+    """Run a script in one process per rank, and return its exit code."""
     return launch_processes(arguments.job)
 
 
 def demo(arguments: Namespace) -> int:
-    """Train the demo's model; see `meshwright.demo`."""
+    """Run `meshwright.demo`, in this process or in one process per rank."""
     from meshwright import demo as demonstration
 
     steps = arguments.steps or demonstration.STEPS

@@ -23,7 +23,7 @@ class CommandError(CompilerError):
 
 
 class UsageError(CommandError):
-    """A command was not written as it should be."""
+    """A command line is wrong."""
 
 
 class ModelError(CommandError):
@@ -37,14 +37,15 @@ class ModelError(CommandError):
 def load_model(spec: str) -> tuple[nn.Module, Any]:
     """The model and its example: what the function named by `spec` returns.
 
-    Raises `UsageError` for what names no function, `CommandError` for a file, module or function
-    that is not there and for a function that returns anything else, `ModelError` for what the
+    Raises `UsageError` for a `spec` of another form, `CommandError` for a file, module or function
+    that does not exist and for a function that returns anything else, and `ModelError` for what the
     user's own code raises.
     """
     where, _, name = spec.rpartition(":")
     if not where or where.endswith(":") or not name.isidentifier():
         raise UsageError(
-            f"`{spec}` names no function", help="write `path/to/file.py:function` for the model"
+            f"`{spec}` does not name a function",
+            help="write `path/to/file.py:function` for the model",
         )
     with _user_code(where, "is imported"):
         module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where)
@@ -85,12 +86,12 @@ def _user_code(what: str, when: str) -> Iterator[None]:
             traceback=_own_traceback(error),
             help=f"install `{missing}`, or run where Python finds it"
             if missing
-            else "mend the code that the traceback above ends in",
+            else "fix the code at the end of the traceback above",
         ) from None
 
 
 def _own_traceback(error: Exception) -> str:
-    """The traceback from the first line of the user's code on, if any was reached."""
+    """The traceback from the first line of the user's own code on, if one was reached."""
     trace = error.__traceback__
     while trace is not None and _is_above(trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
@@ -120,7 +121,7 @@ def _from_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses and the like look their module up; what stands beside a script is importable.
+    # Dataclasses look their module up, and a script may import what is beside it.
     sys.modules[name] = module
     sys.path.insert(0, str(path.resolve().parent))
     spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""What the words of a command line mean: which is the model, which the plan, which the script's."""
+"""The words of a command line: which is the model, the plan, or an argument of the script."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def is_model(word: str) -> bool:
 
 
 def is_plan(word: str) -> bool:
-    """Whether a word is called like a plan, or is a file that is not a model's."""
+    """Whether a word ends in `.plan`, or is a file that is not a model's."""
     return not is_model(word) and (word.endswith(".plan") or Path(word).is_file())
 
 
 def assign(command: str, words: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
     """The words by what they are, `wanted` being `MODEL`, `PLAN` and `NAME` in their usual order.
 
-    A model and a plan are told by their form, in whatever order they come; a word of neither form
-    is taken by its place. Raises `UsageError` for words that are missing or too many.
+    A model and a plan are recognised by their form, in any order; a word of neither form is taken
+    by its place. Raises `UsageError` for missing words and for too many.
     """
     if "" in words[:2]:
         raise UsageError(
@@ -62,7 +62,7 @@ def assign(command: str, words: Sequence[str], wanted: Sequence[str]) -> dict[st
 def _check_kinds(
     command: str, placed: dict[str, str], found: dict[str, str], wanted: Sequence[str]
 ) -> None:
-    """Refuse a second model in the place of the plan, and a second plan in that of the model."""
+    """Refuse two models, and two plans."""
     for what, kind, other, fits in (
         ("PLAN", "models", "MODEL", is_model),
         ("MODEL", "plans", "PLAN", is_plan),
@@ -89,7 +89,7 @@ def _usage(command: str, wanted: Sequence[str], written: dict[str, str]) -> str:
 
 
 def whole_number(option: str, least: int = 1) -> Callable[[str], int]:
-    """Reads an option's value; raises `UsageError` for what is not a number from `least` on."""
+    """A reader of an option's value, which raises `UsageError` unless it is `least` or more."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < least:
@@ -103,7 +103,7 @@ def whole_number(option: str, least: int = 1) -> Callable[[str], int]:
 
 
 def one_of(option: str, choices: Sequence[str]) -> Callable[[str], str]:
-    """Reads an option's value; raises `UsageError` for what is none of `choices`."""
+    """A reader of an option's value, which raises `UsageError` unless it is one of `choices`."""
 
     def read(text: str) -> str:
         if text not in choices:
@@ -144,15 +144,15 @@ RUN_OPTIONS: dict[str, Callable[[str], Any]] = {
     "--node-rank": whole_number("--node-rank", least=0),
     "--rendezvous": _address,
 }
-"""What `run` takes for itself, anywhere before a `--`."""
+"""The options of `run` itself, anywhere before a `--`, and their readers."""
 _EXAMPLES = {"--logs": "logs", "--grace": f"{GRACE:g}", "--rendezvous": "HOST:29500"}
 
 
 def job(words: Sequence[str]) -> Job:
-    """What `meshwright run` was asked to launch.
+    """The job that the words of `meshwright run` describe.
 
-    Raises `UsageError` for what is not written as it should be, `CommandError` for a script that is
-    not there.
+    Raises `UsageError` for a wrong command line, and `CommandError` for a script that does not
+    exist.
     """
     script, options = _split(words)
     if not script or script == ["-m"]:
@@ -186,7 +186,7 @@ def job(words: Sequence[str]) -> Job:
 
 
 def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The script with its own arguments, and the options of `run` from wherever they stood."""
+    """The script with its own arguments, and the options of `run`, wherever they are."""
     script: list[str] = []
     options: dict[str, str] = {}
     rest: Iterator[str] = iter(words)
@@ -213,7 +213,7 @@ def _check_option(name: str, text: str, options: dict[str, str]) -> None:
         )
     if name in options:
         raise UsageError(
-            f"`{name}` is there twice, as `{options[name]}` and as `{text}`",
+            f"`{name}` is given twice, as `{options[name]}` and as `{text}`",
             help="write it once; what is meant for the script goes after `--`",
         )
 

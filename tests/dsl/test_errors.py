@@ -159,7 +159,11 @@ def test_a_selector_that_does_not_fit_the_model_has_its_golden_text(
 def test_the_compiler_can_raise_an_error_at_a_statement(golden: Golden) -> None:
     plan = Plan.parse(MESH + "rows a over tp", "gpt.plan")
     error = plan.error(
-        "P501", "`a` is no linear", plan.statements[1], subject="a: LayerNorm", help="name a linear"
+        "P501",
+        "`a` is not a linear",
+        plan.statements[1],
+        subject="a: LayerNorm",
+        help="name a linear",
     )
     golden("error-from-the-compiler", str(error))
 

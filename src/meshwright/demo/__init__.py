@@ -1,6 +1,6 @@
 """The demo: a GPT trained on a mesh of four ranks beside the same GPT in one process.
 
-Alone, every rank runs in this process. Under `meshwright run` or torchrun each is one of its own.
+Started alone, all ranks run in this process; under `meshwright run` or torchrun, each has its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LEARNING_RATE = 1e-3
 
 
 def run(steps: int = STEPS, *, as_json: bool = False, console: Console | None = None) -> int:
-    """Compile, show, train and compare; returns an exit code."""
+    """Compile, show, train and compare; return an exit code."""
     started = time.perf_counter()
     console = console or Console(quiet=as_json or not _is_first())
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def run(steps: int = STEPS, *, as_json: bool = False, console: Console | None = 
 
 
 def train(program: Program, model: GPT, corpus: Corpus, steps: int, console: Console) -> list[Loss]:
-    """Both trainings, step by step on the same batches, from the same weights."""
+    """Train on the mesh and in one process, from the same weights on the same batches."""
     mesh = launch(program)
     optimizer = mesh.optimizer(torch.optim.AdamW, lr=LEARNING_RATE)
     single = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)

@@ -32,7 +32,7 @@ _ROWS = 10
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The losses of one step: of the mesh, and of the model alone in one process."""
+    """The losses of one step, on the mesh and in one process."""
 
     step: int
     mesh: float
@@ -109,7 +109,7 @@ def _belongs(node: Node) -> bool:
 
 
 class Training:
-    """The table of losses: it grows as training goes on."""
+    """A live table of losses."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self.console, self.steps = console, steps
@@ -131,7 +131,7 @@ class Training:
         self.console.print(self._table(None))
 
     def add(self, loss: Loss) -> None:
-        """Take note of one step."""
+        """Add one step."""
         self.losses.append(loss)
         self.live.update(self._table(loss))
 
@@ -157,7 +157,7 @@ class Training:
 
 
 def ending(console: Console, losses: Sequence[Loss], *, seconds: float) -> None:
-    """How far apart the two trainings came, and where to go on."""
+    """How far apart the two losses came, and what to try next."""
     worst = max(losses, key=lambda loss: loss.difference)
     console.print(
         f"\n{len(losses)} steps, {seconds:.0f} s in all. "
@@ -165,7 +165,7 @@ def ending(console: Console, losses: Sequence[Loss], *, seconds: float) -> None:
     )
     if not under_torchrun():
         console.print(
-            "With a process for each rank instead: [bold]meshwright demo --processes 4[/]",
+            "With one process per rank instead: [bold]meshwright demo --processes 4[/]",
             highlight=False,
         )
     console.print(

@@ -1,4 +1,4 @@
-"""What is to be launched: a script, in how many processes, on which of how many machines."""
+"""What to launch: a script, in how many processes, on which of how many machines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 GRACE = 8.0
-"""Seconds that ranks have to end once they were told to; under the ten of `docker stop`."""
+"""Seconds that ranks have to end once told to; less than the ten of `docker stop`."""
 
 
 @dataclass(frozen=True, slots=True)

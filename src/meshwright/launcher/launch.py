@@ -1,9 +1,9 @@
-"""One launch: ranks are started, listened to, told to end when one of them has failed, and swept.
+"""One launch: ranks are started, watched, and told to end when one of them has failed.
 
 Every rank is a session of its own, so that what it starts in turn (a loader's workers) ends with
 it, and a key pressed in the terminal reaches this process alone, which tells the ranks. A rank that
 fails is known by its report before its process has ended; the others have a few seconds to notice
-and say so, then they are told (SIGTERM), and after the job's grace they are killed.
+by themselves, then they are told to end (SIGTERM), and after the job's grace they are killed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TICK = 0.05
 _SECONDS_TO_NOTICE = 5.0
 """How long ranks have to find out by themselves that another one has failed."""
 _SECOND_PRESS = 0.25
-"""Seconds: `timeout` and terminals may send one stop twice, at once."""
+"""Seconds in which a second signal is the same stop: `timeout` and terminals may send it twice."""
 
 
 def launch(job: Job) -> int:
@@ -72,13 +72,13 @@ class _Rank:
 
     @property
     def failed_at(self) -> float | None:
-        """When it failed, as far as is known by now."""
+        """When it failed, if that is known to have happened."""
         if self.report is not None:
             return self.report.time
         return self.ended_at if self.ended_at and self.process.returncode else None
 
     def tell(self, number: signal.Signals, now: float) -> None:
-        """Tell the process; what it has started hears of it from itself."""
+        """Signal the process, which is left to signal what it has started."""
         if number not in PASSED_ON and self.told_at is None:
             self.told_at = now
         with contextlib.suppress(OSError):
@@ -199,7 +199,7 @@ class _Launch:
         return take
 
     def _show(self, rank: _Rank, report: verdict.Report) -> None:
-        """Print an error that no rank has had yet, what follows from it in one line."""
+        """Print an error that no rank has had before; one that is a consequence takes one line."""
         shown = report.traceback
         expected = self.stopped is not None and report.kind in ("KeyboardInterrupt", "SystemExit")
         if report.printed or shown in self.seen or expected:
@@ -226,7 +226,7 @@ class _Launch:
             self._end_of(key)
 
     def _sweep(self, rank: _Rank) -> None:
-        """End what a rank that failed or was stopped has left."""
+        """Kill what a rank that failed or was stopped has left running."""
         if rank.process.returncode or rank.told_at is not None:
             rank.tell_group(signal.SIGKILL)
 
@@ -244,7 +244,7 @@ class _Launch:
         os.close(key.fd)
 
     def _heed(self, now: float) -> None:
-        """Do what this process was told."""
+        """Act on the signals that this process got."""
         for number in self.signals.take():
             if number in PASSED_ON:
                 self._tell(number, now)
@@ -258,7 +258,7 @@ class _Launch:
                 self.hurried, self.kill_at = True, now
 
     def _pause(self) -> None:
-        """Stand still with all ranks until the shell lets this process go on."""
+        """Suspend all ranks and this process, until the shell resumes it."""
         for number, self_too in ((signal.SIGSTOP, True), (signal.SIGCONT, False)):
             for rank in self.ranks:
                 if rank.runs:
@@ -267,7 +267,7 @@ class _Launch:
                 os.kill(os.getpid(), number)
 
     def _press(self, now: float) -> None:
-        """End the others some time after a rank has failed, and whoever does not end when told."""
+        """Tell ranks to end some time after one has failed, and kill those that do not."""
         failed = [rank.failed_at for rank in self.ranks if rank.failed_at is not None]
         noticed = min(failed, default=now) + _SECONDS_TO_NOTICE
         if now > noticed and self.stopped is None and not self.told:
@@ -286,7 +286,7 @@ class _Launch:
                 rank.tell(number, now)
 
     def verdict(self) -> tuple[str, int]:
-        """The last paragraph, empty where all went well, and the exit code."""
+        """The last paragraph, empty if all went well, and the exit code."""
         ends = [rank.end() for rank in self.ranks]
         code = verdict.exit_code(ends, self.stopped)
         own = [end for end in ends if end.failed and not end.is_consequence]
@@ -297,7 +297,7 @@ class _Launch:
 
 
 def _chunks(pipe: int) -> Iterator[bytes]:
-    """What can be read of a pipe now; nothing as the last chunk where it has ended."""
+    """What can be read from a pipe now; an empty chunk means that the pipe has ended."""
     data = b"-"
     while data:
         try:

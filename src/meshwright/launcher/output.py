@@ -1,4 +1,4 @@
-"""Where the words of ranks go: rank 0's as they are, the others' in whole lines with their rank.
+"""The output of ranks: rank 0's as it is, the others' in whole lines with their rank before each.
 
 With a folder for logs, each rank's standard output and error are one file there, in the order in
 which they were written, and only rank 0's are on the terminal too. Those two go through pipes of
@@ -22,7 +22,7 @@ _LONGEST = 64 * 1024
 
 
 def write(stream: int, data: bytes) -> None:
-    """Write to this process's output or error; where nobody reads it, the run still goes on."""
+    """Write to this process's output or error; the run goes on if nobody reads it."""
     (sys.stdout if stream == OUT else sys.stderr).flush()
     try:
         while data:
@@ -47,12 +47,12 @@ class _Lines:
         self.rest = b""
 
     def __call__(self, data: bytes) -> None:
-        """Take what was read; nothing at the stream's end."""
+        """Take what was read; empty at the end of the stream."""
         *lines, self.rest = (self.rest + data).split(b"\n")
         if self.rest and (not data or len(self.rest) > _LONGEST):
             lines.append(self.rest)
             self.rest = b""
-        # A progress bar is one line that is written over: its last state is what remains of it.
+        # A progress bar is one line that is overwritten: only its last state is shown.
         shown = (line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines)
         write(self.stream, b"".join(self.prefix + line + b"\n" for line in shown))
 
@@ -71,12 +71,12 @@ class Output:
 
     @property
     def streams(self) -> tuple[int | None, int | None, int | None]:
-        """What the rank's process has for input, output and error; rank 0 keeps the terminal."""
+        """Input, output and error for the rank's process; rank 0 keeps the terminal."""
         out = subprocess.PIPE if self.is_piped else self._log
         return None if self.rank == 0 else subprocess.DEVNULL, out, out
 
     def reader(self, stream: int) -> Callable[[bytes], None]:
-        """What takes the bytes that the rank wrote to a stream that is piped."""
+        """A function that takes the bytes which the rank wrote to a piped stream."""
         if self.rank:
             return _Lines(self.rank, stream)
 
@@ -87,7 +87,7 @@ class Output:
         return both
 
     def error(self, traceback: str, shown: str) -> None:
-        """An error of the rank: whole in its log, and as it is shown on the terminal."""
+        """Write an error of the rank: whole to its log, and as `shown` to the terminal."""
         self._to_log(traceback.encode(errors="replace"))
         write(ERR, prefixed(self.rank, shown).encode(errors="replace"))
 
@@ -106,7 +106,7 @@ _FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 
 
 def outputs(job: Job) -> dict[int, Output]:
-    """The output of every rank of this machine; raises `CommandError` for a folder of no use."""
+    """The output of every rank of this machine; raises `CommandError` if logs cannot be written."""
     if job.logs is None:
         return {rank: Output(rank, None) for rank in job.ranks}
     files = {rank: job.logs / f"rank-{rank}.log" for rank in job.ranks}

@@ -1,11 +1,11 @@
 """The first steps of a rank: run the script as `python script.py` would, and report its error.
 
 Started by its path and never imported, with the standard library alone: the script finds its
-process as Python would have made it, `sys.argv`, `sys.path`, `__main__` and environment included,
-and torch is imported when the script does.
+process as Python would have made it (`sys.argv`, `sys.path`, `__main__`, environment), and torch is
+imported when the script imports it.
 
-An exception that ends the script goes to the launcher through a pipe, which prints it once for all
-ranks. Where the launcher is gone, or the script has an `excepthook`, it is printed here.
+An exception that ends the script goes through a pipe to the launcher, which prints it once for all
+ranks. If the launcher is gone, or the script has an `excepthook`, it is printed here.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _is_own(trace: TracebackType) -> bool:
 
 
 def _about(error: BaseException, trace: TracebackType | None) -> dict[str, object]:
-    """What the launcher is told of an error."""
+    """What the launcher is told about an error."""
     kind = type(error)
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         sys.__excepthook__(kind, error, trace)
@@ -115,12 +115,12 @@ def _about(error: BaseException, trace: TracebackType | None) -> dict[str, objec
 def _text(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return str(error.msg)
-    # Unlike `str`, this stands an error whose text cannot be made.
+    # Unlike `str`, this does not raise for an error whose text cannot be made.
     return traceback.format_exception_only(error)[0].partition(": ")[2].strip()[:_LONGEST]
 
 
 def _is_any(kind: type, module: str, name: str) -> bool:
-    """Whether a class is the named one, which cannot be where its module was never imported."""
+    """Whether a class derives from the named one, without importing its module."""
     known = getattr(sys.modules.get(module), name, None)
     return isinstance(known, type) and issubclass(kind, known)
 
@@ -152,7 +152,7 @@ def _place(trace: TracebackType | None, error: BaseException) -> str:
 
 
 def _short(path: str) -> str:
-    """A path as one would write it from the working folder."""
+    """A path relative to the working folder, if it is inside."""
     try:
         relative = os.path.relpath(path)
     except (OSError, ValueError):

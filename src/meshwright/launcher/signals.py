@@ -1,4 +1,4 @@
-"""What this process is told while ranks run: noted by handlers, acted on by the launch's loop."""
+"""Signals to this process while ranks run: noted by handlers, acted on by the launch's loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Self
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """What ends a launch: a key, a batch system, a closed terminal."""
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
-"""What only means something to the script, such as a batch system's warning."""
+"""What has a meaning for the script alone, such as a batch system's warning."""
 
 
 class Signals:
@@ -45,7 +45,7 @@ class Signals:
         self._arrived.append(signal.Signals(number))
 
     def take(self) -> list[signal.Signals]:
-        """Those that arrived since the last call, in order."""
+        """The signals that arrived since the last call, in order."""
         taken = []
         while self._arrived:
             taken.append(self._arrived.popleft())

@@ -1,4 +1,4 @@
-"""Where the ranks meet: a store in the process of the launcher, so that it outlives every rank."""
+"""Where ranks meet: a store in the launcher's process, so that it outlives every rank."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from meshwright.models import CommandError
 _SECONDS_TO_MEET = 600.0
 _SECONDS_TO_END = 300.0
 _SECONDS_AFTER_FAILURE = 10.0
-"""How long node 0 keeps the store for ranks of other machines, who read in it what happened."""
+"""How long node 0 keeps the store for ranks of other machines, which read there what happened."""
 
 
 @dataclass(slots=True)
@@ -31,7 +31,7 @@ class MeetingPlace:
 
 @contextlib.contextmanager
 def meeting_place(job: Job) -> Iterator[MeetingPlace]:
-    """A store for as long as ranks of any machine may need it, node 0's launcher being its host.
+    """A store that node 0's launcher keeps for as long as ranks of any machine may need it.
 
     Raises `CommandError` where it cannot be opened or reached.
     """
@@ -65,7 +65,7 @@ def meeting_place(job: Job) -> Iterator[MeetingPlace]:
 
 
 def _wait_for(host: str, port: int) -> None:
-    """Wait for node 0, in steps that a signal can end."""
+    """Wait for node 0, in steps between which signals are handled."""
     end = time.monotonic() + _SECONDS_TO_MEET
     while True:
         try:

@@ -14,7 +14,7 @@ from meshwright.runtime.errors import spell_ranks, verb
 
 _NAMED = {int(number) for number in signal.Signals}
 _TOGETHER = 1.0
-"""Seconds: a rank that was killed so shortly after another's error had caused it."""
+"""Seconds: a rank killed within this time after another's error is its cause."""
 _LONGEST = 500
 
 _SIGNALS: dict[int, tuple[str, str]] = {
@@ -32,7 +32,7 @@ _SIGNALS: dict[int, tuple[str, str]] = {
     ),
     signal.SIGBUS: (
         "ended by a bus error (SIGBUS): memory that it maps is gone",
-        "look whether `/dev/shm` is full (`df -h /dev/shm`) or a file that it maps was cut",
+        "check whether `/dev/shm` is full (`df -h /dev/shm`) or a file that it maps was cut",
     ),
 }
 _PASSED = (
@@ -47,7 +47,7 @@ _OTHER_SIGNAL = (
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a rank said of the error that ended its script; `place` is a file and line, or empty."""
+    """A rank's report of the error that ended its script; `place` is a file and line, or empty."""
 
     kind: str
     text: str
@@ -91,7 +91,7 @@ class End:
 
 
 def exit_code(ends: Sequence[End], stopped: signal.Signals | None) -> int:
-    """That of the rank that failed first; 128 and the signal's number where one ended the run."""
+    """The code of the rank that failed first, or 128 plus the signal that stopped the run."""
     if stopped is not None:
         return 128 + stopped
     failed = [end for end in ends if end.failed]
@@ -99,7 +99,7 @@ def exit_code(ends: Sequence[End], stopped: signal.Signals | None) -> int:
         return 0
     first = culprit(failed)
     if first.report is not None:
-        # Its process may have been told to end before it was done with leaving by itself.
+        # Its process may have been told to end while it was exiting by itself.
         return 128 + signal.SIGINT if first.report.kind == "KeyboardInterrupt" else 1
     return 128 - first.code if first.code < 0 else first.code
 
@@ -146,10 +146,10 @@ def _what(end: End, who: str, alone: bool) -> tuple[list[str], str]:
         said, help = _ended(end.code, alone)
         return [f"{who} {said}"], help
     if report.kind == "SystemExit":
-        found = "search the script for this text, which it gave to `sys.exit`"
+        found = "search the script for this text, which it passed to `sys.exit`"
         return [f"{who} ended: {_shortened(report.text)}"], found
     if not report.ours:
-        return [f"{who} failed: {report.line}"], "read the traceback above, and mend the script"
+        return [f"{who} failed: {report.line}"], "read the traceback above, and fix the script"
     problem, *rest = printed_lines(report.text)
     helps = [line.strip() for line in rest if line.strip().startswith("help: ")]
     where = [line.rstrip() for line in rest if line.strip() not in helps]
@@ -163,12 +163,12 @@ def printed_lines(text: str) -> list[str]:
 
 
 def _ended(code: int, alone: bool = True) -> tuple[str, str]:
-    """What a process did that ended with `code`, and what to do."""
-    # A handler that leaves in order says by its exit code which signal it was.
+    """How a process ended, by its exit code, and what to do."""
+    # A handler that exits in order gives the signal in its exit code.
     number = code - 128 if code - 128 in STOPS else -code
     if number <= 0:
         what = f"ended with exit code {code}"
-        return what, "read what it printed last: it ended itself, without an error of Python's"
+        return what, "read what it printed last: it ended by itself, without a Python error"
     name = signal.Signals(number).name if number in _NAMED else f"signal {number}"
     said, help = _SIGNALS.get(number, _PASSED if number in PASSED_ON else _OTHER_SIGNAL)
     return f"{'was' if alone else 'were'} {said.format(name=name)}", help

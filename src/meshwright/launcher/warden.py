@@ -15,7 +15,7 @@ import sys
 
 def main() -> None:
     """Wait for the launcher's end, then kill what it has left."""
-    # Those who stop a job may tell every process of it: the launcher needs this one the longer.
+    # A stop may be sent to every process of a job, and the launcher still needs this one.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     groups: set[int] = set()
