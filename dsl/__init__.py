@@ -12,11 +12,8 @@ if __name__ == "dsl":
 
 from meshwright.dsl.builder import PlanBuilder
 from meshwright.dsl.errors import CODES, MeshwrightError, PlanError
-from meshwright.dsl.layouts import DimTemplate, FactorTemplate, LayoutTemplate
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.selectors import Selector
-from meshwright.dsl.solve import Dim
-from meshwright.dsl.source import Source, Span
 from meshwright.dsl.statements import (
     STATEMENTS,
     Accumulate,
@@ -37,11 +34,9 @@ from meshwright.dsl.statements import (
     Sequence,
     Shard,
     Share,
-    Spread,
     Stages,
     Statement,
     Summa,
-    Targeted,
     Vocab,
     Zero,
 )  # fmt: skip
@@ -56,12 +51,8 @@ __all__ = [
     "Columns",
     "Context",
     "Data",
-    "Dim",
-    "DimTemplate",
     "Expect",
     "Experts",
-    "FactorTemplate",
-    "LayoutTemplate",
     "Let",
     "Memory",
     "MeshStatement",
@@ -76,13 +67,9 @@ __all__ = [
     "Sequence",
     "Shard",
     "Share",
-    "Source",
-    "Span",
-    "Spread",
     "Stages",
     "Statement",
     "Summa",
-    "Targeted",
     "Vocab",
     "Zero",
 ]

@@ -22,6 +22,7 @@ from meshwright.dsl.errors import PlanError, either, plural, quoted, spelled
 from meshwright.dsl.layouts import LayoutTemplate, format_axes
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import ARROWS, Axes, Let, MeshStatement
+from meshwright.dsl.values import LARGEST
 
 if TYPE_CHECKING:
     from typing import Self
@@ -49,7 +50,7 @@ class PlanBuilder:
             help = 'write `Plan.build(mesh={"dp": 2, "tp": 2})`'
             raise PlanError("P115", f"`mesh` is {spelled(mesh)}, not a dict", help=help)
         if mesh:
-            self._add("mesh", ", ".join(f"{axis}={size}" for axis, size in mesh.items()))
+            self._add("mesh", _sizings(mesh))
 
     def __repr__(self) -> str:
         return f"<PlanBuilder {self._name}: {plural(len(self._lines), 'statement')}>"
@@ -65,7 +66,7 @@ class PlanBuilder:
 
     def let(self, **sizes: int | str) -> Self:
         """Name `sizes`, given as numbers or as expressions in text: `let(d=768, f="4*d")`."""
-        return self._add("let", ", ".join(f"{name} = {size}" for name, size in sizes.items()))
+        return self._add("let", _sizings(sizes))
 
     def data(self, *inputs: str, over: AxisNames, dim: int | None = None) -> Self:
         """Split these `inputs` along `dim`, 0 by default, and reduce gradients over the axes."""
@@ -77,10 +78,11 @@ class PlanBuilder:
         `of` is `"tensor"` for a parameter, buffer or input, `"output"` (`->`) or `"input"` (`<-`)
         for those of a module.
         """
-        if of not in ARROWS:
-            raise PlanError("P111", f"`of` is {spelled(of)}", help=f"use {either(ARROWS)}")
-        if not isinstance(layout, (str, LayoutTemplate)):
-            raise _not_text("the layout", layout, 'write one such as `layout="[f@tp, d]"`')
+        help = f"use {either(ARROWS)}"
+        if _text("`of`", of, help) not in ARROWS:
+            raise PlanError("P111", f"`of` is {spelled(of)}", help=help)
+        if not isinstance(layout, LayoutTemplate):
+            layout = _text("the layout", layout, 'write one such as `layout="[f@tp, d]"`')
         return self._add("shard", _listed(targets), ARROWS[of], str(layout))
 
     def columns(self, *targets: str, over: AxisNames, factors: str = "") -> Self:
@@ -88,8 +90,9 @@ class PlanBuilder:
 
         `factors` is what follows `as`, for a fused output: `"(3 heads hd)"`.
         """
+        text = _text("`factors`", factors, 'write them as text: `factors="(3 heads hd)"`')
         place = f"over {_axes(over)}"
-        return self._add("columns", _listed(targets), place, f"as {factors}" if factors else "")
+        return self._add("columns", _listed(targets), place, f"as {text}" if text else "")
 
     def rows(self, *targets: str, over: AxisNames) -> Self:
         """Split the input features of these linears, and reduce their outputs."""
@@ -120,7 +123,8 @@ class PlanBuilder:
 
     def zero(self, level: int, *targets: str, over: AxisNames) -> Self:
         """Shard optimizer state (`level` 1), gradients too (2), parameters too (3)."""
-        return self._add("zero", str(level), _listed(targets), f"over {_axes(over)}")
+        place = f"over {_axes(over)}"
+        return self._add("zero", _value(level, "the level"), _listed(targets), place)
 
     def stages(
         self, *at: str, count: int | None = None, over: AxisNames, **options: Option
@@ -129,12 +133,12 @@ class PlanBuilder:
 
         `options` are `schedule`, `microbatches`, `virtual` and `balance`.
         """
-        where = f"at {', '.join(at)}" if at else str(count)
+        where = f"at {_listed(at)}" if at else _value(count, "`count`")
         return self._add("stages", where, f"over {_axes(over)}", _options(options))
 
     def accumulate(self, count: int) -> Self:
         """Run a step in `count` microbatches, one after the other."""
-        return self._add("accumulate", str(count))
+        return self._add("accumulate", _value(count, "`count`"))
 
     def memory(self, *, budget: str | int) -> Self:
         """Recompute and offload to stay within a `budget` per rank, such as `"60GiB"`."""
@@ -149,7 +153,8 @@ class PlanBuilder:
 
         `options` are `fraction`, `budget` and `prefetch`.
         """
-        return self._add("offload", what, _listed(targets), _options(options))
+        word = _text("`what`", what, 'write one such as `"optimizer"`')
+        return self._add("offload", word, _listed(targets), _options(options))
 
     def share(self, *targets: str) -> Self:
         """Let the selected layers use one layer's parameters."""
@@ -157,21 +162,22 @@ class PlanBuilder:
 
     def precision(self, dtype: str, **options: Option) -> Self:
         """Compute in this `dtype`, such as `"bf16"`; `options` are `master`, `keep`, `dropout`."""
-        return self._add("precision", dtype, _options(options))
+        word = _text("the dtype", dtype, 'write one such as `"bf16"`')
+        return self._add("precision", word, _options(options))
 
     def expect(self, contract: str, *, per: str | Iterable[str] = ()) -> Self:
         """Refuse a program that breaks this `contract`, for each module of `per`.
 
         The contract is what follows the verb: `"all_reduce[tp] == 0"`.
         """
-        if not isinstance(contract, str):
-            raise _not_text("a contract", contract, 'write one such as `"all_reduce[tp] == 0"`')
-        targets = [per] if isinstance(per, str) else list(per)
-        return self._add("expect", contract, f"per {', '.join(targets)}" if targets else "")
+        text = _text("a contract", contract, 'write one such as `"all_reduce[tp] == 0"`')
+        alone = isinstance(per, str) or not isinstance(per, Iterable)
+        targets = _listed((per,) if alone else per)
+        return self._add("expect", text, f"per {targets}" if targets else "")
 
     def allow(self, what: str, *targets: str) -> Self:
         """Accept here what is refused elsewhere: `what` is `"replicate"` or `"local"`."""
-        return self._add("allow", what, _listed(targets))
+        return self._add("allow", _text("`what`", what, 'write `"replicate"`'), _listed(targets))
 
     def _spread(
         self, verb: str, targets: Iterable[str], over: AxisNames, **options: Option
@@ -200,33 +206,42 @@ class PlanBuilder:
 
 
 def _axes(axes: AxisNames) -> str:
-    names = (axes,) if isinstance(axes, str) else axes
-    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
-        raise _not_text("`over`", axes, 'write an axis, `over="tp"`, or multiple axes in a tuple')
-    return format_axes(tuple(names))
+    help = 'write an axis, `over="tp"`, or multiple axes in a tuple'
+    names = axes if isinstance(axes, (tuple, list)) else (axes,)
+    return format_axes(tuple(_text("`over`", name, help) for name in names))
 
 
-def _listed(targets: Iterable[str]) -> str:
-    targets = tuple(targets)
-    for target in targets:
-        if not isinstance(target, str):
-            raise _not_text("a target", target, 'write selectors one by one: `"wte", "head"`')
-    return ", ".join(targets)
+def _listed(targets: Iterable[object]) -> str:
+    help = 'write selectors one by one: `"wte", "head"`'
+    return ", ".join(_text("a target", target, help) for target in targets)
 
 
-def _not_text(what: str, value: object, help: str) -> PlanError:
-    return PlanError("P115", f"{what} is {spelled(value)}, not text", help=help)
+def _sizings(sizes: Mapping[str, int | str]) -> str:
+    return ", ".join(f"{name}={_value(size, f'`{name}`')}" for name, size in sizes.items())
 
 
 def _options(options: Mapping[str, Option]) -> str:
-    return " ".join(f"{key}={_value(value)}" for key, value in options.items() if value is not None)
+    return " ".join(
+        f"{key}={_value(value, f'`{key}`')}" for key, value in options.items() if value is not None
+    )
 
 
-def _value(value: Option) -> str:
+def _value(value: Option, what: str) -> str:
+    """A value as a plan writes it; `what` is its name in an error."""
+    help = "write a number, a word or a list of words"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if value is None or isinstance(value, (str, int, float)):
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise PlanError("P106", f"{what} is too large", help="use numbers below 2**63")
+    if isinstance(value, (int, float)):
         return str(value)
-    if not isinstance(value, (tuple, list)) or not all(isinstance(each, str) for each in value):
-        raise _not_text("an option", value, "write a number, a word or a list of words")
-    return f"[{', '.join(value)}]"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_text(what, each, help) for each in value)}]"
+    return _text(what, value, help, wanted="a number or text")
+
+
+def _text(what: str, value: object, help: str, wanted: str = "text") -> str:
+    """`value`, which must be text; raises `PlanError` that calls it `what`."""
+    if not isinstance(value, str):
+        raise PlanError("P115", f"{what} is {spelled(value)}, not {wanted}", help=help)
+    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -166,6 +167,8 @@ def test_fmt_prints_checks_and_writes_the_canonical_form(
         ("error_call", 1, ["show", "model.py:broken", "a.plan"]),
         ("error_syntax", 1, ["show", "syntax.py:build", "a.plan"]),
         ("error_exit", 1, ["show", "exits.py:build", "a.plan"]),
+        ("error_long_word", 1, ["show", "model.py:build", "x" * 300]),
+        ("error_long_script", 1, ["run", "x" * 300, "--processes", "2"]),
         ("usage_command", 2, ["shwo"]),
         ("usage_help_misspelt", 2, ["hlep"]),
         ("usage_version_misspelt", 2, ["--versoin"]),
@@ -299,6 +302,25 @@ def test_the_module_runs_as_a_command_and_a_closed_pipe_is_quiet(run: Run) -> No
     assert found.stderr == ""
 
 
+def test_output_that_cannot_be_written_is_said_in_words(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert run("help") == (1, "", "cannot write the output: No space left on device\n")
+
+
+def test_a_plan_that_cannot_be_written_is_said_in_words(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, text: str, encoding: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    code, _, err = run("fmt", "--write", "a.plan")
+    assert (code, err.partition("\n")[0]) == (1, "cannot write `a.plan`: Read-only file system")
+
+
 def test_the_demo_ends_in_the_largest_difference(run: Run) -> None:
     code, out, _ = run("demo", "--steps", "2")
     assert code == 0
@@ -314,6 +336,7 @@ def test_commands_print_on_a_stream_without_unicode(
     encoding: str, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Path("a.plan").read_text(encoding="utf-8")
+    Path("model.py").write_text(MODEL.replace("Model", "Größe"), encoding="utf-8")
     Path("größe→.plan").write_text(f"# größe → …\n{plan}", encoding="utf-8")
     assert run("check", "größe→.plan")[0] == 0
     for words in (["check"], ["show"], ["graph"], ["fmt"], ["show", "--json"], ["fmt", "--check"]):

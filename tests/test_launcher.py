@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from meshwright.cli import main
+from meshwright.launcher import store
 from meshwright.launcher.verdict import End, culprit
 from tests.runtime.processes import environment, free_port
 
@@ -365,6 +367,32 @@ def test_what_follows_from_another_rank_is_one_line(
     assert len(re.findall("PeerError", above)) == 1, err
     assert "[rank 1] PeerError" not in above
     assert above.count("Traceback") == (scenario == "fails")
+
+
+@pytest.mark.parametrize(
+    ("refused", "what"),
+    [("subprocess.Popen", "the warden of the ranks"), ("os.dup", "rank 1")],
+)
+def test_a_process_that_cannot_be_started_is_said_in_words(
+    refused: str, what: str, launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*words: object, **settings: object) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(f"meshwright.launcher.launch.{refused}", refuse)
+    code, _, err = launched("script.py", "--processes", "2")
+    assert (code, err.partition(":")[0]) == (1, f"cannot start {what}")
+
+
+def test_a_launcher_that_fails_does_not_wait_for_other_machines(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_SECONDS_AFTER_FAILURE", 0.0)
+    monkeypatch.setattr(store, "_SECONDS_TO_END", 30.0)
+    started = time.monotonic()
+    nodes = ("--nodes=2", "--node-rank=0", f"--rendezvous=localhost:{free_port()}")
+    assert launched("script.py", "--processes=1", "--logs=script.py/logs", *nodes)[0] == 1
+    assert time.monotonic() - started < 15
 
 
 def test_two_launches_of_one_rank_each_meet(folder: Path) -> None:

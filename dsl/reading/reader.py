@@ -36,11 +36,6 @@ class _Option:
     value: Value
 
 
-@dataclass(frozen=True, slots=True)
-class _Over:
-    axes: AxisList
-
-
 @v_args(meta=True)
 class Reader(LayoutReader):
     """Reads statements with the names in force."""
@@ -52,13 +47,6 @@ class Reader(LayoutReader):
 
     def targets(self, meta: Meta, tokens: list[Token]) -> tuple[Selector, ...]:
         return tuple(map(self._selector, tokens))
-
-    def boundaries(self, meta: Meta, parts: _Parts) -> tuple[Selector, ...]:
-        selectors: tuple[Selector, ...] = parts[0]
-        return selectors
-
-    def over(self, meta: Meta, parts: list[AxisList]) -> _Over:
-        return _Over(parts[0])
 
     def option(self, meta: Meta, parts: _Parts) -> _Option:
         key, value = parts
@@ -124,10 +112,10 @@ class Reader(LayoutReader):
         return self._make(s.Zero, meta, rest, level=int(level), places={"level": span})
 
     def stages(self, meta: Meta, parts: _Parts) -> s.Stages:
-        if not any(isinstance(part, _Over) for part in parts):
+        if not any(isinstance(part, AxisList) for part in parts):
             axis = self._axis_of_stages(meta)
             parts = [part for part in parts if part is not None]
-            parts.append(_Over(AxisList((axis,), axis, self._span(meta))))
+            parts.append(AxisList((axis,), axis, self._span(meta)))
         if isinstance(parts[0], tuple):
             return self._make(s.Stages, meta, parts)
         return self._counted(s.Stages, meta, parts)
@@ -183,9 +171,9 @@ class Reader(LayoutReader):
         for part in parts:
             if isinstance(part, tuple):
                 fields["targets"] = part
-            elif isinstance(part, _Over):
-                fields["over"], spans["over"] = part.axes.axes, part.axes.span
-                spelt |= {"over": part.axes.spelling} if part.axes.spelling else {}
+            elif isinstance(part, AxisList):
+                fields["over"], spans["over"] = part.axes, part.span
+                spelt |= {"over": part.spelling} if part.spelling else {}
             elif isinstance(part, _Option):
                 self._read_option(verb, part, fields, spelt, spans)
         span = tree_span(self.source, meta)

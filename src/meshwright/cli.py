@@ -32,9 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MeshwrightError as error:
         _report(error, as_json="--json" in words and words[0] != "run")
         return 2 if isinstance(error, UsageError) else 1
-    except BrokenPipeError:
-        # The reader of the output is gone: without this, Python complains again as it exits.
+    except OSError as error:
+        if error.filename is not None:  # not of the output
+            raise
+        # Without this, Python complains again as it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"cannot write the output: {error.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -285,9 +289,8 @@ def _report(error: MeshwrightError, *, as_json: bool) -> None:
     if not as_json:
         print(f"{traceback}\n{error}" if traceback else error, file=sys.stderr)
         return
-    data: dict[str, object] = {"type": type(error).__name__, "text": str(error)}
-    data["code"] = getattr(error, "code", "")
-    data["help"] = getattr(error, "help", "")
+    code, help = getattr(error, "code", ""), getattr(error, "help", "")
+    data = {"type": type(error).__name__, "text": str(error), "code": code, "help": help}
     if traceback:
         data["traceback"] = traceback
     if isinstance(error, PlanError):

@@ -38,7 +38,7 @@ def check(arguments: Namespace) -> int:
         comm, peak = program.comm(), size_text(program.memory().peak)
         moved = f"{plural(len(comm), 'collective')}, {size_text(comm.total_bytes())} sent"
         name = type(program.model).__name__
-        print(f"{name}: compiles; {moved} per rank per step, peak memory {peak} per rank")
+        _print(f"{name}: compiles; {moved} per rank per step, peak memory {peak} per rank")
     return 0
 
 
@@ -128,7 +128,7 @@ def fmt(arguments: Namespace) -> int:
     changed = [path for path in plans if formatted[path] != plans[path].source.text]
     if arguments.write:
         for path in changed:
-            Path(path).write_text(formatted[path], encoding="utf-8")
+            _write(Path(path), formatted[path])
     if arguments.json:
         _print_json(
             [
@@ -144,6 +144,15 @@ def fmt(arguments: Namespace) -> int:
         sys.stdout.flush()
         sys.stdout.buffer.write("\n".join(formatted.values()).encode("utf-8"))
     return 1 if arguments.check and changed else 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise CommandError(
+            f"cannot write `{path}`: {error.strerror}", help="check the path and its folder"
+        ) from None
 
 
 def run(arguments: Namespace) -> int:

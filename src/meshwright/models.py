@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -115,7 +116,7 @@ def _function(module: ModuleType, name: str, where: str) -> Callable[[], Any]:
 
 
 def _from_file(path: Path) -> ModuleType:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CommandError(f"there is no file `{path}`", help="check the path of the model")
     name = f"meshwright_model_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

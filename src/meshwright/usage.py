@@ -22,12 +22,12 @@ def is_model(word: str) -> bool:
     """Whether a word has the form `file.py:function` or `package.module:function`."""
     where, colon, name = word.rpartition(":")
     written = bool(colon) and (name.isidentifier() or where.endswith(".py"))
-    return (written or word.endswith(".py")) and not (colon and Path(word).is_file())
+    return (written or word.endswith(".py")) and not (colon and os.path.isfile(word))
 
 
 def is_plan(word: str) -> bool:
     """Whether a word ends in `.plan`, or is a file that is not a model's."""
-    return not is_model(word) and (word.endswith(".plan") or Path(word).is_file())
+    return not is_model(word) and (word.endswith(".plan") or os.path.isfile(word))
 
 
 def assign(command: str, words: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
@@ -246,14 +246,14 @@ def _check_module(name: str) -> None:
 
 def _check_script(script: str) -> None:
     path = Path(script)
-    if path.is_file():
+    if os.path.isfile(path):
         return
-    if path.exists():
+    if os.path.exists(path):
         what = "a folder" if path.is_dir() else "a device or a pipe"
         raise CommandError(
             f"`{script}` is {what}, not a script", help="write the path of a Python file"
         )
-    if Path(script.partition(" ")[0]).is_file():
+    if os.path.isfile(script.partition(" ")[0]):
         raise CommandError(
             f"there is no file `{script}`", help="write the script's arguments without quotes"
         )

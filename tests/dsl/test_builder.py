@@ -1,8 +1,11 @@
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
 
-from meshwright.dsl import Plan, PlanError
+import pytest
+import torch
+
+from meshwright.dsl import Plan, PlanBuilder, PlanError
 
 
 def test_a_built_plan_equals_the_text_that_says_the_same() -> None:
@@ -66,6 +69,33 @@ def test_a_mistake_is_an_error_where_it_is_made() -> None:
 
 
 @pytest.mark.parametrize("target", ["a\nshare b", "a\rshare b", "a # all"])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda plan: plan.stages(2, over="dp"), "a target is `2`, not text"),
+        (lambda plan: plan.stages(over="dp"), "`count` is `None`, not a number or text"),
+        (lambda plan: plan.precision(torch.bfloat16), "the dtype is a `dtype`, not text"),
+        (lambda plan: plan.offload(["optimizer"]), "`what` is a `list` of 1, not text"),
+        (lambda plan: plan.allow(None, "a"), "`what` is `None`, not text"),
+        (lambda plan: plan.columns("a", over="dp", factors=3), "`factors` is `3`, not text"),
+        (lambda plan: plan.rows("a", over=("dp", 2)), "`over` is `2`, not text"),
+        (lambda plan: plan.expect("bytes == 0", per=3), "a target is `3`, not text"),
+        (
+            lambda plan: plan.shard("a", layout="[b]", of=["input"]),
+            "`of` is a `list` of 1, not text",
+        ),
+        (lambda plan: plan.let(d={}), "`d` is a `dict` of 0, not a number or text"),
+        (lambda plan: plan.accumulate(10**5000), "`count` is too large"),
+    ],
+)
+def test_a_value_of_another_type_is_an_error_of_the_plan(
+    call: Callable[[PlanBuilder], object], message: str
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        call(Plan.build(mesh={"dp": 2}))
+    assert caught.value.message == message
+
+
 def test_one_call_cannot_smuggle_in_a_second_statement(target: str) -> None:
     with pytest.raises(PlanError, match="more than one statement"):
         Plan.build(mesh={"dp": 2}).share(target)

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from meshwright.dsl import Columns, Dim, Plan, PlanError
+from meshwright.dsl import Columns, Plan, PlanError
+from meshwright.dsl.solve import Dim
 
 
 def shown(dims: tuple[Dim, ...]) -> str:

@@ -56,7 +56,7 @@ def train(program: Program, model: GPT, corpus: Corpus, steps: int, console: Con
     optimizer = mesh.optimizer(torch.optim.AdamW, lr=LEARNING_RATE)
     single = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses: list[Loss] = []
-    with report.Training(console, steps) as shown:
+    with report.training(console, steps) as add:
         for step in range(1, steps + 1):
             batch = corpus.batch(BATCH, LENGTH)
             parallel = mesh.step(*batch)
@@ -67,7 +67,7 @@ def train(program: Program, model: GPT, corpus: Corpus, steps: int, console: Con
             single.step()
             single.zero_grad()
             losses.append(Loss(step, parallel.item(), alone.item()))
-            shown.add(losses[-1])
+            add(losses[-1])
     return losses
 
 

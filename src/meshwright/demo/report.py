@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -57,7 +56,7 @@ def opening(console: Console, model: GPT, corpus: Corpus) -> None:
 
 def program(console: Console, program: Program, *, seconds: float) -> None:
     """The mesh, the program's tables, and part of the graph of one rank."""
-    console.print(f"Compiled in {seconds:.1f} s. ", mesh_text(program), sep="")
+    console.print(f"Compiled in {seconds:.1f} s. ", _mesh_text(program), sep="")
     console.print(tables(summarise(program), console.width))
     console.print(
         f"The feed-forward half of [bold]{_MODULE}[/], rewritten, and its backward. Every byte "
@@ -66,7 +65,7 @@ def program(console: Console, program: Program, *, seconds: float) -> None:
     console.print(_graph_parts(program), soft_wrap=True)
 
 
-def mesh_text(program: Program) -> Text:
+def _mesh_text(program: Program) -> Text:
     """The ranks as a grid: the first axis down, the second across."""
     (down, rows), (across, columns) = program.mesh.axes
     where = "its own process" if under_torchrun() else "this process"
@@ -108,52 +107,40 @@ def _belongs(node: Node) -> bool:
     return inside and not weights and isinstance(node.type, TensorType)
 
 
-class Training:
-    """A live table of losses."""
+@contextlib.contextmanager
+def training(console: Console, steps: int) -> Iterator[Callable[[Loss], None]]:
+    """Show a table of losses while training goes on; gives the function that adds a step."""
+    losses: list[Loss] = []
+    try:
+        with Live(console=console, refresh_per_second=4, transient=True) as live:
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console, self.steps = console, steps
-        self.every = max(1, steps // _ROWS)
-        self.live = Live(console=console, refresh_per_second=4, transient=True)
-        self.losses: list[Loss] = []
+            def add(loss: Loss) -> None:
+                losses.append(loss)
+                live.update(_table(losses, steps))
 
-    def __enter__(self) -> Self:
-        self.live.start()
-        return self
+            yield add
+    finally:
+        console.print(_table(losses, steps))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.live.stop()
-        self.console.print(self._table(None))
 
-    def add(self, loss: Loss) -> None:
-        """Add one step."""
-        self.losses.append(loss)
-        self.live.update(self._table(loss))
-
-    def _table(self, current: Loss | None) -> Table:
-        table = Table(title="loss", title_justify="left", title_style="bold", box=None)
-        for heading, style in (
-            ("step", "dim"), ("mesh, dp=2 x tp=2", "cyan"), ("one process", "green"),
-            ("difference", "dim"),
-        ):  # fmt: skip
-            table.add_column(heading, justify="right", style=style)
-        for loss in self._shown(current):
+def _table(losses: Sequence[Loss], steps: int) -> Table:
+    """The losses of some steps, evenly spread, and of the last one."""
+    table = Table(title="loss", title_justify="left", title_style="bold", box=None)
+    for heading, style in (
+        ("step", "dim"), ("mesh, dp=2 x tp=2", "cyan"), ("one process", "green"),
+        ("difference", "dim"),
+    ):  # fmt: skip
+        table.add_column(heading, justify="right", style=style)
+    every = max(1, steps // _ROWS)
+    for loss in losses:
+        if loss.step % every == 0 or loss in (losses[0], losses[-1]):
             table.add_row(
-                f"{loss.step} of {self.steps}",
+                f"{loss.step} of {steps}",
                 f"{loss.mesh:.6f}",
                 f"{loss.single:.6f}",
                 f"{loss.difference:.1e}",
             )
-        return table
-
-    def _shown(self, current: Loss | None) -> list[Loss]:
-        kept = [loss for loss in self.losses if loss.step == 1 or loss.step % self.every == 0]
-        return kept if current is None or current in kept else [*kept, current]
+    return table
 
 
 def ending(console: Console, losses: Sequence[Loss], *, seconds: float) -> None:

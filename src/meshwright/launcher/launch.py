@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from meshwright.launcher import verdict
@@ -114,23 +113,19 @@ class _Launch:
         self.told = self.hurried = False
         self.kill_at = float("inf")
         self.seen: set[str] = set()
-        self.warden = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_WARDEN)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with _starting("the warden of the ranks"):
+            self.warden = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_WARDEN)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Leave nothing behind, whatever happened."""
         for rank in self.ranks:
             if rank.runs:
@@ -149,7 +144,8 @@ class _Launch:
     def start(self, host: str, port: int) -> None:
         """Start every rank of this machine."""
         for number in self.job.ranks:
-            self._start_rank(number, self.job.environment(number, host, port))
+            with _starting(f"rank {number}"):
+                self._start_rank(number, self.job.environment(number, host, port))
 
     def _start_rank(self, number: int, environment: dict[str, str]) -> None:
         output = self.streams[number]
@@ -167,11 +163,6 @@ class _Launch:
                 pass_fds=(report_end,),
                 start_new_session=True,
             )
-        except OSError as error:
-            raise CommandError(
-                f"cannot start rank {number}: {(error.strerror or str(error)).lower()}",
-                help="lower `--processes`, or raise the limit of this machine (`ulimit -a`)",
-            ) from None
         finally:
             os.close(report_end)
         self._tell_warden(f"+{process.pid}")
@@ -294,6 +285,18 @@ class _Launch:
             killed = [rank.number for rank in self.ranks if rank.killed]
             return verdict.stop(self.stopped, killed, self.job.grace, self.hurried), code
         return verdict.failure(ends, self.job.world) if code else "", code
+
+
+@contextlib.contextmanager
+def _starting(what: str) -> Iterator[None]:
+    """Turn the system's refusal to start a process into a `CommandError`."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(
+            f"cannot start {what}: {(error.strerror or str(error)).lower()}",
+            help="lower `--processes`, or raise the limit of this machine (`ulimit -a`)",
+        ) from None
 
 
 def _chunks(pipe: int) -> Iterator[bytes]:

@@ -22,11 +22,11 @@ _SECONDS_AFTER_FAILURE = 10.0
 
 @dataclass(slots=True)
 class MeetingPlace:
-    """The host and port of the store; `failed` once a rank of this machine has."""
+    """The host and port of the store; `failed` unless all ranks of this machine end well."""
 
     host: str
     port: int
-    failed: bool = False
+    failed: bool = True
 
 
 @contextlib.contextmanager
