@@ -141,13 +141,12 @@ class Plan:
         """The factors of a column-parallel linear's output features; see `solve_columns`."""
         return solve_columns(columns, shape, dim, dict(self.mesh), tensor)
 
-    def merged(self, paths: str | Iterable[str], text: str, name: str = "__plan__") -> Plan:
+    def merged(self, paths: Iterable[str], text: str, name: str = "__plan__") -> Plan:
         """This plan with the fragment `text` from the class of the modules at `paths`.
 
         The fragment's selectors are relative to the module. Where statements of the plan and of the
         fragment match one name, the plan's hold (see `resolve`), and so do its `let`s.
         """
-        paths = [paths] if isinstance(paths, str) else list(paths)
         added = fragment(Source(name, text), paths, self.names)
         statements = (*self.statements, *added)
         check(statements, self.names.mesh)

@@ -234,7 +234,7 @@ def _use(factor: FactorTemplate, usable: list[int]) -> str:
     sizes = f"{', '.join(most)} or {last}" if most else last
     if len(factor.axes) == 1:
         return f"use {factor.axes[0]}={sizes}"
-    return f"give {either(factor.axes).replace(' or ', ' and ')} sizes whose product is {sizes}"
+    return f"give {either(factor.axes, 'and')} sizes whose product is {sizes}"
 
 
 def _two_ways_out(solver: _Solver, factor: FactorTemplate, size: int, ranks: int) -> str:
@@ -282,7 +282,7 @@ def _undetermined(solver: _Solver, span: Span | None, names: Sequence[str]) -> P
     bindings = ", ".join(f"{name} = ..." for name in unknown[:-1])
     return solver.error(
         "P204",
-        f"the sizes of {either(unknown).replace(' or ', ' and ')} are not determined",
+        f"the sizes of {either(unknown, 'and')} are not determined",
         span,
         help=f"bind all but one of them: `let {bindings}`",
     )

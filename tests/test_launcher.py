@@ -379,8 +379,9 @@ def test_a_process_that_cannot_be_started_is_said_in_words(
     def refuse(*words: object, **settings: object) -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr(f"meshwright.launcher.launch.{refused}", refuse)
-    code, _, err = launched("script.py", "--processes", "2")
+    with monkeypatch.context() as refusing:
+        refusing.setattr(f"meshwright.launcher.launch.{refused}", refuse)
+        code, _, err = launched("script.py", "--processes", "2")
     assert (code, err.partition(":")[0]) == (1, f"cannot start {what}")
 
 

@@ -17,7 +17,7 @@ from meshwright import commands as functions
 from meshwright.dsl.errors import MeshwrightError, PlanError, did_you_mean, nearest
 from meshwright.launcher.job import GRACE
 from meshwright.models import ModelError, UsageError
-from meshwright.usage import assign, is_model, job, one_of, whole_number
+from meshwright.usage import assign, is_model, job, missing_value, one_of, whole_number
 
 _ABOUT = "Compile a PyTorch model and a plan into what each device of a mesh runs."
 
@@ -142,8 +142,7 @@ class _Command:
         option = error.argument_name or ""
         if "action" in self.options[option]:
             return UsageError(f"`{option}` takes no value", help=f"write `{option}` alone")
-        example = _EXAMPLES.get(option, "4")
-        return UsageError(f"`{option}` is missing its value", help=f"write `{option} {example}`")
+        return missing_value(option)
 
 
 def _arguments(name: str, words: Sequence[str]) -> Namespace:
@@ -179,12 +178,6 @@ def _overview() -> str:
     return "\n".join([*lines, "  meshwright help COMMAND", ""])
 
 
-_EXAMPLES = {
-    "--mode": "infer",
-    "--device": "cpu",
-    "--name": "stage0.forward",
-    "--module": "blocks.0",
-}
 _BOTH = {
     "MODEL": "`path/to/file.py:function` or `package.module:function`: it returns (model, example)",
     "PLAN": "a plan file; model and plan may come in either order",

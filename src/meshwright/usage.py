@@ -14,7 +14,6 @@ from meshwright.dsl.errors import did_you_mean, nearest
 from meshwright.launcher.job import GRACE, Job
 from meshwright.models import CommandError, UsageError
 
-MODEL = "path/to/file.py:function"
 _WANTED = {"MODEL": "a model", "PLAN": "a plan", "NAME": "the name of a module, parameter or input"}
 
 
@@ -83,7 +82,7 @@ def _too_many(command: str, word: str, found: dict[str, str], wanted: Sequence[s
 
 
 def _usage(command: str, wanted: Sequence[str], written: dict[str, str]) -> str:
-    examples = {"MODEL": MODEL, "PLAN": "path/to/a.plan", "NAME": "blocks.0"}
+    examples = {"MODEL": "path/to/file.py:function", "PLAN": "path/to/a.plan", "NAME": "blocks.0"}
     words = ["meshwright", command, *(written.get(what, examples[what]) for what in wanted)]
     return f"write `{' '.join(words)}`"
 
@@ -145,7 +144,21 @@ RUN_OPTIONS: dict[str, Callable[[str], Any]] = {
     "--rendezvous": _address,
 }
 """The options of `run` itself, anywhere before a `--`, and their readers."""
-_EXAMPLES = {"--logs": "logs", "--grace": f"{GRACE:g}", "--rendezvous": "HOST:29500"}
+_EXAMPLES = {
+    "--mode": "infer",
+    "--device": "cpu",
+    "--name": "stage0.forward",
+    "--module": "blocks.0",
+    "--logs": "logs",
+    "--grace": f"{GRACE:g}",
+    "--rendezvous": "HOST:29500",
+}
+
+
+def missing_value(option: str) -> UsageError:
+    """The error for an option without its value."""
+    help = f"write `{option} {_EXAMPLES.get(option, '4')}`"
+    return UsageError(f"`{option}` is missing its value", help=help)
 
 
 def job(words: Sequence[str]) -> Job:
@@ -208,9 +221,7 @@ def _split(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def _check_option(name: str, text: str, options: dict[str, str]) -> None:
     if not text or text in RUN_OPTIONS:
-        raise UsageError(
-            f"`{name}` is missing its value", help=f"write `{name} {_EXAMPLES.get(name, '4')}`"
-        )
+        raise missing_value(name)
     if name in options:
         raise UsageError(
             f"`{name}` is given twice, as `{options[name]}` and as `{text}`",

@@ -68,7 +68,6 @@ def test_a_mistake_is_an_error_where_it_is_made() -> None:
     assert builder.rows("a", over="dp").plan() == Plan.parse("mesh dp=2\nrows a over dp")
 
 
-@pytest.mark.parametrize("target", ["a\nshare b", "a\rshare b", "a # all"])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -96,6 +95,7 @@ def test_a_value_of_another_type_is_an_error_of_the_plan(
     assert caught.value.message == message
 
 
+@pytest.mark.parametrize("target", ["a\nshare b", "a\rshare b", "a # all"])
 def test_one_call_cannot_smuggle_in_a_second_statement(target: str) -> None:
     with pytest.raises(PlanError, match="more than one statement"):
         Plan.build(mesh={"dp": 2}).share(target)

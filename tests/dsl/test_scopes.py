@@ -36,8 +36,8 @@ def test_what_a_fragment_derives_from_a_name_follows_the_let_of_the_plan() -> No
 
 
 def test_an_outer_module_wins_over_an_inner_one() -> None:
-    plan = Plan.parse("mesh tp=2, dp=2").merged("blocks.0.mlp", "rows down over tp")
-    plan = plan.merged("blocks.0", "rows mlp.down over dp")
+    plan = Plan.parse("mesh tp=2, dp=2").merged(["blocks.0.mlp"], "rows down over tp")
+    plan = plan.merged(["blocks.0"], "rows mlp.down over dp")
     assert plan.resolve(Rows, NAMES)["blocks.0.mlp.down"].over == ("dp",)
 
 
@@ -48,7 +48,7 @@ def test_the_module_itself_and_a_dashed_path_can_be_named() -> None:
 
 def test_a_statement_about_the_whole_run_has_no_place_in_a_fragment() -> None:
     with pytest.raises(PlanError, match="P114"):
-        Plan.parse("mesh tp=2").merged("a", "precision bf16", "MLP.__plan__")
+        Plan.parse("mesh tp=2").merged(["a"], "precision bf16", "MLP.__plan__")
 
 
 def test_a_merged_plan_prints_and_reads_back() -> None:
