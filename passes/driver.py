@@ -14,7 +14,7 @@ from meshwright.compiler.capture import capture as capturing
 from meshwright.compiler.capture.arguments import check_arguments, target_device
 from meshwright.compiler.capture.capture import Captured
 from meshwright.compiler.capture.outputs import Mode
-from meshwright.compiler.capture.patches import ALONE
+from meshwright.compiler.capture.tracing.patches import ALONE
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import Graph, Node, TensorType
 from meshwright.compiler.layout.layout import Layout, replicated

@@ -18,20 +18,20 @@ from torch.fx.experimental import proxy_tensor
 
 from meshwright.compiler.capture.aliases import named_tensors
 from meshwright.compiler.capture.convert import Converter
+from meshwright.compiler.capture.exported.mutation import detach_out_of_place, functionalised
+from meshwright.compiler.capture.exported.regions import inline_regions
+from meshwright.compiler.capture.exported.stops import stop_gradients
 from meshwright.compiler.capture.fakes import Fakes
 from meshwright.compiler.capture.foreign import only_capture_errors, quiet
-from meshwright.compiler.capture.functions import check_backwards
-from meshwright.compiler.capture.generators import refuse_generators
 from meshwright.compiler.capture.inputs import InputSpec, input_spec, split_example
-from meshwright.compiler.capture.modes import translated_modes
-from meshwright.compiler.capture.mutation import detach_out_of_place, functionalised
 from meshwright.compiler.capture.outputs import Loss, Mode, OutputKey, Wrapper
-from meshwright.compiler.capture.patches import ALONE
-from meshwright.compiler.capture.regions import inline_regions
 from meshwright.compiler.capture.state import modules_in_training, put_back
-from meshwright.compiler.capture.stops import stop_gradients
-from meshwright.compiler.capture.values import OnlyOnce, values_in_python
-from meshwright.compiler.capture.watch import watching
+from meshwright.compiler.capture.tracing.functions import check_backwards
+from meshwright.compiler.capture.tracing.generators import refuse_generators
+from meshwright.compiler.capture.tracing.modes import translated_modes
+from meshwright.compiler.capture.tracing.patches import ALONE
+from meshwright.compiler.capture.tracing.values import OnlyOnce, values_in_python
+from meshwright.compiler.capture.tracing.watch import watching
 from meshwright.compiler.graph.annotate import capturing
 from meshwright.compiler.graph.ir import Graph
 from meshwright.dsl.errors import plural

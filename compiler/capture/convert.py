@@ -21,7 +21,7 @@ from meshwright.compiler.capture.inputs import InputSpec
 from meshwright.compiler.capture.origin import origin_of
 from meshwright.compiler.capture.outputs import Mode, OutputKey
 from meshwright.compiler.capture.simplify import simplify
-from meshwright.compiler.capture.values import picked_by_a_mask
+from meshwright.compiler.capture.tracing.values import picked_by_a_mask
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import (
     GETITEM,

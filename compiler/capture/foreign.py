@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 
 from meshwright.compiler.capture.origin import line_of, raised_by_statement, raised_by_user
-from meshwright.compiler.capture.patches import OfThread
+from meshwright.compiler.capture.tracing.patches import OfThread
 from meshwright.compiler.errors import CaptureError
 from meshwright.dsl.errors import MeshwrightError, one_line
 

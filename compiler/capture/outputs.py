@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from meshwright.compiler.capture.generators import draws_noticed
 from meshwright.compiler.capture.inputs import spell
 from meshwright.compiler.capture.state import StateBefore
+from meshwright.compiler.capture.tracing.generators import draws_noticed
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import OutputKind, TensorType
 from meshwright.dsl.errors import one_line

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.capture.patches import replaced
 from meshwright.compiler.capture.snapshot import Snapshot
+from meshwright.compiler.capture.tracing.patches import replaced
 from meshwright.compiler.errors import CaptureError
 
 

@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from meshwright.compiler.capture.checks import check_at
 from meshwright.compiler.capture.inputs import spell
-from meshwright.compiler.capture.literals import Literals
 from meshwright.compiler.capture.origin import current_line, is_user
-from meshwright.compiler.capture.patches import replaced
+from meshwright.compiler.capture.tracing.checks import check_at
+from meshwright.compiler.capture.tracing.literals import Literals
+from meshwright.compiler.capture.tracing.patches import replaced
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import TensorType
 

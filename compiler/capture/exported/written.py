@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from meshwright.compiler.capture.history import History
+from meshwright.compiler.capture.exported.history import History
+from meshwright.compiler.capture.exported.writes import writes, written_operands
 from meshwright.compiler.capture.origin import origin_of
-from meshwright.compiler.capture.writes import writes, written_operands
 from meshwright.compiler.errors import CaptureError
 
 _DETACH = torch.ops.aten.detach.default

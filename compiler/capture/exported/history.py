@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 
-from meshwright.compiler.capture.writes import writes, written_operands
+from meshwright.compiler.capture.exported.writes import writes, written_operands
 
 Memory = frozenset[int]
 

@@ -19,9 +19,9 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from meshwright.compiler.capture import generators
 from meshwright.compiler.capture.origin import current_line, is_user
-from meshwright.compiler.capture.patches import replaced
+from meshwright.compiler.capture.tracing import generators
+from meshwright.compiler.capture.tracing.patches import replaced
 from meshwright.compiler.errors import CaptureError
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from meshwright.compiler.capture.history import History
-from meshwright.compiler.capture.writes import writes
-from meshwright.compiler.capture.written import Written, is_floating
+from meshwright.compiler.capture.exported.history import History
+from meshwright.compiler.capture.exported.writes import writes
+from meshwright.compiler.capture.exported.written import Written, is_floating
 
 _DETACH = torch.ops.aten.detach.default
 

@@ -149,7 +149,7 @@ class Applies(nn.Module):
 def test_a_backward_that_leaves_torch_is_refused_with_the_vjp_to_write() -> None:
     with pytest.raises(CaptureError, match="the backward of `Numpy`") as caught:
         capture(Applies(Numpy, 2.0, torch.ones(4)), (torch.randn(2, 4),))
-    assert caught.value.culprit.startswith("test_custom_traced.py:")
+    assert caught.value.culprit.startswith("test_functions.py:")
     assert "`inputs` is `(x, step, y)`" in caught.value.help
     assert "`(grad_x, grad_step, grad_y)` is returned" in caught.value.help
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from meshwright.compiler.capture.writes import writes
+from meshwright.compiler.capture.exported.writes import writes
 from meshwright.compiler.graph.types import portable_operators
 
 _aten = torch.ops.aten

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import meshwright as mw
-from meshwright.compiler.capture.patches import replaced
+from meshwright.compiler.capture.tracing.patches import replaced
 
 
 class Doubled(torch.autograd.Function):

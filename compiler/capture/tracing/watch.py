@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributions.dirichlet import _Dirichlet
 from torch.utils.checkpoint import CheckpointFunction
 
-from meshwright.compiler.capture.functions import traced
 from meshwright.compiler.capture.origin import current_line
-from meshwright.compiler.capture.patches import replaced
+from meshwright.compiler.capture.tracing.functions import traced
+from meshwright.compiler.capture.tracing.patches import replaced
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph import custom
 

@@ -1,0 +1,1 @@
+"""What is watched, replaced and refused while `torch.export` runs a forward."""
