@@ -21,7 +21,6 @@ from functools import partial
 from meshwright.compiler.graph.aliasing import IDENTITIES, is_view
 from meshwright.compiler.graph.ir import INPUT, Builder, Node, Phase, rewrite
 from meshwright.compiler.graph.transfers import collective_kind, is_collective
-from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.statements import Spread
 from meshwright.passes.statements.draft import Draft, input_key
 from meshwright.passes.statements.pins import pin_lines
@@ -125,10 +124,7 @@ def _keeps(node: Node) -> bool:
 
 
 def _axes_used(node: Node) -> Iterable[str]:
-    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
-    return dict.fromkeys(
-        axis for layout in layouts if isinstance(layout, Layout) for axis in layout.axes_used
-    )
+    return dict.fromkeys(axis for layout in node.layouts for axis in layout.axes_used)
 
 
 def _joined(lines: Iterable[str]) -> str:

@@ -16,11 +16,11 @@ Elsewhere: DDP's buckets, found there by hooks at run time.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 
+from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import (
     Builder,
     Graph,
@@ -87,7 +87,7 @@ def _collect(graph: Graph, limit: int) -> list[_Bucket]:
             found = open_buckets[key] = _Bucket(axes, after.tensor.dtype)
             buckets.append(found)
         found.gradients.append((gradient, before))
-        found.num_bytes += local_numel(before, graph) * after.tensor.dtype.itemsize
+        found.num_bytes += node_bytes(before, graph)
     return buckets
 
 
@@ -96,11 +96,6 @@ def _pending(gradient: Node, graph: Graph) -> Node:
     reduced = gradient.op == MeshOp("all_reduce") and not combines(gradient, graph.mesh)
     operand: Node = gradient.args[0] if reduced else gradient
     return operand if operand.op != BUCKET else gradient
-
-
-def local_numel(node: Node, graph: Graph) -> int:
-    """How many elements one rank holds of a node."""
-    return math.prod(node.placed.local_shape(graph.mesh))
 
 
 def _emit(builder: Builder, found: _Bucket, mapping: dict[Node, Node]) -> dict[Output, Node]:

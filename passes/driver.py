@@ -20,7 +20,7 @@ from meshwright.compiler.graph.ir import Graph, Node, TensorType
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check_all
-from meshwright.compiler.program import Padding, Stored
+from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.compiler.stages import same_on_every_rank
 from meshwright.dsl.plan import Plan
@@ -45,7 +45,7 @@ from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
 from meshwright.passes.statements.fragments import with_fragments
-from meshwright.passes.statements.pad import pad
+from meshwright.passes.statements.pad import pad, padding_of
 from meshwright.passes.statements.pad_sequences import pad_sequences
 from meshwright.passes.statements.pins import pin_lines
 from meshwright.passes.statements.rows import rows
@@ -144,7 +144,7 @@ def capture(
     device: str | torch.device | None = None,
 ) -> CapturedModel:
     """Capture `model` for inputs like `example`, to be compiled under as many plans as you like."""
-    target = target_device(device, default_device())
+    target = target_device(device, "cuda" if torch.cuda.is_available() else "cpu")
     options = {"loss": loss, "outputs": tuple(outputs), "static": tuple(static), "device": target}
     captured = capturing.capture(model, example, mode=mode, **options)
     graph = captured.graph
@@ -241,18 +241,7 @@ def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dic
             layout,
             used.canonical(draft.mesh) if name in draft.stored else layout,
             tensor.requires_grad,
-            _padding(shape, layout.shape),
+            padding_of(shape, layout.shape),
             ", ".join(filter(None, map(pin_lines, pins))),
         )
     return found
-
-
-def _padding(shape: tuple[int, ...], stored: tuple[int, ...]) -> Padding | None:
-    """What storage adds to a tensor's one dim, if anything."""
-    sizes = enumerate(zip(shape, stored, strict=True))
-    return next((Padding(dim, own, held) for dim, (own, held) in sizes if own != held), None)
-
-
-def default_device() -> str:
-    """Where `launch` would run here."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -50,8 +50,6 @@ _FREE = {SLICE.name, VARY.name}
 
 def hoist(draft: Draft) -> Draft:
     """`draft` with the slices of its graph as early as that sends no more bytes."""
-    if all(node.op != SLICE for node in draft.graph.nodes):
-        return draft
     return _Hoister(draft).run()
 
 
@@ -90,7 +88,7 @@ class _Hoister:
         else:
             place = 0 if given is node else given.args[1]
             first = (layout,) if place == 0 else ()
-            placement = narrowed(_call(node, self.mesh, first), layout, place)
+            placement = _narrowed(_call(node, self.mesh, first), layout, place)
         if placement is not None:
             self.placements[node], self.wanted[node] = placement, layout
 
@@ -228,7 +226,7 @@ def _call(node: Node, mesh: Mesh, wanted: tuple[Layout, ...]) -> Call:
 
 
 @lru_cache(maxsize=4096)
-def narrowed(call: Call, wanted: Layout, place: int = 0) -> Placement | None:
+def _narrowed(call: Call, wanted: Layout, place: int) -> Placement | None:
     """The cheapest placement that gives `wanted`, as the result at `place`, on slices of the
     operands, if there is any."""
     best: tuple[float, Placement] | None = None

@@ -24,8 +24,8 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import INPUT, Builder, Graph, Node, Phase, rewrite
 from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.graph.transfers import collective_kind, combines
-from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.passes.statements.pins import module_text
 
 
 def part_axes(graph: Graph) -> Graph:
@@ -65,6 +65,11 @@ class _Looper:
         self.graph, self.mesh = graph, graph.mesh
         self.counted = self._needed_whole()
         """What the loop needs of reductions over the axis, up to these reductions."""
+        self.counting: set[Node] = set()
+        """What these reductions take, computed in a loop of its own before."""
+        for node in graph.nodes:
+            if node in self.counted and combines(node, self.mesh):
+                self._count(node)
         self.phases: dict[Node, Phase] = {}
         for node in graph.nodes:
             self.phases[node] = self._phase(node)
@@ -104,10 +109,6 @@ class _Looper:
         for node in self.graph.nodes:
             if in_loop(node, self.mesh):
                 wanted.update(self._behind(node, reduced))
-        self.counting: set[Node] = set()
-        for node in self.graph.nodes:
-            if node in wanted and combines(node, self.mesh):
-                self._count(node)
         return wanted
 
     def _behind(self, node: Node, reduced: set[Node]) -> set[Node]:
@@ -138,19 +139,16 @@ class _Looper:
 
 def in_loop(node: Node, mesh: Mesh) -> bool:
     """Whether the values of a node differ between coordinates of a sequential axis."""
-    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
     return any(
         axis in mesh.sequential
-        for layout in layouts
-        if isinstance(layout, Layout)
+        for layout in node.layouts
         for axis in (*layout.split_axes, *layout.partial_axes)
     )
 
 
 def _not_in_a_loop(node: Node, axis: str, what: str) -> LayoutError:
-    where = f"`{node.origin.module}`" if node.origin.module else "the model"
     return LayoutError(
-        f"`{op_text(node.op)}` in {where} {what} the loop over `{axis}`",
+        f"`{op_text(node.op)}` in {module_text(node.origin.module)} {what} the loop over `{axis}`",
         code="not-in-a-loop",
         culprit=f"{node.name} {node.origin.source}".strip(),
         help=f"run the whole batch at once, without `{axis}`",

@@ -18,6 +18,7 @@ Elsewhere: Shardy's propagation and insert-explicit-reshards in one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -130,27 +131,31 @@ class _Partitioner:
             or self._call(node, node.op, node.args)
         )
 
-    def _call(
-        self, node: Node, op: Op, args: tuple[Arg, ...], type: TensorType | None = None
-    ) -> Node:
-        args = map_nodes(args, lambda n: self.mapping.get(n, n))
-        kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
-        operands = [self.mapping[n] for n in node.operands()]
+    def _call(self, node: Node, op: Op, args: tuple[Arg, ...]) -> Node:
+        args, kwargs, proposals = self._arguments(node, args)
         new = self.emitter.call(
             op,
             args,
             kwargs,
             origin=node.origin,
-            type=type or node.type,
-            proposals=self.sequences.proposals(operands),
+            type=node.type,
+            proposals=proposals,
             requires_grad=node.requires_grad,
             # What is returned is whole: cutting its padding off gathers it no more than that does.
             free=op == aten.slice.Tensor and not self.users[node],
             name=node.name,
         )
-        if op in _VIEWS and operands[0] in self.emitter.explicit:
+        if op in _VIEWS and args[0] in self.emitter.explicit:
             self.emitter.explicit.add(new)
         return new
+
+    def _arguments(
+        self, node: Node, args: tuple[Arg, ...]
+    ) -> tuple[tuple[Arg, ...], dict[str, Arg], Mapping[Node, Layout]]:
+        """The arguments of a call on new nodes, and what `Sequences.proposals` says of them."""
+        args = map_nodes(args, lambda n: self.mapping.get(n, n))
+        kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
+        return args, kwargs, self.sequences.proposals(nodes_in((args, *kwargs.values())))
 
     def _biased(self, node: Node) -> Node | None:
         """A linear map whose sum over input features stays pending gets its bias after the sum."""
@@ -215,10 +220,8 @@ class _Partitioner:
 
     def _moved(self, node: Node, args: tuple[Arg, ...]) -> float:
         """The bytes that placing `node` on these arguments moves."""
-        placed = map_nodes(args, lambda n: self.mapping.get(n, n))
-        kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
-        proposals = self.sequences.proposals(nodes_in(placed))
-        return self.emitter.moved_bytes(node.op, placed, kwargs, node.type, proposals)
+        args, kwargs, proposals = self._arguments(node, args)
+        return self.emitter.moved_bytes(node.op, args, kwargs, node.type, proposals)
 
     def _in_pieces(self, node: Node) -> Node | None:
         """An operator that would gather is placed as the operators that it is made of."""
@@ -335,7 +338,7 @@ def _bias_apart(node: Node) -> tuple[Op, tuple[Arg, ...], Node, int] | None:
     if node.op == aten.addmm.default and not node.kwargs:
         bias, x, weight = node.args
         return aten.mm.default, (x, weight), bias, 0
-    contracted = 1 if node.op == aten.linear.default else contracted_dim(node)
+    contracted = contracted_dim(node)
     if contracted is None or len(node.args) < 3:
         return None
     x, weight, bias, *rest = node.args

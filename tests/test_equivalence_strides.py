@@ -90,8 +90,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_strides_do_not_change_the_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "65536")
+def test_strides_do_not_change_the_numbers(name: str) -> None:
     torch.manual_seed(0)
     model, batch, plan = CASES[name]
     check_equal(model(), batch, plan, steps=2)

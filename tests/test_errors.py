@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright as mw
+from meshwright.passes.contracts import allow
 
 Golden = Callable[[str, str], None]
 D, HEADS, VOCAB, LENGTH, BATCH = 32, 4, 48, 12, 8
@@ -163,7 +164,8 @@ PLANS: Mapping[str, tuple[str, str | None]] = {
 def test_a_wrong_plan_is_told_and_the_help_works(
     golden: Golden, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0" if case == "implicit-gather" else "65536")
+    if case == "implicit-gather":
+        monkeypatch.setattr(allow, "LIMIT", 0)
     plan, mended = PLANS[case]
     with pytest.raises(mw.MeshwrightError) as caught:
         check(GPT, plan)

@@ -181,6 +181,12 @@ class Node:
         assert self.layout is not None and not isinstance(self.layout, tuple), self.name
         return self.layout
 
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """The layouts of the results, without those that are not tensors."""
+        layouts = self.layout if isinstance(self.layout, tuple) else (self.layout,)
+        return tuple(layout for layout in layouts if layout is not None)
+
     def operands(self) -> Iterator[Node]:
         """Every node among the arguments, in order, repeats included."""
         yield from nodes_in(self.args)

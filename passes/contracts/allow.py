@@ -6,7 +6,6 @@ or small together.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from meshwright.compiler.errors import LayoutError
@@ -20,6 +19,7 @@ from meshwright.compiler.placing.rules.views import RESHAPES
 from meshwright.dsl.statements import Allow
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.statements.draft import Draft
+from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.targets import modules_of
 
 LIMIT = 64 << 10
@@ -30,17 +30,21 @@ _MOST_SELECTORS = 4
 def check_replication(draft: Draft) -> Draft:
     """`draft`; raises `LayoutError` that names the largest implicit gather where they move too much
     together."""
-    allowed = draft.plan.resolve(Allow, ["", *modules_of(draft)]) if draft.plan.of(Allow) else {}
-    implicit = [m for m in draft.movements if m.implicit and not _is_allowed(m, set(allowed))]
+    allowed = set(draft.plan.resolve(Allow, ["", *modules_of(draft)]))
+    implicit = [
+        movement
+        for movement in draft.movements
+        if movement.implicit
+        and allowed.isdisjoint(path for path, _ in movement.node.origin.modules)
+    ]
     total = sum(m.sent_bytes(draft.mesh) for m in implicit)
-    limit = int(os.environ.get("MESHWRIGHT_IMPLICIT_BYTES", LIMIT))
-    if total <= limit:
+    if total <= LIMIT:
         return draft
     worst = max(implicit, key=lambda m: m.sent_bytes(draft.mesh))
     what = "gathering" if worst.collective.row.moves else "splitting"
     where = worst.node.origin
     raise LayoutError(
-        f"`{op_text(worst.user)}` in {_shown(where.module)} {_why(worst)}: {what} "
+        f"`{op_text(worst.user)}` in {module_text(where.module)} {_why(worst)}: {what} "
         f"`{worst.value.name}` from `{worst.collective.source}` to `{worst.collective.target}` "
         "was not asked for",
         code="implicit-gather",
@@ -93,10 +97,6 @@ def _many(count: int) -> str:
     return "it moves" if count == 1 else f"{count} such gathers move"
 
 
-def _shown(module: str) -> str:
-    return f"`{module}`" if module else "the model"
-
-
 def _why(movement: Movement) -> str:
     """What makes an operator ask for the movement."""
     if not has_rule(movement.user):
@@ -104,7 +104,3 @@ def _why(movement: Movement) -> str:
     if not movement.collective.row.moves:
         return "takes part of a whole value, whose gradient is then gathered"
     return "needs whole what is split"
-
-
-def _is_allowed(movement: Movement, allowed: set[str]) -> bool:
-    return bool(allowed & {path for path, _ in movement.node.origin.modules})

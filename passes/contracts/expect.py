@@ -29,20 +29,20 @@ def check_contracts(program: Program) -> None:
         return
     for statement in program.plan.of(Expect):
         for module in _modules(program, statement) or [""]:
-            found = measure(program, statement, module)
+            found = _measure(program, statement, module)
             if not _COMPARE[statement.comparison](found, statement.bound):
                 where = f" in `{module}`" if module else ""
                 raise program.plan.error(
                     "P502",
-                    f"the program has {_spell(statement)} of {found:g}{where}, "
-                    f"not {statement.comparison} {statement.bound:g}",
+                    f"the program has {_spell(statement)} of {found}{where}, "
+                    f"not {statement.comparison} {statement.bound}",
                     statement,
                     subject=_evidence(program.comm(), statement, module),
                     help="change the plan, or the bound if it was wrong",
                 )
 
 
-def measure(program: Program, statement: Expect, module: str) -> float:
+def _measure(program: Program, statement: Expect, module: str) -> int:
     """The number that a contract is about, for one module ("" is the whole model)."""
     if statement.metric == "peak_memory":
         return program.memory().peak

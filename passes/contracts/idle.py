@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from meshwright.compiler.graph.ir import Graph, Node
-from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.public import Program
 from meshwright.dsl.statements import Allow, Data, MeshStatement
@@ -18,7 +17,7 @@ from meshwright.dsl.statements import Allow, Data, MeshStatement
 
 def check_axes(program: Program) -> None:
     """Raises `PlanError` at the first axis without use, with a line that gives it one."""
-    idle = idle_axes(program.mesh, program.graphs().values())
+    idle = _idle_axes(program.mesh, program.graphs().values())
     allowed = (target for each in program.plan.of(Allow) for target in each.targets)
     if not idle or any(target.matches("") for target in allowed):
         return
@@ -33,21 +32,16 @@ def check_axes(program: Program) -> None:
     )
 
 
-def idle_axes(mesh: Mesh, graphs: Iterable[Graph]) -> list[str]:
+def _idle_axes(mesh: Mesh, graphs: Iterable[Graph]) -> list[str]:
     """The axes of more than one rank over which every value is replicated."""
     idle = [axis for axis in mesh.names if mesh.size(axis) > 1]
     for graph in graphs:
         for node in graph.nodes:
             if not idle:
                 return []
-            for layout in _layouts(node):
+            for layout in node.layouts:
                 idle = [axis for axis in idle if axis not in layout.axes_used]
     return idle
-
-
-def _layouts(node: Node) -> list[Layout]:
-    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
-    return [layout for layout in layouts if layout is not None]
 
 
 def _use(program: Program, axis: str) -> str:

@@ -39,12 +39,16 @@ _ONES = {aten.ones.default, aten.ones_like.default, aten.new_ones.default}
 _FULL = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2}
 
 
-def sort_option(node: Node, name: str, default: Arg) -> Arg:
-    """An argument of a sort, given in place or by name."""
+def option(node: Node, name: str) -> Arg:
+    """An argument of a call, given by position or by name, or its default; None where the operator
+    has none of that name."""
     assert not isinstance(node.op, MeshOp)
-    names = [argument.name for argument in node.op._schema.arguments if not argument.kwarg_only]
-    place = names.index(name) if name in names else len(node.args)
-    return node.args[place] if place < len(node.args) else node.kwargs.get(name, default)
+    for place, argument in enumerate(node.op._schema.arguments):
+        if argument.name == name and place < len(node.args):
+            return node.args[place]
+        if argument.name == name:
+            return node.kwargs.get(name, argument.default_value)
+    return None
 
 
 def source(node: Node) -> Node | None:
@@ -80,17 +84,11 @@ def _before(node: Node) -> Node | None:
 
 
 def _is_permuted(node: Node) -> bool:
-    """Whether a lookup takes every element of a vector once."""
+    """Whether a lookup takes every element of a vector once, in the order of a sort."""
     x, (index, *_) = node.args
     whole = len(x.tensor.shape) == 1 and index.tensor.shape == x.tensor.shape
-    return whole and is_permutation(index)
-
-
-def is_permutation(index: Node) -> bool:
-    """Whether a vector is the order of a sort."""
     sort = index.args[0] if index.op == GETITEM and index.args[1] == 1 else index
-    ordered = sort.op in ARGSORTS or (sort.op in SORTS and index.op == GETITEM)
-    return ordered and len(sort.args[0].tensor.shape) == 1
+    return whole and sort.op in (*SORTS, *ARGSORTS) and len(sort.args[0].tensor.shape) == 1
 
 
 def _is_integer(node: Node) -> bool:
@@ -136,10 +134,10 @@ def _counts(node: Node) -> _Counts | None:
 
 def _histogram(node: Node, count: int) -> _Counts | None:
     """One bin an integer: bounds 0 and the largest, or one more, which is then in the last bin."""
-    x, bins, low, high = (*node.args, 0, 0)[:4]
+    bins, low, high = (option(node, name) for name in ("bins", "min", "max"))
     if (bins, low) != (count, 0) or high not in (count - 1, count):
         return None
-    return _Counts(x, ignores_others=high == count - 1)
+    return _Counts(node.args[0], ignores_others=high == count - 1)
 
 
 def _summed(node: Node, count: int) -> _Counts | None:
@@ -202,7 +200,8 @@ def interval(node: Arg) -> tuple[float, float]:
         return interval(node.args[0])
     if node.op in _BOUNDS:
         return _BOUNDS[node.op](node)
-    return (0, _num_places(node) - 1) if _num_places(node) < math.inf else (-math.inf, math.inf)
+    size = _num_places(node)
+    return (-math.inf, math.inf) if size is None else (0, size - 1)
 
 
 def _union(*values: Arg) -> tuple[float, float]:
@@ -211,14 +210,13 @@ def _union(*values: Arg) -> tuple[float, float]:
 
 
 def _clamped(node: Node) -> tuple[float, float]:
-    x, low, high = (*node.args, None, None)[:3]
-    low, high = node.kwargs.get("min", low), node.kwargs.get("max", high)
-    found = list(interval(x))
+    low, high = option(node, "min"), option(node, "max")
+    least, largest = interval(node.args[0])
     if isinstance(low, int):
-        found = [max(bound, low) for bound in found]
+        least, largest = max(least, low), max(largest, low)
     if isinstance(high, int):
-        found = [min(bound, high) for bound in found]
-    return found[0], found[1]
+        least, largest = min(least, high), min(largest, high)
+    return least, largest
 
 
 def _remainder(node: Node) -> tuple[float, float]:
@@ -244,27 +242,17 @@ _BOUNDS: dict[Op, Callable[[Node], tuple[float, float]]] = {
 """What the elements of results are between."""
 
 
-def _num_places(node: Node) -> float:
-    """The size of the dim that the elements of an integer tensor are places in."""
+def _num_places(node: Node) -> int | None:
+    """The size of the dim that the elements of an integer tensor are places in, if they are."""
     finder: Node = node.args[0] if node.op == GETITEM and node.args[1] == 1 else node
-    dim: int | None = None
-    if finder.op in _FINDING:
-        place, dim = _FINDING[finder.op]
-        given = finder.args[place] if place < len(finder.args) else finder.kwargs.get("dim")
-        dim = dim if given is None else given
-    elif (finder.op in SORTS and finder is not node) or finder.op in ARGSORTS:
-        dim = sort_option(finder, "dim", -1)
-    else:
-        return math.inf
-    shape = finder.args[0].tensor.shape
-    return float(math.prod(shape) if dim is None else shape[dim_index(dim, len(shape))])
+    if finder.op not in _FINDING:
+        return None
+    dim, shape = option(finder, "dim"), finder.args[0].tensor.shape
+    return math.prod(shape) if dim is None else shape[dim_index(dim, len(shape))]
 
 
-_FINDING: dict[Op, tuple[int, int | None]] = {
-    aten.topk.default: (2, -1),
-    aten.max.dim: (1, -1),
-    aten.min.dim: (1, -1),
-    aten.argmax.default: (1, None),
-    aten.argmin.default: (1, None),
-}
-"""Operators that give places in a dim: where they take the dim, and what it is by default."""
+_FINDING: set[Op] = {
+    aten.topk.default, aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default,
+    *SORTS, *ARGSORTS,
+}  # fmt: skip
+"""Operators that give places in a dim."""

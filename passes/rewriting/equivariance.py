@@ -9,12 +9,12 @@ import torch
 
 from meshwright.compiler.composites.grouped import GroupedMMWeight
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.graph.ir import Node, Op, TensorType
+from meshwright.compiler.graph.ir import MeshOp, Node, Op, TensorType
 from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.calls import make_call
 from meshwright.compiler.placing.rules.lookup import rule_for
-from meshwright.compiler.placing.rules.notation import Operand, Spec
+from meshwright.compiler.placing.rules.notation import Call, Operand, Spec
 
 aten = torch.ops.aten
 
@@ -43,31 +43,34 @@ def carried(node: Node, dims: Mapping[int, int], mesh: Mesh) -> tuple[int | None
     if node.op in _RESHAPES:
         place = _reshaped(next(node.operands()).tensor.shape, dims[0], node.tensor.shape)
         return None if place is None else (place,)
-    spec = _spec(node, mesh)
-    letter = None if spec is None else _letter(spec, dims)
-    if spec is None or letter is None:
+    found = spec_of(node, mesh)
+    letter = _letter(found[1], dims) if found else None
+    if found is None or letter is None:
         return None
-    found: list[int | None] = []
-    for term in spec.results:
+    results: list[int | None] = []
+    for term in found[1].results:
         places = [i for i, name in enumerate(term or ()) if name == letter]
         if len(places) > 1 or (not places and node.op not in _IN_ANY_ORDER):
             return None
-        found.append(places[0] if places else None)
-    return tuple(found)
+        results.append(places[0] if places else None)
+    return tuple(results)
 
 
-def _spec(node: Node, mesh: Mesh) -> Spec | None:
-    """The letters of a call."""
+def spec_of(node: Node, mesh: Mesh) -> tuple[Call, Spec] | None:
+    """A call of an operator that draws no random numbers of its own, and its letters, if any."""
+    if not isinstance(node.op, MeshOp) and torch.Tag.nondeterministic_seeded in node.op.tags:
+        return None
 
     def operand(value: Node) -> Operand:
-        return Operand(value.tensor, replicated(value.tensor.shape))
+        differentiable = value.requires_grad and node.requires_grad
+        return Operand(value.tensor, replicated(value.tensor.shape), differentiable=differentiable)
 
     try:
         call = make_call(node.op, node.args, node.kwargs, node.type, mesh, operand)
         found = rule_for(node.op)(call)
     except LayoutError:
         return None
-    return found if isinstance(found, Spec) else None
+    return (call, found) if isinstance(found, Spec) else None
 
 
 def _letter(spec: Spec, dims: Mapping[int, int]) -> str | None:

@@ -23,7 +23,7 @@ import torch
 
 from meshwright.compiler.graph.ir import GETITEM, Graph, Node
 from meshwright.compiler.placing.rules.factories import makes_zeros
-from meshwright.passes.rewriting.recognise import constant
+from meshwright.passes.rewriting.recognise import constant, counts_along
 from meshwright.passes.rewriting.rewriter import Rewriter, rewrite_operators
 
 aten = torch.ops.aten
@@ -85,25 +85,13 @@ def _counted(x: Node, indices: Sequence[Node | None]) -> _Counted | None:
     sizes = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
     axes: dict[int, int] = {}
     for dim, index in given.items():
-        axis = _counts_along(index, x.tensor.shape[dim], len(sizes))
+        axis = counts_along(index, x.tensor.shape[dim], len(sizes))
         if axis is not None and axis not in axes.values():
             axes[dim] = axis
     looked = [dim for dim in given if dim not in axes]
     if len(looked) != 1 or not axes:
         return None
     return _Counted(looked[0], given[looked[0]], axes, tuple(sizes))
-
-
-def _counts_along(index: Node, size: int, rank: int) -> int | None:
-    """The axis of the broadcast indices along which one is 0, 1, 2 ... up to a dim's size."""
-    shape = index.tensor.shape
-    along = [axis for axis, length in enumerate(shape) if length != 1]
-    if len(along) != 1 or shape[along[0]] != size:
-        return None
-    values = constant(index)
-    if values is None or not torch.equal(values.reshape(-1), torch.arange(size)):
-        return None
-    return along[0] + rank - len(shape)
 
 
 def _index(rewriter: Rewriter) -> Node | None:

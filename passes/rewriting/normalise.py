@@ -28,11 +28,7 @@ from meshwright.compiler.composites.embedding import Embedding
 from meshwright.compiler.composites.grouped import GroupedMM, GroupedMMWeight
 from meshwright.compiler.composites.norm import Norm
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.graph.ir import (
-    GETITEM,
-    Graph,
-    Node,
-)
+from meshwright.compiler.graph.ir import GETITEM, Graph, Node
 from meshwright.passes.rewriting.random_numbers import refuse_random
 from meshwright.passes.rewriting.recognise import grid_axes
 from meshwright.passes.rewriting.rewriter import (
@@ -53,8 +49,8 @@ def normalise(graph: Graph) -> Graph:
 
 @rewrites(aten.alias.default, aten.contiguous.default, aten.lift_fresh_copy.default)
 def _identity(rewriter: Rewriter) -> Node:
-    found: Node = rewriter.args[0]
-    return found
+    x: Node = rewriter.args[0]
+    return x
 
 
 @rewrites(GETITEM)
@@ -198,10 +194,9 @@ def _reordered(rewriter: Rewriter, x: Node, apart: tuple[int, ...], order: tuple
 def _channel_shuffle(rewriter: Rewriter) -> Node:
     """The channels of groups in turn."""
     x, groups = rewriter.args
-    shape = x.tensor.shape
-    x = rewriter.call(aten.view.default, x, (shape[0], groups, shape[1] // groups, *shape[2:]))
-    x = rewriter.call(aten.transpose.int, x, 1, 2)
-    return rewriter.call(aten.view.default, x, shape)
+    batch, channels, *rest = x.tensor.shape
+    apart = (batch, groups, channels // groups, *rest)
+    return _reordered(rewriter, x, apart, (0, 2, 1, *range(3, len(apart))))
 
 
 @rewrites(aten.embedding.default)
@@ -341,33 +336,18 @@ def _soft_cross_entropy(
     rows = rewriter.call(
         aten.sum.dim_IntList, rewriter.call(aten.mul.Tensor, logs, target), (last,)
     )
-    rows = rewriter.call(aten.neg.default, rows)
-    if reduction == 0:
-        return rows
-    total = rewriter.call(aten.sum.default, rows)
-    count = math.prod(logits.tensor.shape[:-1])
-    return total if reduction == 2 else rewriter.call(aten.div.Tensor, total, count)
+    return _reduced(rewriter, rewriter.call(aten.neg.default, rows), reduction)
 
 
-@rewrites(aten.mean.default)
+@rewrites(aten.mean.default, aten.mean.dim)
 def _mean(rewriter: Rewriter) -> Node:
-    x = rewriter.args[0]
-    return _mean_of(rewriter, x, tuple(range(len(x.tensor.shape))), False)
-
-
-@rewrites(aten.mean.dim)
-def _mean_dim(rewriter: Rewriter) -> Node:
-    x, dims = rewriter.args[:2]
-    ndim = len(x.tensor.shape)
-    chosen = tuple(range(ndim)) if not dims else tuple(sorted(d % ndim for d in dims))
-    return _mean_of(rewriter, x, chosen, rewriter.option(2, "keepdim", False))
-
-
-def _mean_of(rewriter: Rewriter, x: Node, dims: tuple[int, ...], keepdim: bool) -> Node:
-    x = to_dtype(rewriter, x, rewriter.node.tensor.dtype)
-    count = math.prod(x.tensor.shape[d] for d in dims)
+    x = to_dtype(rewriter, rewriter.args[0], rewriter.node.tensor.dtype)
+    shape = x.tensor.shape
+    every = range(len(shape))
+    dims = tuple(sorted(every[dim] for dim in rewriter.option(1, "dim") or every))
+    keepdim = rewriter.option(2, "keepdim", False)
     total = rewriter.call(aten.sum.dim_IntList, x, dims, keepdim) if dims else x
-    return rewriter.call(aten.div.Tensor, total, count)
+    return rewriter.call(aten.div.Tensor, total, math.prod(shape[dim] for dim in dims))
 
 
 @rewrites(aten.mse_loss.default)
@@ -375,11 +355,15 @@ def _mse_loss(rewriter: Rewriter) -> Node:
     x, target = rewriter.args[:2]
     difference = rewriter.call(aten.sub.Tensor, x, target)
     squares = rewriter.call(aten.mul.Tensor, difference, difference)
-    reduction = rewriter.option(2, "reduction", 1)
+    return _reduced(rewriter, squares, rewriter.option(2, "reduction", 1))
+
+
+def _reduced(rewriter: Rewriter, losses: Node, reduction: int) -> Node:
+    """Losses as they are (0), their mean (1) or their sum (2)."""
     if reduction == 0:
-        return squares
-    total = rewriter.call(aten.sum.default, squares)
-    count = math.prod(squares.tensor.shape)
+        return losses
+    total = rewriter.call(aten.sum.default, losses)
+    count = math.prod(losses.tensor.shape)
     return total if reduction == 2 else rewriter.call(aten.div.Tensor, total, count)
 
 

@@ -244,10 +244,10 @@ def _below(rewriter: Rewriter, like: Node, p: Arg) -> Node:
 
 @rewrites(aten.dropout.default)
 def _dropout(rewriter: Rewriter) -> Node:
-    x, p = rewriter.args[:2]
-    if not rewriter.option(2, "train") or p == 0:
-        unchanged: Node = x
-        return unchanged
+    x: Node
+    x, p, train = rewriter.args[:3]
+    if not train or p == 0:
+        return x
     return rewriter.call(Dropout.op, x, float(p), rewriter.random_id())
 
 
@@ -268,10 +268,10 @@ def _native_dropout(rewriter: Rewriter) -> Node:
 @rewrites(aten.feature_dropout.default)
 def _feature_dropout(rewriter: Rewriter) -> Node:
     """Whole channels are dropped: one number for each row and channel."""
+    x: Node
     x, p, train = rewriter.args[:3]
     if not train or p == 0:
-        unchanged: Node = x
-        return unchanged
+        return x
     ones = rewriter.call(aten.full.default, _channels(x.tensor.shape), 1.0, dtype=x.tensor.dtype)
     kept = rewriter.call(Dropout.op, ones, float(p), rewriter.random_id())
     return rewriter.call(aten.mul.Tensor, x, kept)
@@ -284,10 +284,10 @@ def _channels(shape: tuple[int, ...]) -> tuple[int, ...]:
 @rewrites(aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
 def _alpha_dropout(rewriter: Rewriter) -> Node:
     """What is dropped takes the value that self-normalising networks saturate to."""
+    x: Node
     x, p, train = rewriter.args[:3]
     if not train or p == 0:
-        unchanged: Node = x
-        return unchanged
+        return x
     if p == 1:
         return rewriter.call(aten.mul.Tensor, x, 0.0)
     alpha = 1.7580993408473766

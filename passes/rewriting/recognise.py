@@ -57,17 +57,23 @@ def grid_axes(x: Node, indices: Sequence[Node | None]) -> list[int] | None:
     axes: list[int] = []
     rank = max(len(index.tensor.shape) for index in indices if index is not None)
     for dim, index in enumerate(indices):
-        values = None if index is None else constant(index)
-        if values is None:
+        axis = None if index is None else counts_along(index, x.tensor.shape[dim], rank)
+        if axis is None or axis in axes:
             return None
-        size = x.tensor.shape[dim]
-        if not torch.equal(values.reshape(-1), torch.arange(size)):
-            return None
-        along = [axis for axis, length in enumerate(values.shape) if length != 1]
-        if len(along) != 1:
-            return None
-        axes.append(along[0] + rank - values.dim())
-    return axes if len(set(axes)) == len(axes) else None
+        axes.append(axis)
+    return axes
+
+
+def counts_along(index: Node, size: int, rank: int) -> int | None:
+    """The axis of `rank` broadcast indices along which one is 0, 1, 2 ... up to a dim's size."""
+    shape = index.tensor.shape
+    along = [axis for axis, length in enumerate(shape) if length != 1]
+    if len(along) != 1 or shape[along[0]] != size:
+        return None
+    values = constant(index)
+    if values is None or not torch.equal(values.reshape(-1), torch.arange(size)):
+        return None
+    return along[0] + rank - len(shape)
 
 
 def constant(node: Node) -> torch.Tensor | None:

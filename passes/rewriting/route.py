@@ -41,8 +41,8 @@ from meshwright.passes.rewriting.counts import (
     ARGSORTS,
     SORTS,
     grouped_by,
+    option,
     same_value,
-    sort_option,
     source,
 )
 from meshwright.passes.rewriting.equivariance import carried, is_vector
@@ -69,7 +69,7 @@ def _sorts(graph: Graph) -> dict[Node, Node]:
     found: dict[Node, Node] = {}
     for node in graph.nodes:
         if node.op in (*SORTS, *ARGSORTS) and is_vector(node.args[0]):
-            options = [sort_option(node, name, False) for name in ("stable", "descending")]
+            options = [option(node, name) for name in ("stable", "descending")]
             found[node] = first.setdefault((node.args[0], *map(bool, options)), node)
     return found
 
@@ -96,7 +96,7 @@ class _Router:
         self.permuted: dict[Node, Permuted] = {}
         self.inverse: dict[Node, Node] = {}
         """By node that holds the inverse of an order: the sort that gives the order."""
-        self.several: dict[Node, tuple[tuple[int | None, ...], Node]] = {}
+        self.results: dict[Node, tuple[tuple[int | None, ...], Node]] = {}
         """Of nodes with multiple results: the dim in which each is permuted, and by which sort."""
         self.repeated: dict[Node, Node] = {}
         """By matrix of the new graph in which each row of another stands a number of times."""
@@ -152,7 +152,7 @@ class _Router:
 
     def _note(self, node: Node, new: Node, dims: tuple[int | None, ...], by: Node) -> None:
         if isinstance(node.type, tuple):
-            self.values[node], self.several[node] = new, (dims, by)
+            self.values[node], self.results[node] = new, (dims, by)
         elif dims[0] is None:
             self.values[node] = new
         else:
@@ -161,8 +161,8 @@ class _Router:
     def item(self, node: Node) -> bool:
         """One of multiple results; the results of a sort are its operand's elements and places."""
         several, index = node.args
-        if several in self.several and several.op in SORTS and is_vector(several.args[0]):
-            (_, by), x = self.several[several], several.args[0]
+        if several in self.results and several.op in SORTS and is_vector(several.args[0]):
+            (_, by), x = self.results[several], several.args[0]
             inverse = x in self.permuted
             if index == 0 and inverse:
                 self.values[node] = self.permuted[x].rows
@@ -171,8 +171,8 @@ class _Router:
             else:
                 self._order(node, x, by)
             return True
-        if several in self.several:
-            dims, by = self.several[several]
+        if several in self.results:
+            dims, by = self.results[several]
             new = self.builder.copy(node, {several: self.values[several]})
             self._note(node, new, dims[index : index + 1], by)
             return True
@@ -183,13 +183,13 @@ class _Router:
         x = node.args[0]
         by = self.sorts.get(node)
         if x in self.permuted and is_vector(x):
-            ascending = not sort_option(node, "descending", False)
+            ascending = not option(node, "descending")
             permuted = self.permuted[x]
             by = permuted.by if ascending and _is_places(permuted.rows) else None
         if by is None:
             return False
         if node.op in SORTS:
-            self.several[node] = ((0, 0), by)
+            self.results[node] = ((0, 0), by)
         else:
             self._order(node, x, by)
         return True
@@ -206,7 +206,7 @@ class _Router:
         found = grouped_by(node.args[1])
         if found is None or not node.kwargs.get("right") or not _is_places(node.args[0]):
             return False
-        sorts = [sort for sort in self.sorts if self._sorts(sort, found, node)]
+        sorts = [sort for sort in self.sorts if self._orders(sort, found, node)]
         if not sorts:
             return False
         # Sorts of the same numbers may order equal ones differently: take that of the rows.
@@ -218,10 +218,10 @@ class _Router:
         self.permuted[node] = Permuted(rows, 0, self.sorts[sort])
         return True
 
-    def _sorts(self, sort: Node, ids: Node, groups: Node) -> bool:
+    def _orders(self, sort: Node, ids: Node, groups: Node) -> bool:
         """Whether a sort gives these elements in ascending order, as many as there are groups."""
         x: Node = sort.args[0]
-        ascending = x in self.values and not sort_option(sort, "descending", False)
+        ascending = x in self.values and not option(sort, "descending")
         elements = source(x)
         if not ascending or elements is None or x.tensor.shape != groups.tensor.shape:
             return False

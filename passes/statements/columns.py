@@ -23,11 +23,9 @@ from meshwright.passes.statements.targets import of_modules
 
 def columns(draft: Draft) -> Draft:
     """Pin the weights and biases of every linear under a `columns` statement."""
-    if not draft.plan.of(Columns):
-        return draft
     for statement, found in of_modules(linears, Columns, draft, "a linear"):
         for linear in found:
-            shape, text = linear.weight.tensor.shape, tensor_text(linear.weight)
+            shape, text = linear.weight.tensor.shape, tensor_text(linear.weight, shape=False)
             dim = to_dim(draft.plan.columns_dim(statement, shape, linear.features, text))
             draft = pin(draft, linear.weight, {linear.features: dim}, statement)
             for bias in linear.biases:

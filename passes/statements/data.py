@@ -25,8 +25,6 @@ from meshwright.passes.statements.targets import inputs_of
 def data(draft: Draft) -> Draft:
     """Pin every input that a `data` statement names."""
     arguments = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == "argument"}
-    if not draft.plan.of(Data):
-        return draft
     resolved = draft.plan.resolve(Data, inputs_of(draft))
     found = {name: each for name, each in resolved.items() if name in arguments}
     for name, statement in found.items():
@@ -42,7 +40,7 @@ def _split(draft: Draft, node: Node, statement: Data) -> Draft:
             "P206",
             f"`{node.args[1]}` has no dim {statement.dim}",
             statement.at("dim"),
-            subject=f"{tensor_text(node)}{list(shape)}",
+            subject=tensor_text(node),
             help=f"use a dim below {len(shape)}" if shape else "take it out of `data`",
         )
     size = shape[statement.dim]
@@ -53,7 +51,7 @@ def _split(draft: Draft, node: Node, statement: Data) -> Draft:
             "P203",
             f"cannot split a batch of {size} over {over}",
             statement.at("over"),
-            subject=f"{tensor_text(node)}{list(shape)}",
+            subject=tensor_text(node),
             help=f"use a batch of {lower} or {lower + ranks}",
         )
     return pin(draft, node, {statement.dim: cut(size, *statement.over)}, statement)
@@ -85,6 +83,6 @@ def _check_complete(draft: Draft, arguments: Mapping[str, Node], found: Mapping[
             "P501",
             f"the input `{name}` has the batch's size and is not under `data`",
             statement,
-            subject=f"{tensor_text(node)}{list(node.tensor.shape)}",
+            subject=tensor_text(node),
             help=f"write `{line}`, or `shard {', '.join(missing)} [...]` to keep it whole",
         )

@@ -12,7 +12,6 @@ from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
-from meshwright.compiler.program import Padding
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Statement
@@ -48,7 +47,8 @@ class Draft:
     modules: Mapping[str, str] = field(default_factory=dict)
     """Every module of the model but the root: qualified name to class name."""
     inputs: Mapping[str, Pin] = field(default_factory=dict)
-    """Layouts in which operators use parameters, buffers and arguments, by `input_key`."""
+    """Layouts in which operators use parameters, buffers and arguments, by `input_key`. One dim may
+    be longer than the tensor's until `pad` has padded it."""
     stored: Mapping[str, Pin] = field(default_factory=dict)
     """Layouts in which ranks store parameters and buffers, by name, where operators use them in
     others. One dim may be longer than the tensor's: what is added are zeros that nothing sees."""
@@ -57,8 +57,6 @@ class Draft:
     entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)
     """By the first node inside a module: layouts of the values that enter there."""
     regions: tuple[Region, ...] = ()
-    paddings: Mapping[str, Padding] = field(default_factory=dict)
-    """Parameters that are stored padded, by canonical name."""
     movements: tuple[Movement, ...] = ()
     """Every change of layout that was inserted, in the forward and in the backward."""
     variant_of: tuple[str, ...] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,11 @@ _TRANSPOSED = {
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input
 }  # fmt: skip
 
+_REORDERING = {
+    aten._to_copy.default, aten.t.default, aten.transpose.int, aten.permute.default,
+}  # fmt: skip
+"""Operators between a parameter and its use as a weight."""
+
 
 def is_convolution(op: Op) -> bool:
     """Whether an operator is a convolution, `op(x, weight, bias, ...)`."""
@@ -30,10 +35,12 @@ def is_convolution(op: Op) -> bool:
 
 
 def contracted_dim(node: Node) -> int | None:
-    """The dim of a convolution's weight that is summed over, in whole or group by group.
+    """The dim of a linear's or convolution's weight that is summed over, in whole or by group.
 
-    None for what is not a convolution, and where groups share that dim.
+    None for any other operator, and where groups share that dim.
     """
+    if node.op == aten.linear.default:
+        return 1
     if node.op not in _CONVOLUTIONS:
         return None
     place = _CONVOLUTIONS[node.op]
@@ -49,8 +56,8 @@ def _is_transposed(node: Node) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A product with a parameter: `features` is the weight's dim of output features (of a table:
-    its rows), `inputs` that of input features; `biases` are parameters added to the result."""
+    """A product with a weight: `features` is the weight's dim of output features (of a table: its
+    rows), `inputs` that of input features; `biases` are parameters added to the result."""
 
     weight: Node
     features: int
@@ -58,28 +65,16 @@ class Linear:
     biases: tuple[Node, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ComputedWeight:
-    """The second factor of a product that is not a parameter but made of `parameters` alone."""
-
-    weight: Node
-    features: int
-    inputs: int
-    parameters: tuple[Node, ...]
-    biases: tuple[Node, ...]
-
-
-def computed_weights(graph: Graph) -> dict[str, ComputedWeight]:
-    """By module: its first product whose weight is computed, as that of a parametrized linear."""
-    found: dict[str, ComputedWeight] = {}
+def computed_weights(graph: Graph) -> dict[str, tuple[Linear, tuple[Node, ...]]]:
+    """By module: its first product whose weight is computed from parameters alone, as that of a
+    parametrized linear, and these parameters."""
+    found: dict[str, tuple[Linear, tuple[Node, ...]]] = {}
     for node in graph.nodes:
-        operands = _operands(node)
-        if operands is None or node.origin.module in found:
+        product = _product(node)
+        if product is None or product.weight.op == INPUT or node.origin.module in found:
             continue
-        weight, features, inputs, biases = operands
-        sources = _sources(weight)
-        if sources and weight.op != INPUT:
-            found[node.origin.module] = ComputedWeight(weight, features, inputs, sources, biases)
+        if sources := _sources(product.weight):
+            found[node.origin.module] = product, sources
     return found
 
 
@@ -105,7 +100,7 @@ def linears(graph: Graph) -> dict[str, list[Linear]]:
     found: dict[str, list[Linear]] = {}
     users = graph.users()
     for node in graph.nodes:
-        linear = _linear(node)
+        linear = _of_parameter(_product(node))
         if linear is not None and linear not in found.setdefault(node.origin.module, []):
             found[node.origin.module].append(_with_added_bias(linear, node, users))
     return {module: each for module, each in found.items() if each}
@@ -115,57 +110,55 @@ def tables(graph: Graph) -> dict[str, list[Linear]]:
     """The lookup tables of every module that looks something up itself."""
     found: dict[str, list[Linear]] = {}
     for node in graph.nodes:
-        if node.op == Embedding.op and (source := _parameter(node.args[0])):
-            found.setdefault(node.origin.module, []).append(Linear(source[0], 0, 1))
+        if node.op == Embedding.op and (table := _of_parameter(Linear(node.args[0], 0, 1))):
+            found.setdefault(node.origin.module, []).append(table)
     return found
 
 
-def _linear(node: Node) -> Linear | None:
-    """The product that a node is, if its second factor is a parameter."""
-    operands = _operands(node)
-    return None if operands is None else _product(*operands)
-
-
-def _operands(node: Node) -> tuple[Node, int, int, tuple[Node, ...]] | None:
-    """The second factor of a product, its dims of output and input features, and the biases."""
-    if node.op == aten.linear.default:
-        biases = tuple(arg for arg in node.args[2:3] if isinstance(arg, Node) and arg.op == INPUT)
-        return node.args[1], 0, 1, biases
-    if node.op == aten.addmm.default:
-        biases = (node.args[0],) if node.args[0].op == INPUT else ()
-        return node.args[2], 1, 0, biases
+def _product(node: Node) -> Linear | None:
+    """The product that a node is, whatever its weight is computed from."""
     if node.op in (aten.mm.default, aten.matmul.default):
         weight = node.args[1]
-        return (weight, 1, 0, ()) if len(weight.tensor.shape) == 2 else None
-    inputs = contracted_dim(node)
-    if inputs is not None:
-        biases = tuple(arg for arg in node.args[2:3] if isinstance(arg, Node) and arg.op == INPUT)
-        return node.args[1], 1 - inputs, inputs, biases
-    return None
-
-
-def _product(weight: Node, features: int, inputs: int, biases: tuple[Node, ...]) -> Linear | None:
-    source = _parameter(weight)
-    if source is None:
+        return Linear(weight, 1, 0) if len(weight.tensor.shape) == 2 else None
+    if node.op == aten.addmm.default:
+        bias, _, weight = node.args
+        inputs: int | None = 0
+    else:
+        inputs = contracted_dim(node)
+        _, weight, bias = (*node.args, None, None, None)[:3]
+    if inputs is None:
         return None
-    parameter, swapped = source
-    return (
-        Linear(parameter, inputs, features, biases)
-        if swapped
-        else Linear(parameter, features, inputs, biases)
-    )
+    biases = (bias,) if isinstance(bias, Node) and bias.op == INPUT else ()
+    return Linear(weight, 1 - inputs, inputs, biases)
 
 
-def _parameter(node: Node) -> tuple[Node, bool] | None:
-    """The parameter behind casts and transposes, and whether its two dims are swapped."""
-    swapped = False
-    while node.op != INPUT:
-        if node.op in (aten.t.default, aten.transpose.int, aten.permute.default):
-            swapped = not swapped
-        elif node.op != aten._to_copy.default:
+def _of_parameter(product: Linear | None) -> Linear | None:
+    """The product with the parameter behind its weight, and the dims as they are there; None if the
+    weight is not a parameter that is cast or has its dims in another order."""
+    if product is None:
+        return None
+    weight, dims = product.weight, [product.features, product.inputs]
+    while weight.op != INPUT:
+        order = _order(weight)
+        if order is None:
             return None
-        node = node.args[0]
-    return (node, swapped) if node.args[0] == "parameter" else None
+        weight, dims = weight.args[0], [order[dim] for dim in dims]
+    return Linear(weight, *dims, product.biases) if weight.args[0] == "parameter" else None
+
+
+def _order(node: Node) -> list[int] | None:
+    """By dim of a cast or transpose: which of its operand's it is; None for any other operator."""
+    if node.op not in _REORDERING:
+        return None
+    order = list(range(len(node.tensor.shape)))
+    if node.op == aten.t.default:
+        order.reverse()
+    elif node.op == aten.transpose.int:
+        a, b = node.args[1:]
+        order[a], order[b] = order[b], order[a]
+    elif node.op == aten.permute.default:
+        order = [order[dim] for dim in node.args[1]]
+    return order
 
 
 def _with_added_bias(linear: Linear, node: Node, users: dict[Node, list[Node]]) -> Linear:
@@ -181,4 +174,4 @@ def _with_added_bias(linear: Linear, node: Node, users: dict[Node, list[Node]]) 
                 and operand.args[0] == "parameter"
                 and operand.tensor.shape == (size,)
             ]
-    return Linear(linear.weight, linear.features, linear.inputs, linear.biases + tuple(added))
+    return replace(linear, biases=(*linear.biases, *added))

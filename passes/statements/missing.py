@@ -13,6 +13,7 @@ from meshwright.dsl.statements import Columns, Rows, Spread, Vocab
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.linears import computed_weights, tables
+from meshwright.passes.statements.pins import module_text
 
 _LETTERS = "oiklmn"
 
@@ -35,7 +36,7 @@ def nothing_found(
         or _computed(draft, module, statement)
         or _other_operator(draft, module, statement)
         or _never_run(draft, module, found)
-        or Reason(f"{_name(module)} does not call one itself", _such_as(module, found))
+        or Reason(f"{module_text(module)} does not call one itself", _such_as(module, found))
     )
     return draft.plan.error(
         "P501", f"`{statement.verb}` needs {what}, and {reason.why}", statement, help=reason.help
@@ -75,9 +76,10 @@ def _computed(draft: Draft, module: str, statement: Spread) -> Reason | None:
     found = computed_weights(draft.graph).get(module)
     if found is None:
         return None
-    names = {node.args[1]: node for node in found.parameters}
-    dim = found.inputs if isinstance(statement, Rows) else found.features
-    size = found.weight.tensor.shape[dim]
+    product, parameters = found
+    names = {node.args[1]: node for node in parameters}
+    dim = product.inputs if isinstance(statement, Rows) else product.features
+    size = product.weight.tensor.shape[dim]
     # What has the dim that is to be split: of `b @ a`, one of the two.
     fitting = {
         name: node
@@ -85,7 +87,7 @@ def _computed(draft: Draft, module: str, statement: Spread) -> Reason | None:
         if len(node.tensor.shape) > dim and node.tensor.shape[dim] == size
     }
     why = f"the weight of `{module}` is computed from {either(names, 'and')}"
-    return Reason(why, _shard_lines(draft, fitting or names, statement, module, found.biases))
+    return Reason(why, _shard_lines(draft, fitting or names, statement, module, product.biases))
 
 
 def _other_operator(draft: Draft, module: str, statement: Spread) -> Reason | None:
@@ -102,7 +104,7 @@ def _other_operator(draft: Draft, module: str, statement: Spread) -> Reason | No
     if not fitting or not uses or isinstance(statement, Vocab):
         return None
     operator = op_text(uses[0].op).removeprefix("mesh::")
-    why = f"{_name(module)} runs `{operator}`, which is not one"
+    why = f"{module_text(module)} runs `{operator}`, which is not one"
     if tables(draft.graph).get(module):
         target = next(each for each in statement.targets if each.matches(module))
         line = f"vocab {target} over {format_axes(statement.over)}"
@@ -170,10 +172,6 @@ def _layout(statement: Spread, rank: int) -> str:
     factors = statement.factors if isinstance(statement, Columns) else None
     split = (factors or dims[dim]).split_first_named(statement.over)
     return f"[{', '.join(str(split if i == dim else each) for i, each in enumerate(dims))}]"
-
-
-def _name(module: str) -> str:
-    return f"`{module}`" if module else "the model"
 
 
 def _shown(places: Iterable[str]) -> Iterator[str]:

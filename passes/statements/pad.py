@@ -15,7 +15,7 @@ value on the way is infinite there, and no slope. An operator that is linear in 
 safe; of any other elementwise one it is tried out. The loss and a lookup are told the true number
 of rows and mask the rest. Whatever else mixes entries (a reduction, a sort, a softmax) takes the
 tensor without its padding.
-Requires: `paddings`. Ensures: no output and no reduction sees a pad entry.
+Requires: pins. Ensures: no output and no reduction sees a pad entry.
 Elsewhere: Megatron pads the vocabulary for good; DTensor splits unevenly.
 """
 
@@ -33,6 +33,7 @@ from meshwright.compiler.graph.slots import filled
 from meshwright.compiler.layout.extents import Extent
 from meshwright.compiler.placing.rules.notation import Call, Spec
 from meshwright.compiler.placing.rules.pointwise import POINTWISE, is_pointwise
+from meshwright.compiler.program import Padding
 from meshwright.passes.statements.draft import Draft, input_key
 from meshwright.passes.statements.padder import Padder, resized, treats_apart
 
@@ -41,13 +42,25 @@ _POINTS = (-8.0, -1.5, -1.0, -0.5, 0.0, 0.25, 1.0, 2.5, 8.0)
 
 
 def pad(draft: Draft) -> Draft:
-    """The graph with every parameter of `draft.paddings` at its padded shape."""
-    return _Padder(draft).run() if draft.paddings else draft
+    """The graph with every parameter that is pinned longer than it is at its padded shape."""
+    uneven = any(_padding(draft, node) for node in draft.graph.inputs)
+    return _Padder(draft).run() if uneven else draft
+
+
+def padding_of(shape: tuple[int, ...], stored: tuple[int, ...]) -> Padding | None:
+    """What storage adds to the one dim of a tensor that does not divide, if there is any."""
+    sizes = enumerate(zip(shape, stored, strict=True))
+    return next((Padding(dim, own, held) for dim, (own, held) in sizes if own != held), None)
+
+
+def _padding(draft: Draft, node: Node) -> Padding | None:
+    pin = draft.inputs.get(input_key(node))
+    return pin and padding_of(node.tensor.shape, pin.layout.shape)
 
 
 class _Padder(Padder):
     def input(self, node: Node) -> Node:
-        padding = self.draft.paddings.get(input_key(node))
+        padding = _padding(self.draft, node)
         if padding is None:
             return super().input(node)
         extents = {padding.dim: Extent(1, padding.size, padding.padded, 1)}

@@ -14,12 +14,10 @@ import torch
 
 from meshwright.compiler.codegen.local import LOCAL, local_args
 from meshwright.compiler.composites.extend import Extend
-from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
     Builder,
-    MeshOp,
     Node,
     NodeType,
     TensorType,
@@ -30,12 +28,11 @@ from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.extents import Extent, moved
 from meshwright.compiler.layout.factors import dim_axes, whole
 from meshwright.compiler.layout.layout import replicated
-from meshwright.compiler.placing.calls import make_call
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.placing.result_types import result_type
-from meshwright.compiler.placing.rules.lookup import rule_for
-from meshwright.compiler.placing.rules.notation import Call, Operand, Spec
+from meshwright.compiler.placing.rules.notation import Call, Spec
 from meshwright.compiler.placing.rules.views import RESHAPES
+from meshwright.passes.rewriting.equivariance import spec_of
 from meshwright.passes.statements.draft import Draft, Pin
 
 aten = torch.ops.aten
@@ -144,7 +141,7 @@ class Padder:
             return self.input(node)
         if node.op == GETITEM:
             return self._item(node)
-        news = [self.mapping[n] for n in _operands(node)]
+        news = [self.mapping[n] for n in call_operands(node.args, node.kwargs)]
         if not any(new in self.extents for new in news):
             return self.builder.copy(node, self.mapping)
         if node.op in RESHAPES:
@@ -179,7 +176,7 @@ class Padder:
 
     def _way(self, node: Node, news: list[Node]) -> _Way:
         """What the operator's rule says of the padded dims of its operands."""
-        found = _spec(node, self.builder)
+        found = spec_of(node, self.builder.mesh)
         if found is None:
             return _Way(None)
         call, spec = found
@@ -207,10 +204,10 @@ class Padder:
         ]
         expected = self._resized(node.type, way)
         args, kwargs = _with_operands(node, brought)
-        shapes = [type.shape for type in _types(expected) if type is not None]
         if node.op in LOCAL:
+            types = expected if isinstance(expected, tuple) else (expected,)
             operands = [replicated(n.tensor.shape) for n in brought]
-            results = [replicated(shape) for shape in shapes]
+            results = [replicated(type.shape) for type in types if type is not None]
             args, kwargs = local_args(node.op, args, kwargs, operands, results, self.builder.mesh)
         if result_type(node.op, args, kwargs) != expected:
             return None
@@ -321,10 +318,6 @@ class Padder:
         )
 
 
-def _operands(node: Node) -> list[Node]:
-    return call_operands(node.args, node.kwargs)
-
-
 def _with_operands(node: Node, operands: Iterable[Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a node with other operands, given in the order of its rule."""
     given = iter(operands)
@@ -334,32 +327,11 @@ def _with_operands(node: Node, operands: Iterable[Node]) -> tuple[tuple[Any, ...
     }
 
 
-def _spec(node: Node, builder: Builder) -> tuple[Call, Spec] | None:
-    """A call of an operator that draws no random numbers of its own, and its letters, if any."""
-    if not isinstance(node.op, MeshOp) and torch.Tag.nondeterministic_seeded in node.op.tags:
-        return None
-
-    def operand(n: Node) -> Operand:
-        layout = replicated(n.tensor.shape)
-        return Operand(n.tensor, layout, differentiable=n.requires_grad and node.requires_grad)
-
-    try:
-        call = make_call(node.op, node.args, node.kwargs, node.type, builder.mesh, operand)
-        found = rule_for(node.op)(call)
-    except LayoutError:
-        return None
-    return (call, found) if isinstance(found, Spec) else None
-
-
 def treats_apart(spec: Spec, letter: str) -> bool:
     """Whether entries along a letter do not mix: it could be split, and every result has it."""
     if letter in spec.whole | spec.inner | spec.derived:
         return False
     return all(letters is None or letters.count(letter) == 1 for letters in spec.results)
-
-
-def _types(type: NodeType) -> tuple[TensorType | None, ...]:
-    return type if isinstance(type, tuple) else (type,)
 
 
 def resized(type: TensorType, extents: Extents) -> TensorType:

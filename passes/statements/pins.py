@@ -26,9 +26,15 @@ def pin_lines(pin: Pin | None) -> str:
     return ", ".join(dict.fromkeys(filter(None, places)))
 
 
-def tensor_text(node: Node) -> str:
-    """`blocks.0.up.weight: f32`, before the shape, in errors."""
-    return f"{node.args[1]}: {dtype_text(node.tensor.dtype)}"
+def tensor_text(node: Node, *, shape: bool = True) -> str:
+    """`blocks.0.up.weight: f32[64, 16]`, as errors show an input of the graph."""
+    text = f"{node.args[1]}: {dtype_text(node.tensor.dtype)}"
+    return f"{text}{list(node.tensor.shape)}" if shape else text
+
+
+def module_text(module: str) -> str:
+    """A module as errors name it."""
+    return f"`{module}`" if module else "the model"
 
 
 def pin(draft: Draft, node: Node, dims: dict[int, Dim], statement: Statement) -> Draft:
@@ -75,7 +81,7 @@ def contradiction(
         "P301",
         f"two statements lay out `{node.args[1]}` differently",
         [before[-1], statement],
-        subject=f"{tensor_text(node)}{list(node.tensor.shape)}{tied}",
+        subject=f"{tensor_text(node)}{tied}",
         help="keep one of them, or write the whole layout with `shard`",
     )
 
@@ -90,6 +96,6 @@ def _check_axes(
             "P202",
             f"`{twice}` splits two dims of `{node.args[1]}`",
             list(statements[-2:]),
-            subject=f"{tensor_text(node)}{list(node.tensor.shape)}",
+            subject=tensor_text(node),
             help="split each dim over an axis of its own",
         )

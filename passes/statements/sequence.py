@@ -30,14 +30,13 @@ from meshwright.dsl.errors import either
 from meshwright.dsl.statements import Sequence
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.statements.draft import Draft, Region
+from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.sequences import depth, entered_activations
-from meshwright.passes.statements.targets import evaluated, modules_of, shown
+from meshwright.passes.statements.targets import evaluated, modules_of
 
 
 def sequence(draft: Draft) -> Draft:
     """Make one region of the modules of each `sequence` statement."""
-    if not draft.plan.of(Sequence):
-        return draft
     found = draft.plan.resolve(Sequence, modules_of(draft, Sequence))
     by_statement: dict[int, tuple[Sequence, set[str]]] = {}
     for module, statement in found.items():
@@ -73,7 +72,7 @@ def _check(draft: Draft, modules: frozenset[str], statement: Sequence) -> None:
             continue
         raise draft.plan.error(
             "P501",
-            f"no activation `[batch, sequence, ...]` enters {shown(module)}",
+            f"no activation `[batch, sequence, ...]` enters {module_text(module)}",
             statement,
             help=_such_as(draft),
         )

@@ -17,6 +17,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
 from meshwright.compiler.layout.reshard import Collective
 from meshwright.passes.statements.draft import Region
+from meshwright.passes.statements.targets import entered
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,23 +195,7 @@ def _sequence_dims(shape: tuple[int, ...], length: int) -> set[int]:
 
 
 def entered_activations(graph: Graph, modules: frozenset[str]) -> dict[str, tuple[Node, Node]]:
-    """By module: the first node inside that takes an activation from outside, and that value."""
-    found: dict[str, tuple[Node, Node]] = {}
-    for node in graph.nodes:
-        for module, _ in node.origin.modules:
-            if module in modules and module not in found:
-                value = _activation(node, module)
-                if value is not None:
-                    found[module] = (node, value)
-    return found
-
-
-def _activation(node: Node, module: str) -> Node | None:
-    """The first operand from outside `module` that looks like `[batch, sequence, ...]`."""
-    for operand in node.operands():
-        type = operand.type
-        outside = all(path != module for path, _ in operand.origin.modules)
-        floating = isinstance(type, TensorType) and type.dtype.is_floating_point
-        if outside and not operand.of_model and floating and len(operand.tensor.shape) > 2:
-            return operand
-    return None
+    """As `entered`, of the values that look like activations `[batch, sequence, ...]`."""
+    return entered(
+        graph, modules, lambda type: type.dtype.is_floating_point and len(type.shape) > 2
+    )

@@ -21,8 +21,14 @@ from meshwright.dsl.errors import PlanError
 from meshwright.dsl.layouts import LayoutTemplate
 from meshwright.dsl.statements import Columns, Rows, Shard, Statement, Vocab
 from meshwright.passes.statements.draft import Draft, Pin, input_key
-from meshwright.passes.statements.pins import contradiction, tensor_text, to_dim, with_pin
-from meshwright.passes.statements.targets import evaluated, modules_of, shown, tensors_of
+from meshwright.passes.statements.pins import (
+    contradiction,
+    module_text,
+    tensor_text,
+    to_dim,
+    with_pin,
+)
+from meshwright.passes.statements.targets import entered, evaluated, modules_of, tensors_of
 
 
 def shard(draft: Draft) -> Draft:
@@ -45,7 +51,7 @@ def _tensors(draft: Draft) -> Draft:
                 "P501",
                 f"`{own}` names an input of the model and a {node.args[0]} too",
                 statement,
-                subject=f"{tensor_text(node)}{list(node.tensor.shape)}",
+                subject=tensor_text(node),
                 help="rename that argument of `forward`",
             )
         key = input_key(node)
@@ -55,13 +61,12 @@ def _tensors(draft: Draft) -> Draft:
                 "P501",
                 f"`{name}` cannot be stored as a pending sum: an optimizer would step each share",
                 statement.at("layout"),
-                subject=f"{tensor_text(node)}{list(node.tensor.shape)}",
+                subject=tensor_text(node),
                 help="split it over the axis, or leave it whole",
             )
         if own in done and not draft.inputs[key].layout.equals(layout, draft.mesh):
             raise contradiction(draft, node, (done[own],), statement)
         draft = with_pin(draft, key, Pin(layout, (*_before(draft, key), statement)))
-        draft = replace(draft, paddings={k: v for k, v in draft.paddings.items() if k != own})
         done[own] = statement
     return draft
 
@@ -80,7 +85,7 @@ def _layout(draft: Draft, template: LayoutTemplate, shape: tuple[int, ...], what
 
 def _outputs(draft: Draft) -> Draft:
     resolved = draft.plan.resolve(Shard, modules_of(draft, Shard), of="output")
-    results = module_results(draft, set(resolved))
+    results = _results(draft, set(resolved))
     values = dict(draft.values)
     for module, statement in resolved.items():
         node = results.get(module)
@@ -89,7 +94,7 @@ def _outputs(draft: Draft) -> Draft:
         if node is None:
             raise draft.plan.error(
                 "P501",
-                f"{shown(module)} gives no tensor that is used outside of it",
+                f"{module_text(module)} gives no tensor that is used outside of it",
                 statement,
                 help="name a module with one output that the model uses",
             )
@@ -98,7 +103,7 @@ def _outputs(draft: Draft) -> Draft:
     return replace(draft, values=values)
 
 
-def module_results(draft: Draft, modules: set[str]) -> dict[str, Node]:
+def _results(draft: Draft, modules: set[str]) -> dict[str, Node]:
     """By module: the last tensor computed inside that something outside uses."""
     found: dict[str, Node] = {}
     users = draft.graph.users()
@@ -117,38 +122,22 @@ def module_results(draft: Draft, modules: set[str]) -> dict[str, Node]:
 
 def _inputs(draft: Draft) -> Draft:
     resolved = draft.plan.resolve(Shard, modules_of(draft, Shard), of="input")
+    found = entered(draft.graph, resolved)
     entering = dict(draft.entering)
-    seen: set[str] = set()
-    for node in draft.graph.nodes:
-        for module, _ in node.origin.modules:
-            statement = resolved.get(module)
-            value = _entering(node, module)
-            if statement is None or module in seen or value is None:
-                continue
-            seen.add(module)
-            what = f"input of {module}: "
-            layout = _layout(draft, statement.layout, value.tensor.shape, what)
-            pin = Pin(layout, (statement,))
-            entering[node] = (*entering.get(node, ()), (value, pin))
-    for module in resolved.keys() - seen if draft.variant_of is None else ():
-        if evaluated(draft, module):
+    for module, (node, value) in found.items():
+        statement = resolved[module]
+        layout = _layout(draft, statement.layout, value.tensor.shape, f"input of {module}: ")
+        entering[node] = (*entering.get(node, ()), (value, Pin(layout, (statement,))))
+    for module in resolved if draft.variant_of is None else ():
+        if module in found or evaluated(draft, module):
             continue
         raise draft.plan.error(
             "P501",
-            f"no tensor enters {shown(module)}",
+            f"no tensor enters {module_text(module)}",
             resolved[module],
             help="name a module that takes a tensor",
         )
     return replace(draft, entering=entering)
-
-
-def _entering(node: Node, module: str) -> Node | None:
-    """The first operand that comes from outside `module` and is not a weight."""
-    for operand in node.operands():
-        outside = all(path != module for path, _ in operand.origin.modules)
-        if outside and not operand.of_model and isinstance(operand.type, TensorType):
-            return operand
-    return None
 
 
 def _marks(draft: Draft) -> Draft:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
-from meshwright.compiler.graph.ir import Graph
-from meshwright.dsl.errors import either
+from meshwright.compiler.graph.ir import Graph, Node, TensorType
 from meshwright.dsl.statements import Spread, Targeted
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.missing import nothing_found, runs
@@ -22,11 +21,6 @@ def modules_of(draft: Draft, verb: type[Targeted] | None = None) -> list[str]:
     """
     targets = (t for each in draft.plan.of(verb) for t in each.targets) if verb is not None else ()
     return [*([""] if any(not target.segments for target in targets) else []), *draft.modules]
-
-
-def shown(module: str) -> str:
-    """A module as errors name it."""
-    return f"`{module}`" if module else "the model"
 
 
 def tensors_of(draft: Draft) -> list[str]:
@@ -51,6 +45,8 @@ def of_modules(
     Raises `PlanError` for a module that has nothing of the kind, unless this variant of a program
     does not use it, or only evaluation does.
     """
+    if not draft.plan.of(verb):
+        return
     found = find(draft.graph)
     for module, statement in draft.plan.resolve(verb, modules_of(draft, verb)).items():
         if found.get(module):
@@ -71,22 +67,26 @@ def evaluated(draft: Draft, module: str) -> Graph | None:
     return graph if graph is not None and runs(graph, module) else None
 
 
-def check_divides(draft: Draft, size: int, statement: Spread, tensor: str, what: str) -> None:
-    """Raises `PlanError` where `size` does not divide over the statement's axes."""
-    ranks = draft.mesh.size(statement.over)
-    if size % ranks == 0:
-        return
-    over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
-    usable = [str(n) for n in range(2, min(size, 64) + 1) if size % n == 0][:8]
-    choices = " or ".join(filter(None, [", ".join(usable[:-1]), *usable[-1:]]))
-    axis = statement.over[0]
-    help = f"use {axis}={choices}"
-    if len(statement.over) > 1:
-        help = f"give {either(statement.over, 'and')} sizes whose product is {choices}"
-    raise draft.plan.error(
-        "P203",
-        f"cannot split {size} {what} over {over}",
-        statement.at("over"),
-        subject=tensor,
-        help=help if usable else "leave it whole",
-    )
+def entered(
+    graph: Graph,
+    modules: Container[str],
+    fits: Callable[[TensorType], bool] = lambda type: True,
+) -> dict[str, tuple[Node, Node]]:
+    """By module: the first node inside that takes a tensor from outside, and that tensor.
+
+    Weights do not count, nor does what has a type that does not fit.
+    """
+    found: dict[str, tuple[Node, Node]] = {}
+    for node in graph.nodes:
+        for module, _ in node.origin.modules:
+            if module in modules and module not in found:
+                value = next((n for n in node.operands() if _from_outside(n, module, fits)), None)
+                if value is not None:
+                    found[module] = (node, value)
+    return found
+
+
+def _from_outside(value: Node, module: str, fits: Callable[[TensorType], bool]) -> bool:
+    outside = all(path != module for path, _ in value.origin.modules)
+    tensor = isinstance(value.type, TensorType) and fits(value.type)
+    return outside and tensor and not value.of_model

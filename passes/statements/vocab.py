@@ -18,12 +18,9 @@ Elsewhere: Megatron's VocabParallelEmbedding and parallel loss, DTensor's loss_p
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.layout.factors import cut, whole
 from meshwright.compiler.layout.layout import Layout
-from meshwright.compiler.program import Padding
 from meshwright.dsl.statements import Vocab
 from meshwright.passes.statements.draft import Draft, Pin
 from meshwright.passes.statements.linears import Linear, linears, tables
@@ -33,8 +30,6 @@ from meshwright.passes.statements.targets import of_modules
 
 def vocab(draft: Draft) -> Draft:
     """Pin every table under a `vocab` statement by its vocabulary dim."""
-    if not draft.plan.of(Vocab):
-        return draft
     for statement, found in of_modules(_tables, Vocab, draft, "an embedding or a linear"):
         for table in found:
             draft = _split(draft, table.weight, table.features, statement)
@@ -63,7 +58,4 @@ def _split(draft: Draft, node: Node, dim: int, statement: Vocab) -> Draft:
     before = draft.inputs.get(name)
     if before is not None and not before.layout.equals(layout, draft.mesh):
         raise contradiction(draft, node, before.statements, statement)
-    draft = with_pin(draft, name, Pin(layout, (statement,)))
-    if rows == shape[dim]:
-        return draft
-    return replace(draft, paddings={**draft.paddings, name: Padding(dim, shape[dim], rows)})
+    return with_pin(draft, name, Pin(layout, (statement,)))

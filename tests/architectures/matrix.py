@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import transformers
 
 import meshwright as mw
 from meshwright.dsl import statements as s
+from meshwright.passes.contracts import allow
 from tests.architectures.catalogue import ARCHITECTURES, MIXTURES, Architecture
 from tests.equivalence import check_equal, without_grouped
 
@@ -94,7 +94,7 @@ def outcome(name: str, column: str) -> Outcome:
 @contextmanager
 def every_gather_refused() -> Iterator[None]:
     """Refuse even small gathers: in a model of real size they would be large."""
-    with mock.patch.dict(os.environ, MESHWRIGHT_IMPLICIT_BYTES="0"):
+    with mock.patch.object(allow, "LIMIT", 0):
         yield
 
 

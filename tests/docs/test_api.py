@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import meshwright as mw
 from docs.make_api import COMMAND, MACHINERY, PAGE, Entry, attributes, entries, members, page
 from examples import gpt
+from meshwright.passes.contracts import allow
 from tests.docs.pages import ROOT, blocks
 
 ENTRIES = list(entries())
@@ -138,7 +139,7 @@ def not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gathering(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0")
+    monkeypatch.setattr(allow, "LIMIT", 0)
     compiled(Sorted())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import meshwright
 from meshwright import LayoutError
+from meshwright.passes.contracts import allow
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import real
 
@@ -35,12 +36,6 @@ def test_a_large_gather_is_refused_by_name(golden: Callable[[str, str], None]) -
 def test_a_small_gather_is_listed_and_lets_the_plan_compile() -> None:
     program = check_equal(Sorted(), lambda: (real(8, 16),), PLAN)
     assert len(implicit_gathers(program)) == 1
-
-
-def test_the_limit_can_be_set_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0")
-    with pytest.raises(LayoutError, match="sort"):
-        meshwright.compile(Sorted(), meshwright.Plan.parse(PLAN), example=(torch.zeros(8, 16),))
 
 
 @pytest.mark.parametrize("selector", ["**", "*"])
@@ -97,7 +92,7 @@ def test_a_gather_is_excused_only_by_an_operand_that_stays_as_the_plan_wrote_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parsed = meshwright.Plan.parse(f"mesh tp=2\n{plan}\n")
-    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0")
+    monkeypatch.setattr(allow, "LIMIT", 0)
     with pytest.raises(LayoutError, match=culprit):
         meshwright.compile(model(), parsed, example=(torch.randn(shape),))
 
@@ -116,7 +111,7 @@ class Ladder(nn.Module):
 
 def test_the_help_allows_all_layers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = "mesh tp=2\ncolumns layers.*.0 over tp\ncolumns last.a over tp\n"
-    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0")
+    monkeypatch.setattr(allow, "LIMIT", 0)
     with pytest.raises(LayoutError) as caught:
         meshwright.compile(Ladder(), meshwright.Plan.parse(plan), example=(torch.randn(8, 16),))
     _, statement, _ = caught.value.help.split("`", 2)
@@ -143,7 +138,7 @@ class Fused(nn.Module):
 def test_the_help_names_the_factors_that_a_fused_dim_is_made_of(
     view: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MESHWRIGHT_IMPLICIT_BYTES", "0")
+    monkeypatch.setattr(allow, "LIMIT", 0)
     plan = meshwright.Plan.parse("mesh tp=2\ncolumns qkv over tp\n")
     with pytest.raises(LayoutError) as caught:
         meshwright.compile(Fused(view), plan, example=(torch.zeros(2, 8),))

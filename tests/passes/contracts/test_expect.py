@@ -39,6 +39,7 @@ def test_contracts_that_hold_let_the_plan_compile(contract: str) -> None:
         ("expect-count", "expect all_reduce[tp] == 3 per blocks.*"),
         ("expect-bytes", "expect bytes[tp] <= 1"),
         ("expect-memory", "expect peak_memory <= 1KiB"),
+        ("expect-every-digit", "expect peak_memory == 123456789"),
         ("expect-no-such-module", "expect all_reduce[tp] == 3 per block.*"),
     ],
 )
