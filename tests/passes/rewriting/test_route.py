@@ -254,6 +254,13 @@ def expert_choice(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
     return torch.zeros_like(x).index_add(0, tokens.flatten(), y.flatten(0, 1))
 
 
+def binned(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
+    """Groups of numbers in a hundred bins between the least and the largest."""
+    ends = torch.histc(ids.flatten().double()).cumsum(0)
+    group = torch.bucketize(torch.arange(ids.numel()), ends.int(), right=True)
+    return x * group.view(ids.shape).sum(1, keepdim=True)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -266,6 +273,7 @@ def expert_choice(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
         put_twice,
         capped,
         expert_choice,
+        binned,
     ],
 )
 def test_an_order_that_counts_is_kept(body: Body) -> None:

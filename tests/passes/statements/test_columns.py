@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import meshwright
 from meshwright import PlanError
 from meshwright.passes.statements import columns
+from tests.equivalence import check_equal
+from tests.models import real
 from tests.passes.examples import Blocks, Mlp, rows, sequences
 from tests.passes.stages import check_documented, shown, stages
 
@@ -45,6 +48,26 @@ def test_a_convolution_is_split_by_its_output_channels() -> None:
         model, plan, example=(torch.randn(2, 4, 8),), loss=lambda output: output.sum()
     )
     assert str(program.parameters["0.weight"].layout) == "[6@tp, 4, 3]"
+
+
+class Turned(nn.Module):
+    """A convolution whose weight is stored with its output channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(real(3, 4, 6)), nn.Parameter(real(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight.permute(2, 1, 0), self.bias).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("line", "layout"), [("columns", "[3, 4, 6@tp]"), ("rows", "[3, 4@tp, 6]")]
+)
+def test_a_weight_may_be_stored_with_its_dims_in_any_order(line: str, layout: str) -> None:
+    plan = f'mesh tp=2\n{line} "" over tp\n'
+    program = check_equal(Turned(), lambda: (real(2, 4, 8),), plan, steps=1)
+    assert str(program.parameters["weight"].layout) == layout
 
 
 @pytest.mark.parametrize(

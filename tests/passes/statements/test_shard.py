@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright
@@ -59,6 +60,32 @@ def test_mistakes_are_explained(name: str, plan: str, golden: Callable[[str, str
     with pytest.raises(PlanError) as caught:
         meshwright.compile(Mlp(), meshwright.Plan.parse(plan), example=rows())
     golden(name, str(caught.value))
+
+
+class Constants(nn.Module):
+    """Modules that take no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ModuleList(Row() for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, *(row() for row in self.rows)]).sum()
+
+
+class Row(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 16))
+
+    def forward(self) -> Tensor:
+        return self.weight * 2
+
+
+def test_of_multiple_modules_that_no_tensor_enters_the_first_is_named() -> None:
+    plan = meshwright.Plan.parse("mesh tp=2\nshard rows.* <- [b, f@tp]\n")
+    with pytest.raises(PlanError, match=r"no tensor enters `rows\.0`"):
+        meshwright.compile(Constants(), plan, example=rows())
 
 
 def test_a_mistake_in_a_mark_names_its_line(golden: Callable[[str, str], None]) -> None:
