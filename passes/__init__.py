@@ -1,4 +1,4 @@
-"""One parallel technique a file: rewrites of a whole program.
+"""One parallel technique per file, each a rewrite of a whole program.
 
 Each file's docstring shows the graph before and after; `driver.py` is the list in order.
 Imports `meshwright.compiler` and `meshwright.dsl`.

@@ -6,9 +6,9 @@ Before:  w: f32[16, 64@tp] = input(parameter down.weight)
 After:   the same nodes; the origin of each says `gpt.plan:5`, where `rows down over tp` stands
 
 A value is split, partial or varying over an axis because of an operand that is, weights before
-activations; a collective is there because of what it moves. What is brought to another value's
-layout is there because of that value, a split of the sequence because of its `sequence` statement,
-and an adjoint because of the collective that it belongs to.
+activations, and a collective has the line of what it moves. A value that is brought to another's
+layout has the line of that other value, a split of the sequence that of its `sequence` statement,
+and an adjoint that of the collective in the forward.
 Requires: a graph that no later pass adds collectives to. Ensures: only `plan_line` has changed.
 """
 
@@ -40,8 +40,8 @@ def attribute(draft: Draft) -> Draft:
 
 
 class _Lines:
-    """`found` is the line of each node; `axes` why a node is not replicated on an axis; `weights`
-    the line behind each parameter, whatever collectives and views it has been through."""
+    """Lines of the plan: `found` by node, `axes` by node and axis that it is not replicated on, and
+    `weights` by parameter, after any collectives and views too."""
 
     def __init__(self, draft: Draft) -> None:
         self.draft, graph = draft, draft.graph
@@ -86,7 +86,7 @@ class _Lines:
                 self.axes[node][axis] = line
 
     def _explain(self, node: Node, axis: str, line: str) -> None:
-        """What was brought to the state of another value has that value's line."""
+        """Give the line to a node, and to what it is made of, where they have none for the axis."""
         pending = [node]
         while pending:
             each = pending.pop()
@@ -95,7 +95,8 @@ class _Lines:
                 pending += each.operands()
 
     def _asked(self, node: Node) -> dict[str, str]:
-        """Lines that hold whatever is moved: of the adjoint, of a layout that the plan wrote."""
+        """By axis, the line of a collective that does not follow from what it moves: that of an
+        adjoint, a layout that the plan wrote, or a sequence."""
         axes: tuple[str, ...] = node.kwargs["axes"]
         backward = node.phase is not Phase.FORWARD
         other = self.forward.get(node.origin.forward) if backward else None

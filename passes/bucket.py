@@ -36,7 +36,7 @@ from meshwright.compiler.graph.transfers import combines
 from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM, bucket_type
 
 BUCKET_BYTES = 25 << 20
-"""The size at which a bucket is closed: large enough that latency does not count."""
+"""The size in bytes at which a bucket is closed: large enough that latency does not matter."""
 
 
 @dataclass

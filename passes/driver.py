@@ -89,7 +89,7 @@ shows a graph before and after it; `check` checks every graph after every pass."
 
 @dataclass(frozen=True)
 class CapturedModel:
-    """A model captured for inputs like one example, in one mode: what any plan can be tried on."""
+    """A model captured in one mode, for inputs like one example: any plan can be tried on it."""
 
     model: nn.Module
     captured: Captured
@@ -161,9 +161,10 @@ def compile_captured(
     launcher: Callable[..., Any],
     variant_of: tuple[str, ...] | None = None,
 ) -> Program:
-    """Compile what was captured of a model under `plan`, as often and for as many plans as asked.
+    """Compile a captured model under `plan`; one capture serves any number of plans.
 
-    `variant_of` are the inputs of the program that this is for another mode or other inputs of.
+    For a variant of a program, for another mode or other inputs, `variant_of` are that program's
+    inputs.
     Raises `PlanError` and `LayoutError` as `meshwright.compile`.
     """
     whole = with_fragments(plan, source.model)
@@ -226,7 +227,7 @@ def _program(
 
 
 def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
-    """How ranks hold these tensors; those that the graph does not use are whole."""
+    """The tensors as ranks hold them; those that the graph does not use are whole."""
     nodes = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == kind}
     found: dict[str, Stored] = {}
     for name, tensor in tensors.items():

@@ -10,7 +10,7 @@ After:   expand: i64[8@dp, 16]         = expand(arange, [8, 16])
 Layouts flow forward, so what is made of parameters and constants alone (positions, masks) is
 whole until it meets something split. Sliced there, its cotangent would be gathered, and every rank
 would compute all of it; sliced at its source it is one more partial gradient of a parameter. A
-slice moves up as far as that sends no more bytes, through values of which nobody needs the rest.
+slice moves up as long as that sends no more bytes, through values of which nothing else is needed.
 Requires: a placed graph, not yet differentiated. Ensures: the same values, placed by their rules.
 """
 
@@ -59,7 +59,7 @@ class _Hoister:
         self.users = self.graph.users()
         self.returned = self.graph.returned
         self.placements: dict[Node, Placement] = {}
-        """How a call could run that gives no more than the slice its users want."""
+        """How each call could run to give no more than the slice that its users want."""
         self.wanted: dict[Node, Layout] = {}
 
     def run(self) -> Draft:
@@ -69,7 +69,7 @@ class _Hoister:
         return self._emitted(chosen) if chosen else self.draft
 
     def _consider(self, node: Node) -> None:
-        """Note how a call could give just what its users want, if all want one slice of it."""
+        """Note how a call could give just the slice that its users want, if all want the same."""
         frame = node.op == INPUT or (is_collective(node) and node.op != VARY)
         given = self._given(node)
         if frame or node in self.returned or given is None:
@@ -93,14 +93,14 @@ class _Hoister:
             self.placements[node], self.wanted[node] = placement, layout
 
     def _given(self, node: Node) -> Node | None:
-        """The one tensor that a call gives: of multiple results the only one in use."""
+        """The one tensor that a call gives; of multiple results, the only one in use."""
         if isinstance(node.type, TensorType):
             return node
         users = self.users[node]
         return users[0] if len(users) == 1 and users[0].op == GETITEM else None
 
     def _asked(self, user: Node, value: Node) -> Layout | None:
-        """The slice of `value` that one user wants; None if it wants all of it, or multiple."""
+        """The slice of `value` that a user wants; None if it wants all of it or multiple slices."""
         if user.op == SLICE:
             return user.placed
         if user not in self.placements:
@@ -144,7 +144,7 @@ class _Hoister:
         return total
 
     def _sliced(self, value: Node, layout: Layout) -> float:
-        """The bytes of slicing a value, adjoint included; `vary` is the price of a split."""
+        """The bytes sent to slice a value, its adjoint included."""
         given = self._given(value)
         assert given is not None
         layout, size = self._slice_of(value, layout), given.tensor.dtype.itemsize
@@ -188,7 +188,7 @@ class _Hoister:
         return found
 
     def _unreduced(self, value: Node, chosen: set[Node]) -> Node:
-        """What to slice for `value`: the pending sum, if nobody needs all of it reduced."""
+        """What to slice for `value`: its pending sum, if nothing needs all of it reduced."""
         reduced = value.op == ALL_REDUCE and value not in self.returned
         return value.args[0] if reduced and set(self.users[value]) <= chosen else value
 

@@ -8,10 +8,10 @@ Before:  ne: bool[8@micro]                    = ne(targets, -100)
 After:   the same nodes; `ne` and `sum_1` are also counted beforehand, `all_reduce` runs before the
          loop, `div` in it, and `all_reduce_1` after it
 
-A value that is split or partial over the axis runs in the loop; what does not depend on it runs
-once before, and what depends on a sum or a concatenation over it once after. So reducing over the
-axis is accumulation, and nothing moves. A sum that the loop itself needs whole is counted in a loop
-of its own before, where no parameter feeds it; no order of microbatches gives any other.
+A value that is split or partial over the axis runs in the loop; what does not depend on the axis
+runs once before, and what depends on a sum or a concatenation over it once after. So reducing over
+the axis is accumulation, and nothing moves. A sum that the loop itself needs whole, such as a
+number of labels, is counted in a loop of its own before, unless it depends on parameters.
 Requires: a placed joint graph. Ensures: nodes take no value of a later phase, and values of a loop
 leave it through a reduction or a gather over the sequential axis.
 """
@@ -29,8 +29,8 @@ from meshwright.passes.statements.pins import module_text
 
 
 def part_axes(graph: Graph) -> Graph:
-    """The graph with each collective that moves along sequential axes and others made two: the
-    first along the sequential axes, so that the second runs once."""
+    """The graph with each collective along both sequential and other axes made into two: the first
+    along the sequential axes, so that the second runs once."""
     if not graph.mesh.sequential:
         return graph
     return rewrite(graph, _apart)
@@ -64,9 +64,9 @@ class _Looper:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.mesh = graph, graph.mesh
         self.counted = self._needed_whole()
-        """What the loop needs of reductions over the axis, up to these reductions."""
+        """The reductions over the axis whose results the loop needs, and what stands between."""
         self.counting: set[Node] = set()
-        """What these reductions take, computed in a loop of its own before."""
+        """The nodes that compute the operands of these reductions in a loop of their own."""
         for node in graph.nodes:
             if node in self.counted and combines(node, self.mesh):
                 self._count(node)
@@ -98,7 +98,7 @@ class _Looper:
         return Phase.BEFORE
 
     def _needed_whole(self) -> set[Node]:
-        """What stands between a reduction over the axis and a node of the loop that takes it."""
+        """The reductions over the axis that a node of the loop takes, and what stands between."""
         reduced: set[Node] = set()
         for node in self.graph.nodes:
             if combines(node, self.mesh) or any(
@@ -112,7 +112,7 @@ class _Looper:
         return wanted
 
     def _behind(self, node: Node, reduced: set[Node]) -> set[Node]:
-        """The reductions that a node depends on outside of the loop, and what leads to them."""
+        """The reductions outside of the loop that a node depends on, and what leads to them."""
         found: set[Node] = set()
         pending = [n for n in node.operands() if not in_loop(n, self.mesh)]
         while pending:
@@ -124,7 +124,7 @@ class _Looper:
         return found
 
     def _count(self, node: Node) -> None:
-        """Note what computes a sum before the loop; it may need no parameter."""
+        """Note what computes a sum before the loop; raises `LayoutError` for a parameter there."""
         pending = [node.args[0]]
         while pending:
             each = pending.pop()

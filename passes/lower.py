@@ -38,7 +38,7 @@ from meshwright.compiler.placing.emit import Emitter
 
 
 class Lowering:
-    """What one composite is lowered with: its node, with operands in the new graph."""
+    """The tools with which a composite lowers one node; `args` are of the new graph."""
 
     def __init__(self, emitter: Emitter, node: Node, args: tuple[Arg, ...]) -> None:
         self.emitter, self.node, self.args = emitter, node, args
@@ -83,7 +83,7 @@ def lower(graph: Graph) -> Graph:
 
 
 def _steps(emitter: Emitter, node: Node, args: tuple[Arg, ...]) -> Node | None:
-    """What stands in the place of a composite, if it cannot run as it is."""
+    """The node that replaces a composite whose special dim is split; None for any other node."""
     known = composite_of(node.op)
     if known is None:
         return None
@@ -99,7 +99,7 @@ def _steps(emitter: Emitter, node: Node, args: tuple[Arg, ...]) -> Node | None:
 
 
 def _returned(node: Node) -> Node | None:
-    """The operand that a node is, now that its backward has been written out."""
+    """The operand that a custom operator returns as it is: its vjp, all it was for, is applied."""
     source, index = (node.args[0], node.args[1]) if node.op == GETITEM else (node, 0)
     if source.op not in REGISTRY or REGISTRY[source.op].num_returned <= index:
         return None

@@ -8,11 +8,10 @@ After:   vary: f32[16, 64] varying(dp)      = vary(wpe_weight, dp)
          mul: f32[8@dp, 16, 64]             = mul(x, embedding)
 
 A value made of parameters alone is varied at the parameters, where its gradient joins the others in
-a bucket, unless the parameters are much the larger. An operator whose adjoint needs the whole
-cotangent (a Cholesky factor, a determinant) stays before the `vary`. A value of which many views
-are varied, such as the time steps of a scan, is varied itself. Where one value is varied over two
-nested sets of axes, the larger is made from the smaller: their cotangents are summed before the
-last reduction.
+a bucket, unless the parameters are much larger. An operator whose adjoint needs the whole cotangent
+(a Cholesky factor, a determinant) stays before the `vary`. A value whose views are varied, such as
+the time steps of a scan, is itself varied once. Where one value is varied over two nested sets of
+axes, the larger is made from the smaller: their cotangents are summed before the last reduction.
 Requires: a placed graph, not yet differentiated. Ensures: the same values, each placed by its rule.
 """
 
@@ -30,7 +29,7 @@ from meshwright.compiler.layout.layout import Layout
 VARY = MeshOp("vary")
 
 SLACK = 1 << 20
-"""Bytes by which parameters may exceed what is made of them: a message saved is worth that much."""
+"""Bytes by which parameters may exceed the value made of them: one message less is worth that."""
 
 
 def move_varies(graph: Graph) -> Graph:
@@ -42,7 +41,7 @@ def move_varies(graph: Graph) -> Graph:
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """What computes one varied value from `sources`, and over which axes it is varied.
+    """The nodes that compute one varied value from `sources`, and the axes that it is varied over.
 
     A source is a parameter, or a value that is varied over the same axes for another user.
     """
@@ -69,6 +68,8 @@ def _hoisted(graph: Graph) -> Graph:
 
 
 class _Finder:
+    """Finds the chains of a graph."""
+
     def __init__(self, graph: Graph) -> None:
         self.graph, self.users = graph, graph.users()
         self.returned = graph.returned
@@ -76,8 +77,8 @@ class _Finder:
         self.reduces: dict[tuple[Node, tuple[str, ...]], bool] = {}
 
     def chain(self, node: Node) -> _Chain | None:
-        """The chain behind a `vary` node, if it may be hoisted: nothing else uses it, and it is not
-        much smaller than the parameters, and other sources, that it is made of."""
+        """The chain behind a `vary` node, if the node may move to its sources: nothing else uses
+        the chain, and its result is not much smaller than the sources."""
         if node.op != VARY or node.args[0].op == VARY or input_behind(node.args[0]):
             return None
         axes: tuple[str, ...] = node.kwargs["axes"]
@@ -99,8 +100,8 @@ class _Finder:
     def _behind(
         self, value: Node, axes: tuple[str, ...]
     ) -> tuple[frozenset[Node], frozenset[Node]]:
-        """What computes `value`, back to parameters, to values that are varied anyway, and to
-        those whose adjoint needs the whole cotangent."""
+        """The nodes that compute `value`, and the sources where they begin: parameters, values that
+        are varied anyway, and those whose adjoint needs the whole cotangent."""
         nodes: set[Node] = set()
         sources: set[Node] = set()
         pending = [value]
@@ -138,7 +139,7 @@ def _varying(
     mapping: Mapping[Node, Node],
     varied: dict[tuple[Node, tuple[str, ...]], Node],
 ) -> Node:
-    """A node of a chain, on varying sources."""
+    """A copy of a chain's node that takes varying sources."""
     axes = chain.axes
 
     def operand(each: Node) -> Node:
@@ -164,7 +165,7 @@ def _vary_node(builder: Builder, value: Node, axes: tuple[str, ...], user: Node)
 
 
 def _joined(graph: Graph) -> Graph:
-    """Views of one value that are varied over the same axes are views of the varied value."""
+    """The graph with one varied value in place of views that are varied over the same axes."""
     found = _Views(graph)
     varied: dict[Node, Node] = {}
 
@@ -185,8 +186,8 @@ def _joined(graph: Graph) -> Graph:
 
 
 class _Views:
-    """`axes`: by value that is only viewed and varied, the axes; `sources`: those of multiple views
-    that are varied, and together not much smaller than the value."""
+    """`axes` has, for each value that is only viewed and varied, the axes that it is varied over;
+    `sources` are those with multiple varied views, together not much smaller than the value."""
 
     def __init__(self, graph: Graph) -> None:
         users, returned = graph.users(), graph.returned
@@ -213,7 +214,7 @@ class _Views:
         }
 
     def _asked(self, user: Node) -> tuple[str, ...] | None:
-        """The axes over which a user varies what it takes, if that is all it is for."""
+        """The axes over which a user varies its operand, or a view that is only varied."""
         if user.op == VARY:
             found: tuple[str, ...] = user.kwargs["axes"]
             return found
@@ -225,8 +226,8 @@ class _Views:
 
 
 def _chained(graph: Graph) -> Graph:
-    """Of one value's `vary` nodes over nested sets of axes, each is made from the one before; those
-    over the same axes are one."""
+    """The graph with one `vary` of a value for each set of axes, made from that over the largest
+    set inside it."""
     users, returned = graph.users(), graph.returned
     wanted: dict[Node, dict[frozenset[str], Node]] = {}
     varied: dict[Node, tuple[Node, frozenset[str]]] = {}

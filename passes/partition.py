@@ -11,8 +11,9 @@ After:   slice: f32[8@dp, 16@tp]           = slice(x, tp)
          relu: f32[8@dp, 64]               = relu(add)
 
 Layouts flow forward from the parameters and inputs that the plan has pinned. Where operands
-disagree the rule engine takes the cheapest way, and the `vary` rule puts in what makes gradients
-right. Requires: pins that divide. Ensures: every node is placed as its rule allows; outputs whole.
+disagree the rule engine takes the cheapest way, and the `vary` rule inserts what makes gradients
+right.
+Requires: pins that divide. Ensures: every node is placed as its rule allows; outputs are whole.
 Elsewhere: Shardy's propagation and insert-explicit-reshards in one.
 """
 
@@ -141,7 +142,7 @@ class _Partitioner:
             type=node.type,
             proposals=proposals,
             requires_grad=node.requires_grad,
-            # What is returned is whole: cutting its padding off gathers it no more than that does.
+            # A result is made whole anyway: cutting its padding off costs no gather of its own.
             free=op == aten.slice.Tensor and not self.users[node],
             name=node.name,
         )
@@ -183,9 +184,9 @@ class _Partitioner:
         )
 
     def _grouped(self, node: Node) -> Node | None:
-        """Attention on keys and values whose heads are repeated takes them as they were before.
+        """Attention on repeated heads of keys and values takes them as they were before.
 
-        Where they are fewer than the ranks, each rank repeats them all and takes its own.
+        Where there are fewer of them than ranks, each rank repeats them all and takes its own.
         """
         if node.op != Attention.op:
             return None
@@ -206,7 +207,7 @@ class _Partitioner:
         return self._call(node, node.op, args if self._moved(node, args) < least else grouped)
 
     def _repeated(self, node: Node, heads: Node, x: Node, axes: tuple[str, ...]) -> Node:
-        """`heads` repeated to the shape of `x`, where they are whole as a value of each rank."""
+        """`heads` repeated to the shape of `x` by each rank, if every rank has them whole."""
         layout = heads.placed
         if not axes or any(layout.state(axis) != "replicated" for axis in axes):
             return self.mapping[x]
@@ -224,7 +225,7 @@ class _Partitioner:
         return self.emitter.moved_bytes(node.op, args, kwargs, node.type, proposals)
 
     def _in_pieces(self, node: Node) -> Node | None:
-        """An operator that would gather is placed as the operators that it is made of."""
+        """Place an operator that would gather as the operators that it is made of."""
         if node.op not in DECOMPOSITIONS or self._moved(node, node.args) == 0.0:
             return None
         values = [self.mapping[n] for n in call_operands(node.args, node.kwargs)]
@@ -242,7 +243,7 @@ class _Partitioner:
         args: tuple[Arg, ...],
         kwargs: dict[str, Arg],
     ) -> Node:
-        """One of the operators that `node` is made of."""
+        """Place one of the operators that `node` is made of."""
         if call.op == GETITEM:
             return self.emitter.item(args[0], args[1], node.origin)
         operands = list(nodes_in(args))
@@ -263,7 +264,7 @@ class _Partitioner:
         key, mesh = input_key(node), self.draft.mesh
         pin, stored = self.draft.inputs.get(key), self.draft.stored.get(key)
         layout = pin.layout if pin else replicated(node.tensor.shape)
-        # Each rank is given what all coordinates of a sequential axis take their parts of.
+        # Each rank is given the whole, of which coordinates of a sequential axis take parts.
         held = stored.layout if stored else layout
         if mesh.sequential.intersection(held.split_axes):
             held = held.drop_split(mesh.sequential, mesh)
@@ -326,15 +327,15 @@ class _Partitioner:
     def _lengthened(self, value: Node, shape: tuple[int, ...]) -> Node:
         """`value` with the zeros that storage adds."""
         added = (size - own for size, own in zip(shape, value.tensor.shape, strict=True))
-        # The last dim comes first; a pair per dim is what is added before and behind.
+        # From the last dim to the first, how much is added before it and after it.
         pads = [each for more in reversed(list(added)) for each in (0, more)]
         args = (value, pads)
         return self.emitter.call(aten.constant_pad_nd.default, args, origin=value.origin)
 
 
 def _bias_apart(node: Node) -> tuple[Op, tuple[Arg, ...], Node, int] | None:
-    """A linear map with a bias as one without, and the dim of its second operand, the weight, that
-    is contracted."""
+    """The operator and arguments of a linear map without its bias, the bias, and the dim of the
+    weight that is contracted."""
     if node.op == aten.addmm.default and not node.kwargs:
         bias, x, weight = node.args
         return aten.mm.default, (x, weight), bias, 0

@@ -1,5 +1,4 @@
-"""Separate the joint graph of a stage into graphs that run at times of their own, such as its
-forward and its backward.
+"""Separate the joint graph of a stage into one graph per phase, such as its forward and backward.
 
 Before:  linear: f32[8, 64@tp]             = linear(x, up_weight, up_bias)
          relu: f32[8, 64@tp]               = relu(linear)
@@ -9,10 +8,10 @@ After:   linear: f32[8, 64@tp]             = linear(x, up_weight, up_bias)
          relu: f32[8, 64@tp]               = saved(0)
          threshold_backward: f32[8, 64@tp] = threshold_backward(matmul, relu, 0)
 
-What a graph takes from an earlier one is saved, but for what costs nothing to have again: views of
-parameters, and gathers of stored-split parameters and of sequence-split inputs, of which the shard
-is saved and gathered again. A value that two graphs take is saved for each, under numbers of its
-own, so that it is freed after the last. Each graph returns last what the next takes first.
+What a graph takes from an earlier one is saved, except views of parameters, which are taken again,
+and gathers of stored-split parameters and sequence-split activations, which are repeated from the
+shard. A value that two graphs take is saved for each, under two numbers, so that it is freed after
+the last. Each graph returns last what the next takes first.
 Requires: no node takes a value of a later phase. Ensures: each saved value is taken once.
 """
 
@@ -80,7 +79,7 @@ def separate_graph(
 
 
 class _Part:
-    """One of the graphs while it is made."""
+    """One of the graphs under construction."""
 
     def __init__(self, builder: Builder, phase: Phase) -> None:
         builder.phase = phase
@@ -124,13 +123,13 @@ class _Separator:
         return {part.phase: self._emitted(part, kept) for part in self.parts}
 
     def _need_operands(self, part: _Part, node: Node) -> None:
-        """Note what `part` has to take from earlier ones for `node`, or to compute again."""
+        """Note what `part` has to take from earlier parts for `node`, or to compute again."""
         for operand in dict.fromkeys(node.operands()):
             part.readers[operand] += 1
             at_hand = operand.held or operand in part.again or operand in part.saved
             if at_hand or self.home[operand] is part:
                 continue
-            # What differs between the coordinates of a sequential axis leaves the loop as one.
+            # Outside the loop there is no coordinate for which to compute a value again.
             leaves = part.phase.once and not self.home[operand].phase.once
             if self._again(operand) and not leaves:
                 part.again.add(operand)
@@ -151,7 +150,7 @@ class _Separator:
         return self._cheap[node]
 
     def _emitted(self, part: _Part, kept: Mapping[Node, int]) -> Graph:
-        """The graph of a part; `kept` says how often each memory is saved or returned."""
+        """The graph of a part; `kept` counts how often each storage is saved or returned."""
         for node in self.graph.nodes:
             if node.held:
                 part.mapping[node] = part.builder.copy(node, {}, phase=part.phase)
@@ -165,7 +164,7 @@ class _Separator:
         return part.builder.graph(output.of(part.mapping[output.node]) for output in part.outputs)
 
     def _bring(self, part: _Part, node: Node) -> None:
-        """Make a value of an earlier part available: computed again, or taken."""
+        """Make a value of an earlier part available: compute it again, or take it."""
         if node in part.mapping:
             return
         if node in part.again:

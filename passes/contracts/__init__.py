@@ -1,1 +1,1 @@
-"""Passes that change nothing: they refuse what the plan does not allow."""
+"""Passes that change nothing and refuse what the plan does not allow."""

@@ -28,8 +28,7 @@ _MOST_SELECTORS = 4
 
 
 def check_replication(draft: Draft) -> Draft:
-    """`draft`; raises `LayoutError` that names the largest implicit gather where they move too much
-    together."""
+    """`draft`; raises `LayoutError` at the largest implicit gather where all move too much."""
     allowed = set(draft.plan.resolve(Allow, ["", *modules_of(draft)]))
     implicit = [
         movement
@@ -48,7 +47,7 @@ def check_replication(draft: Draft) -> Draft:
         f"`{worst.value.name}` from `{worst.collective.source}` to `{worst.collective.target}` "
         "was not asked for",
         code="implicit-gather",
-        culprit=f"{where.source}; {_many(len(implicit))} {total} bytes a step",
+        culprit=f"{where.source}; {_many(len(implicit))} {total} bytes per step",
         help=_help(worst, implicit, draft),
     )
 
@@ -62,7 +61,7 @@ def _help(worst: Movement, implicit: Sequence[Movement], draft: Draft) -> str:
 
 
 def _composite(worst: Movement, draft: Draft) -> str | None:
-    """The split dim as factors or segments that the operator can take apart, if there are such."""
+    """The split dim as factors or segments that the operator can take apart, if there are any."""
     name, layout = worst.node.name, worst.collective.source
     dims = [dim for dim in layout.dims if dim_axes(dim)]
     users = [
@@ -98,9 +97,9 @@ def _many(count: int) -> str:
 
 
 def _why(movement: Movement) -> str:
-    """What makes an operator ask for the movement."""
+    """The reason why an operator asks for the movement."""
     if not has_rule(movement.user):
         return "has no rule and runs whole on every rank"
     if not movement.collective.row.moves:
         return "takes part of a whole value, whose gradient is then gathered"
-    return "needs whole what is split"
+    return "needs the whole of a split value"

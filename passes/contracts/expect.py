@@ -43,7 +43,7 @@ def check_contracts(program: Program) -> None:
 
 
 def _measure(program: Program, statement: Expect, module: str) -> int:
-    """The number that a contract is about, for one module ("" is the whole model)."""
+    """The number that a contract bounds, for one module ("" is the whole model)."""
     if statement.metric == "peak_memory":
         return program.memory().peak
     items = _counted(program.comm(), statement, module)

@@ -16,7 +16,7 @@ from meshwright.dsl.statements import Allow, Data, MeshStatement
 
 
 def check_axes(program: Program) -> None:
-    """Raises `PlanError` at the first axis without use, with a line that gives it one."""
+    """Raises `PlanError` at the first unused axis, with a line that makes use of it."""
     idle = _idle_axes(program.mesh, program.graphs().values())
     allowed = (target for each in program.plan.of(Allow) for target in each.targets)
     if not idle or any(target.matches("") for target in allowed):
@@ -27,8 +27,8 @@ def check_axes(program: Program) -> None:
         "P503",
         f"nothing is split over `{axis}`: its {size} ranks would repeat the same work",
         statement.at(axis),
-        help=f"{_use(program, axis)}, or leave it out of the mesh (`allow replicate **` has the "
-        "work repeated)",
+        help=f"{_use(program, axis)}, or leave it out of the mesh; to repeat the work, write "
+        "`allow replicate **`",
     )
 
 
@@ -45,7 +45,7 @@ def _idle_axes(mesh: Mesh, graphs: Iterable[Graph]) -> list[str]:
 
 
 def _use(program: Program, axis: str) -> str:
-    """What to write so that the axis is used: a line of `data` where it is sure to work."""
+    """Help that makes use of the axis: a `data` line where that is sure to work."""
     weights = "split weights over it with `columns` and `rows`"
     found, inputs = program.plan.of(Data), _batch_inputs(program)
     before = {(statement.over, statement.dim) for statement in found}

@@ -1,1 +1,1 @@
-"""Passes over the global graph: the few operators that are placed, in place of many."""
+"""Passes over the global graph, which replace many operators by the few that can be placed."""

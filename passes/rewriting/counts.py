@@ -27,7 +27,7 @@ _RESHAPING = {
     aten._to_copy.default, aten.transpose.int, aten.permute.default, aten.t.default,
     aten.detach.default,
 }  # fmt: skip
-"""Operators that keep every element, in whatever order."""
+"""Operators that keep every element, in any order."""
 
 _CHOOSING = {
     aten.slice.Tensor, aten.select.int, aten.expand.default, aten.index.Tensor,
@@ -52,8 +52,8 @@ def option(node: Node, name: str) -> Arg:
 
 
 def source(node: Node) -> Node | None:
-    """The value whose elements an integer tensor holds, each once, in whatever order; None if any
-    of them may have been rounded on the way."""
+    """The value whose elements an integer tensor holds, each once, in any order; None if any of
+    them may have been rounded on the way."""
     while True:
         before = _before(node)
         if before is None:
@@ -97,8 +97,8 @@ def _is_integer(node: Node) -> bool:
 
 
 def grouped_by(ends: Node) -> Node | None:
-    """For the running total of the sizes of groups: the number of the group of each element, in
-    whatever order. None of them is negative; those past the last group are not counted."""
+    """For the running total of the sizes of groups: the number of each element's group, in any
+    order. None of them is negative; those past the last group are not counted."""
     ends = _uncast(ends)
     if ends.op != aten.cumsum.default or len(ends.tensor.shape) != 1:
         return None
@@ -114,11 +114,11 @@ def grouped_by(ends: Node) -> Node | None:
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """What a vector counts: entry i is how many of these elements are i."""
+    """The elements that a vector counts: its entry i is how many of them are i."""
 
     elements: Node
     ignores_others: bool
-    """Whether elements that have no entry are left out, which is not an error."""
+    """Whether elements without an entry are left out; otherwise they are an error."""
 
 
 def _uncast(node: Node) -> Node:
@@ -133,7 +133,7 @@ def _counts(node: Node) -> _Counts | None:
 
 
 def _histogram(node: Node, count: int) -> _Counts | None:
-    """One bin an integer: bounds 0 and the largest, or one more, which is then in the last bin."""
+    """One bin per integer, from 0 to the largest, or to one more, which shares the last bin."""
     bins, low, high = (option(node, name) for name in ("bins", "min", "max"))
     if (bins, low) != (count, 0) or high not in (count - 1, count):
         return None
@@ -141,7 +141,7 @@ def _histogram(node: Node, count: int) -> _Counts | None:
 
 
 def _summed(node: Node, count: int) -> _Counts | None:
-    """A sum of one-hot rows, by `one_hot` or by comparing with every number."""
+    """A sum of one-hot rows, made by `one_hot` or by comparing with every number."""
     hot = _uncast(node.args[0])
     dims = {d % len(hot.tensor.shape) for d in node.args[1] or ()}
     if dims != set(range(len(hot.tensor.shape) - 1)):
@@ -239,7 +239,7 @@ _BOUNDS: dict[Op, Callable[[Node], tuple[float, float]]] = {
     aten.full.default: lambda node: interval(node.args[1]),
     aten.scalar_tensor.default: lambda node: interval(node.args[0]),
 }
-"""What the elements of results are between."""
+"""The bounds of the elements of results."""
 
 
 def _num_places(node: Node) -> int | None:

@@ -1,4 +1,4 @@
-"""How an operator treats a dim of its operands whose elements are in another order."""
+"""What an operator gives where a dim of its operands has its elements in another order."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _IN_ANY_ORDER: set[Op] = {
     aten.linear.default, aten.mv.default, aten.dot.default, aten.einsum.default,
     GroupedMMWeight.op,
 }  # fmt: skip
-"""Operators that contract a dim by a sum, or by another operation in which order does not count."""
+"""Operators that reduce a dim by a sum, or by another operation in which order does not count."""
 
 
 def carried(node: Node, dims: Mapping[int, int], mesh: Mesh) -> tuple[int | None, ...] | None:
-    """Where a permutation of operands goes: by result, the dim that is permuted just so, or None
-    where the result is the same in any order.
+    """By result, the dim that is permuted as the operands are, or None where the result is the same
+    in any order.
 
     `dims` are the permuted dims by number of operand; all are permuted alike. None if the operator
     is not known to treat each element of those dims by itself.

@@ -9,7 +9,7 @@ After:   view: i64[8, 1, 1]    = view(where, [8, 1, 1])
 
 An index that counts along a dim (`x[arange(b), last]`) looks nothing up there: each element takes
 its own. What is left is a `gather`, whose other dims may be split. `take`, `take_along_dim`, bags
-of one size and means of scattered rows are others of these operators in disguise.
+of one size and means of scattered rows are such operators in disguise too.
 Requires: a captured graph. Ensures: the same values.
 """
 
@@ -57,7 +57,7 @@ class _Counted:
         return math.prod(self.sizes[axis] for axis in self.others)
 
     def rest(self, rank: int) -> tuple[int, ...]:
-        """The dims of x that no index speaks of."""
+        """The dims of x that have no index."""
         return tuple(i for i in range(rank) if i != self.dim and i not in self.axes)
 
     def order(self, rank: int) -> tuple[int, ...]:
@@ -114,7 +114,7 @@ def _index_put(rewriter: Rewriter) -> Node | None:
     x, indices, value = rewriter.args[:3]
     found = _counted(x, indices)
     rank = len(x.tensor.shape)
-    # Zeros are seen to be such where no view is between.
+    # Behind a view or a permutation, zeros would not be recognised as such.
     if found is None or found.order(rank) != tuple(range(rank)):
         return None
     index = _gather_index(rewriter, found, x)
@@ -152,13 +152,13 @@ def _from_the_start(rewriter: Rewriter, index: Node, size: int) -> Node:
 
 
 def _take(rewriter: Rewriter) -> Node:
-    """`take(x, index)`: a lookup in the elements of x in a row."""
+    """`take(x, index)`: a lookup in x as a vector."""
     x, index = rewriter.args
     return rewriter.call(aten.index.Tensor, rewriter.view(x, (-1,)), [index])
 
 
 def _put(rewriter: Rewriter) -> Node:
-    """`put(x, index, source)`: a write to the elements of x in a row."""
+    """`put(x, index, source)`: a write to x as a vector."""
     x, index, source = rewriter.args[:3]
     flat, index, source = (rewriter.view(each, (-1,)) for each in (x, index, source))
     accumulate = rewriter.option(3, "accumulate", False)
@@ -238,14 +238,14 @@ def _bag(rewriter: Rewriter) -> Node | None:
 
 
 def _largest(rewriter: Rewriter, rows: Node) -> Node:
-    """Of each bag, and each feature, the largest."""
+    """The largest value of each feature in each bag."""
     found = rewriter.call(aten.max.dim, rows, 1)
     assert isinstance(found.type, tuple)
     return rewriter.call(GETITEM, found, 0, type=found.type[0])
 
 
 def _bag_size(index: Node, offsets: Node, last: bool) -> int | None:
-    """The size of every bag, if they have one."""
+    """The size of all bags, if it is the same."""
     starts = constant(offsets)
     total = index.tensor.shape[0]
     if starts is None or len(index.tensor.shape) != 1:

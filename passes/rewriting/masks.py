@@ -5,9 +5,9 @@ Before:  lt: bool[8, 16]       = lt(mul, 0)
 After:   lt: bool[8, 16]   = lt(mul, 0)
          where: f32[8, 16] = where(lt, lifted_tensor_0, mul)
 
-`x[mask] = value` and `index_fill` say which elements to replace. Where one value, or one row, goes
-to all of them, that is a choice element by element. Rows for a mask that is known beforehand are
-looked up by how many were placed before.
+`x[mask] = value` and `index_fill` say which elements to replace. Where all of them get one value,
+or one row, that is a choice element by element. Where each gets a row of its own and the mask is
+known beforehand, the row's number is how many elements before it are true.
 Requires: a captured graph. Ensures: the same values; no index is a mask.
 Elsewhere: XLA, where no shape may depend on a value.
 """
@@ -58,7 +58,7 @@ def _assign(rewriter: Rewriter) -> Node | None:
 
 
 def _rows(rewriter: Rewriter, x: Node, mask: Node, over: Node, place: int) -> Node:
-    """`x[mask] = rows`: as many rows as a mask that is known beforehand has true elements."""
+    """`x[mask] = rows`, one row for each true element of a mask that is known beforehand."""
     accumulates = rewriter.option(3, "accumulate", False)
     if not mask.of_model or accumulates:
         raise _refused(rewriter.node, "writes one row for each true element of a mask")
@@ -73,7 +73,7 @@ def _rows(rewriter: Rewriter, x: Node, mask: Node, over: Node, place: int) -> No
 
 
 def _places(rewriter: Rewriter, flags: Node) -> Node:
-    """For each flag, how many before it are true."""
+    """For each true flag, how many before it are true."""
     count = rewriter.call(aten.cumsum.default, flags, 0)
     return rewriter.call(aten.clamp.default, rewriter.call(aten.sub.Tensor, count, 1), 0)
 

@@ -55,7 +55,7 @@ def _identity(rewriter: Rewriter) -> Node:
 
 @rewrites(GETITEM)
 def _item(rewriter: Rewriter) -> Node | None:
-    """One of the values brought to a common shape is its own expansion, where it has any."""
+    """One of the values that were brought to a common shape is an expansion of itself."""
     source, index = rewriter.args
     if rewriter.node.args[0] in rewriter.items:
         found: Node = rewriter.items[rewriter.node.args[0]][index]
@@ -135,7 +135,7 @@ def _index(rewriter: Rewriter) -> Node | None:
 
 @rewrites(aten.masked_scatter.default)
 def _masked_scatter(rewriter: Rewriter) -> Node:
-    """The k-th place of the mask takes the k-th element, or row where the mask holds whole rows."""
+    """The k-th true place of the mask takes the k-th element; the k-th row, if rows are masked."""
     x, mask, source = rewriter.args
     shape = rewriter.node.tensor.shape
     if 0 in (*shape, *source.tensor.shape):
@@ -192,7 +192,7 @@ def _reordered(rewriter: Rewriter, x: Node, apart: tuple[int, ...], order: tuple
 
 @rewrites(aten.channel_shuffle.default)
 def _channel_shuffle(rewriter: Rewriter) -> Node:
-    """The channels of groups in turn."""
+    """The first channel of every group, then the second, and so on."""
     x, groups = rewriter.args
     batch, channels, *rest = x.tensor.shape
     apart = (batch, groups, channels // groups, *rest)
@@ -227,7 +227,7 @@ def _rms_norm(rewriter: Rewriter) -> Node:
 
 
 def _norm(rewriter: Rewriter, bias: Node | None, eps: float, kind: str) -> Node:
-    """Over multiple dimensions a norm is one over their product."""
+    """A norm over multiple dims is one over their product."""
     x, shape, weight = rewriter.args[0], rewriter.args[1], rewriter.option(2, "weight")
     full = x.tensor.shape
     if len(shape) > 1:
@@ -304,7 +304,7 @@ def _cross_entropy(rewriter: Rewriter) -> Node:
 def _row_count(
     rewriter: Rewriter, target: Node, weight: Node | None, ignore: int, rows: Node
 ) -> Node:
-    """What a mean over labels divides by: how many are not ignored, or the sum of their weights."""
+    """The divisor of a mean over labels: how many are not ignored, or the sum of their weights."""
     counted = rewriter.call(aten.ne.Scalar, target, ignore)
     if weight is None:
         return to_dtype(rewriter, rewriter.call(aten.sum.default, counted), rows.tensor.dtype)
@@ -369,7 +369,7 @@ def _reduced(rewriter: Rewriter, losses: Node, reduction: int) -> Node:
 
 @rewrites(aten._grouped_mm.default, "transformers::grouped_mm_fallback")
 def _grouped_mm(rewriter: Rewriter) -> Node | None:
-    """Consecutive groups of the rows of x, of the columns of w, or of what is contracted."""
+    """Products of consecutive groups: of the rows of x, the columns of w, or what is contracted."""
     x, w, ends = rewriter.args[0], rewriter.args[1], rewriter.option(2, "offs")
     if rewriter.option(3, "bias") is not None:
         return None
@@ -385,7 +385,7 @@ def _grouped_mm(rewriter: Rewriter) -> Node | None:
 
 
 def _grouped_rows(rewriter: Rewriter, x: Node, w: Node, ends: Node) -> Node:
-    """The product of each row with its group's matrix; of rows with rows, one matrix a group."""
+    """The product of each row with its group's matrix; of rows with rows, one matrix per group."""
     places = rewriter.call(aten.arange.default, x.tensor.shape[0], dtype=torch.int64)
     group = rewriter.call(aten.bucketize.Tensor, places, ends, right=True)
     group = rewriter.call(aten.unsqueeze.default, group, 1)

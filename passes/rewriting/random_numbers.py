@@ -8,7 +8,7 @@ After:   random: f32[8, 16] = mesh::random(linear, [8, 16], uniform, f32, 1)
 A rank's own generator would draw other numbers under every layout, and copies of one value would
 drift apart. Each number is a function of the run's seed, the step, the operator's place in the
 model and the element's global index instead; distributions are made of uniform and normal numbers.
-What is known to draw numbers and has no entry here is refused.
+Any other operator that draws numbers is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def is_random(op: Op) -> bool:
 
 
 def refuse_random(node: Node) -> None:
-    """Raise for an operator that would draw other numbers on each rank."""
+    """Raises `CaptureError` for an operator that would draw different numbers on each rank."""
     if not is_random(node.op) or (node.op in _RECURRENT and not _drops(node)):
         return
     help = (
@@ -61,7 +61,7 @@ _RECURRENT: dict[Op, int] = {
     aten.rnn_relu.input: 5,
 }
 _RECURRENT |= {aten.lstm.data: 6, aten.gru.data: 6, aten.rnn_tanh.data: 6, aten.rnn_relu.data: 6}
-"""Recurrent networks that drop out between their layers, and where their `dropout` stands."""
+"""Recurrent networks that drop out between their layers, and the position of `dropout`."""
 
 
 def _drops(node: Node) -> bool:
@@ -100,7 +100,7 @@ def _sampled(rewriter: Rewriter, value: Node, *sources: Arg) -> Node:
 
 
 def _filled(rewriter: Rewriter) -> Node | None:
-    """The operand that is filled: in the graph, what was in memory before."""
+    """The operand that is filled, if there is one; its values do not count."""
     first = rewriter.args[0] if rewriter.args else None
     return first if isinstance(first, Node) else None
 
@@ -204,7 +204,7 @@ def _cauchy(rewriter: Rewriter) -> Node:
 
 @rewrites(aten.geometric.default)
 def _geometric(rewriter: Rewriter) -> Node:
-    """How often a coin is tossed up to its first head: 1 at least."""
+    """How often a coin is tossed up to and including its first head."""
     x, p = rewriter.args[:2]
     number = rewriter.call(aten.log.default, _own(rewriter, "uniform", x))
     number = rewriter.call(aten.mul.Tensor, number, 1 / math.log1p(-p))
@@ -363,7 +363,7 @@ def _randint_like_low(rewriter: Rewriter) -> Node:
 
 @rewrites(aten.random.default)
 def _random(rewriter: Rewriter) -> Node:
-    """From 0 to the largest number up to which the type has all, as torch draws."""
+    """From 0 to the largest integer up to which the type has them all, as torch draws."""
     dtype = rewriter.node.tensor.dtype
     if dtype.is_floating_point:
         return _integers(rewriter, rewriter.args[0], 0, int(2 / torch.finfo(dtype).eps) + 1)
@@ -409,7 +409,7 @@ def _multinomial(rewriter: Rewriter) -> Node:
 
 
 def _drawn_again(rewriter: Rewriter, p: Node) -> Node:
-    """How many of a row's running sums, but for the last, are below each of its uniform numbers."""
+    """For each uniform number of a row, how many running sums but the last are not above it."""
     sums = rewriter.call(aten.cumsum.default, to_dtype(rewriter, p, torch.float64), -1)
     last, size = len(p.tensor.shape) - 1, p.tensor.shape[-1]
     total = rewriter.call(aten.slice.Tensor, sums, last, size - 1, size)

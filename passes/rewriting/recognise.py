@@ -1,4 +1,4 @@
-"""Recognise what models spell out in general operators, where a narrower form can be split."""
+"""Recognise what models spell out in general operators and a narrower operator could split."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _CONSTANT = {
 """Operators through which the value of an index is followed."""
 
 _OPTIONS = ("alpha", "dtype", "rounding_mode")
-"""What changes a value, of the options that these operators are given by name."""
+"""Of the options that these operators take by name, those that change the value."""
 
 _LONGEST = 1 << 24
-"""Elements of the largest index that is worked out here."""
+"""The number of elements of the largest index that is worked out here."""
 
 
 def repeated_heads(x: Node) -> Node | None:
-    """`x[b, g·n, s, d]` as `[b, g, s, d]` where each head stands n times in a row, as models write
-    grouped-query attention out; None if it is not such a value."""
+    """`x[b, g·n, s, d]` as `[b, g, s, d]` where each head stands n times in a row, as models spell
+    out grouped-query attention; None for any other value."""
     if x.op == aten.repeat_interleave.self_int and x.args[2:3] == (1,):
         found: Node = x.args[0]
         return found

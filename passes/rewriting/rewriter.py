@@ -1,4 +1,4 @@
-"""What the rewrites of operators are written with, and the table of those of `normalise`."""
+"""The tools that rewrites of operators are written with, and the table of `normalise`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ aten = torch.ops.aten
 
 
 class Rewriter:
-    """What one rewrite is written with: the node it replaces and a builder for the new ones."""
+    """The node that a rewrite replaces, and a builder for the new ones."""
 
     def __init__(self, builder: Builder) -> None:
         self.builder = builder
         self.num_random = 0
         self.items: dict[Node, tuple[Node, ...]] = {}
-        """By node with multiple results that was replaced: what stands for each."""
+        """By replaced node with multiple results: what stands for each result."""
 
     def begin(self, node: Node, mapping: Mapping[Node, Node]) -> None:
         """Turn to the next node to be replaced; `mapping` gives what stands for those before."""
@@ -85,7 +85,7 @@ class Rewriter:
         return self.builder.emit(op, args, type=type, origin=self.node.origin)
 
     def random_id(self) -> int:
-        """A number for an operator that draws random numbers: its place in the model."""
+        """A number for an operator that draws random numbers: its place among them in the model."""
         self.num_random += 1
         return self.num_random
 
@@ -97,8 +97,7 @@ def _differentiable(type: NodeType) -> bool:
 
 Rewrite = Callable[[Rewriter], "Node | None"]
 REWRITES: dict[Any, Rewrite] = {}
-"""By operator, or by the name of one that a library brings; a rewrite that returns nothing leaves
-its node as it is."""
+"""By operator, or by name where a library registers it; one that returns None changes nothing."""
 
 
 def rewrites(*ops: Any) -> Callable[[Rewrite], Rewrite]:

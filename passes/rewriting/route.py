@@ -1,4 +1,4 @@
-"""Leave out permutations of rows that are undone again, so that routing stays within a shard.
+"""Leave out permutations of rows that are undone later, so that routing stays within a shard.
 
 Before:  argsort: i64[16]          = argsort(view)
          floor_divide: i64[16]     = floor_divide(argsort, 2)
@@ -52,7 +52,7 @@ aten = torch.ops.aten
 
 
 def route(graph: Graph) -> Graph:
-    """The graph without the sorts of vectors of which every use is the same without them."""
+    """The graph without those sorts of vectors whose every use is the same without them."""
     sorts = _sorts(graph)
     while sorts:
         router = _Router(graph, sorts)
@@ -85,8 +85,8 @@ class Permuted:
 
 
 class _Router:
-    """One attempt, which assumes that every sort in `sorts` can be left out; `kept` are those of
-    which some use shows that it cannot. Then what it has made is of no use."""
+    """One attempt, which assumes that every sort in `sorts` can be left out; `kept` are those that
+    some use shows to be needed. If there are any, the graph that it has made is not valid."""
 
     def __init__(self, graph: Graph, sorts: Mapping[Node, Node]) -> None:
         self.graph, self.sorts, self.users = graph, sorts, graph.users()
@@ -95,11 +95,11 @@ class _Router:
         self.values: dict[Node, Node] = {}
         self.permuted: dict[Node, Permuted] = {}
         self.inverse: dict[Node, Node] = {}
-        """By node that holds the inverse of an order: the sort that gives the order."""
+        """By node that is the inverse of an order: the sort that gives the order."""
         self.results: dict[Node, tuple[tuple[int | None, ...], Node]] = {}
-        """Of nodes with multiple results: the dim in which each is permuted, and by which sort."""
+        """By node with multiple results: the dim in which each is permuted, and by which sort."""
         self.repeated: dict[Node, Node] = {}
-        """By matrix of the new graph in which each row of another stands a number of times."""
+        """By matrix of the new graph that repeats each row of another: that other."""
 
     def run(self) -> Graph:
         for node in self.graph.nodes:
@@ -111,7 +111,7 @@ class _Router:
         )
 
     def value(self, node: Node) -> Node:
-        """The node in its own order; one that is permuted shows that its sort has to stay."""
+        """The new node for a value in its own order; if it is permuted, its sort has to stay."""
         if node in self.permuted:
             self.kept.add(self.permuted[node].by)
             return self.permuted[node].rows
@@ -120,7 +120,7 @@ class _Router:
         return self.values[node]
 
     def places(self, node: Node, like: Node) -> Node:
-        """The numbers of a vector's elements."""
+        """The places of a vector's elements: 0, 1, 2, ..."""
         size = like.tensor.shape[0]
         return self.call(node, aten.arange.default, size, dtype=torch.int64)
 
@@ -136,7 +136,7 @@ class _Router:
         )
 
     def _carry(self, node: Node) -> None:
-        """Copy a node; on permuted operands, in their first order if it may be in any."""
+        """Copy a node, on permuted operands in their first order where the order does not count."""
         found = {i: self.permuted[n] for i, n in _operands(node) if n in self.permuted}
         if len({p.by for p in found.values()}) == 1:
             dims = carried(node, {i: p.dim for i, p in found.items()}, self.graph.mesh)
@@ -159,10 +159,10 @@ class _Router:
             self.permuted[node] = Permuted(new, dims[0], by)
 
     def item(self, node: Node) -> bool:
-        """One of multiple results; the results of a sort are its operand's elements and places."""
-        several, index = node.args
-        if several in self.results and several.op in SORTS and is_vector(several.args[0]):
-            (_, by), x = self.results[several], several.args[0]
+        """One of multiple results. Those of a sort are its operand's elements and their places."""
+        parent, index = node.args
+        if parent in self.results and parent.op in SORTS and is_vector(parent.args[0]):
+            (_, by), x = self.results[parent], parent.args[0]
             inverse = x in self.permuted
             if index == 0 and inverse:
                 self.values[node] = self.permuted[x].rows
@@ -171,9 +171,9 @@ class _Router:
             else:
                 self._order(node, x, by)
             return True
-        if several in self.results:
-            dims, by = self.results[several]
-            new = self.builder.copy(node, {several: self.values[several]})
+        if parent in self.results:
+            dims, by = self.results[parent]
+            new = self.builder.copy(node, {parent: self.values[parent]})
             self._note(node, new, dims[index : index + 1], by)
             return True
         return False
@@ -228,13 +228,13 @@ class _Router:
         return same_value(elements, ids)
 
     def _used_with(self, node: Node) -> list[Node]:
-        """What a node, or a view of it, meets."""
+        """The operands of all calls that use a node or a view of it."""
         users = [user for view in self.users[node] for user in self.users[view]]
         return [n for user in users for n in user.operands()]
 
     def product(self, node: Node) -> bool:
-        """Rows meet their matrices as they are grouped where the groups come from: those that were
-        repeated for that, once for all."""
+        """Each row meets its group's matrix in the first order; a row that was repeated to meet
+        multiple matrices is given once."""
         x, weight, group = node.args
         if x not in self.permuted or group not in self.permuted or weight in self.permuted:
             return False
@@ -253,7 +253,7 @@ class _Router:
         return True
 
     def lookup(self, node: Node) -> bool:
-        """`x[p]` is x, permuted; and with the inverse of p a permuted value is as it was."""
+        """`x[p]` is x, permuted; a permuted value looked up with the inverse of p is x again."""
         parts = _lookup_parts(node)
         if parts is None:
             return False
@@ -270,7 +270,7 @@ class _Router:
         return True
 
     def put(self, node: Node) -> bool:
-        """Rows put where the order says are as they were; so are sums of rows by their number."""
+        """Permuted rows that are put where the order says are in their first order again."""
         parts = _put_parts(node)
         if parts is None or parts.index not in self.permuted:
             return False
@@ -291,7 +291,7 @@ class _Router:
         return False
 
     def _taken(self, node: Node, x: Node, dim: int, index: Node) -> Node:
-        """`x[index]` along a dim: for what is known to repeat x, the repetition."""
+        """`x[index]` along a dim; as an expansion where the index is known to repeat x."""
         shape, value = x.tensor.shape, self.value(x)
         times = _repetition(index, shape[dim])
         if times is None:
@@ -309,7 +309,7 @@ class _Router:
         return found
 
     def _added(self, node: Node, parts: _Put, index: Node, value: Node) -> Node:
-        """`x.index_add(dim, index, value)`: where that sums repetitions, their sum."""
+        """`x.index_add(dim, index, value)`; as a sum where the index is known to repeat x."""
         shape, dim, x = node.tensor.shape, parts.dim, self.value(parts.x)
         times = _repetition(index, shape[dim])
         if times is None or not value.tensor.dtype.is_floating_point:
@@ -349,7 +349,7 @@ def _is_places(node: Node) -> bool:
 
 
 def _is_range(node: Node) -> bool:
-    """Whether a vector is made as 0, 1, 2, ...: the longest need not be worked out."""
+    """Whether a vector is made as 0, 1, 2, ..., of any length: its values are not worked out."""
     if node.tensor.dtype not in (torch.int64, torch.int32) or node.op not in _RANGES:
         return False
     start, stop, step = {1: (0, *node.args, 1), 2: (*node.args, 1), 3: node.args}[len(node.args)]
@@ -357,8 +357,8 @@ def _is_range(node: Node) -> bool:
 
 
 def _repetition(index: Node, size: int) -> tuple[int, int] | None:
-    """For an index that takes all of `size` elements equally often: how often, and whether each is
-    repeated in its place (1) or all are in turn (0)."""
+    """For an index that takes each of `size` elements equally often: how often, and whether the
+    copies of each stand together (1) or all elements come in turn (0)."""
     length = index.tensor.shape[0]
     if size == 0 or length == 0 or length % size:
         return None
@@ -450,7 +450,7 @@ def _put_parts(node: Node) -> _Put | None:
 
 
 def _slices(node: Node, dim: int, index: Node, value: Node) -> tuple[int, Node] | None:
-    """Dim and vector of what puts whole slices, as they are."""
+    """Dim and index vector of an operator that puts whole slices, not scaled."""
     vector: Node | None = index
     if node.op in (aten.scatter.src, aten.scatter_add.default):
         same = index.tensor.shape == value.tensor.shape
@@ -478,3 +478,4 @@ _HANDLERS: dict[Op, Callable[[_Router, Node], bool]] = {
         _Router.put,
     ),
 }  # fmt: skip
+"""What carries permutations through an operator; where it returns False, the rule decides."""

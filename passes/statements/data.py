@@ -4,8 +4,8 @@ Before:  x: f32[8, 16] = input(argument x)
 After:   x: f32[8@dp, 16] = input(argument x)
 
 Gradients are reduced over the axis by the `vary` rule alone: a parameter that meets a split value
-is varying, and its cotangent partial. Requires: nothing. Ensures: each input with the batch's
-size is split or named in `shard`.
+is varying, and its cotangent partial.
+Requires: nothing. Ensures: each input with the batch's size is split or named in `shard`.
 Elsewhere: DDP, DistributedSampler.
 """
 
@@ -58,7 +58,8 @@ def _split(draft: Draft, node: Node, statement: Data) -> Draft:
 
 
 def _check_complete(draft: Draft, arguments: Mapping[str, Node], found: Mapping[str, Data]) -> None:
-    """An input with the batch's size that stays whole is more often forgotten than meant."""
+    """Raises `PlanError` for an input with the batch's size that no statement names: it was more
+    likely forgotten than left whole on purpose."""
     sizes = {arguments[name].tensor.shape[s.dim]: s for name, s in found.items()}
     sharded = {
         name

@@ -1,4 +1,4 @@
-"""A program on its way through the passes: the graph, and what the plan has said of it."""
+"""A program on its way through the passes: its graph, and what the plan says of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from meshwright.dsl.statements import Statement
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """A layout that statements of the plan wrote, each some of its dims."""
+    """A layout, and the statements of the plan that say so, each of some dims."""
 
     layout: Layout
     statements: tuple[Statement, ...]
@@ -33,12 +33,12 @@ class Region:
     axes: tuple[str, ...]
     statement: Statement
     keep_gathered: bool = False
-    """Whether what is gathered is saved for the backward, not gathered again."""
+    """Whether what is gathered is saved for the backward instead of gathered again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What every pass takes and returns; none of them edits one in place."""
+    """The data that every pass takes and returns; none of them edits one in place."""
 
     plan: Plan
     mesh: Mesh
@@ -60,22 +60,22 @@ class Draft:
     movements: tuple[Movement, ...] = ()
     """Every change of layout that was inserted, in the forward and in the backward."""
     variant_of: tuple[str, ...] | None = None
-    """Of a compiled program for another mode or other inputs: the inputs that the first one has.
-    What statements say of inputs and modules that are not used here has no effect."""
+    """For a variant of a program, in another mode or for other inputs: that program's inputs. What
+    statements say of inputs and modules that are not used here has no effect."""
     evaluation: Callable[[], Graph | None] = lambda: None
-    """Captures the model's eval mode, for modules that only run there; nothing if it cannot be."""
+    """Captures the model's eval mode, for modules that only run there; None if that fails."""
     stages: tuple[Stage, ...] = ()
     """The graphs that run, once forward and backward are apart; `graph` is what they were."""
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
-        """The graphs as they are after the last pass: one until forward and backward are apart."""
+        """The graphs of the program: one until forward and backward are apart."""
         parts = tuple(graph for stage in self.stages for graph in stage.graphs.values())
         return parts or (self.graph,)
 
 
 def on_graph(function: Callable[[Graph], Graph]) -> Callable[[Draft], Draft]:
-    """A pass over drafts that rewrites their graph by one that reads no plan."""
+    """A pass over drafts that applies `function`, which reads no plan, to their graph."""
 
     @wraps(function)
     def run(draft: Draft) -> Draft:
@@ -85,8 +85,8 @@ def on_graph(function: Callable[[Graph], Graph]) -> Callable[[Draft], Draft]:
 
 
 def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:
-    """The inputs of `graph` that the plan laid out, and what stands for them where they are stored
-    in another layout."""
+    """The inputs of `graph` that the plan laid out or, where they are stored in another layout, the
+    nodes that bring them to the plan's."""
     found: set[Node] = set()
     for node in graph.nodes:
         source = input_behind(node)
@@ -97,6 +97,7 @@ def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:
 
 
 def input_key(node: Node) -> str:
-    """An input's canonical name; an argument may be called as a parameter is, and is not it."""
+    """An input's name, after its kind where the model does not hold it: an argument may have the
+    name of a parameter."""
     kind, name = node.args[:2]
     return str(name) if node.of_model else f"{kind} {name}"

@@ -11,7 +11,7 @@ from meshwright.dsl.plan import Plan
 
 
 def with_fragments(plan: Plan, model: nn.Module) -> Plan:
-    """The plan with every class's fragment, its selectors under each module of the class."""
+    """The plan with the fragment of every class, its selectors under each module of the class."""
     paths: dict[type, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(getattr(type(module), "__plan__", None), str):

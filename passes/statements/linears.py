@@ -1,4 +1,4 @@
-"""Find the linear maps and tables of a module: which parameter, and which of its dims is what."""
+"""Find the linear maps and tables of modules: their parameters, and what the dims of each are."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONVOLUTIONS = {
     aten.conv_transpose1d.default: 6, aten.conv_transpose2d.input: 6,
     aten.conv_transpose3d.input: 6, aten.convolution.default: 8,
 }  # fmt: skip
-"""Convolutions, and where each takes its number of groups."""
+"""Convolutions, and the position of each one's number of groups."""
 
 _TRANSPOSED = {
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input
@@ -79,7 +79,7 @@ def computed_weights(graph: Graph) -> dict[str, tuple[Linear, tuple[Node, ...]]]
 
 
 def _sources(node: Node) -> tuple[Node, ...]:
-    """The parameters that a value is computed from; none if anything that a user passes is, too."""
+    """The parameters that a value is computed from; none if it depends on an argument too."""
     found: dict[Node, None] = {}
     waiting, seen = [node], {node}
     while waiting:

@@ -20,7 +20,7 @@ _LETTERS = "oiklmn"
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why a module has nothing that a statement needs, and the help."""
+    """The reason why a module has nothing that a statement needs, and the help."""
 
     why: str
     help: str
@@ -52,7 +52,7 @@ def _such_as(module: str, found: Sequence[str]) -> str:
 def _used_elsewhere(
     draft: Draft, found: Sequence[str], module: str, statement: Spread
 ) -> Reason | None:
-    """The module itself never runs: others use its parameters."""
+    """The module never runs itself: others use its parameters."""
     own = _own_parameters(draft, module)
     if runs(draft.graph, module) or not own:
         return None
@@ -72,7 +72,7 @@ def _used_elsewhere(
 
 
 def _computed(draft: Draft, module: str, statement: Spread) -> Reason | None:
-    """The module multiplies by a tensor that is made of one parameter or more."""
+    """The module multiplies by a tensor that is computed from parameters."""
     found = computed_weights(draft.graph).get(module)
     if found is None:
         return None
@@ -80,7 +80,7 @@ def _computed(draft: Draft, module: str, statement: Spread) -> Reason | None:
     names = {node.args[1]: node for node in parameters}
     dim = product.inputs if isinstance(statement, Rows) else product.features
     size = product.weight.tensor.shape[dim]
-    # What has the dim that is to be split: of `b @ a`, one of the two.
+    # Those with the dim that is to be split: of `b @ a`, one of the two.
     fitting = {
         name: node
         for name, node in names.items()
@@ -146,7 +146,7 @@ def _shard_lines(
     module: str,
     biases: Sequence[Node] = (),
 ) -> str:
-    """The `shard` statements that say of these parameters what `statement` would."""
+    """The `shard` statements that lay these parameters out as `statement` would."""
     rows = isinstance(statement, Rows)
     named = {name: len(node.tensor.shape) for name, node in parameters.items()}
     named |= {node.args[1]: 1 for node in biases}

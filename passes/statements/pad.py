@@ -9,12 +9,12 @@ After:   head_weight: f32[98, 16]        = input(parameter head.weight)
          cross_entropy: (f32[8], f32[8]) = mesh::cross_entropy(linear, targets, None, -100,
              0.0, 97)
 
-The rules of operators say where padding goes (`padder.py`). What is added to a parameter is zero,
-and stays so: nothing that it gives is used, so that its gradient is zero. That holds as long as no
-value on the way is infinite there, and no slope. An operator that is linear in what is padded is
-safe; of any other elementwise one it is tried out. The loss and a lookup are told the true number
-of rows and mask the rest. Whatever else mixes entries (a reduction, a sort, a softmax) takes the
-tensor without its padding.
+The rules of operators say where padding goes (`padder.py`). The entries added to a parameter are
+zero, and stay zero: no result depends on them, so their gradient is zero. That holds as long as no
+value computed from them, and no slope, is infinite. An operator that is linear in what is padded is
+safe; any other elementwise one is tried out. The loss and a lookup are told the true number of rows
+and mask the rest. Whatever else mixes entries (a reduction, a sort, a softmax) takes the tensor
+without its padding.
 Requires: pins. Ensures: no output and no reduction sees a pad entry.
 Elsewhere: Megatron pads the vocabulary for good; DTensor splits unevenly.
 """
@@ -38,7 +38,7 @@ from meshwright.passes.statements.draft import Draft, input_key
 from meshwright.passes.statements.padder import Padder, resized, treats_apart
 
 _POINTS = (-8.0, -1.5, -1.0, -0.5, 0.0, 0.25, 1.0, 2.5, 8.0)
-"""Values that pad entries may have, zero above all."""
+"""Values that pad entries may have; most are zero."""
 
 
 def pad(draft: Draft) -> Draft:
@@ -48,7 +48,7 @@ def pad(draft: Draft) -> Draft:
 
 
 def padding_of(shape: tuple[int, ...], stored: tuple[int, ...]) -> Padding | None:
-    """What storage adds to the one dim of a tensor that does not divide, if there is any."""
+    """The padding of a tensor that is stored in a longer shape, if any: one dim is longer."""
     sizes = enumerate(zip(shape, stored, strict=True))
     return next((Padding(dim, own, held) for dim, (own, held) in sizes if own != held), None)
 
@@ -72,7 +72,7 @@ class _Padder(Padder):
         self, call: Call, spec: Spec, padded: Mapping[int, Mapping[str, Extent]], letter: str
     ) -> bool:
         if isinstance(call.op, MeshOp) and letter in spec.consecutive:
-            # It counts entries from the first, and is told how many there are.
+            # It counts entries from the first one, and is told their true number.
             return all(
                 extents[letter].before == 1 for extents in padded.values() if letter in extents
             )
@@ -104,8 +104,8 @@ def _is_finite(
     operands: tuple[TensorType, ...],
     padded: frozenset[int],
 ) -> bool:
-    """Whether an elementwise operator is finite, and its derivatives, at each of the values that
-    its padded operands may have; the others hold numbers of the model."""
+    """Whether an elementwise operator and its derivatives are finite at each of the values that its
+    padded operands may have; the others hold numbers of the model."""
     with torch.inference_mode(mode=False), torch.enable_grad(), torch.device("cpu"):
         points = torch.tensor(_POINTS, dtype=torch.float64)
         grids = iter(torch.meshgrid(*[points] * len(padded), indexing="ij"))

@@ -13,9 +13,9 @@ After:   extend: f32[8, 18, 16]   = mesh::extend(x, 1, 18)
          sum: f32[]               = sum(slice)
 
 The rules say where padding may pass: an operator that could be split along the sequence treats its
-entries apart, and is run on the padded ones. Any other gets the sequence as it is, and its result
-is padded again. Pad entries repeat the last true one, so that they are nowhere outside of an
-operator's domain; their cotangents are zeros, those of what the slices cut off.
+entries separately, and runs on the padded ones. Any other operator takes the sequence without its
+padding, and its result is padded again. Pad entries repeat the last true one, so that they are
+always in an operator's domain; the slices that cut them off make their cotangents zero.
 Requires: regions. Ensures: what enters a region divides, and no reduction, reordering, output or
 random number depends on padding.
 Elsewhere: Megatron refuses such sequences.
@@ -45,8 +45,8 @@ def pad_sequences(draft: Draft) -> Draft:
 
 
 class _Padder(Padder):
-    """Pads what enters regions; `entries` are these values and the ranks that split each, by the
-    node that takes it."""
+    """Pads what enters regions; `entries` has, by node, the values that enter with it, each beside
+    the number of ranks that split it."""
 
     def __init__(self, draft: Draft, entries: Mapping[Node, list[tuple[Node, int]]]) -> None:
         super().__init__(draft)

@@ -1,7 +1,7 @@
-"""Run the calls of a graph on padded operands, as far as the rules of operators let padding pass.
+"""Run the calls of a graph on padded operands where the rules of operators let padding pass.
 
-The rules say where it may: an operator that could be split along a dim treats the entries of that
-dim apart, and is run on all of them. Any other takes its operands with the padding cut off.
+An operator that could be split along a dim treats the entries of that dim separately, and runs on
+all of them. Any other takes its operands with the padding cut off.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Extents = Mapping[int, Extent]
 
 @dataclass(slots=True)
 class _Way:
-    """How one call is run: which letters of its rule stay padded, and which are padded again."""
+    """The way to run a call: which letters of its rule stay padded, and which are padded again."""
 
     spec: Spec | None
     kept: dict[str, Extent] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Padder:
         self.mapping: dict[Node, Node] = {}
         self.extents: dict[Node, Extents] = {}
         self.ways: dict[Node, _Way] = {}
-        """Of new nodes with multiple results: how they were run."""
+        """By new node with multiple results: the way it was run."""
         self.cut: dict[tuple[Node, int], Node] = {}
         self.padded: dict[tuple[Node, int, Extent], Node] = {}
         self.values: dict[Node, Pin] = {}
@@ -94,7 +94,7 @@ class Padder:
         raise NotImplementedError
 
     def pads_again(self) -> bool:
-        """Whether a result is padded again along a dim that its call has to have whole."""
+        """Whether a result is padded again along a dim that its call takes without padding."""
         return False
 
     def run(self) -> Draft:
@@ -168,14 +168,14 @@ class Padder:
             self.extents[new] = extents
 
     def _again(self, new: Node, way: _Way, index: int) -> Node:
-        """A result with the dims padded again that its operator had to have whole."""
+        """A result, padded again in the dims that its operator took without padding."""
         for dim, extent in way.result(index, again=True).items():
             if new.tensor.shape[dim] == extent.true:
                 new = self.extended(new, dim, extent)
         return new
 
     def _way(self, node: Node, news: list[Node]) -> _Way:
-        """What the operator's rule says of the padded dims of its operands."""
+        """The way to run a node, by what its operator's rule says of the padded dims."""
         found = spec_of(node, self.builder.mesh)
         if found is None:
             return _Way(None)
@@ -246,7 +246,7 @@ class Padder:
         return self.builder.copy(node, lambda n: self._true(self.mapping[n]))
 
     def _viewed(self, node: Node, new: Node) -> Node:
-        """A view moves the padding to the dim that holds the sequence then."""
+        """A view, whose padding is in the dim that holds the padded entries then."""
         found: dict[int, Extent] = {}
         for dim, extent in self.of(new).items():
             target = moved(extent, dim, next(node.operands()).tensor.shape, node.tensor.shape)
@@ -291,7 +291,7 @@ class Padder:
         return self.padded[key]
 
     def _apart(self, new: Node, dim: int, extent: Extent, size: int) -> Node:
-        """The value with the sequence as a dim of its own."""
+        """The value with the padded factor as a dim of its own."""
         if extent.before == extent.after == 1:
             return new
         around = enumerate((extent.before, size, extent.after))
@@ -300,7 +300,7 @@ class Padder:
         return self._made(new, aten.view.default, (new, (*shape[:dim], *own, *shape[dim + 1 :])))
 
     def _joined(self, like: Node, apart: Node, dim: int, size: int) -> Node:
-        """What `_apart` took apart, put together as a dim of `size`."""
+        """The value that `_apart` took apart, with the parts joined to a dim of `size`."""
         shape = (*like.tensor.shape[:dim], size, *like.tensor.shape[dim + 1 :])
         if apart.tensor.shape == shape:
             return apart

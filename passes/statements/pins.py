@@ -38,10 +38,10 @@ def module_text(module: str) -> str:
 
 
 def pin(draft: Draft, node: Node, dims: dict[int, Dim], statement: Statement) -> Draft:
-    """`draft` with these dims of an input laid out so; the other dims stay as they are.
+    """`draft` with these dims of an input pinned; the other dims stay as they are.
 
-    Raises `PlanError` where another statement has laid the same dim out otherwise, or where one
-    axis would split two dims.
+    Raises `PlanError` where another statement lays the same dim out differently, or where one axis
+    would split two dims.
     """
     name = input_key(node)
     own = tuple(dims.get(i, whole(size)) for i, size in enumerate(node.tensor.shape))
@@ -59,7 +59,7 @@ def pin(draft: Draft, node: Node, dims: dict[int, Dim], statement: Statement) ->
 
 
 def with_pin(draft: Draft, name: str, pin: Pin) -> Draft:
-    """`draft` with one more input pinned, or one pinned anew."""
+    """`draft` with one input pinned, in place of its pin before."""
     return replace(draft, inputs={**draft.inputs, name: pin})
 
 

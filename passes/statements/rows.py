@@ -7,9 +7,9 @@ After:   down_weight: f32[16, 64@tp]      = input(parameter down.weight)
          all_reduce: f32[8, 16]           = all_reduce(linear_1, tp)
          add: f32[8, 16]                  = add(all_reduce, down_bias)
 
-The bias is added once, after the sum. Where what comes in is made of factors (heads), the weight's
-input features take the same factors. Requires: a module that multiplies by a parameter.
-Ensures: the weight is pinned; biases stay whole.
+The bias is added once, after the sum. Where the operand is made of factors (heads), the weight's
+input features take the same factors.
+Requires: a module that multiplies by a parameter. Ensures: the weight is pinned; biases stay whole.
 Elsewhere: Megatron's RowParallelLinear, DTensor's RowwiseParallel.
 """
 

@@ -13,9 +13,8 @@ After:   slice: f32[8, 16@tp, 16]               = slice(x, tp)
          add: f32[8, 16@tp, 16]                 = add(slice, reduce_scatter)
 
 What enters a region is split, and sums that row-parallel linears leave pending are scattered
-instead of reduced; gathers before column-parallel linears follow from the layouts, and
-their adjoints too.
-A sequence that does not divide is padded (`pad_sequences.py`).
+instead of reduced; gathers before column-parallel linears follow from the layouts, and so do their
+adjoints. A sequence that does not divide is padded (`pad_sequences.py`).
 Requires: a normalised graph. Ensures: the regions that the partitioner reads.
 Elsewhere: Megatron's sequence parallelism (Korthikanti et al., 2205.05198).
 """
@@ -53,7 +52,7 @@ def gathers_again(regions: tuple[Region, ...], node: Node) -> bool:
     """Whether the backward gathers an activation again, its shard being what is saved.
 
     It does for sequences that are split, unless the innermost region around the gather says
-    `keep=[all_gather]`. That it is a sequence follows from the statement which split it.
+    `keep=[all_gather]`. The line of the plan tells a gather of a sequence from others.
     """
     lines = node.origin.plan_line.split(", ")
     if all(region.statement.plan_line not in lines for region in regions):
@@ -64,7 +63,7 @@ def gathers_again(regions: tuple[Region, ...], node: Node) -> bool:
 
 
 def _check(draft: Draft, modules: frozenset[str], statement: Sequence) -> None:
-    """Every region has an activation that enters it."""
+    """Raises `PlanError` for a module that no activation enters."""
     entered = entered_activations(draft.graph, modules)
     for module in sorted(modules - set(entered)) if draft.variant_of is None else ():
         graph = evaluated(draft, module)

@@ -1,5 +1,5 @@
-"""Where activations are split along the sequence: the values that enter a region, and what a
-pending sum inside or beside it is best reduced to."""
+"""Find where activations are split along the sequence: the values that enter a region, and the
+layouts that pending sums inside it or next to it are reduced to."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Flow:
 class Sequences:
     """The regions of a graph: `entries` maps a region's first node to the values that enter.
 
-    Which region a value belongs to follows from where its data comes from, or from where it goes
-    if it is made before any region: values of one size may be sequences of more than one.
+    Which region a value belongs to follows from where its data comes from, or where it goes if it
+    is made before any region. It does not follow from its size, which regions may share.
     """
 
     def __init__(self, graph: Graph, regions: tuple[Region, ...], mesh: Mesh) -> None:
@@ -55,8 +55,7 @@ class Sequences:
             self._follow(graph, regions)
 
     def _enter(self, node: Node, value: Node, flow: Flow) -> None:
-        """`value` enters with `node`, which may be the first of multiple regions: of the innermost
-        then."""
+        """Note that `value` enters a region with `node`; of multiple, the innermost counts."""
         entered = dict(self.entries.get(node, ()))
         known = entered.get(value)
         if known is None or depth(node, known.region) <= depth(node, flow.region):
@@ -83,17 +82,17 @@ class Sequences:
                 self._flows[node] = tuple(found)
 
     def _returns(self, value: Node, flow: Flow, inside: Region) -> bool:
-        """Whether a value comes back to the region around the one that it has been in."""
+        """Whether a value comes back to the region around the one that it was in."""
         divides = flow.length % self.mesh.size(inside.axes) == 0
         leads = isinstance(value.type, TensorType) and flow.leads(value.tensor.shape)
         return leads and divides and self._nested(flow.region, inside)
 
     def consider(self, node: Node) -> None:
-        """Let what is asked next be asked of the operands of `node`."""
+        """Turn to `node`: what is asked next is about its operands."""
         self._here = self._flows.get(node, ())
 
     def split(self, value: Node, flow: Flow) -> Layout | None:
-        """The layout of `value` with its sequence split, or nothing where it has none to split."""
+        """The layout of `value` with its sequence split; None if it has none to split."""
         shape, layout, axes = value.tensor.shape, value.placed, flow.region.axes
         if shape[:2] == (flow.batch, flow.length):
             return self._cut(layout, axes)
@@ -121,8 +120,8 @@ class Sequences:
         return False
 
     def _is_flat(self, dim: Dim, flow: Flow) -> bool:
-        """Whether a dim is batch and sequence in one, the sequence split over `axes`; each token
-        may be there more than once, for its experts."""
+        """Whether a dim holds batch and sequence, with the sequence split over the region's axes;
+        each token may be repeated, for multiple experts."""
         layout, batch, length = Layout((dim,)), flow.batch, flow.length
         tokens = batch * length
         (size,) = layout.shape
@@ -139,7 +138,7 @@ class Sequences:
         return False
 
     def _cut(self, layout: Layout, axes: tuple[str, ...]) -> Layout | None:
-        # What comes out of another region leaves that region's axes.
+        # A value from another region is no longer split over that region's axes.
         left = [axis for axis in dim_axes(layout.dims[1]) if axis in self._axes]
         layout = layout.drop_partial(axes).drop_varying(axes).drop_split((*axes, *left), self.mesh)
         if dim_axes(layout.dims[1]):
@@ -148,7 +147,7 @@ class Sequences:
         return layout.with_dims(dims).canonical(self.mesh)
 
     def proposals(self, operands: Iterable[Node]) -> Mapping[Node, Layout]:
-        """For operands with a sum pending over a region's axes: their layout once split instead."""
+        """The layouts with the sequence split, of operands with a sum pending over its axes."""
         found: dict[Node, Layout] = {}
         for value in operands if self._here else ():
             if isinstance(value.type, TensorType) and value.placed.partial:
@@ -161,7 +160,7 @@ class Sequences:
 
 
 def _strangeness(node: Node, flow: Flow) -> tuple[bool, bool]:
-    """How little a node's result has to do with the sequence of an operand; falsehoods first."""
+    """A sort key: the less a node's result has to do with an operand's sequence, the greater."""
     shape = node.tensor.shape if isinstance(node.type, TensorType) else ()
     return not flow.leads(shape), depth(node, flow.region) < 0
 
@@ -177,13 +176,13 @@ def _nested(inner: Region, outer: Region) -> bool:
 
 
 def depth(node: Node, region: Region) -> int:
-    """How far inside the model the innermost of a region's modules is that a node is in, or -1."""
+    """The depth in the model of the innermost module of a region around a node; -1 if none is."""
     places = (i for i, (path, _) in enumerate(node.origin.modules) if path in region.modules)
     return max(places, default=-1)
 
 
 def _sequence_dims(shape: tuple[int, ...], length: int) -> set[int]:
-    """The dims that may be a sequence of `length`, or the rows and columns that it was.
+    """The dims that may be a sequence of `length`, or the rows and columns that it is made of.
 
     Heads or channels may stand before them.
     """

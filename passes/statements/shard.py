@@ -6,7 +6,7 @@ After:   up_weight: f32[64@tp, 16] = input(parameter up.weight)
 A `shard` of a parameter takes the place of what `columns`, `rows` and `vocab` said of it. `->
 LAYOUT` is a module's output, `<- LAYOUT` its input; `meshwright.layout(x, "...")` in a forward
 marks one value.
-Requires: names of tensors or modules. Ensures: pins for the partitioner.
+Requires: names of tensors or modules. Ensures: what they and the marks name is pinned.
 Elsewhere: JAX's with_sharding_constraint, DTensor's distribute_tensor.
 """
 
@@ -104,7 +104,7 @@ def _outputs(draft: Draft) -> Draft:
 
 
 def _results(draft: Draft, modules: set[str]) -> dict[str, Node]:
-    """By module: the last tensor computed inside that something outside uses."""
+    """By module: the last tensor computed inside and used outside."""
     found: dict[str, Node] = {}
     users = draft.graph.users()
     returned = draft.graph.returned
@@ -141,7 +141,7 @@ def _inputs(draft: Draft) -> Draft:
 
 
 def _marks(draft: Draft) -> Draft:
-    """What `meshwright.layout(x, "...")` left in the graph."""
+    """Pin the values marked by `meshwright.layout(x, "...")`."""
     values = dict(draft.values)
     for node in draft.graph.nodes:
         if node.op == LAYOUT:

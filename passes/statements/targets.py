@@ -1,4 +1,4 @@
-"""What selectors of a plan can name in a captured model."""
+"""Find what a plan's selectors name in a captured model."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def of_modules(
 ) -> Iterator[tuple[S, Sequence[T]]]:
     """For every module under a statement of `verb`: the statement, and what `find` finds there.
 
-    Raises `PlanError` for a module that has nothing of the kind, unless this variant of a program
-    does not use it, or only evaluation does.
+    Raises `PlanError` for a module where `find` finds nothing, unless the program is a variant or
+    `find` finds something in the model's eval mode.
     """
     if not draft.plan.of(verb):
         return

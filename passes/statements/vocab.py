@@ -10,9 +10,9 @@ After:   wte_weight: f32[96@tp, 16]        = input(parameter wte.weight)
          all_reduce: f32[8, 16]            = all_reduce(embedding, tp)
          linear: f32[8, 96@tp]             = linear(vary, head_weight)
 
-The lookup is masked to the rows held here; logits stay split into the loss. A vocabulary that does
-not divide is stored padded (see `pad`). Requires: modules with a lookup or a linear.
-Ensures: their tables are pinned, and padded where needed.
+The lookup is masked to the rows that a rank holds; logits stay split into the loss. A vocabulary
+that does not divide is pinned longer than it is, and padded by `pad`.
+Requires: modules with a lookup or a linear. Ensures: their tables are pinned.
 Elsewhere: Megatron's VocabParallelEmbedding and parallel loss, DTensor's loss_parallel.
 """
 
