@@ -99,9 +99,9 @@ class CapturedModel:
     """Capture the model, or a copy of it, for another `example` or `mode`."""
 
     @cached_property
-    def modules(self) -> Mapping[str, str]:
-        """Every module of the model but the root: qualified name to class name."""
-        return {name: type(m).__name__ for name, m in self.model.named_modules() if name}
+    def modules(self) -> tuple[str, ...]:
+        """The qualified names of all modules of the model but the root."""
+        return tuple(name for name, _ in self.model.named_modules() if name)
 
     @cached_property
     def evaluation(self) -> Graph | None:

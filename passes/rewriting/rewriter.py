@@ -50,17 +50,7 @@ class Rewriter:
 
     def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
         """Emit a node in place of the current one."""
-        type = type or result_type(op, args, kwargs)
-        return self.builder.emit(
-            op,
-            args,
-            kwargs,
-            type=type,
-            origin=self.node.origin,
-            requires_grad=self.node.requires_grad
-            and _differentiable(type)
-            and any(operand.requires_grad for operand in nodes_in((args, *kwargs.values()))),
-        )
+        return emit_for(self.node, self.builder, op, args, kwargs, type=type)
 
     def view(self, x: Node, shape: tuple[int, ...]) -> Node:
         """`x` in another shape, which may be `(-1,)`; itself where it has that shape."""
@@ -90,9 +80,32 @@ class Rewriter:
         return self.num_random
 
 
-def _differentiable(type: NodeType) -> bool:
+def emit_for(
+    node: Node,
+    builder: Builder,
+    op: Op,
+    args: tuple[Arg, ...],
+    kwargs: Mapping[str, Arg] | None = None,
+    *,
+    type: NodeType = None,
+    name: str = "",
+) -> Node:
+    """Emit a call that does a part of what `node` does: it has its origin, and a gradient if the
+    node and an operand do."""
+    kwargs = kwargs or {}
+    type = type or result_type(op, args, kwargs)
     types = type if isinstance(type, tuple) else (type,)
-    return any(each is not None and each.differentiable for each in types)
+    return builder.emit(
+        op,
+        args,
+        kwargs,
+        type=type,
+        origin=node.origin,
+        requires_grad=node.requires_grad
+        and any(each is not None and each.differentiable for each in types)
+        and any(operand.requires_grad for operand in nodes_in((args, *kwargs.values()))),
+        name=name,
+    )
 
 
 Rewrite = Callable[[Rewriter], "Node | None"]

@@ -33,9 +33,8 @@ from dataclasses import dataclass
 import torch
 
 from meshwright.compiler.composites.grouped import GroupedMM
-from meshwright.compiler.graph.ir import GETITEM, Arg, Builder, Graph, Node, Op, nodes_in
+from meshwright.compiler.graph.ir import GETITEM, Arg, Builder, Graph, Node, Op
 from meshwright.compiler.graph.slots import call_operands
-from meshwright.compiler.placing.result_types import result_type
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.passes.rewriting.counts import (
     ARGSORTS,
@@ -47,6 +46,7 @@ from meshwright.passes.rewriting.counts import (
 )
 from meshwright.passes.rewriting.equivariance import carried, is_vector
 from meshwright.passes.rewriting.recognise import constant
+from meshwright.passes.rewriting.rewriter import emit_for
 
 aten = torch.ops.aten
 
@@ -126,14 +126,7 @@ class _Router:
 
     def call(self, node: Node, op: Op, *args: Arg, **kwargs: Arg) -> Node:
         """A call that stands for a part of `node`."""
-        return self.builder.emit(
-            op,
-            args,
-            kwargs,
-            type=result_type(op, args, kwargs),
-            origin=node.origin,
-            requires_grad=node.requires_grad and any(n.requires_grad for n in nodes_in(args)),
-        )
+        return emit_for(node, self.builder, op, args, kwargs)
 
     def _carry(self, node: Node) -> None:
         """Copy a node, on permuted operands in their first order where the order does not count."""

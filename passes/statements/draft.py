@@ -44,8 +44,8 @@ class Draft:
     mesh: Mesh
     captured: Captured
     graph: Graph
-    modules: Mapping[str, str] = field(default_factory=dict)
-    """Every module of the model but the root: qualified name to class name."""
+    modules: tuple[str, ...] = ()
+    """The qualified names of all modules of the model but the root."""
     inputs: Mapping[str, Pin] = field(default_factory=dict)
     """Layouts in which operators use parameters, buffers and arguments, by `input_key`. One dim may
     be longer than the tensor's until `pad` has padded it."""

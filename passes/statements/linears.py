@@ -137,13 +137,15 @@ def _of_parameter(product: Linear | None) -> Linear | None:
     weight is not a parameter that is cast or has its dims in another order."""
     if product is None:
         return None
-    weight, dims = product.weight, [product.features, product.inputs]
+    weight, features, inputs = product.weight, product.features, product.inputs
     while weight.op != INPUT:
         order = _order(weight)
         if order is None:
             return None
-        weight, dims = weight.args[0], [order[dim] for dim in dims]
-    return Linear(weight, *dims, product.biases) if weight.args[0] == "parameter" else None
+        weight, features, inputs = weight.args[0], order[features], order[inputs]
+    if weight.args[0] != "parameter":
+        return None
+    return Linear(weight, features, inputs, product.biases)
 
 
 def _order(node: Node) -> list[int] | None:

@@ -33,6 +33,7 @@ from meshwright.compiler.placing.result_types import result_type
 from meshwright.compiler.placing.rules.notation import Call, Spec
 from meshwright.compiler.placing.rules.views import RESHAPES
 from meshwright.passes.rewriting.equivariance import spec_of
+from meshwright.passes.rewriting.rewriter import emit_for
 from meshwright.passes.statements.draft import Draft, Pin
 
 aten = torch.ops.aten
@@ -308,14 +309,7 @@ class Padder:
 
     def _made(self, like: Node, op: Any, args: tuple[Any, ...], *, name: str = "") -> Node:
         """A node that the model does not have; it belongs to where `like` does."""
-        return self.builder.emit(
-            op,
-            args,
-            type=result_type(op, args, {}),
-            origin=like.origin,
-            requires_grad=like.requires_grad,
-            name=name,
-        )
+        return emit_for(like, self.builder, op, args, name=name)
 
 
 def _with_operands(node: Node, operands: Iterable[Node]) -> tuple[tuple[Any, ...], dict[str, Any]]:

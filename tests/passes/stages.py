@@ -23,7 +23,7 @@ def captured(model: nn.Module, example: Any, plan: str) -> Draft:
     parsed = meshwright.Plan.parse(plan)
     mesh = Mesh(parsed.mesh)
     found = capture(model, example)
-    modules = {name: type(m).__name__ for name, m in model.named_modules() if name}
+    modules = tuple(name for name, _ in model.named_modules() if name)
     return Draft(parsed, mesh, found, found.graph, modules)
 
 
