@@ -78,8 +78,9 @@ def _check_complete(draft: Draft, arguments: Mapping[str, Node], found: Mapping[
     if missing:
         name, node = missing[0], arguments[missing[0]]
         statement = sizes[node.tensor.shape[0]]
-        dim = f" dim={statement.dim}" if statement.dim else ""
-        line = f"data {', '.join([*found, *missing])} over {format_axes(statement.over)}{dim}"
+        # A statement of another dim stays as it is, beside one of the first dim.
+        names = missing if statement.dim else [*found, *missing]
+        line = f"data {', '.join(names)} over {format_axes(statement.over)}"
         raise draft.plan.error(
             "P501",
             f"the input `{name}` has the batch's size and is not under `data`",

@@ -73,3 +73,14 @@ def test_an_input_is_split_over_two_dims_as_the_help_says(
     golden("data-two-dims", str(caught.value))
     found = stages(Scaled(), example, text + "shard x [d0@dp, d1@cp, ...]\n")
     assert shown(found["partition"], "x") == ["x: f32[4@dp, 6@cp] = input(argument x)"]
+
+
+def test_an_input_whose_batch_is_another_dim_gets_a_line_of_its_own() -> None:
+    text, example = "mesh dp=2\ndata x over dp dim=1\n", (torch.randn(3, 8), torch.randn(8))
+    with pytest.raises(PlanError, match="write `data scale over dp`"):
+        meshwright.compile(Scaled(), meshwright.Plan.parse(text), example=example)
+    found = stages(Scaled(), example, text + "data scale over dp\n")
+    assert shown(found["partition"], "x", "scale") == [
+        "x: f32[3, 8@dp] = input(argument x)",
+        "scale: f32[8@dp] = input(argument scale)",
+    ]
