@@ -248,7 +248,8 @@ def _num_places(node: Node) -> int | None:
     if finder.op not in _FINDING:
         return None
     dim, shape = option(finder, "dim"), finder.args[0].tensor.shape
-    return math.prod(shape) if dim is None else shape[dim_index(dim, len(shape))]
+    size: int = math.prod(shape) if dim is None else shape[dim_index(dim, len(shape))]
+    return size
 
 
 _FINDING: set[Op] = {

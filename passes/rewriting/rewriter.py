@@ -85,7 +85,7 @@ def emit_for(
     builder: Builder,
     op: Op,
     args: tuple[Arg, ...],
-    kwargs: Mapping[str, Arg] | None = None,
+    kwargs: dict[str, Arg] | None = None,
     *,
     type: NodeType = None,
     name: str = "",

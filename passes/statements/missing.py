@@ -86,7 +86,7 @@ def _computed(draft: Draft, module: str, statement: Spread) -> Reason | None:
         for name, node in names.items()
         if len(node.tensor.shape) > dim and node.tensor.shape[dim] == size
     }
-    why = f"the weight of `{module}` is computed from {either(names, 'and')}"
+    why = f"the weight of {module_text(module)} is computed from {either(names, 'and')}"
     return Reason(why, _shard_lines(draft, fitting or names, statement, module, product.biases))
 
 

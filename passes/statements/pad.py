@@ -55,7 +55,7 @@ def padding_of(shape: tuple[int, ...], stored: tuple[int, ...]) -> Padding | Non
 
 def _padding(draft: Draft, node: Node) -> Padding | None:
     pin = draft.inputs.get(input_key(node))
-    return pin and padding_of(node.tensor.shape, pin.layout.shape)
+    return padding_of(node.tensor.shape, pin.layout.shape) if pin else None
 
 
 class _Padder(Padder):

@@ -55,7 +55,7 @@ def _tensors(draft: Draft) -> Draft:
                 help="rename that argument of `forward`",
             )
         key = input_key(node)
-        layout = _layout(draft, statement.layout, node.tensor.shape, f"{tensor_text(node)}")
+        layout = _layout(draft, statement.layout, node.tensor.shape, tensor_text(node, shape=False))
         if layout.partial and node.of_model:
             raise draft.plan.error(
                 "P501",

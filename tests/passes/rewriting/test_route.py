@@ -258,7 +258,7 @@ def binned(m: Experts, x: Tensor, share: Tensor, ids: Tensor) -> Tensor:
     """Groups of numbers in a hundred bins between the least and the largest."""
     ends = torch.histc(ids.flatten().double()).cumsum(0)
     group = torch.bucketize(torch.arange(ids.numel()), ends.int(), right=True)
-    return x * group.view(ids.shape).sum(1, keepdim=True)
+    return x * (share * group.view(ids.shape)).sum(1, keepdim=True)
 
 
 @pytest.mark.parametrize(
