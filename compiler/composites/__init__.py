@@ -1,4 +1,4 @@
-"""Composites, one a file: each registers itself by being in this folder."""
+"""Composites, one per file: importing this package imports, and so registers, each of them."""
 
 from importlib import import_module
 from pkgutil import iter_modules

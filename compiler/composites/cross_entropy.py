@@ -74,7 +74,7 @@ class CrossEntropy(Composite):
 
 @composite
 class CrossEntropyBackward(Composite):
-    """`cross_entropy_backward(grad, logits, target, lse, weight, ...)` gives that of the logits."""
+    """`cross_entropy_backward(grad, logits, target, lse, weight, ...)`: the logits' gradient."""
 
     op = MeshOp("cross_entropy_backward")
     rule = row("..., ... v~, ..., ..., c!? -> ... v", linear=((0,),))

@@ -1,4 +1,4 @@
-"""Products of rows with one matrix each, out of many, chosen by the row's group."""
+"""Products of rows with matrices, one per group: each row meets the matrix of its group."""
 
 from __future__ import annotations
 

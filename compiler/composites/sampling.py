@@ -86,7 +86,7 @@ class Poisson(_Sample):
 
 @composite
 class Binomial(_Sample):
-    """Counts of heads among so many coins, each with its probability."""
+    """Numbers of heads among this many coins, each with its probability."""
 
     op = MeshOp("binomial")
     rule = row("..., ... -> ...")

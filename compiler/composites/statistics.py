@@ -13,7 +13,7 @@ from meshwright.compiler.placing.rules.notation import Call, Dims, Spec
 
 
 def per_rank(spec: Spec, call: Call, letter: str) -> Spec:
-    """The rule, the leading dim `r` of its result having an entry per rank over which `letter` is
+    """The rule with one entry in the result's leading dim `r` for each rank over which `letter` is
     split."""
     (result,) = call.results
     assert result is not None
@@ -33,7 +33,7 @@ def per_rank(spec: Spec, call: Call, letter: str) -> Spec:
 
 
 def gathered(context: LoweringContext, axes: tuple[str, ...], op: MeshOp, *args: Arg) -> Node:
-    """Statistics `[r, ...]`, which a step takes of each rank's part over `axes`, on every rank."""
+    """The statistics `[r, ...]` of all parts over `axes`, everywhere; `op` gives those of one."""
     part = result_type(op, args, {})
     assert isinstance(part, TensorType), op
     type = TensorType((context.mesh.size(axes), *part.shape[1:]), part.dtype)

@@ -3,11 +3,11 @@
 `q[b, h, s, d]`, `k[b, h_kv, t, d]`, `v[b, h_kv, t, e]`, with h a multiple of h_kv: a key and value
 head serves a group of neighbouring query heads. `bias` broadcasts to `[b, h, s, t]`; a bool one
 says which keys are seen. A causal row i sees the keys 0 to i. A row that sees no key has output 0.
-As in `F.scaled_dot_product_attention`, every dim before h is a batch dim, and none need be there.
+As in `F.scaled_dot_product_attention`, every dim before h is a batch dim; there may be none.
 
-Forward and backward choose their kernel by one function of their arguments, so that a saved
-log-sum-exp, whose shape and type are its kernel's own, meets its own kind. Dropout is the hash of
-`dropout.py` over the global `[b, h, s, t]`, block by block; no mask is saved.
+Forward and backward choose their kernel by one function of their arguments: the shape and type of a
+saved log-sum-exp depend on the kernel. Dropout is the hash of `dropout.py` over the global
+`[b, h, s, t]`, block by block; no mask is saved.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ EFFICIENT = AttentionKernel(_efficient_forward, _efficient_backward, has_bias_gr
 
 
 def _dense(x: Tensor) -> Tensor:
-    """The kernels read a row of d elements as if it lay together, and do not check."""
+    """`x` with contiguous rows of d elements: the kernels assume them, and do not check."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

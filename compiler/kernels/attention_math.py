@@ -39,7 +39,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     kind = accumulation_dtype(q.dtype)
     batch, heads, rows, _ = q.shape
-    # Heads last but one in memory, as the fused kernels leave it: the next view merges them freely.
+    # Heads are last but one in memory, as the fused kernels leave them, for the next view to merge.
     out = q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
     lse = q.new_empty(batch, heads, rows, dtype=kind)
     for block in _blocks(q, k, options):
@@ -95,7 +95,7 @@ MATH = AttentionKernel(_forward, _backward, has_bias_grad=True)
 
 
 def _blocks(q: Tensor, k: Tensor, options: AttentionOptions) -> Iterator[_Block]:
-    """Cut batch and rows so that the scores of a block are within the size of a block."""
+    """Cut batch and rows so that the scores of a block have at most the elements of a block."""
     batch, heads, rows, _ = q.shape
     width = max(1, heads * k.shape[2])
     limit = block_elements(q.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 # Elements of one block. On a CPU a block and its scratch fit the second-level cache (measured:
-# 64 Ki to 256 Ki elements are within 5% of each other); elsewhere launches are what costs.
+# 64 Ki to 256 Ki elements are within 5% of each other); elsewhere launches cost the most.
 CPU_BLOCK = 1 << 17
 DEVICE_BLOCK = 1 << 24
 
@@ -28,8 +28,7 @@ def shapes_only(tensor: Tensor) -> bool:
 
 
 def fake_mode() -> object:
-    """What makes the tensors that are made here without data, if anything does: they are of no use
-    outside of it."""
+    """The fake mode in force, if there is one: tensors made in it are of no use outside it."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
 
 
@@ -37,7 +36,7 @@ Block = TypeVar("Block")
 
 
 def enough(blocks: Iterable[Block], tensor: Tensor) -> Iterator[Block]:
-    """Every block or, without data, two: what a run needs inside itself is all there by then."""
+    """Every block or, without data, two: all the memory that a run needs inside is then there."""
     most = None if has_data(tensor) else 2
     return islice(blocks, 0 if shapes_only(tensor) else most)
 

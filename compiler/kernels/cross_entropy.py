@@ -64,7 +64,7 @@ def cross_entropy_stats(
     """What the loss needs of these columns: `stats[k, rows]`, k = 2, or 3 with label smoothing.
 
     They are the log-sum-exp of the columns, the target's logit where it is here (else 0), and the
-    (weighted) sum of the logits. A target that is no class is an `IndexError` on a CPU.
+    (weighted) sum of the logits. A target that is not a class is an `IndexError` on a CPU.
     """
     kind = accumulation_dtype(logits.dtype)
     num_stats = 3 if label_smoothing else 2
@@ -273,7 +273,7 @@ def _column(target: Tensor, offset: int, valid: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse a target that is no class. Not on other devices, where looking would wait for them."""
+    """Refuse a target that is not a class; only on a CPU, since looking waits for other devices."""
     if target.device.type != "cpu" or not has_data(target):
         return
     wrong = (target < 0).logical_or_(target >= num_classes).logical_and_(target != ignore_index)

@@ -1,4 +1,4 @@
-"""Products of rows with one matrix of several each, chosen by the row's group."""
+"""Products of rows with matrices, one per group: each row meets the matrix of its group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from meshwright.compiler.kernels.blocks import has_data
 def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
     """`y[r, t] = x[r, t] @ weight[group[r, t]]`: `x[r, t, k]`, `weight[e, k, n]`, `y[r, t, n]`.
 
-    Of `x[r, k]` each row stands for t. What is of group e or above, which has no matrix, is zeros.
+    Each row of an `x[r, k]` stands for t of them. Groups from e on have no matrix, and give zeros.
     The rows of a group are one product, whatever their order.
     """
     order, ends = _ordered(group, weight.shape[0])
@@ -29,7 +29,7 @@ def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
 
 
 def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """The sum of `x[r, t]^T grad[r, t]` over what is of each group, `[e, k, n]`."""
+    """The sum of `x[r, t]^T grad[r, t]` over the rows of each group, `[e, k, n]`."""
     order, ends = _ordered(group, num_groups)
     rows = _taken(x, order, group)
     grads = _taken(grad, order, group)

@@ -52,7 +52,7 @@ class RandomIndex:
         return replace(self, coords=(*self.coords[:dim], inner, *self.coords[dim + 1 :]))
 
     def lane(self, number: int) -> RandomIndex:
-        """Other numbers of the same operator, for one that draws several an element."""
+        """Other numbers of the same operator, for one that draws multiple per element."""
         return replace(self, op_id=self.op_id + (number << 32))
 
 

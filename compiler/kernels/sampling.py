@@ -1,4 +1,4 @@
-"""Samples of distributions with a parameter for each element, which one number does not make.
+"""Samples of distributions with parameters of their own for each element.
 
 An element's sample is a function of its parameters and its own hashes alone: where a try may fail,
 the next one has numbers of its own. All of it is computed in float64.
@@ -16,9 +16,9 @@ from meshwright.compiler.kernels.hashing import RandomIndex
 from meshwright.compiler.kernels.random import random
 
 _LANES = 4
-"""How many lanes of an index one draw may use."""
+"""The most lanes of an index that one draw uses."""
 _STEPS = 64
-"""A start by the normal approximation is less than so many steps away."""
+"""More than the steps from the normal approximation to any sample."""
 
 
 class _Draws:
@@ -35,7 +35,7 @@ class _Draws:
 def standard_gamma(shape: Tensor, index: RandomIndex) -> Tensor:
     """Gamma samples of these shape parameters and scale 1, by Marsaglia and Tsang (2000).
 
-    Below 1 it is a sample of one more, times a uniform number to the power of `1 / shape`.
+    For a shape below 1, a sample of `shape + 1` times a uniform number to the power `1 / shape`.
     """
     if not has_data(shape):
         return torch.empty_like(shape)

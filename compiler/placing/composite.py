@@ -42,7 +42,7 @@ Kernel: TypeAlias = Callable[..., Any]
 
 
 class AdjointContext(Protocol):
-    """A call to write the backward of: its nodes, and what emits placed nodes of the backward."""
+    """A call whose backward is written: its nodes, and what emits placed nodes of the backward."""
 
     node: Node
     operands: tuple[Node, ...]
@@ -70,7 +70,7 @@ class LoweringContext(Protocol):
         """The axes over which operands may be split."""
 
     def call(self, op: Op, *args: Arg, type: NodeType = None) -> Node:
-        """Emit a step, placed by its rule; `type` where the mesh has a say in it."""
+        """Emit a step, placed by its rule; `type` is given where it depends on the mesh."""
 
     def reshard(self, value: Node, layout: Layout) -> Node:
         """`value` in another layout, by as many collectives as that takes."""
@@ -124,8 +124,8 @@ class Composite:
     op: ClassVar[MeshOp]
     """What nodes name it by."""
     number: ClassVar[int | None] = None
-    """The argument that numbers its random draws by its place in the model, 0 if it draws none:
-    equal layers differ in it."""
+    """The argument that numbers its random draws by its place in the model, and is 0 if it draws
+    none: equal layers differ in it alone."""
     is_fresh: ClassVar[bool] = False
     """Whether its result is memory of its own, which a collective may overwrite."""
     overwrites: ClassVar[int | None] = None
@@ -140,7 +140,7 @@ class Composite:
         return found
 
     def padded(self, args: tuple[Arg, ...], extents: Mapping[int, Extent]) -> tuple[Arg, ...]:
-        """The arguments of a call on a first operand of which these dims hold padding."""
+        """The arguments of a call whose first operand is padded in these dims."""
         return args
 
     def adjoint(self, context: AdjointContext) -> Cotangents:

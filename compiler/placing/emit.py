@@ -65,10 +65,9 @@ class Movement:
 
     @property
     def gathers_back(self) -> bool:
-        """Whether the adjoint of a slice, a gather, will be there.
+        """Whether this slice has an adjoint, which gathers.
 
-        That of a parameter's slice gathers a gradient, as whatever splits the parameter's work has
-        to.
+        A parameter's does not count: its gradient is gathered however its work is split.
         """
         return self.value.requires_grad and input_behind(self.value) is None
 
@@ -195,7 +194,7 @@ class Emitter:
     def adopt(self, node: Node) -> None:
         """Take over a node that is already placed."""
         self.builder.adopt(node)
-        self.is_rooted(node)  # in the order of the graph, so that it looks one node back
+        self.is_rooted(node)  # in the order of the graph, so that it only looks one node back
         if node.op == GETITEM:
             self._items[node.args[0], node.args[1]] = node
 
@@ -235,7 +234,7 @@ class Emitter:
         return node
 
     def _filled(self, value: Node, layout: Layout) -> Node:
-        """A tensor of one number, made in the layout that is wanted of it."""
+        """A tensor of one number, made in the layout in which it is wanted."""
         return self.builder.emit(
             torch.ops.aten.full.default,
             (list(value.tensor.shape), filled_with(value.op, value.args)),
@@ -248,8 +247,7 @@ class Emitter:
     def _counted_once(self, value: Node, target: Layout, origin: Origin) -> Node:
         """`value` without the varying axes that `target` lacks.
 
-        Nothing is differentiated again behind a backward: there a varying value is a replicated
-        one, that of which operand it was made of aside.
+        A backward is not differentiated again, so a value that varies there is simply replicated.
         """
         states = ("replicated", "partial")
         gone = tuple(axis for axis in value.placed.varying if target.state(axis) in states)
@@ -325,8 +323,8 @@ def _others(kept: Mapping[Node, frozenset[str]], value: Node) -> frozenset[str]:
 
 
 def _reducing(value: Node, origin: Origin) -> Origin:
-    """Where a change of layout belongs: a pending sum is reduced by the module that left it, any
-    other value moved for the module that wants it."""
+    """The origin of a change of layout: a pending sum is reduced for the module that left it, any
+    other value is moved for the module that wants it."""
     if not value.placed.partial:
         return origin
     own = value.origin
@@ -340,7 +338,7 @@ def _reducing(value: Node, origin: Origin) -> Origin:
 
 
 def is_filled(value: Node) -> bool:
-    """Whether a value is one number all over and no cotangent will reach it."""
+    """Whether all elements of a value are one number and no cotangent will reach it."""
     return not value.requires_grad and filled_with(value.op, value.args) is not None
 
 

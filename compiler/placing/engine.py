@@ -22,10 +22,10 @@ EXPLICIT = 1e6
 """How many times as much it costs to use a value in another layout than the plan wrote for it."""
 
 PREFERRED = 0.5
-"""What a byte counts that brings a value to a layout which the plan asks for around it."""
+"""What a byte counts if it brings a value to a layout that the plan asks for nearby."""
 
 REDUNDANT = 1e-3
-"""What computing one element more counts against one byte moved: enough to break ties."""
+"""What computing one more element counts, in bytes moved: enough to break ties."""
 
 
 @lru_cache(maxsize=65536)

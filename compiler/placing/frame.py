@@ -1,5 +1,5 @@
 """Types and layouts of the operators that hold a graph together: inputs, results, saved values and
-flat buffers. Of a call, a rule says which layouts it may have; of these, there is one."""
+flat buffers. A rule allows a call multiple layouts; each of these has exactly one."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ BUCKET, BUCKET_ITEM = MeshOp("bucket"), MeshOp("bucket_item")
 
 Typed = tuple[NodeType, NodeLayout]
 Saved = Mapping[str, Node]
-"""By number: what an earlier graph of a stage has saved."""
+"""What the graphs of a stage save, by number."""
 
 
 def bucket_type(parts: Sequence[Node], dtype: torch.dtype, mesh: Mesh) -> tuple[TensorType, Layout]:
-    """A flat buffer of what a rank holds of gradients: split over every axis that splits one of
-    them, since ranks along it hold other elements, and pending where they are."""
+    """The type and layout of a flat buffer of what each rank holds of these gradients: split over
+    every axis that splits one of them, since ranks along it hold different elements, and pending
+    where they are."""
     size = sum(math.prod(part.placed.local_shape(mesh)) for part in parts)
     used = {axis for part in parts for axis in part.placed.canonical(mesh).split_axes}
     axes = tuple(axis for axis in mesh.names if axis in used)
@@ -44,7 +45,7 @@ def bucket_type(parts: Sequence[Node], dtype: torch.dtype, mesh: Mesh) -> tuple[
 
 
 def saved_by(graphs: Sequence[Graph]) -> dict[str, Node]:
-    """By number: what graphs of one stage save."""
+    """What these graphs of one stage save, by number."""
     return {o.name: o.node for graph in graphs for o in graph.outputs_of(OutputKind.SAVED)}
 
 
@@ -86,4 +87,4 @@ def _bucket_item(node: Node, mesh: Mesh, saved: Saved) -> Typed:
 FRAME: dict[Op, Callable[[Node, Mesh, Saved], Typed]] = {
     INPUT: _input, GETITEM: _item, SAVED: _saved, BUCKET: _bucket, BUCKET_ITEM: _bucket_item,
 }  # fmt: skip
-"""What the type and the layout of such a node are; None where it cannot be."""
+"""The type and the layout that such a node must have; None where it cannot have any."""

@@ -71,7 +71,7 @@ class _Channels:
         return {self.other: found}
 
     def _within(self, interval: Interval) -> list[Cut]:
-        """The cuts inside of every group, of an interval of the joint dim."""
+        """The cuts of an interval of the joint dim that lie inside its groups."""
         found = [cut for cut in interval.cuts if cut.stride % self.each]
         if any(self.each % cut.extent for cut in found):
             raise _refused()
@@ -160,7 +160,7 @@ def _spec(
     *,
     bias: bool,
 ) -> Spec:
-    """`bias` says that there is one, which is added, or whose gradient is summed, but once."""
+    """The rule; `bias` says that there is one, to be added, or its gradient summed, only once."""
     letters = {letter for each in (*operands, *results) for letter in each or ()}
     whole = {letter for letter in letters if letter[0] in "XYW"}
     contracted = "i"

@@ -66,7 +66,7 @@ _FILLS: dict[Op, float | int] = {
     aten.new_empty.default: 0,
     aten.empty_like.default: 0,
 }
-"""Operators that make one number all over; of what is not written any will do."""
+"""Operators whose results are one number everywhere; of memory that is not written, any will do."""
 _FILLED = {
     aten.full.default: 1,
     aten.full_like.default: 1,
@@ -74,11 +74,11 @@ _FILLED = {
     aten.scalar_tensor.default: 0,
     aten.fill.Scalar: 1,
 }
-"""Where other operators take that number."""
+"""The argument in which other operators take that number."""
 
 
 def filled_with(op: Op, args: tuple[Arg, ...]) -> float | int | None:
-    """The number of which all elements of a call's result are, if it makes such a tensor."""
+    """The number that every element of a call's result is, if it makes such a tensor."""
     if isinstance(op, MeshOp):
         return None
     number = args[_FILLED[op]] if op in _FILLED else _FILLS.get(op)
@@ -86,5 +86,5 @@ def filled_with(op: Op, args: tuple[Arg, ...]) -> float | int | None:
 
 
 def makes_zeros(op: Op, args: tuple[Arg, ...]) -> bool:
-    """Whether a call gives nothing but zeros: what `Operand.zero` says of its user's operand."""
+    """Whether a call gives nothing but zeros, as `Operand.zero` then says."""
     return filled_with(op, args) == 0

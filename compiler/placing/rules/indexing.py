@@ -67,12 +67,13 @@ def _index_put(call: Call) -> Spec:
 
 
 def _has_scalar(call: Call) -> bool:
-    """Whether an operand has no dims or no elements: torch takes it for another shape."""
+    """Whether an operand has no dims or no elements: torch then takes it as another shape."""
     return any(not math.prod(x.type.shape) or not x.type.shape for x in call.operands)
 
 
 def _aligned(call: Call, dim: int, terms: Sequence[int]) -> tuple[list[Letters], frozenset[str]]:
-    """Letters of operands of one rank, shared where sizes agree, with a letter each in `dim`."""
+    """Letters of operands with equally many dims, shared where sizes agree but not in `dim`; and
+    the letters of the other dims that are not shared, which must be whole."""
     shapes = [call.operands[term].type.shape for term in terms]
     letters: list[list[str]] = [[] for _ in shapes]
     whole: set[str] = set()

@@ -13,7 +13,7 @@ A row names every dimension of every operand and result, as an einsum does:
 
 `...` stands for leading dimensions, aligned at the right as in broadcasting; `...!` for leading
 dimensions that must be whole. The terms are the tensor arguments of the operator's schema, in order
-(of a mesh operator: its first arguments).
+(of a composite: its first arguments).
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class Operand:
 
     @property
     def any_sum(self) -> bool:
-        """Whether the value is a pending sum over any axis as it is: zeros.
+        """Whether the value is zeros, which are a pending sum over any axis as they are.
 
-        Not if they have a cotangent: not typed as pending, it would be counted once a rank.
+        Not where it has a cotangent: as the value is not typed as pending, that would be counted
+        once per rank.
         """
         return self.zero and not self.differentiable
 
@@ -109,7 +110,7 @@ class Spec:
 
     `whole` letters are never split; `inner` ones may be, and leave nothing pending. `linear` lists
     groups of operands: a sum may stay pending where all operands of one group, and no other
-    operand, have it pending. Of `shape_only` operands the values do not matter. `derived` letters
+    operand, have it pending. The values of `shape_only` operands do not matter. `derived` letters
     are not chosen: `bind` works them out, and any letter that only results have, from those that
     are; it raises LayoutError for a choice that the operator cannot run on. `offers` are ways to
     split a letter that no operand shows.
@@ -172,7 +173,7 @@ class Row:
     `linear` says in which terms pending sums pass: "each" by itself, "all" together, or groups of
     terms (absent ones are left out), or a function of the call that gives those groups. `reduce` is
     the operator's own reduction over contracted letters. While the term `added` is present nothing
-    is contracted: it would be added once a rank.
+    is contracted: it would be added once per rank.
     """
 
     text: str
@@ -340,8 +341,8 @@ def letter_sizes(operands: Iterable[Letters], call: Call) -> dict[str, int]:
 
 
 def broadcast_letters(letters: Letters, type: TensorType, sizes: Mapping[str, int]) -> Letters:
-    """The letters with those of broadcast dimensions made empty, and those of dimensions that are
-    left empty: statistics that an operator does not keep."""
+    """The letters, empty for dims that are broadcast and for dims of size 0 where the letter has
+    entries: statistics that an operator does not keep."""
     return tuple(
         "" if size < 2 and sizes.get(letter, size) != size else letter
         for letter, size in zip(letters, type.shape, strict=True)

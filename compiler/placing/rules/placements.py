@@ -27,7 +27,7 @@ from meshwright.compiler.placing.rules.notation import (
 )
 
 SPLITTINGS = 64
-"""At most so many ways to split one letter are tried."""
+"""The most ways to split one letter that are tried."""
 
 
 def spec_placements(spec: Spec, call: Call) -> Iterator[Placement]:
@@ -102,7 +102,8 @@ def is_consecutive(dim: Dim, mesh: Mesh) -> bool:
 
 
 def _add_variants(options: dict[str, list[Dim]], *, everywhere: bool) -> None:
-    """Where two letters want the same axis, or a choice may be refused, try them without some."""
+    """Add splits without some of their axes, where two letters want the same axis or, with
+    `everywhere`, a choice may be refused."""
     wanted: dict[str, set[str]] = {}
     for letter, dims in options.items():
         for dim in dims:

@@ -1,7 +1,6 @@
-"""Elementwise operators: what pending sums pass through which of their operands.
+"""Elementwise operators: the operands through which pending sums pass.
 
-That an operator is elementwise torch knows itself (`torch.Tag.pointwise`); what is linear it does
-not.
+Torch knows which operators are elementwise (`torch.Tag.pointwise`), but not which are linear.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def is_pointwise(op: Op) -> bool:
 
 
 def cast_linear(call: Call) -> Groups:
-    """A sum passes a cast between types with gradients, which rounds each summand for itself."""
+    """A sum passes a cast between differentiable types: each summand is rounded by itself."""
     result = call.results[0]
     both = (call.operands[0].type, result)
     return ((0,),) if all(type is not None and type.differentiable for type in both) else ()
@@ -148,7 +147,7 @@ UNTAGGED: tuple[Op, ...] = (
     aten._standard_gamma_grad.default,
     aten._dirichlet_grad.default,
 )
-"""Elementwise operators that torch does not say are."""
+"""Elementwise operators that torch does not tag as such."""
 
 POINTWISE: dict[Op, Row] = {
     **{op: pointwise(op) for op in UNTAGGED},

@@ -36,7 +36,7 @@ def _batch(count: int) -> Letters:
 
 @rule(aten.addmm.default, aten.baddbmm.default)
 def _added_product(call: Call) -> Spec:
-    """`addmm(bias, x, y)`: with k split, the broadcast bias would be added once a rank."""
+    """`addmm(bias, x, y)`: with k split, the broadcast bias would be added once per rank."""
     batch = ("b",) if len(call.operands[1].type.shape) == 3 else ()
     result = (*batch, "m", "n")
     bias = result[len(result) - len(call.operands[0].type.shape) :]

@@ -143,7 +143,7 @@ ALONG: dict[Op, Rule] = {
 
 
 def _topk(call: Call) -> Spec:
-    """Values and indices have k elements in the dim, of which each needs all."""
+    """Values and indices have k elements in the dim, and each depends on the whole dim."""
     rank = len(call.operands[0].type.shape)
     letters, dim = numbered("x", rank), dim_index(call.arg(2, -1), rank)
     result = tuple("k" if i == dim else letter for i, letter in enumerate(letters))

@@ -106,11 +106,13 @@ def is_digit(size: int, bounds: tuple[int, int], step: int) -> bool:
 
 
 def _bind_digit(letter: str, step: int, mesh: Mesh, dims: Dims) -> Dims:
-    """The blocks of `step` that are split, each whole."""
+    """The dim split by whole blocks of `step`."""
     size = math.prod(Layout((dims[letter],)).shape)
     blocks, digit = reshape(Layout((dims[letter],)), (size // step, step), mesh).dims
     if dim_axes(digit):
-        raise LayoutError(f"blocks of {step} are split", code="split-block", help="split blocks")
+        raise LayoutError(
+            f"blocks of {step} are split", code="split-block", help="split whole blocks"
+        )
     return {"p": blocks}
 
 
@@ -163,7 +165,7 @@ def _cat(call: Call) -> Spec:
 
 
 def _offered(call: Call, dim: int) -> tuple[Dim, ...]:
-    """How the others are split, as a split of the first."""
+    """The splits of the other operands, as splits of the first."""
     size = call.operands[0].type.shape[dim]
     found: list[Dim] = []
     for operand in call.operands[1:]:

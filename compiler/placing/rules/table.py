@@ -1,4 +1,4 @@
-"""The rules table: one line an operator, in named factors.
+"""The rules table: one line per operator, in named factors.
 
 `linear` names the terms through which pending sums pass: "each" by itself, "all" together, or
 groups.

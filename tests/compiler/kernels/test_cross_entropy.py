@@ -157,7 +157,7 @@ def test_the_gradient_may_overwrite_the_logits() -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_many_rows_go_through_several_blocks() -> None:
+def test_many_rows_go_through_multiple_blocks() -> None:
     torch.manual_seed(0)
     logits = torch.randn(301, 1021, dtype=torch.float64)
     target = torch.randint(0, 1021, (301,))
@@ -171,7 +171,7 @@ def test_many_rows_go_through_several_blocks() -> None:
         torch.testing.assert_close(dgot[:, :1021], dlogits)
 
 
-def test_a_target_that_is_no_class_is_an_error() -> None:
+def test_a_target_that_is_not_a_class_is_an_error() -> None:
     logits, target, _, _ = _example()
     target[5] = CLASSES
     with pytest.raises(IndexError, match=f"target {CLASSES} is not one of {CLASSES} classes"):

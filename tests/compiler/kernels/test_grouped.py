@@ -1,4 +1,4 @@
-"""Products of rows with one matrix of several each."""
+"""Products of rows with the matrices of their groups."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_a_row_split_linear_leaves_a_pending_sum() -> None:
     )
 
 
-def test_a_bias_is_not_added_once_a_rank() -> None:
+def test_a_bias_is_not_added_once_per_rank() -> None:
     x, w = operand(split((8, 32), {1: "tp"})), operand(split((64, 32), {1: "tp"}))
     bias = operand(replicated((64,)))
     asked = make_call(aten.linear.default, (X, W, Slot(2)), (x, w, bias), (8, 64))
