@@ -7,6 +7,7 @@ together, in equal blocks; a single one is used by every rank's heads.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from meshwright.compiler.placing.composite import (
     composite,
 )
 from meshwright.compiler.placing.rules.notation import (
+    FIRST,
     Call,
     Dims,
     Group,
@@ -79,7 +81,7 @@ class AttentionBackward(Composite):
     def rule(self, call: Call) -> Spec:
         operands = (_OUT, _QUERY, _KEY, _VALUE, _OUT, _LSE, _BIAS)
         results = (_QUERY, _KEY, _VALUE, _BIAS)
-        return _spec(call, operands, results, query=1, bias=6, linear=(frozenset({0}),))
+        return _spec(call, operands, results, query=1, bias=6, linear=FIRST)
 
     def result_type(self, grad: TensorType, *rest: Arg) -> NodeType:
         q, k, v, _, _, bias = rest[:6]
@@ -114,10 +116,9 @@ def _spec(
 ) -> Spec:
     shapes = [operand.type.shape for operand in call.operands]
     sizes = {**dict(zip(_QUERY, shapes[query], strict=True)), "t": shapes[query + 1][2]}
-    has_bias = len(call.operands) > bias
-    if has_bias:
-        sizes_of_bias = _trailing(_BIAS, len(shapes[bias]))
-        bias_letters = broadcast_letters(sizes_of_bias, call.operands[bias].type, sizes)
+    if len(call.operands) > bias:
+        trailing = _BIAS[len(_BIAS) - len(shapes[bias]) :]
+        bias_letters = broadcast_letters(trailing, call.operands[bias].type, sizes)
         terms = (*terms[:bias], bias_letters)
         results = tuple(bias_letters if letters is _BIAS else letters for letters in results)
     heads, groups = shapes[query][1], shapes[query + 1][1]
@@ -126,22 +127,19 @@ def _spec(
             tuple(tuple("h" if x == "g" else x for x in letters) for letters in side)
             for side in (terms, results)
         )
-    return Spec(
-        terms[: len(call.operands)],
-        tuple(
-            None if type is None else letters
-            for letters, type in zip(results, call.results, strict=True)
-        ),
-        whole=_WHOLE,
-        linear=linear,
-        derived=frozenset({"g"}) - ({"g"} if heads == groups else set()),
-        bind=None if heads == groups else partial(_bind, groups, call.mesh),
-        offers={} if heads == groups else {"h": _offered(call, heads, query)},
+    kept = tuple(
+        None if type is None else letters
+        for letters, type in zip(results, call.results, strict=True)
     )
-
-
-def _trailing(letters: Letters, count: int) -> Letters:
-    return letters[len(letters) - count :]
+    spec = Spec(terms[: len(call.operands)], kept, whole=_WHOLE, linear=linear)
+    if heads == groups:
+        return spec
+    return replace(
+        spec,
+        derived=frozenset("g"),
+        bind=partial(_bind, groups, call.mesh),
+        offers={"h": _offered(call, heads, query)},
+    )
 
 
 def _bind(groups: int, mesh: Mesh, dims: Dims) -> Dims:

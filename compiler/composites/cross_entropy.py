@@ -24,7 +24,7 @@ from meshwright.compiler.placing.composite import (
     LoweringContext,
     composite,
 )
-from meshwright.compiler.placing.rules.notation import Call, Spec, row
+from meshwright.compiler.placing.rules.notation import Call, Row, Spec
 
 
 def _options(binding: BindingContext, first: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class CrossEntropy(Composite):
     `(loss, lse)` by rows."""
 
     op = MeshOp("cross_entropy")
-    rule = row("... v~^, ..., c!? -> ..., ...")
+    rule = Row("... v~^, ..., c!? -> ..., ...")
 
     def result_type(self, logits: TensorType, *rest: Arg) -> NodeType:
         rows = TensorType(logits.shape[:-1], accumulation_dtype(logits.dtype))
@@ -77,7 +77,7 @@ class CrossEntropyBackward(Composite):
     """`cross_entropy_backward(grad, logits, target, lse, weight, ...)`: the logits' gradient."""
 
     op = MeshOp("cross_entropy_backward")
-    rule = row("..., ... v~, ..., ..., c!? -> ... v", linear=((0,),))
+    rule = Row("..., ... v~, ..., ..., c!? -> ... v", linear=((0,),))
     overwrites = 1
 
     def result_type(self, grad: TensorType, logits: TensorType, *rest: Arg) -> NodeType:
@@ -115,7 +115,7 @@ class CrossEntropyStats(Composite):
     op = MeshOp("cross_entropy_stats")
 
     def rule(self, call: Call) -> Spec:
-        return per_rank(row("... v~^, ..., c!? -> r k! ...")(call), call, "v")
+        return per_rank(Row("... v~^, ..., c!? -> r k! ...")(call), call, "v")
 
     def result_type(self, logits: TensorType, *rest: Arg) -> NodeType:
         *_, label_smoothing, _ = rest
@@ -144,7 +144,7 @@ class CrossEntropyCombine(Composite):
     """`cross_entropy_combine(stats, target, ...) -> (loss, lse)`, from the parts of all ranks."""
 
     op = MeshOp("cross_entropy_combine")
-    rule = row("r! k! ..., ..., c!? -> ..., ...")
+    rule = Row("r! k! ..., ..., c!? -> ..., ...")
 
     def result_type(self, stats: TensorType, *rest: Arg) -> NodeType:
         rows = TensorType(stats.shape[2:], stats.dtype)

@@ -15,7 +15,7 @@ from meshwright.compiler.placing.composite import (
     Kernel,
     composite,
 )
-from meshwright.compiler.placing.rules.notation import row
+from meshwright.compiler.placing.rules.notation import Row
 
 
 @composite
@@ -23,7 +23,7 @@ class Dropout(Composite):
     """`dropout(x, p, op_id[, extents])`; `extents` are the dims of x that are padded sequences."""
 
     op = MeshOp("dropout")
-    rule = row("... -> ...")
+    rule = Row("... -> ...")
     number = 2
 
     def padded(self, args: tuple[Arg, ...], extents: Mapping[int, Extent]) -> tuple[Arg, ...]:

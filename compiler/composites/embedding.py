@@ -19,7 +19,7 @@ from meshwright.compiler.placing.composite import (
     Kernel,
     composite,
 )
-from meshwright.compiler.placing.rules.notation import row
+from meshwright.compiler.placing.rules.notation import Row
 
 
 def _offset(binding: BindingContext, rows: Dim) -> int:
@@ -32,7 +32,7 @@ class Embedding(Composite):
     padding."""
 
     op = MeshOp("embedding")
-    rule = row("v^ d, ... -> ... d", linear=((0,),))
+    rule = Row("v^ d, ... -> ... d", linear=((0,),))
     is_fresh = True
 
     def result_type(self, weight: TensorType, index: TensorType, *rest: Arg) -> NodeType:
@@ -60,7 +60,7 @@ class EmbeddingBackward(Composite):
     """`embedding_backward(grad, index, weight, padding_idx)`: of `weight` only the shape counts."""
 
     op = MeshOp("embedding_backward")
-    rule = row("... d, ..., v^ d -> v d", linear=((0,),), shape_only=(2,))
+    rule = Row("... d, ..., v^ d -> v d", linear=((0,),), shape_only=(2,))
 
     def result_type(
         self, grad: TensorType, index: TensorType, weight: TensorType, *rest: Arg

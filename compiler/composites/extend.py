@@ -14,7 +14,7 @@ from meshwright.compiler.placing.composite import (
     Kernel,
     composite,
 )
-from meshwright.compiler.placing.rules.notation import Call, Spec, numbered
+from meshwright.compiler.placing.rules.notation import FIRST, Call, Spec, numbered, with_letter
 
 aten = torch.ops.aten
 
@@ -27,9 +27,8 @@ class Extend(Composite):
 
     def rule(self, call: Call) -> Spec:
         letters, dim = numbered("x", len(call.operands[0].type.shape)), call.arg(1)
-        result = (*letters[:dim], "r", *letters[dim + 1 :])
-        whole, linear = frozenset({letters[dim]}), (frozenset({0}),)
-        return Spec((letters,), (result,), whole=whole, linear=linear)
+        result = with_letter(letters, dim, "r")
+        return Spec((letters,), (result,), whole=frozenset({letters[dim]}), linear=FIRST)
 
     def result_type(self, x: TensorType, dim: int, size: int) -> NodeType:
         return TensorType((*x.shape[:dim], size, *x.shape[dim + 1 :]), x.dtype)

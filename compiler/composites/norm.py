@@ -31,7 +31,7 @@ from meshwright.compiler.placing.composite import (
     LoweringContext,
     composite,
 )
-from meshwright.compiler.placing.rules.notation import Call, Spec, row
+from meshwright.compiler.placing.rules.notation import Call, Row, Spec
 
 
 def _statistic(x: TensorType) -> TensorType:
@@ -44,7 +44,7 @@ class Norm(Composite):
     """`norm(x, weight, bias, eps, kind) -> (y, mean, rstd)`; "rms" has no bias and no mean."""
 
     op = MeshOp("norm")
-    rule = row("... n~, n?, n? -> ... n, ..., ...")
+    rule = Row("... n~, n?, n? -> ... n, ..., ...")
 
     def result_type(self, x: TensorType, *rest: Arg) -> NodeType:
         return (x, _statistic(x) if rest[-1] == "layer" else None, _statistic(x))
@@ -83,7 +83,7 @@ class NormBackward(Composite):
     """`norm_backward(grad, x, mean, rstd, weight, bias, kind) -> (dx, dweight, dbias)`."""
 
     op = MeshOp("norm_backward")
-    rule = row("... n~, ... n, ...?, ..., n?, n? -> ... n, n, n", linear=((0,),), shape_only=(5,))
+    rule = Row("... n~, ... n, ...?, ..., n?, n? -> ... n, n, n", linear=((0,),), shape_only=(5,))
 
     def result_type(self, grad: TensorType, x: TensorType, *rest: Arg) -> NodeType:
         _, _, weight, bias, _ = rest
@@ -114,7 +114,7 @@ class NormStats(Composite):
     op = MeshOp("norm_stats")
 
     def rule(self, call: Call) -> Spec:
-        return per_rank(row("... n~ -> r k! ...")(call), call, "n")
+        return per_rank(Row("... n~ -> r k! ...")(call), call, "n")
 
     def result_type(self, x: TensorType, kind: str) -> NodeType:
         count = 2 if kind == "layer" else 1
@@ -131,7 +131,7 @@ class NormFinish(Composite):
     """`norm_finish(x, stats, weight, bias, eps, kind) -> (y, mean, rstd)`."""
 
     op = MeshOp("norm_finish")
-    rule = row("... n~, r! k! ..., n?, n? -> ... n, ..., ...")
+    rule = Row("... n~, r! k! ..., n?, n? -> ... n, ..., ...")
 
     def result_type(self, x: TensorType, *rest: Arg) -> NodeType:
         return (x, _statistic(x) if rest[-1] == "layer" else None, _statistic(x))
@@ -159,7 +159,7 @@ class NormBackwardSums(Composite):
     each row here, pending."""
 
     op = MeshOp("norm_backward_sums")
-    rule = row("... n, ... n, ...?, ..., n? -> t! ...", linear=((0,),))
+    rule = Row("... n, ... n, ...?, ..., n? -> t! ...", linear=((0,),))
 
     def result_type(self, grad: TensorType, x: TensorType, *rest: Arg) -> NodeType:
         return TensorType((2, *x.shape[:-1]), accumulation_dtype(x.dtype))
@@ -173,7 +173,7 @@ class NormBackwardApply(Composite):
     """`norm_backward_apply(sums, grad, x, mean, rstd, weight, bias, kind)`, as `norm_backward`."""
 
     op = MeshOp("norm_backward_apply")
-    rule = row(
+    rule = Row(
         "t! ..., ... n~, ... n, ...?, ..., n?, n? -> ... n, n, n",
         linear=((0, 1),),
         shape_only=(6,),

@@ -18,7 +18,7 @@ from meshwright.compiler.placing.composite import (
     Kernel,
     composite,
 )
-from meshwright.compiler.placing.rules.notation import row
+from meshwright.compiler.placing.rules.notation import Row
 
 aten = torch.ops.aten
 
@@ -28,7 +28,7 @@ class _Sample(Composite):
     other numbers."""
 
     sampler: ClassVar[Callable[..., Tensor]]
-    rule = row("... -> ...")
+    rule = Row("... -> ...")
     number = 2
 
     def result_type(self, parameter: TensorType, *rest: Any) -> NodeType:
@@ -61,7 +61,7 @@ class Dirichlet(_Sample):
     """Rows that sum to 1."""
 
     op = MeshOp("dirichlet")
-    rule = row("... n! -> ... n")
+    rule = Row("... n! -> ... n")
     sampler = staticmethod(kernels.dirichlet)
 
     def adjoint(self, context: AdjointContext) -> Cotangents:
@@ -89,6 +89,6 @@ class Binomial(_Sample):
     """Numbers of heads among this many coins, each with its probability."""
 
     op = MeshOp("binomial")
-    rule = row("..., ... -> ...")
+    rule = Row("..., ... -> ...")
     number = 3
     sampler = staticmethod(kernels.binomial)

@@ -82,8 +82,6 @@ def attention_backward(
 def _options(
     q: Tensor, is_causal: bool, scale: float | None, dropout_p: float, index: RandomIndex | None
 ) -> AttentionOptions:
-    if dropout_p and index is None:
-        raise ValueError("attention with dropout needs the `index` of its random numbers")
     factor = 1 / sqrt(q.shape[-1]) if scale is None else scale
     return AttentionOptions(is_causal, factor, dropout_p, index)
 

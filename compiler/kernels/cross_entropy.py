@@ -24,17 +24,16 @@ def cross_entropy(
     logits: Tensor,
     target: Tensor,
     *,
+    num_classes: int,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
-    num_classes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`(loss[rows], lse[rows])` where every class is here, unreduced."""
     kind = accumulation_dtype(logits.dtype)
-    classes = logits.shape[1] if num_classes is None else num_classes
     loss, lse = torch.empty(2, logits.shape[0], dtype=kind, device=logits.device)
     weights = None if weight is None else weight.to(kind)
-    columns = logits.narrow(1, 0, classes)
+    columns = logits.narrow(1, 0, num_classes)
     scratch: Tensor | None = None
     for block in row_blocks(columns):
         rows = columns[block].to(kind)
@@ -46,7 +45,7 @@ def cross_entropy(
         if label_smoothing:
             spread = log_softmax.sum(1) if weights is None else log_softmax @ weights
             spread.masked_fill_(target[block] == ignore_index, 0)
-            picked.mul_(1 - label_smoothing).sub_(spread, alpha=label_smoothing / classes)
+            picked.mul_(1 - label_smoothing).sub_(spread, alpha=label_smoothing / num_classes)
         loss[block] = picked
     return loss, lse
 
@@ -77,7 +76,7 @@ def cross_entropy_stats(
         stats.zero_()[0].fill_(-torch.inf)
         return stats
     columns = logits.narrow(1, 0, valid)
-    log_sum_exp(columns, out=stats[0])
+    _log_sum_exp(columns, out=stats[0])
     column, elsewhere = _column(target, offset, valid)
     picked = columns.gather(1, column.unsqueeze(1)).squeeze(1)
     stats[1] = picked.masked_fill_(elsewhere, 0)
@@ -100,23 +99,12 @@ def cross_entropy_combine(
     lse = lses.logsumexp(0)
     loss = lse - picked.sum(0)
     if weight is not None:
-        loss *= cross_entropy_row_weights(target, weight, ignore_index, loss.dtype)
+        loss *= _row_weights(target, weight, ignore_index, loss.dtype)
     if label_smoothing:
         total = num_classes if weight is None else weight.sum(dtype=loss.dtype)
         spread = (lse * total).sub_(sums[0].sum(0))
         loss = loss.mul_(1 - label_smoothing).add_(spread, alpha=label_smoothing / num_classes)
     return loss.masked_fill_(target == ignore_index, 0), lse
-
-
-def cross_entropy_row_weights(
-    target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype
-) -> Tensor:
-    """Each row's weight in the mean: its target's class weight (else 1), and 0 if ignored."""
-    ignored = target == ignore_index
-    if weight is None:
-        return ignored.logical_not_().to(dtype)
-    chosen = weight.to(dtype).index_select(0, target.masked_fill(ignored, 0))
-    return chosen.masked_fill_(ignored, 0)
 
 
 def cross_entropy_backward(
@@ -149,7 +137,7 @@ def cross_entropy_backward(
     rows = grad_rows.to(lse.dtype).masked_fill(target == ignore_index, 0)
     hit = rows * (1 - label_smoothing) if label_smoothing else rows
     if weight is not None:
-        hit = hit * cross_entropy_row_weights(target, weight, ignore_index, hit.dtype)
+        hit = hit * _row_weights(target, weight, ignore_index, hit.dtype)
     column, elsewhere = _column(target, offset, valid)
     smooth = _smoothing_terms(rows, weight, num_classes, label_smoothing, offset, valid)
     scale = hit if smooth is None else hit + smooth[0]
@@ -165,7 +153,14 @@ def cross_entropy_backward(
     return grad
 
 
-def log_sum_exp(columns: Tensor, *, out: Tensor) -> None:
+def _row_weights(target: Tensor, weight: Tensor, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """The class weight of each row's target, 0 if that is ignored."""
+    ignored = target == ignore_index
+    chosen = weight.to(dtype).index_select(0, target.masked_fill(ignored, 0))
+    return chosen.masked_fill_(ignored, 0)
+
+
+def _log_sum_exp(columns: Tensor, *, out: Tensor) -> None:
     """Write the log-sum-exp of each row of `columns[rows, v]` to `out[rows]`, of the stats' type.
 
     torch's own takes four passes over a buffer of that size; `log_softmax` is one pass, and

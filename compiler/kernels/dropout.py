@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from meshwright.compiler.kernels.blocks import shapes_only
+from meshwright.compiler.kernels.blocks import accumulation_dtype, shapes_only
 from meshwright.compiler.kernels.hashing import (
     WORD,
     RandomIndex,
@@ -33,7 +33,7 @@ def dropout(x: Tensor, p: float, index: RandomIndex) -> Tensor:
         return out.copy_(x)
     tables = tables_of(index, x.shape, x.device)
     rows, flat = x.reshape(tables.grid), out.view(tables.grid)
-    for block, kept in _kept(tables, index, p, _mask_dtype(x.dtype), x.device):
+    for block, kept in _kept(tables, index, p, accumulation_dtype(x.dtype), x.device):
         torch.mul(rows[block], kept, out=flat[block])
     return out
 
@@ -65,7 +65,3 @@ def _kept(
         here = slice(0, block.stop - block.start)
         write_hashes(tables, block, keys, bits[here], scratch[here])
         yield block, kept[here].copy_(bits[here].ge_(threshold)).mul_(1 / (1 - p))
-
-
-def _mask_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

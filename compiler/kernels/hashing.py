@@ -2,8 +2,8 @@
 
 An element's 32 bits are a two-round 32-bit integer hash (the multipliers and shifts are Wellons'
 `lowbias32`) of its number within the global tensor, keyed by (seed, step, operator): the same under
-every layout. All of it is int32 arithmetic that wraps around. A tensor of more than 2**32 elements
-has a second word for its outer dims, which changes both keys.
+every layout. All of it is int32 arithmetic that wraps around; the high bits are the good ones. A
+tensor of more than 2**32 elements has a second word for its outer dims, which changes both keys.
 
 The number of an element is a sum over dims, and multiplication by an odd constant distributes over
 it, so the first multiplication is done in small tables for the rows and the columns of a block.
@@ -11,7 +11,7 @@ it, so the first multiplication is done in small tables for the rows and the col
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -54,14 +54,6 @@ class RandomIndex:
     def lane(self, number: int) -> RandomIndex:
         """Other numbers of the same operator, for one that draws multiple per element."""
         return replace(self, op_id=self.op_id + (number << 32))
-
-
-def hash_bits(shape: Sequence[int], index: RandomIndex, device: torch.device) -> Tensor:
-    """The hashes themselves, as int32 of the local `shape`; the high bits are the good ones."""
-    tables = tables_of(index, tuple(shape), device)
-    out = torch.empty(tables.grid, dtype=torch.int32, device=device)
-    write_hashes(tables, slice(0, tables.grid[0]), keys_of(index), out, torch.empty_like(out))
-    return out.view(tuple(shape))
 
 
 def keys_of(index: RandomIndex) -> tuple[int, int]:

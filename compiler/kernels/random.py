@@ -23,7 +23,6 @@ from meshwright.compiler.kernels.hashing import (
     write_hashes,
 )
 
-KINDS = ("uniform", "normal", "bits")
 _DIGITS = {torch.float64: 52, torch.float32: 23, torch.float16: 10, torch.bfloat16: 7}
 """How many random bits a uniform number of each type has; one more digit is its middle."""
 _INTEGER_PART = 21

@@ -132,7 +132,7 @@ class Composite:
     """The argument over which it may write its result: where nothing reads that afterwards, its
     node has the keyword `overwrite`."""
     rule: Callable[[Call], Spec | Iterable[Placement]]
-    """Which splits its operands and results may have; a `row` of the notation, or a method."""
+    """Which splits its operands and results may have; a `Row` of the notation, or a method."""
 
     def result_type(self, *args: Any) -> NodeType:
         """The type, or types, of its results, from its arguments with types in place of nodes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import lru_cache
+from operator import itemgetter
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.layout import Layout
@@ -31,18 +32,15 @@ REDUNDANT = 1e-3
 @lru_cache(maxsize=65536)
 def place(call: Call) -> Placement:
     """The cheapest way to run `call`. Raises `LayoutError` if no rule allows any."""
-    best: tuple[float, Placement] | None = None
-    for placement in candidates(call):
-        price = placement_cost(call, placement)
-        if best is None or price < best[0]:
-            best = (price, placement)
-    if best is None or math.isinf(best[0]):
+    priced = ((placement_cost(call, placement), placement) for placement in candidates(call))
+    price, best = min(priced, key=itemgetter(0), default=(math.inf, None))
+    if best is None or math.isinf(price):
         raise LayoutError(
             f"`{call.op}` cannot run on operands laid out as "
             + ", ".join(f"`{operand.layout}`" for operand in call.operands),
             help="give one of them another layout with `shard`",
         )
-    return best[1]
+    return best
 
 
 def candidates(call: Call) -> Iterable[Placement]:

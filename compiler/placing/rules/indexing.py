@@ -9,14 +9,16 @@ import torch
 
 from meshwright.compiler.graph.slots import Slot
 from meshwright.compiler.placing.rules.notation import (
+    FIRST,
     Call,
     Letters,
     Spec,
-    broadcast_letters,
+    broadcast,
     dim_index,
-    letter_sizes,
+    leading_letters,
     numbered,
     replicate,
+    with_letter,
 )
 from meshwright.compiler.placing.rules.registry import rule
 
@@ -29,29 +31,21 @@ def _indexed(call: Call) -> tuple[Letters, Letters, tuple[Letters, ...], frozens
     letters = numbered("x", len(call.operands[0].type.shape))
     places = [i for i, index in enumerate(indices) if index is not None]
     ranks = [len(call.operands[index.index].type.shape) for index in indices if index is not None]
-    broadcast = tuple(f".{max(ranks) - 1 - i}" for i in range(max(ranks)))
+    shared = leading_letters(max(ranks))
     rest = tuple(letter for i, letter in enumerate(letters) if i not in places)
     # Neighbouring indices put their dims in the place of the first; others put them in front.
     front = places[0] if places[-1] - places[0] == len(places) - 1 else 0
-    result = (*rest[:front], *broadcast, *rest[front:])
-    terms = tuple(broadcast[len(broadcast) - rank :] for rank in ranks)
+    result = (*rest[:front], *shared, *rest[front:])
+    terms = tuple(shared[len(shared) - rank :] for rank in ranks)
     return letters, result, terms, frozenset(letters[i] for i in places)
-
-
-def _broadcast(call: Call, operands: tuple[Letters, ...]) -> tuple[Letters, ...]:
-    sizes = letter_sizes(operands, call)
-    return tuple(
-        broadcast_letters(letters, operand.type, sizes)
-        for letters, operand in zip(operands, call.operands, strict=True)
-    )
 
 
 @rule(aten.index.Tensor, aten._unsafe_index.Tensor)
 def _index(call: Call) -> Spec:
     """The dims that are looked up are whole; those of the indices may be split."""
     letters, result, terms, looked_up = _indexed(call)
-    operands = _broadcast(call, (letters, *terms))
-    return Spec(operands, (result,), whole=looked_up, linear=(frozenset({0}),))
+    operands = broadcast((letters, *terms), call)
+    return Spec(operands, (result,), whole=looked_up, linear=FIRST)
 
 
 @rule(aten.index_put.default, aten._unsafe_index_put.default)
@@ -60,7 +54,7 @@ def _index_put(call: Call) -> Spec:
     letters, result, terms, looked_up = _indexed(call)
     last = len(call.operands) - 1
     rank = len(call.operands[last].type.shape)
-    operands = _broadcast(call, (letters, *terms, result[len(result) - rank :]))
+    operands = broadcast((letters, *terms, result[len(result) - rank :]), call)
     adds_to_zeros = bool(call.arg(3, False)) and call.operands[0].any_sum
     closed = looked_up if adds_to_zeros else looked_up | (set(result) - set(letters))
     return Spec(operands, (letters,), whole=closed, linear=(frozenset({0, last}),))
@@ -95,7 +89,7 @@ def _gather(call: Call) -> Spec:
     dim = dim_index(call.arg(1), rank)
     (x, index), whole = _aligned(call, dim, (0, 1))
     looked_up = {x[dim]} if rank else set()
-    return Spec((x, index), (index,), whole=whole | looked_up, linear=(frozenset({0}),))
+    return Spec((x, index), (index,), whole=whole | looked_up, linear=FIRST)
 
 
 @rule(aten.scatter_add.default)
@@ -108,7 +102,7 @@ def _scatter_add(call: Call) -> Spec:
     (x, index, source), whole = _aligned(call, dim, (0, 1, 2))
     shapes = [operand.type.shape for operand in call.operands]
     if rank and shapes[1][dim] == shapes[2][dim]:
-        source = (*source[:dim], index[dim], *source[dim + 1 :])
+        source = with_letter(source, dim, index[dim])
     closed = {x[dim], source[dim]} if rank else set()
     if call.operands[0].any_sum and index[dim : dim + 1] == source[dim : dim + 1]:
         closed -= set(index[dim : dim + 1])
@@ -128,7 +122,7 @@ def _scatter(call: Call) -> Spec:
     closed = {letters[dim] for letters in operands if rank}
     linear = (frozenset({0, 2}),) if call.op is aten.scatter.src else ()
     if call.op is aten.scatter.value and not call.arg(3):
-        linear = (frozenset({0}),)
+        linear = FIRST
     return Spec(tuple(operands), tuple(operands[:1]), whole=whole | closed, linear=linear)
 
 
@@ -139,10 +133,8 @@ def _index_select(call: Call) -> Spec:
         return replicate(call)
     letters = numbered("x", len(call.operands[0].type.shape))
     dim = dim_index(call.arg(1), len(letters))
-    result = (*letters[:dim], "j", *letters[dim + 1 :])
-    return Spec(
-        (letters, ("j",)), (result,), whole=frozenset({letters[dim]}), linear=(frozenset({0}),)
-    )
+    result = with_letter(letters, dim, "j")
+    return Spec((letters, ("j",)), (result,), whole=frozenset({letters[dim]}), linear=FIRST)
 
 
 @rule(aten.index_add.default)
@@ -152,7 +144,7 @@ def _index_add(call: Call) -> Spec:
         return replicate(call)
     letters = numbered("x", len(call.operands[0].type.shape))
     dim = dim_index(call.arg(1), len(letters))
-    source = (*letters[:dim], "j", *letters[dim + 1 :])
+    source = with_letter(letters, dim, "j")
     closed = {letters[dim]} if call.operands[0].any_sum else {letters[dim], "j"}
     return Spec(
         (letters, ("j",), source),
@@ -167,7 +159,7 @@ def _index_copy(call: Call) -> Spec:
     """`index_copy(x, dim, index, source)`: the dim is whole; what is replaced does not add up."""
     letters = numbered("x", len(call.operands[0].type.shape))
     dim = dim_index(call.arg(1), len(letters))
-    source = (*letters[:dim], "j", *letters[dim + 1 :])[: len(call.operands[2].type.shape)]
+    source = with_letter(letters, dim, "j")[: len(call.operands[2].type.shape)]
     copies = call.op is aten.index_copy.default
     return Spec(
         (letters, ("j",)[: len(call.operands[1].type.shape)], source),
@@ -186,7 +178,7 @@ def _index_fill(call: Call) -> Spec:
         (letters, ("j",)[: len(call.operands[1].type.shape)]),
         (letters,),
         whole=frozenset({*letters[dim : dim + 1], "j"}),
-        linear=() if call.arg(3) else (frozenset({0}),),
+        linear=() if call.arg(3) else FIRST,
     )
 
 

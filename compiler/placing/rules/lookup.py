@@ -8,7 +8,7 @@ from functools import lru_cache
 from meshwright.compiler.graph import custom
 from meshwright.compiler.graph.ir import MeshOp, Op
 from meshwright.compiler.placing.composite import composite_of
-from meshwright.compiler.placing.rules import (
+from meshwright.compiler.placing.rules import (  # noqa: F401  # for the functions they register
     convolution,
     factories,
     indexing,
@@ -19,23 +19,10 @@ from meshwright.compiler.placing.rules import (
     slices,
     views,
 )
-from meshwright.compiler.placing.rules.notation import Call, Placement, Rule, replicate, row
+from meshwright.compiler.placing.rules.notation import Call, Placement, Row, Rule, replicate
 from meshwright.compiler.placing.rules.pointwise import POINTWISE, is_pointwise, pointwise
 from meshwright.compiler.placing.rules.registry import FUNCTIONS
 from meshwright.compiler.placing.rules.table import TABLE
-
-_MODULES = (
-    convolution,
-    factories,
-    indexing,
-    products,
-    recurrent,
-    reductions,
-    resampling,
-    slices,
-    views,
-)
-"""Imported for the functions that they register."""
 
 
 def rule_for(op: Op) -> Rule:
@@ -64,7 +51,7 @@ def _registered(op: Op) -> Rule | None:
     if isinstance(op, MeshOp) or op not in custom.REGISTRY:
         return None
     known = custom.REGISTRY[op]
-    return _as_they_are if known.num_returned else row(known.rule)
+    return _as_they_are if known.num_returned else Row(known.rule)
 
 
 def _as_they_are(call: Call) -> tuple[Placement]:

@@ -35,6 +35,9 @@ Letters: TypeAlias = tuple[str, ...]
 Group: TypeAlias = frozenset[int]
 """Operands whose pending sums may stay pending together."""
 
+FIRST: tuple[Group, ...] = (frozenset({0}),)
+"""The groups of an operator that is linear in its first operand."""
+
 
 @dataclass(frozen=True, slots=True)
 class Operand:
@@ -154,16 +157,18 @@ def parse_row(text: str) -> Terms:
     left, right = text.split("->")
     words = text.replace("->", " ").replace(",", " ").split()
     operands, results = (
-        tuple(tuple(word.strip(_MARKS) for word in term.split()) for term in side.split(","))
+        tuple(tuple(_name(word) for word in term.split()) for term in side.split(","))
         for side in (left, right)
     )
     whole, inner, consecutive = (
-        frozenset(word.strip(_MARKS) for word in words if mark in word) for mark in "!~^"
+        frozenset(_name(word) for word in words if mark in word) for mark in "!~^"
     )
     return Terms(operands, results, whole, inner, consecutive)
 
 
-_MARKS = "!?~^"
+def _name(word: str) -> str:
+    name = word.strip("!?~^")
+    return "" if name == "1" else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,15 +224,6 @@ class Row:
             for group in linear
         )
         return tuple(dict.fromkeys(group for group in groups if group))
-
-
-def row(
-    text: str,
-    linear: str | tuple[tuple[int, ...], ...] | Callable[[Call], tuple[tuple[int, ...], ...]] = (),
-    **options: Arg,
-) -> Row:
-    """A rule in one line."""
-    return Row(text, linear, **options)
 
 
 def differentiable(call: Call) -> bool:
@@ -308,16 +304,12 @@ def _letters(term: tuple[str, ...], type: TensorType, call: Call) -> Letters:
     if "..." not in term:
         if len(term) != len(type.shape):
             raise _mismatch(call, "dims")
-        return tuple("" if letter == "1" else letter for letter in term)
+        return term
     place = term.index("...")
     leading = len(type.shape) - (len(term) - 1)
     if leading < 0:
         raise _mismatch(call, "dims")
-    return (
-        *("" if letter == "1" else letter for letter in term[:place]),
-        *(f".{leading - 1 - i}" for i in range(leading)),
-        *("" if letter == "1" else letter for letter in term[place + 1 :]),
-    )
+    return (*term[:place], *leading_letters(leading), *term[place + 1 :])
 
 
 def _mismatch(call: Call, what: str) -> LayoutError:
@@ -349,6 +341,25 @@ def broadcast_letters(letters: Letters, type: TensorType, sizes: Mapping[str, in
     )
 
 
+def broadcast(operands: tuple[Letters, ...], call: Call) -> tuple[Letters, ...]:
+    """The letters of the operands, empty for dims that are broadcast."""
+    sizes = letter_sizes(operands, call)
+    return tuple(
+        broadcast_letters(letters, operand.type, sizes)
+        for letters, operand in zip(operands, call.operands, strict=True)
+    )
+
+
+def leading_letters(count: int) -> Letters:
+    """Letters of leading dims, aligned at the right."""
+    return tuple(f".{count - 1 - i}" for i in range(count))
+
+
+def with_letter(letters: Letters, dim: int, letter: str) -> Letters:
+    """The letters with another one in place of that of `dim`."""
+    return (*letters[:dim], letter, *letters[dim + 1 :])
+
+
 def numbered(prefix: str, count: int) -> Letters:
     """`count` letters of their own: `x0 x1 x2`."""
     return tuple(f"{prefix}{i}" for i in range(count))
@@ -361,7 +372,7 @@ def dim_index(dim: int, rank: int) -> int:
 
 def one_linear_group(call: Call) -> tuple[Group, ...]:
     """All operands together."""
-    return (frozenset(range(len(call.operands))),) if call.operands else ()
+    return (frozenset(range(len(call.operands))),)
 
 
 def replicate(call: Call) -> Spec:

@@ -9,8 +9,7 @@ import torch
 
 from meshwright.compiler.graph.annotate import LAYOUT
 from meshwright.compiler.graph.ir import Arg, MeshOp, Op
-from meshwright.compiler.graph.slots import Slot
-from meshwright.compiler.placing.rules.notation import Call, Row, row, tensor_arguments
+from meshwright.compiler.placing.rules.notation import Call, Row, tensor_arguments
 
 aten = torch.ops.aten
 
@@ -22,7 +21,7 @@ def pointwise(op: Op, linear: Arg = (), **options: Arg) -> Row:
     assert not isinstance(op, MeshOp), op
     terms = ", ".join("..." for _ in tensor_arguments(op))
     results = ", ".join("..." for _ in op._schema.returns)
-    return row(f"{terms} -> {results}", linear, **options)
+    return Row(f"{terms} -> {results}", linear, **options)
 
 
 def is_pointwise(op: Op) -> bool:
@@ -41,19 +40,9 @@ def _if_zero(place: int, term: int) -> Arg:
     """Linear in one term if the number at an argument's place is 0."""
 
     def linear(call: Call) -> Groups:
-        value = call.arg(place, 0)
-        return ((term,),) if not isinstance(value, Slot) and value == 0 else ()
+        return ((term,),) if call.arg(place) == 0 else ()
 
     return linear
-
-
-def _filled(call: Call) -> Groups:
-    """`where(condition, x, number)`: linear in x if the number is 0."""
-    first, second = call.arg(1), call.arg(2)
-    other = second if isinstance(first, Slot) else first
-    if isinstance(first, Slot) and isinstance(second, Slot):
-        return ((1, 2),)
-    return ((1,), (2,)) if not isinstance(other, Slot) and other == 0 else ()
 
 
 def _divided(call: Call) -> Groups:
@@ -94,8 +83,8 @@ LINEAR: dict[Op, Arg] = {
     aten.to.device: cast_linear,
     aten.to.dtype_layout: cast_linear,
     aten.where.self: ((1, 2),),
-    aten.where.ScalarOther: _filled,
-    aten.where.ScalarSelf: _filled,
+    aten.where.ScalarOther: _if_zero(2, 1),
+    aten.where.ScalarSelf: _if_zero(1, 1),
     aten.masked_fill.Scalar: _if_zero(2, 0),
     aten.masked_fill.Tensor: ((0, 2),),
     aten.lerp.Scalar: "all",

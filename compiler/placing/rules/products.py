@@ -10,8 +10,8 @@ from meshwright.compiler.placing.rules.notation import (
     Call,
     Letters,
     Spec,
-    broadcast_letters,
-    letter_sizes,
+    broadcast,
+    leading_letters,
 )
 from meshwright.compiler.placing.rules.registry import rule
 
@@ -22,16 +22,11 @@ aten = torch.ops.aten
 def _matmul(call: Call) -> Spec:
     """Vectors, matrices or batches of matrices, the batches broadcast."""
     ranks = [len(operand.type.shape) for operand in call.operands]
-    left = (*_batch(ranks[0] - 2), "m", "k")[-ranks[0] if ranks[0] > 1 else -1 :]
-    right = (*_batch(ranks[1] - 2), "k", "n") if ranks[1] > 1 else ("k",)
-    batch = _batch(max(ranks) - 2)
+    left = (*leading_letters(ranks[0] - 2), "m", "k")[-ranks[0] if ranks[0] > 1 else -1 :]
+    right = (*leading_letters(ranks[1] - 2), "k", "n") if ranks[1] > 1 else ("k",)
+    batch = leading_letters(max(ranks) - 2)
     result = (*batch, *(("m",) if ranks[0] > 1 else ()), *(("n",) if ranks[1] > 1 else ()))
     return _product(call, (left, right), result)
-
-
-def _batch(count: int) -> Letters:
-    """Letters of leading dims, aligned at the right."""
-    return tuple(f".{count - 1 - i}" for i in range(max(count, 0)))
 
 
 @rule(aten.addmm.default, aten.baddbmm.default)
@@ -59,16 +54,9 @@ def _einsum(call: Call) -> Spec:
 
 def _term(term: str, ellipsis: int) -> Letters:
     head, dots, tail = term.partition("...")
-    return (*head, *(_batch(ellipsis) if dots else ()), *tail)
+    return (*head, *(leading_letters(ellipsis) if dots else ()), *tail)
 
 
 def _product(call: Call, operands: tuple[Letters, ...], result: Letters) -> Spec:
-    sizes = letter_sizes(operands, call)
-    return Spec(
-        tuple(
-            broadcast_letters(letters, operand.type, sizes)
-            for letters, operand in zip(operands, call.operands, strict=True)
-        ),
-        (result,),
-        linear=tuple(frozenset({i}) for i in range(len(operands))),
-    )
+    linear = tuple(frozenset({i}) for i in range(len(operands)))
+    return Spec(broadcast(operands, call), (result,), linear=linear)

@@ -8,15 +8,18 @@ import torch
 
 from meshwright.compiler.graph.ir import Arg, Op
 from meshwright.compiler.placing.rules.notation import (
+    FIRST,
     Call,
+    Group,
     Letters,
     Rule,
     Spec,
     differentiable,
     dim_index,
     numbered,
+    one_linear_group,
 )
-from meshwright.compiler.placing.rules.registry import FUNCTIONS
+from meshwright.compiler.placing.rules.registry import FUNCTIONS, rule
 
 aten = torch.ops.aten
 
@@ -37,38 +40,33 @@ def _remaining(letters: Letters, reduced: Iterable[int], keepdim: bool) -> Lette
 
 
 def _reduction(how: str, dims_at: int | None, keep_at: int | None = 2) -> Rule:
-    """A reduction over the dims at an argument's place; `how` is sum, max, min or whole."""
+    """A reduction over the dims at an argument's place; `how` is sum, max, min, mean or whole.
 
-    def rule(call: Call) -> Spec:
+    A mean is linear, but the mean of a part is not a part of the mean: its dims are whole too.
+    """
+
+    def reduction(call: Call) -> Spec:
         letters = numbered("x", len(call.operands[0].type.shape))
         reduced = _listed(None if dims_at is None else call.arg(dims_at), len(letters))
-        kept = dims_at is not None and keep_at is not None
-        keepdim = kept and bool(call.arg(keep_at or 0, False))
+        keepdim = dims_at is not None and keep_at is not None and call.arg(keep_at, False)
         # Only a pending sum has an adjoint.
-        closed = how == "whole" or (how != "sum" and differentiable(call))
+        closed = how in ("mean", "whole") or (how != "sum" and differentiable(call))
         return Spec(
             (letters,),
             tuple(_remaining(letters, reduced, keepdim) for _ in call.results),
             whole=frozenset(letters[i] for i in reduced) if closed else frozenset(),
-            linear=(frozenset({0}),) if how == "sum" else (),
-            reduce="sum" if how == "whole" else how,
+            linear=FIRST if how in ("sum", "mean") else (),
+            reduce=how if how in ("max", "min") else "sum",
         )
 
-    return rule
-
-
-def _linear_mean(call: Call) -> Spec:
-    """A mean is linear, but the mean of a part is not a part of the mean."""
-    found = _reduction("whole", None if call.op is aten.mean.default else 1)(call)
-    assert isinstance(found, Spec)
-    return Spec(found.operands, found.results, found.whole, linear=(frozenset({0}),))
+    return reduction
 
 
 REDUCTIONS: dict[Op, Rule] = {
     aten.sum.default: _reduction("sum", None),
     aten.sum.dim_IntList: _reduction("sum", 1),
-    aten.mean.default: _linear_mean,
-    aten.mean.dim: _linear_mean,
+    aten.mean.default: _reduction("mean", None),
+    aten.mean.dim: _reduction("mean", 1),
     aten.amax.default: _reduction("max", 1),
     aten.amin.default: _reduction("min", 1),
     aten.max.default: _reduction("max", None),
@@ -99,25 +97,24 @@ REDUCTIONS: dict[Op, Rule] = {
 }
 
 
-def _along(dims_at: int, linear: str = "", default: Arg = -1) -> Rule:
+def _along(dims_at: int, linear: tuple[Group, ...] = (), default: Arg = -1) -> Rule:
     """Elementwise over all dims but those at an argument's place, which must be whole."""
 
-    def rule(call: Call) -> Spec:
+    def along(call: Call) -> Spec:
         rank = len(call.operands[0].type.shape)
         letters = numbered("x", rank)
         whole = _listed(call.arg(dims_at, default), rank)
-        groups = tuple(frozenset({i}) for i in range(len(call.operands)) if str(i) in linear)
         return Spec(
             (letters,) * len(call.operands),
             tuple(
                 None if type is None else letters if len(type.shape) == rank else ()
                 for type in call.results
             ),
-            whole=frozenset(letters[i] for i in whole if i < rank),
-            linear=groups,
+            whole=frozenset(letters[i] for i in whole),
+            linear=linear,
         )
 
-    return rule
+    return along
 
 
 ALONG: dict[Op, Rule] = {
@@ -126,9 +123,9 @@ ALONG: dict[Op, Rule] = {
     aten._safe_softmax.default: _along(1),
     aten._log_softmax.default: _along(1),
     aten.log_softmax.int: _along(1),
-    aten._softmax_backward_data.default: _along(2, linear="0"),
-    aten._log_softmax_backward_data.default: _along(2, linear="0"),
-    aten.cumsum.default: _along(1, linear="0"),
+    aten._softmax_backward_data.default: _along(2, linear=FIRST),
+    aten._log_softmax_backward_data.default: _along(2, linear=FIRST),
+    aten.cumsum.default: _along(1, linear=FIRST),
     aten.cumprod.default: _along(1),
     aten.logcumsumexp.default: _along(1),
     aten.cummax.default: _along(1),
@@ -137,11 +134,12 @@ ALONG: dict[Op, Rule] = {
     aten.sort.stable: _along(2),
     aten.argsort.default: _along(1),
     aten.argsort.stable: _along(2),
-    aten.flip.default: _along(1, linear="0"),
-    aten.roll.default: _along(2, linear="0", default=None),
+    aten.flip.default: _along(1, linear=FIRST),
+    aten.roll.default: _along(2, linear=FIRST, default=None),
 }
 
 
+@rule(aten.topk.default)
 def _topk(call: Call) -> Spec:
     """Values and indices have k elements in the dim, and each depends on the whole dim."""
     rank = len(call.operands[0].type.shape)
@@ -150,6 +148,7 @@ def _topk(call: Call) -> Spec:
     return Spec((letters,), (result, result), whole=frozenset(letters[dim : dim + 1]))
 
 
+@rule(aten.diff.default)
 def _diff(call: Call) -> Spec:
     """Differences of neighbours: the dim is whole."""
     rank = len(call.operands[0].type.shape)
@@ -160,9 +159,10 @@ def _diff(call: Call) -> Spec:
     )
     result = tuple("d" if i == dim else f"x{i}" for i in range(rank))
     whole = frozenset(f"d{k}" for k in range(len(call.operands)))
-    return Spec(operands, (result,), whole=whole, linear=(frozenset(range(len(operands))),))
+    return Spec(operands, (result,), whole=whole, linear=one_linear_group(call))
 
 
+@rule(aten.layer_norm.default, aten.native_layer_norm.default, aten.rms_norm.default)
 def _layer_norm(call: Call) -> Spec:
     """The last `len(normalized_shape)` dims are whole; weight and bias have just those."""
     rank, last = len(call.operands[0].type.shape), len(call.arg(1))
@@ -176,6 +176,7 @@ def _layer_norm(call: Call) -> Spec:
     )
 
 
+@rule(aten.histc.default)
 def _histogram(call: Call) -> Spec:
     """Counts of parts add up, unless the bounds are those of the values."""
     letters = numbered("x", len(call.operands[0].type.shape))
@@ -185,9 +186,3 @@ def _histogram(call: Call) -> Spec:
 
 FUNCTIONS.update(REDUCTIONS)
 FUNCTIONS.update(ALONG)
-FUNCTIONS[aten.topk.default] = _topk
-FUNCTIONS[aten.histc.default] = _histogram
-FUNCTIONS[aten.diff.default] = _diff
-FUNCTIONS[aten.layer_norm.default] = _layer_norm
-FUNCTIONS[aten.native_layer_norm.default] = _layer_norm
-FUNCTIONS[aten.rms_norm.default] = _layer_norm

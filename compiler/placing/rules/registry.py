@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from meshwright.compiler.graph.ir import Op
 from meshwright.compiler.placing.rules.notation import Rule
@@ -11,10 +12,13 @@ FUNCTIONS: dict[Op, Rule] = {}
 """The rules that need more than a line, by operator; filled by `rule`."""
 
 
-def rule(*ops: Op) -> Callable[[Rule], Rule]:
+_Rule = TypeVar("_Rule", bound=Rule)
+
+
+def rule(*ops: Op) -> Callable[[_Rule], _Rule]:
     """Register a function as the rule of these operators."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: _Rule) -> _Rule:
         for op in ops:
             assert op not in FUNCTIONS, op
             FUNCTIONS[op] = function

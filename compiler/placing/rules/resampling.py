@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from meshwright.compiler.graph.ir import Op
-from meshwright.compiler.placing.rules.notation import Call, Spec, numbered
+from meshwright.compiler.placing.rules.notation import FIRST, Call, Spec, numbered
 from meshwright.compiler.placing.rules.registry import rule
 
 aten = torch.ops.aten
@@ -44,5 +44,5 @@ def _interpolate(call: Call) -> Spec:
         (("n", "c", *before),),
         (("n", "c", *after),),
         whole=frozenset(before),
-        linear=(frozenset({0}),),
+        linear=FIRST,
     )

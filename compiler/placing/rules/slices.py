@@ -21,6 +21,7 @@ from meshwright.compiler.layout.slicing import (
     slice_dim,
 )
 from meshwright.compiler.placing.rules.notation import (
+    FIRST,
     Call,
     Dims,
     Letters,
@@ -28,16 +29,11 @@ from meshwright.compiler.placing.rules.notation import (
     dim_index,
     numbered,
     one_linear_group,
+    with_letter,
 )
 from meshwright.compiler.placing.rules.registry import rule
 
 aten = torch.ops.aten
-
-_LINEAR = (frozenset({0}),)
-
-
-def _with(letters: Letters, dim: int, letter: str) -> Letters:
-    return (*letters[:dim], letter, *letters[dim + 1 :])
 
 
 def _without(letters: Letters, dim: int) -> Letters:
@@ -68,8 +64,8 @@ def _split(call: Call) -> Spec:
         start += result.shape[dim]
     return Spec(
         (letters,),
-        tuple(_with(letters, dim, piece) for piece in bounds),
-        linear=_LINEAR,
+        tuple(with_letter(letters, dim, piece) for piece in bounds),
+        linear=FIRST,
         bind=partial(_bind_slices, letters[dim], bounds, call.mesh),
     )
 
@@ -96,7 +92,7 @@ def _slice(call: Call) -> Spec:
         return _slice_of(call, dim, bounds, step)
     letters = numbered("x", len(shape))
     bind = partial(_bind_digit, letters[dim], step, call.mesh)
-    return Spec((letters,), (_with(letters, dim, "p"),), linear=_LINEAR, bind=bind)
+    return Spec((letters,), (with_letter(letters, dim, "p"),), linear=FIRST, bind=bind)
 
 
 def is_digit(size: int, bounds: tuple[int, int], step: int) -> bool:
@@ -107,8 +103,8 @@ def is_digit(size: int, bounds: tuple[int, int], step: int) -> bool:
 
 def _bind_digit(letter: str, step: int, mesh: Mesh, dims: Dims) -> Dims:
     """The dim split by whole blocks of `step`."""
-    size = math.prod(Layout((dims[letter],)).shape)
-    blocks, digit = reshape(Layout((dims[letter],)), (size // step, step), mesh).dims
+    layout = Layout((dims[letter],))
+    blocks, digit = reshape(layout, (layout.shape[0] // step, step), mesh).dims
     if dim_axes(digit):
         raise LayoutError(
             f"blocks of {step} are split", code="split-block", help="split whole blocks"
@@ -128,9 +124,9 @@ def _slice_of(call: Call, dim: int, bounds: tuple[int, int], step: int) -> Spec:
     letters = numbered("x", len(call.operands[0].type.shape))
     return Spec(
         (letters,),
-        (_with(letters, dim, "p"),),
+        (with_letter(letters, dim, "p"),),
         whole=frozenset() if step == 1 else frozenset({letters[dim]}),
-        linear=_LINEAR,
+        linear=FIRST,
         bind=partial(_bind_slices, letters[dim], {"p": bounds}, call.mesh) if step == 1 else None,
     )
 
@@ -140,7 +136,7 @@ def _select(call: Call) -> Spec:
     """An element of a dim: the dim is whole."""
     letters, dim = numbered("x", len(call.operands[0].type.shape)), _dim(call, 1)
     results = tuple(_without(letters, dim) for _ in call.results)
-    return Spec((letters,), results, whole=frozenset({letters[dim]}), linear=_LINEAR)
+    return Spec((letters,), results, whole=frozenset({letters[dim]}), linear=FIRST)
 
 
 @rule(aten.cat.default)
@@ -151,12 +147,12 @@ def _cat(call: Call) -> Spec:
     names = tuple(f"c{i}" for i in range(len(call.operands)))
     operands = tuple(
         # torch lets an empty vector be joined to anything.
-        _with(letters, dim, name) if len(operand.type.shape) == rank else (name,)
+        with_letter(letters, dim, name) if len(operand.type.shape) == rank else (name,)
         for name, operand in zip(names, call.operands, strict=True)
     )
     return Spec(
         operands,
-        (_with(letters, dim, "c"),),
+        (with_letter(letters, dim, "c"),),
         linear=one_linear_group(call),
         derived=frozenset(names[1:]),
         offers={"c0": _offered(call, dim)},
@@ -216,7 +212,7 @@ def _padded(call: Call, linear: bool) -> Spec:
     changed = {rank - 1 - i // 2 for i, amount in enumerate(pad) if amount}
     result = tuple(f"r{i}" if i in changed else letter for i, letter in enumerate(letters))
     whole = frozenset(letters[i] for i in changed)
-    return Spec((letters,), (result,), whole=whole, linear=_LINEAR if linear else ())
+    return Spec((letters,), (result,), whole=whole, linear=FIRST if linear else ())
 
 
 @rule(aten.slice_scatter.default)
@@ -224,7 +220,7 @@ def _slice_scatter(call: Call) -> Spec:
     """The dim is whole, in the operand and in what replaces a part of it."""
     letters, dim = numbered("x", len(call.operands[0].type.shape)), _dim(call, 2)
     whole = frozenset({letters[dim], "s"})
-    source = _with(letters, dim, "s")
+    source = with_letter(letters, dim, "s")
     return Spec((letters, source), (letters,), whole=whole, linear=one_linear_group(call))
 
 
@@ -245,7 +241,7 @@ def _select_backward(call: Call) -> Spec:
     """Zeros but for one element of a new dim, which is whole."""
     letters = numbered("x", len(call.operands[0].type.shape))
     dim = dim_index(call.arg(2), len(letters) + 1)
-    return Spec((letters,), ((*letters[:dim], "n", *letters[dim:]),), linear=_LINEAR)
+    return Spec((letters,), ((*letters[:dim], "n", *letters[dim:]),), linear=FIRST)
 
 
 @rule(aten.slice_backward.default)
@@ -255,15 +251,15 @@ def _slice_backward(call: Call) -> Spec:
     letters, dim = numbered("x", len(operand.type.shape)), dim_index(call.arg(2), len(call.arg(1)))
     size, step = call.arg(1)[dim], call.arg(5)
     start, stop = slice_bounds(size, call.arg(3), call.arg(4))
-    result = _with(letters, dim, "r")
+    result = with_letter(letters, dim, "r")
     if is_digit(size, (start, stop), step):
 
         def bind(dims: Dims) -> Dims:
             return {"r": interleave_dim(dims[letters[dim]], step, call.mesh)}
 
-        return Spec((letters,), (result,), linear=_LINEAR, bind=bind)
+        return Spec((letters,), (result,), linear=FIRST, bind=bind)
     if step != 1:
-        return Spec((letters,), (result,), whole=frozenset({letters[dim]}), linear=_LINEAR)
+        return Spec((letters,), (result,), whole=frozenset({letters[dim]}), linear=FIRST)
     try:
         offers = {"r": (extend_dim(operand.layout.dims[dim], start, size, call.mesh),)}
     except LayoutError:
@@ -271,7 +267,7 @@ def _slice_backward(call: Call) -> Spec:
     return Spec(
         (letters,),
         (result,),
-        linear=_LINEAR,
+        linear=FIRST,
         derived=frozenset({letters[dim]}),
         bind=partial(_bind_slices, "r", {letters[dim]: (start, stop)}, call.mesh),
         offers=offers,
@@ -296,7 +292,7 @@ def _repeat(call: Call) -> Spec:
             for (source, target), count in counts.items()
         }
 
-    return Spec((letters,), (new,), linear=_LINEAR, bind=bind)
+    return Spec((letters,), (new,), linear=FIRST, bind=bind)
 
 
 @rule(aten.repeat_interleave.self_int)
@@ -304,7 +300,7 @@ def _repeat_interleave(call: Call) -> Spec:
     """k copies of each element of a dim are a trailing factor of k."""
     rank = len(call.operands[0].type.shape)
     letters, count, dim = numbered("x", rank), call.arg(1), call.arg(2)
-    result = ("r",) if dim is None else _with(letters, dim_index(dim, rank), "r")
+    result = ("r",) if dim is None else with_letter(letters, dim_index(dim, rank), "r")
 
     def bind(dims: Dims) -> Dims:
         layout = Layout(tuple(dims[letter] for letter in letters))
@@ -312,4 +308,4 @@ def _repeat_interleave(call: Call) -> Spec:
             layout = reshape(layout, (math.prod(layout.shape),), call.mesh)
         return {"r": interleave_dim(layout.dims[dim or 0], count, call.mesh)}
 
-    return Spec((letters,), (result,), linear=_LINEAR, bind=bind)
+    return Spec((letters,), (result,), linear=FIRST, bind=bind)

@@ -15,6 +15,7 @@ from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
 from meshwright.compiler.placing.rules.notation import (
+    FIRST,
     Call,
     Dims,
     Letters,
@@ -26,9 +27,6 @@ from meshwright.compiler.placing.rules.pointwise import cast_linear
 from meshwright.compiler.placing.rules.registry import rule
 
 aten = torch.ops.aten
-
-_LINEAR = (frozenset({0}),)
-
 
 RESHAPES = (
     aten.view.default,
@@ -54,7 +52,7 @@ def _reshape(call: Call) -> Spec:
     old = numbered("x", len(operand.type.shape))
     new = numbered("r", len(result.shape))
     bind = partial(_regroup, old, new, result.shape, call.mesh)
-    return Spec((old,), (new,), linear=_LINEAR, bind=bind, offers=_asked_for(call, old))
+    return Spec((old,), (new,), linear=FIRST, bind=bind, offers=_asked_for(call, old))
 
 
 def _asked_for(call: Call, old: Letters) -> Mapping[str, tuple[Dim, ...]]:
@@ -78,7 +76,6 @@ def _regroup(old: Letters, new: Letters, shape: tuple[int, ...], mesh: Mesh, dim
 def _squeeze(call: Call) -> Spec:
     """A dim must not become one of size 1 by being split: it would go too."""
     spec = _reshape(call)
-    assert isinstance(spec, Spec)
     assert spec.bind is not None
     return replace(spec, bind=partial(_keep_dims, spec.bind, call.mesh))
 
@@ -118,7 +115,7 @@ def _reshape_as(call: Call) -> Spec:
     return Spec(
         (old, new),
         (new,),
-        linear=_LINEAR,
+        linear=FIRST,
         shape_only=frozenset({1}),
         derived=frozenset(new),
         bind=partial(_regroup, old, new, result.shape, call.mesh),
@@ -127,7 +124,7 @@ def _reshape_as(call: Call) -> Spec:
 
 def _permuted(order: Sequence[int]) -> Spec:
     letters = numbered("x", len(order))
-    return Spec((letters,), (tuple(letters[i] for i in order),), linear=_LINEAR)
+    return Spec((letters,), (tuple(letters[i] for i in order),), linear=FIRST)
 
 
 @rule(aten.permute.default, aten.permute_copy.default)
@@ -181,7 +178,7 @@ def _expand(call: Call) -> Spec:
         new[offset + i] if size == result.shape[offset + i] else ""
         for i, size in enumerate(operand.type.shape)
     )
-    return Spec((old,), (new,), linear=_LINEAR, free=frozenset(new) - frozenset(old))
+    return Spec((old,), (new,), linear=FIRST, free=frozenset(new) - frozenset(old))
 
 
 @rule(aten.unfold.default)
@@ -191,7 +188,7 @@ def _unfold(call: Call) -> Spec:
     dim = dim_index(call.arg(1), len(letters))
     windows = ("n",) if letters else ()
     result = (*letters[:dim], *windows, *letters[dim + 1 :], "w")
-    return Spec((letters,), (result,), whole=frozenset(letters[dim : dim + 1]), linear=_LINEAR)
+    return Spec((letters,), (result,), whole=frozenset(letters[dim : dim + 1]), linear=FIRST)
 
 
 @rule(aten.view_as_complex.default, aten.view_as_real.default)
@@ -202,7 +199,7 @@ def _complex(call: Call) -> Spec:
     letters = numbered("x", min(len(operand.type.shape), len(result.shape)))
     sides = (operand.type.shape, result.shape)
     old, new = ((*letters, "p") if len(side) > len(letters) else letters for side in sides)
-    return Spec((old,), (new,), whole=frozenset("p"), linear=_LINEAR)
+    return Spec((old,), (new,), whole=frozenset("p"), linear=FIRST)
 
 
 @rule(aten.as_strided.default, aten.diagonal.default)
@@ -212,4 +209,4 @@ def _whole(call: Call) -> Spec:
     assert result is not None
     old = numbered("x", len(operand.type.shape))
     new = numbered("r", len(result.shape))
-    return Spec((old,), (new,), whole=frozenset(old), linear=_LINEAR)
+    return Spec((old,), (new,), whole=frozenset(old), linear=FIRST)

@@ -22,7 +22,7 @@ from meshwright.compiler.placing.composite import (
     LoweringContext,
     composite,
 )
-from meshwright.compiler.placing.rules.notation import row
+from meshwright.compiler.placing.rules.notation import Row
 from meshwright.passes.rewriting.rewriter import Rewriter, rewrites
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ class Centre(Composite):
     """`centre(x)`: linear, and its own adjoint."""
 
     op = MeshOp("centre")
-    rule = row("... n~ -> ... n", linear=((0,),))
+    rule = Row("... n~ -> ... n", linear=((0,),))
 
     def adjoint(self, context: AdjointContext) -> Cotangents:
         return [context.call(self.op, context.grad)]

@@ -204,8 +204,3 @@ def test_dropout_of_split_batch_and_heads_is_the_slice_of_the_whole() -> None:
     index = RandomIndex(1, 2, 3, shape, (1, heads, 0, 0))
     local = _ours(*part, None, dropout_p=0.4, index=index)
     torch.testing.assert_close(local, [x[1:, heads] for x in whole])
-
-
-def test_dropout_without_an_index_is_an_error() -> None:
-    with pytest.raises(ValueError, match="needs the `index`"):
-        attention(*_operands()[:3], dropout_p=0.1)

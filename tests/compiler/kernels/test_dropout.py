@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise, product
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.kernels.dropout import dropout, keep_scale
-from meshwright.compiler.kernels.hashing import RandomIndex, hash_bits
+from meshwright.compiler.kernels.hashing import RandomIndex, keys_of, tables_of, write_hashes
 
 CPU = torch.device("cpu")
 COUNT = 1 << 20
@@ -19,8 +20,16 @@ def _index(shape: tuple[int, ...], seed: int = 1, step: int = 2, op_id: int = 3)
     return RandomIndex(seed, step, op_id, shape, (0,) * len(shape))
 
 
+def _hashes(shape: Sequence[int], index: RandomIndex) -> Tensor:
+    """The hashes of a local tensor, all in one block."""
+    tables = tables_of(index, tuple(shape), CPU)
+    out = torch.empty(tables.grid, dtype=torch.int32)
+    write_hashes(tables, slice(0, tables.grid[0]), keys_of(index), out, torch.empty_like(out))
+    return out.view(tuple(shape))
+
+
 def _bits(shape: tuple[int, ...] = (1024, 1024), **key: int) -> Tensor:
-    return hash_bits(shape, _index(shape, **key), CPU)
+    return _hashes(shape, _index(shape, **key))
 
 
 def _split_mix(seed: int, step: int, op_id: int) -> tuple[int, int]:
@@ -170,21 +179,21 @@ HUGE = (1 << 12, 1 << 11, 1 << 13)  # 2**36 elements: 24 bits inside, 12 outside
 
 def test_the_second_word_draws_the_same_numbers_under_every_split() -> None:
     starts = (37, 100, 8000)
-    whole = hash_bits((4, 6, 8), RandomIndex(1, 2, 3, HUGE, starts), CPU)
+    whole = _hashes((4, 6, 8), RandomIndex(1, 2, 3, HUGE, starts))
     for cuts in product((1, 2), repeat=3):
         sizes = [size // cut for size, cut in zip((4, 6, 8), cuts, strict=True)]
         for place in product(*map(range, cuts)):
             here = [at * size for at, size in zip(place, sizes, strict=True)]
             first = tuple(a + b for a, b in zip(starts, here, strict=True))
             part = tuple(slice(a, a + size) for a, size in zip(here, sizes, strict=True))
-            found = hash_bits(sizes, RandomIndex(1, 2, 3, HUGE, first), CPU)
+            found = _hashes(sizes, RandomIndex(1, 2, 3, HUGE, first))
             assert torch.equal(found, whole[part])
 
 
 @pytest.mark.parametrize("apart", [1, 2, 3, 256, 4095])
 def test_blocks_of_other_second_words_are_independent_and_uniform(apart: int) -> None:
     one, other = (
-        hash_bits((1, 64, 1 << 13), RandomIndex(1, 2, 3, HUGE, (at, 0, 0)), CPU).reshape(-1)
+        _hashes((1, 64, 1 << 13), RandomIndex(1, 2, 3, HUGE, (at, 0, 0))).reshape(-1)
         for at in (0, apart)
     )
     for shift in (0, apart):  # a sum of both words would agree along the diagonal
@@ -197,7 +206,7 @@ def test_blocks_of_other_second_words_are_independent_and_uniform(apart: int) ->
 
 def test_numbers_along_the_second_word_are_uniform() -> None:
     shape = (1 << 20, 1 << 16)
-    column = hash_bits((1 << 20, 1), RandomIndex(1, 2, 3, shape, (0, 5)), CPU).reshape(-1)
+    column = _hashes((1 << 20, 1), RandomIndex(1, 2, 3, shape, (0, 5))).reshape(-1)
     assert abs(_chi_square(torch.bincount((column >> 20) & 4095, minlength=4096).double())) < 5
     high = (column >> 26) & 63
     pairs = high[:-1] * 64 + high[1:]

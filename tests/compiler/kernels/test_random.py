@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.special import gammainc, ndtr
 
 from meshwright.compiler.kernels.hashing import RandomIndex
-from meshwright.compiler.kernels.random import KINDS, random
+from meshwright.compiler.kernels.random import random
 from meshwright.compiler.kernels.sampling import binomial, dirichlet, poisson, standard_gamma
 
+KINDS = ("uniform", "normal", "bits")
 CPU = torch.device("cpu")
 COUNT = 1 << 17
 F64, TYPES = torch.float64, (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.codegen.local import local_args
-from meshwright.compiler.graph.ir import MeshOp, Op, TensorType
+from meshwright.compiler.graph.ir import Op, TensorType
 from meshwright.compiler.graph.slots import Slot, freeze
 from meshwright.compiler.layout.factors import Dim, Factor, cut, dim_axes
 from meshwright.compiler.layout.layout import Layout, replicated, shard
@@ -342,6 +342,3 @@ def _gradients(
             allow_unused=True,
         )
     )
-
-
-__all__ = ["LINE", "SQUARE", "MeshOp", "Sample", "check_gradients", "check_values", "placements"]

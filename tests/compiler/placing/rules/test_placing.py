@@ -15,7 +15,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.engine import candidates, place
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.compiler.placing.rules.lookup import has_rule, rule_for
-from meshwright.compiler.placing.rules.notation import Call, Operand, Placement, Spec, row
+from meshwright.compiler.placing.rules.notation import Call, Operand, Placement, Row, Spec
 from tests.compiler.layouts import product, split
 
 aten = torch.ops.aten
@@ -188,7 +188,7 @@ def test_a_registered_operator_has_the_rule_that_it_was_given(
 def test_a_rule_for_other_dims_is_an_error() -> None:
     asked = make_call(aten.exp.default, (X,), [operand(replicated((2, 3)))], (2, 3))
     with pytest.raises(LayoutError) as caught:
-        row("m -> m")(asked)
+        Row("m -> m")(asked)
     assert str(caught.value).splitlines() == [
         "the rule of `aten.exp.default` names other dims than [2, 3]",
         "  help: write one letter for each dim of each tensor in the operator's rule",
