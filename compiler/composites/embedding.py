@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-
-from torch import Tensor
 
 from meshwright.compiler.graph.ir import Arg, MeshOp, NodeType, TensorType
 from meshwright.compiler.kernels import embedding as kernels
@@ -19,7 +18,7 @@ from meshwright.compiler.placing.composite import (
     Kernel,
     composite,
 )
-from meshwright.compiler.placing.rules.notation import Row
+from meshwright.compiler.placing.rules.notation import Call, Row, Spec
 
 
 def _offset(binding: BindingContext, rows: Dim) -> int:
@@ -43,10 +42,8 @@ class Embedding(Composite):
 
     def adjoint(self, context: AdjointContext) -> Cotangents:
         weight, index, padding_idx = context.node.args[:3]
-        return [
-            context.call(EmbeddingBackward.op, context.grad, index, weight, padding_idx),
-            None,
-        ]
+        args = (context.grad, index, weight.tensor.shape[0], padding_idx)
+        return [context.call(EmbeddingBackward.op, *args, wanted=(weight.placed.dual(),)), None]
 
     def bind(self, binding: BindingContext) -> Kernel:
         table = binding.operand(0)
@@ -57,23 +54,24 @@ class Embedding(Composite):
 
 @composite
 class EmbeddingBackward(Composite):
-    """`embedding_backward(grad, index, weight, padding_idx)`: of `weight` only the shape counts."""
+    """`embedding_backward(grad, index, num_rows, padding_idx)`: the gradient of the table."""
 
     op = MeshOp("embedding_backward")
-    rule = Row("... d, ..., v^ d -> v d", linear=((0,),), shape_only=(2,))
+
+    def rule(self, call: Call) -> Spec:
+        """The rows may be split as a user of the result asks."""
+        return replace(Row("... d, ... -> v^ d", linear=((0,),))(call), free=frozenset("v"))
 
     def result_type(
-        self, grad: TensorType, index: TensorType, weight: TensorType, *rest: Arg
+        self, grad: TensorType, index: TensorType, num_rows: int, *rest: Arg
     ) -> NodeType:
-        return TensorType(weight.shape, grad.dtype)
+        return TensorType((num_rows, grad.shape[-1]), grad.dtype)
 
     def bind(self, binding: BindingContext) -> Kernel:
-        offset = _offset(binding, binding.operand(2).placed.dims[0])
-        padding_idx = binding.node.args[3]
-
-        def backward(grad: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-            return kernels.embedding_backward(
-                grad, index, weight.shape[0], offset=offset, padding_idx=padding_idx
-            )
-
-        return backward
+        table = binding.node.placed
+        return partial(
+            kernels.embedding_backward,
+            num_rows=table.local_shape(binding.mesh)[0],
+            offset=_offset(binding, table.dims[0]),
+            padding_idx=binding.node.args[3],
+        )

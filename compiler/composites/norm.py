@@ -13,7 +13,6 @@ The backward has one sum over ranks, of two numbers per row.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
@@ -52,8 +51,9 @@ class Norm(Composite):
     def adjoint(self, context: AdjointContext) -> Cotangents:
         x, weight, bias, _, kind = context.node.args
         _, mean, rstd = context.results
+        bias_dtype = None if bias is None else bias.tensor.dtype
         grads = context.items(
-            context.call(NormBackward.op, context.grad, x, mean, rstd, weight, bias, kind)
+            context.call(NormBackward.op, context.grad, x, mean, rstd, weight, kind, bias_dtype)
         )
         operands = (x, weight, bias)
         return [grad for grad, x in zip(grads, operands, strict=True) if x is not None]
@@ -80,31 +80,35 @@ class Norm(Composite):
 
 @composite
 class NormBackward(Composite):
-    """`norm_backward(grad, x, mean, rstd, weight, bias, kind) -> (dx, dweight, dbias)`."""
+    """`norm_backward(grad, x, mean, rstd, weight, kind, bias_dtype) -> (dx, dweight, dbias)`;
+    `bias_dtype` is None where there is no bias."""
 
     op = MeshOp("norm_backward")
-    rule = Row("... n~, ... n, ...?, ..., n?, n? -> ... n, n, n", linear=((0,),), shape_only=(5,))
+    rule = Row("... n~, ... n, ...?, ..., n? -> ... n, n, n", linear=((0,),))
 
     def result_type(self, grad: TensorType, x: TensorType, *rest: Arg) -> NodeType:
-        _, _, weight, bias, _ = rest
-        return (x, weight, bias)
+        _, _, weight, _, bias_dtype = rest
+        return (x, weight, bias_dtype and TensorType(x.shape[-1:], bias_dtype))
 
     def lower(self, context: LoweringContext) -> Node | None:
-        *operands, _, kind = context.args
-        axes = dim_axes(operands[1].placed.dims[-1])
+        axes = dim_axes(context.args[1].placed.dims[-1])
         if not axes:
             return None
-        sums = context.call(NormBackwardSums.op, *operands, kind)
+        sums = context.call(NormBackwardSums.op, *context.args[:-1])
         total = context.reshard(sums, sums.placed.drop_partial(axes))
         return context.call(NormBackwardApply.op, total, *context.args)
 
     def bind(self, binding: BindingContext) -> Kernel:
+        *_, kind, bias_dtype = binding.node.args
+        if kind == "layer":
+            return partial(kernels.layer_norm_backward, bias_dtype=bias_dtype)
+
         def rms(
-            grad: Tensor, x: Tensor, mean: None, rstd: Tensor, weight: Tensor | None, bias: None
+            grad: Tensor, x: Tensor, mean: None, rstd: Tensor, weight: Tensor | None
         ) -> tuple[Tensor | None, ...]:
             return (*kernels.rms_norm_backward(grad, x, rstd, weight), None)
 
-        return kernels.layer_norm_backward if binding.node.args[6] == "layer" else rms
+        return rms
 
 
 @composite
@@ -170,24 +174,14 @@ class NormBackwardSums(Composite):
 
 @composite
 class NormBackwardApply(Composite):
-    """`norm_backward_apply(sums, grad, x, mean, rstd, weight, bias, kind)`, as `norm_backward`."""
+    """`norm_backward_apply(sums, grad, x, mean, rstd, weight, ...)`, as `norm_backward`."""
 
     op = MeshOp("norm_backward_apply")
-    rule = Row(
-        "t! ..., ... n~, ... n, ...?, ..., n?, n? -> ... n, n, n",
-        linear=((0, 1),),
-        shape_only=(6,),
-    )
+    rule = Row("t! ..., ... n~, ... n, ...?, ..., n? -> ... n, n, n", linear=((0, 1),))
 
     def result_type(self, sums: TensorType, *backward: Arg) -> NodeType:
         return NormBackward().result_type(*backward)
 
     def bind(self, binding: BindingContext) -> Kernel:
-        size = binding.operand(2).tensor.shape[-1]
-
-        def apply(sums: Tensor, *backward: Any) -> tuple[Tensor | None, ...]:
-            grad, x, mean, rstd, weight, bias = backward
-            needs = (True, weight is not None, bias is not None)
-            return kernels.norm_backward_apply(grad, x, mean, rstd, weight, sums, size, needs)
-
-        return apply
+        size, bias_dtype = binding.operand(2).tensor.shape[-1], binding.node.args[-1]
+        return partial(kernels.norm_backward_apply, n=size, bias_dtype=bias_dtype)

@@ -34,8 +34,8 @@ def _check_index(index: Tensor, num_rows: int) -> None:
 def embedding_backward(
     grad: Tensor,
     index: Tensor,
-    num_rows: int,
     *,
+    num_rows: int,
     offset: int = -1,
     padding_idx: int = -1,
 ) -> Tensor:

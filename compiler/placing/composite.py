@@ -52,8 +52,8 @@ class AdjointContext(Protocol):
     def grad(self) -> Node:
         """The cotangent of the first result."""
 
-    def call(self, op: Op, *args: Arg) -> Node:
-        """Emit one call of the backward, placed by its rule."""
+    def call(self, op: Op, *args: Arg, wanted: tuple[Layout, ...] = ()) -> Node:
+        """Emit one call of the backward, placed by its rule; see `Call.wanted`."""
 
     def items(self, source: Node) -> list[Node | None]:
         """The results of a call that has multiple."""

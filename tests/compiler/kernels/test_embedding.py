@@ -71,5 +71,6 @@ def test_gradients_of_row_shards_concatenate_to_the_whole_gradient(
     found = []
     for rank in range(ranks):
         offset = rank * local if ranks > 1 else -1
-        found.append(embedding_backward(grad, index, local, offset=offset, padding_idx=padding))
+        options = {"num_rows": local, "offset": offset, "padding_idx": padding}
+        found.append(embedding_backward(grad, index, **options))
     torch.testing.assert_close(torch.cat(found), expected)

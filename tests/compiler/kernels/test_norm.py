@@ -44,7 +44,7 @@ def _reference(
     return y.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
-@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)])
 def test_whole_layer_norm_equals_torch(affine: tuple[bool, bool]) -> None:
     x, weight, bias, grad = _example()
     w, b = (t if used else None for t, used in zip((weight, bias), affine, strict=True))
@@ -52,7 +52,8 @@ def test_whole_layer_norm_equals_torch(affine: tuple[bool, bool]) -> None:
     y, mean, rstd = layer_norm(x, w, b, EPS)
     assert mean.shape == rstd.shape == SHAPE[:-1]
     torch.testing.assert_close(y, expected)
-    got = [t for t in layer_norm_backward(grad, x, mean, rstd, w, b) if t is not None]
+    found = layer_norm_backward(grad, x, mean, rstd, w, b if b is None else b.dtype)
+    got = [t for t in found if t is not None]
     torch.testing.assert_close(got, grads)
 
 
@@ -87,9 +88,9 @@ def test_split_norm_equals_torch(ranks: int, affine: bool, rms: bool) -> None:
     sums = torch.stack(
         [norm_backward_sums(gs[i], xs[i], mean, rstd, ws[i]) for i in range(ranks)]
     ).sum(0)
-    needs = (True, w is not None, b is not None)
+    options = {"n": n, "bias_dtype": b if b is None else b.dtype}
     parts = [
-        norm_backward_apply(gs[i], xs[i], mean, rstd, ws[i], sums, n, needs) for i in range(ranks)
+        norm_backward_apply(sums, gs[i], xs[i], mean, rstd, ws[i], **options) for i in range(ranks)
     ]
     got = [torch.cat(found, -1) for found in zip(*parts, strict=True) if found[0] is not None]
     torch.testing.assert_close(got, grads)
@@ -124,12 +125,15 @@ def test_half_types_are_accurate_to_their_own_precision(dtype: torch.dtype) -> N
     torch.testing.assert_close(y.double(), expected, rtol=accuracy, atol=accuracy)
 
 
-def test_gradients_that_are_not_needed_are_not_made() -> None:
-    x, weight, bias, grad = _example()
-    _, mean, rstd = layer_norm(x, weight, bias, EPS)
-    needs = (False, True, False)
-    dx, dweight, dbias = layer_norm_backward(grad, x, mean, rstd, weight, bias, needs)
-    assert dx is None
-    assert dweight is not None
-    assert dbias is None
-    assert rms_norm_backward(grad, x, rstd, weight, (True, False))[1] is None
+@pytest.mark.parametrize("split", [False, True])
+def test_the_gradient_of_a_bias_has_its_own_type(split: bool) -> None:
+    x, _, bias, grad = _example(torch.bfloat16)
+    _, mean, rstd = layer_norm(x, None, bias.float(), EPS)
+    if split:
+        sums = norm_backward_sums(grad, x, mean, rstd, None)
+        args, options = (sums, grad, x, mean, rstd, None), {"n": SHAPE[-1]}
+        _, dweight, dbias = norm_backward_apply(*args, **options, bias_dtype=torch.float32)
+    else:
+        _, dweight, dbias = layer_norm_backward(grad, x, mean, rstd, None, torch.float32)
+    assert dweight is None
+    torch.testing.assert_close(dbias, grad.sum((0, 1), dtype=torch.float32))

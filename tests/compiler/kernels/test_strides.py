@@ -129,7 +129,7 @@ def test_cross_entropy_writes_its_gradient_where_it_is_told() -> None:
 def test_layer_norm(shape: tuple[int, ...]) -> None:
     def run(x: Tensor, grad: Tensor, weight: Tensor, bias: Tensor) -> Any:
         y, mean, rstd = layer_norm(x, weight, bias, 1e-3)
-        return y, mean, rstd, layer_norm_backward(grad, x, mean, rstd, weight, bias)
+        return y, mean, rstd, layer_norm_backward(grad, x, mean, rstd, weight, bias.dtype)
 
     check_strides(run, _random(*shape), _random(*shape), _random(shape[-1]), _random(shape[-1]))
 
@@ -140,7 +140,8 @@ def test_split_norm(shape: tuple[int, ...]) -> None:
         n = 2 * shape[-1]
         mean, rstd = norm_combine(torch.stack([norm_stats(x), norm_stats(grad)]), n // 2, 1e-3)
         sums = norm_backward_sums(grad, x, mean, rstd, weight)
-        grads = norm_backward_apply(grad, x, mean, rstd, weight, sums, n)
+        options = {"n": n, "bias_dtype": bias.dtype}
+        grads = norm_backward_apply(sums, grad, x, mean, rstd, weight, **options)
         return mean, rstd, norm_apply(x, mean, rstd, weight, bias), sums, grads
 
     check_strides(run, _random(*shape), _random(*shape), _random(shape[-1]), _random(shape[-1]))
@@ -168,8 +169,8 @@ def test_dropout(shape: tuple[int, ...]) -> None:
 def test_embedding(offset: int, padding_idx: int) -> None:
     def run(weight: Tensor, index: Tensor, grad: Tensor) -> Any:
         found = embedding(weight, index, num_rows=99, offset=offset)
-        options = {"offset": offset, "padding_idx": padding_idx}
-        return found, embedding_backward(grad, index, weight.shape[0], **options)
+        options = {"num_rows": 6, "offset": offset, "padding_idx": padding_idx}
+        return found, embedding_backward(grad, index, **options)
 
     for rows in (0, 1, 3):
         index = torch.randint(0, 6, (rows, 4))

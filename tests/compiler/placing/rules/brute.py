@@ -27,7 +27,8 @@ SQUARE = Mesh((("a", 2), ("b", 2)))
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A call on tensors. `special` are (operand, dim) whose splits only a lowering can run."""
+    """A call on tensors. `special` are (place, dim) whose splits its function cannot run, of the
+    operands and, counted behind them, of the results."""
 
     op: Op
     args: tuple[Any, ...]
@@ -193,7 +194,8 @@ def canonical(placement: Placement, mesh: Mesh) -> Placement:
 
 
 def is_special(sample: Sample, placement: Placement) -> bool:
-    return any(dim_axes(placement.operands[i].dims[dim]) for i, dim in sample.special)
+    layouts = (*placement.operands, *placement.results)
+    return any((layout := layouts[i]) and dim_axes(layout.dims[dim]) for i, dim in sample.special)
 
 
 def distribute(tensor: Tensor, layout: Layout, mesh: Mesh) -> list[Tensor]:

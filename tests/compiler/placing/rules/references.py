@@ -17,13 +17,10 @@ def embedding(weight: Tensor, index: Tensor, padding_idx: int | None) -> Tensor:
     return weight[index]
 
 
-def embedding_backward(
-    grad: Tensor, index: Tensor, weight_like: Tensor, padding_idx: int | None
-) -> Tensor:
-    place = -1 if padding_idx is None else padding_idx
-    kept = (index != place).unsqueeze(-1)
+def embedding_backward(grad: Tensor, index: Tensor, num_rows: int, padding_idx: int) -> Tensor:
+    kept = (index != padding_idx).unsqueeze(-1)
     rows = (grad * kept).flatten(0, -2)
-    return torch.zeros_like(weight_like).index_add(0, index.flatten(), rows)
+    return grad.new_zeros(num_rows, grad.shape[-1]).index_add(0, index.flatten(), rows)
 
 
 def cross_entropy(
@@ -73,8 +70,8 @@ def norm_backward(
     mean: Tensor | None,
     rstd: Tensor,
     weight: Tensor | None,
-    bias_like: Tensor | None,
     kind: str,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     rstd = rstd.unsqueeze(-1)
     normal = (x if mean is None else x - mean.unsqueeze(-1)) * rstd
@@ -85,7 +82,7 @@ def norm_backward(
     return (
         dx,
         None if weight is None else (grad * normal).sum(rows),
-        None if bias_like is None else torch.zeros_like(bias_like).copy_(grad.sum(rows)),
+        None if bias_dtype is None else grad.sum(rows).to(bias_dtype),
     )
 
 
@@ -119,8 +116,8 @@ def norm_backward_apply(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    bias_like: Tensor,
     kind: str,
+    bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     normal = (x - mean[..., None]) * rstd[..., None]
     centre, along = sums[..., None] / x.shape[-1]

@@ -522,7 +522,7 @@ COMPOSITES = [
     mesh("embedding", f(6, 4), n(6, 2, 3), None, special=((0, 0),)),
     mesh(
         "embedding_backward",
-        *(f(2, 3, 4), n(6, 2, 3), f(6, 4), 2),
+        *(f(2, 3, 4), n(6, 2, 3), 6, 2),
         special=((2, 0),),
         gradients=False,
     ),
@@ -538,13 +538,13 @@ COMPOSITES = [
     mesh("norm", f(2, 3, 4), f(4), None, 1e-5, "rms", special=((0, 2),)),
     mesh(
         "norm_backward",
-        *(f(2, 3, 4), f(2, 3, 4), f(2, 3), positive(2, 3), f(4), f(4), "layer"),
+        *(f(2, 3, 4), f(2, 3, 4), f(2, 3), positive(2, 3), f(4), "layer", torch.float64),
         special=((1, 2),),
         gradients=False,
     ),
     mesh(
         "norm_backward",
-        *(f(4, 4), f(4, 4), None, positive(4), f(4), None, "rms"),
+        *(f(4, 4), f(4, 4), None, positive(4), f(4), "rms", None),
         special=((1, 1),),
         gradients=False,
     ),
@@ -563,7 +563,8 @@ COMPOSITES = [
     ),
     mesh(
         "norm_backward_apply",
-        *(f(2, 2, 3), f(2, 3, 4), f(2, 3, 4), f(2, 3), positive(2, 3), f(4), f(4), "layer"),
+        *(f(2, 2, 3), f(2, 3, 4), f(2, 3, 4), f(2, 3), positive(2, 3), f(4)),
+        *("layer", torch.float64),
         special=((2, 2),),
         gradients=False,
     ),
