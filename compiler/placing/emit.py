@@ -115,24 +115,18 @@ class Emitter:
 
         `free` says that what it moves would move in any case.
         """
-        kwargs = {key: (kwargs or {})[key] for key in sorted(kwargs or {})}
+        kwargs = dict(sorted((kwargs or {}).items()))
         operands = call_operands(args, kwargs)
         if type is None:
             type = result_type(op, args, kwargs)
         asked = self._ask(op, args, kwargs, type, proposals, wanted)
         placement = place(asked)
         kept = self._kept(operands, placement)
-        brought = iter(
-            [
-                self.reshard(
-                    value,
-                    layout,
-                    origin,
-                    user=op,
-                    forced=None if free else _others(kept, value),
-                )
-                for value, layout in zip(operands, placement.operands, strict=True)
-            ]
+        brought = (
+            self.reshard(
+                value, layout, origin, user=op, forced=None if free else _others(kept, value)
+            )
+            for value, layout in zip(operands, placement.operands, strict=True)
         )
         return self.builder.emit(
             op,

@@ -7,7 +7,7 @@ split of o in every group gives a rank part of the output of each; one of i leav
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -167,21 +167,15 @@ def _spec(
     closed = bias and channels.joint == contracted
     if bias and (channels.groups == 1 or not closed):
         whole.add(contracted)
+    spec = Spec(operands, results, frozenset(whole), linear=tuple(map(frozenset, linear)))
     if channels.groups == 1:
-        return Spec(operands, results, frozenset(whole), linear=tuple(map(frozenset, linear)))
+        return spec
     offers: dict[str, tuple[Dim, ...]] = {}
     for term, operand in zip(operands, call.operands, strict=True):
         if channels.other in term:
             offers |= channels.offers(operand.layout.dims[term.index(channels.other)])
-    return Spec(
-        operands,
-        results,
-        frozenset(whole),
-        linear=tuple(map(frozenset, linear)),
-        derived=frozenset({channels.other}),
-        bind=partial(channels.bind, closed),
-        offers=offers,
-    )
+    bind = partial(channels.bind, closed)
+    return replace(spec, derived=frozenset({channels.other}), bind=bind, offers=offers)
 
 
 def _forward(call: Call, transposed: bool, groups: Arg) -> Spec:
