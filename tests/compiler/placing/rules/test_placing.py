@@ -151,6 +151,14 @@ def test_one_head_of_keys_and_values_is_used_by_all_ranks() -> None:
     )
 
 
+def test_the_gradient_of_a_table_is_split_as_the_table_that_it_does_not_take() -> None:
+    grad = operand(split((2, 3, 4), {0: "dp"}).add_varying(["tp"]))
+    index = operand(split((2, 3), {0: "dp"}))
+    args, wanted = (X, W, 8, -1), (split((8, 4), {0: "tp"}),)
+    asked = make_call(MeshOp("embedding_backward"), args, (grad, index), (8, 4), wanted=wanted)
+    assert shown(place(asked)) == ("[2@dp, 3, 4] varying(tp), [2@dp, 3] -> [8@tp, 4] partial(dp)")
+
+
 def test_a_view_that_cuts_a_split_factor_gathers_it() -> None:
     x = operand(split((384,), {0: "tp"}))
     found = place(make_call(aten.view.default, (X, (3, 128)), [x], (3, 128)))
