@@ -58,7 +58,7 @@ class Operand:
     """Whether the value is known to be all zeros."""
     rooted: bool = False
     """Whether the value is computed from parameters and constants alone, so that a rank which
-    needs a part of it can compute just that, and its gradient is one more part of theirs."""
+    needs a part of it can compute just that, and its gradient is a part of theirs."""
     filled: bool = False
     """Whether all elements are one number, so that it can be made in any layout."""
 

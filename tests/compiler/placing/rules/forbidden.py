@@ -40,7 +40,7 @@ UNCHECKED = {
 """Kernels that read past the end of operands of the wrong size."""
 
 LIMIT = 200
-"""At most so many layouts of the operands of a call are tried."""
+"""The most layouts of a call's operands that are tried."""
 
 
 def right_but_forbidden(sample: Sample, mesh: Mesh) -> Iterator[Placement]:

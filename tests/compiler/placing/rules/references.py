@@ -175,7 +175,7 @@ def extend(x: Tensor, dim: int, size: int) -> Tensor:
 
 
 def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
-    """What is of the last group, which has no matrix, is zeros."""
+    """Rows of the last group, which has no matrix, give zeros."""
     padded = functional.pad(weight, (0, 0, 0, 0, 0, 1))
     rows = x.unsqueeze(1) if x.dim() == 2 else x
     return (rows.unsqueeze(2) @ padded[group]).squeeze(2)

@@ -426,7 +426,7 @@ _GROUPED = (
     ((2, 8, 3), (8, 4, 2), 2),
     ((2, 8, 3), (8, 2, 2), 4),
 )
-"""Shapes of an input and a weight, and groups: each channel by itself, or several together."""
+"""Shapes of an input and a weight, and groups: each channel by itself, or multiple together."""
 
 
 def _convolution(groups: int, *, transposed: bool) -> tuple[Any, ...]:
