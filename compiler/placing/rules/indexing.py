@@ -11,6 +11,7 @@ from meshwright.compiler.graph.slots import Slot
 from meshwright.compiler.placing.rules.notation import (
     FIRST,
     Call,
+    Group,
     Letters,
     Spec,
     broadcast,
@@ -120,7 +121,7 @@ def _scatter(call: Call) -> Spec:
     dim = dim_index(call.arg(1), rank)
     operands, whole = _aligned(call, dim, range(len(call.operands)))
     closed = {letters[dim] for letters in operands if rank}
-    linear = (frozenset({0, 2}),) if call.op is aten.scatter.src else ()
+    linear: tuple[Group, ...] = (frozenset({0, 2}),) if call.op is aten.scatter.src else ()
     if call.op is aten.scatter.value and not call.arg(3):
         linear = FIRST
     return Spec(tuple(operands), tuple(operands[:1]), whole=whole | closed, linear=linear)

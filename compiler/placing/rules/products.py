@@ -41,15 +41,20 @@ def _added_product(call: Call) -> Spec:
 
 @rule(aten.einsum.default)
 def _einsum(call: Call) -> Spec:
-    """The equation is the rule."""
-    left, right = call.arg(0).replace(" ", "").split("->")
+    """The equation is the rule. A letter that one operand has twice is a diagonal, and whole."""
+    left, arrow, right = call.arg(0).replace(" ", "").partition("->")
+    if not arrow:
+        once = (letter for letter in sorted(left) if letter.isalpha() and left.count(letter) == 1)
+        right = "".join(("..." if "..." in left else "", *once))
     terms = left.split(",")
     ellipsis = [
         len(operand.type.shape) - len(term.replace("...", ""))
         for term, operand in zip(terms, call.operands, strict=True)
     ]
     operands = tuple(_term(term, count) for term, count in zip(terms, ellipsis, strict=True))
-    return _product(call, operands, _term(right, max(ellipsis)))
+    found = _product(call, operands, _term(right, max(ellipsis)))
+    twice = {letter for term in operands for letter in term if term.count(letter) > 1}
+    return replace(found, whole=frozenset(twice))
 
 
 def _term(term: str, ellipsis: int) -> Letters:

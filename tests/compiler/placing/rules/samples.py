@@ -77,6 +77,8 @@ PRODUCTS = [
     call(aten.matmul.default, f(2, 1, 4, 6), f(4, 6, 2)),
     call(aten.einsum.default, "bshd,bthd->bhst", [f(2, 3, 4, 2), f(2, 6, 4, 2)]),
     call(aten.einsum.default, "...i,oi->...o", [f(2, 4, 6), f(2, 6)]),
+    call(aten.einsum.default, "oi, ...i", [f(2, 6), f(4, 6)]),
+    call(aten.einsum.default, "iij->ij", [f(4, 4, 6)]),
 ]
 
 POINTWISE = [
