@@ -93,7 +93,7 @@ def test_a_weight_is_gathered_while_the_one_before_is_used(program: meshwright.P
             elif isinstance(instruction, Wait):
                 waits[instruction.handle] = i
         ends = [waits[target(each.body[start])] for start in starts]
-        assert len(starts) >= 20 and not calls(each.body[: starts[0]])
+        assert len(starts) >= 14 and not calls(each.body[: starts[0]])
         pairs = list(zip(starts, ends, strict=True))
         assert all(start < end for start, end in zip(starts[1:], ends, strict=False))
         assert sum(calls(each.body[start:end]) > 0 for start, end in pairs) > 10
