@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from meshwright.compiler.codegen.linking import RandomState, RankContext
 from meshwright.compiler.codegen.lowering import lowered
 from meshwright.compiler.codegen.overlap import overlap
 from meshwright.compiler.codegen.printing import Pending, printed
-from meshwright.compiler.graph.ir import Graph
+from meshwright.compiler.graph.ir import Graph, OutputKind
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.layout.wires import Wait
 from meshwright.runtime.rank import RankProgram
@@ -22,9 +23,15 @@ from tests.compiler.layouts import unshard
 def run_graph(graph: Graph, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The outputs by label; `given` are the inputs by name, each cut as its node is laid out.
 
-    Where ranks hold copies of an output, they must be equal.
+    Where ranks hold copies of an output, they must be equal. Gradients are returned as other
+    outputs are, whether or not they are in buckets.
     """
-    code, mesh, cpu = printed(overlap(lowered(graph))), graph.mesh, torch.device("cpu")
+    returned = (
+        replace(each, kind=OutputKind.OUTPUT) if each.kind is OutputKind.GRADIENT else each
+        for each in graph.outputs
+    )
+    code = printed(overlap(lowered(replace(graph, outputs=tuple(returned)))))
+    mesh, cpu = graph.mesh, torch.device("cpu")
 
     def rank(number: int) -> RankProgram:
         coords = mesh.coords(number)
