@@ -14,7 +14,7 @@ from meshwright.compiler.composites.statistics import gathered, per_rank
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, TensorType
 from meshwright.compiler.kernels import cross_entropy as kernels
 from meshwright.compiler.kernels.blocks import accumulation_dtype
-from meshwright.compiler.layout.layout import dim_axes
+from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.placing.composite import (
     AdjointContext,
     BindingContext,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, TensorType
-from meshwright.compiler.layout.layout import cut, dim_axes
+from meshwright.compiler.layout.factors import cut, dim_axes
 from meshwright.compiler.placing.composite import LoweringContext
 from meshwright.compiler.placing.result_types import result_type
 from meshwright.compiler.placing.rules.notation import Call, Dims, Spec

@@ -103,7 +103,10 @@ def custom(
         run, taken = _forward_of(function)
         _FUNCTIONS[function] = Registered(name, run, CustomOp(name, rule, vjp), taken)
         return function
-    signature = None if inspect.isbuiltin(function) else inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # written in C
+        signature = None
     return Registered(name, function, CustomOp(name, rule, vjp), signature)
 
 

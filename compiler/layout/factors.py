@@ -35,11 +35,6 @@ def cut(size: int, *axes: str) -> Dim:
     return ((Factor(size, axes),),)
 
 
-def concatenation(*segments: Segment) -> Dim:
-    """A dim of segments one after the other; a rank holds its part of each."""
-    return segments
-
-
 def dim_size(dim: Dim) -> int:
     """The global size of a dim."""
     if len(dim) == 1 and len(dim[0]) == 1:

@@ -22,10 +22,7 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.cuts import Interval, Intervals, dim_of, intervals_of
 from meshwright.compiler.layout.factors import (
     Dim,
-    Factor,
     check_axis,
-    concatenation,
-    cut,
     dim_axes,
     dim_size,
     format_dim,
@@ -33,20 +30,6 @@ from meshwright.compiler.layout.factors import (
     whole,
 )
 from meshwright.compiler.layout.mesh import Mesh
-
-__all__ = [
-    "Dim",
-    "Factor",
-    "Layout",
-    "block_map",
-    "concatenation",
-    "cut",
-    "dim_axes",
-    "replicated",
-    "shard",
-    "uniform_blocks",
-    "whole",
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,8 @@ from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, Op
 from meshwright.compiler.kernels.hashing import Coords, RandomIndex
 from meshwright.compiler.layout.extents import Extent
-from meshwright.compiler.layout.layout import Dim, Layout
+from meshwright.compiler.layout.factors import Dim
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.notation import Call, Placement, Spec
 

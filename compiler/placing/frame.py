@@ -22,7 +22,8 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     TensorType,
 )
-from meshwright.compiler.layout.layout import Layout, cut
+from meshwright.compiler.layout.factors import cut
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 
 BUCKET, BUCKET_ITEM = MeshOp("bucket"), MeshOp("bucket_item")

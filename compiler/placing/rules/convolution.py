@@ -23,7 +23,7 @@ from meshwright.compiler.layout.cuts import (
     is_chain,
     ordered,
 )
-from meshwright.compiler.layout.layout import Dim, dim_axes
+from meshwright.compiler.layout.factors import Dim, dim_axes
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.notation import (
     Call,

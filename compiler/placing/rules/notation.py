@@ -26,7 +26,8 @@ from typing import TypeAlias
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Arg, MeshOp, Op, TensorType
 from meshwright.compiler.graph.slots import Slot
-from meshwright.compiler.layout.layout import Dim, Layout
+from meshwright.compiler.layout.factors import Dim
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 
 Letters: TypeAlias = tuple[str, ...]

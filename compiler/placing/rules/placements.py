@@ -12,8 +12,9 @@ import math
 from collections.abc import Iterator, Mapping
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.layout import Dim, Factor, Layout, dim_axes
-from meshwright.compiler.layout.layout import whole as unsplit
+from meshwright.compiler.layout.factors import Dim, Factor, dim_axes
+from meshwright.compiler.layout.factors import whole as unsplit
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.notation import (
     Call,

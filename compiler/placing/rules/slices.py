@@ -9,7 +9,8 @@ import torch
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Arg
-from meshwright.compiler.layout.layout import Dim, Layout, dim_axes
+from meshwright.compiler.layout.factors import Dim, dim_axes
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
 from meshwright.compiler.layout.slicing import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,18 @@ class Uses(nn.Module):
         h = self.a(x)
         first, second = Halves.apply(h, h + 1)
         return (Round.apply(h, step=0.5) * h + first * second + cube(h)).sum()
+
+
+def test_a_function_without_a_name_can_be_registered() -> None:
+    scaled = custom(
+        functools.partial(torch.mul, torch.tensor(2.0)),
+        rule="... -> ...",
+        vjp=lambda grads, inputs, outputs: grads[0] * 2,
+    )
+    x = torch.ones(3, requires_grad=True)
+    scaled(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [2.0] * 3
 
 
 def test_registered_functions_are_one_operator_each_with_their_own_gradient() -> None:

@@ -10,7 +10,8 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph import custom
 from meshwright.compiler.graph.ir import MeshOp, TensorType
 from meshwright.compiler.graph.slots import Slot
-from meshwright.compiler.layout.layout import Factor, Layout, concatenation, replicated
+from meshwright.compiler.layout.factors import Factor
+from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.engine import candidates, place
 from meshwright.compiler.placing.rules.factories import makes_zeros
@@ -104,7 +105,7 @@ def test_what_makes_zeros_is_known() -> None:
 QKV = Layout(
     (
         *replicated((2,)).dims,
-        concatenation((Factor(16, ("tp",)),), (Factor(4, ("tp",)),), (Factor(4, ("tp",)),)),
+        ((Factor(16, ("tp",)),), (Factor(4, ("tp",)),), (Factor(4, ("tp",)),)),
     )
 )
 
@@ -166,7 +167,7 @@ def test_a_view_that_cuts_a_split_factor_gathers_it() -> None:
 
 
 def test_a_dim_whose_segments_are_not_all_split_is_gathered() -> None:
-    uneven = Layout((concatenation((Factor(16, ("tp",)),), (Factor(4),)),))
+    uneven = Layout((((Factor(16, ("tp",)),), (Factor(4),)),))
     found = place(make_call(aten.exp.default, (X,), [operand(uneven)], (20,)))
     assert shown(found) == "[20] -> [20]"
 
