@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -214,7 +213,7 @@ class Run:
         training: bool,
     ) -> list[Results]:
         """Run one step on every rank of this process; an interrupted step leaves all as it was."""
-        before = [replace(state.random) for state in self.states]
+        before = [state.random.place for state in self.states]
         try:
             for state in self.states:
                 state.random.begin(training=training)
@@ -228,9 +227,9 @@ class Run:
                     step.commit(results)
         except BaseException:
             with torch.no_grad():
-                for (step, _), state, random in zip(ranks, self.states, before, strict=True):
+                for (step, _), state, place in zip(ranks, self.states, before, strict=True):
                     step.undo()
-                    state.random.restore(random)
+                    state.random.restore(place)
             raise
         return found
 

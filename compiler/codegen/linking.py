@@ -43,10 +43,14 @@ class RandomState:
         else:
             self.evaluations += 1
 
-    def restore(self, earlier: RandomState) -> None:
-        """Take over where `earlier`, a copy, stood: what began since then did not happen."""
-        self.step, self.evaluations = earlier.step, earlier.evaluations
-        self.training = earlier.training
+    @property
+    def place(self) -> tuple[int, int, bool]:
+        """Where it stands, for `restore`."""
+        return self.step, self.evaluations, self.training
+
+    def restore(self, place: tuple[int, int, bool]) -> None:
+        """Go back to where it stood at `place`: what began since then did not happen."""
+        self.step, self.evaluations, self.training = place
 
     @property
     def draw(self) -> int:
