@@ -39,15 +39,20 @@ def _remaining(letters: Letters, reduced: Iterable[int], keepdim: bool) -> Lette
     return tuple(letter for i, letter in enumerate(letters) if i not in gone)
 
 
-def _reduction(how: str, dims_at: int | None, keep_at: int | None = 2) -> Rule:
+def _reduction(
+    how: str, dims_at: int | None, keep_at: int | None = 2, *, empty_is_all: bool = True
+) -> Rule:
     """A reduction over the dims at an argument's place; `how` is sum, max, min, mean or whole.
 
-    A mean is linear, but the mean of a part is not a part of the mean: its dims are whole too.
+    A mean is linear, but the mean of a part is not a part of the mean: its dims are whole too. An
+    empty list of dims means all of them or, without `empty_is_all`, none.
     """
 
     def reduction(call: Call) -> Spec:
         letters = numbered("x", len(call.operands[0].type.shape))
-        reduced = _listed(None if dims_at is None else call.arg(dims_at), len(letters))
+        dims = None if dims_at is None else call.arg(dims_at)
+        listed = empty_is_all or dims != ()
+        reduced = _listed(dims, len(letters)) if listed else frozenset[int]()
         keepdim = dims_at is not None and keep_at is not None and call.arg(keep_at, False)
         # Only a pending sum has an adjoint.
         closed = how in ("mean", "whole") or (how != "sum" and differentiable(call))
@@ -73,10 +78,10 @@ REDUCTIONS: dict[Op, Rule] = {
     aten.min.default: _reduction("min", None),
     aten.any.default: _reduction("max", None),
     aten.any.dim: _reduction("max", 1),
-    aten.any.dims: _reduction("max", 1),
+    aten.any.dims: _reduction("max", 1, empty_is_all=False),
     aten.all.default: _reduction("min", None),
     aten.all.dim: _reduction("min", 1),
-    aten.all.dims: _reduction("min", 1),
+    aten.all.dims: _reduction("min", 1, empty_is_all=False),
     aten.max.dim: _reduction("whole", 1),
     aten.min.dim: _reduction("whole", 1),
     aten.argmax.default: _reduction("whole", 1),
