@@ -131,6 +131,15 @@ def test_a_view_regroups_factors(layout, new_shape, text):
             ),
         ),
         (
+            split((384,), {0: ("dp", "tp")}),
+            (3, 128),
+            (
+                "`384@(dp, tp)` cannot be cut into `3·128` with `dp` over 2 ranks\n"
+                "  at: [384@(dp, tp)]\n"
+                "  help: write the dim as `3·128@(dp, tp)`"
+            ),
+        ),
+        (
             split((8, 2304), {0: "dp", 1: "tp"}),
             (8, 3, 12, 64),
             (
