@@ -58,6 +58,13 @@ class InFloat32(Strange):
         return average.tanh().exp()
 
 
+class Signs(Strange):
+    """Not a number where the gradient is 0."""
+
+    def update(self, value: Tensor, grad: Tensor, state: Any, group: Any) -> Tensor:
+        return grad / grad.abs()
+
+
 class NormalisedRows(Strange):
     def update(self, value: Tensor, grad: Tensor, state: Any, group: Any) -> Tensor:
         return grad / (grad.norm(dim=-1, keepdim=True) + 1e-8) if grad.dim() > 1 else grad
@@ -95,6 +102,13 @@ class LateNormalised(Strange):
         return grad / grad.norm() if state["count"] > 3 else grad
 
 
+class LargeNormalised(Strange):
+    """Looks at whole tensors if they have more than 32 elements."""
+
+    def update(self, value: Tensor, grad: Tensor, state: Any, group: Any) -> Tensor:
+        return grad / grad.norm() if grad.numel() > 32 else grad
+
+
 class AllTogether(Strange):
     def update(self, value: Tensor, grad: Tensor, state: Any, group: Any) -> Tensor:
         return (
@@ -103,8 +117,14 @@ class AllTogether(Strange):
         )
 
 
-ELEMENTWISE = (Lion, InFloat32, functools.partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam)
-WHOLE = (Trusting, Clipping, LateNormalised, AllTogether, torch.optim.Adafactor, torch.optim.LBFGS)
+ELEMENTWISE = (
+    *(Lion, InFloat32, Signs),
+    *(functools.partial(torch.optim.SGD, momentum=0.9), torch.optim.Adam),
+)
+WHOLE = (
+    *(Trusting, Clipping, LateNormalised, LargeNormalised, AllTogether),
+    *(torch.optim.Adafactor, torch.optim.LBFGS),
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -115,6 +135,11 @@ def test_elementwise_optimizers_do_the_same_on_parts_and_others_do_not(
     # Without a rate, as before a schedule begins, nothing would change and all would seem alike.
     same = same_on_parts(functools.partial(kind, lr=0.0), LAYOUTS[layout], MESH)
     assert same == (kind in ELEMENTWISE)
+
+
+def test_every_optimizer_does_the_same_on_parts_without_elements() -> None:
+    empty = split((0, 8), {1: "tp"})
+    assert all(same_on_parts(kind, empty, MESH) for kind in (Lion, NormalisedRows, Trusting))
 
 
 @pytest.mark.parametrize(
