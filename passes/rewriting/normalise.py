@@ -250,6 +250,9 @@ def _attention(rewriter: Rewriter) -> Node:
     full = rewriter.node.tensor.shape
     q, k, v = (_four_dims(rewriter, x) for x in (q, k, v))
     if bias is not None:
+        around, own = full[:-3], bias.tensor.shape
+        if own[:-3] != around and math.prod(own[:-3]) > 1:
+            bias = rewriter.call(aten.expand.default, bias, (*around, *own[-3:]))
         bias = _four_dims(rewriter, bias)
     attention = rewriter.call(
         Attention.op,

@@ -36,6 +36,12 @@ class Any(nn.Module):
         return self.body(x * self.w)  # type: ignore[operator, no-any-return]
 
 
+def masked(x: Tensor, rows: Tensor) -> Tensor:
+    """Attention of blocks of batches under a mask that some of them share."""
+    mask = rows.unsqueeze(-2).expand(*rows.shape[:-1], 3, 3)
+    return F.scaled_dot_product_attention(x, x, x, attn_mask=mask).square().sum()
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -53,6 +59,8 @@ class Any(nn.Module):
         lambda h: F.mse_loss(h, h.detach() * 2, reduction="sum"),
         lambda h: F.scaled_dot_product_attention(h, h, h).mean(),
         lambda h: F.scaled_dot_product_attention(*(h.view(2, 2, 2, 3, 8),) * 3).square().sum(),
+        lambda h: masked(h.view(2, 2, 2, 3, 8), h.view(2, 2, 2, 24)[:, :1, :, :3]),
+        lambda h: masked(h.view(2, 2, 2, 3, 8), h.view(2, 2, 2, 24)[0, :, :, :3]),
         lambda h: h[torch.arange(4)[:, None], torch.arange(6)].square().mean(),
         lambda h: h[torch.arange(4), torch.arange(6)[:, None]].cumsum(0).mean(),
         lambda h: (h[torch.arange(3, -1, -1)[:, None], torch.arange(6)] * h).square().mean(),
