@@ -91,6 +91,10 @@ class Program(Compiled):
 
     def memory(self) -> Memory:
         """The bytes that one rank needs to hold, known before anything runs."""
+        return self._memory
+
+    @cached_property
+    def _memory(self) -> Memory:
         return memory(self)
 
     def timeline(self) -> str:
