@@ -45,11 +45,14 @@ class Layout:
     dims: tuple[Dim, ...]
     partial: tuple[tuple[str, str], ...] = ()
     varying: tuple[str, ...] = ()
-    # A layout is hashed and made canonical far more often than it is made.
+    # A layout is measured, hashed and made canonical far more often than it is made.
+    shape: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    """The global shape."""
     _hash: int = field(init=False, compare=False, repr=False)
     _canonical: tuple[Mesh, Layout] | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(map(dim_size, self.dims)))
         object.__setattr__(self, "_hash", hash((self.dims, self.partial, self.varying)))
         object.__setattr__(self, "_canonical", None)
         _check_axes(self)
@@ -60,11 +63,6 @@ class Layout:
     def __reduce__(self) -> tuple[Any, ...]:
         # String hashes, and so the one kept here, differ between processes.
         return Layout, (self.dims, self.partial, self.varying)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The global shape."""
-        return tuple(dim_size(dim) for dim in self.dims)
 
     def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
         """The shape of each rank's part. Raises LayoutError if a factor does not divide."""
