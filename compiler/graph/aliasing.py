@@ -36,11 +36,9 @@ def is_view(op: Op) -> bool:
 
 def node_bytes(node: Node, graph: Graph) -> int:
     """The bytes that one rank holds of all results of a node."""
-    types = node.type if isinstance(node.type, tuple) else (node.type,)
-    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
     return sum(
         math.prod(layout.local_shape(graph.mesh)) * type.dtype.itemsize
-        for type, layout in zip(types, layouts, strict=True)
+        for type, layout in node.results
         if type is not None and layout is not None
     )
 

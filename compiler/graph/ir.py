@@ -187,11 +187,18 @@ class Node:
         layouts = self.layout if isinstance(self.layout, tuple) else (self.layout,)
         return tuple(layout for layout in layouts if layout is not None)
 
+    @property
+    def results(self) -> Iterator[tuple[TensorType | None, Layout | None]]:
+        """The type and the layout of each result; None for what is not a tensor, or not placed."""
+        types = self.type if isinstance(self.type, tuple) else (self.type,)
+        layouts = self.layout if isinstance(self.layout, tuple) else (self.layout,)
+        return zip(types, layouts, strict=True)
+
     def operands(self) -> Iterator[Node]:
         """Every node among the arguments, in order, repeats included."""
         yield from nodes_in(self.args)
-        for value in self.kwargs.values():
-            yield from nodes_in(value)
+        if self.kwargs:
+            yield from nodes_in(tuple(self.kwargs.values()))
 
     def __repr__(self) -> str:
         return f"%{self.name}"
@@ -203,7 +210,11 @@ def nodes_in(arg: Arg) -> Iterator[Node]:
         yield arg
     elif isinstance(arg, (tuple, list)):
         for item in arg:
-            yield from nodes_in(item)
+            # Most are nodes or plain: a generator for each of them would cost more than all else.
+            if isinstance(item, Node):
+                yield item
+            elif isinstance(item, (tuple, list)):
+                yield from nodes_in(item)
 
 
 def map_nodes(arg: Arg, function: Callable[[Node], Arg]) -> Arg:

@@ -41,9 +41,9 @@ def check(
     seen: set[Node] = set()
     names: set[str] = set()
     for node in graph.nodes:
-        for operand in node.operands():
-            if operand not in seen:
-                raise _broken(node, after, f"uses `{operand.name}` before it is computed")
+        if not seen.issuperset(node.operands()):
+            early = next(operand for operand in node.operands() if operand not in seen)
+            raise _broken(node, after, f"uses `{early.name}` before it is computed")
         if node.name in names:
             raise _broken(node, after, "has the name of another node")
         seen.add(node)
@@ -100,9 +100,7 @@ def _check_placed(node: Node, graph: Graph, after: str, saved: Saved) -> None:
 
 
 def _check_sizes(node: Node, after: str) -> None:
-    types = node.type if isinstance(node.type, tuple) else (node.type,)
-    layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
-    for type, layout in zip(types, layouts, strict=True):
+    for type, layout in node.results:
         if type is not None and layout is not None and type.shape != layout.shape:
             raise _broken(node, after, f"is {list(type.shape)} and laid out as {layout}")
 

@@ -442,11 +442,8 @@ class Walk:
 
     def _from_types(self, node: Node) -> _Cost:
         """The results of a node alone, each in memory of its own."""
-        many = isinstance(node.type, tuple)
-        types = node.type if isinstance(node.type, tuple) else (node.type,)
-        layouts = node.layout if isinstance(node.layout, tuple) else (node.layout,)
         results: list[_Result | None] = []
-        for i, (type, layout) in enumerate(zip(types, layouts, strict=True)):
+        for i, (type, layout) in enumerate(node.results):
             if type is None or layout is None:
                 results.append(None)
                 continue
@@ -454,7 +451,7 @@ class Walk:
             size = math.prod(shape) * type.dtype.itemsize
             results.append(_Result(shape, _contiguous(shape), type.dtype, i, size))
         total = sum(result.num_bytes for result in results if result is not None)
-        return _Cost(tuple(results) if many else results[0], total, 0)
+        return _Cost(tuple(results) if isinstance(node.type, tuple) else results[0], total, 0)
 
     def _fake(self, local: Local) -> Tensor:
         with self._fakes:
