@@ -32,7 +32,7 @@ from meshwright.passes.contracts.idle import check_axes
 from meshwright.passes.contracts.supported import check_supported
 from meshwright.passes.differentiate import differentiate
 from meshwright.passes.hoist import hoist
-from meshwright.passes.loops import loop, part_axes
+from meshwright.passes.loops import loop, part_axes, sum_first
 from meshwright.passes.lower import lower
 from meshwright.passes.move_varies import move_varies
 from meshwright.passes.partition import partition
@@ -41,6 +41,7 @@ from meshwright.passes.rewriting.masks import masks
 from meshwright.passes.rewriting.normalise import normalise
 from meshwright.passes.rewriting.route import route
 from meshwright.passes.separate import separate
+from meshwright.passes.statements.accumulate import accumulate
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
@@ -52,6 +53,7 @@ from meshwright.passes.statements.rows import rows
 from meshwright.passes.statements.sequence import sequence
 from meshwright.passes.statements.shard import shard
 from meshwright.passes.statements.vocab import vocab
+from meshwright.passes.statements.zero import zero
 
 REWRITING: tuple[Callable[[Graph], Graph], ...] = (masks, lookups, normalise, route)
 """The passes over what is captured, the same for every plan: operators become those that rules,
@@ -59,11 +61,13 @@ adjoints and kernels are written for."""
 
 PASSES: tuple[Callable[[Draft], Draft], ...] = (
     # The statements of the plan become layouts of inputs and values.
+    accumulate,
     data,
     columns,
     rows,
     vocab,
     shard,
+    zero,
     # What does not divide is padded.
     pad,
     sequence,
@@ -77,6 +81,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     check_replication,
     on_graph(lower),
     on_graph(part_axes),
+    sum_first,
     on_graph(bucket),
     attribute,
     on_graph(loop),

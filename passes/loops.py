@@ -19,12 +19,14 @@ leave it through a reduction or a gather over the sequential axis.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.graph.ir import INPUT, Builder, Graph, Node, Phase, rewrite
+from meshwright.compiler.graph.ir import INPUT, Builder, Graph, Node, OutputKind, Phase, rewrite
 from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.graph.transfers import collective_kind, combines
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.pins import module_text
 
 
@@ -34,6 +36,39 @@ def part_axes(graph: Graph) -> Graph:
     if not graph.mesh.sequential:
         return graph
     return rewrite(graph, _apart)
+
+
+def sum_first(draft: Draft) -> Draft:
+    """`draft` with each gradient summed up over microbatches before ranks reduce or scatter it, but
+    where they keep no whole gradient: there they scatter each microbatch's, and sum up parts."""
+    if not draft.mesh.sequential:
+        return draft
+    gradients = draft.graph.outputs_of(OutputKind.GRADIENT)
+    apart = {each.node for each in gradients if draft.zero.get(each.name, 0) > 1}
+
+    def swapped(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
+        if node in apart or not (combines(node, draft.mesh) and _sums(node)):
+            return None
+        over_ranks: Node = node.args[0]
+        if not _sums(over_ranks):
+            return None
+        value = mapping[over_ranks.args[0]]
+        layout = value.placed.drop_partial(node.kwargs["axes"]).canonical(draft.mesh)
+        first = builder.copy(node, mapping, args=(value,), layout=layout)
+        return builder.copy(over_ranks, mapping, args=(first,), layout=node.placed)
+
+    return replace(draft, graph=rewrite(draft.graph, swapped))
+
+
+def _sums(node: Node) -> bool:
+    """Whether a node adds up the shares of a pending sum, wherever the result goes."""
+    kind = collective_kind(node.op)
+    return (
+        kind is not None
+        and kind.moves
+        and kind.source == "partial"
+        and node.args[0].placed.reduction == "sum"
+    )
 
 
 def _apart(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:

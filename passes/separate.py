@@ -62,9 +62,17 @@ def separate(draft: Draft) -> Draft:
     own = {node.phase for node in draft.graph.nodes if not node.held}
     there = {Phase.FORWARD: True, Phase.BACKWARD: trains, Phase.WEIGHT: False}
     phases = [phase for phase in Phase if there.get(phase, phase in own)]
-    regather = partial(gathers_again, draft.regions)
-    graphs = separate_graph(draft.graph, "stage0", phases, regather=regather)
+    graphs = separate_graph(draft.graph, "stage0", phases, regather=partial(_regathers, draft))
     return replace(draft, stages=(Stage(0, graphs),))
+
+
+def _regathers(draft: Draft, node: Node) -> bool:
+    """Whether a later graph gathers a value again, its shard being what is kept: whole parameters
+    stay where `zero` shards what belongs to them alone."""
+    source = input_behind(node)
+    if source is not None and source.of_model:
+        return draft.zero.get(str(source.args[1]), 3) == 3
+    return gathers_again(draft.regions, node)
 
 
 def separate_graph(
@@ -73,7 +81,7 @@ def separate_graph(
     """The graphs of a stage called `name` by phase, one for each of `phases`, in their order.
 
     Nodes of a phase without a graph run in that of the phase before. `regather` says of a gathered
-    activation whether it is gathered again rather than kept.
+    value whether it is gathered again rather than kept.
     """
     return _Separator(graph, name, phases, regather).run()
 
@@ -142,8 +150,7 @@ class _Separator:
         """Whether a later part computes a value again instead of having it saved."""
         if node not in self._cheap:
             self._cheap[node] = (
-                _is_weight(node)
-                or (_is_gather(node) and self.regather(node))
+                (self.regather(node) if _is_gather(node) else _is_weight(node))
                 or (node.op in _VIEWS and all(n.held or self._again(n) for n in node.operands()))
                 or node.op == MeshOp("vary")
             )

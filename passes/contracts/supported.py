@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import (
+    Accumulate,
     Allow,
     Axes,
     Columns,
@@ -19,10 +20,12 @@ from meshwright.dsl.statements import (
     Shard,
     Statement,
     Vocab,
+    Zero,
 )
 
 CARRIED_OUT: tuple[type[Statement], ...] = (
-    MeshStatement, Axes, Let, Data, Shard, Columns, Rows, Vocab, Sequence, Expect, Allow,
+    MeshStatement, Axes, Let, Accumulate, Data, Shard, Columns, Rows, Vocab, Sequence, Zero, Expect,
+    Allow,
 )  # fmt: skip
 
 

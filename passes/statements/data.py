@@ -34,7 +34,9 @@ def data(draft: Draft) -> Draft:
 
 
 def _split(draft: Draft, node: Node, statement: Data) -> Draft:
-    shape, ranks = node.tensor.shape, draft.mesh.size(statement.over)
+    shape = node.tensor.shape
+    axes = (*statement.over, *sorted(draft.mesh.sequential))
+    parts = draft.mesh.size(axes)
     if statement.dim >= len(shape):
         raise draft.plan.error(
             "P206",
@@ -44,17 +46,17 @@ def _split(draft: Draft, node: Node, statement: Data) -> Draft:
             help=f"use a dim below {len(shape)}" if shape else "take it out of `data`",
         )
     size = shape[statement.dim]
-    if size % ranks:
-        lower = size - size % ranks or ranks
-        over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
+    if size % parts:
+        lower = size - size % parts or parts
+        over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in axes)
         raise draft.plan.error(
             "P203",
             f"cannot split a batch of {size} over {over}",
             statement.at("over"),
             subject=tensor_text(node),
-            help=f"use a batch of {lower} or {lower + ranks}",
+            help=f"use a batch of {lower} or {lower + parts}",
         )
-    return pin(draft, node, {statement.dim: cut(size, *statement.over)}, statement)
+    return pin(draft, node, {statement.dim: cut(size, *axes)}, statement)
 
 
 def _check_complete(draft: Draft, arguments: Mapping[str, Node], found: Mapping[str, Data]) -> None:

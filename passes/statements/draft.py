@@ -52,6 +52,8 @@ class Draft:
     stored: Mapping[str, Pin] = field(default_factory=dict)
     """Layouts in which ranks store parameters and buffers, by name, where operators use them in
     others. One dim may be longer than the tensor's: what is added are zeros that nothing sees."""
+    zero: Mapping[str, int] = field(default_factory=dict)
+    """By parameter that is stored split over ranks which use it whole: the level of `zero`."""
     values: Mapping[Node, Pin] = field(default_factory=dict)
     """Layouts of activations, by the node that computes them."""
     entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)

@@ -1,0 +1,130 @@
+"""Store parameters split over ranks that use them whole.
+
+Before:  up_weight: f32[64, 16]         = input(parameter up.weight)
+         vary: f32[64, 16] varying(dp)  = vary(up_weight, dp)
+         linear: f32[8@dp, 64]          = linear(x, vary)
+After:   up_weight: f32[64@dp, 16]      = input(parameter up.weight)
+         all_gather_replicated: f32[64, 16] = all_gather_replicated(up_weight, dp)
+         vary: f32[64, 16] varying(dp)  = vary(all_gather_replicated, dp)
+         linear: f32[8@dp, 64]          = linear(x, vary)
+
+The optimizer steps the part of each parameter that a rank stores, so its state is split as well.
+That holds for every level: they differ in when parameters are gathered and gradients scattered.
+Level 1 gathers once a step and scatters once, after the last microbatch; level 2 scatters in every
+microbatch, so that no rank holds whole gradients; level 3 gathers before each use as well, once
+more for the backward, so that no rank holds whole parameters. A parameter is split along the first
+dim that divides, or its storage is padded.
+Requires: pins of the statements that split what operators use. Ensures: `stored` and `zero`.
+Elsewhere: ZeRO (Rajbhandari et al., 1910.02054), FSDP2's fully_shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from meshwright.compiler.graph.ir import Node
+from meshwright.compiler.layout.factors import Factor, local_size
+from meshwright.compiler.layout.layout import Layout, replicated
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.dsl.layouts import format_axes
+from meshwright.dsl.statements import Zero
+from meshwright.passes.statements.draft import Draft, Pin
+from meshwright.passes.statements.pins import tensor_text
+from meshwright.passes.statements.targets import modules_of
+
+
+def zero(draft: Draft) -> Draft:
+    """Store every parameter under a `zero` statement split over the statement's axes."""
+    if not draft.plan.of(Zero):
+        return draft
+    parameters = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == "parameter"}
+    for name, statement in _statements(draft).items():
+        # What is not trained has no gradient and no state: only level 3 has something to split.
+        if name in parameters and (parameters[name].requires_grad or statement.level == 3):
+            draft = _split(draft, parameters[name], statement)
+    return draft
+
+
+def _statements(draft: Draft) -> dict[str, Zero]:
+    """By parameter: the statement of the innermost module around it, or of its own name."""
+    everywhere = next((each for each in draft.plan.of(Zero) if not each.targets), None)
+    aliases = draft.captured.aliases
+    names = [alias for alias, own in aliases.items() if own in draft.captured.parameters]
+    resolved = draft.plan.resolve(Zero, [*modules_of(draft, Zero), *names])
+    found: dict[str, Zero] = {}
+    for alias in names:
+        path = alias.split(".")
+        around = (".".join(path[:end]) for end in range(len(path), -1, -1))
+        named = [resolved[each] for each in around if each in resolved]
+        statement = next((each for each in named if each.targets), everywhere)
+        own = aliases[alias]
+        if statement is None:
+            continue
+        before = found.setdefault(own, statement)
+        if (before.level, before.over) != (statement.level, statement.over):
+            raise draft.plan.error(
+                "P301",
+                f"two statements store `{own}` differently, which is also `{alias}`",
+                [before, statement],
+                help="give both names one statement",
+            )
+    return found
+
+
+def _split(draft: Draft, node: Node, statement: Zero) -> Draft:
+    name, shape = node.args[1], node.tensor.shape
+    pin = draft.inputs.get(name)
+    used = pin.layout if pin else replicated(shape)
+    over = tuple(axis for axis in statement.over if axis not in used.split_axes)
+    if draft.mesh.size(over) == 1 or not shape:
+        return draft
+    way = min(_ways(used, over, draft.mesh), key=_cost, default=None)
+    if way is None:
+        raise draft.plan.error(
+            "P203",
+            f"cannot store `{name}` split over {format_axes(over)}",
+            [*(pin.statements[-1:] if pin else ()), statement],
+            subject=f"{tensor_text(node)} {used}",
+            help="store it whole: name the modules or parameters that `zero` is for",
+        )
+    statements = (*(pin.statements if pin else ()), statement)
+    return replace(
+        draft,
+        stored={**draft.stored, name: Pin(way.layout, statements)},
+        zero={**draft.zero, name: statement.level},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A layout in which a parameter may be stored: `added` are the entries that storage adds, and
+    `moved` whether what is gathered has to be rearranged in memory."""
+
+    layout: Layout
+    dim: int
+    added: int
+    moved: bool
+
+
+def _cost(way: _Way) -> tuple[int, bool, int]:
+    return way.added, way.moved, way.dim
+
+
+def _ways(used: Layout, axes: tuple[str, ...], mesh: Mesh) -> Iterator[_Way]:
+    """The ways to split what a rank uses further: along the minor factor of each dim."""
+    local = used.local_shape(mesh)
+    for i, dim in enumerate(used.dims):
+        if len(dim) > 1:
+            continue
+        (*major, minor) = dim[0]
+        parts = mesh.size((*minor.axes, *axes))
+        size = -(-minor.size // parts) * parts
+        if size > minor.size and (major or minor.axes):
+            # What storage adds stands at the end of a dim that operators use whole.
+            continue
+        split = ((*major, Factor(size, (*minor.axes, *axes))),)
+        layout = used.with_dims((*used.dims[:i], split, *used.dims[i + 1 :]))
+        before = math.prod(local[:i]) * local_size(((*major,),), mesh)
+        yield _Way(layout, i, math.prod(layout.shape) - math.prod(used.shape), before > 1)
