@@ -86,6 +86,14 @@ def _check_microbatches(said: Said) -> None:
             spans=[accumulate.span, stages.at("microbatches")],
             help="remove `accumulate`: a pipeline's microbatches are accumulated",
         )
+    uncut = next((d for d in said.values() if isinstance(d, s.Data) and not d.over), None)
+    if uncut and not accumulate and not stages:
+        raise PlanError(
+            "P102",
+            "`data` without `over` says what microbatches cut, and the plan has none",
+            spans=[uncut.span],
+            help="write `over` and a mesh axis, as in `data tokens, targets over dp`",
+        )
 
 
 def _check_stages(statements: Iterable[s.Statement], mesh: Mapping[str, int]) -> None:

@@ -35,6 +35,7 @@ from meshwright.compiler.graph.ir import (
     Builder,
     Node,
     Op,
+    Origin,
     Output,
     OutputKind,
     TensorType,
@@ -80,7 +81,7 @@ class _Partitioner:
         for node in self.graph.nodes:
             self.sequences.consider(node)
             for operand in node.operands():
-                self._use(operand)
+                self._use(operand, node.origin)
             self._enter(node)
             new = self._place(node)
             if node in self.draft.values:
@@ -283,13 +284,14 @@ class _Partitioner:
             self.emitter.explicit.add(new)
         return new
 
-    def _use(self, node: Node) -> None:
-        """Bring a weight to the layout in which operators use it, before the first of them."""
+    def _use(self, node: Node, user: Origin) -> None:
+        """Bring a weight to the layout in which operators use it, before the first of them, whose
+        module it is counted for."""
         if node not in self.unused:
             return
         layout, line = self.unused.pop(node)
         held = self.mapping[node]
-        origin = replace(node.origin, plan_line=line)
+        origin = replace(user, plan_line=line)
         sizes = zip(held.tensor.shape, node.tensor.shape, strict=True)
         longer = [dim for dim, (own, used) in enumerate(sizes) if own != used]
         dims = (
@@ -312,7 +314,7 @@ class _Partitioner:
         """Results are whole on every rank; a buffer's new value is laid out as the buffer."""
         node = output.node
         self.sequences.consider(node)
-        self._use(node)
+        self._use(node, node.origin)
         pin: Pin | None = None
         if output.kind is OutputKind.BUFFER:
             pin = self.draft.stored.get(output.name) or self.draft.inputs.get(output.name)

@@ -1,9 +1,12 @@
 """Run a step in microbatches, one after the other, and add up their gradients.
 
 Before:  mesh dp=2
-         x: f32[8@dp, 16] = input(argument x)
+         x: f32[8@dp, 16]      = input(argument x)
+         linear: f32[8@dp, 64] = linear(x, vary, vary_1)
 After:   mesh dp=2, micro=4 (sequential)
-         x: f32[8@(dp, micro), 16] = input(argument x)
+         x: f32[8@dp, 16]               = input(argument x)
+         slice: f32[8@(dp, micro), 16]  = slice(x, micro)
+         linear: f32[8@(dp, micro), 64] = linear(slice, vary, vary_1)
 
 Microbatches are the coordinates of one more axis of the mesh, which is sequential: the inputs under
 `data` are split over it, and all else follows. A gradient is partial over it by the `vary` rule, so

@@ -1,12 +1,12 @@
 """Store parameters split over ranks that use them whole.
 
-Before:  up_weight: f32[64, 16]         = input(parameter up.weight)
-         vary: f32[64, 16] varying(dp)  = vary(up_weight, dp)
-         linear: f32[8@dp, 64]          = linear(x, vary)
-After:   up_weight: f32[64@dp, 16]      = input(parameter up.weight)
+Before:  up_weight: f32[64, 16]        = input(parameter up.weight)
+         vary: f32[64, 16] varying(dp) = vary(up_weight, dp)
+         linear: f32[8@dp, 64]         = linear(x, vary, vary_1)
+After:   up_weight: f32[64@dp, 16]          = input(parameter up.weight)
          all_gather_replicated: f32[64, 16] = all_gather_replicated(up_weight, dp)
-         vary: f32[64, 16] varying(dp)  = vary(all_gather_replicated, dp)
-         linear: f32[8@dp, 64]          = linear(x, vary)
+         vary: f32[64, 16] varying(dp)      = vary(all_gather_replicated, dp)
+         linear: f32[8@dp, 64]              = linear(x, vary, vary_1)
 
 The optimizer steps the part of each parameter that a rank stores, so its state is split as well.
 That holds for every level: they differ in when parameters are gathered and gradients scattered.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,26 +12,10 @@ from meshwright.compiler.graph.ir import INPUT, Phase
 from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.public import Program
-from meshwright.passes import driver
-from meshwright.passes.statements.draft import Draft
 from meshwright.runtime.executor import Executor
 from tests.equivalence import Comparison, check_equal, implicit_gathers
 from tests.models import GPT_TENSOR, Gpt, Mlp, real, rows, tokens
 from tests.passes.examples import Body
-from tests.passes.test_stored import stored_split
-
-AXIS = "micro"
-
-
-def sequential(draft: Draft) -> Draft:
-    """The axis `micro` of the mesh made a sequential one."""
-    mesh = Mesh(draft.mesh.axes, frozenset({AXIS}))
-    return replace(draft, mesh=mesh, graph=replace(draft.graph, mesh=mesh))
-
-
-@pytest.fixture(autouse=True)
-def _sequential(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "PASSES", (sequential, *driver.PASSES))
 
 
 def compiled(model: nn.Module, example: tuple[Tensor, ...], plan: str) -> Program:
@@ -42,11 +24,10 @@ def compiled(model: nn.Module, example: tuple[Tensor, ...], plan: str) -> Progra
 
 
 PLANS = {
-    "data": "mesh dp=2, micro=4\ndata tokens, targets over (dp, micro)\n",
-    "micro alone": "mesh micro=4\ndata tokens, targets over micro\n",
-    "micro first": "mesh micro=2, dp=2\ndata tokens, targets over (micro, dp)\n",
-    "tensor": "mesh tp=2, micro=2\ndata tokens, targets over micro\n" + GPT_TENSOR,
-    "sequence": "mesh dp=2, tp=2, micro=2\ndata tokens, targets over (dp, micro)\n"
+    "data": "mesh dp=2\ndata tokens, targets over dp\naccumulate 4\n",
+    "micro alone": "mesh dp=1\ndata tokens, targets over dp\naccumulate 4\n",
+    "tensor": "mesh tp=2\ndata tokens, targets\naccumulate 2\n" + GPT_TENSOR,
+    "sequence": "mesh dp=2, tp=2\ndata tokens, targets over dp\naccumulate 2\n"
     + GPT_TENSOR
     + "sequence blocks.* over tp\nvocab wte, head over tp\n",
 }
@@ -58,15 +39,24 @@ def test_a_gpt_in_microbatches_trains_as_on_one_device(name: str) -> None:
     check_equal(Gpt(), tokens, PLANS[name])
 
 
+@pytest.mark.parametrize(
+    ("level", "gathers", "scatters"),
+    [(1, Phase.BEFORE, Phase.AFTER), (2, Phase.BEFORE, Phase.BACKWARD)],
+)
 @pytest.mark.parametrize("name", ["data", "sequence"])
-def test_weights_that_are_stored_split_are_gathered_and_scattered_in_the_loop(
-    name: str, monkeypatch: pytest.MonkeyPatch
+def test_weights_are_gathered_once_and_gradients_scattered_when_the_level_says(
+    name: str, level: int, gathers: Phase, scatters: Phase
 ) -> None:
-    torch.manual_seed(0)
-    place = driver.PASSES.index(driver.partition)
-    passes = (*driver.PASSES[:place], stored_split, *driver.PASSES[place:])
-    monkeypatch.setattr(driver, "PASSES", passes)
-    program = check_equal(Gpt(layers=1), tokens, PLANS[name])
+    program = compiled(Gpt(layers=1), tokens(), PLANS[name] + f"zero {level} over dp\n")
+    for phase in program.stages[0].graphs:
+        found = kinds(program, phase) - {"all_reduce"}
+        wanted = {"all_gather_replicated"} if phase is gathers else set[str]()
+        assert found == wanted | ({"reduce_scatter"} if phase is scatters else set())
+
+
+@pytest.mark.parametrize("name", ["data", "sequence"])
+def test_level_three_gathers_and_scatters_in_the_loop(name: str) -> None:
+    program = compiled(Gpt(layers=1), tokens(), PLANS[name] + "zero 3 over dp\n")
     assert "all_gather_replicated" in kinds(program, Phase.FORWARD)
     assert kinds(program, Phase.BACKWARD) == {"all_gather_replicated", "reduce_scatter"}
     assert kinds(program, Phase.AFTER) == {"all_reduce"}
@@ -82,7 +72,7 @@ def kinds(program: Program, phase: Phase) -> set[str]:
 
 def test_gradients_are_summed_up_where_they_are_kept() -> None:
     batch = rows()
-    program = compiled(Mlp(), batch, "mesh dp=2, micro=4\ndata x over (dp, micro)\n")
+    program = compiled(Mlp(), batch, "mesh dp=2\ndata x over dp\naccumulate 4\n")
     run = program.launch()
     executor = Executor(program, run.states[0], {})
     assert len(executor.loops[0].places) == len(program.parameters)
@@ -104,7 +94,7 @@ class Absolute(nn.Module):
 
 def test_joining_is_no_cheaper_to_the_placement_than_sending() -> None:
     torch.manual_seed(0)
-    plan = "mesh micro=4\ndata x, y over micro\n"
+    plan = "mesh dp=1\ndata x, y over dp\naccumulate 4\n"
     program = check_equal(Absolute(), lambda: (real(8, 16), real(8, 4)), plan)
     assert implicit_gathers(program) == []
 
@@ -136,11 +126,9 @@ class Scored(nn.Module):
         return {"loss": y.square().mean(), "y": y, "largest": y.detach().amax()}
 
 
-@pytest.mark.parametrize("mesh", ["dp=2, micro=4", "micro=2, dp=2"])
-def test_outputs_are_joined_and_maxima_taken_over_microbatches(mesh: str) -> None:
+def test_outputs_are_joined_and_maxima_taken_over_microbatches() -> None:
     torch.manual_seed(0)
-    axes = ", ".join(part.split("=")[0] for part in mesh.split(", "))
-    plan = f"mesh {mesh}\ndata x over ({axes})\n"
+    plan = "mesh dp=2\ndata x over dp\naccumulate 4\n"
     check_equal(Scored(), rows, plan, outputs=["y", "largest"])
 
 
@@ -157,8 +145,9 @@ class Shown(nn.Module):
 def test_what_the_backward_gathers_again_leaves_the_loop_as_it_was() -> None:
     torch.manual_seed(0)
     plan = """
-        mesh tp=2, micro=2
-        data x over micro
+        mesh tp=2
+        data x
+        accumulate 2
         columns block.up over tp
         rows block.down over tp
         sequence block over tp
@@ -169,7 +158,7 @@ def test_what_the_backward_gathers_again_leaves_the_loop_as_it_was() -> None:
 def test_a_run_in_microbatches_evaluates_and_gives_outputs() -> None:
     torch.manual_seed(0)
     model, (x,) = Scored().double(), rows()
-    run = compiled(model, (x,), "mesh dp=2, micro=2\ndata x over (dp, micro)\n").launch()
+    run = compiled(model, (x,), "mesh dp=2\ndata x over dp\naccumulate 2\n").launch()
     wanted = model(x)
     assert torch.allclose(run.evaluate(x), wanted["loss"])
     assert torch.allclose(run.forward(x)["y"], wanted["y"])
@@ -177,7 +166,7 @@ def test_a_run_in_microbatches_evaluates_and_gives_outputs() -> None:
 
 def test_gradients_are_added_to_across_steps_of_microbatches() -> None:
     torch.manual_seed(0)
-    plan = "mesh dp=2, micro=2\ndata x over (dp, micro)\n"
+    plan = "mesh dp=2\ndata x over dp\naccumulate 2\n"
     check_equal(Mlp(), rows, plan, accumulate=2)
 
 
@@ -206,7 +195,7 @@ def test_a_statistic_of_activations_that_is_needed_whole_is_refused(
     with pytest.raises(
         LayoutError, match="depends on parameters, and is needed whole in the loop over `micro`"
     ) as error:
-        compiled(model(), rows(), "mesh micro=2\ndata x over micro\n")
+        compiled(model(), rows(), "mesh dp=1\ndata x over dp\naccumulate 2\n")
     assert f"in {module} depends" in str(error.value)
 
 
@@ -221,7 +210,7 @@ def test_the_label_count_is_reduced_once_before_the_loop() -> None:
 
 
 def test_a_program_in_microbatches_has_the_ranks_of_its_other_axes() -> None:
-    program = compiled(Mlp(), rows(), "mesh dp=2, micro=4\ndata x over (dp, micro)\n")
+    program = compiled(Mlp(), rows(), "mesh dp=2\ndata x over dp\naccumulate 4\n")
     assert program.mesh == Mesh((("dp", 2),))
     assert sorted(program.schedule) == [0, 1]
 

@@ -1,0 +1,143 @@
+"""The pass `zero`: parameters are stored split over ranks that use them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meshwright
+from meshwright import PlanError
+from meshwright.compiler.public import Program
+from meshwright.passes.statements import zero
+from tests.equivalence import check_equal, implicit_gathers
+from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Mlp, real, rows, tokens
+from tests.passes import examples
+from tests.passes.stages import check_documented, shown, stages
+
+DATA = "mesh dp=4\n" + GPT_DATA
+TENSOR = "mesh dp=2, tp=2\n" + GPT_DATA + GPT_TENSOR
+
+
+def compiled(model: nn.Module, example: tuple[Tensor, ...], plan: str) -> Program:
+    return meshwright.compile(model, meshwright.Plan.parse(plan), example=example)
+
+
+def gathered_again(program: Program) -> set[str]:
+    """The modules whose parameters the backward gathers."""
+    moved = [each for each in program.comm() if each.phase == "backward"]
+    return {each.module for each in moved if each.kind == "all_gather"}
+
+
+def test_the_docstring_shows_a_linear_before_and_after() -> None:
+    plan = "mesh dp=2\ndata x over dp\nzero 3 over dp\n"
+    before, after = (
+        stages(examples.Mlp(), (torch.randn(8, 16),), each)["partition"]
+        for each in (plan.replace("zero 3 over dp\n", ""), plan)
+    )
+    names = "up_weight", "vary", "linear"
+    check_documented(
+        zero,
+        shown(before, *names),
+        shown(after, "up_weight", "all_gather_replicated", "vary", "linear"),
+    )
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        DATA,
+        DATA + "accumulate 2\n",
+        TENSOR,
+        TENSOR + "sequence blocks.* over tp\nvocab wte, head over tp\naccumulate 4\n",
+        "mesh a=2, b=2\ndata tokens, targets over (a, b)\naccumulate 2\n",
+    ],
+    ids=["data", "accumulated", "tensor", "sequence", "two axes"],
+)
+def test_a_gpt_trains_as_on_one_device(plan: str, level: int) -> None:
+    torch.manual_seed(0)
+    over = "(a, b)" if "a=2" in plan else "dp"
+    program = check_equal(Gpt(layers=1), tokens, f"{plan}zero {level} over {over}\n")
+    assert implicit_gathers(program) == []
+    for name, stored in program.parameters.items():
+        assert set(stored.layout.split_axes) > set(stored.used.split_axes), name
+
+
+class Odd(nn.Module):
+    """Sizes that no number of ranks divides, a tied weight, a scalar and a frozen weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.again = nn.Linear(7, 5), nn.Linear(5, 7), nn.Linear(7, 5)
+        self.again.weight = self.up.weight
+        self.shift = nn.Parameter(torch.rand(()))
+        self.frozen = nn.Parameter(torch.randn(5), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(torch.tanh(self.up(x)) * self.frozen)
+        return self.again(y + self.shift).square().mean()
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("micro", ["", "accumulate 3\n"])
+def test_what_does_not_divide_is_stored_with_zeros(level: int, micro: str) -> None:
+    torch.manual_seed(0)
+    plan = f"mesh dp=4\ndata x over dp\nzero {level} over dp\n{micro}"
+    program = check_equal(Odd(), lambda: (real(12, 7),), plan)
+    stored = program.parameters
+    assert str(stored["up.weight"].layout) == "[5, 8@dp]"
+    assert stored["shift"].layout.split_axes == ()
+    assert stored["frozen"].layout.split_axes == (("dp",) if level == 3 else ())
+
+
+def test_statements_about_modules_leave_the_others_alone() -> None:
+    torch.manual_seed(0)
+    plan = (
+        DATA + "zero 3 blocks.* over dp\nzero 1 blocks.1.{up,down} over dp\nzero 2 **.qkv over dp\n"
+    )
+    program = check_equal(Gpt(), tokens, plan)
+    stored = program.parameters
+    assert stored["wte.weight"].layout.split_axes == ()
+    assert stored["blocks.0.ln1.weight"].layout.split_axes == ("dp",)
+    gathered = gathered_again(program)
+
+    assert {"blocks.0.down", "blocks.1.proj"} <= gathered
+    assert not any(name in ("blocks.1.up", "blocks.1.down") or "qkv" in name for name in gathered)
+
+
+def test_the_innermost_statement_around_a_parameter_holds() -> None:
+    plan = DATA + "zero 1 over dp\nzero 3 blocks.0 over dp\n"
+    program = compiled(Gpt(), tokens(), plan)
+    again = gathered_again(program)
+    assert "blocks.0.proj" in again
+    assert "blocks.1.proj" not in again
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "plan"),
+    [
+        ("zero-two-of-one-tensor", Tied, "zero 1 first over dp\nzero 3 second over dp\n"),
+        ("zero-no-such-module", Mlp, "zero 3 blocks.* over dp\n"),
+        ("zero-two-for-all", Mlp, "zero 1 over dp\nzero 3 over dp\n"),
+    ],
+)
+def test_mistakes_are_explained(
+    name: str, model: type[nn.Module], plan: str, golden: Callable[[str, str], None]
+) -> None:
+    x = rows()[0] if model is Mlp else torch.randn(8, 8)
+    with pytest.raises(PlanError) as caught:
+        compiled(model(), (x,), "mesh dp=2\ndata x over dp\n" + plan)
+    golden(name, str(caught.value))
