@@ -18,7 +18,7 @@ leave it through a reduction or a gather over the sequential axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from meshwright.compiler.errors import LayoutError
@@ -44,7 +44,8 @@ def sum_first(draft: Draft) -> Draft:
     if not draft.mesh.sequential:
         return draft
     gradients = draft.graph.outputs_of(OutputKind.GRADIENT)
-    apart = {each.node for each in gradients if draft.zero.get(each.name, 0) > 1}
+    scattered = [each.node for each in gradients if draft.zero.get(each.name, 0) > 1]
+    apart = {node for gradient in scattered for node in _reductions(gradient)}
 
     def swapped(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
         if node in apart or not (combines(node, draft.mesh) and _sums(node)):
@@ -58,6 +59,13 @@ def sum_first(draft: Draft) -> Draft:
         return builder.copy(over_ranks, mapping, args=(first,), layout=node.placed)
 
     return replace(draft, graph=rewrite(draft.graph, swapped))
+
+
+def _reductions(node: Node) -> Iterator[Node]:
+    """The collectives that a value comes from, from the last to the first."""
+    while collective_kind(node.op) is not None:
+        yield node
+        node = node.args[0]
 
 
 def _sums(node: Node) -> bool:
