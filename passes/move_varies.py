@@ -20,6 +20,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from meshwright.compiler.autodiff.pending import keeps_pending
 from meshwright.compiler.graph.aliasing import is_view, node_bytes
 from meshwright.compiler.graph.ir import Builder, Graph, MeshOp, Node, rewrite
@@ -79,7 +81,7 @@ class _Finder:
     def chain(self, node: Node) -> _Chain | None:
         """The chain behind a `vary` node, if the node may move to its sources: nothing else uses
         the chain, and its result is not much smaller than the sources."""
-        if node.op != VARY or node.args[0].op == VARY or input_behind(node.args[0]):
+        if node.op != VARY or node.args[0].op == VARY or _is_parameter(node.args[0]):
             return None
         axes: tuple[str, ...] = node.kwargs["axes"]
         nodes, sources = self._behind(node.args[0], axes)
@@ -91,7 +93,7 @@ class _Finder:
             return None
         if nodes & self.returned:
             return None
-        made = [each for each in sources if (each, axes) not in self.varied or input_behind(each)]
+        made = [each for each in sources if (each, axes) not in self.varied or _is_parameter(each)]
         size = sum(node_bytes(each, self.graph) for each in made)
         if not nodes or size > node_bytes(node, self.graph) + SLACK:
             return None
@@ -108,7 +110,7 @@ class _Finder:
         while pending:
             each = pending.pop()
             elsewhere = each is not value and (each, axes) in self.varied
-            if input_behind(each) or elsewhere or self._needs_whole(each, axes):
+            if _is_parameter(each) or elsewhere or self._needs_whole(each, axes):
                 sources.add(each)
             elif each not in nodes:
                 nodes.add(each)
@@ -123,9 +125,14 @@ class _Finder:
         return self.reduces[node, axes]
 
 
+def _is_parameter(node: Node) -> bool:
+    """Whether a node is a parameter as ranks hold or gather it, with what storage adds."""
+    return node.op != torch.ops.aten.slice.Tensor and input_behind(node) is not None
+
+
 def _may_vary(node: Node, axes: tuple[str, ...]) -> bool:
     """Whether a node, and all it takes, is one tensor replicated over `axes`."""
-    nested = node.op == VARY and input_behind(node.args[0]) is None
+    nested = node.op == VARY and not _is_parameter(node.args[0])
     return not nested and all(
         isinstance(each.layout, Layout) and not set(axes) & set(each.layout.axes_used)
         for each in (node, *node.operands())
@@ -197,7 +204,7 @@ class _Views:
         for node in reversed(graph.nodes):
             asked = {self._asked(user) for user in users[node]}
             (axes,) = asked if len(asked) == 1 else (None,)
-            weight = node.op == VARY or input_behind(node) is not None
+            weight = node.op == VARY or _is_parameter(node)
             plain = isinstance(node.layout, Layout) and not weight
             if axes is None or not plain or node in returned or not node.requires_grad:
                 continue

@@ -42,6 +42,8 @@ class Moved:
     module: str
     modules: tuple[str, ...]
     plan_line: str
+    times: int = 1
+    """How often it runs in a step: in each microbatch, or once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +57,19 @@ class Comm:
 
     def __repr__(self) -> str:
         size = size_text(self.total_bytes())
-        return f"<Comm: {plural(len(self), 'collective')}, {size} sent per rank per step>"
+        times = sum(item.times for item in self.moved)
+        return f"<Comm: {plural(times, 'collective')}, {size} sent per rank per step>"
 
     def _repr_html_(self) -> str:
-        groups: dict[tuple[str, str], list[int]] = {}
+        groups: dict[tuple[str, str], list[Moved]] = {}
         for item in self.moved:
             key = item.phase, f"{item.kind}[{', '.join(item.axes)}]"
-            groups.setdefault(key, []).append(item.bytes)
-        rows = [(*key, str(len(found)), size_text(sum(found))) for key, found in groups.items()]
-        rows.append(("in all", "", str(len(self)), size_text(self.total_bytes())))
+            groups.setdefault(key, []).append(item)
+        groups["in all", ""] = list(self.moved)
+        rows = [
+            (*key, str(sum(i.times for i in found)), size_text(Comm(tuple(found)).total_bytes()))
+            for key, found in groups.items()
+        ]
         columns = ("", "collective", "per step", "sent per rank")
         return html_table(columns, rows, right="  rr")
 
@@ -77,12 +83,14 @@ class Comm:
         """Bytes that one rank sends in a step, by axis; `dp, tp` for collectives over both."""
         total: Counter[str] = Counter()
         for item in self.moved:
-            total[", ".join(item.axes)] += item.bytes
+            total[", ".join(item.axes)] += item.bytes * item.times
         return dict(sorted(total.items()))
 
     def counts(self) -> dict[str, int]:
         """How many collectives a step has, by kind and axes: `{"all_reduce[tp]": 8}`."""
-        found = Counter(f"{item.kind}[{', '.join(item.axes)}]" for item in self.moved)
+        found: Counter[str] = Counter()
+        for item in self.moved:
+            found[f"{item.kind}[{', '.join(item.axes)}]"] += item.times
         return dict(sorted(found.items()))
 
     def where(self, test: Callable[[Moved], bool]) -> Comm:
@@ -95,7 +103,7 @@ class Comm:
 
     def total_bytes(self) -> int:
         """Bytes that one rank sends in a step."""
-        return sum(item.bytes for item in self.moved)
+        return sum(item.bytes * item.times for item in self.moved)
 
     def to_json(self) -> list[dict[str, object]]:
         """One plain dictionary per collective."""
@@ -140,4 +148,5 @@ def _moved(node: Node, graph: Graph) -> Moved:
         node.origin.module,
         tuple(path for path, _ in node.origin.modules),
         node.origin.plan_line,
+        1 if node.phase.once else len(graph.mesh.turns),
     )

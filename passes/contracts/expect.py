@@ -47,7 +47,11 @@ def _measure(program: Program, statement: Expect, module: str) -> int:
     if statement.metric == "peak_memory":
         return program.memory().peak
     items = _counted(program.comm(), statement, module)
-    return sum(item.bytes for item in items) if statement.metric == "bytes" else len(items)
+    return sum(
+        (item.bytes if statement.metric == "bytes" else 1)
+        * (item.times if statement.window == "step" else 1)
+        for item in items
+    )
 
 
 def _modules(program: Program, statement: Expect) -> list[str]:

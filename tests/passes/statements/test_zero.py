@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from tests.equivalence import check_equal, implicit_gathers
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Mlp, real, rows, tokens
 from tests.passes import examples
 from tests.passes.stages import check_documented, shown, stages
+from tests.test_equivalence_huggingface import gpt2, llama
 
 DATA = "mesh dp=4\n" + GPT_DATA
 TENSOR = "mesh dp=2, tp=2\n" + GPT_DATA + GPT_TENSOR
@@ -141,3 +145,58 @@ def test_mistakes_are_explained(
     with pytest.raises(PlanError) as caught:
         compiled(model(), (x,), "mesh dp=2\ndata x over dp\n" + plan)
     golden(name, str(caught.value))
+
+
+class Indivisible(nn.Module):
+    """Sizes that four does not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(10, 6, bias=False), nn.Linear(6, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x))).square().mean()
+
+
+def sent_over(axes: set[str], program: Program) -> Counter[str]:
+    """The bytes that a rank sends in a step over some of `axes`, by kind."""
+    found = Counter[str]()
+    for each in program.comm():
+        if axes & set(each.axes):
+            found[each.kind] += each.bytes * each.times
+    return found
+
+
+BATCH = {"input_ids": torch.zeros(8, 8, dtype=torch.int64)}
+BATCH["labels"] = BATCH["input_ids"]
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "llama": (lambda: llama(kv=2), BATCH, "input_ids, labels"),
+    "tied gpt2": (gpt2, BATCH, "input_ids, labels"),
+    "indivisible": (Indivisible, (torch.zeros(8, 10),), "x"),
+}
+
+
+@pytest.mark.parametrize("mesh", ["dp=4", "a=2, b=2"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_sends_what_the_papers_say(name: str, mesh: str) -> None:
+    make, example, inputs = MODELS[name]
+    model, over = make(), "dp" if mesh == "dp=4" else "(a, b)"
+    axes = {"dp", "a", "b"}
+    for level in (1, 2, 3):
+        for m in (1, 2):
+            micro = f"accumulate {m}\n" if m > 1 else ""
+            plan = f"mesh {mesh}\ndata {inputs} over {over}\nzero {level} over {over}\n{micro}"
+            program = meshwright.compile(model, meshwright.Plan.parse(plan), example=example)
+            stored = program.parameters.values()
+            # With the zeros that storage adds; three of four shards are another rank's.
+            shards = [math.prod(each.layout.local_shape(program.mesh)) for each in stored]
+            volume = 3 * 4 * sum(shards)
+            sent = sent_over(axes, program)
+            scatters = 1 if level == 1 else m
+            assert sent["reduce_scatter"] == scatters * volume
+            if level < 3:
+                assert sent["all_gather"] == volume
+            else:
+                # The backward of a linear does not take its bias.
+                assert 2 * m * volume * 0.97 <= sent["all_gather"] <= 2 * m * volume
