@@ -86,7 +86,7 @@ def _split(draft: Draft, node: Node, statement: Zero) -> Draft:
             "P203",
             f"cannot store `{name}` split over {format_axes(over)}",
             [*(pin.statements[-1:] if pin else ()), statement],
-            subject=f"{tensor_text(node)} {used}",
+            subject=f"{tensor_text(node)}, used as {used}",
             help="store it whole: name the modules or parameters that `zero` is for",
         )
     statements = (*(pin.statements if pin else ()), statement)
