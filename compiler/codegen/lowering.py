@@ -96,9 +96,10 @@ class _Lowering:
         for node in self.graph.nodes:
             if node.op != INPUT:
                 self._node(node)
-            if node in self.slots and not self._writes_into_bucket(node):
-                # At once, so that its own memory is free again.
-                self.body += [Copy(self.values[node], slot, node) for slot in self.slots[node]]
+            for slot in self.slots.get(node, ()):
+                if self.values[node] != slot:
+                    # At once, so that its own memory is free again.
+                    self.body.append(Copy(self.values[node], slot, node))
         self._return()
         return Instructions(self.graph.name, inputs, tuple(self.body))
 
@@ -160,7 +161,7 @@ class _Lowering:
             "device" in kwargs or not operands
         ):
             given["device"] = _DEVICE
-        out = self.slots[node][0] if self._writes_into_bucket(node) else None
+        out = self._own_slot(node) if node.op in OUT else None
         place = None if out else self._variable(node)
         if out:
             self.values[node] = out
@@ -181,11 +182,11 @@ class _Lowering:
             return arg
         return self._constant("constant", lambda _: arg)
 
-    def _writes_into_bucket(self, node: Node) -> bool:
-        """Whether a gradient is computed where it is kept."""
-        places = self.slots.get(node, ())
+    def _own_slot(self, node: Node) -> BucketView | None:
+        """The place in a bucket that a value is for, and nothing else."""
+        places = self.slots.get(node, [])
         alone = len(places) == len(self.users[node]) == 1 and node not in self.returned
-        return node.op in OUT and alone
+        return places[0] if alone else None
 
     def _collective(self, node: Node) -> None:
         source: Node = node.args[0]
@@ -210,7 +211,7 @@ class _Lowering:
         self.num_wires += 1
         found = self._variable(node)
         donate = self._may_overwrite(source)
-        into = given if isinstance(given, BucketView) else None
+        into = given if isinstance(given, BucketView) else self._own_slot(node)
         self.body.append(Exchange(found, wire, given, before, after, donate, into, node))
         if into is not None:
             self.values[node] = into

@@ -12,8 +12,9 @@ Before:  a = all_reduce(x)        After:  h = start all_reduce(x)
 What exchanges need that depends on no parameter, such as the number of labels, is computed before
 all else. The gather of a weight starts where the one before it would: with all of them at the
 front, ranks would hold every weight whole. A gradient's bucket is used by the optimizer, after the
-backward: its reduction is returned under way. All else keeps its order, and exchanges start in the
-same order on every rank.
+backward: its reduction is returned under way. Of the reductions whose operand is not in a bucket,
+and lives until the wait, two are under way at most. All else keeps its order, and exchanges start
+in the same order on every rank.
 Elsewhere: DDP's hooks, FSDP's prefetching, Inductor's reordering for compute and communication
 overlap.
 """
@@ -24,7 +25,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TypeAlias
 
 from meshwright.compiler.codegen.instructions import (
     BucketView,
@@ -45,8 +45,9 @@ from meshwright.compiler.codegen.instructions import (
 )
 from meshwright.compiler.graph.ir import InputKind
 
-_Place: TypeAlias = "Variable | str"
-"""Where a value is: a variable, or the bucket of a name."""
+MOST_UNDER_WAY = 2
+"""Of the reductions that hold a gradient which is not in a bucket: one is carried while the next
+gradient is computed."""
 
 
 def overlap(instructions: Instructions) -> Instructions:
@@ -85,14 +86,25 @@ def _exchanges(body: Sequence[Instruction]) -> Iterator[tuple[int, Exchange]]:
 
 def _followers(body: Sequence[Instruction]) -> dict[int, list[int]]:
     """The exchanges by what makes their operand; in a bucket, by what makes its last part."""
-    last: dict[_Place, int] = {}
+    last: dict[Value | str, int] = {}
     found: dict[int, list[int]] = {}
     for i, each in enumerate(body):
-        if isinstance(each, Exchange) and _place(each.source) in last:
-            found.setdefault(last[_place(each.source)], []).append(i)
-        if (made := target(each)) is not None:
-            last[_place(made)] = i
+        if isinstance(each, Exchange) and _memory(each.source) in last:
+            found.setdefault(last[_memory(each.source)], []).append(i)
+        made = _ends(each) if isinstance(each, Exchange) else target(each)
+        if made is not None:
+            last[_memory(made)] = i
     return found
+
+
+def _memory(value: Value) -> Value | str:
+    """The bucket that a value lies in, or else the value."""
+    return value.bucket if isinstance(value, BucketView) else value
+
+
+def _ends(exchange: Exchange) -> Value:
+    """Where the result of an exchange ends."""
+    return exchange.into or exchange.target
 
 
 def _early(body: Sequence[Instruction], given: Iterable[Variable]) -> list[int]:
@@ -117,8 +129,12 @@ class _Waits:
     def __init__(self, body: Sequence[Instruction]) -> None:
         self.body = body
         self.result: list[Instruction] = []
-        self.waiting: dict[_Place, Wait] = {}
+        self.waiting: dict[Value, Wait] = {}
         """What is under way, by where it ends."""
+        saved = {value for each in body if isinstance(each, Save) for value in reads(each)}
+        read = (value for each in body if not isinstance(each, Save) for value in reads(each))
+        self.saved = saved.difference(read)
+        """What later graphs take, and this one does not."""
 
     def run(self) -> list[Instruction]:
         for each in self.body:
@@ -126,21 +142,44 @@ class _Waits:
                 each = self._returned(each)
             self._need(reads(each))
             if isinstance(each, Exchange):
+                self._limit(each)
                 wait = Wait(Variable(f"{each.target.name}_handle"), each)
-                self.waiting[_place(each.into or each.target)] = wait
+                self.waiting[_ends(each)] = wait
                 each = Start(wait.handle, each)
             self.result.append(each)
         return self.result
 
     def _need(self, values: Iterable[Value]) -> None:
-        """Put the waits for what is under way; one right after its start makes it an exchange."""
+        """Put the waits for what is under way there; one right after its start makes it an
+        exchange."""
         for value in values:
-            wait = self.waiting.pop(_place(value), None)
-            last = self.result[-1] if self.result else None
-            if wait and isinstance(last, Start) and last.exchange is wait.exchange:
-                self.result[-1] = wait.exchange
-            elif wait:
-                self.result.append(wait)
+            for place in self._under_way_in(value):
+                wait = self.waiting.pop(place)
+                last = self.result[-1] if self.result else None
+                if isinstance(last, Start) and last.exchange is wait.exchange:
+                    self.result[-1] = wait.exchange
+                else:
+                    self.result.append(wait)
+
+    def _under_way_in(self, value: Value) -> list[Value]:
+        """The places of what is under way into a value, or into a part of the bucket."""
+        if not isinstance(value, BucketView):
+            return [value] if value in self.waiting else []
+        views = (place for place in self.waiting if isinstance(place, BucketView))
+        own = (place for place in views if place.bucket == value.bucket)
+        return [place for place in own if None in (place.index, value.index) or place == value]
+
+    def _limit(self, exchange: Exchange) -> None:
+        """Wait for the first of the reductions under way that hold gradients, if there are many."""
+        if self._holds_gradient(exchange):
+            holding = [p for p, wait in self.waiting.items() if self._holds_gradient(wait.exchange)]
+            self._need(holding[: len(holding) + 1 - MOST_UNDER_WAY])
+
+    def _holds_gradient(self, exchange: Exchange) -> bool:
+        """Whether only what comes after this graph reads the result, and the operand has memory of
+        its own until then."""
+        late = exchange.into is not None or exchange.target in self.saved
+        return late and not isinstance(exchange.source, BucketView)
 
     def _returned(self, found: Return) -> Return:
         """Leave the wait for what is returned once, as it came, to whoever called."""
@@ -150,7 +189,9 @@ class _Waits:
         if isinstance(last, Start) and last.exchange.into:
             # Nothing is left that this one could overlap with.
             self._need((last.exchange.into,))
-        reductions = [wait for place, wait in self.waiting.items() if type(place) is str]
+        into = {p: w.exchange for p, w in self.waiting.items() if isinstance(p, BucketView)}
+        self._need([place for place, exchange in into.items() if exchange.after])
+        reductions = [self.waiting[place] for place in into if place in self.waiting]
         return Return(tuple(results), tuple(UnderWay(w.handle, w.exchange) for w in reductions))
 
     def _under_way(self, value: Value | UnderWay) -> Value | UnderWay:
@@ -159,10 +200,6 @@ class _Waits:
             return value
         del self.waiting[wait.exchange.target]
         return UnderWay(wait.handle, wait.exchange)
-
-
-def _place(value: Value) -> _Place:
-    return value.bucket if isinstance(value, BucketView) else value
 
 
 def _with_frees(body: Sequence[Instruction], kept: Iterable[Variable]) -> list[Instruction]:

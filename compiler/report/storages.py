@@ -333,6 +333,9 @@ class Walk:
             if output.kind in PASSED_AS:
                 key = (PASSED_AS[output.kind], output.name, self._action.microbatch)
                 self._passed[key] = held
+        for reduction in returned.reductions:
+            # Waited for after the last graph: until then it keeps what it was given.
+            self._hold(self._held(reduction.handle))
 
     def _call(self, call: Call) -> None:
         args, kwargs = self._held(call.args), {k: self._held(v) for k, v in call.kwargs.items()}
