@@ -31,6 +31,7 @@ from meshwright.passes.contracts.expect import check_contracts
 from meshwright.passes.contracts.idle import check_axes
 from meshwright.passes.contracts.supported import check_supported
 from meshwright.passes.differentiate import differentiate
+from meshwright.passes.fuse import fuse
 from meshwright.passes.hoist import hoist
 from meshwright.passes.loops import loop, part_axes, sum_first
 from meshwright.passes.lower import lower
@@ -87,6 +88,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     on_graph(loop),
     # Forward and backward are graphs of their own.
     separate,
+    fuse,
 )
 """The passes that carry out a plan. The docstring of each says what it requires and ensures, and
 shows a graph before and after it; `check` checks every graph after every pass."""

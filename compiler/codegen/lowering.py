@@ -31,6 +31,7 @@ from meshwright.compiler.codegen.instructions import (
 )
 from meshwright.compiler.codegen.linking import RankContext, bind
 from meshwright.compiler.codegen.local import local_args
+from meshwright.compiler.codegen.packing import Packing
 from meshwright.compiler.graph.aliasing import IDENTITIES
 from meshwright.compiler.graph.ir import (
     GETITEM,
@@ -47,7 +48,7 @@ from meshwright.compiler.graph.transfers import (
     TransferKey,
     collective_kind,
     transfer_key,
-    transfer_of,
+    transfers_of,
 )
 from meshwright.compiler.layout.collectives import Transfer
 from meshwright.compiler.layout.wires import Wire
@@ -84,6 +85,8 @@ class _Lowering:
         self.values: dict[Node, Value] = {}
         self.names: set[str] = set()
         self.shared: dict[TransferKey, Value] = {}
+        self.packed: dict[Node, Packing] = {}
+        """What was sent together and is not apart yet."""
         self.slots: dict[Node, list[BucketView]] = {}
         """The places in buckets that a node's value goes to."""
         for node in graph.nodes:
@@ -104,14 +107,17 @@ class _Lowering:
         return Instructions(self.graph.name, inputs, tuple(self.body))
 
     def _variable(self, node: Node) -> Variable:
-        name = node.name
+        found = self.values[node] = self._named(node.name)
+        return found
+
+    def _named(self, name: str) -> Variable:
+        """A variable of a name like this one, that no other has."""
         if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
             name = f"v_{''.join(c if c.isalnum() else '_' for c in name)}"
         while not self.names.isdisjoint((name, f"{name}_handle")):
             name += "_"
         self.names |= {name, f"{name}_handle"}
-        found = self.values[node] = Variable(name)
-        return found
+        return Variable(name)
 
     def _constant(self, stem: str, recipe: Callable[[RankContext], Any]) -> Constant:
         """A constant of one node, under a name that no other has."""
@@ -131,6 +137,8 @@ class _Lowering:
         elif op == SAVED:
             self.body.append(Take(self._variable(node), node.args[0], node))
         elif op == GETITEM:
+            if node.args[0] in self.packed:
+                self._unpack(node.args[0])
             source = self.values[node.args[0]]
             self.body.append(Item(self._variable(node), source, node.args[1], node))
         elif op == MeshOp("bucket"):
@@ -190,7 +198,10 @@ class _Lowering:
 
     def _collective(self, node: Node) -> None:
         source: Node = node.args[0]
-        transfer = transfer_of(node, self.mesh)
+        transfer, *others = transfers_of(node, self.mesh)
+        if others:
+            self._together(node, (transfer, *others))
+            return
         key = transfer_key(node)
         if transfer.wire is None:
             steps = (*transfer.before, *transfer.after)
@@ -215,6 +226,22 @@ class _Lowering:
         self.body.append(Exchange(found, wire, given, before, after, donate, into, node))
         if into is not None:
             self.values[node] = into
+
+    def _together(self, node: Node, transfers: tuple[Transfer, ...]) -> None:
+        """Send operands as one flat tensor, packed before and taken apart where it is read."""
+        packing = Packing(node, transfers)
+        given = tuple(self.values[operand] for operand in node.args)
+        packed, sent = self._named(f"{node.name}_packed"), self._named(f"{node.name}_sent")
+        self.body.append(Call(packed, self._constant("pack", packing.pack), given, {}, node))
+        wire = replace(packing.wire, index=self.num_wires)
+        self.num_wires += 1
+        self.body.append(Exchange(sent, wire, packed, (), (), False, None, node))
+        self.values[node], self.packed[node] = sent, packing
+
+    def _unpack(self, node: Node) -> None:
+        unpack = self._constant("unpack", self.packed.pop(node).unpack)
+        sent = (self.values[node],)
+        self.body.append(Call(self._variable(node), unpack, sent, {}, node))
 
     def _may_overwrite(self, node: Node) -> bool:
         if len(self.users[node]) > 1 or node in self.returned:

@@ -28,6 +28,7 @@ from itertools import pairwise
 
 from meshwright.compiler.codegen.instructions import (
     BucketView,
+    Call,
     Exchange,
     Free,
     Instruction,
@@ -60,7 +61,8 @@ def _with_early_starts(instructions: Instructions) -> list[Instruction]:
     """The instructions, with each exchange moved up to where its operand is made."""
     body, inputs = instructions.body, instructions.inputs
     weights = {v for v, node in inputs.items() if node.args[0] == InputKind.PARAMETER}
-    gathers = [i for i, each in _exchanges(body) if each.source in weights]
+    made = _made_of(body, weights)
+    gathers = [i for i, each in _exchanges(body) if each.source in weights or each.source in made]
     following = dict(pairwise(gathers))
     followers = _followers(body)
     order: dict[int, None] = {}
@@ -71,13 +73,34 @@ def _with_early_starts(instructions: Instructions) -> list[Instruction]:
             for follower in followers.get(i, ()):
                 put(follower)
 
-    for i in (*gathers[:1], *_early(body, inputs.keys() - weights)):
+    def gather(i: int) -> None:
+        for value in reads(body[i]):
+            if value in made:
+                gather(made[value])
+        put(i)
+
+    for i in gathers[:1]:
+        gather(i)
+    for i in _early(body, inputs.keys() - weights):
         put(i)
     for i in range(len(body)):
         put(i)
         if i in following:
-            put(following[i])
+            gather(following[i])
     return [body[i] for i in order]
+
+
+def _made_of(body: Sequence[Instruction], given: Iterable[Variable]) -> dict[Value, int]:
+    """What calls make of `given` alone, each with its call."""
+    found: dict[Value, int] = {}
+    known = set[Value](given)
+    for i, each in enumerate(body):
+        made = target(each)
+        read = set(reads(each))
+        if isinstance(each, Call) and made is not None and read and read <= known:
+            known.add(made)
+            found[made] = i
+    return found
 
 
 def _exchanges(body: Sequence[Instruction]) -> Iterator[tuple[int, Exchange]]:

@@ -15,8 +15,9 @@ from meshwright.compiler.layout.collectives import (
 from meshwright.compiler.layout.factors import Dim
 from meshwright.compiler.layout.mesh import Mesh
 
-TransferKey: TypeAlias = tuple[Node, str, tuple[tuple[str, Arg], ...], tuple[Dim, ...]]
-"""The operand, the kind, its axes and options, and how the result is cut."""
+Cuts: TypeAlias = tuple[tuple[Dim, ...], ...]
+TransferKey: TypeAlias = tuple[tuple[Arg, ...], str, tuple[tuple[str, Arg], ...], Cuts]
+"""The operands, the kind, its axes and options, and how the results are cut."""
 
 
 def collective_kind(op: Op) -> CollectiveKind | None:
@@ -29,17 +30,22 @@ def is_collective(node: Node) -> bool:
     return collective_kind(node.op) is not None
 
 
-def transfer_of(node: Node, mesh: Mesh) -> Transfer:
-    """What each rank does for a collective.
+def transfers_of(node: Node, mesh: Mesh) -> tuple[Transfer, ...]:
+    """What each rank does for a collective, for each of its operands: one, or those sent together.
 
     Along sequential axes there is no wire: the result is at hand after the loop. Raises LayoutError
-    where the collective does not lead from its operand's layout to its result's.
+    where the collective does not lead from an operand's layout to its result's.
     """
     assert isinstance(node.op, MeshOp)
     options = {key: value for key, value in node.kwargs.items() if key != "axes"}
-    source, axes = node.args[0].placed, node.kwargs["axes"]
-    transfer = plan_transfer(node.op.name, axes, source, node.placed, mesh, **options)
-    return replace(transfer, wire=None) if mesh.sequential.issuperset(axes) else transfer
+    axes = node.kwargs["axes"]
+    found = tuple(
+        plan_transfer(node.op.name, axes, source.placed, target, mesh, **options)
+        for source, target in zip(node.args, node.layouts, strict=True)
+    )
+    if mesh.sequential.issuperset(axes):
+        return tuple(replace(each, wire=None) for each in found)
+    return found
 
 
 def moves(node: Node) -> bool:
@@ -57,7 +63,8 @@ def counted(node: Node) -> str:
 
 def transfer_key(node: Node) -> TransferKey:
     """What two collectives that share one transfer have in common."""
-    return (node.args[0], counted(node), tuple(sorted(node.kwargs.items())), node.placed.dims)
+    cuts = tuple(layout.dims for layout in node.layouts)
+    return (node.args, counted(node), tuple(sorted(node.kwargs.items())), cuts)
 
 
 def combines(node: Node, mesh: Mesh) -> bool:

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from meshwright.compiler.errors import LayoutError, PassError
 from meshwright.compiler.graph.ir import Graph, Node, NodeLayout
-from meshwright.compiler.graph.transfers import collective_kind, transfer_of
+from meshwright.compiler.graph.transfers import collective_kind, transfers_of
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.calls import make_call
@@ -75,7 +75,7 @@ def _check_placed(node: Node, graph: Graph, after: str, saved: Saved) -> None:
         return
     if collective_kind(node.op) is not None:
         try:
-            transfer_of(node, graph.mesh)
+            transfers_of(node, graph.mesh)
         except LayoutError as error:
             raise _broken(node, after, f"is not such a collective: {error.problem}") from error
         return

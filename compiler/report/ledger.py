@@ -14,7 +14,7 @@ from meshwright.compiler.graph.transfers import (
     counted,
     moves,
     transfer_key,
-    transfer_of,
+    transfers_of,
 )
 from meshwright.compiler.layout.wires import bytes_sent
 from meshwright.dsl.errors import plural
@@ -28,9 +28,9 @@ class Moved:
     `phase` is `forward` or `backward`, `kind` torch's name (`all_reduce`), `axes` those of the
     mesh. `bytes` is what a rank sends under a bandwidth-optimal algorithm: 2(n-1)/n of an
     all-reduce's operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's.
-    `value` is the node in the graph and `type` the type of its operand; `module` is the path of the
-    innermost module that it belongs to and `modules` those of all; `plan_line` are the places of
-    the statements behind it, such as `gpt.plan:6`.
+    `value` is the node in the graph and `type` the type of its operand, or of those sent together;
+    `module` is the path of the innermost module that it belongs to and `modules` those of all;
+    `plan_line` are the places of the statements behind it, such as `gpt.plan:6`.
     """
 
     phase: str
@@ -133,18 +133,24 @@ def collectives(graphs: Iterable[Graph]) -> dict[Node, Moved]:
     return found
 
 
+def _numel(node: Node, graph: Graph) -> int:
+    return math.prod(node.placed.local_shape(graph.mesh))
+
+
 def _moved(node: Node, graph: Graph) -> Moved:
-    source: Node = node.args[0]
-    wire = transfer_of(node, graph.mesh).wire
-    numel = math.prod(source.placed.local_shape(graph.mesh))
-    size = 0 if wire is None else bytes_sent(wire, numel, source.tensor.dtype.itemsize, graph.mesh)
+    wires = [each.wire for each in transfers_of(node, graph.mesh)]
+    size = sum(
+        bytes_sent(wire, _numel(source, graph), source.tensor.dtype.itemsize, graph.mesh)
+        for source, wire in zip(node.args, wires, strict=True)
+        if wire is not None
+    )
     return Moved(
         "backward" if node.phase in _BACKWARD else "forward",
         counted(node),
         node.kwargs["axes"],
         size,
         node.name,
-        node_type_text(source, graph),
+        ", ".join(node_type_text(source, graph) for source in node.args),
         node.origin.module,
         tuple(path for path, _ in node.origin.modules),
         node.origin.plan_line,

@@ -194,9 +194,10 @@ def test_a_step_sends_what_the_papers_say(name: str, mesh: str) -> None:
             volume = 3 * 4 * sum(shards)
             sent = sent_over(axes, program)
             scatters = 1 if level == 1 else m
+            read = 0.75 if name == "indivisible" else 0.97
             assert sent["reduce_scatter"] == scatters * volume
             if level < 3:
                 assert sent["all_gather"] == volume
             else:
-                # The backward of a linear does not take its bias.
-                assert 2 * m * volume * 0.97 <= sent["all_gather"] <= 2 * m * volume
+                # The backward takes no bias of a linear, and no weight of the first.
+                assert 2 * m * volume * read <= sent["all_gather"] <= 2 * m * volume
