@@ -199,10 +199,11 @@ class _Waits:
             self._need(holding[: len(holding) + 1 - MOST_UNDER_WAY])
 
     def _holds_gradient(self, exchange: Exchange) -> bool:
-        """Whether only what comes after this graph reads the result, and the operand has memory of
-        its own until then."""
+        """Whether an exchange reduces what has memory of its own, which lives until the wait, to
+        what is not read before the end."""
         late = exchange.into is not None or exchange.target in self.saved
-        return late and not isinstance(exchange.source, BucketView)
+        scatters = exchange.wire.kind == "reduce_scatter"
+        return (late or scatters) and not isinstance(exchange.source, BucketView)
 
     def _returned(self, found: Return) -> Return:
         """Leave the wait for what is returned once, as it came, to whoever called."""

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import meshwright
 from meshwright import PlanError
+from meshwright.compiler.graph.ir import Phase
+from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.public import Program
 from meshwright.passes.statements import zero
 from tests.equivalence import check_equal, implicit_gathers
@@ -31,8 +33,10 @@ def compiled(model: nn.Module, example: tuple[Tensor, ...], plan: str) -> Progra
 
 def gathered_again(program: Program) -> set[str]:
     """The modules whose parameters the backward gathers."""
-    moved = [each for each in program.comm() if each.phase == "backward"]
-    return {each.module for each in moved if each.kind == "all_gather"}
+    nodes = program.stages[0].graphs[Phase.BACKWARD].nodes
+    gathers = [node for node in nodes if moves(node) and "all_gather" in str(node.op)]
+    names = {operand.args[1] for node in gathers for operand in node.args if operand.held}
+    return {name.rpartition(".")[0] for name in names}
 
 
 def test_the_docstring_shows_a_linear_before_and_after() -> None:
@@ -194,10 +198,10 @@ def test_a_step_sends_what_the_papers_say(name: str, mesh: str) -> None:
             volume = 3 * 4 * sum(shards)
             sent = sent_over(axes, program)
             scatters = 1 if level == 1 else m
-            read = 0.75 if name == "indivisible" else 0.97
+            read = 0.75 if name == "indivisible" else 0.95
             assert sent["reduce_scatter"] == scatters * volume
             if level < 3:
                 assert sent["all_gather"] == volume
             else:
-                # The backward takes no bias of a linear, and no weight of the first.
+                # The backward takes no bias of a linear, no table, and no weight of the first layer.
                 assert 2 * m * volume * read <= sent["all_gather"] <= 2 * m * volume
