@@ -95,9 +95,11 @@ class Compiled:
         """The instructions of each graph, in the order of `graphs`."""
         found: list[Instructions] = []
         num_wires = 0
-        for graph in self.graphs().values():
-            found.append(overlap(lowered(graph, first_wire=num_wires)))
-            num_wires += len(found[-1].exchanges)
+        for stage in self.stages:
+            for phase, graph in stage.graphs.items():
+                added = frozenset(stage.added(phase))
+                found.append(overlap(lowered(graph, first_wire=num_wires, added=added)))
+                num_wires += len(found[-1].exchanges)
         return tuple(found)
 
     @cached_property

@@ -44,6 +44,17 @@ class Joined:
         kind = collective_kind(self.node.op)
         return kind is not None and kind.gathers
 
+    @property
+    def adds(self) -> bool:
+        """Whether they are added up, each where it is computed."""
+        return not self.gathers and self.value.placed.reduction == "sum"
+
+    @property
+    def value(self) -> Node:
+        """What is saved in a turn, as the graph after the loop takes it."""
+        value: Node = self.node.args[0]
+        return value
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -85,6 +96,12 @@ class Stage:
         """The names of the parameters that the stage computes with."""
         inputs = self.forward.inputs
         return tuple(n.args[1] for n in inputs if n.args[0] == InputKind.PARAMETER)
+
+    def added(self, phase: Phase) -> tuple[int, ...]:
+        """The numbers of the saved values of a graph that are added up over all turns of a loop."""
+        joined = self.joined
+        saved = [int(each.name) for each in self.graphs[phase].outputs_of(OutputKind.SAVED)]
+        return tuple(number for number in saved if number in joined and joined[number].adds)
 
     def received(self, phase: Phase) -> tuple[Node, ...]:
         """The inputs that come from other stages: activations of a forward, cotangents of a

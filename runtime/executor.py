@@ -17,11 +17,12 @@ from meshwright.compiler.codegen.linking import RankContext
 from meshwright.compiler.codegen.printing import Code, Pending, RankFunction
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.aliasing import storage
-from meshwright.compiler.graph.ir import Graph, InputKind, MeshOp, Node, Output, OutputKind
+from meshwright.compiler.graph.ir import Graph, InputKind, MeshOp, Node, Output, OutputKind, Phase
 from meshwright.compiler.layout.layout import shard
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import COMBINE, Wait
 from meshwright.compiler.public import Program
-from meshwright.compiler.stages import PASSED_AS, Joined, Stage
+from meshwright.compiler.stages import PASSED_AS, Action, Joined, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
 from meshwright.runtime.rank import RankProgram, RankState, Results, padded
@@ -96,7 +97,13 @@ class Executor:
                 node, index = each.place
                 bucket = self.graphs[stage.number, each.phase].buckets[node.name]
                 places[number] = bucket, bucket.pairs[index][1]
-        return _Loop(len(stage.forward.mesh.turns), joined, places)
+        return _Loop(
+            stage.forward.mesh,
+            self.state.device,
+            joined,
+            {phase: stage.added(phase) for phase in stage.graphs},
+            places,
+        )
 
     def tensor(self, node: Node) -> Tensor:
         """What this rank holds of a parameter, buffer or constant, in the layout of `node`."""
@@ -135,11 +142,11 @@ class Executor:
             self._keep(each.buckets.values())
             handed, microbatch = saved[action.stage], action.microbatch
             own = handed.once if each.once else handed.by_microbatch[microbatch]
+            self._keep(handed.give_totals(action))
             values, under_way = yield from each.run(inputs, own, microbatch)
             if each.once:
                 handed.share()
-            elif handed.joined:
-                self._keep(handed.filled(microbatch))
+            else:
                 handed.join(microbatch)
             reductions += under_way
             for place, kind, name in each.sent:
@@ -176,26 +183,41 @@ class Executor:
 
 @dataclass(frozen=True, slots=True)
 class _Loop:
-    """How a stage's values of all microbatches become one: `joined` as in `Stage`, and in `places`
-    the part of a bucket in which a saved gradient is summed up, by the gradient's number."""
+    """How a stage's values of all microbatches become one: `joined` as in `Stage`, in `added` the
+    numbers of those that each graph adds up, and in `places` the part of a bucket in which a
+    gradient is added up, by its number."""
 
-    num_turns: int
+    mesh: Mesh
+    device: torch.device
     joined: Mapping[int, Joined]
+    added: Mapping[Phase, tuple[int, ...]]
     places: Mapping[int, tuple[_Bucket, Tensor]]
+
+    def total(self, number: int) -> Tensor:
+        """Where values are added up, whatever it holds yet."""
+        if number in self.places:
+            return self.places[number][1]
+        value = self.joined[number].value
+        shape = value.placed.local_shape(self.mesh)
+        return torch.empty(shape, dtype=value.tensor.dtype, device=self.device)
 
 
 class _Saved:
     """What the graphs of a stage have saved for later ones, by number."""
 
     def __init__(self, loop: _Loop) -> None:
-        self.joined, self.places = loop.joined, loop.places
-        self.by_microbatch: list[dict[int, Any]] = [{} for _ in range(loop.num_turns)]
+        self.loop = loop
+        self.by_microbatch: list[dict[int, Any]] = [{} for _ in loop.mesh.turns]
         self.once: dict[int, Any] = {}
 
-    def filled(self, microbatch: int) -> list[_Bucket]:
-        """The buckets to which the gradients are added that a microbatch has just saved."""
-        own = self.by_microbatch[microbatch]
-        return [self.places[number][0] for number in own if number in self.places]
+    def give_totals(self, action: Action) -> list[_Bucket]:
+        """Hand an action the totals that it adds to. Returns the buckets that hold some of them."""
+        numbers = self.loop.added[action.kind]
+        for number in numbers:
+            if number not in self.once:
+                self.once[number] = self.loop.total(number)
+            self.by_microbatch[action.microbatch][number] = self.once[number]
+        return [self.loop.places[number][0] for number in numbers if number in self.loop.places]
 
     def share(self) -> None:
         """Let every microbatch have what was made once."""
@@ -205,20 +227,19 @@ class _Saved:
     def join(self, microbatch: int) -> None:
         """Join what a microbatch has saved for after the loop with that of the ones before."""
         own = self.by_microbatch[microbatch]
-        for number in self.joined.keys() & own.keys():
+        for number in self.loop.joined.keys() & own.keys():
             self._join(number, own.pop(number), microbatch)
 
     def _join(self, number: int, value: Tensor, microbatch: int) -> None:
-        joined, total = self.joined[number], self.once.get(number)
+        joined, total = self.loop.joined[number], self.once.get(number)
         if joined.gathers:
             if total is None:
                 total = self.once[number] = value.new_empty((len(self.by_microbatch), *value.shape))
             total[microbatch].copy_(value)
         elif total is None:
-            place = self.places[number][1] if number in self.places else torch.empty_like(value)
-            self.once[number] = place.copy_(value)
+            self.once[number] = value.clone()
         else:
-            COMBINE[joined.node.args[0].placed.reduction](total, value, out=total)
+            COMBINE[joined.value.placed.reduction](total, value, out=total)
 
 
 def _arrived(pending: Pending) -> Generator[Any, Any, Tensor]:

@@ -32,6 +32,7 @@ from meshwright.compiler.codegen.instructions import (
 from meshwright.compiler.codegen.linking import RankContext, bind
 from meshwright.compiler.codegen.local import local_args
 from meshwright.compiler.codegen.packing import Packing
+from meshwright.compiler.codegen.totals import add_product, add_to
 from meshwright.compiler.graph.aliasing import IDENTITIES
 from meshwright.compiler.graph.ir import (
     GETITEM,
@@ -68,16 +69,24 @@ _FRESH = {
 _HANDLED = {"device", "layout", "pin_memory"}
 """Keywords of factories that a rank is given its own value for, or that are left out."""
 
+_ADD = Constant("_add_to", add_to)
+_ADD_PRODUCT = Constant("_add_product", add_product)
 _DEVICE = Constant("_device", lambda context: context.device)
 
 
-def lowered(graph: Graph, *, first_wire: int = 0) -> Instructions:
-    """The instructions of a graph; its wires are numbered from `first_wire`."""
-    return _Lowering(graph, first_wire).run()
+def lowered(
+    graph: Graph, *, first_wire: int = 0, added: frozenset[int] = frozenset()
+) -> Instructions:
+    """The instructions of a graph; its wires are numbered from `first_wire`.
+
+    The saved values of the numbers `added` are added up over all turns of a loop: each turn is
+    handed the totals, and the first of them writes over what they hold.
+    """
+    return _Lowering(graph, first_wire, added).run()
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, first_wire: int) -> None:
+    def __init__(self, graph: Graph, first_wire: int, added: frozenset[int]) -> None:
         self.graph, self.mesh, self.num_wires = graph, graph.mesh, first_wire
         self.users, self.returned = graph.users(), graph.returned
         self.body: list[Instruction] = []
@@ -85,6 +94,13 @@ class _Lowering:
         self.values: dict[Node, Value] = {}
         self.names: set[str] = set()
         self.shared: dict[TransferKey, Value] = {}
+        self.totals: dict[Node, list[int]] = {}
+        """What is added up, and the numbers of the totals."""
+        for output in graph.outputs_of(OutputKind.SAVED):
+            if int(output.name) in added:
+                self.totals.setdefault(output.node, []).append(int(output.name))
+        self.late: list[Node] = []
+        """What others send, which is added up once all is computed."""
         self.packed: dict[Node, Packing] = {}
         """What was sent together and is not apart yet."""
         self.slots: dict[Node, list[BucketView]] = {}
@@ -99,10 +115,16 @@ class _Lowering:
         for node in self.graph.nodes:
             if node.op != INPUT:
                 self._node(node)
+            if node in self.totals and collective_kind(node.op) is not None:
+                self.late.append(node)
+            else:
+                self._add(node)
             for slot in self.slots.get(node, ()):
                 if self.values[node] != slot:
                     # At once, so that its own memory is free again.
                     self.body.append(Copy(self.values[node], slot, node))
+        for node in self.late:
+            self._add(node)
         self._return()
         return Instructions(self.graph.name, inputs, tuple(self.body))
 
@@ -160,6 +182,13 @@ class _Lowering:
         results = node.layout if isinstance(node.layout, tuple) else (node.placed,)
         operands = [operand.placed for operand in node.operands()]
         args, kwargs = local_args(node.op, node.args, node.kwargs, operands, results, self.mesh)
+        (total,) = self.totals[node] if self._is_added_product(node) else (None,)
+        if total is not None:
+            held = self._take(node, total)
+            positional = (held, *(self._operand(arg) for arg in args))
+            self.body.append(Call(None, _ADD_PRODUCT, positional, {}, node))
+            self.values[node] = held
+            return
         if node.op in FAST:
             function = self._fixed(*FAST[node.op])
         else:
@@ -195,6 +224,25 @@ class _Lowering:
         places = self.slots.get(node, [])
         alone = len(places) == len(self.users[node]) == 1 and node not in self.returned
         return places[0] if alone else None
+
+    def _is_added_product(self, node: Node) -> bool:
+        """Whether a value is a matrix product that is for one total, and nothing else."""
+        alone = len(self.totals.get(node, ())) == 1 and not self.users[node]
+        saved = [each for each in self.graph.outputs if each.node is node]
+        return node.op == aten.mm.default and alone and len(saved) == 1
+
+    def _take(self, node: Node, number: int) -> Variable:
+        held = self._named(f"{node.name}_total")
+        self.body.append(Take(held, number, node))
+        return held
+
+    def _add(self, node: Node) -> None:
+        """Add a value to its totals, unless it was computed there."""
+        if self._is_added_product(node):
+            return
+        for number in self.totals.get(node, ()):
+            held = self._take(node, number)
+            self.body.append(Call(None, _ADD, (held, self.values[node]), {}, node))
 
     def _collective(self, node: Node) -> None:
         source: Node = node.args[0]
@@ -251,7 +299,12 @@ class _Lowering:
 
     def _return(self) -> None:
         handed = self.graph.outputs_of(OutputKind.SAVED)
-        saved = tuple((int(output.name), self.values[output.node]) for output in handed)
+        totals = {number for numbers in self.totals.values() for number in numbers}
+        saved = tuple(
+            (int(output.name), self.values[output.node])
+            for output in handed
+            if int(output.name) not in totals
+        )
         if saved:
             self.body.append(Save(saved))
         self.body.append(Return(tuple(self.values[each.node] for each in self.graph.results)))

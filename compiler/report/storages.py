@@ -136,7 +136,8 @@ class _Saved:
     """The values that graphs of a stage have saved for later ones, as the executor keeps them."""
 
     def __init__(self, stage: Stage) -> None:
-        self.turns = len(stage.forward.mesh.turns)
+        self.stage, self.mesh = stage, stage.forward.mesh
+        self.turns = len(self.mesh.turns)
         self.by_microbatch: list[dict[int, Held]] = [{} for _ in range(self.turns)]
         self.once: dict[int, Held] = {}
         self.joined = stage.joined
@@ -144,6 +145,21 @@ class _Saved:
     def of(self, action: Action) -> dict[int, Held]:
         """What an action takes from, and adds to."""
         return self.once if action.kind.once else self.by_microbatch[action.microbatch]
+
+    def give_totals(self, action: Action) -> list[Held]:
+        """Hand an action the totals that it adds to. Returns what is held from here on, once for
+        each place where it is."""
+        held: list[Held] = []
+        for number in self.stage.added(action.kind):
+            if number not in self.once:
+                value = self.joined[number].value
+                local = _new(value.placed.local_shape(self.mesh), value.tensor.dtype)
+                outside = replace(local, storage=Storage(0))
+                self.once[number] = local if self.joined[number].place is None else outside
+                held.append(self.once[number])
+            self.by_microbatch[action.microbatch][number] = self.once[number]
+            held.append(self.once[number])
+        return held
 
     def held(self) -> tuple[Held, ...]:
         """All that is saved, once for each place where it is."""
@@ -206,6 +222,7 @@ class Walk:
         self.context = RankContext(graph.mesh, coords, self.device, RandomState(), {})
         self._buckets = {node.name: node for node in graph.nodes if node.op == MeshOp("bucket")}
         self._own = stage.of(action)
+        self._hold(tuple(stage.give_totals(action)))
         for variable, node in instructions.inputs.items():
             self._input(variable, node)
         for each in instructions.body:

@@ -203,5 +203,5 @@ def test_a_step_sends_what_the_papers_say(name: str, mesh: str) -> None:
             if level < 3:
                 assert sent["all_gather"] == volume
             else:
-                # The backward takes no bias of a linear, no table, and no weight of the first layer.
+                # The backward takes no bias of a linear, no table, and no first weight.
                 assert 2 * m * volume * read <= sent["all_gather"] <= 2 * m * volume
