@@ -138,6 +138,9 @@ class _Looper:
         after = combines(node, self.mesh) and node not in self.counted
         if after or any(self.phases[n] is Phase.AFTER for n in node.operands()):
             return Phase.AFTER
+        if not combines(node, self.mesh) and any(in_loop(n, self.mesh) for n in node.operands()):
+            # It takes only the type of what differs between turns, as zeros like it.
+            return node.phase
         return Phase.BEFORE
 
     def _needed_whole(self) -> set[Node]:

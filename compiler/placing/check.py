@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from meshwright.compiler.errors import LayoutError, PassError
-from meshwright.compiler.graph.ir import Graph, Node, NodeLayout
+from meshwright.compiler.graph.ir import SAVED, Graph, Node, NodeLayout
 from meshwright.compiler.graph.transfers import collective_kind, transfers_of
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
@@ -90,13 +90,19 @@ def _check_placed(node: Node, graph: Graph, after: str, saved: Saved) -> None:
             n.tensor,
             n.placed,
             differentiable=n.requires_grad and node.requires_grad,
-            zero=makes_zeros(n.op, n.args),
+            zero=_is_zeros(n, saved),
         ),
         tuple(layout for layout in layouts[:1] if layout is not None),
     )
     if not _allowed(call, layouts):
         given = ", ".join(str(operand.layout) for operand in call.operands)
         raise _broken(node, after, f"may not give {layouts} on operands {given}")
+
+
+def _is_zeros(node: Node, saved: Saved) -> bool:
+    """Whether a value is zeros that were made for it, in an earlier graph too."""
+    made = saved.get(str(node.args[0]), node) if node.op == SAVED else node
+    return makes_zeros(made.op, made.args)
 
 
 def _check_sizes(node: Node, after: str) -> None:

@@ -78,6 +78,25 @@ def test_microbatches_count_for_as_many_labels_as_they_have(reduction: str, leve
     check_equal(Labelled(reduction), uneven, plan)
 
 
+class Indexed(nn.Module):
+    """Takes rows of a table by numbers that it computes, and by those that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 8))
+
+    def forward(self, x: Tensor, places: Tensor) -> Tensor:
+        fixed = torch.arange(16).view(4, 4) % 9
+        bias = self.table[fixed.flatten()].view(4, 4, 8).sum(0)
+        return (x * self.table[places] + bias.sum(0)).square().mean()
+
+
+def test_tables_that_are_indexed_have_gradients_of_all_microbatches() -> None:
+    torch.manual_seed(0)
+    example = lambda: (real(8, 8), torch.randint(0, 9, (8,)))  # noqa: E731
+    check_equal(Indexed(), example, "mesh dp=2\ndata x, places over dp\naccumulate 2\n")
+
+
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
