@@ -1,10 +1,11 @@
 """Send the small weights of a block together, and their gradients.
 
-Before:  gather: f32[64, 16]  = all_gather_replicated(up_weight, dp)  # blocks.0.up
-         gather_1: f32[64]    = all_gather_replicated(up_bias, dp)    # blocks.0.up
-After:   gathers: (f32[64, 16], f32[64]) = all_gather_replicated(up_weight, up_bias, dp)
-         gather: f32[64, 16]             = gathers[0]
-         gather_1: f32[64]               = gathers[1]
+Before:  all_gather_replicated: f32[64, 16] = all_gather_replicated(layers_0_weight, dp)
+         all_gather_replicated_1: f32[64]   = all_gather_replicated(layers_0_bias, dp)
+After:   together: (f32[64, 16], f32[64])   = all_gather_replicated(layers_0_weight,
+             layers_0_bias, dp)
+         all_gather_replicated: f32[64, 16] = together[0]
+         all_gather_replicated_1: f32[64]   = together[1]
 
 A message costs its latency however few bytes it has, so what is small travels with what the same
 block needs: gathers of its weights when the first of them is wanted, scatters of its gradients when
@@ -77,7 +78,7 @@ class _Fuser:
             block = _block(node.origin)
             if block is None or self._bytes(node) > SMALL_BYTES:
                 continue
-            key = (block, node.op, tuple(node.kwargs.items()), node.tensor.dtype)
+            key = (block.module, node.op, tuple(node.kwargs.items()), node.tensor.dtype)
             group = open_groups.get(key, [])
             if not group or sum(map(self._bytes, group)) > MOST_BYTES:
                 group = open_groups[key] = []
@@ -119,13 +120,14 @@ class _Fuser:
         node, types = group[0], tuple(each.tensor for each in group)
         block = _block(node.origin)
         assert block is not None
+        lines = (line for each in group for line in each.origin.plan_line.split(", ") if line)
         return self.builder.emit(
             node.op,
             tuple(self.mapping[each.args[0]] for each in group),
             node.kwargs,
             type=types,
             layout=tuple(each.placed for each in group),
-            origin=block,
+            origin=replace(block, plan_line=", ".join(dict.fromkeys(lines))),
             name="together",
             phase=node.phase,
         )
@@ -153,5 +155,5 @@ def _block(origin: Origin) -> Origin | None:
     for depth, (path, kind) in enumerate(origin.modules):
         if path.rpartition(".")[2].isdigit():
             modules = origin.modules[: depth + 1]
-            return Origin(path, kind, plan_line=origin.plan_line, modules=modules)
+            return Origin(path, kind, modules=modules)
     return None
