@@ -105,7 +105,7 @@ PLANS: Mapping[str, tuple[str, str | None]] = {
         None,
     ),
     "input-missing-from-data": ("mesh dp=2\ndata tokens over dp", "mesh dp=2\n" + DATA),
-    "statement-without-a-pass": ("mesh dp=2\n" + DATA + "zero 2 over dp", "mesh dp=2\n" + DATA),
+    "statement-without-a-pass": ("mesh dp=2\n" + DATA + "share blocks.*", "mesh dp=2\n" + DATA),
     "implicit-gather": (
         "mesh tp=2\ncolumns blocks.*.up over tp",
         "mesh tp=2\ncolumns blocks.*.up over tp\nallow replicate blocks.*.down",

@@ -27,7 +27,8 @@ class Moved:
 
     `phase` is `forward` or `backward`, `kind` torch's name (`all_reduce`), `axes` those of the
     mesh. `bytes` is what a rank sends under a bandwidth-optimal algorithm: 2(n-1)/n of an
-    all-reduce's operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's.
+    all-reduce's operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's;
+    a step runs it `times` times, once or in each microbatch.
     `value` is the node in the graph and `type` the type of its operand, or of those sent together;
     `module` is the path of the innermost module that it belongs to and `modules` those of all;
     `plan_line` are the places of the statements behind it, such as `gpt.plan:6`.
@@ -42,8 +43,7 @@ class Moved:
     module: str
     modules: tuple[str, ...]
     plan_line: str
-    times: int = 1
-    """How often it runs in a step: in each microbatch, or once."""
+    times: int
 
 
 @dataclass(frozen=True, slots=True)

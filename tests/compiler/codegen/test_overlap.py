@@ -38,10 +38,10 @@ SEQUENCE = f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}sequence blocks.* over tp\n"
 
 @pytest.fixture
 def program(monkeypatch: pytest.MonkeyPatch) -> meshwright.Program:
-    """A GPT whose weights are gathered where they are used."""
+    """A GPT whose weights are gathered where they are used, each by itself."""
     place = driver.PASSES.index(driver.partition)
     passes = (*driver.PASSES[:place], stored_split, *driver.PASSES[place:])
-    monkeypatch.setattr(driver, "PASSES", passes)
+    monkeypatch.setattr(driver, "PASSES", [each for each in passes if each is not driver.fuse])
     return meshwright.compile(Gpt(layers=2), meshwright.Plan.parse(SEQUENCE), tokens())
 
 

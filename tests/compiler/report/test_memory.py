@@ -91,11 +91,11 @@ def numel(node: Any, program: meshwright.Program) -> int:
     return len(mesh.turns) * torch.Size(node.placed.local_shape(mesh)).numel()
 
 
-def check(model: nn.Module, plan: str, example: Any) -> None:
+def check(model: nn.Module, plan: str, example: Any, most: float = 1.03) -> None:
     program = meshwright.compile(model.train(), meshwright.Plan.parse(plan), example)
     memory = program.memory()
     found, predicted = measured(program, example), memory.peak - memory.optimizer
-    assert found <= predicted <= 1.03 * found, f"{predicted} predicted, {found} measured"
+    assert found <= predicted <= most * found, f"{predicted} predicted, {found} measured"
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -120,9 +120,11 @@ def test_the_peak_of_a_gpt_is_the_one_that_is_measured(plan: str) -> None:
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_the_peak_of_microbatches_is_the_one_that_is_measured(name: str, level: int) -> None:
     zero = f"zero {level} over dp\n" if level and name != "micro alone" else ""
-    check(Gpt(p=0.1), PLANS[name] + zero, tokens())
+    # A gather holds its result from its start; on the virtual mesh only when ranks meet in it.
+    most = 1.2 if zero else 1.03
+    check(Gpt(p=0.1), PLANS[name] + zero, tokens(), most)
     if zero:
-        check(Gpt(p=0.1), re.sub("accumulate.*\n", "", PLANS[name] + zero), tokens())
+        check(Gpt(p=0.1), re.sub("accumulate.*\n", "", PLANS[name] + zero), tokens(), most)
 
 
 class Convolutions(nn.Module):
