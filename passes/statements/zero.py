@@ -42,7 +42,8 @@ def zero(draft: Draft) -> Draft:
     parameters = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == "parameter"}
     for name, statement in _statements(draft).items():
         # What is not trained has no gradient and no state: only level 3 has something to split.
-        if name in parameters and (parameters[name].requires_grad or statement.level == 3):
+        trained = draft.captured.parameters[name].requires_grad
+        if name in parameters and (trained or statement.level == 3):
             draft = _split(draft, parameters[name], statement)
     return draft
 

@@ -101,6 +101,33 @@ def test_what_does_not_divide_is_stored_with_zeros(level: int, micro: str) -> No
     assert stored["frozen"].layout.split_axes == (("dp",) if level == 3 else ())
 
 
+class Switched(nn.Module):
+    """Another layer in evaluation than in training; one is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.frozen = nn.Linear(16, 7), nn.Linear(7, 7).requires_grad_(False)
+        self.training_only, self.evaluation_only = nn.Linear(7, 3), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self.training_only if self.training else self.evaluation_only
+        return last(self.frozen(self.first(x))).square().mean()
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_evaluation_takes_the_weights_as_training_stores_them(level: int) -> None:
+    model = Switched().double()
+    program = compiled(model, rows(), f"mesh dp=2\ndata x over dp\nzero {level} over dp\n")
+    run = program.launch()
+    optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
+    run.step(*rows())
+    optimizer.step()
+    run.copy_to(model)
+    x = real(4, 16)
+    for found in (run.evaluate(x), run.forward(x)):
+        torch.testing.assert_close(found, model.eval()(x).detach())
+
+
 def test_statements_about_modules_leave_the_others_alone() -> None:
     torch.manual_seed(0)
     plan = (
