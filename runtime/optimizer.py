@@ -25,6 +25,11 @@ _ELEMENTWISE = (
     "SGD", "SparseAdam",
 )  # fmt: skip
 """Classes of torch that update each element by itself; others are tried out."""
+_FUSED = {"Adagrad": ("cpu",), **dict.fromkeys(("Adam", "AdamW", "SGD"), ("cpu", "cuda"))}
+"""Classes of torch that have a kernel for the whole update, by device: it makes no temporary
+tensors, where `foreach` makes some as large as the parameters, and is the fastest."""
+_HOW = ("differentiable", "foreach", "fused")
+"""Options that say how an update is computed; where one is given, it stays as it is."""
 
 
 def make_optimizer(
@@ -53,9 +58,21 @@ def make_optimizer(
             make = partial(_make_group, kind, group, options)
             own = list(dict.fromkeys(names[parameter] for parameter in group["params"]))
             _check_elementwise(program, kind, make, own, copies)
-    found = _make(kind, listed, options)
+    chosen = {"fused": True} if _may_fuse(kind, listed, options) else {}
+    found = _make(kind, listed, {**options, **chosen})
     _warn_of_unread(found)
     return found
+
+
+def _may_fuse(kind: object, listed: Groups, options: Mapping[str, Any]) -> bool:
+    """Whether the class has a fused kernel for these parameters, and nobody has chosen another."""
+    devices = next((_FUSED[name] for name in _FUSED if kind is getattr(torch.optim, name)), ())
+    given = {*options, *(option for group in listed for option in group)}
+    return given.isdisjoint(_HOW) and all(
+        parameter.device.type in devices and parameter.is_floating_point()
+        for group in listed
+        for parameter in group["params"]
+    )
 
 
 def _check_elementwise(

@@ -331,6 +331,7 @@ class Run:
         `kind` is a class of `torch.optim` or one like them, `options` are its keywords. `groups`
         are its parameter groups, whose `"params"` are selectors as in plans: the first that matches
         counts, and a last group has the rest. Torch's learning-rate schedulers work on it.
+        Classes with a `fused` kernel for the device use it, unless options say how to compute.
         Raises `RunError` for options that the class does not take, and for classes that look along
         a dim that is split (Muon, Adafactor), or at all tensors together (LBFGS) where this process
         has more than one rank; classes that are not known to be elementwise are tried out first.

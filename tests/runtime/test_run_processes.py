@@ -21,7 +21,7 @@ done
 
 @pytest.mark.parametrize(
     ("num_ranks", "plans", "others"),
-    [(2, ("data", "tensor", "sequence"), " 0"), (4, ("both",), "s 0, 2 and 3")],
+    [(2, ("data", "tensor", "sequence"), " 0"), (4, ("both", "zero"), "s 0, 2 and 3")],
 )
 def test_processes_do_what_the_virtual_mesh_does_and_send_what_the_program_says(
     tmp_path: Path,
