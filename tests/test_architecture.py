@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Container, Iterator, Mapping
@@ -34,14 +35,23 @@ FLOORS = (
 """The rooms of `compiler/`, lowest first: each imports from those below alone."""
 LONGEST_FUNCTION, LONGEST_FILE = 48, 460
 """Lines of the longest function with its docstring, and of the longest file without comments."""
-UNPICKLERS = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+EXECUTES = {"eval", "exec", "compile", "__import__"}
+PICKLES = {
+    *("pickle", "_pickle", "pickletools", "copyreg", "marshal", "shelve", "multiprocessing"),
+    *("dill", "cloudpickle", "joblib", "jsonpickle", "torch.load", "torch.save"),
+    *("torch.serialization", "torch.package", "torch.jit.load", "torch.distributed.checkpoint"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "np.load"),
+}
+"""Modules and functions that execute what they read, by dotted name."""
+OBJECT_COLLECTIVE = re.compile(r"_object(_list)?$")
+"""`all_gather_object`, `broadcast_object_list`, `send_object_list` and so on: they pickle."""
 
 
 def sources() -> list[Path]:
     """The product's files, each once."""
     found = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     own = ROOT / "src" / "meshwright"
-    return found + sorted([*own.glob("*.py"), *own.glob("demo/*.py"), *own.glob("launcher/*.py")])
+    return found + sorted(own.rglob("*.py"))  # which does not follow the links
 
 
 def nodes(path: Path) -> Iterator[ast.AST]:
@@ -121,32 +131,103 @@ def test_the_plan_language_does_not_import_torch() -> None:
     assert wrong == []
 
 
+def executions(tree: ast.AST) -> list[tuple[int, str]]:
+    """Line and name of each use of what makes code of text: calls, and any other mention."""
+    return [
+        (node.lineno, node.id)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and node.id in EXECUTES
+    ] + [
+        (node.lineno, name)
+        for node in ast.walk(tree)
+        for name in names_of(node)
+        if name.startswith("builtins.") and name.removeprefix("builtins.") in EXECUTES
+    ]
+
+
+def unpickling(tree: ast.AST) -> list[tuple[int, str]]:
+    """Line and name of each import or mention of what pickles, or executes what it reads."""
+    return [
+        (getattr(node, "lineno", 0), name)
+        for node in ast.walk(tree)
+        for name in names_of(node)
+        if OBJECT_COLLECTIVE.search(name)
+        or any(name == each or name.startswith(f"{each}.") for each in PICKLES)
+    ]
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """The dotted names that a node imports, reads or, for `import_module`, spells."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        module = node.module or ""
+        return [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    if isinstance(node, ast.Attribute):
+        return [ast.unparse(node)]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "getattr")):
+        return [str(each.value) for each in node.args if isinstance(each, ast.Constant)]
+    return []
+
+
 def test_code_is_executed_where_it_is_generated_and_where_a_rank_runs_its_script() -> None:
-    calls = {
-        place(path)
+    """The first is made of a graph in memory, and the other is named on the command line."""
+    found = {
+        place(path): sorted(name for _, name in uses)
         for path in sources()
-        for node in nodes(path)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id in ("eval", "exec", "compile", "__import__")
+        if (uses := executions(ast.parse(path.read_text(encoding="utf-8"))))
     }
-    assert calls <= {"compiler/codegen/printing.py", "src/meshwright/launcher/rank.py"}
+    one = ["compile", "exec"]
+    assert found == {"compiler/codegen/printing.py": one, "src/meshwright/launcher/rank.py": one}
 
 
-def test_nothing_unpickles() -> None:
+def test_nothing_pickles_or_executes_what_it_reads() -> None:
     found = [
-        f"{place(path, line)} imports {name}"
+        f"{place(path, line)}: {name}"
         for path in sources()
-        for line, name in imported(path)
-        if name.split(".")[0] in UNPICKLERS
+        for line, name in unpickling(ast.parse(path.read_text(encoding="utf-8")))
     ]
-    loads = [
-        place(path, node.lineno)
-        for path in sources()
-        for node in nodes(path)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
-    ]
-    assert found + loads == []
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "import pickle",
+            "import pickle as p",
+            "from marshal import loads",
+            "import torch.package",
+        ),
+        *("x = torch.load(path)", "load = torch.load", "from torch import save", "import shelve"),
+        *("torch.serialization.load(file)", "import_module('dill')", "import multiprocessing.pool"),
+        *("yaml.load(text)", "from yaml import unsafe_load", "numpy.load(path)"),
+        *("dist.all_gather_object(a, b)", "from torch.distributed import broadcast_object_list"),
+        *("dist.send_object_list(a)", "getattr(dist, 'gather_object')", "d.scatter_object_list(a)"),
+    ],
+)
+def test_whatever_pickles_is_seen(text: str) -> None:
+    assert unpickling(ast.parse(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["eval(x)", "f = exec", "map(eval, x)", "compile(x, y, z)", "builtins.exec(x)"]
+)
+def test_whatever_executes_is_seen(text: str) -> None:
+    assert executions(ast.parse(text))
+
+
+def test_what_only_looks_alike_is_allowed() -> None:
+    for text in (
+        "model.eval()",
+        "re.compile(x)",
+        "torch.compile(x)",
+        "json.load(file)",
+        "yaml.safe_load",
+    ):
+        tree = ast.parse(text)
+        assert not executions(tree)
+        assert not unpickling(tree)
 
 
 def swallows_everything(node: ast.AST) -> bool:
