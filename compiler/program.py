@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from meshwright.compiler.capture.capture import Captured
 from meshwright.compiler.codegen.instructions import Instructions
@@ -18,20 +18,12 @@ from meshwright.compiler.codegen.overlap import overlap
 from meshwright.compiler.codegen.printing import Code, printed
 from meshwright.compiler.graph.ir import Graph, InputKind, Node, TensorType
 from meshwright.compiler.graph.text import exact_text
+from meshwright.compiler.layout.extents import Padding
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.stages import Schedule, Stage, check_schedule
 from meshwright.dsl.plan import Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Padding:
-    """The padding of a stored parameter: `dim` has `padded` entries, and `size` in the model."""
-
-    dim: int
-    size: int
-    padded: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +40,8 @@ class Stored:
     layout: Layout
     used: Layout
     requires_grad: bool
-    padding: Padding | None = None
+    paddings: tuple[Padding, ...] = ()
+    """What is added to the model's tensor, in order: for operators, and by storage."""
     plan_line: str = ""
     """The places of the statements behind the layout."""
 
@@ -56,6 +49,18 @@ class Stored:
     def padded_shape(self) -> tuple[int, ...]:
         """The global shape, padding included: the model's where nothing is padded."""
         return self.layout.shape
+
+    def padded(self, value: Tensor) -> Tensor:
+        """A global tensor with the zeros that storage adds."""
+        for padding in self.paddings:
+            value = padding.added(value)
+        return value
+
+    def unpadded(self, value: Tensor) -> Tensor:
+        """A global tensor as it is stored, without the entries that storage adds."""
+        for padding in reversed(self.paddings):
+            value = padding.cut(value)
+        return value
 
     def local_bytes(self, mesh: Mesh) -> int:
         """The bytes of it that one rank of `mesh` holds."""

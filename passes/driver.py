@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ from meshwright.compiler.capture.outputs import Mode
 from meshwright.compiler.capture.tracing.patches import ALONE
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import Graph, Node, TensorType
+from meshwright.compiler.layout.extents import padding_between
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check_all
@@ -47,7 +49,7 @@ from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
 from meshwright.passes.statements.fragments import with_fragments
-from meshwright.passes.statements.pad import pad, padding_of
+from meshwright.passes.statements.pad import pad
 from meshwright.passes.statements.pad_sequences import pad_sequences
 from meshwright.passes.statements.pins import pin_lines
 from meshwright.passes.statements.rows import rows
@@ -242,14 +244,17 @@ def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dic
         shape = tuple(tensor.shape)
         layout: Layout = node.placed if node is not None else replicated(shape)
         pins = [pin for pin in (draft.inputs.get(name), draft.stored.get(name)) if pin]
-        used = pins[0].layout if name in draft.inputs else replicated(shape)
+        # As captured, as operators use it, and as it is stored: each may be longer.
+        layouts = [replicated(shape), *(pin.layout for pin in pins)]
+        used = layouts[1] if name in draft.inputs else layouts[0]
+        steps = (padding_between(*pair, draft.mesh) for pair in itertools.pairwise(layouts))
         found[name] = Stored(
             name,
             TensorType(shape, tensor.dtype),
             layout,
             used.canonical(draft.mesh) if name in draft.stored else layout,
             tensor.requires_grad,
-            padding_of(shape, layout.shape),
+            tuple(filter(None, steps)) if node is not None else (),
             ", ".join(filter(None, map(pin_lines, pins))),
         )
     return found

@@ -20,12 +20,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from meshwright.compiler.autodiff.pending import keeps_pending
 from meshwright.compiler.graph.aliasing import is_view, node_bytes
 from meshwright.compiler.graph.ir import Builder, Graph, MeshOp, Node, rewrite
-from meshwright.compiler.graph.weights import input_behind
+from meshwright.compiler.graph.weights import CUTS, input_behind
 from meshwright.compiler.layout.layout import Layout
 
 VARY = MeshOp("vary")
@@ -127,7 +125,7 @@ class _Finder:
 
 def _is_parameter(node: Node) -> bool:
     """Whether a node is a parameter as ranks hold or gather it, with what storage adds."""
-    return node.op != torch.ops.aten.slice.Tensor and input_behind(node) is not None
+    return node.op not in CUTS and input_behind(node) is not None
 
 
 def _may_vary(node: Node, axes: tuple[str, ...]) -> bool:

@@ -43,7 +43,8 @@ from meshwright.compiler.graph.ir import (
     nodes_in,
 )
 from meshwright.compiler.graph.slots import call_operands, slotted
-from meshwright.compiler.layout.factors import dim_axes, whole
+from meshwright.compiler.layout.extents import Padding, padding_between
+from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.placing.emit import Emitter, is_floating
 from meshwright.passes.rewriting.recognise import repeated_heads
@@ -70,9 +71,9 @@ class _Partitioner:
         self.mapping: dict[Node, Node] = {}
         self.results: dict[Node, list[Node]] = {}
         """The results of operators that were placed in pieces."""
-        self.unused: dict[Node, tuple[Layout, str]] = {}
-        """Inputs that nothing has taken yet: the layout they are used in, and the line of the plan
-        behind that in which they are stored."""
+        self.unused: dict[Node, tuple[Layout, Padding | None, str]] = {}
+        """Inputs that nothing has taken yet: the layout they are used in, what storage adds to it,
+        and the line of the plan behind that in which they are stored."""
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
         self.emitter.planned = self.sequences.moves
@@ -279,7 +280,8 @@ class _Partitioner:
             name=node.name,
         )
         if stored or held != layout:
-            self.unused[node] = layout, pin_lines(stored or pin)
+            padding = padding_between(layout, stored.layout, mesh) if stored else None
+            self.unused[node] = layout, padding, pin_lines(stored or pin)
         elif pin:
             self.emitter.explicit.add(new)
         return new
@@ -289,26 +291,41 @@ class _Partitioner:
         module it is counted for."""
         if node not in self.unused:
             return
-        layout, line = self.unused.pop(node)
+        layout, padding, line = self.unused.pop(node)
         held = self.mapping[node]
         origin = replace(user, plan_line=line)
-        sizes = zip(held.tensor.shape, node.tensor.shape, strict=True)
-        longer = [dim for dim, (own, used) in enumerate(sizes) if own != used]
-        dims = (
-            whole(held.tensor.shape[i]) if i in longer else d for i, d in enumerate(layout.dims)
-        )
-        value = self.emitter.reshard(held, layout.with_dims(dims), origin)
-        for dim in longer:
-            args = (value, dim, 0, node.tensor.shape[dim])
-            value = self.emitter.call(
-                aten.slice.Tensor, args, origin=origin, requires_grad=node.requires_grad
-            )
+        value = self._cut(held, padding, layout, origin) if padding else held
         value = self.emitter.reshard(value, layout, origin)
         if input_key(node) in self.draft.inputs:
             self.emitter.explicit.add(value)
         if len(self.users[node]) > 1:
             self.emitter.shared.add(value)
         self.mapping[node] = value
+
+    def _cut(self, held: Node, padding: Padding, layout: Layout, origin: Origin) -> Node:
+        """A weight gathered from the ranks that share what each uses, without what storage adds."""
+        dim, start, pieces = padding.dim, 0, []
+        call = partial(self.emitter.call, origin=origin, requires_grad=held.requires_grad)
+        sharing = set(held.placed.split_axes) - set(layout.split_axes)
+        whole = held.placed.drop_split(sharing, self.draft.mesh)
+        value = self.emitter.reshard(held, whole, origin)
+        outer, inner = value.tensor.shape[:dim], value.tensor.shape[dim + 1 :]
+        for extent in padding.extents:
+            piece = value
+            if len(padding.extents) > 1:
+                piece = call(aten.slice.Tensor, (value, dim, start, start + extent.stored))
+            if extent.size == extent.padded:
+                pass
+            elif extent.before > 1:
+                apart = (*outer, extent.before, extent.padded, *inner)
+                piece = call(aten.view.default, (piece, apart))
+                piece = call(aten.slice.Tensor, (piece, dim + 1, 0, extent.size))
+                piece = call(aten.view.default, (piece, (*outer, extent.true, *inner)))
+            else:
+                piece = call(aten.slice.Tensor, (piece, dim, 0, extent.size))
+            pieces.append(piece)
+            start += extent.stored
+        return pieces[0] if len(pieces) == 1 else call(aten.cat.default, (tuple(pieces), dim))
 
     def _output(self, output: Output) -> Node:
         """Results are whole on every rank; a buffer's new value is laid out as the buffer."""

@@ -7,7 +7,7 @@ stage, activations and cotangents for the stage that takes them.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from meshwright.compiler.public import Program
 from meshwright.compiler.stages import PASSED_AS, Action, Joined, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
-from meshwright.runtime.rank import RankProgram, RankState, Results, padded
+from meshwright.runtime.rank import RankProgram, RankState, Results
 
 Kept = Tensor | list[tuple[Tensor, Tensor]]
 """The gradients of a bucket before a step: all as one, or each with its view."""
@@ -40,10 +40,7 @@ class Executor:
     def __init__(self, program: Program, state: RankState, constants: Mapping[str, Tensor]) -> None:
         self.state, self.constants = state, constants
         self.actions = program.schedule[state.rank]
-        self.paddings = {
-            name: stored.padding
-            for name, stored in (*program.parameters.items(), *program.buffers.items())
-        }
+        self.stored = {**program.parameters, **program.buffers}
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}
         codes = {code.name: code for code in program.code}
         graphs = {
@@ -113,9 +110,8 @@ class Executor:
         held, layout = state.tensors[kind, name], state.stored[kind, name].layout
         if layout.equals(node.placed, state.mesh):
             return held
-        padding = self.paddings.get(name)
-        if padding is not None and not layout.split_axes:
-            held = padded(held, replace(state.stored[kind, name], padding=padding))
+        if not layout.split_axes:
+            held = self.stored[name].padded(held)
         if layout.split_axes or held.shape != node.placed.shape:
             raise PassError(
                 f"`{name}` is held as `{layout}`, and this program wants `{node.placed}`",

@@ -22,9 +22,7 @@ def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
         if transfer.wire is not None:
             local = yield transfer.wire, local.contiguous()
         local = apply_all(transfer.after, local, state.coords, state.mesh)
-    if stored.padding is not None:
-        local = local.narrow(stored.padding.dim, 0, stored.padding.size)
-    local = local.reshape(stored.type.shape).contiguous()
+    local = stored.unpadded(local).reshape(stored.type.shape).contiguous()
     shared = local.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
     return local.clone() if shared else local
 

@@ -59,7 +59,8 @@ class RankState:
 
     def local(self, value: Tensor, stored: Stored) -> Tensor:
         """This rank's part of a global tensor, in memory of its own."""
-        part = shard(padded(value.detach(), stored), stored.layout, self.mesh, self.coords)
+        value = stored.padded(value.detach())
+        part = shard(value, stored.layout, self.mesh, self.coords)
         return part.to(self.device, stored.type.dtype).clone(memory_format=torch.contiguous_format)
 
     def flat_buffer(self, owners: tuple[str, ...], node: Node) -> tuple[Tensor, ...]:
@@ -73,15 +74,6 @@ class RankState:
             views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
             self._buckets[key] = (flat, *views)
         return self._buckets[key]
-
-
-def padded(value: Tensor, stored: Stored) -> Tensor:
-    """A global tensor with the zeros that its storage adds."""
-    if stored.padding is None:
-        return value
-    shape = list(value.shape)
-    shape[stored.padding.dim] = stored.padding.padded - stored.padding.size
-    return torch.cat([value, value.new_zeros(shape)], stored.padding.dim)
 
 
 def _indexed(device: torch.device) -> torch.device:

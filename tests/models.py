@@ -73,3 +73,31 @@ def tokens(vocab: int = 48, batch: int = 8, length: int = 8) -> tuple[Tensor, Te
     targets = torch.randint(0, vocab, (batch, length))
     targets[torch.arange(length) < torch.arange(batch)[:, None] % length] = -100
     return torch.randint(0, vocab, (batch, length)), targets
+
+
+UNEVEN = """
+let short = 6, long = 10
+columns up over tp
+columns fused over tp as (short | long)
+rows down, out over tp
+vocab wte, head over tp
+"""
+
+
+class Uneven(nn.Module):
+    """Split weights of which the part of a rank does not divide further: 33 features, a fused
+    product of two sizes, a vocabulary that is padded as it is used, a scalar and a single entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.head = nn.Embedding(11, 7), nn.Linear(7, 11)
+        self.up, self.down = nn.Linear(7, 66), nn.Linear(66, 7)
+        self.fused, self.out = nn.Linear(7, 16), nn.Linear(10, 7)
+        self.scale, self.shift = nn.Parameter(torch.rand(())), nn.Parameter(torch.rand(1))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.wte(tokens) * self.scale
+        x = x + self.down(torch.tanh(self.up(x))) + self.shift
+        short, long = self.fused(x).split((6, 10), -1)
+        x = x + self.out(torch.sigmoid(long)) + short.square().mean(-1, keepdim=True)
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())

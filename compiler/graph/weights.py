@@ -11,16 +11,30 @@ import torch
 from meshwright.compiler.graph.ir import INPUT, MeshOp, Node
 from meshwright.compiler.layout.collectives import COLLECTIVES
 
-_USES = frozenset(MeshOp(name) for name in COLLECTIVES if name != "vary")
+aten = torch.ops.aten
+
+CUTS = frozenset({aten.slice.Tensor, aten.view.default, aten.cat.default})
+"""Operators that cut off what storage adds to a weight."""
+_VARY = MeshOp("vary")
+_USES = frozenset(map(MeshOp, COLLECTIVES)) - {_VARY}
 
 
 def input_behind(node: Node) -> Node | None:
     """The input that a node is, or that it brings to another layout; None for other nodes.
 
-    A slice that cuts off the padding of what is stored is part of the way there.
+    Cutting off the padding of what is stored is part of the way there.
     """
-    if node.op == torch.ops.aten.slice.Tensor and node.args[0].op in _USES:
-        node = node.args[0]
+    whole = _with_padding(node) if node.op in CUTS else node
+    if whole.op in _USES:
+        node = whole
     while node.op in _USES:
         node = node.args[0]
     return node if node.op == INPUT else None
+
+
+def _with_padding(node: Node) -> Node:
+    """The value of which a node, or those before it, may have cut off the padding."""
+    if node.op not in CUTS and node.op != _VARY:
+        return node
+    found = {_with_padding(operand) for operand in node.operands()}
+    return found.pop() if len(found) == 1 else node

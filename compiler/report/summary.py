@@ -131,9 +131,10 @@ def _stored(program: Compiled, local: bool) -> Iterable[Held]:
 
 
 def _note(stored: Stored) -> str:
-    padding = stored.padding
-    if padding is not None:
-        return f"{padding.size} padded to {padding.padded}"
+    sizes = zip(stored.type.shape, stored.padded_shape, strict=True)
+    longer = [f"{own} padded to {held}" for own, held in sizes if own != held]
+    if longer:
+        return ", ".join(longer)
     return "" if stored.requires_grad else "frozen"
 
 

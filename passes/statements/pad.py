@@ -30,10 +30,10 @@ from torch import Tensor
 
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, TensorType
 from meshwright.compiler.graph.slots import filled
-from meshwright.compiler.layout.extents import Extent
+from meshwright.compiler.layout.extents import Extent, Padding, padding_between
+from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.placing.rules.notation import Call, Spec
 from meshwright.compiler.placing.rules.pointwise import POINTWISE, is_pointwise
-from meshwright.compiler.program import Padding
 from meshwright.passes.statements.draft import Draft, input_key
 from meshwright.passes.statements.padder import Padder, resized, treats_apart
 
@@ -47,15 +47,10 @@ def pad(draft: Draft) -> Draft:
     return _Padder(draft).run() if uneven else draft
 
 
-def padding_of(shape: tuple[int, ...], stored: tuple[int, ...]) -> Padding | None:
-    """The padding of a tensor that is stored in a longer shape, if any: one dim is longer."""
-    sizes = enumerate(zip(shape, stored, strict=True))
-    return next((Padding(dim, own, held) for dim, (own, held) in sizes if own != held), None)
-
-
 def _padding(draft: Draft, node: Node) -> Padding | None:
     pin = draft.inputs.get(input_key(node))
-    return padding_of(node.tensor.shape, pin.layout.shape) if pin else None
+    whole = replicated(node.tensor.shape)
+    return padding_between(whole, pin.layout, draft.mesh) if pin else None
 
 
 class _Padder(Padder):
@@ -63,7 +58,8 @@ class _Padder(Padder):
         padding = _padding(self.draft, node)
         if padding is None:
             return super().input(node)
-        extents = {padding.dim: Extent(1, padding.size, padding.padded, 1)}
+        (extent,) = padding.extents
+        extents = {padding.dim: extent}
         new = self.builder.copy(node, {}, type=resized(node.tensor, extents))
         self.extents[new] = extents
         return new

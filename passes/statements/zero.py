@@ -13,7 +13,8 @@ That holds for every level: they differ in when parameters are gathered and grad
 Level 1 gathers once a step and scatters once, after the last microbatch; level 2 scatters in every
 microbatch, so that no rank holds whole gradients; level 3 gathers before each use as well, once
 more for the backward, so that no rank holds whole parameters. A parameter is split along the first
-dim that divides, or its storage is padded.
+dim that divides; where none does, storage adds zeros to what each rank uses of it. A scalar stays
+whole: no rank can hold less than one entry.
 Requires: pins of the statements that split what operators use. Ensures: `stored` and `zero`.
 Elsewhere: ZeRO (Rajbhandari et al., 1910.02054), FSDP2's fully_shard.
 """
@@ -25,13 +26,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from meshwright.compiler.graph.ir import Node
-from meshwright.compiler.layout.factors import Factor, local_size
+from meshwright.compiler.layout.factors import Factor, Segment, local_size
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.dsl.layouts import format_axes
 from meshwright.dsl.statements import Zero
 from meshwright.passes.statements.draft import Draft, Pin
-from meshwright.passes.statements.pins import tensor_text
 from meshwright.passes.statements.targets import modules_of
 
 
@@ -81,15 +80,7 @@ def _split(draft: Draft, node: Node, statement: Zero) -> Draft:
     over = tuple(axis for axis in statement.over if axis not in used.split_axes)
     if draft.mesh.size(over) == 1 or not shape:
         return draft
-    way = min(_ways(used, over, draft.mesh), key=_cost, default=None)
-    if way is None:
-        raise draft.plan.error(
-            "P203",
-            f"cannot store `{name}` split over {format_axes(over)}",
-            [*(pin.statements[-1:] if pin else ()), statement],
-            subject=f"{tensor_text(node)}, used as {used}",
-            help="store it whole: name the modules or parameters that `zero` is for",
-        )
+    way = min(_ways(used, over, draft.mesh), key=_cost)
     statements = (*(pin.statements if pin else ()), statement)
     return replace(
         draft,
@@ -114,18 +105,17 @@ def _cost(way: _Way) -> tuple[int, bool, int]:
 
 
 def _ways(used: Layout, axes: tuple[str, ...], mesh: Mesh) -> Iterator[_Way]:
-    """The ways to split what a rank uses further: along the minor factor of each dim."""
+    """The ways to split what a rank uses further: along the last factor of a dim's segments."""
     local = used.local_shape(mesh)
     for i, dim in enumerate(used.dims):
-        if len(dim) > 1:
-            continue
-        (*major, minor) = dim[0]
-        parts = mesh.size((*minor.axes, *axes))
-        size = -(-minor.size // parts) * parts
-        if size > minor.size and (major or minor.axes):
-            # What storage adds stands at the end of a dim that operators use whole.
-            continue
-        split = ((*major, Factor(size, (*minor.axes, *axes))),)
+        split = tuple(_split_further(segment, axes, mesh) for segment in dim)
         layout = used.with_dims((*used.dims[:i], split, *used.dims[i + 1 :]))
-        before = math.prod(local[:i]) * local_size(((*major,),), mesh)
-        yield _Way(layout, i, math.prod(layout.shape) - math.prod(used.shape), before > 1)
+        before = math.prod(local[:i]) * local_size((dim[0][:-1],), mesh)
+        moved = before > 1 or len(dim) > 1
+        yield _Way(layout, i, math.prod(layout.shape) - math.prod(used.shape), moved)
+
+
+def _split_further(segment: Segment, axes: tuple[str, ...], mesh: Mesh) -> Segment:
+    (*major, minor) = segment
+    parts = mesh.size((*minor.axes, *axes))
+    return (*major, Factor(-(-minor.size // parts) * parts, (*minor.axes, *axes)))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.layout.factors import Dim, Factor, dim_axes
+from meshwright.compiler.layout.extents import Extent, Padding
+from meshwright.compiler.layout.factors import Dim, Factor
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.checkpoint.files import COPY_AGAIN, read_bytes, regular_file, size_of
@@ -26,7 +27,7 @@ from meshwright.runtime.errors import RunError
 
 MANIFEST = "manifest.json"
 SAVE = re.compile(r"[0-9a-f]{32}")
-_FORMAT, _VERSION = "meshwright checkpoint", 2
+_FORMAT, _VERSION = "meshwright checkpoint", 3
 _START = re.compile(rf'{{\n  "format": "{_FORMAT}",\n  "version": (\d{{1,9}}),\n')
 _SAVE = re.compile(r'  "save": "([0-9a-f]{32})",\n')
 _END = re.compile(rb'  "sha256": "([0-9a-f]{64})"\n}\n')
@@ -46,6 +47,8 @@ class SavedTensor:
     layout: Layout
     owners: tuple[int, ...]
     """The rank that wrote each part, in the order of `parts.part_coords`."""
+    paddings: tuple[Padding, ...]
+    """What storage adds to the shape, which is in no file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Manifest:
                 "dims": [[[[f.size, *f.axes] for f in part] for part in dim]
                          for dim in saved.layout.dims],
                 "ranks": saved.owners,
+                "padding": saved.paddings,
             }
             for name, saved in self.tensors.items()
         }  # fmt: skip
@@ -274,9 +278,8 @@ def _tensor(row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
     layout = Layout(tuple(_dim(dim) for dim in row["dims"]))
     layout.canonical(mesh)
     shape = tuple(_count(size, 0) for size in row["shape"])
-    padding = [full - size for full, size in zip(layout.shape, shape, strict=True)]
-    parts = [mesh.size(dim_axes(dim)) for dim in layout.dims]
-    if any(not 0 <= more < most for more, most in zip(padding, parts, strict=True)):
+    paddings = tuple(_padding(each) for each in row["padding"])
+    if _padded(shape, paddings, mesh) != layout.shape:
         raise ValueError(f"shape {shape} does not fit layout {layout}")
     owners = tuple(_count(rank, 0) for rank in row["ranks"])
     if len(owners) != mesh.size(layout.split_axes) or max(owners) >= mesh.num_ranks:
@@ -287,7 +290,25 @@ def _tensor(row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
         if mesh.position(mesh.coords(rank), axes) != part:
             raise ValueError(f"rank {rank} does not hold part {part} of layout {layout}")
     dtype_of(dtype := _text(row["dtype"]))
-    return SavedTensor(shape, dtype, layout, owners)
+    return SavedTensor(shape, dtype, layout, owners, paddings)
+
+
+def _padding(found: Sequence[Any]) -> Padding:
+    dim, extents = found
+    return Padding(_count(dim, 0), tuple(Extent(*map(_count, each)) for each in extents))
+
+
+def _padded(shape: tuple[int, ...], paddings: Sequence[Padding], mesh: Mesh) -> tuple[int, ...]:
+    """The shape with what storage adds: less than an entry per block and rank that shares it."""
+    for padding in paddings:
+        for extent in padding.extents:
+            if not 0 <= extent.padded - extent.size < mesh.num_ranks:
+                raise ValueError(f"{extent.size} entries padded to {extent.padded}")
+        if sum(extent.true for extent in padding.extents) != shape[padding.dim]:
+            raise ValueError(f"the padding does not fit dim {padding.dim} of {shape}")
+        stored = sum(extent.stored for extent in padding.extents)
+        shape = (*shape[: padding.dim], stored, *shape[padding.dim + 1 :])
+    return shape
 
 
 def _dim(dim: Sequence[Any]) -> Dim:

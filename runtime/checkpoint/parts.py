@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meshwright.compiler.layout.extents import Padding, positions
 from meshwright.compiler.layout.layout import Layout, block_map
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Stored
@@ -29,11 +30,12 @@ class Entry:
     shape: tuple[int, ...]
     layout: Layout
     tensor: Tensor
+    paddings: tuple[Padding, ...] = ()
 
     @staticmethod
     def of(stored: Stored, tensor: Tensor, name: str = "") -> Entry:
         """A parameter or buffer, or something of its shape under another name."""
-        return Entry(name or stored.name, stored.type.shape, stored.layout, tensor)
+        return Entry(name or stored.name, stored.type.shape, stored.layout, tensor, stored.paddings)
 
     def owners(self, place: int, mesh: Mesh) -> tuple[int, ...]:
         """The rank that writes each part; ranks with copies take turns, by the entry's place."""
@@ -53,6 +55,7 @@ def saved_tensors(entries: Sequence[Entry], mesh: Mesh) -> dict[str, SavedTensor
             str(entry.tensor.dtype).removeprefix("torch."),
             entry.layout,
             entry.owners(place, mesh),
+            entry.paddings,
         )
         for place, entry in enumerate(entries)
     }
@@ -66,9 +69,15 @@ def part_coords(layout: Layout, mesh: Mesh) -> Iterator[dict[str, int]]:
         yield {**origin, **dict(zip(axes, place, strict=True))}
 
 
-def indices(layout: Layout, mesh: Mesh, coords: Mapping[str, int]) -> list[Tensor]:
-    """For each dim, the global indices that the rank at `coords` holds, padding included."""
-    return [block_map(Layout((dim,)), mesh, coords) for dim in layout.dims]
+def indices(saved: Entry | SavedTensor, mesh: Mesh, coords: Mapping[str, int]) -> list[Tensor]:
+    """For each dim, the global indices of the entries that the rank at `coords` holds: -1 for one
+    that storage adds."""
+    found = []
+    for dim, (size, spelling) in enumerate(zip(saved.shape, saved.layout.dims, strict=True)):
+        held = block_map(Layout((spelling,)), mesh, coords)
+        padded = any(padding.dim == dim for padding in saved.paddings)
+        found.append(positions(size, saved.paddings, dim)[held] if padded else held)
+    return found
 
 
 def own_parts(entries: Sequence[Entry], state: RankState) -> dict[str, Tensor]:
@@ -82,12 +91,11 @@ def own_parts(entries: Sequence[Entry], state: RankState) -> dict[str, Tensor]:
 
 def _true_entries(entry: Entry, state: RankState) -> Tensor:
     tensor = entry.tensor.detach()
-    if entry.shape == entry.layout.shape:
+    if not entry.paddings:
         return tensor
-    held = indices(entry.layout, state.mesh, state.coords)
-    for dim, (index, size) in enumerate(zip(held, entry.shape, strict=True)):
-        if (index >= size).any():
-            kept = (index < size).nonzero().squeeze(1)
+    for dim, index in enumerate(indices(entry, state.mesh, state.coords)):
+        if (index < 0).any():
+            kept = (index >= 0).nonzero().squeeze(1)
             tensor = tensor.index_select(dim, kept.to(tensor.device))
     return tensor
 
@@ -96,7 +104,7 @@ def read_into(
     entry: Entry, name: str, manifest: Manifest, shards: Shards, state: RankState
 ) -> None:
     """Fill what this rank holds of `entry` from the parts of the tensor saved as `name`."""
-    wanted = indices(entry.layout, state.mesh, state.coords)
+    wanted = indices(entry, state.mesh, state.coords)
     _fill(entry.tensor.detach(), wanted, name, manifest, shards)
 
 
@@ -114,8 +122,7 @@ def _fill(
     """Fill `target`, which holds the global indices `wanted`, from every part that has some."""
     saved = manifest.tensors[name]
     for owner, coords in zip(saved.owners, part_coords(saved.layout, manifest.mesh), strict=True):
-        given = indices(saved.layout, manifest.mesh, coords)
-        given = [index[index < size] for index, size in zip(given, saved.shape, strict=True)]
+        given = [index[index >= 0] for index in indices(saved, manifest.mesh, coords)]
         places = [_common(w, g) for w, g in zip(wanted, given, strict=True)]
         if all(len(mine) for mine, _ in places):
             shape = tuple(len(index) for index in given)

@@ -16,9 +16,10 @@ from meshwright import PlanError
 from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.public import Program
+from meshwright.compiler.report.summary import summarise
 from meshwright.passes.statements import zero
 from tests.equivalence import check_equal, implicit_gathers
-from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Mlp, real, rows, tokens
+from tests.models import GPT_DATA, GPT_TENSOR, UNEVEN, Gpt, Mlp, Uneven, real, rows, tokens
 from tests.passes import examples
 from tests.passes.stages import check_documented, shown, stages
 from tests.test_equivalence_huggingface import gpt2, llama
@@ -126,6 +127,33 @@ def test_evaluation_takes_the_weights_as_training_stores_them(level: int) -> Non
     x = real(4, 16)
     for found in (run.evaluate(x), run.forward(x)):
         torch.testing.assert_close(found, model.eval()(x).detach())
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+@pytest.mark.parametrize("plan", ["mesh dp=4, tp=2\n", "mesh dp=3, tp=2\naccumulate 2\n"])
+def test_zeros_stand_at_the_end_of_each_part_that_ranks_use(plan: str, level: int) -> None:
+    torch.manual_seed(0)
+    plan = f"{plan}{GPT_DATA}{UNEVEN}zero {level} over dp\n"
+    program = check_equal(Uneven(), lambda: tokens(11, 12, 4), plan)
+    for name, stored in program.parameters.items():
+        assert ("dp" in stored.layout.split_axes) == (name != "scale"), name
+
+
+def test_a_part_that_does_not_divide_is_stored_longer_and_shown_so() -> None:
+    program = compiled(
+        Uneven(), tokens(11, 12, 4), f"mesh dp=4, tp=2\n{GPT_DATA}{UNEVEN}zero 3 over dp\n"
+    )
+    layouts = {name: str(each.layout) for name, each in program.parameters.items()}
+    assert layouts["up.bias"] == "[72@(tp, dp)]"
+    assert layouts["fused.bias"] == "[(8@(tp, dp) | 16@(tp, dp))]"
+    assert layouts["head.bias"] == "[16@(tp, dp)]"
+    assert layouts["wte.weight"] == "[12@tp, 8@dp]"
+    value = torch.arange(66.0) + 1
+    stored = program.parameters["up.bias"]
+    assert (stored.padded(value).view(2, 36)[:, 33:] == 0).all()
+    assert torch.equal(stored.unpadded(stored.padded(value)), value)
+    notes = {held.note for held in summarise(program).held}
+    assert {"66 padded to 72", "11 padded to 12, 7 padded to 8"} <= notes
 
 
 def test_statements_about_modules_leave_the_others_alone() -> None:

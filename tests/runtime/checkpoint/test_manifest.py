@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import meshwright as mw
+from meshwright.compiler.layout.extents import Extent, Padding
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.checkpoint.manifest import (
     Manifest,
@@ -26,6 +27,7 @@ from tests.compiler.layouts import split
 from tests.runtime.checkpoint.damage import sealed
 
 SAVE = "0123456789abcdef" * 2
+PADDING = Padding(0, (Extent(1, 3, 4, 1),))
 
 
 @functools.cache
@@ -35,7 +37,7 @@ def small() -> Manifest:
         mesh=Mesh((("tp", 2),)),
         random={"seed": -3, "step": 7},
         aliases={"w": "w", "head.ä": "w"},
-        tensors={"w": SavedTensor((3, 2), "float32", split((4, 2), {0: "tp"}), (0, 1))},
+        tensors={"w": SavedTensor((3, 2), "float32", split((4, 2), {0: "tp"}), (0, 1), (PADDING,))},
         optimizer=None,
         shards=(Shard(100, "a" * 64), Shard(200, "b" * 64)),
     )
@@ -107,7 +109,12 @@ REFUSED = {
     "a million segments": tensor(dims=[[[]] * MANY, [[[2]]]]),
     "an axis twice in a tensor": tensor(dims=[[[[4, "tp"]]], [[[2, "tp"]]]], ranks=[0, 1]),
     "an axis that the mesh lacks": tensor(dims=[[[[4, "pp"]]], [[[2]]]]),
-    "more padding than parts": tensor(shape=[2, 2]),
+    "a shape shorter than its padding": tensor(shape=[2, 2]),
+    "more padding than parts": tensor(shape=[2, 2], padding=[[0, [[1, 2, 4, 1]]]]),
+    "padding of a dim that is not there": tensor(padding=[[2, [[1, 3, 4, 1]]]]),
+    "padding of nothing": tensor(padding=[[0, []]]),
+    "padding that is negative": tensor(padding=[[0, [[1, 4, 3, 1]]]]),
+    "padding in blocks of other sizes": tensor(padding=[[0, [[2, 2, 2, 1]]]]),
     "a part too many": tensor(ranks=[0, 1, 0]),
     "a rank that is not there": tensor(ranks=[0, 2]),
     "a rank that is not there for a whole": tensor(
@@ -133,7 +140,7 @@ def test_what_makes_no_sense_is_refused_at_once(tmp_path: Path, case: str) -> No
     assert len(str(caught.value)) < 1000
 
 
-@pytest.mark.parametrize("key", ["shape", "dtype", "dims", "ranks"])
+@pytest.mark.parametrize("key", ["shape", "dtype", "dims", "ranks", "padding"])
 @pytest.mark.parametrize("value", [None, 3, "text", [[1]], [-1, -1], {"a": 1}])
 def test_the_tensor_that_makes_no_sense_is_named(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(mw.RunError, match="can be read: `w`: "):
@@ -194,7 +201,7 @@ def test_a_manifest_that_no_save_wrote_is_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(mw.RunError, match="a save would replace it"):
             check_replaceable(tmp_path)
     file.write_text('{\n  "format": "meshwright checkpoint",\n  "version": 1,\n  "number": 3,\n')
-    with pytest.raises(mw.RunError, match="version 1 of the format, and this is version 2"):
+    with pytest.raises(mw.RunError, match="version 1 of the format, and this is version 3"):
         check_replaceable(tmp_path)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 import meshwright as mw
 from meshwright.runtime.checkpoint.folder import OpenSave
 from meshwright.runtime.checkpoint.parts import read_whole
+from tests.models import GPT_DATA, UNEVEN, Uneven, tokens
 from tests.runtime.checkpoint.test_checkpoint import PATTERN, equal, launched, train
 from tests.runtime.models import PLANS
 
@@ -76,3 +77,51 @@ def test_a_checkpoint_of_any_plan_goes_on_under_any_other(tmp_path: Path, number
         train(other, theirs, 2, 2)
         other.check(theirs)
         assert equal(other, run, 0.0 if target == source else 1e-11), target
+
+
+UNEVEN_PLANS = {
+    "block": f"mesh dp=4, tp=2\n{GPT_DATA}{UNEVEN}zero 3 over dp\n",
+    "accumulated": f"mesh dp=3, tp=2\naccumulate 2\n{GPT_DATA}{UNEVEN}zero 1 over dp\n",
+    "whole": f"mesh dp=4\n{GPT_DATA}zero 2 over dp\n",
+    "tensor": f"mesh tp=2\n{UNEVEN}",
+    "one": "mesh dp=1\n",
+}
+
+
+def test_what_storage_adds_is_in_no_checkpoint_norm_or_copy(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches = Uneven().double(), [tokens(11, 12, 4) for _ in range(4)]
+    programs = {
+        name: mw.compile(model, mw.Plan.parse(plan), example=batches[0])
+        for name, plan in UNEVEN_PLANS.items()
+    }
+    trained: dict[str, tuple[mw.Run, float]] = {}
+    for source, program in programs.items():
+        run = program.launch()
+        optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2)
+        advance(run, optimizer, batches[:2])
+        run.save(tmp_path / source, optimizer)
+        trained[source] = run, advance(run, optimizer, batches[2:])
+        assert trained[source][1] == pytest.approx(trained["block"][1], abs=1e-12)
+    for source, (run, norm) in trained.items():
+        for target, program in programs.items():
+            other = program.launch(seed=1)
+            theirs = other.optimizer(torch.optim.AdamW, lr=1e-2)
+            other.load(tmp_path / source, theirs)
+            other.save(tmp_path / "again", theirs)
+            assert same(contents(tmp_path / "again"), contents(tmp_path / source)), target
+            assert advance(other, theirs, batches[2:]) == pytest.approx(norm, abs=1e-12)
+            other.check(theirs)
+            assert equal(other, run, 0.0 if target == source else 1e-11), (source, target)
+
+
+def advance(
+    run: mw.Run, optimizer: torch.optim.Optimizer, batches: list[tuple[Tensor, Tensor]]
+) -> float:
+    """Train with clipped gradients; returns the last norm."""
+    for batch in batches:
+        run.step(*batch)
+        norm = run.clip_grad_norm_(0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(norm)
