@@ -40,3 +40,21 @@ def test_a_resumed_training_has_the_losses_of_one_that_was_not_stopped(tmp_path:
     assert begun + train.main(steps=6, folder=tmp_path) == whole
     saved = torch.load(tmp_path / "model.pt", weights_only=True)
     assert saved.keys() == train.Classifier().state_dict().keys()
+
+
+def test_an_interrupted_training_goes_on_with_the_same_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = load("train_gpt")
+    whole = train.main(steps=6)
+
+    def interrupted(text: torch.Tensor, number: int, *rows: slice) -> object:
+        if number == 5:
+            raise KeyboardInterrupt
+        return train.batch(text, number, *rows)
+
+    stopped = load("train_gpt")
+    monkeypatch.setattr(stopped, "batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.main(steps=6, folder=tmp_path, every=2)
+    assert train.main(steps=6, folder=tmp_path) == whole[4:]
