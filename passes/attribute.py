@@ -62,7 +62,9 @@ class _Lines:
             return
         operands = sorted(dict.fromkeys(node.operands()), key=lambda n: n not in self.weights)
         for axis in _axes_used(node):
-            line = next((line for n in operands if (line := self.axes[n].get(axis))), "")
+            # What asks for a gather says nothing of what the gathered value is combined with.
+            lines = (self.axes[n].get(axis) for n in operands if axis in _axes_used(n))
+            line = next(filter(None, lines), "")
             if line:
                 self._explain(node, axis, line)
         if is_collective(node):

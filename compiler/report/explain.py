@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from meshwright.compiler.graph.ir import INPUT, MeshOp, Node, OutputKind, TensorType
+from meshwright.compiler.graph.ir import INPUT, Node, TensorType
 from meshwright.compiler.graph.text import size_text, type_text
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Moved, collectives
+from meshwright.compiler.report.shares import shares
 from meshwright.compiler.report.sheets import Column, Sheet
 from meshwright.compiler.report.summary import statement_texts
 from meshwright.compiler.report.sums import Part, Sum, Sums, inside
@@ -118,11 +119,11 @@ class Explanation:
         return Sheet("sent by each rank in a step", columns, tuple(rows), totals)
 
     def _moves(self, items: list[Moved]) -> Iterable[str]:
-        heads = [f"{item.kind}[{', '.join(item.axes)}]" for item in items]
-        width, types = max(map(len, heads)), max(len(item.type) for item in items)
-        for item, head in zip(items, heads, strict=True):
-            size = size_text(item.bytes)
-            line = f"    {head:<{width}}  of {item.type:<{types}}  {size:>8}"
+        rows = [(f"{item.kind}[{', '.join(item.axes)}]", _operand_text(item)) for item in items]
+        width, types = (max(map(len, column)) for column in zip(*rows, strict=True))
+        for item, (head, operand) in zip(items, rows, strict=True):
+            size = size_text(item.bytes) + (f" x {item.times}" if item.times > 1 else "")
+            line = f"    {head:<{width}}  of {operand:<{types}}  {size:>8}"
             yield line + self._why(item.plan_line)
 
     def _why(self, places: str) -> str:
@@ -160,6 +161,11 @@ def _parts_sheet(parts: Sequence[Part]) -> Sheet:
     rest = (f"and {len(parts) - _MOST} more",) + ("",) * 5
     totals = (rest,) if len(parts) > _MOST else ()
     return Sheet("the modules inside, the largest first", columns, rows, totals)
+
+
+def _operand_text(item: Moved) -> str:
+    """The type of what is moved, or how many tensors of a block are."""
+    return f"{item.operands} tensors of {item.module}" if item.operands > 1 else item.type
 
 
 def explain(program: Compiled, name: str) -> Explanation:
@@ -206,29 +212,17 @@ def _of_module(
 
 def _moved(program: Compiled, names: set[str], path: str | None = None) -> tuple[Moved, ...]:
     """The collectives for these tensors, and those inside the module at `path`."""
-    moved = _moved_for(program, names)
+    own = shares(program)
     return tuple(
         item
         for node, item in collectives(program.graphs().values()).items()
-        if node in moved or (path is not None and inside(path, item.modules))
+        if not names.isdisjoint((*own.get(node, ()), *_inputs_of(node)))
+        or (path is not None and inside(path, item.modules))
     )
 
 
-def _moved_for(program: Compiled, names: set[str]) -> set[Node]:
-    """The nodes that take these tensors, and the collectives that reduce their gradients."""
-    found: set[Node] = set()
-    for graph in program.graphs().values():
-        for node in graph.nodes:
-            source = next(node.operands(), None)
-            if source is not None and source.op == INPUT and source.args[1] in names:
-                found.add(node)
-        for gradient in graph.outputs_of(OutputKind.GRADIENT):
-            if gradient.name in names:
-                reduced, place = gradient.node.args
-                found.add(reduced)
-                if reduced.op == MeshOp("bucket"):
-                    found.add(reduced.args[place])
-    return found
+def _inputs_of(node: Node) -> list[str]:
+    return [str(operand.args[1]) for operand in node.operands() if operand.op == INPUT]
 
 
 def _tensors(program: Compiled) -> dict[str, LaidOut]:

@@ -28,8 +28,8 @@ class Moved:
     `phase` is `forward` or `backward`, `kind` torch's name (`all_reduce`), `axes` those of the
     mesh. `bytes` is what a rank sends under a bandwidth-optimal algorithm: 2(n-1)/n of an
     all-reduce's operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's;
-    a step runs it `times` times, once or in each microbatch.
-    `value` is the node in the graph and `type` the type of its operand, or of those sent together;
+    a step runs it `times` times, once or in each microbatch. `value` is the node in the graph and
+    `type` the type of its operand; of `operands` tensors that are sent together, their types.
     `module` is the path of the innermost module that it belongs to and `modules` those of all;
     `plan_line` are the places of the statements behind it, such as `gpt.plan:6`.
     """
@@ -44,6 +44,7 @@ class Moved:
     modules: tuple[str, ...]
     plan_line: str
     times: int
+    operands: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,7 @@ class Comm:
 
     def __repr__(self) -> str:
         size = size_text(self.total_bytes())
-        times = sum(item.times for item in self.moved)
-        return f"<Comm: {plural(times, 'collective')}, {size} sent per rank per step>"
+        return f"<Comm: {plural(self.times(), 'collective')}, {size} sent per rank per step>"
 
     def _repr_html_(self) -> str:
         groups: dict[tuple[str, str], list[Moved]] = {}
@@ -67,8 +67,9 @@ class Comm:
             groups.setdefault(key, []).append(item)
         groups["in all", ""] = list(self.moved)
         rows = [
-            (*key, str(sum(i.times for i in found)), size_text(Comm(tuple(found)).total_bytes()))
+            (*key, str(own.times()), size_text(own.total_bytes()))
             for key, found in groups.items()
+            for own in [Comm(tuple(found))]
         ]
         columns = ("", "collective", "per step", "sent per rank")
         return html_table(columns, rows, right="  rr")
@@ -100,6 +101,10 @@ class Comm:
     def under(self, module: str) -> Comm:
         """The collectives of `module`, such as `blocks.0`, and of the modules inside it."""
         return self.where(lambda item: module in item.modules)
+
+    def times(self) -> int:
+        """How many collectives run in a step: one of a microbatch runs in each."""
+        return sum(item.times for item in self.moved)
 
     def total_bytes(self) -> int:
         """Bytes that one rank sends in a step."""
@@ -155,4 +160,5 @@ def _moved(node: Node, graph: Graph) -> Moved:
         tuple(path for path, _ in node.origin.modules),
         node.origin.plan_line,
         1 if node.phase.once else len(graph.mesh.turns),
+        len(node.args),
     )

@@ -152,9 +152,9 @@ def _traffic(program: Compiled, comm: Comm) -> Iterable[Traffic]:
         key = (item.phase, item.kind, item.axes, item.plan_line)
         groups.setdefault(key, []).append(item)
     for (phase, kind, axes, line), items in groups.items():
-        size = sum(item.bytes for item in items)
+        own = Comm(tuple(items))
         modules = _modules((item.module for item in items), program)
-        yield Traffic(phase, kind, axes, len(items), size, modules, line)
+        yield Traffic(phase, kind, axes, own.times(), own.total_bytes(), modules, line)
 
 
 def _modules(paths: Iterable[str], program: Compiled) -> tuple[str, ...]:
@@ -183,9 +183,8 @@ def _lines(program: Compiled, comm: Comm) -> Iterable[PlanLine]:
         moved.setdefault(item.plan_line, []).append(item)
     texts = statement_texts(program.plan)
     for place in dict.fromkeys((*texts, *filter(None, moved))):
-        items = moved.get(place, [])
-        text = texts.get(place, "both together")
-        yield PlanLine(place, text, len(items), sum(item.bytes for item in items))
+        own = Comm(tuple(moved.get(place, ())))
+        yield PlanLine(place, texts.get(place, "both together"), own.times(), own.total_bytes())
 
 
 def statement_texts(plan: Plan) -> dict[str, str]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from meshwright.compiler.graph.aliasing import node_bytes
-from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
+from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Moved, collectives
 from meshwright.compiler.report.memory import walks
+from meshwright.compiler.report.shares import shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Sum:
     """Equal collectives of one part: `count` of them, for which each rank sends `bytes` per step.
 
     `kind`, `axes` and `plan_line` are those of `Moved`. `phase` is `forward`, `backward` or, for
-    those that reduce gradients of multiple modules at once, `gradients`: there `bytes` is the share
-    of the part's own parameters.
+    those that reduce gradients of all modules at once, `gradients`. Of what carries parameters or
+    gradients of multiple modules, `bytes` is the share of the part's own.
     """
 
     phase: str
@@ -63,7 +63,7 @@ class Sums:
     def __init__(self, program: Compiled) -> None:
         self.program = program
         self.moved = collectives(program.graphs().values())
-        self.shares = _shares(program.graphs().values())
+        self.shares = shares(program)
         self.saved = [
             (tuple(path for path, _ in node.origin.modules), size)
             for walk in walks(program)
@@ -111,25 +111,26 @@ class Sums:
 
     def sums(self, path: str) -> tuple[Sum, ...]:
         """What moves for a module and all inside it, equal collectives together."""
-        groups: dict[tuple[str, str, tuple[str, ...], str], list[float]] = {}
+        groups: dict[tuple[str, str, tuple[str, ...], str], list[tuple[int, float]]] = {}
         names = {each.name for each in self._stored(path)}
         for node, item in self.moved.items():
             phase, share = self._share(node, item, path, names)
             if share:
                 key = (phase, item.kind, item.axes, item.plan_line)
-                groups.setdefault(key, []).append(share * item.bytes)
+                sent = share * item.bytes * item.times
+                groups.setdefault(key, []).append((item.times, sent))
         return tuple(
-            Sum(phase, kind, axes, len(sizes), round(sum(sizes)), line)
-            for (phase, kind, axes, line), sizes in sorted(groups.items(), key=_phase)
+            Sum(*key[:3], sum(n for n, _ in own), round(sum(sent for _, sent in own)), key[3])
+            for key, own in sorted(groups.items(), key=_phase)
         )
 
     def _share(self, node: Node, item: Moved, path: str, names: set[str]) -> tuple[str, float]:
         """The phase of a collective, and which share of its bytes is the module's."""
-        shares = self.shares.get(node, {})
-        phase = "gradients" if shares and not any(item.modules) else item.phase
+        own = self.shares.get(node, {})
+        phase = "gradients" if own and not any(item.modules) else item.phase
         if inside(path, item.modules):
             return phase, 1.0
-        return phase, sum(share for name, share in shares.items() if name in names)
+        return phase, sum(share for name, share in own.items() if name in names)
 
     def _stored(self, path: str) -> Iterator[Stored]:
         parameters, aliases = self.program.parameters, self.program.captured.aliases
@@ -149,7 +150,7 @@ def _under(path: str, names: Iterable[str]) -> Iterator[str]:
     return (name for name in names if not path or name.startswith(f"{path}."))
 
 
-def _phase(group: tuple[tuple[str, str, tuple[str, ...], str], list[float]]) -> int:
+def _phase(group: tuple[tuple[str, str, tuple[str, ...], str], object]) -> int:
     return ("forward", "backward", "gradients").index(group[0][0])
 
 
@@ -158,15 +159,3 @@ def _times(part: Part, name: str, count: int) -> Part:
     fields = ("num_parameters", "parameters", "buffers", "gradients", "optimizer", "saved")
     sums = {each: count * getattr(part, each) for each in (*fields, "collectives", "sent")}
     return replace(part, name=name, count=count, **sums)
-
-
-def _shares(graphs: Iterable[Graph]) -> dict[Node, dict[str, float]]:
-    """By reduction of a bucket of gradients, the share of each parameter in what it moves."""
-    found: dict[Node, dict[str, float]] = {}
-    for graph in graphs:
-        for gradient in graph.outputs_of(OutputKind.GRADIENT):
-            flat, position = gradient.node.args
-            bucket = flat if flat.op == MeshOp("bucket") else flat.args[0]
-            sizes = [node_bytes(part, graph) for part in bucket.args]
-            found.setdefault(flat, {})[gradient.name] = sizes[position] / max(sum(sizes), 1)
-    return found

@@ -81,10 +81,9 @@ def _split(draft: Draft, node: Node, statement: Zero) -> Draft:
     if draft.mesh.size(over) == 1 or not shape:
         return draft
     way = min(_ways(used, over, draft.mesh), key=_cost)
-    statements = (*(pin.statements if pin else ()), statement)
     return replace(
         draft,
-        stored={**draft.stored, name: Pin(way.layout, statements)},
+        stored={**draft.stored, name: Pin(way.layout, (statement,))},
         zero={**draft.zero, name: statement.level},
     )
 
