@@ -36,9 +36,13 @@ without that of the norms' gradients, tiny is off by 1e-5 after 3 steps.
 
 @dataclass(frozen=True)
 class Round:
-    """Milliseconds per step of each peer, and how many cores other processes used meanwhile."""
+    """Milliseconds per step of each peer, and how many cores other processes used meanwhile.
+
+    `times` are those of the slowest rank; `cpu` is the CPU time of all threads of one rank.
+    """
 
     times: dict[str, float]
+    cpu: dict[str, float]
     others: float
 
 
@@ -127,22 +131,24 @@ def measure(peers: Sequence[Peer], size: Size, rounds: int, steps: int) -> list[
         await_quiet()
         machine = Machine()
         start = number % len(peers)
-        times = {peer.name: visit(peer, batch, steps) for peer in (*peers[start:], *peers[:start])}
-        found.append(Round({peer.name: times[peer.name] for peer in peers}, machine.others()))
+        taken = {peer.name: visit(peer, batch, steps) for peer in (*peers[start:], *peers[:start])}
+        times, cpu = ({peer.name: taken[peer.name][i] for peer in peers} for i in (0, 1))
+        found.append(Round(times, cpu, machine.others()))
     return found
 
 
-def visit(peer: Peer, batch: tuple[Tensor, Tensor], steps: int) -> float:
-    """Milliseconds per step on the slowest rank."""
+def visit(peer: Peer, batch: tuple[Tensor, Tensor], steps: int) -> tuple[float, float]:
+    """Milliseconds per step: on the slowest rank, and of CPU time on the one that used most."""
     if steps > 1:
         peer.step(*batch)  # its memory and caches are cold after the others' turns
     dist.barrier()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         peer.step(*batch)
-    elapsed = torch.tensor((time.perf_counter() - start) * 1e3 / steps)
+    elapsed = torch.tensor([time.perf_counter() - start, time.process_time() - cpu])
     dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
-    return elapsed.item()
+    wall, used = (elapsed * 1e3 / steps).tolist()
+    return wall, used
 
 
 def counted(rounds: Sequence[Round]) -> list[Round]:
@@ -154,3 +160,8 @@ def counted(rounds: Sequence[Round]) -> list[Round]:
 def ratio(rounds: Sequence[Round], peer: str, reference: str) -> Ratio:
     """The peer's time divided by the reference's, round by round."""
     return Ratio.of([taken.times[peer] / taken.times[reference] for taken in rounds])
+
+
+def cpu_ratio(rounds: Sequence[Round], peer: str, reference: str) -> Ratio:
+    """The peer's CPU time divided by the reference's: it says more on a busy machine."""
+    return Ratio.of([taken.cpu[peer] / taken.cpu[reference] for taken in rounds])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks import launch
 from benchmarks.data_parallel import build_one as data_parallel
-from benchmarks.gpt import SIZES, make_batch
+from benchmarks.gpt import SIZES, Size, make_batch
 from benchmarks.interleave import Ratio
+from benchmarks.peers import Peer
 from benchmarks.tensor_parallel import build_one as tensor_parallel
 
 REFERENCES = {"dp=2": "ddp", "tp=2": "hand-written"}
@@ -30,16 +33,19 @@ REFERENCES = {"dp=2": "ddp", "tp=2": "hand-written"}
 STEPS = 3
 
 
-def work(args: argparse.Namespace) -> None:
+def build(system: str, size: Size, mesh: DeviceMesh) -> Peer:
+    if mesh.mesh_dim_names == ("dp",):
+        return data_parallel(system, size, mesh)
+    return tensor_parallel(system, size, mesh, "vocab")
+
+
+def work(build: Callable[[str, Size, DeviceMesh], Peer], args: argparse.Namespace) -> None:
     """One rank of one system: train for some steps; rank 0 writes the largest peak."""
     mesh_text, size_name, out = args.worker
     size = SIZES[size_name]
     torch.set_num_threads(1)
     with launch.ranks(mesh_text) as mesh:
-        if mesh_text == "dp=2":
-            peer = data_parallel(args.system, size, mesh)
-        else:
-            peer = tensor_parallel(args.system, size, mesh, "vocab")
+        peer = build(args.system, size, mesh)
         for seed in range(STEPS):
             peer.step(*make_batch(size, seed))
         peak = torch.tensor(_peak(), dtype=torch.int64)
@@ -58,17 +64,31 @@ def _peak() -> int:
 
 def compare(rounds: int, argv: list[str], mesh: str, size: str) -> dict[str, Any]:
     """The peaks of Meshwright and its reference, in turns, and their ratio round by round."""
-    systems = ("meshwright", REFERENCES[mesh])
-    peaks: dict[str, list[int]] = {system: [] for system in systems}
+    reference = REFERENCES[mesh]
+    taken = peaks("benchmarks.memory", ("meshwright", reference), rounds, argv, mesh, size)
+    return {"megabytes": medians(taken), "ratio": asdict(ratio(taken, "meshwright", reference))}
+
+
+def peaks(
+    module: str, systems: Sequence[str], rounds: int, argv: list[str], mesh: str, size: str
+) -> dict[str, list[int]]:
+    """The peak of each system in each round, in bytes, in processes that run `module`."""
+    found: dict[str, list[int]] = {system: [] for system in systems}
     for number in range(rounds):
         for system in systems if number % 2 == 0 else systems[::-1]:
             given = [*argv, "--system", system]
-            peaks[system].append(launch.run_workers("benchmarks.memory", given, mesh, size))
-    ratios = [own / other for own, other in zip(*peaks.values(), strict=True)]
-    return {
-        "megabytes": {name: round(statistics.median(p) / 2**20) for name, p in peaks.items()},
-        "ratio": asdict(Ratio.of(ratios)),
-    }
+            found[system].append(launch.run_workers(module, given, mesh, size))
+    return found
+
+
+def medians(taken: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The median peak of each system, in MB."""
+    return {name: round(statistics.median(sizes) / 2**20) for name, sizes in taken.items()}
+
+
+def ratio(taken: Mapping[str, Sequence[int]], system: str, reference: str) -> Ratio:
+    """The system's peak divided by the reference's, round by round."""
+    return Ratio.of([a / b for a, b in zip(taken[system], taken[reference], strict=True)])
 
 
 def table(title: str, found: dict[str, Any]) -> str:
@@ -82,7 +102,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--system", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        work(args)
+        work(build, args)
     else:
         rounds = 1 if args.quick else args.rounds or 3
         launch.sweep(args, partial(compare, rounds, argv), table)

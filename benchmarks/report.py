@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.interleave import QUIET, Ratio, Round, counted, ratio
+from benchmarks.interleave import QUIET, Ratio, Round, counted, cpu_ratio, ratio
 
 
 def machine() -> dict[str, Any]:
@@ -60,12 +60,18 @@ def result(
             name: {
                 "median": round(statistics.median(taken.times[name] for taken in used), 3),
                 "min": round(min(taken.times[name] for taken in used), 3),
+                "cpu": round(statistics.median(taken.cpu[name] for taken in used), 3),
             }
             for name in names
         },
         "loss_difference": differences,
         "ratios": [
-            {"peer": peer, "reference": reference, **asdict(ratio(used, peer, reference))}
+            {
+                "peer": peer,
+                "reference": reference,
+                **asdict(ratio(used, peer, reference)),
+                "cpu": asdict(cpu_ratio(used, peer, reference)),
+            }
             for peer, reference in pairs
         ],
     }
@@ -73,13 +79,16 @@ def result(
 
 def table(title: str, found: dict[str, Any]) -> str:
     """The result as text."""
-    lines = [title, f"  {'peer':<28}{'ms per step':>12}{'least':>10}{'loss off by':>14}"]
+    heads = f"{'ms per step':>12}{'least':>10}{'cpu ms':>10}{'loss off by':>14}"
+    lines = [title, f"  {'peer':<28}{heads}"]
     for name, times in found["milliseconds"].items():
         off = found["loss_difference"][name]
-        lines.append(f"  {name:<28}{times['median']:>12.1f}{times['min']:>10.1f}{off:>14.1e}")
+        measured = f"{times['median']:>12.1f}{times['min']:>10.1f}{times['cpu']:>10.1f}"
+        lines.append(f"  {name:<28}{measured}{off:>14.1e}")
     for entry in found["ratios"]:
-        spread = Ratio(entry["median"], entry["low"], entry["high"])
-        lines.append(f"  {entry['peer'] + ' / ' + entry['reference']:<52}{spread}")
+        spread = str(Ratio(entry["median"], entry["low"], entry["high"]))
+        pair = f"{entry['peer']} / {entry['reference']}"
+        lines.append(f"  {pair:<52}{spread:<24}cpu {Ratio(**entry['cpu'])}")
     used, rounds = found["rounds_used"], found["rounds"]
     state = "on a quiet machine" if found["quiet"] else "ON A BUSY MACHINE: do not quote"
     return "\n".join([*lines, f"  {used} of {rounds} rounds, {state}"])

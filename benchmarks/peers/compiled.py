@@ -24,8 +24,10 @@ HEAD = {
 }
 
 
-def plan_text(size: Size, mesh: DeviceMesh, feature: str) -> str:
-    """The plan for a mesh of dp, tp or both; `feature` matters where there is tp."""
+def plan_text(size: Size, mesh: DeviceMesh, feature: str, microbatches: int = 1) -> str:
+    """The plan for a mesh of dp, tp or both; `feature` is a level of tensor parallelism where there
+    is tp, and else may be a level of `zero`.
+    """
     names = mesh.mesh_dim_names or ()
     sizes = ", ".join(f"{name}={mesh[name].size()}" for name in names)
     text = f"mesh {sizes}\n"
@@ -34,13 +36,21 @@ def plan_text(size: Size, mesh: DeviceMesh, feature: str) -> str:
     if "tp" in names:
         batch = "b@dp" if "dp" in names else "b"
         text += (TENSOR + HEAD[feature]).format(heads=size.heads, b=batch)
+    elif feature.startswith("zero"):
+        text += f"{feature} over dp\n"
+    if microbatches > 1:
+        text += f"accumulate {microbatches}\n"
     return text
 
 
 def meshwright(
-    size: Size, mesh: DeviceMesh, feature: str = "", check_inputs: bool | int = True
+    size: Size,
+    mesh: DeviceMesh,
+    feature: str = "",
+    check_inputs: bool | int = True,
+    microbatches: int = 1,
 ) -> Peer:
-    plan = mw.Plan.parse(plan_text(size, mesh, feature))
+    plan = mw.Plan.parse(plan_text(size, mesh, feature, microbatches))
     program = mw.compile(make_model(size), plan, example=make_batch(size))
     run = program.launch(check_inputs=check_inputs)
     optimizer = run.optimizer(torch.optim.AdamW, **ADAMW)

@@ -1,0 +1,120 @@
+"""One GPT whose state is sharded over data-parallel ranks: torch's FSDP2, torch's DDP with
+`ZeroRedundancyOptimizer`, and Meshwright's `zero 1`, `zero 2` and `zero 3`.
+
+    python -m benchmarks.zero [--size tiny|base] [--mesh dp=4] [--rounds N] [--quick] [--json FILE]
+
+Step times of all of them, taken in turns in the same processes: of a whole batch, and of one in
+four microbatches. Then the peak memory of each, in processes of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from benchmarks import launch, memory, report
+from benchmarks.gpt import Size
+from benchmarks.interleave import Ratio
+from benchmarks.peers import Peer
+
+MESHES = ("dp=2",)
+MORE_MESHES = ("dp=4",)
+OURS = ("zero-1", "zero-2", "zero-3")
+PEERS = ("fsdp2-resharded", "fsdp2-kept", "ddp-zero")
+VARIANTS = {"whole": 1, "accumulate": 4}
+"""Microbatches of a step, by variant."""
+
+
+def build_one(system: str, size: Size, mesh: DeviceMesh, variant: str = "whole") -> Peer:
+    # A peer's imports take seconds, and no other peer needs them.
+    if system in OURS:
+        from benchmarks.peers.compiled import meshwright
+
+        return meshwright(size, mesh, f"zero {system[-1]}", microbatches=VARIANTS[variant])
+    from benchmarks.peers.sharded import ddp_zero, fsdp2
+
+    if system == "ddp-zero":
+        return ddp_zero(size, mesh, VARIANTS[variant])
+    return fsdp2(size, mesh, system == "fsdp2-resharded", VARIANTS[variant])
+
+
+def build(size: Size, mesh: DeviceMesh, args: argparse.Namespace) -> list[Peer]:
+    return [build_one(system, size, mesh, args.variant) for system in args.systems.split(",")]
+
+
+def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each of ours and each other peer."""
+    ours = [name for name in names if name.startswith("meshwright")]
+    return [(own, other) for own in ours for other in names if other not in ours]
+
+
+def measure(
+    args: argparse.Namespace, argv: list[str], mesh: str, size: str
+) -> dict[str, dict[str, Any]]:
+    """The step times of each variant, and the peaks, by what they are called."""
+    found = {}
+    for variant in args.variants.split(","):
+        given = [*argv, "--variant", variant]
+        found[variant] = launch.run_workers("benchmarks.zero", given, mesh, size)
+    if not args.no_memory:
+        systems = args.systems.split(",")
+        rounds = 1 if args.quick else 2
+        taken = memory.peaks("benchmarks.zero", systems, rounds, argv, mesh, size)
+        found["memory"] = {
+            "megabytes": memory.medians(taken),
+            "ratios": [
+                {"peer": own, "reference": other, **asdict(memory.ratio(taken, own, other))}
+                for own in systems
+                for other in systems
+                if own in OURS and other not in OURS
+            ],
+        }
+    return found
+
+
+def table(title: str, found: dict[str, dict[str, Any]]) -> str:
+    """The results of one mesh and size as text."""
+    parts = [
+        report.table(f"{title}, {variant}", each)
+        for variant, each in found.items()
+        if variant != "memory"
+    ]
+    if "memory" in found:
+        parts.append(_memory_table(f"{title}, peak MB of a process", found["memory"]))
+    return "\n".join(parts)
+
+
+def _memory_table(title: str, found: dict[str, Any]) -> str:
+    lines = [title]
+    lines += [f"  {name:<28}{size:>12}" for name, size in found["megabytes"].items()]
+    for entry in found["ratios"]:
+        spread = Ratio(entry["median"], entry["low"], entry["high"])
+        lines.append(f"  {entry['peer'] + ' / ' + entry['reference']:<52}{spread}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = launch.parser(__doc__, (*MESHES, *MORE_MESHES))
+    parser.set_defaults(meshes=MESHES)
+    parser.add_argument("--systems", default=",".join((*PEERS, *OURS)))
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="of the step times")
+    parser.add_argument("--no-memory", action="store_true", help="only the step times")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker and args.system:
+        memory.work(build_one, args)
+    elif args.worker:
+        launch.work(build, pairs, args)
+    else:
+        launch.sweep(args, partial(measure, args, argv), table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
