@@ -123,12 +123,14 @@ def check(peers: Sequence[Peer], size: Size) -> dict[str, float]:
     return differences
 
 
-def measure(peers: Sequence[Peer], size: Size, rounds: int, steps: int) -> list[Round]:
+def measure(
+    peers: Sequence[Peer], size: Size, rounds: int, steps: int, patience: float = PATIENCE
+) -> list[Round]:
     """Time `steps` steps of each peer in each round, in an order that rotates by one per round."""
     batch = make_batch(size)
     found = []
     for number in range(rounds):
-        await_quiet()
+        await_quiet(patience)
         machine = Machine()
         start = number % len(peers)
         taken = {peer.name: visit(peer, batch, steps) for peer in (*peers[start:], *peers[:start])}

@@ -106,8 +106,10 @@ def compare(
 ) -> dict[str, Any]:
     """Check every peer's losses, then time them in turns."""
     differences = check(peers, size)
-    rounds = 1 if args.quick else args.rounds or ROUNDS[size.name]
-    taken = measure(peers, size, rounds, 1 if args.quick else STEPS[size.name])
+    if args.quick:
+        taken = measure(peers, size, rounds=1, steps=1, patience=0)
+    else:
+        taken = measure(peers, size, args.rounds or ROUNDS[size.name], STEPS[size.name])
     return report.result(taken, differences, pairs([peer.name for peer in peers]))
 
 

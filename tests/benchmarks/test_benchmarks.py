@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.interleave import Round, counted, ratio
+from benchmarks.interleave import Round, counted, cpu_ratio, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +53,17 @@ def test_comparing_inputs_changes_no_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_peers_with_sharded_state_all_compute_the_same_losses(tmp_path: Path) -> None:
+    arguments = ("--size", "tiny", "--systems", "fsdp2-resharded,ddp-zero,zero-3")
+    found = run("benchmarks.zero", tmp_path, *arguments)["tiny, dp=2"]
+    assert list(found) == ["whole", "accumulate", "memory"]
+    for variant in ("whole", "accumulate"):
+        assert len(found[variant]["ratios"]) == 2
+        assert max(found[variant]["loss_difference"].values()) < 5e-6
+    assert min(found["memory"]["megabytes"].values()) > 100
+
+
+@pytest.mark.slow
 def test_peaks_of_memory_are_those_of_processes_of_their_own(tmp_path: Path) -> None:
     found = run("benchmarks.memory", tmp_path, "--size", "tiny")
     assert list(found) == ["tiny, dp=2", "tiny, tp=2"]
@@ -70,9 +81,10 @@ def test_compile_time_is_measured_in_a_process_of_its_own(tmp_path: Path) -> Non
 
 def test_a_ratio_is_the_median_over_rounds_and_busy_rounds_do_not_count() -> None:
     rounds = [
-        Round({"a": a, "b": 2.0}, others=others)
+        Round({"a": a, "b": 2.0}, {"a": 2 * a, "b": 2.0}, others)
         for a, others in [(1.0, 0.0), (3.0, 0.0), (2.0, 0.1), (90.0, 1.5)]
     ]
     found = ratio(counted(rounds), "a", "b")
     assert (found.median, found.low, found.high) == (1.0, 0.5, 1.5)
+    assert cpu_ratio(counted(rounds), "a", "b").median == 2.0
     assert counted(rounds[2:]) == rounds[2:]
