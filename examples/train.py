@@ -102,9 +102,9 @@ def save(run: mw.Run, optimizer: Optimizer, schedule: LRScheduler, step: int, fo
 
 def resume(run: mw.Run, optimizer: Optimizer, schedule: LRScheduler, folder: Path) -> int:
     """Read what `save` wrote, if anything, and return the number of the next step."""
-    if not (folder / "manifest.json").exists():
+    extra = run.load(folder, optimizer, missing_ok=True)
+    if not extra:
         return 0
-    extra = run.load(folder, optimizer)
     schedule.load_state_dict(extra["schedule"])
     return int(extra["step"])
 

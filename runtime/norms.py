@@ -10,7 +10,23 @@ from torch import Tensor
 from meshwright.compiler.layout.layout import uniform_blocks
 from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.public import Program
+from meshwright.dsl.errors import spelled
+from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState
+
+
+def check_norms(max_norm: float, norm_type: float) -> None:
+    """Raise `RunError` for arguments of `Run.clip_grad_norm_` that cannot be."""
+    for value in (max_norm, norm_type):
+        check_kind(value, (int, float, Tensor), "a norm", "pass a number")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise RunError(f"a norm is {spelled(value)}", help="pass a number")
+    if not norm_type > 0:
+        raise RunError(
+            f"`norm_type` is {norm_type}", help='use a positive number, or `float("inf")`'
+        )
+    if not max_norm >= 0:
+        raise RunError(f"`max_norm` is {max_norm}", help="use a number that is not negative")
 
 
 def gradients_of(state: RankState) -> list[Tensor]:

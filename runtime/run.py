@@ -25,7 +25,7 @@ from meshwright.runtime.executor import Executor
 from meshwright.runtime.gather import gathered_all
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
-from meshwright.runtime.norms import gradients_of, total_norm
+from meshwright.runtime.norms import check_norms, gradients_of, total_norm
 from meshwright.runtime.optimizer import Groups, make_optimizer
 from meshwright.runtime.programs import Linked, Programs
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
@@ -88,6 +88,7 @@ class Run:
         self.transport.check_same_program(executable_digest(program))
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
+        self._saves = checkpoint.Saves(program, self.states, self._run)
         self._closed = False
         self._start(seed, values, interval)
         if program.mode == "train":
@@ -408,16 +409,7 @@ class Run:
         positive number, or `float("inf")`. Pad entries and copies on multiple ranks count once, as
         in the whole model. Raises `RunError` for a norm that cannot be.
         """
-        for value in (max_norm, norm_type):
-            check_kind(value, (int, float, Tensor), "a norm", "pass a number")
-            if isinstance(value, Tensor) and value.numel() != 1:
-                raise RunError(f"a norm is {spelled(value)}", help="pass a number")
-        if not norm_type > 0:
-            raise RunError(
-                f"`norm_type` is {norm_type}", help='use a positive number, or `float("inf")`'
-            )
-        if not max_norm >= 0:
-            raise RunError(f"`max_norm` is {max_norm}", help="use a number that is not negative")
+        check_norms(max_norm, norm_type)
         programs = [total_norm(state, self.program, float(norm_type)) for state in self.states]
         totals: list[Tensor] = self._run(programs)
         for state, total in zip(self.states, totals, strict=True):
@@ -455,6 +447,8 @@ class Run:
         optimizer: torch.optim.Optimizer | None = None,
         *,
         extra: dict[str, Any] | None = None,
+        keep: int | None = 3,
+        wait: bool = True,
     ) -> None:
         """Write a checkpoint into the folder `path`, which every rank must reach.
 
@@ -463,37 +457,68 @@ class Run:
         go into `extra`, plain values that `load` returns (numbers, texts, lists, tuples,
         dictionaries; rank 0's count): `extra={"epoch": 3, "scheduler": scheduler.state_dict()}`.
 
-        Each rank writes the parts it owns into a subfolder of this save, and `manifest.json`, which
-        names it, is replaced last: the save before stays until this one is whole, and is removed
-        then. To keep multiple checkpoints, use a folder for each. Any plan for this model can
-        `load` it. Raises `RunError` on every rank where any rank cannot write; the run can go on.
+        The checkpoint is a subfolder `step-120`, named by the number of calls of `step` (and
+        `step-120-2` where that is there). It gets its name once it is whole and on the disk. Then
+        those before the newest `keep` are removed; None keeps all.
+
+        Without `wait`, this returns once everything has been copied into CPU memory, and the copies
+        are written while the run goes on. The next `save` or `load`, `wait_saved` and `close` wait
+        until they are whole.
+
+        Any plan for this model can `load` it. Raises `RunError` on every rank where any rank cannot
+        write, here or where a call waits for an earlier save; the run can go on.
         """
-        self._run(checkpoint.save(self.program, self.states, path, optimizer, extra))
+        self._saves.save(path, optimizer, extra=extra, keep=keep, wait=wait)
+
+    def wait_saved(self) -> None:
+        """Wait until what `save(..., wait=False)` writes is a checkpoint, if it is not one yet.
+
+        Raises the `RunError` of that save on every rank, once.
+        """
+        self._saves.finish("wait_saved")
 
     def load(
-        self, path: str | Path, optimizer: torch.optim.Optimizer | None = None
+        self,
+        path: str | Path,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        missing_ok: bool = False,
     ) -> dict[str, Any]:
-        """Take over the checkpoint in the folder `path`, which any plan for this model wrote.
+        """Take over a checkpoint, which any plan for this model wrote.
 
-        Returns the `extra` of `save`, or an empty dictionary. With `optimizer`, its state and
-        its options are taken over too, but for those that say how this process computes (`foreach`,
-        `fused`, `capturable`, `differentiable`). Make its schedulers before or after.
+        `path` is the folder that was given to `save`, for the newest checkpoint in it, or that of
+        one checkpoint, such as `"folder/step-120"`. Returns the `extra` of `save`, or an empty
+        dictionary. With `missing_ok`, nothing happens where there is no checkpoint at all.
 
-        Nothing in the files is executed. All is read and checked before anything is changed, in CPU
-        memory as large as what a rank holds (the optimizer's state on its device). Raises
-        `RunError` on every rank, with all as it was, where the checkpoint is damaged or incomplete,
-        or where names, shapes, dtypes, groups or options are not those of this run; its text says
-        which. `meshwright.read_state_dict` reads weights of another dtype.
+        With `optimizer`, its state and its options are taken over too, but for those that say how
+        this process computes (`foreach`, `fused`, `capturable`, `differentiable`). Make its
+        schedulers before or after.
+
+        Nothing in the files is executed. A rank reads what it is to hold, and checks all of that
+        before anything is changed, in CPU memory as large as what it holds (the optimizer's state
+        on its device). Raises `RunError` on every rank, with all as it was, where the checkpoint is
+        damaged or incomplete, or where names, shapes, dtypes, groups or options are not those of
+        this run; its text says which. `meshwright.read_state_dict` reads weights of another dtype.
         """
+        self._saves.finish("load")
         found: dict[str, Any] = self._run(
-            checkpoint.load(self.program, self.states, path, optimizer)
+            checkpoint.load(self.program, self.states, path, optimizer, missing_ok=missing_ok)
         )[0]
         return found
 
     def close(self) -> None:
-        """Leave the mesh. Afterwards whatever would run something raises `RunError`."""
+        """Leave the mesh. Afterwards whatever would run something raises `RunError`.
+
+        Raises the `RunError` of a save that nobody has waited for yet.
+        """
         if self._closed:
             return
+        try:
+            self._saves.finish("close")
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         self._closed = True
         try:
             if self._input_check is not None:
@@ -514,7 +539,10 @@ class Run:
     ) -> None:
         if error is not None and not self._closed:
             self._closed = True
-            self.transport.close(error)
+            try:
+                self.transport.close(error)
+            finally:
+                self._saves.leave()
         self.close()
 
 

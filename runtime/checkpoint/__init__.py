@@ -6,6 +6,6 @@ takes from each part what it needs. Padding is left out.
 """
 
 from meshwright.runtime.checkpoint.loading import load, read_state_dict
-from meshwright.runtime.checkpoint.saving import save
+from meshwright.runtime.checkpoint.saving import Saves
 
-__all__ = ["load", "read_state_dict", "save"]
+__all__ = ["Saves", "load", "read_state_dict"]

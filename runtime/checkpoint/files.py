@@ -21,7 +21,7 @@ MAKE_ROOM = "make room there, or name another folder"
 @contextlib.contextmanager
 def regular_file(path: Path) -> Iterator[BinaryIO]:
     """A file opened to read. Raises `OSError`, also for a pipe, a device or a folder."""
-    _check_name(path)
+    check_name(path)
     # Opening a pipe would wait for its other end.
     number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(number, "rb", buffering=0) as file:
@@ -65,7 +65,7 @@ def read_bytes(file: BinaryIO, count: int) -> bytes:
 
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, so that they outlast a crash."""
-    _check_name(path)
+    check_name(path)
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -91,7 +91,7 @@ def cannot(what: str, path: Path, error: OSError, help: str) -> RunError:
     return RunError(f"cannot {what} `{path}`: {reason}", help=help)
 
 
-def _check_name(path: Path) -> None:
+def check_name(path: Path) -> None:
     """Raise `OSError` for a name that Python does not hand to the system."""
     if "\0" in str(path):
         raise OSError(errno.EINVAL, "its name has a null byte")

@@ -1,9 +1,9 @@
-"""The folder of a checkpoint: saves side by side, and a manifest that names the current one.
+"""The folder of checkpoints: each is a subfolder `step-120`, whole from the moment it has its name.
 
-Each save is a subfolder whose name is drawn at random, so that nothing is ever written over. The
-manifest is moved into place once the save is whole. Whoever writes or reads a save shares a lock on
-the file of its rank 0; a save that the manifest does not name and nobody has locked is unused, and
-the next save into the folder removes it.
+A save is written as `saving-...`, 128 random bits, and renamed once it is whole: nothing is ever
+written over. Whoever writes or reads a checkpoint shares a lock on the file of its rank 0. What is
+removed gets a name of the first kind back before; a folder of such a name that nobody has locked is
+what a killed process left, and the next save removes it.
 """
 
 from __future__ import annotations
@@ -13,30 +13,36 @@ import os
 import re
 import secrets
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Self, cast
 
 from meshwright.runtime.checkpoint.files import (
+    COPY_AGAIN,
     MAKE_ROOM,
     cannot,
+    check_name,
     make_folder,
     sync_folder,
     write_all,
 )
-from meshwright.runtime.checkpoint.locks import try_lock
+from meshwright.runtime.checkpoint.locks import try_lock, unlock
 from meshwright.runtime.checkpoint.manifest import (
     MANIFEST,
-    SAVE,
+    Head,
     Manifest,
-    check_replaceable,
+    head_of,
     manifest_text,
-    named_save,
     parse_manifest,
+    shard_sizes,
 )
 from meshwright.runtime.checkpoint.shards import Shards, create_file, shard_path
 from meshwright.runtime.errors import RunError, check_kind
 
-_SHARD = re.compile(r"\d{5,}\.safetensors")
+_CHECKPOINT = re.compile(r"step-\d+(-\d+)?")
+_UNFINISHED = re.compile(r"saving-[0-9a-f]{32}")
+_SHARD = re.compile(r"\d{5,}\.(safetensors|sha256)")
+_NAME_ONE = f"name a folder that `save` wrote into, or one with a `{MANIFEST}`"
 _ATTEMPTS, _PAUSE = 100, 0.01
 
 
@@ -48,28 +54,42 @@ def folder_of(path: object) -> Path:
     return Path(cast(str | Path, path))
 
 
+def check_keep(keep: object) -> int | None:
+    """The number of checkpoints to keep. Raises `RunError` for what is not a count or None."""
+    help = "pass how many checkpoints to keep, or `None` for all"
+    if keep is None:
+        return None
+    check_kind(keep, int, "`keep`", help)
+    if isinstance(keep, bool) or cast(int, keep) < 1:
+        raise RunError(f"`keep` is {keep}", help=help)
+    return cast(int, keep)
+
+
 class NewSave:
     """A save under way, on rank 0. Nothing is touched before `begin`.
 
-    `close`, however the save went, leaves the folder with one whole save or with the one before.
+    `close`, however the save went, leaves a whole checkpoint or nothing.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.name = folder, ""
         self.file: BinaryIO | None = None
         """The file of rank 0, whose lock tells others that this save is in use."""
-        self._moved = False
 
     @property
     def path(self) -> Path:
-        """The subfolder of this save."""
-        return self.folder / self.name
+        """The subfolder that this save is written into."""
+        return unfinished_path(self.folder, self.name)
 
     def begin(self) -> str:
         """Make and lock the subfolder, and return its name. Raises `RunError` where that fails."""
+        if os.path.lexists(self.folder / MANIFEST):
+            raise RunError(
+                f"`{self.folder}` is a checkpoint itself: it has a `{MANIFEST}`",
+                help="name the folder that is to hold checkpoints",
+            )
         try:
             make_folder(self.folder)
-            check_replaceable(self.folder)
             for _ in range(_ATTEMPTS):
                 # Not torch's generator, nor Python's: a save must not change what they draw.
                 self.name = secrets.token_hex(16)
@@ -85,7 +105,7 @@ class NewSave:
 
     def _lock(self) -> bool:
         """Lock this save, and whether that worked: another may have removed it as unused before."""
-        path = shard_path(self.folder, self.name, 0)
+        path = shard_path(self.path, 0)
         try:
             self.file = create_file(path)
         except FileNotFoundError:
@@ -97,85 +117,146 @@ class NewSave:
         self.file = None
         return False
 
-    def commit(self, manifest: Manifest) -> None:
-        """Make this save, which is whole, the one that the folder's manifest names."""
-        before, file = named_save(self.folder), self.path / MANIFEST
+    def commit(self, manifest: Manifest, keep: int | None) -> Path:
+        """Make this save, which is whole, a checkpoint, and return its folder.
+
+        The newest `keep` are kept, this one included. Raises `RunError`.
+        """
+        file = self.path / MANIFEST
         try:
+            number = 1 + max((head.number for head, _ in _heads(self.folder)[0]), default=0)
+            text = replace(manifest, number=number).to_text()
             with create_file(file) as opened:
-                for _ in write_all(opened, memoryview(manifest.to_text().encode())):
+                for _ in write_all(opened, memoryview(text.encode())):
                     pass
                 os.fsync(opened.fileno())
             sync_folder(self.path)
-            sync_folder(self.folder)
-            self._moved = True
-            os.replace(file, self.folder / MANIFEST)
+            found = self._rename(manifest.random["step"])
             sync_folder(self.folder)
         except OSError as error:
-            raise cannot("write", self.folder / MANIFEST, error, MAKE_ROOM) from None
+            raise cannot("write", file, error, MAKE_ROOM) from None
         self._release()
-        remove_unused(self.folder, before)
+        remove_unused(self.folder, keep)
+        return found
+
+    def _rename(self, step: int) -> Path:
+        """Give the save the name of its step, with a number behind it if there is one already."""
+        name, again = f"step-{step}", 1
+        while True:
+            try:
+                # It would take the place of an empty folder, which is not a checkpoint.
+                os.rename(self.path, self.folder / name)
+                return self.folder / name
+            except OSError:
+                if not os.path.lexists(self.folder / name):
+                    raise
+                again += 1
+                name = f"step-{step}-{again}"
 
     def close(self) -> None:
-        """End this save, and remove what there is of it if it has not become the current one."""
-        if not self.name:
-            return
-        named = named_save(self.folder)
-        # Where the manifest cannot be read any more, it may be this one's.
-        if named != self.name and not (named is None and self._moved):
+        """End this save, and remove what there is of it if it has not become a checkpoint."""
+        if self.name:
             with contextlib.suppress(OSError):
                 _remove_files(self.path)
                 self.path.rmdir()
-        self._release()
+            self._release()
 
     def _release(self) -> None:
         self.name = ""
         if self.file is not None:
+            # A process that was forked meanwhile holds the file, too.
+            unlock(self.file.fileno())
             self.file.close()
             self.file = None
 
 
-class OpenSave:
-    """The current save of a folder, kept from being removed while it is read.
+def unfinished_path(folder: Path, save: str) -> Path:
+    """The subfolder that a save is written into, and removed from."""
+    return folder / f"saving-{save}"
 
-    Without locks in the filesystem it may vanish all the same, once another is whole.
+
+def checkpoints(folder: Path) -> list[tuple[Head, Path]]:
+    """The checkpoints below a folder, the newest last.
+
+    In the order in which they were saved: a run that went back to an earlier step saves newer ones
+    than those of the steps ahead. Raises `RunError` for one whose place in that order is not known.
+    """
+    try:
+        found, problem = _heads(folder)
+    except OSError as error:
+        raise RunError(
+            f"there is no checkpoint in `{folder}`: {error.strerror}", help=_NAME_ONE
+        ) from None
+    if problem is not None:
+        if found:
+            problem.help += f"; or load another by its name, such as `{found[-1][1]}`"
+        raise problem
+    return found
+
+
+def _heads(folder: Path) -> tuple[list[tuple[Head, Path]], RunError | None]:
+    """The checkpoints below a folder, in order, and the problem with one that cannot be read.
+
+    Raises `OSError` for a folder that cannot be listed.
+    """
+    found, problem = [], None
+    for path in _subfolders(folder):
+        try:
+            found.append((head_of(path), path))
+        except RunError as error:
+            # It may have been removed since it was listed.
+            if os.path.lexists(path):
+                problem = error
+    return sorted(found, key=lambda each: (each[0].number, each[1].name)), problem
+
+
+class OpenSave:
+    """A checkpoint, kept from being removed while it is read.
+
+    Without locks in the filesystem it may vanish all the same, once there are newer ones.
     """
 
-    def __init__(self, folder: Path, text: str) -> None:
-        """Open the save that this manifest names. Raises `RunError` for one that makes no sense."""
-        self.folder, self.text = folder, text
-        self.manifest = parse_manifest(folder, text)
-        self.shards = Shards(folder, self.manifest.save, self.manifest.shards)
-        self._lock = _shared_lock(shard_path(folder, self.manifest.save, 0))
+    def __init__(self, path: Path, text: str) -> None:
+        """Open the one in `path`, with this manifest. Raises `RunError` for what makes no sense."""
+        self.path, self.text = path, text
+        self.manifest = parse_manifest(path, text)
+        self.shards = Shards(path, self.manifest.save, self.manifest.shards)
+        self._lock = _shared_lock(shard_path(path, 0))
 
     @classmethod
     def current(cls, folder: Path) -> Self:
-        """The save that the manifest of `folder` names now, with every file of it in place.
+        """The checkpoint in `folder`, or the newest of those below it, with every file in place.
 
         Raises `RunError` that names what is missing or damaged.
         """
         for _ in range(_ATTEMPTS):
-            found = cls(folder, manifest_text(folder))
+            path = current_path(folder)
+            try:
+                found = cls(path, manifest_text(path))
+            except RunError:
+                if not _gone(path, folder):
+                    raise
+                continue
             try:
                 found.shards.check()
             except RunError:
-                replaced = found.replaced()
                 found.close()
-                if not replaced:
+                if not _gone(path, folder):
                     raise
             else:
                 # Locked or not, it was there when all of its files had been seen.
                 return found
         raise RunError(
-            f"the checkpoint in `{folder}` is replaced faster than it can be read",
+            f"the checkpoints in `{folder}` are replaced faster than they can be read",
             help="load when fewer runs save there",
         )
 
-    def replaced(self) -> bool:
-        """Whether the folder has another save by now, so that this one may have gone."""
-        return named_save(self.folder) not in (None, self.manifest.save)
+    def gone(self, folder: Path) -> bool:
+        """Whether this one, the newest in `folder` a moment ago, was removed for newer ones."""
+        return _gone(self.path, folder)
 
     def close(self) -> None:
-        """Unlock it, so that it can be removed once it is not the current one."""
+        """Unlock it, so that it can be removed."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -187,21 +268,90 @@ class OpenSave:
         self.close()
 
 
-def remove_unused(folder: Path, before: str | None) -> None:
-    """Remove the saves that the manifest does not name and nobody has locked.
+def current_path(folder: Path) -> Path:
+    """The folder of the checkpoint that `folder` names: itself, or the newest below it.
 
-    Without locks in the filesystem, only the one `before` is removed: others may be under way.
-    Nothing else is touched: neither other names, nor a folder with files that no save writes.
+    Raises `RunError` where there is none.
+    """
+    if os.path.lexists(folder / MANIFEST):
+        return folder
+    found = checkpoints(folder)
+    if not found:
+        raise RunError(f"there is no checkpoint in `{folder}`", help=_NAME_ONE)
+    return found[-1][1]
+
+
+def has_none(folder: Path) -> bool:
+    """Whether there is no checkpoint at all, whole or damaged, in or below a folder."""
+    if os.path.lexists(folder / MANIFEST):
+        return False
+    try:
+        return not _subfolders(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError as error:
+        raise cannot("read", folder, error, COPY_AGAIN) from None
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """The folders named as checkpoints are. Raises `OSError`."""
+    check_name(folder)
+    return [Path(entry) for entry in os.scandir(folder) if _CHECKPOINT.fullmatch(entry.name)]
+
+
+def _gone(path: Path, folder: Path) -> bool:
+    return path != folder and not os.path.lexists(path)
+
+
+def remove_unused(folder: Path, keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints that are whole, and what killed processes left.
+
+    What somebody has locked stays. Without locks in the filesystem, what was left stays too: it may
+    be a save under way. Nothing else is touched: neither other names, nor links, nor a folder with
+    files that no save writes.
     """
     with contextlib.suppress(OSError):
         for entry in list(os.scandir(folder)):
-            if SAVE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+            if _UNFINISHED.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 with contextlib.suppress(OSError):
-                    _remove_unused(folder, entry.name, entry.name == before)
+                    _remove_unfinished(Path(entry))
+        kept = 0
+        for head, path in reversed(_heads(folder)[0]):
+            if keep is None or kept < keep:
+                kept += _is_whole(path)
+            else:
+                with contextlib.suppress(OSError, RunError):
+                    _retire(folder, path, head)
 
 
-def _remove_unused(folder: Path, name: str, complete: bool) -> None:
-    path, first = folder / name, shard_path(folder, name, 0)
+def _is_whole(path: Path) -> bool:
+    """Whether all files of a checkpoint are there, each in its size."""
+    try:
+        sizes = shard_sizes(manifest_text(path))
+        return all(os.stat(shard_path(path, r)).st_size == size for r, size in enumerate(sizes))
+    except (RunError, OSError):
+        return False
+
+
+def _retire(folder: Path, path: Path, head: Head) -> None:
+    """Remove a checkpoint that nobody reads; whenever that ends, it is there whole, or not."""
+    if path.is_symlink():
+        return
+    file = os.open(shard_path(path, 0), os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        # Another process may have removed it, and a third have saved under its name.
+        if try_lock(file, shared=False) is False or head_of(path) != head:
+            return
+        unfinished = unfinished_path(folder, head.save)
+        os.rename(path, unfinished)
+        _remove_files(unfinished)
+    finally:
+        os.close(file)
+    unfinished.rmdir()
+
+
+def _remove_unfinished(path: Path) -> None:
+    first = shard_path(path, 0)
     try:
         file = os.open(first, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -210,13 +360,8 @@ def _remove_unused(folder: Path, name: str, complete: bool) -> None:
         path.rmdir()
         return
     try:
-        free = try_lock(file, shared=False)
-        if free is False or (free is None and not complete):
-            return
-        # It may have become the current one before it was locked here.
-        if named_save(folder) in (None, name):
-            return
-        _remove_files(path)
+        if try_lock(file, shared=False):
+            _remove_files(path)
     finally:
         os.close(file)
     path.rmdir()

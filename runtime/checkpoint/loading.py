@@ -8,6 +8,7 @@ is anything changed.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +23,7 @@ from meshwright.compiler.public import Program
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
 from meshwright.runtime.checkpoint.files import COPY_AGAIN
-from meshwright.runtime.checkpoint.folder import OpenSave, folder_of
+from meshwright.runtime.checkpoint.folder import OpenSave, folder_of, has_none
 from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
 from meshwright.runtime.checkpoint.optimizer_loading import (
     SavedOptimizer,
@@ -47,14 +48,21 @@ _ATTEMPTS = 5
 
 
 def load(
-    program: Program, states: Sequence[RankState], path: Any, optimizer: Any
+    program: Program,
+    states: Sequence[RankState],
+    path: Any,
+    optimizer: Any,
+    *,
+    missing_ok: bool = False,
 ) -> list[RankProgram]:
     """What each rank of this process does to take over a checkpoint; gives what was in `extra`.
+
+    With `missing_ok` that is empty, and nothing else happens, where rank 0 finds no checkpoint.
 
     Until all ranks have everything, each holds a second copy: of its parameters and buffers in CPU
     memory, of the optimizer's state on the device.
     """
-    reader = _Reader(program, states, path, optimizer)
+    reader = _Reader(program, states, path, optimizer, missing_ok=bool(missing_ok))
     return [_load(reader, state) for state in states]
 
 
@@ -63,30 +71,35 @@ def _load(reader: _Reader, state: RankState) -> RankProgram:
         staged = yield from _staged(reader, state)
     finally:
         reader.close()
+    if staged is None:
+        return {}
     staged.give()
     return staged.extra
 
 
 def _staged(reader: _Reader, state: RankState) -> RankProgram:
-    """What this rank takes over, once every rank has read its part."""
+    """What this rank takes over, once every rank has read its part; None if there is nothing."""
     attempts = _ATTEMPTS
     while True:
         yield from agreed(state, reader.check_arguments, "load")
-        text = yield from first_says(state, reader.current)
+        found: str = yield from first_says(state, reader.current)
+        if not found:
+            return None
         kind = yield from told(state, _spell(reader.optimizer))
         try:
-            return (yield from agreed(state, partial(reader.staged, state, text, kind)))
+            return (yield from agreed(state, partial(reader.staged, state, found, kind)))
         except RunError:
             # Where the filesystem has no locks, another save may have taken this one's place.
             attempts -= 1
-            gone = yield from told(state, "gone" if reader.replaced() else "")
+            gone: str = yield from told(state, "gone" if reader.gone() else "")
             if not gone or not attempts:
                 raise
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The global parameters and buffers of the checkpoint in the folder `path`, by name.
+    """The global parameters and buffers of the checkpoint `path`, by name.
 
+    `path` is as for `Run.load`: the folder of one checkpoint, or that of several for the newest.
     In CPU memory; needs no model, plan or mesh. For other tools, or for a run of another dtype,
     which `load` refuses: `run.load_state_dict(meshwright.read_state_dict(path))`. It has buffers
     that are not persistent too. Raises `RunError` for a checkpoint that is damaged or not there.
@@ -133,10 +146,16 @@ class _Reader:
     """One load by the ranks of this process."""
 
     def __init__(
-        self, program: Program, states: Sequence[RankState], path: Any, optimizer: Any
+        self,
+        program: Program,
+        states: Sequence[RankState],
+        path: Any,
+        optimizer: Any,
+        *,
+        missing_ok: bool,
     ) -> None:
         self.program, self.states = program, states
-        self.path, self.optimizer = path, optimizer
+        self.path, self.optimizer, self.missing_ok = path, optimizer, missing_ok
         self.opened: OpenSave | None = None
         self._saved: SavedOptimizer | None = None
         self._fits = False
@@ -149,22 +168,29 @@ class _Reader:
             check_owner(self.states, self.optimizer)
 
     def current(self) -> str:
-        """The text of the current manifest, all files of whose save are in place."""
-        self.close()
-        self.opened, self._fits = OpenSave.current(folder_of(self.path)), False
-        return self.opened.text
+        """The name below the path of the checkpoint to load, and the text of its manifest.
 
-    def replaced(self) -> bool:
-        """Whether the folder has another save than the one that was opened."""
-        return self.opened is not None and self.opened.replaced()
+        All of its files are in place. Empty where there is none, and that is accepted.
+        """
+        self.close()
+        folder = folder_of(self.path)
+        if self.missing_ok and has_none(folder):
+            return ""
+        self.opened, self._fits = OpenSave.current(folder), False
+        name = os.path.relpath(self.opened.path, folder)
+        return f"{name}\n{self.opened.text}"
+
+    def gone(self) -> bool:
+        """Whether the checkpoint that was opened was removed for newer ones."""
+        return self.opened is not None and self.opened.gone(folder_of(self.path))
 
     def close(self) -> None:
         """Unlock the save, so that it can be removed once it is not the current one."""
         if self.opened is not None:
             self.opened.close()
 
-    def staged(self, state: RankState, text: str, kind: str) -> _Staged:
-        """Read all that `state` is to hold of the save that rank 0 found.
+    def staged(self, state: RankState, found: str, kind: str) -> _Staged:
+        """Read all that `state` is to hold of the checkpoint that rank 0 `found`.
 
         Raises `RunError` where that is damaged, does not fit, or where rank 0 loads it with another
         `kind` of optimizer.
@@ -174,9 +200,10 @@ class _Reader:
                 f"`load` was called {own}, and on rank 0 {kind}",
                 help="call `load` with the same arguments on every rank",
             )
+        below, _, text = found.partition("\n")
         if self.opened is None or self.opened.text != text:
             self.close()
-            self.opened, self._fits = OpenSave(folder_of(self.path), text), False
+            self.opened, self._fits = OpenSave(folder_of(self.path) / below, text), False
         manifest, shards, program = self.opened.manifest, self.opened.shards, self.program
         if not self._fits:
             self._check(manifest)
@@ -194,6 +221,11 @@ class _Reader:
             extra = read_extra(manifest.extra)
         return _Staged(manifest.random, extra, self._saved, state, tensors, self.optimizer, kept)
 
+    @property
+    def _path(self) -> Path:
+        assert self.opened is not None
+        return self.opened.path
+
     def _check(self, manifest: Manifest) -> None:
         """Raise `RunError` unless a checkpoint fits the model and the optimizer."""
         self._check_model(manifest)
@@ -208,12 +240,12 @@ class _Reader:
         try:
             yield
         except RunError as error:
-            error.where = (f"in `{Path(self.path) / MANIFEST}`", *error.where)
+            error.where = (f"in `{self._path / MANIFEST}`", *error.where)
             raise
 
     def _check_model(self, manifest: Manifest) -> None:
         """Raise `RunError` unless the checkpoint has the model's tensors, in its types."""
-        where = f"the checkpoint `{self.path}`"
+        where = f"the checkpoint `{self._path}`"
         there = {name for name in manifest.tensors if not name.startswith(OPTIMIZER)}
         named = manifest.aliases
         if lost := sorted(set(named.values()) - there):
@@ -231,7 +263,7 @@ class _Reader:
         )
         check_ties(self.program, named, where)
         check_dtypes(
-            self.program, {name: tensor.dtype for name, tensor in saved.items()}, self.path
+            self.program, {name: tensor.dtype for name, tensor in saved.items()}, self._path
         )
 
 

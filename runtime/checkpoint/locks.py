@@ -6,6 +6,7 @@ have no locks: what depends on one has to be right without it too.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 
 
@@ -22,3 +23,9 @@ def try_lock(file: int, *, shared: bool) -> bool | None:
     except OSError:
         return None
     return True
+
+
+def unlock(file: int) -> None:
+    """Unlock an open file, also for processes that were forked while it was locked."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_UN)

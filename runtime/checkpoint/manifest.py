@@ -1,7 +1,8 @@
 """The manifest of a checkpoint: JSON that says what each tensor is and how it was cut.
 
 Its last line is a SHA-256 of all the text before it, so that a changed byte anywhere is found. It
-has the digest of each shard's header, and those have the digests of their tensors.
+has the digest of each shard, for tools, and of each shard's header, which has those of its tensors:
+so a rank checks what it reads, and reads only what it needs.
 """
 
 from __future__ import annotations
@@ -20,19 +21,26 @@ from meshwright.compiler.layout.extents import Extent, Padding
 from meshwright.compiler.layout.factors import Dim, Factor
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.runtime.checkpoint.files import COPY_AGAIN, read_bytes, regular_file, size_of
+from meshwright.runtime.checkpoint.files import (
+    COPY_AGAIN,
+    cannot,
+    read_bytes,
+    regular_file,
+    size_of,
+)
 from meshwright.runtime.checkpoint.header import dtype_of, unique
 from meshwright.runtime.checkpoint.shards import Shard
 from meshwright.runtime.errors import RunError
 
 MANIFEST = "manifest.json"
-SAVE = re.compile(r"[0-9a-f]{32}")
+_SAVE = re.compile(r"[0-9a-f]{32}")
 _FORMAT, _VERSION = "meshwright checkpoint", 3
 _START = re.compile(rf'{{\n  "format": "{_FORMAT}",\n  "version": (\d{{1,9}}),\n')
-_SAVE = re.compile(r'  "save": "([0-9a-f]{32})",\n')
+_HEAD = re.compile(r'  "save": "([0-9a-f]{32})",\n  "number": (\d{1,18}),\n')
 _END = re.compile(rb'  "sha256": "([0-9a-f]{64})"\n}\n')
 _END_BYTES = len('  "sha256": ""\n}\n') + 64
-_START_BYTES = 128
+_START_BYTES = 256
+_TENSORS = '\n  "tensors": {'
 _OTHER_VERSION = "load it with the version of Meshwright that wrote it"
 _MOST_BYTES, _MOST_AXES, _MOST_FACTORS = 256 << 20, 64, 1024
 """Far above what any mesh or model needs, and low enough for a file to be refused at once."""
@@ -52,12 +60,22 @@ class SavedTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """The first lines of a manifest: which save it is of, and its place among those beside it."""
+
+    save: str
+    """128 random bits in hex, which every file of the save has."""
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What `manifest.json` says. `optimizer` is as `optimizer_state` wrote it, or None."""
 
     save: str
-    """The name of the save's folder: 128 random bits in hex."""
     mesh: Mesh
+    plan: str
+    """The text of the plan that it was saved under."""
     random: dict[str, int]
     aliases: dict[str, str]
     tensors: dict[str, SavedTensor]
@@ -66,6 +84,8 @@ class Manifest:
     """The file of each rank."""
     extra: Any = None
     """Values of the caller's own, as `extra.written_extra` wrote them."""
+    number: int = 0
+    """One more than that of any save that was in the folder before."""
 
     def to_text(self) -> str:
         """The file's text, one tensor per line. Raises `RunError` for one that is too long."""
@@ -84,12 +104,14 @@ class Manifest:
             "format": _FORMAT,
             "version": _VERSION,
             "save": self.save,
+            "number": self.number,
             "mesh": self.mesh.axes,
+            "plan": self.plan,
             "random": self.random,
             "aliases": self.aliases,
             "optimizer": self.optimizer,
             "extra": self.extra,
-            "shards": [(shard.size, shard.digest) for shard in self.shards],
+            "shards": [(each.size, each.header, each.digest) for each in self.shards],
         }
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in head.items()]
         rows = [f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in tensors.items()]
@@ -121,42 +143,34 @@ def manifest_text(folder: Path) -> str:
             help=f"name a folder that `save` wrote, with its `{MANIFEST}`",
         ) from None
     if problem := _damage(data):
-        other = _version_of(data) not in (None, _VERSION)
-        _refuse(file, problem, _OTHER_VERSION if other else COPY_AGAIN)
+        _refuse(file, problem, _help_for(data))
     # What `save` writes is ASCII; for anything else the JSON will not do.
     return data.decode(errors="replace")
 
 
-def named_save(folder: Path) -> str | None:
-    """The save that the manifest in `folder` names; None where no manifest can be read."""
-    try:
-        return save_of(manifest_text(folder))
-    except RunError:
-        return None
-
-
-def save_of(text: str) -> str | None:
-    """The save that a manifest names."""
-    start = _START.match(text)
-    found = _SAVE.match(text, start.end()) if start else None
-    return found[1] if found else None
-
-
-def check_replaceable(folder: Path) -> None:
-    """Raise `RunError` where a save would replace a `manifest.json` that no save wrote."""
+def head_of(folder: Path) -> Head:
+    """The first lines of the manifest in `folder`. Raises `RunError` as `manifest_text` does."""
     file = folder / MANIFEST
     try:
         with regular_file(file) as opened:
-            problem = _version_problem(read_bytes(opened, min(size_of(opened), _START_BYTES)))
-    except FileNotFoundError:
-        return
+            data = read_bytes(opened, min(size_of(opened), _START_BYTES))
     except OSError as error:
-        problem = error.strerror or str(error)
-    if problem:
-        raise RunError(
-            f"`{file}` is there, and a save would replace it: {problem}",
-            help="name another folder, or remove that file",
-        )
+        raise cannot("read", file, error, COPY_AGAIN) from None
+    if problem := _version_problem(data):
+        _refuse(file, problem, _help_for(data))
+    text = data.decode(errors="replace")
+    found = _HEAD.match(text, _START.match(text).end())  # type: ignore[union-attr]
+    if found is None:
+        _refuse(file, "its first lines are not those of a manifest")
+    return Head(found[1], int(found[2]))
+
+
+def shard_sizes(text: str) -> list[int]:
+    """The bytes of each rank's file, from the text of a manifest that `manifest_text` has checked,
+    without reading what it says of tensors."""
+    return [
+        size for size, *_ in json.loads(text.partition(_TENSORS)[0].rstrip(",") + "}")["shards"]
+    ]
 
 
 def parse_manifest(folder: Path, text: str) -> Manifest:
@@ -201,6 +215,10 @@ def _version_problem(data: bytes) -> str:
     return ""
 
 
+def _help_for(data: bytes) -> str:
+    return COPY_AGAIN if _version_of(data) in (None, _VERSION) else _OTHER_VERSION
+
+
 def _version_of(data: bytes) -> int | None:
     start = _START.match(data[:_START_BYTES].decode(errors="replace"))
     return int(start[1]) if start else None
@@ -223,24 +241,29 @@ def _refuse(file: Path, problem: str, help: str = COPY_AGAIN) -> NoReturn:
 
 
 def _checked(found: Mapping[str, Any]) -> Manifest:
-    shards = tuple(Shard(_count(size), _text(digest)) for size, digest in found["shards"])
+    shards = tuple(
+        Shard(_count(size), _text(header), _text(digest))
+        for size, header, digest in found["shards"]
+    )
     mesh = _mesh(found["mesh"], len(shards))
     tensors = {name: _named_tensor(name, row, mesh) for name, row in found["tensors"].items()}
     optimizer = found["optimizer"]
     if optimizer is not None and not isinstance(optimizer, dict):
         raise TypeError("the optimizer's entry is not a dictionary")
     save, random = _text(found["save"]), found["random"]
-    if not SAVE.fullmatch(save):
+    if not _SAVE.fullmatch(save):
         raise ValueError("the save's name is not 32 digits")
     return Manifest(
         save,
         mesh,
+        _text(found["plan"]),
         {"seed": _count(random["seed"], -(2**63)), "step": _count(random["step"], 0)},
         _aliases(found["aliases"], tensors),
         tensors,
         optimizer,
         shards,
         found["extra"],
+        _count(found["number"], 0),
     )
 
 

@@ -1,24 +1,31 @@
 """Write a checkpoint: each rank writes a file with the parts that it owns, rank 0 the manifest.
 
-What can fail on one rank is done between collectives, and raised on all. The save before stays as
-it was until this one is whole, on the disk, and named by the manifest.
+What can fail on one rank is done between collectives, and raised on all. Checkpoints that are there
+stay as they are until this one is whole, on the disk, and has its name.
+
+A save in the background has no collectives but at its begin and its end: a thread of each process
+writes copies, and that of rank 0 sees by the files of the others when they are done. So it is whole
+as soon as it can be, whatever the ranks are doing by then.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from meshwright.compiler.public import Program
 from meshwright.runtime.checkpoint.extra import written_extra
 from meshwright.runtime.checkpoint.files import cannot
-from meshwright.runtime.checkpoint.folder import NewSave, folder_of
+from meshwright.runtime.checkpoint.folder import NewSave, check_keep, folder_of, unfinished_path
 from meshwright.runtime.checkpoint.header import Header, check_types
 from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor
 from meshwright.runtime.checkpoint.optimizer_state import (
@@ -31,6 +38,7 @@ from meshwright.runtime.checkpoint.shards import (
     Shard,
     check_origin,
     create_file,
+    digest_path,
     read_header,
     shard_path,
     write_shard,
@@ -39,67 +47,282 @@ from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.weights import stored_tensors
 from meshwright.runtime.world.agreement import agree, agreed, first_says, told
+from meshwright.runtime.world.termination import say
 
 _ONE_FOLDER = "give every rank one folder, on a filesystem that all of them share"
+_DIGEST = re.compile(r"([0-9a-f]{64})\n")
+_PAUSE = 0.02
+"""Seconds between looks at the files of the other ranks."""
+_PATIENCE = 5.0
+"""Seconds for which rank 0 waits for the others' files when its own run has ended."""
 
 
-def save(
-    program: Program, states: Sequence[RankState], path: Any, optimizer: Any, extra: Any = None
-) -> list[RankProgram]:
-    """What each rank of this process does to write a checkpoint; `extra` is that of rank 0."""
-    # On the virtual mesh there is one optimizer for all ranks.
-    found: list[dict[str, Any]] = []
+class _Kept:
+    """A context whose exception is kept, for `check` to raise it on another thread."""
 
-    def options() -> dict[str, Any] | None:
-        if optimizer is not None and not found:
-            found.append(check_optimizer(program, states, optimizer))
-        return found[0] if found else None
+    error: BaseException | None = None
 
-    return [_save(program, state, path, optimizer, options, extra) for state in states]
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        self.error = error
+        return True
+
+    def check(self) -> None:
+        """Raise what was kept, if anything was."""
+        if self.error is not None:
+            raise self.error
 
 
-def _save(
-    program: Program,
-    state: RankState,
-    path: Any,
-    optimizer: Optimizer | None,
-    options: Callable[[], dict[str, Any] | None],
-    extra: Any,
-) -> RankProgram:
-    def prepare() -> tuple[NewSave, dict[str, Any], list[Entry], dict[str, Tensor]]:
-        new = NewSave(folder_of(path))
-        checked = {"optimizer": options(), "extra": written_extra(extra)}
-        entries = _entries(program, state, optimizer)
-        parts = own_parts(entries, state)
-        check_types(parts)
-        return new, checked, entries, parts
+class _Part:
+    """What one rank writes of a save. Its tensors are copies where nobody waits for the save."""
 
-    def commit() -> str:
-        tensors = saved_tensors(entries, state.mesh)
-        shards = _whole_shards(new.folder, name, state.mesh.num_ranks, tensors)
+    def __init__(self, rank: int, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+        self.rank, self.tensors, self.manifest = rank, tensors, manifest
+        self.writing = _Kept()
+        """What ended `write`, where that ran in the background."""
+
+    def write(self, new: NewSave) -> None:
+        """Write this rank's file and its digest; that of rank 0 has been open since the begin."""
+        folder = unfinished_path(new.folder, self.manifest.save)
+        shard = shard_path(folder, self.rank)
+        header = Header.of(self.manifest.save, self.rank, self.tensors)
+        try:
+            if self.rank == 0:
+                assert new.file is not None
+                digest = write_shard(new.file, shard, header, self.tensors)
+            else:
+                with create_file(shard) as file:
+                    digest = write_shard(file, shard, header, self.tensors)
+            with create_file(digest_path(folder, self.rank)) as file:
+                file.write(f"{digest}\n".encode())
+        except FileNotFoundError:
+            raise RunError(
+                f"cannot write `{shard}`: the folder that rank 0 made is not there",
+                help=_ONE_FOLDER,
+            ) from None
+        except OSError as error:
+            raise cannot("write", shard, error, "name a folder to write into") from None
+
+    def commit(self, new: NewSave, keep: int | None) -> None:
+        """Make a checkpoint of what all ranks have written; on rank 0."""
+        manifest = self.manifest
+        shards = _whole_shards(new.path, manifest.save, manifest.mesh.num_ranks, manifest.tensors)
+        new.commit(replace(manifest, shards=shards), keep)
+
+
+class Saves:
+    """The saves of a run, one after the other; `run` runs what each rank of this process does."""
+
+    def __init__(
+        self,
+        program: Program,
+        states: Sequence[RankState],
+        run: Callable[[list[RankProgram]], list[Any]],
+    ) -> None:
+        self.program, self.states, self._run = program, states, run
+        self._pending: _Saving | None = None
+        """The save that is written in the background."""
+
+    def save(self, path: Any, optimizer: Any, *, extra: Any, keep: Any, wait: Any) -> None:
+        """Write a checkpoint, once the save before is one; see `Run.save`."""
+        self.finish("save")
+        saving = _Saving(self.program, self.states, path, optimizer, extra, keep, bool(wait))
+        try:
+            self._run(saving.begin())
+            if wait:
+                self._run(saving.finish("save"))
+            else:
+                saving.start()
+                self._pending = saving
+        except BaseException:
+            saving.cancel()
+            raise
+
+    def finish(self, method: str) -> None:
+        """Wait for the save in the background and raise its error; `method` is what ranks called.
+
+        Does nothing in a process that was forked from the one that saves.
+        """
+        saving = self._pending
+        if saving is None or not saving.is_here:
+            return
+        try:
+            self._run(saving.finish(method))
+        except Exception:
+            # Not what interrupts the wait, which may be gone on with.
+            self._pending = None
+            saving.cancel()
+            raise
+        self._pending = None
+
+    def leave(self) -> None:
+        """Let this process end what it is writing, without the other ranks."""
+        if self._pending is not None and self._pending.is_here:
+            self._pending.leave()
+
+
+class _Saving:
+    """A save by the ranks of this process: `begin`, `start` unless the caller waits, `finish`."""
+
+    def __init__(
+        self,
+        program: Program,
+        states: Sequence[RankState],
+        path: Any,
+        optimizer: Any,
+        extra: Any,
+        keep: Any,
+        wait: bool,
+    ) -> None:
+        self.program, self.states, self.path, self.optimizer = program, states, path, optimizer
+        self._extra, self._keep, self._waits = extra, keep, wait
+        self._options: dict[str, Any] | None = None
+        self._new = NewSave(Path())
+        self._parts: dict[int, _Part] = {}
+        self._process = os.getpid()
+        self._all_written, self._cancelled = threading.Event(), threading.Event()
+        self._committing = _Kept()
+        """What ended the commit, where that ran in the background."""
+        self._thread: threading.Thread | None = None
+
+    # -- with the other ranks -----------------------------------------------------------------
+
+    def begin(self) -> list[RankProgram]:
+        """Agree on what is saved and make its folder; unless the caller waits, copy all of it."""
+        return [self._begin(state) for state in self.states]
+
+    def _begin(self, state: RankState) -> RankProgram:
+        part = yield from agreed(state, lambda: self._part(state), "save")
+        own = [self._options, state.progress]
+        options, progress = json.loads((yield from told(state, json.dumps(own))))
+        problem = unlike_first(self._options, options)
+        yield from agree(state, problem or _not_abreast(state.progress, progress))
+        save = yield from first_says(state, self._new.begin)
+        part.manifest = replace(part.manifest, save=save)
+        self._parts[state.rank] = part
+
+    def finish(self, method: str) -> list[RankProgram]:
+        """Make a checkpoint of it, or raise on every rank what is in the way.
+
+        `method` is that of the run which every rank called.
+        """
+        return [self._finish(state, self._parts[state.rank], method) for state in self.states]
+
+    def _finish(self, state: RankState, part: _Part, method: str) -> RankProgram:
+        yield from agreed(state, lambda: self._written(part), method)
+        yield from first_says(state, self._committed)
+
+    # -- what has no collectives --------------------------------------------------------------
+
+    def _part(self, state: RankState) -> _Part:
+        """What a rank is to write, as it is now. Raises `RunError` for what cannot be saved."""
+        program, optimizer = self.program, self.optimizer
+        self._new.folder, self._keep = folder_of(self.path), check_keep(self._keep)
+        if optimizer is not None and self._options is None:
+            # On the virtual mesh there is one optimizer for all ranks.
+            self._options = check_optimizer(program, self.states, optimizer)
+        extra = written_extra(self._extra)
+        entries = [
+            Entry.of(stored, state.tensors[kind, stored.name])
+            for kind, stored in stored_tensors(program)
+        ]
+        if optimizer is not None:
+            entries += optimizer_entries(program, state, optimizer)
+        tensors = own_parts(entries, state)
+        check_types(tensors)
+        if not self._waits:
+            tensors = {name: part.to("cpu", copy=True) for name, part in tensors.items()}
         manifest = Manifest(
-            save=name,
+            save="",
             mesh=state.mesh,
+            plan=program.plan.source.text or program.plan.format(),
             random={"seed": state.random.seed, "step": state.random.step},
             aliases=dict(program.captured.aliases),
-            tensors=tensors,
-            shards=shards,
-            **checked,
+            tensors=saved_tensors(entries, state.mesh),
+            optimizer=self._options,
+            shards=(),
+            extra=extra,
         )
-        new.commit(manifest)
-        return name
+        return _Part(state.rank, tensors, manifest)
 
-    new, checked, entries, parts = yield from agreed(state, prepare, "save")
-    own = {"progress": state.progress, "optimizer": checked["optimizer"]}
-    first = json.loads((yield from told(state, json.dumps(own))))
-    problem = unlike_first(own["optimizer"], first["optimizer"])
-    yield from agree(state, problem or _not_abreast(own["progress"], first["progress"]))
-    try:
-        name = yield from first_says(state, new.begin)
-        yield from agreed(state, lambda: _write(new, name, state.rank, parts))
-        yield from first_says(state, commit)
-    finally:
-        new.close()
+    def start(self) -> None:
+        """Begin to write in the background."""
+        self._thread = threading.Thread(target=self._work, name="meshwright save")
+        self._thread.start()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process writes, and not the one that it was forked from."""
+        return self._process == os.getpid()
+
+    def cancel(self) -> None:
+        """End it, whole or not; what this process is writing is written first."""
+        self._cancelled.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._new.close()
+
+    def leave(self) -> None:
+        """End it without the other ranks, of which rank 0 needs only the files."""
+        if self._thread is not None:
+            self._all_written.wait()
+            self._thread.join(_PATIENCE)
+            self.cancel()
+            self._say_error()
+
+    def _written(self, part: _Part) -> None:
+        if self._waits:
+            part.write(self._new)
+        else:
+            self._all_written.wait()
+        part.writing.check()
+
+    def _committed(self) -> str:
+        if self._thread is None:
+            self._parts[0].commit(self._new, self._keep)
+        else:
+            self._thread.join()
+        self._committing.check()
+        return ""
+
+    def _work(self) -> None:
+        """Write the parts of all ranks of this process, and commit them if rank 0 is one."""
+        for part in self._parts.values():
+            with part.writing:
+                part.write(self._new)
+        self._all_written.set()
+        if 0 in self._parts and self._error is None:
+            with self._committing:
+                self._await_files()
+                self._parts[0].commit(self._new, self._keep)
+        self._new.close()
+        if not threading.main_thread().is_alive():
+            self._say_error()
+
+    def _await_files(self) -> None:
+        """Wait until every rank has written its file. Raises `RunError` once the run has ended."""
+        path, main, ended = self._new.path, threading.main_thread(), 0.0
+        for rank in range(self._parts[0].manifest.mesh.num_ranks):
+            # Where the folder has gone, the commit says so.
+            while not _written_digest(path, rank) and path.exists():
+                if not main.is_alive():
+                    # The interpreter waits for this thread.
+                    ended = ended or time.monotonic()
+                late = ended and time.monotonic() - ended > _PATIENCE
+                if late or self._cancelled.wait(_PAUSE):
+                    raise RunError(f"the run ended before rank {rank} had written its file")
+
+    @property
+    def _error(self) -> BaseException | None:
+        errors = [part.writing.error for part in self._parts.values()]
+        return next(filter(None, errors), self._committing.error)
+
+    def _say_error(self) -> None:
+        """Tell of what no call raises any more."""
+        if error := self._error:
+            say(f"meshwright: the last save into `{self.path}` failed: {error}")
 
 
 def _not_abreast(own: Sequence[int], first: Sequence[int]) -> RunError | None:
@@ -111,34 +334,6 @@ def _not_abreast(own: Sequence[int], first: Sequence[int]) -> RunError | None:
                 help="call `save` after the same step on every rank, not where a signal came",
             )
     return None
-
-
-def _entries(program: Program, state: RankState, optimizer: Optimizer | None) -> list[Entry]:
-    found = [
-        Entry.of(stored, state.tensors[kind, stored.name])
-        for kind, stored in stored_tensors(program)
-    ]
-    if optimizer is not None:
-        found += optimizer_entries(program, state, optimizer)
-    return found
-
-
-def _write(new: NewSave, name: str, rank: int, parts: dict[str, Tensor]) -> None:
-    """Write this rank's file; that of rank 0 has been open since the save began."""
-    shard, header = shard_path(new.folder, name, rank), Header.of(name, rank, parts)
-    if new.file is not None:
-        write_shard(new.file, shard, header, parts)
-        return
-    try:
-        file = create_file(shard)
-    except FileNotFoundError:
-        raise RunError(
-            f"cannot write `{shard}`: the folder that rank 0 made is not there", help=_ONE_FOLDER
-        ) from None
-    except OSError as error:
-        raise cannot("write", shard, error, "name a folder to write into") from None
-    with file:
-        write_shard(file, shard, header, parts)
 
 
 def _whole_shards(
@@ -156,10 +351,10 @@ def _whole_shards(
 
 
 def _whole_shard(path: Path, name: str, rank: int, wanted: Mapping[str, str]) -> Shard:
-    file = shard_path(path, name, rank)
-    if not os.path.exists(file):
+    file, digest = shard_path(path, rank), _written_digest(path, rank)
+    if not digest or not os.path.exists(file):
         raise RunError(f"`{file}`, which rank {rank} wrote, is not there", help=_ONE_FOLDER)
-    shard, header = read_header(file)
+    header, size, header_digest = read_header(file)
     check_origin(file, header, name, rank)
     for tensor in sorted(wanted.keys() | header.tensors.keys()):
         held = header.tensors.get(tensor)
@@ -170,4 +365,14 @@ def _whole_shard(path: Path, name: str, rank: int, wanted: Mapping[str, str]) ->
                 f"rank {rank} wrote {wrote} `{tensor}`, which rank 0 has {has}",
                 help="give every rank the same optimizer, in the same state",
             )
-    return shard
+    os.unlink(digest_path(path, rank))
+    return Shard(size, header_digest, digest)
+
+
+def _written_digest(path: Path, rank: int) -> str:
+    """The SHA-256 of a rank's file, which that rank wrote beside it when it was whole; or empty."""
+    try:
+        found = _DIGEST.fullmatch(digest_path(path, rank).read_text())
+    except OSError:
+        return ""
+    return found[1] if found else ""

@@ -29,15 +29,21 @@ from meshwright.runtime.errors import RunError
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What the manifest says of a file: its size in bytes and the SHA-256 of its header."""
+    """What the manifest says of a file: bytes, SHA-256 of its header, SHA-256 of all of it."""
 
     size: int
+    header: str
     digest: str
 
 
-def shard_path(folder: Path, save: str, rank: int) -> Path:
-    """The file that a rank writes in a save."""
-    return folder / save / f"{rank:05}.safetensors"
+def shard_path(folder: Path, rank: int) -> Path:
+    """The file that a rank writes in the folder of a checkpoint."""
+    return folder / f"{rank:05}.safetensors"
+
+
+def digest_path(folder: Path, rank: int) -> Path:
+    """The file in which a rank says that its own is whole, while the others write."""
+    return folder / f"{rank:05}.sha256"
 
 
 def create_file(path: Path) -> BinaryIO:
@@ -46,11 +52,11 @@ def create_file(path: Path) -> BinaryIO:
     return open(number, "r+b", buffering=0)
 
 
-def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str, Tensor]) -> None:
+def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str, Tensor]) -> str:
     """Write the tensors that `header` describes into a new file, and flush it to the disk.
 
     The header comes last, once the digests are known: a file that was not finished has none.
-    Raises `RunError`.
+    Returns the SHA-256 of the file. Raises `RunError`.
     """
     try:
         file.seek(len(header.to_bytes()))
@@ -65,14 +71,23 @@ def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str
         os.fsync(file.fileno())
     except OSError as error:
         raise cannot("write", path, error, MAKE_ROOM) from None
+    digest = hashlib.sha256(text)
+    for tensor in tensors.values():
+        data = _on_cpu(tensor)
+        digest.update(_bytes_of(data))
+    return digest.hexdigest()
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> str:
     """Write a tensor's bytes and return their SHA-256."""
-    data, digest = tensor.detach().cpu().contiguous(), hashlib.sha256()
+    data, digest = _on_cpu(tensor), hashlib.sha256()
     for piece in write_all(file, _bytes_of(data)):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -82,8 +97,10 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def read_header(path: Path, expected: Shard | None = None) -> tuple[Shard, Header]:
-    """The header of a shard, and its size and digest, which must be as `expected` if that is given.
+def read_header(path: Path, expected: Shard | None = None) -> tuple[Header, int, str]:
+    """The header of a shard, the bytes of the file and the SHA-256 of the header.
+
+    They must be as `expected` if that is given.
 
     Raises `RunError` for what is not a whole file of ours.
     """
@@ -94,8 +111,8 @@ def read_header(path: Path, expected: Shard | None = None) -> tuple[Shard, Heade
                 raise ValueError(f"it has {size} bytes, not {expected.size}")
             first = read_bytes(file, min(8, size))
             text = read_bytes(file, header_length(first, size))
-        found = Shard(size, hashlib.sha256(first + text).hexdigest())
-        if expected is not None and found != expected:
+        digest = hashlib.sha256(first + text).hexdigest()
+        if expected is not None and digest != expected.header:
             raise ValueError("its header is not the one that was saved")
         header = Header.parse(text)
         if size != 8 + len(text) + header.num_bytes:
@@ -104,11 +121,11 @@ def read_header(path: Path, expected: Shard | None = None) -> tuple[Shard, Heade
         raise cannot("read", path, error, COPY_AGAIN) from None
     except ValueError as error:
         raise RunError(f"`{path}` is damaged: {error}", help=COPY_AGAIN) from None
-    return found, header
+    return header, size, digest
 
 
 class Shards:
-    """The files of one save, opened when they are needed; all that is read is checked.
+    """The files of one checkpoint, opened when they are needed; all that is read is checked.
 
     They are not mapped into memory: truncating a mapped file ends the process that reads it.
     """
@@ -154,10 +171,10 @@ class Shards:
     def _header(self, rank: int) -> tuple[Path, int, Header]:
         """The file, where its tensors begin, and what it says of itself."""
         if rank not in self._headers:
-            path = shard_path(self.folder, self.save, rank)
-            shard, header = read_header(path, self.shards[rank])
+            path = shard_path(self.folder, rank)
+            header, size, _ = read_header(path, self.shards[rank])
             check_origin(path, header, self.save, rank)
-            self._headers[rank] = path, shard.size - header.num_bytes, header
+            self._headers[rank] = path, size - header.num_bytes, header
         return self._headers[rank]
 
 

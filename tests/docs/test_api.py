@@ -20,6 +20,7 @@ import meshwright as mw
 from docs.make_api import COMMAND, MACHINERY, PAGE, Entry, attributes, entries, members, page
 from examples import gpt
 from meshwright.passes.contracts import allow
+from meshwright.runtime.checkpoint import saving
 from tests.docs.pages import ROOT, blocks
 
 ENTRIES = list(entries())
@@ -151,6 +152,16 @@ def half_a_name() -> None:
     launched().optimizer(torch.optim.SGD, groups=[{"params": ["upp.*"]}])
 
 
+def failed_save(monkeypatch: pytest.MonkeyPatch) -> mw.Run:
+    def full(*_: object) -> None:
+        raise mw.RunError("the disk is full")
+
+    monkeypatch.setattr(saving, "write_shard", full)
+    run = launched()
+    run.save("folder", wait=False)
+    return run
+
+
 RAISED: Mapping[tuple[str, str], Callable[[], object] | Callable[[pytest.MonkeyPatch], object]] = {
     ("meshwright.compile", "PlanError"): lambda: compiled(plan="mesh tp=2\ncolumns u over tp"),
     ("meshwright.compile", "CaptureError"): lambda: compiled(Branch()),
@@ -172,6 +183,8 @@ RAISED: Mapping[tuple[str, str], Callable[[], object] | Callable[[pytest.MonkeyP
     ("Run.clip_grad_norm_", "RunError"): lambda: launched().clip_grad_norm_(-1.0),
     ("Run.check", "MismatchError"): differing,
     ("Run.save", "RunError"): lambda: launched().save(__file__),
+    ("Run.wait_saved", "RunError"): lambda monkeypatch: failed_save(monkeypatch).wait_saved(),
+    ("Run.close", "RunError"): lambda monkeypatch: failed_save(monkeypatch).close(),
     ("Run.load", "RunError"): lambda: launched().load("no such folder"),
     ("meshwright.read_state_dict", "RunError"): lambda: mw.read_state_dict("no such folder"),
 }

@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from meshwright.runtime.checkpoint.folder import current_path
+from meshwright.runtime.checkpoint.shards import shard_path
+
 
 def manifest_of(folder: Path) -> Any:
-    """What the manifest says."""
-    return json.loads((folder / "manifest.json").read_text())
+    """What the manifest of the newest checkpoint says."""
+    return json.loads((current_path(folder) / "manifest.json").read_text())
 
 
 def sealed(content: Mapping[str, Any]) -> str:
@@ -30,9 +33,10 @@ def with_digest(text: str) -> str:
 
 def reseal(folder: Path, changes: Mapping[str, Any]) -> None:
     """Change entries of a manifest, as one who wants to be believed."""
-    (folder / "manifest.json").write_text(sealed({**manifest_of(folder), **changes}))
+    file = current_path(folder) / "manifest.json"
+    file.write_text(sealed({**manifest_of(folder), **changes}))
 
 
 def shard(folder: Path, rank: int) -> Path:
-    """The file of a rank in the current save."""
-    return folder / manifest_of(folder)["save"] / f"{rank:05}.safetensors"
+    """The file of a rank in the newest checkpoint."""
+    return shard_path(current_path(folder), rank)

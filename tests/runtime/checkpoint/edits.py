@@ -61,7 +61,8 @@ def rechained(scene: Scene, change: TensorChange) -> Damage:
     raw = file.read_bytes()
     manifest = json.loads(scene.manifest.read_text())
     header = raw[: 8 + int.from_bytes(raw[:8], "little")]
-    manifest["shards"][rank] = [len(raw), hashlib.sha256(header).hexdigest()]
+    digests = [hashlib.sha256(part).hexdigest() for part in (header, raw)]
+    manifest["shards"][rank] = [len(raw), *digests]
     write(scene.manifest, manifest)
     return Damage([file], [tensor] if tensor else [])
 

@@ -61,8 +61,8 @@ def other_options(run: mw.Run, optimizer: Any, own: bool) -> None:
 def other_folder(run: mw.Run, optimizer: Any, own: bool) -> None:
     other = FOLDER.with_name("elsewhere")
     if own:
-        other.mkdir()
-        shutil.copy(FOLDER / "manifest.json", other)
+        (other / "step-1").mkdir(parents=True)
+        shutil.copy(FOLDER / "step-1" / "manifest.json", other / "step-1")
     run.load(other if own else FOLDER, optimizer)
 
 

@@ -41,7 +41,7 @@ def saver(job: Callable[[], Job], folder: Path, first: int, done: int, dies_afte
     for number in itertools.count(first):
         fill(run, optimizer, number)
         sys.setprofile(profile if number > first else None)
-        run.save(folder, optimizer)
+        run.save(folder, optimizer, keep=1)
         sys.setprofile(None)
         os.write(done, struct.pack("<q", number))
 
@@ -114,7 +114,7 @@ def check(reader: Job, folder: Path, expected: list[int], clean: Counter[tuple[s
     assert len(found) == 1, f"a mixture: {found}"
     assert found <= set(expected), f"loaded {found}, not one of {expected}"
     fill(run, optimizer, expected[-1] + 1)
-    run.save(folder, optimizer)
+    run.save(folder, optimizer, keep=1)
     fill(run, optimizer, -1)
     run.load(folder, optimizer)
     assert numbers(run, optimizer) == {expected[-1] + 1}, "the next save was not kept"
@@ -125,11 +125,11 @@ def check(reader: Job, folder: Path, expected: list[int], clean: Counter[tuple[s
 def main(folder: Path, num_kills: int, num_ranks: int) -> None:
     program = compiled()
     reader = launched(program, 0)
-    reader[0].save(folder / "clean", reader[1])
-    reader[0].save(folder / "clean", reader[1])
+    reader[0].save(folder / "clean", reader[1], keep=1)
+    reader[0].save(folder / "clean", reader[1], keep=1)
     clean, right = contents(folder / "clean"), 0
     target = folder / "target"
-    reader[0].save(target, reader[1])
+    reader[0].save(target, reader[1], keep=1)
     for seed in range(num_kills):
         try:
             expected = killed(program, target, 1000 * (seed + 1), seed, num_ranks)

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import meshwright as mw
+from meshwright.runtime.checkpoint.folder import current_path
 from tests.runtime.checkpoint.forks import become, compiled, ended, forked, free_port, launched
 from tests.runtime.checkpoint.shard_bytes import ShardBytes
 from tests.runtime.checkpoint.states import differing, fill, numbers, shards, snapshot
@@ -58,7 +59,7 @@ class Rank:
         return text
 
     def save(self, folder: str | Path) -> None:
-        self.run.save(folder, self.optimizer)
+        self.run.save(folder, self.optimizer, keep=1)
 
     def load(self, folder: str | Path) -> None:
         self.run.load(folder, self.optimizer)
@@ -170,7 +171,7 @@ def a_folder_cannot_be_made(rank: Rank) -> None:
 
 @mishap
 def a_folder_is_a_file(rank: Rank) -> None:
-    file = rank.whole / "manifest.json"
+    file = current_path(rank.whole) / "manifest.json"
     rank.refused(lambda: rank.save(file), str(file))
     rank.refused(lambda: rank.load(file), str(file))
 
@@ -179,7 +180,8 @@ def a_folder_is_a_file(rank: Rank) -> None:
 def a_folder_may_not_be_written(rank: Rank) -> None:
     """Also below a file, where the superuser may not write either."""
     folder = rank.copy("read only")
-    rank.refused(lambda: rank.save(folder / "manifest.json" / "deeper"), "manifest.json")
+    file = current_path(folder) / "manifest.json"
+    rank.refused(lambda: rank.save(file / "deeper"), "manifest.json")
     if os.getuid():
         folder.chmod(0o555)
         rank.refused(lambda: rank.save(folder), folder.name)
@@ -193,7 +195,7 @@ def ranks_save_into_different_folders(rank: Rank) -> None:
     own = folder / str(rank.rank)
     rank.refused(lambda: rank.save(own), str(folder))
     rank.meet()
-    assert not (own / "manifest.json").exists()
+    assert not list(own.glob("step-*"))
     assert not shards(folder), f"left over: {shards(folder)}"
 
 
@@ -205,7 +207,7 @@ def ranks_save_below_different_working_folders(rank: Rank) -> None:
     os.chdir(own)
     rank.refused(lambda: rank.save("here"), "here")
     os.chdir(before)
-    assert not (own / "here" / "manifest.json").exists()
+    assert not list((own / "here").glob("step-*"))
 
 
 @mishap

@@ -24,7 +24,7 @@ def save_again_and_again(job: Job, folder: Path, first: int, seconds: float, rou
     begin, number = time.monotonic(), first
     while number < first + rounds if rounds else time.monotonic() - begin < seconds:
         fill(run, optimizer, number)
-        run.save(folder, optimizer)
+        run.save(folder, optimizer, keep=1)
         number += 1
     sys.stdout.write(f"saved {number - first}\n")
 
@@ -78,15 +78,15 @@ def main(folder: Path, counts: tuple[int, int, int], seconds: float) -> None:
     program = compiled()
     run, optimizer = launched(program, 1)
     for _ in range(2):
-        run.save(folder / "clean", optimizer)
-    run.save(folder / "target", optimizer)
+        run.save(folder / "clean", optimizer, keep=1)
+    run.save(folder / "target", optimizer, keep=1)
     children = start(program, folder / "target", counts, seconds)
     statuses = ended(children, 60 + 4 * seconds)
     print("statuses", dict(Counter(statuses)))
     run.load(folder / "target", optimizer)
     assert len(numbers(run, optimizer)) == 1, "a mixture at the end"
     # A save that somebody reads as it is replaced stays for the next saver to remove.
-    run.save(folder / "target", optimizer)
+    run.save(folder / "target", optimizer, keep=1)
     left = contents(folder / "target") - contents(folder / "clean")
     assert not left, f"left over: {left}"
     assert not any(statuses), "jobs failed"

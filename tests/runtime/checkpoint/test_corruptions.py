@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import meshwright as mw
+from meshwright.runtime.checkpoint.folder import current_path
 from tests.runtime.checkpoint.corruptions import CORRUPTIONS, Damage, Scene
 from tests.runtime.checkpoint.edits import EDITS, edited, rechained
 from tests.runtime.checkpoint.states import differing, snapshot
@@ -61,13 +62,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     run.save(found["whole"], optimizer)
     run.save(found["no optimizer"])
     train(run, optimizer, 2)
-    shutil.copytree(found["whole"], found["next save"])
     run.save(found["next save"], optimizer)
     run, optimizer = trained("both", 2)
     run.save(found["other weights"], optimizer)
     run, optimizer = trained("tensor", 1)
     run.save(found["other plan"], optimizer)
-    return found
+    return {name: current_path(path) for name, path in found.items()}
 
 
 @contextmanager

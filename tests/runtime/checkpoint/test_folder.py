@@ -15,11 +15,11 @@ import meshwright as mw
 from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.checkpoint import folder as folder_module
-from meshwright.runtime.checkpoint.folder import NewSave, OpenSave, remove_unused
+from meshwright.runtime.checkpoint.folder import NewSave, OpenSave, checkpoints, remove_unused
 from meshwright.runtime.checkpoint.header import Header
 from meshwright.runtime.checkpoint.locks import try_lock
-from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor, named_save
-from meshwright.runtime.checkpoint.shards import read_header, shard_path, write_shard
+from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor
+from meshwright.runtime.checkpoint.shards import Shard, read_header, shard_path, write_shard
 from tests.runtime.checkpoint.forks import ended, forked
 from tests.runtime.checkpoint.kills import killer
 from tests.runtime.processes import environment
@@ -31,21 +31,22 @@ def begun(folder: Path) -> NewSave:
     return new
 
 
-def commit(new: NewSave, value: float) -> str:
-    """Write a tensor and make the save the current one; its name."""
-    name, path = new.name, shard_path(new.folder, new.name, 0)
+def commit(new: NewSave, value: float, keep: int | None = 1) -> str:
+    """Write a tensor and make a checkpoint of it, of the step `value`; the name of its folder."""
+    path = shard_path(new.path, 0)
     tensors = {"w": torch.tensor([float(value)])}
     assert new.file is not None
-    write_shard(new.file, path, Header.of(name, 0, tensors), tensors)
-    saved = SavedTensor((1,), "float32", replicated((1,)), (0,))
-    random = {"seed": 0, "step": 0}
-    mesh, shards = Mesh((("dp", 1),)), (read_header(path)[0],)
-    new.commit(Manifest(name, mesh, random, {"w": "w"}, {"w": saved}, None, shards))
-    return name
+    digest = write_shard(new.file, path, Header.of(new.name, 0, tensors), tensors)
+    saved = SavedTensor((1,), "float32", replicated((1,)), (0,), ())
+    random = {"seed": 0, "step": int(value)}
+    mesh, (_, size, header) = Mesh((("dp", 1),)), read_header(path)
+    shards = (Shard(size, header, digest),)
+    manifest = Manifest(new.name, mesh, "", random, {"w": "w"}, {"w": saved}, None, shards)
+    return new.commit(manifest, keep).name
 
 
-def save(folder: Path, value: float) -> str:
-    return commit(begun(folder), value)
+def save(folder: Path, value: float, keep: int | None = 1) -> str:
+    return commit(begun(folder), value, keep)
 
 
 def value_of(opened: OpenSave) -> float:
@@ -66,31 +67,60 @@ def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_module, "try_lock", lambda *_, **__: None)
 
 
-def test_a_save_replaces_the_one_before(tmp_path: Path) -> None:
-    first, second = save(tmp_path, 1), save(tmp_path, 2)
-    assert first != second
-    assert names(tmp_path) == {"manifest.json", second}
-    assert value(tmp_path) == 2
+def test_a_save_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    assert save(tmp_path, 1) == "step-1"
+    save(tmp_path, 2)
+    assert names(tmp_path) == {"step-2"}
+    assert value(tmp_path) == value(tmp_path / "step-2") == 2
+
+
+def test_the_newest_are_kept_in_the_order_in_which_they_were_saved(tmp_path: Path) -> None:
+    for step in (100, 110, 120):
+        save(tmp_path, step, keep=3)
+    # A run that went back to step 100 goes another way from there.
+    assert save(tmp_path, 110, keep=3) == "step-110-2"
+    assert value(tmp_path) == 110
+    assert names(tmp_path) == {"step-110", "step-120", "step-110-2"}
+    assert save(tmp_path, 110, keep=2) == "step-110-3"
+    assert names(tmp_path) == {"step-110-2", "step-110-3"}
+    save(tmp_path, 5, keep=None)
+    assert [path.name for _, path in checkpoints(tmp_path)] == [
+        "step-110-2",
+        "step-110-3",
+        "step-5",
+    ]
+
+
+def test_what_is_damaged_does_not_count_among_what_is_kept(tmp_path: Path) -> None:
+    for step in range(4):
+        save(tmp_path, step, keep=None)
+    os.truncate(tmp_path / "step-3" / "00000.safetensors", 10)
+    (tmp_path / "step-2" / "manifest.json").unlink()
+    save(tmp_path, 4, keep=2)
+    assert names(tmp_path) == {"step-1", "step-2", "step-3", "step-4"}
+    with pytest.raises(mw.RunError, match=r"step-2/manifest\.json.*\n.*such as `.*step-4`"):
+        value(tmp_path)
+    assert value(tmp_path / "step-4") == 4
 
 
 def test_the_save_before_stays_until_the_next_is_whole(tmp_path: Path) -> None:
-    first = save(tmp_path, 1)
+    save(tmp_path, 1)
     new = begun(tmp_path)
     assert value(tmp_path) == 1
     new.close()
-    assert names(tmp_path) == {"manifest.json", first}
+    assert names(tmp_path) == {"step-1"}
     assert value(tmp_path) == 1
 
 
 def test_a_save_that_is_read_stays_until_nobody_reads_it(tmp_path: Path) -> None:
-    first = save(tmp_path, 1)
+    save(tmp_path, 1)
     with OpenSave.current(tmp_path) as opened:
-        second = save(tmp_path, 2)
-        assert opened.replaced()
+        save(tmp_path, 2)
+        assert not opened.gone(tmp_path)
         assert value_of(opened) == 1
-        assert names(tmp_path) == {"manifest.json", first, second}
-    third = save(tmp_path, 3)
-    assert names(tmp_path) == {"manifest.json", third}
+        assert names(tmp_path) == {"step-1", "step-2"}
+    save(tmp_path, 3)
+    assert names(tmp_path) == {"step-3"}
 
 
 def test_saves_side_by_side_leave_the_last_and_do_not_touch_each_other(tmp_path: Path) -> None:
@@ -98,9 +128,9 @@ def test_saves_side_by_side_leave_the_last_and_do_not_touch_each_other(tmp_path:
     commit(one, 1)
     assert value(tmp_path) == 1
     assert other.path.is_dir()
-    name = commit(other, 2)
+    commit(other, 2)
     assert value(tmp_path) == 2
-    assert names(tmp_path) == {"manifest.json", name}
+    assert names(tmp_path) == {"step-2"}
     one.close()
     other.close()
     assert value(tmp_path) == 2
@@ -114,7 +144,7 @@ def test_leavings_of_a_process_that_was_killed_are_removed(tmp_path: Path) -> No
         f"new = NewSave(pathlib.Path({str(tmp_path)!r}))\n"
         "new.begin()\n"
         "(new.path / '00001.safetensors').write_text('half a file')\n"
-        "print(new.name, flush=True)\n"
+        "print(new.path.name, flush=True)\n"
         "sys.stdin.read()\n"
     )
     process = subprocess.Popen(
@@ -127,12 +157,12 @@ def test_leavings_of_a_process_that_was_killed_are_removed(tmp_path: Path) -> No
     assert process.stdout is not None
     dead = process.stdout.readline().strip()
     # While it lives, nobody takes it away.
-    second = save(tmp_path, 2)
-    assert names(tmp_path) == {"manifest.json", second, dead}
+    save(tmp_path, 2)
+    assert names(tmp_path) == {"step-2", dead}
     process.kill()
     process.communicate()
-    third = save(tmp_path, 3)
-    assert names(tmp_path) == {"manifest.json", third}
+    save(tmp_path, 3)
+    assert names(tmp_path) == {"step-3"}
 
 
 def test_a_save_that_is_killed_after_any_call_leaves_one_whole_save(tmp_path: Path) -> None:
@@ -151,30 +181,36 @@ def test_a_save_that_is_killed_after_any_call_leaves_one_whole_save(tmp_path: Pa
         if status == [0]:
             break
         assert status == [-9]
-        before = found
+        before = number + 0.5
+        save(tmp_path, before)
+        assert names(tmp_path) == {f"step-{number}" + "-2" * (found == number)}
     assert found == number > 15
-    name = save(tmp_path, 0)
-    assert names(tmp_path) == {"manifest.json", name}
+    assert names(tmp_path) == {f"step-{number}"}
 
 
 @pytest.fixture
 def strangers(tmp_path: Path) -> Iterator[None]:
     """What somebody else put into the folder, and which must stay."""
-    hexadecimal = "ab" * 16
+    hexadecimal = "saving-" + "ab" * 16
     (tmp_path / "notes").mkdir()
     (tmp_path / "000001-00000.safetensors").write_text("a shard of another format")
     (tmp_path / "0123.safetensors").write_text("a model")
     (tmp_path / hexadecimal).mkdir()
     (tmp_path / hexadecimal / "00000.safetensors").write_text("")
     (tmp_path / hexadecimal / "diary.txt").write_text("dear diary")
-    (tmp_path / ("cd" * 16)).write_text("a file of our folders' form")
+    (tmp_path / ("saving-" + "cd" * 16)).write_text("a file of our folders' form")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "00000.safetensors").write_text("")
-    (tmp_path / ("ef" * 16)).symlink_to(tmp_path / "elsewhere")
-    (tmp_path / ("01" * 16)).mkdir()
-    (tmp_path / ("01" * 16) / "00000.safetensors").symlink_to(tmp_path / "0123.safetensors")
-    (tmp_path / ("23" * 16) / "00000.safetensors").mkdir(parents=True)
-    (tmp_path / ("AB" * 16)).mkdir()
+    (tmp_path / ("saving-" + "ef" * 16)).symlink_to(tmp_path / "elsewhere")
+    linked = tmp_path / ("saving-" + "01" * 16)
+    linked.mkdir()
+    (linked / "00000.safetensors").symlink_to(tmp_path / "0123.safetensors")
+    (tmp_path / ("saving-" + "23" * 16) / "00000.safetensors").mkdir(parents=True)
+    (tmp_path / ("saving-" + "AB" * 16)).mkdir()
+    (tmp_path / ("ab" * 16)).mkdir()
+    (tmp_path / "step-x").mkdir()
+    save(tmp_path / "archive", 0)
+    (tmp_path / "step-0").symlink_to(tmp_path / "archive" / "step-0")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
     yield
@@ -190,24 +226,26 @@ def test_what_is_not_a_save_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_of_a_save_that_never_began_is_removed(tmp_path: Path) -> None:
-    (tmp_path / ("ab" * 16)).mkdir()
-    (tmp_path / ("cd" * 16)).mkdir()
-    (tmp_path / ("cd" * 16) / "00001.safetensors").write_text("of a rank that outlived rank 0")
-    name = save(tmp_path, 1)
-    assert names(tmp_path) == {"manifest.json", name}
+    (tmp_path / ("saving-" + "ab" * 16)).mkdir()
+    other = tmp_path / ("saving-" + "cd" * 16)
+    other.mkdir()
+    (other / "00001.safetensors").write_text("of a rank that outlived rank 0")
+    (other / "00001.sha256").write_text("")
+    save(tmp_path, 1)
+    assert names(tmp_path) == {"step-1"}
 
 
 def test_what_a_network_filesystem_keeps_of_an_open_file_does_not_keep_the_others(
     tmp_path: Path,
 ) -> None:
-    kept = tmp_path / save(tmp_path, 1) / ".nfs000000000000002a00000001"
-    kept.write_text("")
-    second = save(tmp_path, 2)
-    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
-    kept.unlink()
-    third = save(tmp_path, 3)
-    assert second != third
-    assert names(tmp_path) == {"manifest.json", third}
+    name = ".nfs000000000000002a00000001"
+    (tmp_path / save(tmp_path, 1) / name).write_text("")
+    save(tmp_path, 2)
+    (left,) = tmp_path.glob("saving-*")
+    assert [path.name for path in left.iterdir()] == [name]
+    (left / name).unlink()
+    save(tmp_path, 3)
+    assert names(tmp_path) == {"step-3"}
 
 
 def test_a_save_whose_folder_is_removed_before_its_lock_takes_another(
@@ -230,15 +268,15 @@ def test_a_save_whose_folder_is_removed_before_its_lock_takes_another(
     new = begun(tmp_path)
     assert len(made) == 3
     assert new.path.is_dir()
-    name = commit(new, 2)
-    assert names(tmp_path) == {"manifest.json", name}
+    commit(new, 2)
+    assert names(tmp_path) == {"step-2"}
 
 
 def test_a_save_that_begins_while_its_folder_is_looked_at_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
-    begins, list_files = tmp_path / ("ab" * 16), os.scandir
+    begins, list_files = tmp_path / ("saving-" + "ab" * 16), os.scandir
     begins.mkdir()
 
     def late(path: Path) -> object:
@@ -260,19 +298,18 @@ def test_a_folder_whose_saves_vanish_is_an_error(
 
 
 @pytest.mark.usefixtures("no_locks")
-def test_without_locks_only_the_save_before_is_removed(tmp_path: Path) -> None:
-    first = save(tmp_path, 1)
+def test_without_locks_only_whole_checkpoints_are_removed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
     other = begun(tmp_path)
-    second = save(tmp_path, 2)
-    assert names(tmp_path) == {"manifest.json", second, other.name}
+    save(tmp_path, 2)
+    assert names(tmp_path) == {"step-2", other.path.name}
     with OpenSave.current(tmp_path) as opened:
-        name = commit(other, 3)
-        assert names(tmp_path) == {"manifest.json", name}
+        commit(other, 3)
+        assert names(tmp_path) == {"step-3"}
         with pytest.raises(mw.RunError, match="cannot read `w`"):
             value_of(opened)
-        assert opened.replaced()
+        assert opened.gone(tmp_path)
     assert value(tmp_path) == 3
-    assert first != second
 
 
 @pytest.mark.usefixtures("no_locks")
@@ -280,67 +317,84 @@ def test_a_reader_whose_save_vanishes_starts_again_with_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
-    read, texts = folder_module.manifest_text, []
+    find, found = folder_module.current_path, []
 
-    def overtaken(folder: Path) -> str:
-        texts.append(read(folder))
-        if len(texts) < 4:
-            save(tmp_path, len(texts) + 1)
-        return texts[-1]
+    def overtaken(folder: Path) -> Path:
+        found.append(find(folder))
+        if len(found) < 4:
+            save(tmp_path, len(found) + 1)
+        return found[-1]
 
-    monkeypatch.setattr(folder_module, "manifest_text", overtaken)
+    monkeypatch.setattr(folder_module, "current_path", overtaken)
     assert value(tmp_path) == 4
-    assert len(texts) == 4
+    assert len(found) == 4
 
 
-def test_a_save_that_is_current_is_never_removed(tmp_path: Path) -> None:
-    name = save(tmp_path, 1)
-    remove_unused(tmp_path, name)
-    assert value(tmp_path) == 1
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text(manifest.read_text()[:-1])
-    remove_unused(tmp_path, name)
-    assert (tmp_path / name).is_dir()
-
-
-def test_an_error_while_the_manifest_is_put_in_place_leaves_the_save_before(
+def test_a_checkpoint_saved_anew_under_a_name_is_not_removed_for_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, new = save(tmp_path, 1), begun(tmp_path)
+    """Another process removed the old one, and a third saved, since this one listed them."""
+    save(tmp_path, 1)
+    before = checkpoints(tmp_path)
+    save(tmp_path, 2)
+    save(tmp_path, 1)
+    monkeypatch.setattr(folder_module, "_heads", lambda _: (before, None))
+    remove_unused(tmp_path, 0)
+    assert names(tmp_path) == {"step-1"}
+    assert value(tmp_path) == 1
+
+
+def test_an_error_while_the_save_gets_its_name_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    new = begun(tmp_path)
 
     def fails(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fails)
+        patch.setattr(os, "rename", fails)
         with pytest.raises(mw.RunError, match=r"cannot write `.*manifest\.json`: Input/output"):
             commit(new, 2)
     new.close()
-    assert names(tmp_path) == {"manifest.json", first}
+    assert names(tmp_path) == {"step-1"}
     assert value(tmp_path) == 1
 
 
-@pytest.mark.parametrize("can_read", [True, False])
-def test_an_interruption_after_the_manifest_is_in_place_keeps_the_new_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_read: bool
+def test_an_interruption_after_the_save_has_its_name_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
-    new, replace = begun(tmp_path), os.replace
+    new, rename = begun(tmp_path), os.rename
 
     def interrupted(*paths: Path) -> None:
-        replace(*paths)
+        rename(*paths)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupted)
+        patch.setattr(os, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             commit(new, 2)
-        if not can_read:
-            patch.setattr(folder_module, "named_save", lambda _: None)
-        new.close()
+    new.close()
     assert value(tmp_path) == 2
-    third = save(tmp_path, 3)
-    assert names(tmp_path) == {"manifest.json", third}
+    save(tmp_path, 3)
+    assert names(tmp_path) == {"step-3"}
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link", "a folder with files"])
+def test_a_name_that_somebody_else_has_taken_is_left_to_them(tmp_path: Path, kind: str) -> None:
+    taken = tmp_path / "step-7"
+    if kind == "a file":
+        taken.write_text("")
+    elif kind == "a link":
+        taken.symlink_to("nowhere")
+    else:
+        taken.mkdir()
+        (taken / "diary.txt").write_text("dear diary")
+    assert save(tmp_path, 7) == "step-7-2"
+    assert os.path.lexists(taken)
+    assert value(tmp_path / "step-7-2") == 7
 
 
 def test_a_folder_that_can_only_be_read_is_read(tmp_path: Path) -> None:
@@ -386,4 +440,3 @@ def test_locks_are_shared_or_held_alone_and_end_with_the_file(tmp_path: Path) ->
     os.close(read)
     os.close(write)
     assert try_lock(read, shared=True) is None
-    assert named_save(tmp_path) is None

@@ -369,7 +369,7 @@ def test_a_save_that_goes_while_it_is_read_is_followed_by_the_one_that_took_its_
         nonlocal calls
         calls += 1
         if calls == 5:
-            other.save(tmp_path, extra={"number": 2})
+            other.save(tmp_path, extra={"number": 2}, keep=1)
         original(*given)
 
     monkeypatch.setattr(loading, "read_into", read_into)

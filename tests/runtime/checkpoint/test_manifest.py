@@ -15,12 +15,13 @@ import meshwright as mw
 from meshwright.compiler.layout.extents import Extent, Padding
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.checkpoint.manifest import (
+    Head,
     Manifest,
     SavedTensor,
-    check_replaceable,
+    head_of,
     manifest_text,
-    named_save,
     parse_manifest,
+    shard_sizes,
 )
 from meshwright.runtime.checkpoint.shards import Shard
 from tests.compiler.layouts import split
@@ -35,11 +36,13 @@ def small() -> Manifest:
     return Manifest(
         save=SAVE,
         mesh=Mesh((("tp", 2),)),
+        plan="mesh tp=2\n",
         random={"seed": -3, "step": 7},
         aliases={"w": "w", "head.ä": "w"},
         tensors={"w": SavedTensor((3, 2), "float32", split((4, 2), {0: "tp"}), (0, 1), (PADDING,))},
         optimizer=None,
-        shards=(Shard(100, "a" * 64), Shard(200, "b" * 64)),
+        shards=(Shard(100, "a" * 64, "c" * 64), Shard(200, "b" * 64, "d" * 64)),
+        number=4,
     )
 
 
@@ -50,7 +53,8 @@ def read(folder: Path) -> Manifest:
 def test_a_manifest_says_what_was_written(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(small().to_text())
     assert read(tmp_path) == small()
-    assert named_save(tmp_path) == SAVE
+    assert head_of(tmp_path) == Head(SAVE, 4)
+    assert shard_sizes(manifest_text(tmp_path)) == [100, 200]
 
 
 def test_every_changed_byte_is_found(tmp_path: Path) -> None:
@@ -70,7 +74,6 @@ def test_every_cut_and_every_addition_is_found(tmp_path: Path) -> None:
         file.write_bytes(changed)
         with pytest.raises(mw.RunError, match="is not a manifest that can be read"):
             manifest_text(tmp_path)
-    assert named_save(tmp_path) is None
 
 
 def content(**changes: Any) -> dict[str, Any]:
@@ -87,12 +90,15 @@ REFUSED = {
     "an axis twice": content(mesh=[["tp", 2], ["dp", 1], ["dp", 1]]),
     "a million axes": content(mesh=[["tp", 2], *([f"a{i}", 1] for i in range(1_000_000))]),
     "more ranks than shards": content(mesh=[["tp", 2], ["dp", 2]]),
-    "a huge axis": content(mesh=[["tp", 2**62]], shards=[[1, "a" * 64]]),
+    "a huge axis": content(mesh=[["tp", 2**62]], shards=[[1, "a" * 64, "b" * 64]]),
     "an axis without ranks": content(mesh=[["tp", 0]]),
     "an axis that is a number": content(mesh=[[2, 2]]),
     "another mesh": content(mesh=[["dp", 2]]),
     "a shard without a digest": content(shards=[[100], [200]]),
-    "a shard of no bytes": content(shards=[[0, "a" * 64], [0, "b" * 64]]),
+    "a shard of no bytes": content(shards=[[0, "a" * 64, "c" * 64], [0, "b" * 64, "d" * 64]]),
+    "a shard without the digest of its file": content(shards=[[100, "a" * 64]] * 2),
+    "a plan that is a number": content(plan=3),
+    "a number that is text": content(number="4"),
     "no save": content(save=""),
     "a save elsewhere": content(save="../" + SAVE[3:]),
     "a save in capitals": content(save=SAVE.upper()),
@@ -187,22 +193,24 @@ def test_what_is_not_a_file_of_text_is_refused_at_once(tmp_path: Path, kind: str
     make_odd(kind, tmp_path / "manifest.json")
     with pytest.raises(mw.RunError):
         manifest_text(tmp_path)
-    with pytest.raises(mw.RunError, match="a save would replace it"):
-        check_replaceable(tmp_path)
+    with pytest.raises(mw.RunError, match=r"manifest\.json"):
+        head_of(tmp_path)
 
 
-def test_a_manifest_that_no_save_wrote_is_not_replaced(tmp_path: Path) -> None:
+def test_the_first_lines_of_a_manifest_are_those_of_one(tmp_path: Path) -> None:
     file = tmp_path / "manifest.json"
-    check_replaceable(tmp_path)
+    with pytest.raises(mw.RunError, match=r"cannot read `.*manifest\.json`: No such file"):
+        head_of(tmp_path)
     file.write_text(small().to_text()[:200])
-    check_replaceable(tmp_path)
-    for other in ("", '{"name": "an extension"}', sealed({"format": "meshwright checkpoint"})):
+    assert head_of(tmp_path) == Head(SAVE, 4)
+    others = ("", '{"name": "an extension"}', sealed({"format": "meshwright checkpoint"}))
+    for other in (*others, small().to_text()[:100]):
         file.write_text(other)
-        with pytest.raises(mw.RunError, match="a save would replace it"):
-            check_replaceable(tmp_path)
+        with pytest.raises(mw.RunError, match="is not a manifest that can be read"):
+            head_of(tmp_path)
     file.write_text('{\n  "format": "meshwright checkpoint",\n  "version": 1,\n  "number": 3,\n')
     with pytest.raises(mw.RunError, match="version 1 of the format, and this is version 3"):
-        check_replaceable(tmp_path)
+        head_of(tmp_path)
 
 
 @pytest.mark.parametrize("version", [1, 9])

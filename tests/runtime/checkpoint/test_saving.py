@@ -19,7 +19,6 @@ import meshwright as mw
 from meshwright.runtime.checkpoint import saving
 from meshwright.runtime.checkpoint.header import Header
 from tests.runtime.checkpoint import failing_saves
-from tests.runtime.checkpoint.damage import manifest_of
 from tests.runtime.models import PLANS, batch, make
 from tests.runtime.processes import ROOT, finish, start
 
@@ -43,16 +42,12 @@ def run(tmp_path: Path) -> Iterator[mw.Run]:
     run.step(*batch())
     yield run
     assert everything(tmp_path) == before
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", save_of(tmp_path)}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0"]
     run.load(tmp_path)
     assert all(torch.equal(run.state_dict()[name], value) for name, value in saved.items())
     run.step(*batch())
-    run.save(tmp_path)
-    assert everything(tmp_path).keys().isdisjoint(before.keys() - {"manifest.json"})
-
-
-def save_of(folder: Path) -> str:
-    return str(manifest_of(folder)["save"])
+    run.save(tmp_path, keep=1)
+    assert everything(tmp_path).keys().isdisjoint(before.keys())
 
 
 def test_a_full_disk_is_told_by_file_and_reason(run: mw.Run, tmp_path: Path) -> None:
@@ -76,10 +71,10 @@ def test_an_error_on_one_rank_names_it(
 ) -> None:
     write = saving.write_shard
 
-    def fails(file: BinaryIO, path: Path, *rest: object) -> None:
+    def fails(file: BinaryIO, path: Path, *rest: object) -> str:
         if path.name == f"{rank:05}.safetensors":
             raise saving.cannot("write", path, OSError(number, "the reason"), "make room there")
-        write(file, path, *rest)  # type: ignore[arg-type]
+        return write(file, path, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(saving, "write_shard", fails)
     with pytest.raises(
@@ -116,10 +111,11 @@ def test_a_file_that_is_gone_before_the_manifest_is_written_is_told(
 ) -> None:
     write = saving.write_shard
 
-    def lost(file: BinaryIO, path: Path, *rest: object) -> None:
-        write(file, path, *rest)  # type: ignore[arg-type]
+    def lost(file: BinaryIO, path: Path, *rest: object) -> str:
+        digest = write(file, path, *rest)  # type: ignore[arg-type]
         if path.name.startswith("00001"):
             path.unlink()
+        return digest
 
     monkeypatch.setattr(saving, "write_shard", lost)
     with pytest.raises(
@@ -134,10 +130,10 @@ def test_a_file_of_another_save_under_a_ranks_name_is_told(
 ) -> None:
     write = saving.write_shard
 
-    def stale(file: BinaryIO, path: Path, header: Header, *rest: object) -> None:
+    def stale(file: BinaryIO, path: Path, header: Header, *rest: object) -> str:
         if path.name.startswith("00001"):
             header = replace(header, save="f" * 32)
-        write(file, path, header, *rest)  # type: ignore[arg-type]
+        return write(file, path, header, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(saving, "write_shard", stale)
     with pytest.raises(mw.RunError, match=r"00001\.safetensors` was written by rank 1 in save `ff"):
@@ -164,7 +160,7 @@ def test_an_interrupted_save_leaves_the_one_before(
 
 def test_a_manifest_that_no_save_wrote_stays(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "an extension"}')
-    with pytest.raises(mw.RunError, match=r"`.*` is there, and a save would replace it"):
+    with pytest.raises(mw.RunError, match=r"is a checkpoint itself: it has a `manifest\.json`"):
         compiled().launch().save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
@@ -191,11 +187,12 @@ def test_a_save_that_fails_on_one_process_is_told_by_all_and_training_goes_on(
     assert len(list((tmp_path / "common").iterdir())) == 2
 
 
-EXPECTED = """\
+FOLDER_GONE = "the folder that rank 0 made is not there"
+EXPECTED = f"""\
 saved
-on rank 1: cannot write `/other/SAVE/00001.safetensors`: the folder that rank 0 made is not there
+on rank 1: cannot write `/other/saving-SAVE/00001.safetensors`: {FOLDER_GONE}
   help: give every rank one folder, on a filesystem that all of them share
-on rank 1: cannot write `/common/SAVE/00001.safetensors`: File too large
+on rank 1: cannot write `/common/saving-SAVE/00001.safetensors`: File too large
   help: make room there, or name another folder
 on rank 1: the optimizer has a parameter that this run does not hold
   help: make the optimizer with `run.optimizer(...)` of the same run

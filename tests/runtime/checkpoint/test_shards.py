@@ -34,11 +34,12 @@ TENSORS = {
 
 
 def write(folder: Path, rank: int, tensors: dict[str, torch.Tensor], save: str = SAVE) -> Shard:
-    path = shard_path(folder, save, rank)
+    path = shard_path(folder, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
     with create_file(path) as file:
-        write_shard(file, path, Header.of(save, rank, tensors), tensors)
-    return read_header(path)[0]
+        digest = write_shard(file, path, Header.of(save, rank, tensors), tensors)
+    _, size, header = read_header(path)
+    return Shard(size, header, digest)
 
 
 def read(folder: Path, *shards: Shard, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -59,9 +60,10 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 def test_a_shard_is_a_safetensors_file(tmp_path: Path) -> None:
     shard = write(tmp_path, 0, TENSORS)
     assert same(read(tmp_path, shard), TENSORS)
-    path = shard_path(tmp_path, SAVE, 0)
+    path = shard_path(tmp_path, 0)
     assert same(load_file(path), TENSORS)
     data = path.read_bytes()
+    assert shard.digest == hashlib.sha256(data).hexdigest()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     digest = hashlib.sha256(TENSORS["w"].numpy().tobytes()).hexdigest()
     assert header["__metadata__"]["sha256/w"] == digest
@@ -86,7 +88,7 @@ def test_every_type_comes_back_as_it_was(tmp_path: Path, dtype: torch.dtype) -> 
 
 def test_every_changed_byte_is_found_and_its_file_named(tmp_path: Path) -> None:
     shard = write(tmp_path, 0, TENSORS)
-    path = shard_path(tmp_path, SAVE, 0)
+    path = shard_path(tmp_path, 0)
     data = path.read_bytes()
     for place in range(len(data)):
         for change in (1, 128):
@@ -101,7 +103,7 @@ def test_every_changed_byte_is_found_and_its_file_named(tmp_path: Path) -> None:
 
 def test_every_cut_and_an_addition_are_found(tmp_path: Path) -> None:
     shard = write(tmp_path, 0, TENSORS)
-    path = shard_path(tmp_path, SAVE, 0)
+    path = shard_path(tmp_path, 0)
     data = path.read_bytes()
     for changed in (*(data[:end] for end in range(len(data))), data + b"\0"):
         path.write_bytes(changed)
@@ -113,7 +115,7 @@ def test_a_file_cut_while_it_is_read_is_an_error_not_the_end(tmp_path: Path) -> 
     shard = write(tmp_path, 0, TENSORS)
     opened = Shards(tmp_path, SAVE, (shard,))
     opened.check()
-    path = shard_path(tmp_path, SAVE, 0)
+    path = shard_path(tmp_path, 0)
     os.truncate(path, shard.size - 1)
     with pytest.raises(mw.RunError, match=r"`flag`.*ends too early"):
         opened.part(0, "flag", (3,), torch.bool)
@@ -121,7 +123,7 @@ def test_a_file_cut_while_it_is_read_is_an_error_not_the_end(tmp_path: Path) -> 
 
 def test_a_shard_of_another_save_or_rank_is_refused(tmp_path: Path) -> None:
     shards = [write(tmp_path, rank, TENSORS) for rank in (0, 1)]
-    first, second = (shard_path(tmp_path, SAVE, rank) for rank in (0, 1))
+    first, second = (shard_path(tmp_path, rank) for rank in (0, 1))
     aside = tmp_path / "aside"
     for one, other in ((first, aside), (second, first), (aside, second)):
         one.rename(other)
@@ -130,14 +132,14 @@ def test_a_shard_of_another_save_or_rank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(mw.RunError, match=r"written by rank 1 .* not by rank 0"):
         read(tmp_path, *reversed(shards))
     other_save = "f" * 32
-    stranger = write(tmp_path, 0, TENSORS, other_save)
-    shard_path(tmp_path, other_save, 0).replace(first)
+    stranger = write(tmp_path / "other", 0, TENSORS, other_save)
+    shard_path(tmp_path / "other", 0).replace(first)
     with pytest.raises(mw.RunError, match=f"in save `{other_save}`"):
         read(tmp_path, stranger, shards[1])
 
 
 def test_a_shard_written_anew_with_other_values_is_refused(tmp_path: Path) -> None:
-    shard, path = write(tmp_path, 0, TENSORS), shard_path(tmp_path, SAVE, 0)
+    shard, path = write(tmp_path, 0, TENSORS), shard_path(tmp_path, 0)
     path.unlink()
     other = write(tmp_path, 0, {**TENSORS, "w": TENSORS["w"] + 1})
     assert other.size == shard.size
