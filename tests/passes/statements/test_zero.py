@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -17,7 +20,9 @@ from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.public import Program
 from meshwright.compiler.report.summary import summarise
+from meshwright.passes import driver
 from meshwright.passes.statements import zero
+from meshwright.runtime.run import launch
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import GPT_DATA, GPT_TENSOR, UNEVEN, Gpt, Mlp, Uneven, real, rows, tokens
 from tests.passes import examples
@@ -217,46 +222,75 @@ class Indivisible(nn.Module):
         return self.down(torch.tanh(self.up(x))).square().mean()
 
 
-def sent_over(axes: set[str], program: Program) -> Counter[str]:
-    """The bytes that a rank sends in a step over some of `axes`, by kind."""
-    found = Counter[str]()
-    for each in program.comm():
-        if axes & set(each.axes):
-            found[each.kind] += each.bytes * each.times
-    return found
-
-
-BATCH = {"input_ids": torch.zeros(8, 8, dtype=torch.int64)}
+BATCH = {"input_ids": torch.zeros(16, 8, dtype=torch.int64)}
 BATCH["labels"] = BATCH["input_ids"]
 
-MODELS: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
-    "llama": (lambda: llama(kv=2), BATCH, "input_ids, labels"),
-    "tied gpt2": (gpt2, BATCH, "input_ids, labels"),
-    "indivisible": (Indivisible, (torch.zeros(8, 10),), "x"),
-}
+
+@dataclass(frozen=True)
+class Sent:
+    """A model, and what a step sends of it under `zero 3` besides two gathers and a scatter of
+    each of its `groups` of weights in every microbatch."""
+
+    make: Callable[[], nn.Module]
+    example: Any
+    inputs: str
+    groups: int
+    forward_only: str
+    """What the backward takes nothing of: tables, biases and the first weight."""
+    num_forward_only: int
+    once: str = "no parameter"
+    """What no microbatch changes: its forward runs once, before all of them."""
+    padding: int = 0
+    """The zeros that storage adds, in elements."""
+
+
+SENT: dict[str, Sent] = {
+    "llama": Sent(
+        lambda: llama(kv=2), BATCH, "input_ids, labels", 5, r"model.embed_tokens.*", 1
+    ),
+    # The last norm is in no block: its weight and its bias are groups of their own.
+    "tied gpt2": Sent(
+        gpt2, BATCH, "input_ids, labels", 6, r".*(\.bias|wpe\.weight)", 2, r".*wpe.*"
+    ),
+    "indivisible": Sent(
+        Indivisible, (torch.zeros(16, 10),), "x", 2, "up.weight", 1, padding=24
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mesh", ["dp=4", "a=2, b=2"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SENT)
 def test_a_step_sends_what_the_papers_say(name: str, mesh: str) -> None:
-    make, example, inputs = MODELS[name]
-    model, over = make(), "dp" if mesh == "dp=4" else "(a, b)"
-    axes = {"dp", "a", "b"}
-    for level in (1, 2, 3):
-        for m in (1, 2):
-            micro = f"accumulate {m}\n" if m > 1 else ""
-            plan = f"mesh {mesh}\ndata {inputs} over {over}\nzero {level} over {over}\n{micro}"
-            program = meshwright.compile(model, meshwright.Plan.parse(plan), example=example)
-            stored = program.parameters.values()
-            # With the zeros that storage adds; three of four shards are another rank's.
-            shards = [math.prod(each.layout.local_shape(program.mesh)) for each in stored]
-            volume = 3 * 4 * sum(shards)
-            sent = sent_over(axes, program)
-            scatters = 1 if level == 1 else m
-            read = 0.75 if name == "indivisible" else 0.95
-            assert sent["reduce_scatter"] == scatters * volume
-            if level < 3:
-                assert sent["all_gather"] == volume
-            else:
-                # The backward takes no bias of a linear, no table, and no first weight.
-                assert 2 * m * volume * read <= sent["all_gather"] <= 2 * m * volume
+    case, over = SENT[name], "dp" if mesh == "dp=4" else "(a, b)"
+    model = case.make()
+    source = driver.capture(model, case.example)
+    for level, m in itertools.product((1, 2, 3), (1, 2, 4) if mesh == "dp=4" else (2,)):
+        plan = f"mesh {mesh}\ndata {case.inputs} over {over}\nzero {level} over {over}\n"
+        plan += f"accumulate {m}\n" if m > 1 else ""
+        program = driver.compile_captured(source, meshwright.Plan.parse(plan), launcher=launch)
+
+        def volume(pattern: str, program: Program = program) -> int:
+            """The bytes that a rank sends to gather these parameters once, or to scatter them."""
+            stored = {n: s for n, s in program.parameters.items() if re.fullmatch(pattern, n)}
+            shards = [math.prod(s.layout.local_shape(program.mesh)) for s in stored.values()]
+            return 3 * 4 * sum(shards)
+
+        whole = volume(".*")
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        assert whole == 3 * (numel + case.padding)  # three of four shards, four bytes each
+        sent, times = Counter[str](), Counter[str]()
+        for each in program.comm():
+            sent[each.kind] += each.bytes * each.times
+            times[each.kind] += each.times
+        gathers, gathered = case.groups, whole
+        if level == 3:
+            hoisted = (m - 1) * bool(volume(case.once))
+            gathers = m * (2 * case.groups - case.num_forward_only) - hoisted
+            gathered = m * (2 * whole - volume(case.forward_only)) - (m - 1) * volume(case.once)
+        assert (times["all_gather"], sent["all_gather"]) == (gathers, gathered)
+        scatters = 1 if level == 1 else m
+        assert times["reduce_scatter"] == scatters * case.groups
+        assert sent["reduce_scatter"] == scatters * whole
+        # Besides, labels are counted and the loss is summed up.
+        assert set(sent) <= {"all_gather", "reduce_scatter", "all_reduce"}
+        assert sent["all_reduce"] <= 32

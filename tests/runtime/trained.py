@@ -1,0 +1,80 @@
+"""Train a GPT with dropout under plans of many kinds; run as `main` by every rank of a test.
+
+Argument: a folder, into which rank 0 writes what it trained and each rank what it sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import meshwright as mw
+from meshwright.runtime.transports import gloo
+from tests.models import GPT_DATA, GPT_TENSOR, Gpt
+
+STEPS, ROWS, VOCAB = 20, 16, 48
+SEQUENCE, VOCABULARY = "sequence blocks.* over tp\n", "vocab wte, head over tp\n"
+ALONE = "mesh one=1\ndata tokens, targets over one\n"
+PLANS = {
+    "zero 1": f"mesh dp=4\n{GPT_DATA}zero 1 over dp\n",
+    "zero 2": f"mesh dp=4\n{GPT_DATA}zero 2 over dp\naccumulate 2\n",
+    "zero 3": f"mesh dp=4\n{GPT_DATA}zero 3 over dp\naccumulate 4\n",
+    "zero 3 over two": "mesh a=2, b=2\ndata tokens, targets over (a, b)\n"
+    "zero 3 over (a, b)\naccumulate 2\n",
+    "some modules": f"mesh dp=4\n{GPT_DATA}accumulate 2\n"
+    "zero 3 blocks.* over dp\nzero 2 blocks.1.up over dp\nzero 1 wte over dp\n",
+    "tensor, zero 1": f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}zero 1 over dp\naccumulate 2\n",
+    "all, zero 2": f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}{SEQUENCE}{VOCABULARY}"
+    "zero 2 over dp\naccumulate 4\n",
+    "all, zero 3": f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}{SEQUENCE}{VOCABULARY}zero 3 over dp\n",
+    "all, zero over both": f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}{SEQUENCE}{VOCABULARY}"
+    "zero 2 over (dp, tp)\nzero 3 blocks.0 over dp\naccumulate 2\n",
+    "no data ranks": f"mesh tp=4\ndata tokens, targets\n{GPT_TENSOR}{SEQUENCE}{VOCABULARY}"
+    "zero 3 over tp\naccumulate 4\n",
+    "tensor alone": f"mesh tp=4\ndata tokens, targets\n{GPT_TENSOR}{VOCABULARY}accumulate 2\n",
+    "three axes": f"mesh pod=2, dp=2, tp=2\ndata tokens, targets over (pod, dp)\n{GPT_TENSOR}"
+    f"{SEQUENCE}zero 2 over dp\naccumulate 2\n",
+}
+ON_PROCESSES = ("some modules", "all, zero 2", "all, zero over both", "no data ranks")
+
+
+def batch(number: int) -> tuple[Tensor, Tensor]:
+    """Tokens and targets; the first rows have no label at all, and the others unlike numbers."""
+    generator = torch.Generator().manual_seed(number)
+    tokens, targets = torch.randint(0, VOCAB, (2, ROWS, 8), generator=generator)
+    counts = torch.tensor([0, 0, 0, 0, 8, 1, 0, 3, 1, 1, 8, 8, 7, 2, 0, 5]).roll(4 * number)
+    targets[torch.arange(8) >= counts[:, None]] = -100
+    return tokens, targets
+
+
+@cache
+def compiled(plan: str) -> mw.Program:
+    """The program of every rank; forked ranks have it already."""
+    torch.manual_seed(0)
+    return mw.compile(Gpt(p=0.1).double(), mw.Plan.parse(plan), example=batch(0))
+
+
+def train(program: mw.Program, steps: int = STEPS) -> dict[str, Tensor]:
+    """The losses and norms of some steps of AdamW, and the weights after them."""
+    with program.launch(seed=3) as run:
+        no_decay = {"params": ["**.bias", "**.ln*.weight"], "weight_decay": 0.0, "lr": 2e-2}
+        optimizer = run.optimizer(torch.optim.AdamW, groups=[no_decay], lr=1e-2, weight_decay=0.1)
+        schedule = LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
+        found: dict[str, list[Tensor]] = {"losses": [], "norms": []}
+        for number in range(steps):
+            found["losses"].append(run.step(*batch(number)))
+            found["norms"].append(run.clip_grad_norm_(1.0))
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        run.check(optimizer)
+        results = {name: torch.stack(values) for name, values in found.items()}
+        return results | run.state_dict()
