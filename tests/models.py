@@ -24,6 +24,17 @@ class Mlp(nn.Module):
         return self.down(F.gelu(self.up(x))).square().mean()
 
 
+class Indivisible(nn.Module):
+    """Sizes that four does not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(10, 6, bias=False), nn.Linear(6, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(self.up(x))).square().mean()
+
+
 class Block(nn.Module):
     def __init__(self, d: int, heads: int, p: float) -> None:
         super().__init__()

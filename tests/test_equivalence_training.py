@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.runtime.trained import ALONE, PLANS, compiled, train
+from tests.runtime.forked import Forked, Ranks
+from tests.runtime.trained import ALONE, ON_FOUR, PLANS, compiled, train
 
 FAST = ("all, zero over both", "zero 3")
 
@@ -28,3 +30,16 @@ def check_same(found: dict[str, Tensor]) -> None:
 )
 def test_twenty_steps_with_dropout_are_those_of_one_process(name: str) -> None:
     check_same(train(compiled(PLANS[name])))
+
+
+@pytest.mark.slow
+def test_four_processes_train_so_and_send_what_their_programs_say(tmp_path: Path) -> None:
+    module = "tests.runtime.trained"
+    server = Forked(tmp_path, [module])
+    try:
+        ((_, ended),) = server.run(Ranks(module, 4, seconds=120.0))
+    finally:
+        server.close()
+    assert ended.outputs == ["trained\n"] * 4
+    for name in ON_FOUR:
+        check_same(torch.load(tmp_path / "cell1" / f"{name}.pt"))

@@ -8,43 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import meshwright as mw
-from meshwright.runtime.transports import gloo, meshes
+from meshwright.runtime.transports import meshes
 from tests.runtime.models import BATCH, PLANS, batch, make
+from tests.runtime.sending import sent_in_a_step
 
 RANK = int(os.environ["RANK"])
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
-sent: Counter[int] = Counter()
-"""Bytes that this rank sent, by the number of its process group."""
-
-
-class CountedGroup:
-    """A process group that counts what it sends; any other call of it fails."""
-
-    def __init__(self, *args: Any) -> None:
-        self.group, self.number = _PROCESS_GROUP(*args), CountedGroup.made
-        CountedGroup.made += 1
-
-    made = 0
-
-    def send(self, tensors: list[Tensor], peer: int, tag: int) -> Any:
-        sent[self.number] += sum(tensor.nbytes for tensor in tensors)
-        return self.group.send(tensors, peer, tag)
-
-    def recv(self, tensors: list[Tensor], peer: int, tag: int) -> Any:
-        return self.group.recv(tensors, peer, tag)
-
-
-_PROCESS_GROUP = gloo.ProcessGroupGloo
-gloo.ProcessGroupGloo = CountedGroup  # type: ignore[assignment, misc]  # in its place
 
 
 @contextmanager
@@ -118,18 +94,9 @@ def check_checkpoint(program: mw.Program, folder: str, expected: dict[str, Tenso
 
 def check_bytes(program: mw.Program) -> None:
     """What the program says that a step moves is what this rank sends, by axes, to the byte."""
-    os.environ["MESHWRIGHT_SHARED_MEMORY"] = "0"  # what moves through it, no group sends
-    with program.launch(check_inputs=False) as real:
-        del os.environ["MESHWRIGHT_SHARED_MEMORY"]
-        real.step(*batch())
-        sent.clear()
-        real.step(*batch())
-        lanes = real.transport.lanes  # type: ignore[attr-defined]
-        numbers = {", ".join(axes): lane.group.backend.number for axes, lane in lanes.items()}
-    measured = {axes: sent[number] for axes, number in sorted(numbers.items()) if sent[number]}
+    measured = sent_in_a_step(program, batch())
     assert measured == program.comm().bytes_by_axis(), (measured, program.comm().counts())
     assert measured
-    assert set(sent) <= set(numbers.values())
 
 
 def check_descriptors(program: mw.Program) -> None:

@@ -1,13 +1,9 @@
-"""Train a GPT with dropout under plans of many kinds; run as `main` by every rank of a test.
-
-Argument: a folder, into which rank 0 writes what it trained and each rank what it sent.
-"""
+"""Train a GPT with dropout under plans of many kinds; `main` is run by every rank of a test."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import meshwright as mw
-from meshwright.runtime.transports import gloo
-from tests.models import GPT_DATA, GPT_TENSOR, Gpt
+from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Indivisible
+from tests.test_equivalence_huggingface import gpt2, llama
 
 STEPS, ROWS, VOCAB = 20, 16, 48
 SEQUENCE, VOCABULARY = "sequence blocks.* over tp\n", "vocab wte, head over tp\n"
@@ -43,7 +39,7 @@ PLANS = {
     "three axes": f"mesh pod=2, dp=2, tp=2\ndata tokens, targets over (pod, dp)\n{GPT_TENSOR}"
     f"{SEQUENCE}zero 2 over dp\naccumulate 2\n",
 }
-ON_PROCESSES = ("some modules", "all, zero 2", "all, zero over both", "no data ranks")
+ON_FOUR = ("some modules", "all, zero 2", "all, zero over both", "no data ranks")
 
 
 def batch(number: int) -> tuple[Tensor, Tensor]:
@@ -78,3 +74,60 @@ def train(program: mw.Program, steps: int = STEPS) -> dict[str, Tensor]:
         run.check(optimizer)
         results = {name: torch.stack(values) for name, values in found.items()}
         return results | run.state_dict()
+
+
+TEXT = {"input_ids": torch.zeros(16, 8, dtype=torch.int64)}
+TEXT["labels"] = TEXT["input_ids"]
+SENT: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
+    "llama": (llama, TEXT, "mesh dp=4\ndata input_ids, labels over dp\nzero {} over dp\n"),
+    "tied gpt2": (
+        gpt2, TEXT, "mesh a=2, b=2\ndata input_ids, labels over (a, b)\nzero {} over (a, b)\n"
+    ),
+    "indivisible": (
+        Indivisible, (torch.zeros(16, 10),), "mesh dp=4\ndata x over dp\nzero {} over dp\n"
+    ),
+}  # fmt: skip
+"""Models of which ranks count what they send, in two microbatches under each level of `zero`."""
+
+
+@cache
+def sending(name: str, level: int) -> mw.Program:
+    """The program of every rank; forked ranks have it already."""
+    make, example, plan = SENT[name]
+    plan = plan.format(level) + "accumulate 2\n"
+    return mw.compile(make(), mw.Plan.parse(plan), example=example)
+
+
+def check_sent(program: mw.Program, example: Any) -> None:
+    """The group sends what the program says, of gathers and scatters to the byte."""
+    from tests.runtime.sending import sent_in_a_step  # it wraps the groups of this process
+
+    moved = [each for each in program.comm() if each.kind in ("all_gather", "reduce_scatter")]
+    # Besides, labels are counted and the loss is summed up: a few numbers, each sent twice.
+    rest = sum(sent_in_a_step(program, example).values())
+    rest -= sum(each.bytes * each.times for each in moved)
+    assert len(moved) > 3 and 0 <= rest <= 32, rest
+
+
+def warm_up() -> None:
+    """Compile everything before ranks are forked."""
+    for name in ON_FOUR:
+        compiled(PLANS[name])
+    for name in SENT:
+        for level in (1, 2, 3):
+            sending(name, level)
+
+
+def main() -> None:
+    """Train under each plan of `ON_FOUR`; rank 0 writes what it found into files in `CELL`."""
+    torch.set_num_threads(1)
+    folder = Path(os.environ["CELL"])
+    for name in ON_FOUR:
+        found = train(compiled(PLANS[name]))
+        if os.environ["RANK"] == "0":
+            folder.mkdir(exist_ok=True)
+            torch.save(found, folder / f"{name}.pt")
+    for name, (_, example, _) in SENT.items():
+        for level in (1, 2, 3):
+            check_sent(sending(name, level), example)
+    print("trained")

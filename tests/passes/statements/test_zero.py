@@ -24,7 +24,18 @@ from meshwright.passes import driver
 from meshwright.passes.statements import zero
 from meshwright.runtime.run import launch
 from tests.equivalence import check_equal, implicit_gathers
-from tests.models import GPT_DATA, GPT_TENSOR, UNEVEN, Gpt, Mlp, Uneven, real, rows, tokens
+from tests.models import (
+    GPT_DATA,
+    GPT_TENSOR,
+    UNEVEN,
+    Gpt,
+    Indivisible,
+    Mlp,
+    Uneven,
+    real,
+    rows,
+    tokens,
+)
 from tests.passes import examples
 from tests.passes.stages import check_documented, shown, stages
 from tests.test_equivalence_huggingface import gpt2, llama
@@ -209,17 +220,6 @@ def test_mistakes_are_explained(
     with pytest.raises(PlanError) as caught:
         compiled(model(), (x,), "mesh dp=2\ndata x over dp\n" + plan)
     golden(name, str(caught.value))
-
-
-class Indivisible(nn.Module):
-    """Sizes that four does not divide."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(10, 6, bias=False), nn.Linear(6, 10, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x))).square().mean()
 
 
 BATCH = {"input_ids": torch.zeros(16, 8, dtype=torch.int64)}
