@@ -147,6 +147,37 @@ def test_the_peak_of_microbatches_is_the_one_that_is_measured(name: str, level: 
         check(Gpt(p=0.1), re.sub("accumulate.*\n", "", PLANS[name] + zero), tokens())
 
 
+class Stack(nn.Module):
+    """Blocks of one weight each."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(64, 64, bias=False) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(("level", "whole"), [(1, 2), (2, 1), (3, 0)])
+def test_a_rank_holds_whole_only_what_the_level_leaves_whole(level: int, whole: int) -> None:
+    plan = meshwright.Plan.parse(f"mesh dp=4\ndata x over dp\nzero {level} over dp\naccumulate 2\n")
+    x, block = torch.randn(8, 64), 64 * 64 * 4
+    held: list[Tensor] = []
+    for depth in (4, 12):
+        program = meshwright.compile(Stack(depth), plan, (x,))
+        memory = program.memory()
+        found = torch.tensor([memory.peak - memory.optimizer, measured(program, (x,))]) / block
+        assert memory.parameters == memory.gradients == depth * block / 4
+        held.append(found)
+        # Besides shards of weights, gradients and their sums: two blocks in use.
+        assert level < 3 or found[1] - 3 * depth / 4 <= 2
+    # What each further block adds: shards of weight, gradient and its sum, and what is whole.
+    for added in (held[1] - held[0]) / 8:
+        assert whole + 0.5 <= added <= whole + 0.8
+
+
 class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
