@@ -79,11 +79,10 @@ def main(
     warm_up = LinearLR(optimizer, 0.05, total_iters=WARM_UP)
     cosine = CosineAnnealingLR(optimizer, max(1, steps - WARM_UP), eta_min=2e-4)
     schedule = SequentialLR(optimizer, [warm_up, cosine], milestones=[WARM_UP])
-    losses, start = [], 0
-    if folder and (folder / "manifest.json").exists():
-        extra = run.load(folder, optimizer)
+    extra = run.load(folder, optimizer, missing_ok=True) if folder else {}
+    if extra:
         schedule.load_state_dict(extra["schedule"])
-        start = extra["step"]
+    losses, start = [], extra.get("step", 0)
     with run, Progress(disable=not FIRST) as progress:
         task, began = progress.add_task("training", total=steps, completed=start), time.monotonic()
         for step in range(start + 1, steps + 1):
@@ -106,7 +105,7 @@ def main(
                 progress.print(f"step {step:4}  held out {torch.stack(found).mean():.3f}")
                 if folder:
                     extra = {"step": step, "schedule": schedule.state_dict()}
-                    run.save(folder, optimizer, extra=extra)
+                    run.save(folder, optimizer, extra=extra, keep=3, wait=False)
     return [loss.item() for loss in losses]
 
 
