@@ -131,6 +131,7 @@ class Program(Compiled):
         state_dict: Mapping[str, torch.Tensor] | None = None,
         new_shapes: str = "error",
         check_inputs: bool | int = True,
+        check_finite: bool | int = True,
     ) -> Any:
         """Start a run, and return its `Run`.
 
@@ -145,6 +146,8 @@ class Program(Compiled):
           example's, once for each; `"error"` refuses them.
         - `check_inputs`: compare what the processes are given, in calls 1, 2, 4, 8 and so on and
           then in every 100th; a number `n` compares every `n` calls, `False` never.
+        - `check_finite`: stop before an update by a NaN or an infinity, and say what made it; a
+          number `n` looks before every `n`th update, `False` never.
 
         Raises `RunError` for a wrong argument, if there are no weights to start from, if the
         number of processes is not the mesh's, or if the device is not there.
@@ -155,4 +158,5 @@ class Program(Compiled):
             state_dict=state_dict,
             new_shapes=new_shapes,
             check_inputs=check_inputs,
+            check_finite=check_finite,
         )

@@ -66,6 +66,15 @@ class OperatorError(RunError):
     """
 
 
+class NonFiniteError(RunError):
+    """A loss or a gradient has a NaN or an infinity, and no parameter has been updated by it.
+
+    Raised on every rank by `step` of an optimizer that `Run.optimizer` made. `rank` is where the
+    first bad value was made; the text names the operator and its module, or the input or parameter
+    that had it already. A run goes on after `zero_grad`, without what that step computed.
+    """
+
+
 def operator_error(error: Exception, code: Code) -> OperatorError:
     """The error to raise for one that an operator raised while generated `code` ran."""
     problem = one_line(str(error).partition("\n")[0]) or type(error).__name__

@@ -29,26 +29,35 @@ from meshwright.runtime.rank import RankProgram, RankState, Results
 
 Kept = Tensor | list[tuple[Tensor, Tensor]]
 """The gradients of a bucket before a step: all as one, or each with its view."""
+Snapshot = tuple[tuple[int, int, bool], dict[str, Tensor]]
+"""Where a rank stands: its random numbers, and the buffers that a step changes."""
 _RETURNED = (OutputKind.LOSS, OutputKind.OUTPUT, OutputKind.BUFFER)
 Passed = dict[tuple[InputKind, str, int], Any]
 """What other stages have sent, by what it is to the stage that takes it, name and microbatch."""
 
 
 class Executor:
-    """One program linked for one rank; `constants` are those of the model on its device."""
+    """One program linked for one rank; `constants` are those of the model on its device, and
+    `codes` the code of the graphs if it is not the program's own."""
 
-    def __init__(self, program: Program, state: RankState, constants: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        state: RankState,
+        constants: Mapping[str, Tensor],
+        codes: Sequence[Code] = (),
+    ) -> None:
         self.state, self.constants = state, constants
         self.actions = program.schedule[state.rank]
         self.stored = {**program.parameters, **program.buffers}
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}
-        codes = {code.name: code for code in program.code}
+        named = {code.name: code for code in codes or program.code}
         graphs = {
             (action.stage, action.kind): program.stages[action.stage].graphs[action.kind]
             for action in self.actions
         }
         self.graphs = {
-            key: self._linked(graph, codes[graph.name], places, once=key[1].once)
+            key: self._linked(graph, named[graph.name], places, once=key[1].once)
             for key, graph in graphs.items()
         }
         self.walk = [(action, self.graphs[action.stage, action.kind]) for action in self.actions]
@@ -155,6 +164,19 @@ class Executor:
         for reduction in reductions:
             yield from _arrived(reduction)
         return results
+
+    def snapshot(self) -> Snapshot:
+        """Where the rank stands before a step: its random numbers, and copies of the buffers that
+        the step changes. What `restore` takes."""
+        held = {each.name: self.state.tensors["buffer", each.name] for each in self.buffers}
+        return self.state.random.place, {name: buffer.clone() for name, buffer in held.items()}
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to where the rank stood at `snapshot`."""
+        random, buffers = snapshot
+        self.state.random.restore(random)
+        for name, value in buffers.items():
+            self.state.tensors["buffer", name].copy_(value)
 
     def _keep(self, buckets: Iterable[_Bucket]) -> None:
         """Keep what is in buckets that are about to be filled."""

@@ -48,8 +48,10 @@ def total_norm(state: RankState, program: Program, p: float) -> RankProgram:
         return torch.zeros((), dtype=torch.float64, device=state.device)
     norms = torch.stack([_norm(gradient, p) for gradient, _ in held])
     if math.isinf(p):
-        most: Tensor = yield Wire("all_reduce", mesh.names, "max"), norms.amax()
-        return most
+        # Not every transport's maximum keeps a NaN.
+        own = torch.stack([norms.nan_to_num(0.0, math.inf).amax(), norms.isnan().any().double()])
+        most, nan = yield Wire("all_reduce", mesh.names, "max"), own
+        return torch.where(nan > 0, math.nan, most)
     copies = [count for _, count in held]
     weights = torch.tensor(copies, dtype=torch.float64).to(state.device)
     total: Tensor = yield Wire("all_reduce", mesh.names), (norms**p / weights).sum()

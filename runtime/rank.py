@@ -75,6 +75,17 @@ class RankState:
             self._buckets[key] = (flat, *views)
         return self._buckets[key]
 
+    def flat_gradients(self) -> list[Tensor]:
+        """The gradients of this rank; those that fill a bucket, as its flat buffer."""
+        left = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        found: list[Tensor] = []
+        for (owners, *_), (flat, *views) in self._buckets.items():
+            if all(left.get(name) is view for name, view in zip(owners, views, strict=True)):
+                found.append(flat)
+                for name in owners:
+                    del left[name]
+        return [*found, *left.values()]
+
 
 def _indexed(device: torch.device) -> torch.device:
     """The device with its index, so that it equals that of the tensors on it."""

@@ -22,6 +22,7 @@ from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.copies import check_found, compare, held
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.executor import Executor
+from meshwright.runtime.finite import FiniteCheck, read_check
 from meshwright.runtime.gather import gathered_all
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
@@ -62,6 +63,7 @@ class Run:
         state_dict: Mapping[str, Tensor] | None = None,
         new_shapes: str = "error",
         check_inputs: bool | int = True,
+        check_finite: bool | int = True,
     ) -> None:
         """Hold the shards of the model's weights, or of `state_dict`, and link the code.
 
@@ -74,7 +76,7 @@ class Run:
                 help='write `new_shapes="compile"` or leave it out',
             )
         check_seed(seed)
-        interval = read_interval(check_inputs)
+        interval, finite_interval = read_interval(check_inputs), read_check(check_finite)
         if state_dict is not None:
             shapes = shapes_of(state_dict, "`state_dict`")
             check_state(program, shapes, "`state_dict`", needed=())
@@ -89,6 +91,9 @@ class Run:
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
         self._saves = checkpoint.Saves(program, self.states, self._run)
+        self._finite_check = (
+            FiniteCheck(self.states, self._run, finite_interval) if finite_interval else None
+        )
         self._closed = False
         self._start(seed, values, interval)
         if program.mode == "train":
@@ -196,10 +201,14 @@ class Run:
         axes = data_axes(self.program) if method == "step_local" else ()
         if check is not None:
             check.before(method, linked.input_names, tensors, axes)
-        training = method in ("step", "step_local")
+        ranks, training = ranks or linked.ranks, method in ("step", "step_local")
         if training:
             check_leaves(linked.input_names, tensors)
-        found = self._whole_or_not(ranks or linked.ranks, tensors, linked.wire_names, training)
+        finite = self._finite_check if training else None
+        begun = finite.begin(linked.program, ranks, tensors) if finite is not None else None
+        found = self._whole_or_not(ranks, tensors, linked.wire_names, training)
+        if finite is not None and begun is not None:
+            finite.end(begun, next(iter(found[0].values())))
         if check is not None:
             check.after(method, linked.input_names, tensors, axes)
         else:
@@ -340,6 +349,8 @@ class Run:
         """
         with apart_from_caller(self.program.device.type):
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
+        if (check := self._finite_check) is not None:
+            found.register_step_pre_hook(lambda *_: check.before_update())
         found.register_step_post_hook(self._count_update)
         return found
 
@@ -415,6 +426,8 @@ class Run:
         for state, total in zip(self.states, totals, strict=True):
             if gradients := gradients_of(state):
                 torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
+        if self._finite_check is not None:
+            self._finite_check.clipped(totals[0])
         return totals[0]
 
     # -- checks, checkpoints and the end ------------------------------------------------------

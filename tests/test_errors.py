@@ -405,6 +405,7 @@ TAKEN: Mapping[str, Callable[[Any], object]] = {
     "loss": lambda value: mw.compile(Model(), PLAN, X, loss=[value]),
     "seed": lambda value: compiled().launch(seed=[value]),  # type: ignore[arg-type]
     "new-shapes": lambda value: compiled().launch(new_shapes=value),
+    "check-finite": lambda value: compiled().launch(check_finite=[value]),  # type: ignore[arg-type]
     "check-inputs": lambda value: compiled().launch(check_inputs=[value]),  # type: ignore[arg-type]
     "state": lambda value: compiled().launch(state_dict={"linear.weight": value}),
     "step": lambda value: compiled().launch().step(value),

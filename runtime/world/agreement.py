@@ -89,13 +89,13 @@ def _refuse_methods(state: RankState, method: str) -> RankProgram:
     )
 
 
-def told(state: RankState, text: str) -> RankProgram:
-    """The text that rank 0 gives, on every rank; that of the others is ignored."""
-    every_axis = state.mesh.names
-    data = text.encode() if state.rank == 0 else b""
+def told(state: RankState, text: str, root: int = 0) -> RankProgram:
+    """The text that the rank `root` gives, on every rank; that of the others is ignored."""
+    wire = Wire("broadcast", state.mesh.names, root=root)
+    data = text.encode() if state.rank == root else b""
     length = torch.tensor([len(data)], device=state.device)
-    size = int((yield Wire("broadcast", every_axis), length))
-    given = yield Wire("broadcast", every_axis), _tensor(data.ljust(size), state)
+    size = int((yield wire, length))
+    given = yield wire, _tensor(data.ljust(size), state)
     return _bytes(given).decode()
 
 

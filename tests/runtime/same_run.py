@@ -11,10 +11,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
 import meshwright as mw
+from meshwright.runtime.errors import NonFiniteError
 from meshwright.runtime.transports import meshes
 from tests.runtime.models import BATCH, PLANS, batch, make
 from tests.runtime.sending import sent_in_a_step
@@ -99,6 +101,24 @@ def check_bytes(program: mw.Program) -> None:
     assert measured
 
 
+def check_not_finite(program: mw.Program) -> None:
+    """A NaN that one rank has stops all of them, in the same words; then they go on."""
+    with program.launch() as real:
+        optimizer = real.optimizer(torch.optim.AdamW)
+        good, bad = real.state_dict(), real.state_dict()
+        bad["blocks.1.up.weight"][-1, -1] = torch.nan
+        real.load_state_dict(bad)
+        real.step(*batch())
+        with pytest.raises(NonFiniteError, match=r"`blocks.1.up.weight` has a NaN on rank"):
+            optimizer.step()
+        assert not optimizer.state
+        optimizer.zero_grad()
+        real.load_state_dict(good)
+        real.step(*batch())
+        optimizer.step()
+        real.check(optimizer)
+
+
 def check_descriptors(program: mw.Program) -> None:
     """A closed run leaves only the store's connections open."""
     numbers = []
@@ -130,6 +150,7 @@ if __name__ == "__main__":
         more = num_ranks == 2 and name == plans[0]
         check_training(program, f"{folder}/{name}", more=more)
         check_bytes(program)
+        check_not_finite(program)
         if more:
             check_descriptors(program)
     check_errors(num_ranks)

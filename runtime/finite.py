@@ -1,0 +1,177 @@
+"""Stop before an optimizer takes a NaN or an infinity, and say which node made it.
+
+Before an update, ranks agree on whether the losses and gradients of the steps since the last one
+are finite: one pass over the flat gradients and one small all-reduce, or nothing where clipping has
+just found a finite norm. Where they are not, the steps run again with their values watched.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.layout.wires import HALF_TYPES, Wire
+from meshwright.compiler.public import Program
+from meshwright.dsl.errors import spelled
+from meshwright.runtime.culprit import Watches, culprit
+from meshwright.runtime.errors import NonFiniteError, RunError
+from meshwright.runtime.executor import Executor, Snapshot
+from meshwright.runtime.inputs import Sharder
+from meshwright.runtime.rank import RankProgram, RankState
+
+Ranks = Sequence[tuple[Executor, list[Sharder]]]
+Run = Callable[[Sequence[RankProgram], Sequence[str]], list[Any]]
+_MOST_STEPS = 64
+"""Steps before one update that can run again; their inputs stay in memory until then."""
+
+
+def read_check(check_finite: object) -> int:
+    """The interval that `launch(check_finite=...)` asks for; 0 is never. Raises `RunError`."""
+    if not isinstance(check_finite, int) or check_finite < 0:
+        raise RunError(
+            f"`check_finite` is {spelled(check_finite)}",
+            help="write `True`, `False`, or a number of updates from one check to the next",
+        )
+    return int(check_finite)
+
+
+@dataclass(slots=True)
+class Step:
+    """What it takes to run a step again: what was run, with which inputs, and from where."""
+
+    program: Program
+    ranks: Ranks
+    inputs: Sequence[Tensor]
+    before: list[Snapshot]
+    """Where each rank stood."""
+    loss: Tensor = field(init=False)
+
+
+class FiniteCheck:
+    """Checks what steps have computed before one in `interval` updates."""
+
+    def __init__(self, states: Sequence[RankState], run: Run, interval: int) -> None:
+        self._states, self._run, self._interval = states, run, interval
+        self._steps: deque[Step] = deque(maxlen=_MOST_STEPS)
+        self._norm: Tensor | None = None
+        """The norm of the gradients, if it was taken after the last step."""
+        self._checked = False
+        """Whether an update since the last step has checked already."""
+        self._num_updates = 0
+
+    def begin(self, program: Program, ranks: Ranks, inputs: Sequence[Tensor]) -> Step:
+        """Keep what is needed to run a step again, before it runs."""
+        return Step(program, ranks, inputs, [executor.snapshot() for executor, _ in ranks])
+
+    def end(self, step: Step, loss: Tensor) -> None:
+        """Count a step that has run, with its loss."""
+        step.loss = loss
+        self._steps.append(step)
+        self._norm, self._checked = None, False
+
+    def clipped(self, norm: Tensor) -> None:
+        """Take note of the norm of all gradients, the same on every rank."""
+        self._norm = norm
+
+    def before_update(self) -> None:
+        """Raise `NonFiniteError` on every rank if a loss or gradient is not finite on any."""
+        steps = list(self._steps)
+        self._steps.clear()
+        left_out = self._num_updates % self._interval
+        self._num_updates += 1
+        if not (left_out or self._checked or self._finite(steps)):
+            self._raise(steps)
+        self._checked = True
+
+    def _finite(self, steps: Sequence[Step]) -> bool:
+        losses = [step.loss for step in steps]
+        if self._norm is not None and _all_finite([self._norm, *losses]):
+            return True
+        return not self._run([_any_bad(state, losses) for state in self._states], ())[0]
+
+    def _raise(self, steps: Sequence[Step]) -> None:
+        """Find what is wrong; finite gradients whose sum is not finite are fine."""
+        losses = [step.loss for step in steps]
+        bad = self._run([_bad_gradients(state) for state in self._states], ())[0]
+        if not bad and _all_finite(losses):
+            return
+        for step in steps:
+            found = self._again(step)
+            if found is not None:
+                raise NonFiniteError(**found)
+        what = f"the gradient of `{bad[0]}`" if bad else "the loss"
+        raise NonFiniteError(
+            f"{what} has a NaN or an infinity, which no step gives that is run again",
+            help="check what changes gradients, parameters or inputs between step and update",
+        )
+
+    def _again(self, step: Step) -> dict[str, Any] | None:
+        """What made the first bad value of a step; all is as it was afterwards."""
+        watches = Watches(step.program)
+        executors = [
+            Executor(step.program, executor.state, executor.constants, watches.codes)
+            for executor, _ in step.ranks
+        ]
+        now = [executor.snapshot() for executor in executors]
+        try:
+            programs = []
+            for executor, (_, sharders), before in zip(
+                executors, step.ranks, step.before, strict=True
+            ):
+                executor.restore(before)
+                executor.state.random.begin(training=True)
+                own = [cut(each) for cut, each in zip(sharders, step.inputs, strict=True)]
+                programs.append(_watched_run(executor, own, watches))
+            names = [name for code in watches.codes for name in code.wire_names]
+            found: dict[str, Any] | None = self._run(programs, names)[0]
+            return found
+        finally:
+            for executor, snapshot in zip(executors, now, strict=True):
+                executor.undo()
+                executor.restore(snapshot)
+
+
+def _all_finite(numbers: Sequence[Tensor]) -> bool:
+    """Whether 0-d tensors are all finite; waits for the device once."""
+    flags = [each.isfinite().to(numbers[0].device) for each in numbers]
+    return not flags or bool(torch.stack(flags).all())
+
+
+def _any_bad(state: RankState, losses: Sequence[Tensor]) -> RankProgram:
+    """Whether a loss or the sum of the gradients in a buffer is not finite on any rank.
+
+    What is not finite is a NaN when multiplied by zero, which every sum after it keeps.
+    """
+    numbers = [_sum(gradient) for gradient in state.flat_gradients()] + list(losses)
+    total = torch.zeros((), dtype=torch.float64, device=state.device)
+    for number in numbers:
+        total += number.to(state.device)
+    found: Tensor = yield Wire("all_reduce", state.mesh.names), total * 0
+    return bool(found != 0)
+
+
+def _sum(gradient: Tensor) -> Tensor:
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient)
+    return gradient.sum(dtype=torch.float32 if gradient.dtype in HALF_TYPES else None)
+
+
+def _bad_gradients(state: RankState) -> RankProgram:
+    """The parameters whose gradients are not finite on any rank."""
+    flags = [
+        p.grad is not None and not bool(p.grad.isfinite().all()) for p in state.parameters.values()
+    ]
+    own = torch.tensor(flags, dtype=torch.int32, device=state.device)
+    most = (yield Wire("all_reduce", state.mesh.names, "max"), own).tolist()
+    return [name for name, bad in zip(state.parameters, most, strict=True) if bad]
+
+
+def _watched_run(executor: Executor, inputs: Sequence[Tensor], watches: Watches) -> RankProgram:
+    yield from executor.run(inputs)
+    found = yield from culprit(executor.state, watches)
+    return found
