@@ -53,7 +53,7 @@ class Step:
 
 
 class FiniteCheck:
-    """Checks what steps have computed before one in `interval` updates."""
+    """Checks what steps have computed before one in `interval` updates, or never if it is 0."""
 
     def __init__(self, states: Sequence[RankState], run: Run, interval: int) -> None:
         self._states, self._run, self._interval = states, run, interval
@@ -64,8 +64,10 @@ class FiniteCheck:
         """Whether an update since the last step has checked already."""
         self._num_updates = 0
 
-    def begin(self, program: Program, ranks: Ranks, inputs: Sequence[Tensor]) -> Step:
-        """Keep what is needed to run a step again, before it runs."""
+    def begin(self, program: Program, ranks: Ranks, inputs: Sequence[Tensor]) -> Step | None:
+        """What is needed to run a step again, before it runs; None if it never will."""
+        if not self._interval:
+            return None
         return Step(program, ranks, inputs, [executor.snapshot() for executor, _ in ranks])
 
     def end(self, step: Step, loss: Tensor) -> None:
@@ -78,8 +80,10 @@ class FiniteCheck:
         """Take note of the norm of all gradients, the same on every rank."""
         self._norm = norm
 
-    def before_update(self) -> None:
+    def before_update(self, *_: object) -> None:
         """Raise `NonFiniteError` on every rank if a loss or gradient is not finite on any."""
+        if not self._interval:
+            return
         steps = list(self._steps)
         self._steps.clear()
         left_out = self._num_updates % self._interval

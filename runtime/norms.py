@@ -29,9 +29,12 @@ def check_norms(max_norm: float, norm_type: float) -> None:
         raise RunError(f"`max_norm` is {max_norm}", help="use a number that is not negative")
 
 
-def gradients_of(state: RankState) -> list[Tensor]:
-    """The gradients that this rank's parameters have."""
-    return [p.grad for p in state.parameters.values() if p.grad is not None]
+def clipped(state: RankState, program: Program, max_norm: float, p: float) -> RankProgram:
+    """Scale all gradients to a `p`-norm of at most `max_norm`; returns the norm before."""
+    total = yield from total_norm(state, program, p)
+    if gradients := [p.grad for p in state.parameters.values() if p.grad is not None]:
+        torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total
 
 
 def total_norm(state: RankState, program: Program, p: float) -> RankProgram:

@@ -26,7 +26,7 @@ from meshwright.runtime.finite import FiniteCheck, read_check
 from meshwright.runtime.gather import gathered_all
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
-from meshwright.runtime.norms import check_norms, gradients_of, total_norm
+from meshwright.runtime.norms import check_norms, clipped
 from meshwright.runtime.optimizer import Groups, make_optimizer
 from meshwright.runtime.programs import Linked, Programs
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
@@ -91,9 +91,7 @@ class Run:
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
         self._saves = checkpoint.Saves(program, self.states, self._run)
-        self._finite_check = (
-            FiniteCheck(self.states, self._run, finite_interval) if finite_interval else None
-        )
+        self._finite_check = FiniteCheck(self.states, self._run, finite_interval)
         self._closed = False
         self._start(seed, values, interval)
         if program.mode == "train":
@@ -204,11 +202,10 @@ class Run:
         ranks, training = ranks or linked.ranks, method in ("step", "step_local")
         if training:
             check_leaves(linked.input_names, tensors)
-        finite = self._finite_check if training else None
-        begun = finite.begin(linked.program, ranks, tensors) if finite is not None else None
+        begun = self._finite_check.begin(linked.program, ranks, tensors) if training else None
         found = self._whole_or_not(ranks, tensors, linked.wire_names, training)
-        if finite is not None and begun is not None:
-            finite.end(begun, next(iter(found[0].values())))
+        if begun is not None:
+            self._finite_check.end(begun, next(iter(found[0].values())))
         if check is not None:
             check.after(method, linked.input_names, tensors, axes)
         else:
@@ -349,8 +346,7 @@ class Run:
         """
         with apart_from_caller(self.program.device.type):
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
-        if (check := self._finite_check) is not None:
-            found.register_step_pre_hook(lambda *_: check.before_update())
+        found.register_step_pre_hook(self._finite_check.before_update)
         found.register_step_post_hook(self._count_update)
         return found
 
@@ -421,14 +417,12 @@ class Run:
         in the whole model. Raises `RunError` for a norm that cannot be.
         """
         check_norms(max_norm, norm_type)
-        programs = [total_norm(state, self.program, float(norm_type)) for state in self.states]
-        totals: list[Tensor] = self._run(programs)
-        for state, total in zip(self.states, totals, strict=True):
-            if gradients := gradients_of(state):
-                torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
-        if self._finite_check is not None:
-            self._finite_check.clipped(totals[0])
-        return totals[0]
+        bounds = max_norm, float(norm_type)
+        norm: Tensor = self._run([clipped(state, self.program, *bounds) for state in self.states])[
+            0
+        ]
+        self._finite_check.clipped(norm)
+        return norm
 
     # -- checks, checkpoints and the end ------------------------------------------------------
 
