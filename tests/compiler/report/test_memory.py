@@ -171,8 +171,8 @@ def test_a_rank_holds_whole_only_what_the_level_leaves_whole(level: int, whole: 
         found = torch.tensor([memory.peak - memory.optimizer, measured(program, (x,))]) / block
         assert memory.parameters == memory.gradients == depth * block / 4
         held.append(found)
-        # Besides shards of weights, gradients and their sums: two blocks in use.
-        assert level < 3 or found[1] - 3 * depth / 4 <= 2
+        # Besides shards of weights, gradients and their sums: two weights and two gradients.
+        assert level < 3 or found.max() - 3 * depth / 4 <= 4
     # What each further block adds: shards of weight, gradient and its sum, and what is whole.
     for added in (held[1] - held[0]) / 8:
         assert whole + 0.5 <= added <= whole + 0.8
