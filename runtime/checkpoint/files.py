@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from torch import Tensor
 
 from meshwright.runtime.errors import RunError
 
@@ -53,6 +56,13 @@ def write_all(file: BinaryIO, data: memoryview) -> Iterator[memoryview]:
         count = file.write(data[done : done + _PIECE])
         yield data[done : done + count]
         done += count
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A contiguous CPU tensor's memory, for as long as the tensor lives."""
+    if not tensor.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def read_bytes(file: BinaryIO, count: int) -> bytes:

@@ -1,13 +1,14 @@
 """The header of a safetensors file: JSON that says where each tensor is, of what type and shape.
 
 Ours also has, in the format's `__metadata__`, the save and the rank that wrote the file and a
-SHA-256 of each tensor's bytes.
+SHA-256 of each of a tensor's tiles.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meshwright.runtime.checkpoint.tiles import Tiles
 from meshwright.runtime.errors import RunError
 
 _DTYPES = {
@@ -27,18 +29,24 @@ _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _MOST_BYTES = 100_000_000
 """The library's limit on a header."""
 _MOST_DIMS = 64
-_DIGEST, _NO_DIGEST = "sha256/", "0" * 64
+_DIGITS = re.compile(r"[0-9a-f]+")
+_DIGEST, _HEX = "sha256/", 64
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor in a file: type, shape, first and last byte after the header, SHA-256 in hex."""
+    """A tensor in a file: type, shape, first and last byte after the header, and the SHA-256 of its
+    tiles in hex, one after the other."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
     digest: str
+
+    def digest_of(self, tile: int) -> str:
+        """The SHA-256 of one tile."""
+        return self.digest[_HEX * tile : _HEX * (tile + 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,8 @@ class Header:
         offset = 0
         for name, tensor in tensors.items():
             end = offset + tensor.nbytes
-            found[name] = Held(tensor.dtype, tuple(tensor.shape), offset, end, _NO_DIGEST)
+            digest = "0" * _HEX * len(Tiles(tensor.shape, tensor.itemsize))
+            found[name] = Held(tensor.dtype, tuple(tensor.shape), offset, end, digest)
             offset = end
         return Header(save, rank, found)
 
@@ -91,7 +100,7 @@ class Header:
         try:
             rows = json.loads(text, object_pairs_hook=unique)
             metadata = rows.pop("__metadata__")
-            digests = {name: _digest(metadata[_DIGEST + name]) for name in rows}
+            digests = {name: metadata[_DIGEST + name] for name in rows}
             held = {name: _named(name, row, digests[name]) for name, row in rows.items()}
             _check_tiling(held.values())
             return Header(metadata["save"], int(metadata["rank"]), held)
@@ -159,13 +168,9 @@ def _held(row: Mapping[str, Any], digest: str) -> Held:
         raise ValueError("a size that is not a count")
     if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{end - start} bytes for {list(shape)} of {dtype}")
+    if not _DIGITS.fullmatch(digest) or len(digest) != _HEX * len(Tiles(shape, dtype.itemsize)):
+        raise ValueError("digests of another form")
     return Held(dtype, shape, start, end, digest)
-
-
-def _digest(text: str) -> str:
-    if len(text) != 64 or len(bytes.fromhex(text)) != 32:
-        raise ValueError("a digest that is not 64 digits")
-    return text
 
 
 def _check_tiling(tensors: Iterable[Held]) -> None:

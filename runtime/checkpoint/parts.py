@@ -126,7 +126,8 @@ def _fill(
         places = [_common(w, g) for w, g in zip(wanted, given, strict=True)]
         if all(len(mine) for mine, _ in places):
             shape = tuple(len(index) for index in given)
-            part = shards.part(owner, name, shape, dtype_of(saved.dtype))
+            needed = [theirs for _, theirs in places]
+            part = shards.part(owner, name, shape, dtype_of(saved.dtype), needed)
             _copy(target, part, places)
 
 

@@ -1,11 +1,10 @@
-"""Shards on disk: each rank's tensors in one safetensors file, with a SHA-256 of each."""
+"""Shards on disk: each rank's tensors in one safetensors file, with a SHA-256 of each tile."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -16,6 +15,7 @@ from torch import Tensor
 from meshwright.runtime.checkpoint.files import (
     COPY_AGAIN,
     MAKE_ROOM,
+    bytes_of,
     cannot,
     read_all,
     read_bytes,
@@ -24,6 +24,7 @@ from meshwright.runtime.checkpoint.files import (
     write_all,
 )
 from meshwright.runtime.checkpoint.header import Header, header_length
+from meshwright.runtime.checkpoint.tiles import Tiles
 from meshwright.runtime.errors import RunError
 
 
@@ -74,27 +75,20 @@ def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str
     digest = hashlib.sha256(text)
     for tensor in tensors.values():
         data = _on_cpu(tensor)
-        digest.update(_bytes_of(data))
+        digest.update(bytes_of(data))
     return digest.hexdigest()
 
 
 def _write(file: BinaryIO, tensor: Tensor) -> str:
-    """Write a tensor's bytes and return their SHA-256."""
-    data, digest = _on_cpu(tensor), hashlib.sha256()
-    for piece in write_all(file, _bytes_of(data)):
-        digest.update(piece)
-    return digest.hexdigest()
+    """Write a tensor's bytes and return the SHA-256 of its tiles, one after the other."""
+    data = _on_cpu(tensor)
+    for _ in write_all(file, bytes_of(data)):
+        pass
+    return "".join(Tiles(data.shape, data.itemsize).digests(data))
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory, for as long as the tensor lives."""
-    if not tensor.nbytes:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def read_header(path: Path, expected: Shard | None = None) -> tuple[Header, int, str]:
@@ -139,10 +133,19 @@ class Shards:
         for rank in range(len(self.shards)):
             self._header(rank)
 
-    def part(self, rank: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def part(
+        self,
+        rank: int,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        needed: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """A tensor of the file that `rank` wrote.
 
-        Raises `RunError` naming file and tensor unless it is there as it was saved.
+        With `needed`, the indices along each dim, the tiles that have no such element are not read,
+        and their elements are arbitrary. Raises `RunError` naming file and tensor unless what is
+        read is there as it was saved.
         """
         path, start, header = self._header(rank)
         held = header.tensors.get(name)
@@ -155,13 +158,13 @@ class Shards:
                 help=COPY_AGAIN,
             )
         tensor = torch.empty(shape, dtype=dtype)
-        digest = hashlib.sha256()
+        tiles = Tiles(shape, dtype.itemsize)
+        touched = tiles.touched(needed) if needed is not None else tiles.all
         try:
-            for piece in _read(path, start + held.start, _bytes_of(tensor)):
-                digest.update(piece)
+            _read(path, start + held.start, bytes_of(tensor), tiles.runs(touched))
         except OSError as error:
             raise cannot(f"read `{name}` from", path, error, COPY_AGAIN) from None
-        if digest.hexdigest() != held.digest:
+        if any(tiles.digest(tensor, at) != held.digest_of(n) for n, at in tiles.places(touched)):
             raise RunError(
                 f"`{name}` in `{path}` is damaged: its bytes are not those that were saved",
                 help=COPY_AGAIN,
@@ -188,7 +191,10 @@ def check_origin(path: Path, header: Header, save: str, rank: int) -> None:
         )
 
 
-def _read(path: Path, start: int, target: memoryview) -> Iterator[memoryview]:
+def _read(path: Path, start: int, target: memoryview, runs: Iterable[tuple[int, int]]) -> None:
+    """Fill these runs of `target` from a file in which it begins at `start`."""
     with regular_file(path) as file:
-        file.seek(start)
-        yield from read_all(file, target)
+        for first, last in runs:
+            file.seek(start + first)
+            for _ in read_all(file, target[first:last]):
+                pass

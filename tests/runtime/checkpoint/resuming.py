@@ -1,6 +1,7 @@
 """Run by every process of a test: load a checkpoint, train two steps, save another.
 
-Arguments: a plan, the folder to load from ("-" for none), the folder to save into, the first step.
+Arguments: a plan or its name, the folder to load from ("-" for none), that to save into, the first
+step.
 Prints a digest of what the run then holds.
 """
 
@@ -19,7 +20,7 @@ from tests.runtime.models import PLANS, batch, make
 
 @functools.cache
 def compiled(plan: str) -> mw.Program:
-    return mw.compile(make(seed=0), mw.Plan.parse(PLANS[plan]), example=batch())
+    return mw.compile(make(seed=0), mw.Plan.parse(PLANS.get(plan, plan)), example=batch())
 
 
 def go_on(plan: str, source: str, target: str, first: int) -> str:

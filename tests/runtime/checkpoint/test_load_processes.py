@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.checkpoint.resuming import go_on
+from tests.runtime.checkpoint.test_pairs import PAIRED
 from tests.runtime.processes import ROOT, finish, start
 
 HERE = Path(__file__).parent
@@ -41,10 +42,12 @@ def test_processes_and_the_virtual_mesh_go_on_from_each_others_checkpoints(
         processes("tensor", 2, "first", "second", "2"),
         processes("both", 4, "second", "third", "4"),
         processes("data", 2, "third", "fourth", "6"),
-        go_on("tensor", "fourth", "fifth", 8),
+        processes(PAIRED["zero 3"], 4, "fourth", "fifth", "8"),
+        processes("tensor", 2, "fifth", "sixth", "10"),
+        go_on("data", "sixth", "seventh", 12),
     ]
     expected = [
         go_on("tensor", f"virtual {first}" if first else "-", f"virtual {first + 2}", first)
-        for first in range(0, 10, 2)
+        for first in range(0, 14, 2)
     ]
     assert steps == expected
