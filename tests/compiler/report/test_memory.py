@@ -165,17 +165,18 @@ def test_a_rank_holds_whole_only_what_the_level_leaves_whole(level: int, whole: 
     plan = meshwright.Plan.parse(f"mesh dp=4\ndata x over dp\nzero {level} over dp\naccumulate 2\n")
     x, block = torch.randn(8, 64), 64 * 64 * 4
     held: list[Tensor] = []
-    for depth in (4, 12):
+    for depth in (8, 12):
         program = meshwright.compile(Stack(depth), plan, (x,))
         memory = program.memory()
         found = torch.tensor([memory.peak - memory.optimizer, measured(program, (x,))]) / block
         assert memory.parameters == memory.gradients == depth * block / 4
         held.append(found)
-        # Besides shards of weights, gradients and their sums: two weights and two gradients.
-        assert level < 3 or found.max() - 3 * depth / 4 <= 4
+        # Besides shards of weights, gradients and their sums: two weights, two gradients and what
+        # arrives of one.
+        assert level < 3 or found.max() - 3 * depth / 4 < 4.5
     # What each further block adds: shards of weight, gradient and its sum, and what is whole.
-    for added in (held[1] - held[0]) / 8:
-        assert whole + 0.5 <= added <= whole + 0.8
+    for added in (held[1] - held[0]) / 4:
+        assert whole + 0.5 <= added <= whole + 0.75
 
 
 class Convolutions(nn.Module):
