@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from meshwright.compiler.capture.aliases import named_tensors
+from meshwright.compiler.capture.initialisation import Initialisation
 from meshwright.compiler.errors import CompilerError
 from meshwright.compiler.graph.text import size_text
 from meshwright.compiler.program import Compiled
@@ -38,12 +39,21 @@ class Program(Compiled):
     """Compile the model, or a copy of it, under the same plan for another input signature or mode:
     `recompile(model, example=..., mode=...)`."""
     launcher: Callable[..., Any] = field(repr=False)
+    initialise: Callable[[nn.Module], Initialisation] | None = field(repr=False)
+    """Record how the model initialises what was compiled without values; None where its values
+    were dropped later, and are not to be drawn again."""
 
     def with_model(self, model: nn.Module) -> Program:
         """The same program for a copy of its model, with the tensors of the copy."""
         named, found = named_tensors(model), copy.copy(self)
         captured = replace(self.captured, parameters=named.parameters, buffers=named.buffers)
         vars(found).update(model=model, captured=captured)
+        return found
+
+    def with_structure(self, model: nn.Module) -> Program:
+        """The same program for a copy of its model that has lost its values."""
+        found = self.with_model(model)
+        vars(found).update(initialise=None)
         return found
 
     def __copy__(self) -> Program:

@@ -14,10 +14,11 @@ from torch import nn
 from meshwright.compiler.capture import capture as capturing
 from meshwright.compiler.capture.arguments import check_arguments, target_device
 from meshwright.compiler.capture.capture import Captured
+from meshwright.compiler.capture.initialisation import Initialisation, capture_initialisation
 from meshwright.compiler.capture.outputs import Mode
 from meshwright.compiler.capture.tracing.patches import ALONE
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.graph.ir import Graph, Node, TensorType
+from meshwright.compiler.graph.ir import Builder, Graph, Node, TensorType, rewrite
 from meshwright.compiler.layout.extents import padding_between
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
@@ -163,6 +164,22 @@ def capture(
     return CapturedModel(model, replace(captured, graph=graph), target, example, again)
 
 
+def initialisation(model: nn.Module, device: torch.device) -> Initialisation:
+    """How a model without values initialises itself, with its random operators made ours.
+
+    Raises `CaptureError` where that cannot be captured.
+    """
+    found = capture_initialisation(model, device)
+
+    def whole(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node:
+        if not isinstance(node.type, tuple):
+            return builder.copy(node, mapping, layout=replicated(node.tensor.shape))
+        layouts = tuple(replicated(each.shape) if each else None for each in node.type)
+        return builder.copy(node, mapping, layout=layouts)
+
+    return replace(found, graph=rewrite(normalise(found.graph), whole))
+
+
 def compile_captured(
     source: CapturedModel,
     plan: Plan,
@@ -231,6 +248,7 @@ def _program(
         device=source.device,
         model=source.model,
         recompile=recompile,
+        initialise=partial(initialisation, device=source.device),
         launcher=launcher,
     )
 

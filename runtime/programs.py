@@ -68,13 +68,15 @@ class Programs:
 
     def _linked(self, program: Program) -> Linked:
         inputs = Inputs(program)
-        constants = self._run([same_constants(state, program) for state in self._states])
+        constants = self._run(
+            [same_constants(state, program.captured.constants) for state in self._states]
+        )
         ranks = [
             (Executor(program, state, own), inputs.sharders(state.coords, state.device))
             for state, own in zip(self._states, constants, strict=True)
         ]
         names = tuple(name for code in program.code for name in code.wire_names)
-        program = program.with_model(self._structure.copy)
+        program = program.with_structure(self._structure.copy)
         if not self._transport.has_every_rank:
             # Torch's tracers are cycles that hold the model, and nothing else collects them soon.
             gc.collect()

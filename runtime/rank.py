@@ -14,6 +14,7 @@ from meshwright.compiler.graph.ir import Node, Output
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
+from meshwright.runtime.errors import RunError
 
 RankProgram = Generator[Any, Any, Any]
 """One rank's part of a computation; yields what a transport is to carry, and gets the results."""
@@ -36,6 +37,8 @@ class RankState:
         self.tensors: dict[tuple[str, str], Tensor] = {}
         """What graphs take as inputs, by kind and name; without autograd."""
         self.stored: dict[tuple[str, str], Stored] = {}
+        self.unset: dict[str, RunError | None] = {}
+        """The parameters and buffers that have no values yet, and why, if something failed."""
         self._buckets: dict[Any, tuple[Tensor, ...]] = {}
         for name, stored in program.parameters.items():
             local = self._hold("parameter", stored, values)
@@ -58,9 +61,13 @@ class RankState:
         return local
 
     def local(self, value: Tensor, stored: Stored) -> Tensor:
-        """This rank's part of a global tensor, in memory of its own."""
+        """This rank's part of a global tensor, in memory of its own; of one without values, NaN or
+        zeros."""
         value = stored.padded(value.detach())
         part = shard(value, stored.layout, self.mesh, self.coords)
+        if part.is_meta:
+            number = torch.nan if stored.type.differentiable else 0
+            return torch.full(part.shape, number, dtype=stored.type.dtype, device=self.device)
         return part.to(self.device, stored.type.dtype).clone(memory_format=torch.contiguous_format)
 
     def flat_buffer(self, owners: tuple[str, ...], node: Node) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_
 from meshwright.runtime.executor import Executor
 from meshwright.runtime.finite import FiniteCheck, read_check
 from meshwright.runtime.gather import gathered_all
+from meshwright.runtime.initial import check_set, initialise, recorded
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import check_norms, clipped
@@ -31,7 +32,7 @@ from meshwright.runtime.optimizer import Groups, make_optimizer
 from meshwright.runtime.programs import Linked, Programs
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
-from meshwright.runtime.start import check_seed, executable_digest, same_start
+from meshwright.runtime.start import check_seed, executable_digest, same_start, without_values
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
 from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.weights import (
@@ -104,15 +105,20 @@ class Run:
 
     def _start(self, seed: int, values: Values, interval: int) -> None:
         """Let every rank begin with the same seed and weights, and watch for what goes wrong."""
+        program, apart = self.program, not self.transport.has_every_rank
         for state in self.states:
             state.random.seed = seed
-        if not self.transport.has_every_rank:
-            self._run([same_start(state, self.program, values) for state in self.states])
-            if interval:
-                splits_data = bool(self.program.plan.of(Data))
-                self._input_check = InputCheck(
-                    self.transport, self.states[0], interval, splits_data=splits_data
-                )
+        without = without_values(program, values)
+        if apart:
+            (without,) = self._run([same_start(state, program, values) for state in self.states])
+        if without:
+            own = recorded(program)
+            self._run([initialise(state, program, without, own) for state in self.states])
+        if apart and interval:
+            splits_data = bool(program.plan.of(Data))
+            self._input_check = InputCheck(
+                self.transport, self.states[0], interval, splits_data=splits_data
+            )
 
     def __repr__(self) -> str:
         program, step = self.program, self.states[0].random.step
@@ -195,6 +201,7 @@ class Run:
         tensors: Sequence[Tensor],
         ranks: Sequence[tuple[Executor, list[Sharder]]] = (),
     ) -> Results:
+        check_set(self.program, self.states[0].unset)
         check = self._input_check
         axes = data_axes(self.program) if method == "step_local" else ()
         if check is not None:
@@ -371,6 +378,7 @@ class Run:
         return {name: found[name] for name in state_names(self.program)}
 
     def _everything(self) -> dict[str, Tensor]:
+        check_set(self.program, self.states[0].unset)
         kinds = {stored.name: kind for kind, stored in stored_tensors(self.program)}
         stored = [stored for _, stored in stored_tensors(self.program)]
         return self._gather(stored, lambda state, s: state.tensors[kinds[s.name], s.name])
@@ -475,6 +483,7 @@ class Run:
         Any plan for this model can `load` it. Raises `RunError` on every rank where any rank cannot
         write, here or where a call waits for an earlier save; the run can go on.
         """
+        check_set(self.program, self.states[0].unset)
         self._saves.save(path, optimizer, extra=extra, keep=keep, wait=wait)
 
     def wait_saved(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState, Values
 from meshwright.runtime.weights import stored_tensors
+from meshwright.runtime.world.agreement import told
 
 _WORDS = 1 << 20
 """Numbers of 64 bits that a checksum adds up at once."""
@@ -37,12 +38,21 @@ def same_start(state: RankState, program: Program, values: Values) -> RankProgra
     """Give every rank the seed and the weights of rank 0, as DDP does.
 
     Each process built its own model; without a common seed their values differ. Checksums of the
-    global values are compared first, so that equal ones cost one small collective.
+    global values are compared first, so that equal ones cost one small collective. Returns what
+    rank 0 has no values of.
     """
     every_axis = state.mesh.names
     seed = torch.tensor([state.random.seed], dtype=torch.int64, device=state.device)
     state.random.seed = int((yield Wire("broadcast", every_axis), seed))
-    yield from same_values(state, list(stored_tensors(program)), values)
+    without = (yield from told(state, "\n".join(without_values(program, values)))).split("\n")
+    listed = [(kind, each) for kind, each in stored_tensors(program) if each.name not in without]
+    yield from same_values(state, listed, values)
+    return [name for name in without if name]
+
+
+def without_values(program: Program, values: Values) -> list[str]:
+    """The names of the parameters and buffers that have no values here."""
+    return [stored.name for _, stored in stored_tensors(program) if values(stored).is_meta]
 
 
 def same_values(
@@ -52,18 +62,20 @@ def same_values(
     different = yield from _differing(state, [values(stored) for _, stored in listed])
     for (kind, stored), differs in zip(listed, different, strict=True):
         if differs:
-            value = values(stored).to(state.device, stored.type.dtype).contiguous()
+            value = values(stored)
+            if value.is_meta:
+                value = torch.empty_like(value, device=state.device)
+            value = value.to(state.device, stored.type.dtype).contiguous()
             value = yield Wire("broadcast", state.mesh.names), value
             state.tensors[kind, stored.name].copy_(state.local(value, stored))
 
 
-def same_constants(state: RankState, program: Program) -> RankProgram:
-    """The tensors that capture found in the model, by name, with the values of rank 0.
+def same_constants(state: RankState, constants: Mapping[str, Tensor]) -> RankProgram:
+    """Tensors that capture found in the model, by name, with the values of rank 0.
 
     A rank that drew its own, by `torch.randn` in `__init__`, would compute something else.
     """
     found: dict[str, Tensor] = {}
-    constants = program.captured.constants
     different = yield from _differing(state, list(constants.values()))
     for (name, constant), differs in zip(constants.items(), different, strict=True):
         own = constant.detach().to(state.device)
@@ -83,7 +95,9 @@ def _differing(state: RankState, tensors: Sequence[Tensor]) -> RankProgram:
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """A 64-bit sum over a tensor's bytes that depends on their order."""
+    """A 64-bit sum over a tensor's bytes that depends on their order; -1 without values."""
+    if tensor.is_meta:
+        return torch.tensor(-1, dtype=torch.int64)
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     data = nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)

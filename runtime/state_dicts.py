@@ -45,6 +45,7 @@ def take_over(program: Program, state: RankState, given: Any, *, same: bool) -> 
     which = [(kind, stored) for kind, stored in stored_tensors(program) if stored.name in names]
     for kind, stored in which:
         state.tensors[kind, stored.name].copy_(state.local(values(stored), stored))
+        state.unset.pop(stored.name, None)
     if not same:
         yield from same_values(state, which, values)
 

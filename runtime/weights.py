@@ -38,7 +38,10 @@ def name_in(program: Program, name: str, given: Mapping[str, object]) -> str | N
 
 
 def values_of(program: Program, state_dict: Mapping[str, Tensor] | None) -> Values:
-    """The global values: those of `state_dict` where it has them, else those the model has now."""
+    """The global values: those of `state_dict` where it has them, else those the model has now.
+
+    What the model was compiled without is a tensor on the meta device.
+    """
     held = held_tensors(program.model)
     aliases: dict[str, list[str]] = {}
     for name, own in program.captured.aliases.items():
@@ -54,7 +57,7 @@ def values_of(program: Program, state_dict: Mapping[str, Tensor] | None) -> Valu
                 f"the model has no `{stored.name}` of shape {list(stored.type.shape)} any more",
                 help="compile the model as it is now",
             )
-        if found.device.type == "meta":
+        if found.is_meta and (program.initialise is None or not _compiled(program, stored).is_meta):
             raise RunError(
                 f"`{stored.name}` is on the meta device: it has no values to start from",
                 help="pass `launch(state_dict=...)` that has it, or build the model elsewhere",
@@ -70,10 +73,16 @@ def values_of(program: Program, state_dict: Mapping[str, Tensor] | None) -> Valu
     return value
 
 
+def _compiled(program: Program, stored: Stored) -> Tensor:
+    """The tensor of the model that was compiled."""
+    captured = program.captured
+    return (captured.parameters | captured.buffers)[stored.name]
+
+
 def _equal(a: Tensor | None, b: Tensor) -> bool:
     if a is None or a is b:
         return a is b
-    return (a.device, a.dtype) == (b.device, b.dtype) and torch.equal(a, b)
+    return (a.device, a.dtype) == (b.device, b.dtype) and not a.is_meta and torch.equal(a, b)
 
 
 def held_tensors(model: nn.Module) -> dict[str, Tensor]:

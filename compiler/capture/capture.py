@@ -6,6 +6,7 @@ functions, hooks) is put back or refused; what it adds (checks, copies, caches) 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -129,8 +130,18 @@ def _export(
         stack.enter_context(put_back(model, evaluating=mode != "train"))
         if mode == "train":
             stack.enter_context(watching(model))
-        stack.enter_context(fakes.standing_in(model))
         stack.enter_context(torch.set_grad_enabled(mode == "train"))
+        stack.enter_context(fakes.standing_in(model))
+        program = traced(wrapper, tensors, once, known)
+    return program, returned[-1]
+
+
+def traced(
+    wrapper: nn.Module, tensors: tuple[Tensor, ...], once: OnlyOnce, known: Sequence[Tensor] = ()
+) -> ExportedProgram:
+    """The functional exported program of a module whose tensors are stand-ins, called on others of
+    theirs; `known` are real tensors, whose values may be read."""
+    with ExitStack() as stack:
         stack.enter_context(translated_modes())
         stack.enter_context(values_in_python(once, known))
         stack.enter_context(capturing())
@@ -141,5 +152,6 @@ def _export(
     refuse_generators(program)
     stopped = inline_regions(program.graph_module)
     detach_out_of_place(program.graph)
-    stop_gradients(program.graph, stopped)
-    return functionalised(program), returned[-1]
+    if torch.is_grad_enabled():
+        stop_gradients(program.graph, stopped)
+    return functionalised(program)

@@ -64,9 +64,12 @@ class Converter:
         inputs: InputSpec,
         device: torch.device,
         mode: Mode,
+        *,
+        writes_parameters: bool = False,
     ) -> None:
         self.program, self.named, self.inputs = program, named, inputs
         self.device, self.differentiable = device, mode == "train"
+        self.writes_parameters = writes_parameters
         self.builder = Builder("model", Mesh(()))
         self.env: dict[fx.Node, Node] = {}
         self.by_target: dict[tuple[str, str], Node] = {}
@@ -178,11 +181,13 @@ class Converter:
         for node, spec in zip(values, specs, strict=True):
             if spec.kind is ExportedKind.USER_OUTPUT:
                 found.append(Output(*next(remaining), self.env[node]))
-            elif spec.kind is ExportedKind.BUFFER_MUTATION:
-                name = self.named.aliases[str(spec.target).removeprefix("model.")]
-                updates.append(Output(OutputKind.BUFFER, name, self.env[node]))
-            elif spec.kind is ExportedKind.PARAMETER_MUTATION:
-                _refuse_parameter_write(str(spec.target).removeprefix("model."), node)
+            elif spec.kind in (ExportedKind.BUFFER_MUTATION, ExportedKind.PARAMETER_MUTATION):
+                target = str(spec.target).removeprefix("model.")
+                if spec.kind is ExportedKind.PARAMETER_MUTATION and not self.writes_parameters:
+                    _refuse_parameter_write(target, node)
+                update = Output(OutputKind.BUFFER, self.named.aliases[target], self.env[node])
+                if (update.kind, update.name) not in returned:  # written, then assigned anew
+                    updates.append(update)
         return found + updates
 
 

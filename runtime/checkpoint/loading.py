@@ -130,6 +130,7 @@ class _Staged:
         """Change what the rank holds; what could fail was done before."""
         for which, tensor in self.tensors.items():
             self.state.tensors[which].copy_(tensor)
+            self.state.unset.pop(which[1], None)
         self.state.random.seed = self.random["seed"]
         self.state.random.step = self.random["step"]
         self.state.num_updates = 0

@@ -2,12 +2,13 @@
 
 A seed set in the forward is refused: the program's numbers have keys of their own. What Python and
 NumPy draw becomes a constant of the graph, with a warning. `x.random_(low, high)`, which export
-cannot record, is traced as `randint`. Distributions check their arguments, which takes values of
-tensors, only when told to.
+cannot record, is traced as `randint`, and `trunc_normal_` as one draw. Distributions check their
+arguments, which takes values of tensors, only when told to.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 import warnings
@@ -98,11 +99,28 @@ def _gamma(self: Any, sample_shape: torch.Size = _NO_SHAPE) -> Tensor:
     return raised
 
 
+def _trunc_normal(
+    tensor: Tensor, mean: float, std: float, a: float, b: float, generator: Any = None
+) -> Tensor:
+    """`trunc_normal_` by the inverse of the distribution function: torch draws again, as often as
+    the values say, and so records nothing. Numbers far from the mean need more digits."""
+
+    def cdf(x: float) -> float:
+        return math.erf((x - mean) / std / math.sqrt(2.0))
+
+    low, high = cdf(a), cdf(b)
+    dtype = torch.float64 if high - low < 0.6 else torch.promote_types(tensor.dtype, torch.float32)
+    drawn = torch.empty_like(tensor, dtype=dtype).uniform_(low, high, generator=generator)
+    with torch.no_grad():
+        return tensor.copy_(drawn.erfinv_().mul_(std * math.sqrt(2.0)).add_(mean).clamp_(a, b))
+
+
 _ORIGINAL_RANDOM: Any = torch.Tensor.random_
 _SEEDS = ("manual_seed", "seed", "set_rng_state")
 TRANSLATED: tuple[tuple[Any, str, Any], ...] = (
     *((o, name, _refused(getattr(o, name))) for o in (torch, torch.random) for name in _SEEDS),
     (torch.Tensor, "random_", _random),
+    (torch.nn.init, "_no_grad_trunc_normal_", _trunc_normal),
     (torch.distributions.Gamma, "rsample", _gamma),
     (torch.distributions.Distribution, "_validate_args", False),
 )

@@ -57,6 +57,7 @@ def _made(call: Call, *, free: bool) -> Spec:
 
 _FILLS: dict[Op, float | int] = {
     aten.zeros.default: 0,
+    aten.zero.default: 0,
     aten.new_zeros.default: 0,
     aten.zeros_like.default: 0,
     aten.ones.default: 1,
