@@ -146,11 +146,14 @@ class Program(Compiled):
         """Start a run, and return its `Run`.
 
         Under torchrun and `meshwright run` this process is one rank of as many as the mesh has;
-        otherwise every rank runs in this process. All start from rank 0's weights.
+        otherwise every rank runs in this process. All start from rank 0's weights. What the model
+        was compiled without (it is on the meta device) its own `reset_parameters`, `init_weights`
+        or `_init_weights` gives, of which each rank computes its part; what they do not give is an
+        error where it is first needed, unless it is loaded before.
 
-        - `seed`: keys dropout and every other random number, with the number of the step. It is
-          below 2**63, and all ranks take that of rank 0. Torch's own seeds have no effect on a
-          step.
+        - `seed`: keys dropout and every other random number, with the number of the step, and the
+          initial weights of a model without values. It is below 2**63, and all ranks take that of
+          rank 0. Torch's own seeds have no effect on a step.
         - `state_dict`: global tensors to start from in place of the model's, under its names.
         - `new_shapes`: `"compile"` lets `Run.step` compile for inputs of other shapes than the
           example's, once for each; `"error"` refuses them.

@@ -103,7 +103,7 @@ def check_set(program: Program, unset: Mapping[str, RunError | None]) -> None:
     module = type(program.model.get_submodule(path)).__name__
     raise RunError(
         f"`{name}`{more} has no values: the model was built on the meta device, and nothing in it "
-        "initialises that",
+        "initialises this",
         help=f"define `reset_parameters` in `{module}`, or pass `launch(state_dict=...)` that has "
         "it, or load a checkpoint first",
     )
@@ -352,8 +352,8 @@ def _sliced(args: Sequence[Any], whole: Node) -> tuple[Node, int, Tensor]:
     """The operand, the dim, and the entries of a slice of `whole`."""
     given: list[Any] = [*args[1:], *(0, None, None, 1)[len(args) - 1 :]]
     dim, start, end, step = given
-    size = whole.tensor.shape[dim]
-    return args[0], dim % len(whole.tensor.shape), torch.arange(size)[slice(start, end, step)]
+    positions = slice(start, end, step).indices(whole.tensor.shape[dim])
+    return args[0], dim % len(whole.tensor.shape), torch.arange(*positions)
 
 
 def _select_scatter(node: Node, region: Region) -> _Part:

@@ -455,6 +455,44 @@ def test_a_seed_of_more_than_64_bits_is_told(golden: Golden) -> None:
     golden("run-seed-too-large", str(caught.value))
 
 
+class Lost(Model):
+    """Nothing initialises the scale, and a constructor's value is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x * self.scale)
+
+
+class Reading(Model):
+    def reset_parameters(self) -> None:
+        self.linear.weight.mul_(self.linear.weight.norm().item())
+
+
+class Resizing(Model):
+    def reset_parameters(self) -> None:
+        self.linear.bias = nn.Parameter(torch.zeros(5))
+
+
+WITHOUT_VALUES: Mapping[str, Callable[[], nn.Module]] = {
+    "that-nothing-initialises": Lost,
+    "whose-initialisation-reads-values": Reading,
+    "whose-initialisation-resizes": Resizing,
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_VALUES)
+def test_a_model_without_values_is_told_what_it_lacks(golden: Golden, case: str) -> None:
+    with torch.device("meta"):
+        model = WITHOUT_VALUES[case]()
+    run = mw.compile(model, PLAN, X).launch()
+    with pytest.raises(mw.RunError) as caught:
+        run.step(*X)
+    golden(f"run-model-{case}", str(caught.value))
+
+
 def test_following_the_help_for_another_batch_size_works() -> None:
     assert compiled().launch(new_shapes="compile").step(torch.ones(6, 4)).isfinite()
 

@@ -20,7 +20,7 @@ from meshwright.compiler.capture.aliases import NamedTensors
 from meshwright.compiler.capture.inputs import InputSpec
 from meshwright.compiler.capture.origin import origin_of
 from meshwright.compiler.capture.outputs import Mode, OutputKey
-from meshwright.compiler.capture.simplify import simplify
+from meshwright.compiler.capture.simplify import CAST, simplify
 from meshwright.compiler.capture.tracing.values import picked_by_a_mask
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.ir import (
@@ -185,10 +185,22 @@ class Converter:
                 target = str(spec.target).removeprefix("model.")
                 if spec.kind is ExportedKind.PARAMETER_MUTATION and not self.writes_parameters:
                     _refuse_parameter_write(target, node)
-                update = Output(OutputKind.BUFFER, self.named.aliases[target], self.env[node])
-                if (update.kind, update.name) not in returned:  # written, then assigned anew
-                    updates.append(update)
+                name = self.named.aliases[target]
+                if (OutputKind.BUFFER, name) not in returned:  # written, then assigned anew
+                    updates.append(Output(OutputKind.BUFFER, name, self._written(node, name)))
         return found + updates
+
+    def _written(self, node: fx.Node, name: str) -> Node:
+        """What is written to a tensor, in its type: export may give the operand of a `copy_`."""
+        kind = "parameter" if name in self.named.parameters else "buffer"
+        value, type = self.env[node], self.by_target[kind, name].tensor
+        for op, target, own in (
+            (CAST, type.dtype, TensorType(value.tensor.shape, type.dtype)),
+            (_aten.expand.default, list(type.shape), type),
+        ):
+            if value.type != own:
+                value = self.builder.emit(op, (value, target), type=own, origin=value.origin)
+        return value
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:

@@ -61,19 +61,20 @@ def capture_initialisation(model: nn.Module, device: str | torch.device) -> Init
     initialisation that reads values, or fails.
     """
     named = named_tensors(model)
-    wrapper = _Initialisation(model)
+    assigned: list[OutputKey] = []
+    wrapper = _Initialisation(model, assigned)
     with ALONE, only_capture_errors():
         spec = input_spec(wrapper, (), {}, ())
         with ExitStack() as stack:
             stack.enter_context(put_back(model, evaluating=False))
             stack.enter_context(torch.no_grad())
             stack.enter_context(Fakes().standing_in(model))
-            wrapper.ties = _registered_once(model)
+            wrapper.ties += _registered_once(model)
             program = traced(wrapper, (), OnlyOnce())
     converter = Converter(
         program, named, spec, torch.device(device), "infer", writes_parameters=True
     )
-    return Initialisation(converter.convert(wrapper.assigned), converter.constants)
+    return Initialisation(converter.convert(assigned), converter.constants)
 
 
 _OF_THE_MODULE = ("reset_parameters", "_reset_parameters")
@@ -86,13 +87,12 @@ _Tie = tuple[nn.Module, str, nn.Module, str]
 
 
 class _Initialisation(nn.Module):
-    """A module whose forward initialises `model`, and returns the tensors that were assigned anew;
-    `assigned` are their keys, and `ties` what `_registered_once` gave."""
+    """A module whose forward initialises `model`, and returns the tensors that were assigned anew,
+    whose keys it adds to `assigned`; `ties` are what `_registered_once` gave."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, assigned: list[OutputKey]) -> None:
         super().__init__()
-        self.model = model
-        self.assigned: tuple[OutputKey, ...] = ()
+        self.model, self.record = model, assigned.extend
         self.ties: list[_Tie] = []
 
     def forward(self) -> tuple[Tensor, ...]:
@@ -114,7 +114,7 @@ class _Initialisation(nn.Module):
                     code="assignment",
                     help="make it with its shape and type in `__init__`",
                 )
-        self.assigned = tuple((OutputKind.BUFFER, name) for name in found)
+        self.record([(OutputKind.BUFFER, name) for name in found])
         return tuple(found.values())
 
 
