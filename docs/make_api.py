@@ -70,7 +70,8 @@ class Section(NamedTuple):
 
 MACHINERY: Mapping[type, tuple[str, ...]] = {
     mw.Program: (
-        "captured", "stages", "schedule", "movements", "recompile", "launcher", "code", "inputs",
+        "captured", "stages", "schedule", "movements", "recompile", "initialise", "launcher",
+        "code", "inputs",
         "trains", "instructions", "with_model",
     ),
     program.Stored: ("padding", "plan_line"),

@@ -25,7 +25,7 @@ from meshwright.compiler.graph.ir import GETITEM, INPUT, InputKind, MeshOp, Node
 from meshwright.compiler.graph.slots import call_operands, filled, slotted
 from meshwright.compiler.kernels.hashing import RandomIndex
 from meshwright.compiler.kernels.random import random
-from meshwright.compiler.layout.layout import Layout, block_map
+from meshwright.compiler.layout.layout import Layout, shard
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.factories import filled_with
 from meshwright.compiler.placing.rules.pointwise import POINTWISE, is_pointwise
@@ -157,16 +157,20 @@ class InitialValues:
     def fill(self, stored: Stored, out: Tensor, mesh: Mesh, coords: Mapping[str, int]) -> None:
         """Write the values of a tensor to the part that the rank at `coords` holds, and zeros to
         what storage adds."""
-        region = tuple(block_map(Layout((dim,)), mesh, coords) for dim in stored.layout.dims)
-        pairs = zip(region, stored.type.shape, strict=True)
-        within = tuple(indices[indices < size] for indices, size in pairs)
-        # What storage adds stands at the end of a dim.
-        own = out[tuple(slice(len(indices)) for indices in within)]
-        if own.shape != out.shape:
+        region = tuple(_held(stored, mesh, coords))
+        places = [(indices >= 0).nonzero().view(-1) for indices in region]
+        within = tuple(map(torch.index_select, region, [0] * len(region), places))
+        if _sizes(within) != tuple(out.shape):
             out.zero_()
-        for rows in _blocks(own.shape):
+        for rows in _blocks(_sizes(within)):
             block = (within[0][rows], *within[1:]) if within else ()
-            own[rows if within else ...] = self._value(self.nodes[stored.name], block)
+            value = self._value(self.nodes[stored.name], block).to(out.dtype)
+            for dim in reversed(range(1, len(within))):
+                value = _spread(value, dim, places[dim], out.shape[dim])
+            if within:
+                out.index_copy_(0, places[0][rows].to(out.device), value)
+            else:
+                out.copy_(value)
         self._whole.clear()
 
     def _value(self, node: Node, region: Region | None) -> Any:
@@ -272,6 +276,24 @@ def _blocks(shape: Sequence[int]) -> Iterator[slice]:
     step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
+
+
+def _held(stored: Stored, mesh: Mesh, coords: Mapping[str, int]) -> Iterator[Tensor]:
+    """For each dim, the global index of each entry that a rank holds; -1 for what storage adds."""
+    for dim, (size, spelling) in enumerate(zip(stored.type.shape, stored.layout.dims, strict=True)):
+        indices = torch.arange(size)
+        for padding in stored.paddings:
+            if padding.dim == dim:
+                indices = padding._replace(dim=0).added(indices, -1)
+        yield shard(indices, Layout((spelling,)), mesh, coords)
+
+
+def _spread(value: Tensor, dim: int, places: Tensor, size: int) -> Tensor:
+    """A tensor with its entries at these places of a longer dim, and zeros between them."""
+    if len(places) == size:
+        return value
+    longer = value.new_zeros((*value.shape[:dim], size, *value.shape[dim + 1 :]))
+    return longer.index_copy_(dim, places.to(value.device), value)
 
 
 def _every(shape: Iterable[int]) -> Region:

