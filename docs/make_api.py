@@ -74,7 +74,7 @@ MACHINERY: Mapping[type, tuple[str, ...]] = {
         "code", "inputs",
         "trains", "instructions", "with_model",
     ),
-    program.Stored: ("padding", "plan_line"),
+    program.Stored: ("paddings", "padded", "unpadded", "plan_line"),
     mw.Plan: ("names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error"),
     mesh.Mesh: ("groups", "position"),
     ir.Graph: ("users",),
