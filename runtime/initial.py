@@ -32,8 +32,8 @@ from meshwright.compiler.placing.rules.pointwise import POINTWISE, is_pointwise
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.rank import RankProgram, RankState
-from meshwright.runtime.start import same_constants
+from meshwright.runtime.rank import RankProgram, RankState, Values
+from meshwright.runtime.start import same_constants, same_start, without_values
 from meshwright.runtime.weights import stored_tensors
 from meshwright.runtime.world.agreement import agree, told
 
@@ -45,6 +45,28 @@ _BLOCK = 1 << 20
 Region = tuple[Tensor, ...]
 """For each dim of a tensor, the global indices of some entries, in order."""
 _EMPTY = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}
+
+
+def begin(
+    program: Program,
+    states: Sequence[RankState],
+    run: Callable[[Sequence[RankProgram]], list[Any]],
+    values: Values,
+    seed: int,
+    *,
+    apart: bool,
+) -> None:
+    """Let every rank begin with the same seed and weights: those of rank 0 and, of what that has no
+    values, those of the model's initialisation. `run` runs a program of each rank of this process,
+    and `apart` says that there are others elsewhere."""
+    for state in states:
+        state.random.seed = seed
+    without = without_values(program, values)
+    if apart:
+        (without,) = run([same_start(state, program, values) for state in states])
+    if without:
+        own = recorded(program)
+        run([initialise(state, program, without, own) for state in states])
 
 
 def initialise(

@@ -24,7 +24,7 @@ from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_
 from meshwright.runtime.executor import Executor
 from meshwright.runtime.finite import FiniteCheck, read_check
 from meshwright.runtime.gather import gathered_all
-from meshwright.runtime.initial import check_set, initialise, recorded
+from meshwright.runtime.initial import begin, check_set
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import check_norms, clipped
@@ -32,7 +32,7 @@ from meshwright.runtime.optimizer import Groups, make_optimizer
 from meshwright.runtime.programs import Linked, Programs
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
 from meshwright.runtime.same_inputs import InputCheck, read_interval
-from meshwright.runtime.start import check_seed, executable_digest, same_start, without_values
+from meshwright.runtime.start import check_seed, executable_digest
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
 from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.weights import (
@@ -106,14 +106,7 @@ class Run:
     def _start(self, seed: int, values: Values, interval: int) -> None:
         """Let every rank begin with the same seed and weights, and watch for what goes wrong."""
         program, apart = self.program, not self.transport.has_every_rank
-        for state in self.states:
-            state.random.seed = seed
-        without = without_values(program, values)
-        if apart:
-            (without,) = self._run([same_start(state, program, values) for state in self.states])
-        if without:
-            own = recorded(program)
-            self._run([initialise(state, program, without, own) for state in self.states])
+        begin(program, self.states, self._run, values, seed, apart=apart)
         if apart and interval:
             splits_data = bool(program.plan.of(Data))
             self._input_check = InputCheck(
