@@ -197,5 +197,5 @@ def _not_in_a_loop(node: Node, axis: str, what: str) -> LayoutError:
         f"`{op_text(node.op)}` in {module_text(node.origin.module)} {what} the loop over `{axis}`",
         code="not-in-a-loop",
         culprit=f"{node.name} {node.origin.source}".strip(),
-        help=f"run the whole batch at once, without `{axis}`",
+        help="run the whole batch at once: leave `accumulate` out of the plan",
     )

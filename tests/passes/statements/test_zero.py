@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import meshwright
 from meshwright import PlanError
+from meshwright.compiler.codegen.instructions import Call, Exchange, Instructions, Start, Wait
 from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.public import Program
@@ -294,3 +295,47 @@ def test_a_step_sends_what_the_papers_say(name: str, mesh: str) -> None:
         # Besides, labels are counted and the loss is summed up.
         assert set(sent) <= {"all_gather", "reduce_scatter", "all_reduce"}
         assert sent["all_reduce"] <= 32
+
+
+class Stack(nn.Module):
+    """Blocks of one weight each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return x.square().mean()
+
+
+def products_during(instructions: Instructions, kind: str) -> list[int]:
+    """For each collective of a kind: how many products are computed while it is under way."""
+    under_way: dict[Exchange, int] = {}
+    found = []
+    for each in instructions.body:
+        if isinstance(each, Start) and each.exchange.wire.kind == kind:
+            under_way[each.exchange] = 0
+        elif isinstance(each, Wait) and each.exchange in under_way:
+            found.append(under_way.pop(each.exchange))
+        elif isinstance(each, Exchange) and each.wire.kind == kind:
+            found.append(0)
+        elif isinstance(each, Call) and re.match("linear|matmul|mm|addmm", each.node.name):
+            under_way = {exchange: count + 1 for exchange, count in under_way.items()}
+    return found + list(under_way.values())  # those that only a later graph waits for
+
+
+@pytest.mark.parametrize("micro", ["", "accumulate 2\n"])
+def test_weights_arrive_and_gradients_leave_while_other_blocks_compute(micro: str) -> None:
+    plan = "mesh dp=2\ndata x over dp\nzero 3 over dp\n" + micro
+    program = compiled(Stack(), (torch.randn(8, 16),), plan)
+    found = {each.name: each for each in program.instructions}
+    forward, backward = found["stage0.forward"], found["stage0.backward"]
+    # Only the first is waited for; each other is under way during the block before it.
+    assert products_during(forward, "all_gather") == [0, 1, 1, 1, 1]
+    # The backward of a block has two products, that of the first only one.
+    first, *others = products_during(backward, "all_gather")
+    assert first == 0 and all(count == 2 for count in others)
+    last, *others = sorted(products_during(backward, "reduce_scatter"))
+    assert last == 0 and len(others) == 4 and all(others)
