@@ -87,6 +87,11 @@ class WireKind:
     forwards: bool = False
     options: tuple[str, ...] = ()
 
+    @property
+    def stacks(self) -> bool:
+        """Whether a member gets what each gives it, along a new first dim."""
+        return self.receive is _stacked
+
     def given(self, operand: Tensor, place: int) -> Tensor:
         """The part of an operand that goes to the member at `place`."""
         return operand[place] if self.divided else operand
