@@ -4,7 +4,7 @@
     python -m benchmarks.zero [--size tiny|base] [--mesh dp=4] [--rounds N] [--quick] [--json FILE]
 
 Step times of all of them, taken in turns in the same processes: of a whole batch, and of one in
-four microbatches. Then the peak memory of each, in processes of its own.
+four microbatches. Then the peak memory of each, in processes of its own. About nine minutes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ OURS = ("zero-1", "zero-2", "zero-3")
 PEERS = ("fsdp2-resharded", "fsdp2-kept", "ddp-zero")
 VARIANTS = {"whole": 1, "accumulate": 4}
 """Microbatches of a step, by variant."""
+ROUNDS = {"tiny": 7, "base": 3}
+MEMORY_ROUNDS = {"tiny": 1, "base": 2}
 
 
 def build_one(system: str, size: Size, mesh: DeviceMesh, variant: str = "whole") -> Peer:
@@ -60,11 +62,11 @@ def measure(
     """The step times of each variant, and the peaks, by what they are called."""
     found = {}
     for variant in args.variants.split(","):
-        given = [*argv, "--variant", variant]
+        given = [*argv, "--variant", variant, "--rounds", str(args.rounds or ROUNDS[size])]
         found[variant] = launch.run_workers("benchmarks.zero", given, mesh, size)
     if not args.no_memory:
         systems = args.systems.split(",")
-        rounds = 1 if args.quick else 2
+        rounds = 1 if args.quick else MEMORY_ROUNDS[size]
         taken = memory.peaks("benchmarks.zero", systems, rounds, argv, mesh, size)
         found["memory"] = {
             "megabytes": memory.medians(taken),
