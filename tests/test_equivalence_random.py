@@ -171,6 +171,31 @@ def test_every_plan_draws_what_one_rank_draws(group: str) -> None:
     check_same(Drawing(*GROUPS[group].values()), {k: v for k, v in PLANS.items() if k != "both"})
 
 
+class Dropping(nn.Module):
+    """Means over the batch of what was dropped, drawn or scaled, row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(F.gelu(self.up(x)), 0.4)
+        h = h * torch.rand_like(h) + torch.bernoulli(h.detach().sigmoid())
+        h = F.dropout1d(h.view(-1, 3, 2), 0.3).flatten(1)
+        heads = h.view(-1, 1, 2, 3)
+        h = h + F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.3).flatten(1)
+        return self.down(h).square().mean()
+
+
+def test_microbatches_and_stored_parts_draw_what_the_whole_batch_draws() -> None:
+    plans = {
+        "microbatches": ONE + "accumulate 4\n",
+        "microbatches, stored split": PLANS["data"] + "accumulate 2\nzero 3 over dp\n",
+        "gradients split": PLANS["both"] + "accumulate 2\nzero 2 over dp\n",
+    }
+    check_same(Dropping(), plans)
+
+
 class Masked(nn.Module):
     def __init__(self, train: bool | None) -> None:
         super().__init__()
