@@ -43,6 +43,7 @@ _CHECKPOINT = re.compile(r"step-\d+(-\d+)?")
 _UNFINISHED = re.compile(r"saving-[0-9a-f]{32}")
 _SHARD = re.compile(r"\d{5,}\.(safetensors|sha256)")
 _NAME_ONE = f"name a folder that `save` wrote into, or one with a `{MANIFEST}`"
+_OURS = re.compile(f"{_CHECKPOINT.pattern}|{_SHARD.pattern}|{re.escape(MANIFEST)}")
 _ATTEMPTS, _PAUSE = 100, 0.01
 
 
@@ -283,10 +284,9 @@ def current_path(folder: Path) -> Path:
 
 def has_none(folder: Path) -> bool:
     """Whether there is no checkpoint at all, whole or damaged, in or below a folder."""
-    if os.path.lexists(folder / MANIFEST):
-        return False
     try:
-        return not _subfolders(folder)
+        check_name(folder)
+        return not any(_OURS.fullmatch(name) for name in os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError as error:

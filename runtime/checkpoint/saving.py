@@ -54,7 +54,7 @@ _DIGEST = re.compile(r"([0-9a-f]{64})\n")
 _PAUSE = 0.02
 """Seconds between looks at the files of the other ranks."""
 _PATIENCE = 5.0
-"""Seconds for which rank 0 waits for the others' files when its own run has ended."""
+"""Seconds for which rank 0 waits for a file that does not grow when its own run has ended."""
 
 
 class _Kept:
@@ -182,7 +182,8 @@ class _Saving:
         self._new = NewSave(Path())
         self._parts: dict[int, _Part] = {}
         self._process = os.getpid()
-        self._all_written, self._cancelled = threading.Event(), threading.Event()
+        self._all_written = threading.Event()
+        self._leaves, self._cancelled = threading.Event(), threading.Event()
         self._committing = _Kept()
         """What ended the commit, where that ran in the background."""
         self._thread: threading.Thread | None = None
@@ -267,9 +268,8 @@ class _Saving:
     def leave(self) -> None:
         """End it without the other ranks, of which rank 0 needs only the files."""
         if self._thread is not None:
-            self._all_written.wait()
-            self._thread.join(_PATIENCE)
-            self.cancel()
+            self._leaves.set()
+            self._thread.join()
             self._say_error()
 
     def _written(self, part: _Part) -> None:
@@ -302,16 +302,20 @@ class _Saving:
             self._say_error()
 
     def _await_files(self) -> None:
-        """Wait until every rank has written its file. Raises `RunError` once the run has ended."""
-        path, main, ended = self._new.path, threading.main_thread(), 0.0
+        """Wait until every rank has written its file; once the run has ended, for those that grow.
+
+        Raises `RunError` where that has an end.
+        """
+        path, main = self._new.path, threading.main_thread()
         for rank in range(self._parts[0].manifest.mesh.num_ranks):
+            size, grew = -1, time.monotonic()
             # Where the folder has gone, the commit says so.
             while not _written_digest(path, rank) and path.exists():
-                if not main.is_alive():
-                    # The interpreter waits for this thread.
-                    ended = ended or time.monotonic()
-                late = ended and time.monotonic() - ended > _PATIENCE
-                if late or self._cancelled.wait(_PAUSE):
+                found, now = _size_of(shard_path(path, rank)), time.monotonic()
+                # The interpreter waits for this thread before it exits.
+                if found != size or (main.is_alive() and not self._leaves.is_set()):
+                    size, grew = found, now
+                if now - grew > _PATIENCE or self._cancelled.wait(_PAUSE):
                     raise RunError(f"the run ended before rank {rank} had written its file")
 
     @property
@@ -367,6 +371,13 @@ def _whole_shard(path: Path, name: str, rank: int, wanted: Mapping[str, str]) ->
             )
     os.unlink(digest_path(path, rank))
     return Shard(size, header_digest, digest)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def _written_digest(path: Path, rank: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,14 @@ def test_jobs_save_into_one_folder_and_load_from_it_side_by_side(
     lines = output("side_by_side.py", tmp_path, *counts, seconds, seconds=300)
     assert lines[-1] == "all right"
     assert sum(line.startswith("loaded") for line in lines) == readers
+
+
+@pytest.mark.slow
+def test_a_training_whose_ranks_are_killed_goes_on_to_the_bit(tmp_path: Path) -> None:
+    kills = int(os.environ.get("MESHWRIGHT_KILLS", "20"))
+    (line,) = output("killed_training.py", tmp_path, kills, seconds=60 + 20 * kills)
+    right, count = line.removesuffix(" losses right").split(" of ")
+    assert right == count, line
 
 
 def test_ranks_that_meet_or_do_different_things_all_say_so_and_go_on(tmp_path: Path) -> None:
