@@ -10,7 +10,7 @@ of, and no rank holds more than its shard and one block. An operator that mixes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,6 +53,7 @@ def begin(
     run: Callable[[Sequence[RankProgram]], list[Any]],
     values: Values,
     seed: int,
+    mapped: Container[str] = (),
     *,
     apart: bool,
 ) -> None:
@@ -63,7 +64,7 @@ def begin(
         state.random.seed = seed
     without = without_values(program, values)
     if apart:
-        (without,) = run([same_start(state, program, values) for state in states])
+        (without,) = run([same_start(state, program, values, mapped) for state in states])
     if without:
         own = recorded(program)
         run([initialise(state, program, without, own) for state in states])

@@ -38,6 +38,7 @@ from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.weights import (
     check_state,
     check_values,
+    mapped_names,
     shapes_of,
     state_names,
     stored_tensors,
@@ -94,7 +95,7 @@ class Run:
         self._saves = checkpoint.Saves(program, self.states, self._run)
         self._finite_check = FiniteCheck(self.states, self._run, finite_interval)
         self._closed = False
-        self._start(seed, values, interval)
+        self._start(seed, values, mapped_names(program, state_dict), interval)
         if program.mode == "train":
             notice_optimizers_of(named_tensors(program.model).parameters)
         self._programs = Programs(program, self.states, self.transport, self._run)
@@ -103,10 +104,10 @@ class Run:
         self._results: list[Results] = []
         """Of the last call, by rank, where every rank is here."""
 
-    def _start(self, seed: int, values: Values, interval: int) -> None:
+    def _start(self, seed: int, values: Values, mapped: frozenset[str], interval: int) -> None:
         """Let every rank begin with the same seed and weights, and watch for what goes wrong."""
         program, apart = self.program, not self.transport.has_every_rank
-        begin(program, self.states, self._run, values, seed, apart=apart)
+        begin(program, self.states, self._run, values, seed, mapped, apart=apart)
         if apart and interval:
             splits_data = bool(program.plan.of(Data))
             self._input_check = InputCheck(

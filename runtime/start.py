@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from meshwright.runtime.world.agreement import told
 
 _WORDS = 1 << 20
 """Numbers of 64 bits that a checksum adds up at once."""
+_SAMPLED = 4096
+"""Elements at either end of a tensor that stand for all of it."""
 
 
 def check_seed(seed: object) -> None:
@@ -34,19 +36,22 @@ def executable_digest(program: Program) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def same_start(state: RankState, program: Program, values: Values) -> RankProgram:
+def same_start(
+    state: RankState, program: Program, values: Values, mapped: Container[str] = ()
+) -> RankProgram:
     """Give every rank the seed and the weights of rank 0, as DDP does.
 
     Each process built its own model; without a common seed their values differ. Checksums of the
-    global values are compared first, so that equal ones cost one small collective. Returns what
-    rank 0 has no values of.
+    global values are compared first, so that equal ones cost one small collective. Of those that
+    are `mapped` from files, samples are compared: a rank is to read no more than it holds. Returns
+    what rank 0 has no values of.
     """
     every_axis = state.mesh.names
     seed = torch.tensor([state.random.seed], dtype=torch.int64, device=state.device)
     state.random.seed = int((yield Wire("broadcast", every_axis), seed))
     without = (yield from told(state, "\n".join(without_values(program, values)))).split("\n")
     listed = [(kind, each) for kind, each in stored_tensors(program) if each.name not in without]
-    yield from same_values(state, listed, values)
+    yield from same_values(state, listed, values, mapped)
     return [name for name in without if name]
 
 
@@ -56,10 +61,16 @@ def without_values(program: Program, values: Values) -> list[str]:
 
 
 def same_values(
-    state: RankState, listed: Sequence[tuple[str, Stored]], values: Values
+    state: RankState,
+    listed: Sequence[tuple[str, Stored]],
+    values: Values,
+    mapped: Container[str] = (),
 ) -> RankProgram:
     """Give every rank the values of rank 0 for these parameters and buffers, where they differ."""
-    different = yield from _differing(state, [values(stored) for _, stored in listed])
+    compared = [
+        _sample(values(stored)) if stored.name in mapped else values(stored) for _, stored in listed
+    ]
+    different = yield from _differing(state, compared)
     for (kind, stored), differs in zip(listed, different, strict=True):
         if differs:
             value = values(stored)
@@ -92,6 +103,12 @@ def _differing(state: RankState, tensors: Sequence[Tensor]) -> RankProgram:
     sums = torch.stack([checksum(tensor).to(state.device) for tensor in tensors])
     every = yield Wire("all_gather", state.mesh.names), sums
     return (every != every[0]).any(0).tolist()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """The first and the last elements of a tensor, in which no two sets of weights are equal."""
+    flat = tensor.detach().flatten()
+    return torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]])
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from meshwright.runtime.weights import (
     check_values,
     held_tensors,
     listed,
+    mapped_names,
     name_in,
     shapes_of,
     state_names,
@@ -47,7 +48,7 @@ def take_over(program: Program, state: RankState, given: Any, *, same: bool) -> 
         state.tensors[kind, stored.name].copy_(state.local(values(stored), stored))
         state.unset.pop(stored.name, None)
     if not same:
-        yield from same_values(state, which, values)
+        yield from same_values(state, which, values, mapped_names(program, given))
 
 
 def _checked(program: Program, given: Any) -> list[str]:

@@ -15,6 +15,10 @@ from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import Values
 
 
+class MappedTensors(dict[str, Tensor]):
+    """Tensors by name whose memory is that of files: only the parts that are used are read."""
+
+
 def stored_tensors(program: Program) -> Iterator[tuple[str, Stored]]:
     """Every parameter and buffer with its kind, in one order on all ranks."""
     for stored in program.parameters.values():
@@ -77,6 +81,14 @@ def _compiled(program: Program, stored: Stored) -> Tensor:
     """The tensor of the model that was compiled."""
     captured = program.captured
     return (captured.parameters | captured.buffers)[stored.name]
+
+
+def mapped_names(program: Program, state_dict: Mapping[str, Tensor] | None) -> frozenset[str]:
+    """The parameters and buffers whose values a dictionary has in files."""
+    if not isinstance(state_dict, MappedTensors):
+        return frozenset()
+    aliases = program.captured.aliases
+    return frozenset(aliases[name] for name in state_dict if name in aliases)
 
 
 def _equal(a: Tensor | None, b: Tensor) -> bool:

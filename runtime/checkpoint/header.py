@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,14 +35,14 @@ _DIGEST, _HEX = "sha256/", 64
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor in a file: type, shape, first and last byte after the header, and the SHA-256 of its
-    tiles in hex, one after the other."""
+    """A tensor in a file: type, shape, first and last byte after the header, and, in a file of ours,
+    the SHA-256 of its tiles in hex, one after the other."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
-    digest: str
+    digest: str = ""
 
     def digest_of(self, tile: int) -> str:
         """The SHA-256 of one tile."""
@@ -94,20 +94,32 @@ class Header:
     def parse(text: bytes) -> Header:
         """The header that JSON describes. Raises `ValueError` for what `to_bytes` does not write.
 
-        Nothing in it is trusted: tensors must follow each other without gaps, each as long as its
-        type and shape say.
+        Nothing in it is trusted.
         """
+        metadata, found = parse_tensors(text)
         try:
-            rows = json.loads(text, object_pairs_hook=unique)
-            metadata = rows.pop("__metadata__")
-            digests = {name: metadata[_DIGEST + name] for name in rows}
-            held = {name: _named(name, row, digests[name]) for name, row in rows.items()}
-            _check_tiling(held.values())
+            held = {name: _digested(each, metadata[_DIGEST + name]) for name, each in found.items()}
             return Header(metadata["save"], int(metadata["rank"]), held)
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def parse_tensors(text: bytes) -> tuple[Mapping[str, Any], dict[str, Held]]:
+    """The metadata and the tensors, without digests, in the header of any safetensors file.
+
+    Raises `ValueError` for what is not one: tensors must follow each other without gaps, each as
+    long as its type and shape say.
+    """
+    try:
+        rows = json.loads(text, object_pairs_hook=unique)
+        metadata = rows.pop("__metadata__", {})
+        held = {name: _named(name, row) for name, row in rows.items()}
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    _check_tiling(held.values())
+    return metadata, held
 
 
 def check_types(tensors: Mapping[str, Tensor]) -> None:
@@ -147,16 +159,16 @@ def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _named(name: str, row: Mapping[str, Any], digest: str) -> Held:
+def _named(name: str, row: Mapping[str, Any]) -> Held:
     try:
-        return _held(row, digest)
+        return _held(row)
     except KeyError as error:
         raise ValueError(f"`{name}`: `{error.args[0]}` is missing") from None
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"`{name}`: {error}") from None
 
 
-def _held(row: Mapping[str, Any], digest: str) -> Held:
+def _held(row: Mapping[str, Any]) -> Held:
     dtype = _BY_NAME.get(row["dtype"])
     if dtype is None:
         raise ValueError(f"unknown type `{str(row['dtype'])[:40]}`")
@@ -168,9 +180,14 @@ def _held(row: Mapping[str, Any], digest: str) -> Held:
         raise ValueError("a size that is not a count")
     if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{end - start} bytes for {list(shape)} of {dtype}")
-    if not _DIGITS.fullmatch(digest) or len(digest) != _HEX * len(Tiles(shape, dtype.itemsize)):
+    return Held(dtype, shape, start, end)
+
+
+def _digested(held: Held, digest: str) -> Held:
+    length = _HEX * len(Tiles(held.shape, held.dtype.itemsize))
+    if not _DIGITS.fullmatch(digest) or len(digest) != length:
         raise ValueError("digests of another form")
-    return Held(dtype, shape, start, end, digest)
+    return replace(held, digest=digest)
 
 
 def _check_tiling(tensors: Iterable[Held]) -> None:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from meshwright.compiler.public import Program
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
-from meshwright.runtime.checkpoint.files import COPY_AGAIN
+from meshwright.runtime.checkpoint.fitting import check_model, model_tensors
 from meshwright.runtime.checkpoint.folder import OpenSave, folder_of, has_none
 from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
 from meshwright.runtime.checkpoint.optimizer_loading import (
@@ -31,14 +31,13 @@ from meshwright.runtime.checkpoint.optimizer_loading import (
     saved_optimizer,
     staged_state,
 )
-from meshwright.runtime.checkpoint.optimizer_state import OPTIMIZER, check_owner
+from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.checkpoint.parts import Entry, read_into, read_whole
+from meshwright.runtime.checkpoint.pretrained import read_weights, weights_in
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.weights import (
     check_dtypes,
-    check_state,
-    check_ties,
     name_in,
     stored_tensors,
 )
@@ -97,21 +96,29 @@ def _staged(reader: _Reader, state: RankState) -> RankProgram:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The global parameters and buffers of the checkpoint `path`, by name.
+    """The global tensors of a checkpoint or of safetensors files, by name, in CPU memory.
 
-    `path` is as for `Run.load`: the folder of one checkpoint, or that of several for the newest.
-    In CPU memory; needs no model, plan or mesh. For other tools, or for a run of another dtype,
-    which `load` refuses: `run.load_state_dict(meshwright.read_state_dict(path))`. It has buffers
-    that are not persistent too. Raises `RunError` for a checkpoint that is damaged or not there.
+    - A checkpoint: `path` is as for `Run.load`, the folder of one or, for the newest, of several.
+      It gives parameters and buffers, also those that are not persistent. For other tools, or for
+      a run of another dtype, which `load` refuses:
+      `run.load_state_dict(meshwright.read_state_dict(path))`.
+    - Weights as Hugging Face keeps them: a folder with `model.safetensors`, or with
+      `model.safetensors.index.json` and the files that it names; or one such file. The tensors are
+      mapped from the files: `program.launch(state_dict=...)` reads on each rank no more than that
+      holds. The files must stay as they are meanwhile, and be the same for every rank.
+
+    Needs no model, plan or mesh. Raises `RunError` for what is damaged, pickled or not there.
     """
-    with apart_from_caller("cpu"), OpenSave.current(folder_of(path)) as opened:
-        manifest = opened.manifest
-        found = {
-            name: read_whole(name, manifest, opened.shards)
-            for name in manifest.tensors
-            if not name.startswith(OPTIMIZER)
-        }
-        return {alias: found[name] for alias, name in manifest.aliases.items() if name in found}
+    folder = folder_of(path)
+    with apart_from_caller("cpu"):
+        if has_none(folder) and (weights := weights_in(folder)):
+            return read_weights(weights)
+        with OpenSave.current(folder) as opened:
+            manifest = opened.manifest
+            found = {
+                name: read_whole(name, manifest, opened.shards) for name in model_tensors(manifest)
+            }
+            return {alias: found[name] for alias, name in manifest.aliases.items() if name in found}
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +236,9 @@ class _Reader:
 
     def _check(self, manifest: Manifest) -> None:
         """Raise `RunError` unless a checkpoint fits the model and the optimizer."""
-        self._check_model(manifest)
+        check_model(self.program, manifest, self._path)
+        dtypes = {alias: manifest.tensors[name].dtype for alias, name in manifest.aliases.items()}
+        check_dtypes(self.program, dtypes, self._path)
         if self.optimizer is not None:
             with self._naming_manifest():
                 self._saved = saved_optimizer(self.program, self.states, self.optimizer, manifest)
@@ -243,29 +252,6 @@ class _Reader:
         except RunError as error:
             error.where = (f"in `{self._path / MANIFEST}`", *error.where)
             raise
-
-    def _check_model(self, manifest: Manifest) -> None:
-        """Raise `RunError` unless the checkpoint has the model's tensors, in its types."""
-        where = f"the checkpoint `{self._path}`"
-        there = {name for name in manifest.tensors if not name.startswith(OPTIMIZER)}
-        named = manifest.aliases
-        if lost := sorted(set(named.values()) - there):
-            raise RunError(f"{where} is not whole: `{lost[0]}` is missing", help=COPY_AGAIN)
-        if nameless := sorted(there - named.keys()):
-            raise RunError(
-                f"{where} is not whole: no name leads to `{nameless[0]}`", help=COPY_AGAIN
-            )
-        saved = {alias: manifest.tensors[name] for alias, name in named.items()}
-        check_state(
-            self.program,
-            {name: tensor.shape for name, tensor in saved.items()},
-            where,
-            needed=[stored.name for _, stored in stored_tensors(self.program)],
-        )
-        check_ties(self.program, named, where)
-        check_dtypes(
-            self.program, {name: tensor.dtype for name, tensor in saved.items()}, self._path
-        )
 
 
 def _spell(optimizer: Any) -> str:

@@ -30,6 +30,9 @@ _TENSOR = torch.zeros(1)
 """Stands for any tensor that was kept where only its being a tensor counts."""
 State = dict[Tensor, dict[str, Any]]
 """What an optimizer keeps of each parameter, as in `Optimizer.state`."""
+_Entry = tuple[
+    list[dict[str, Any]], list[list[str]], dict[str, list[str]], dict[str, dict[str, Any]]
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,15 +74,7 @@ def saved_optimizer(
             help="load without `optimizer`, or make one of the saved class",
         )
     own_names = {alias: manifest.aliases.get(alias, "") for alias in program.captured.aliases}
-    try:
-        groups = [dict(group) for group in saved["groups"]]
-        kept = {name: _texts(keys) for name, keys in saved["kept"].items()}
-        numbers = {name: dict(given) for name, given in saved["numbers"].items()}
-        names = [_texts(group["names"]) for group in groups]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(
-            f"the optimizer's entry in the manifest cannot be read: {error!r}", help=DAMAGED
-        ) from None
+    groups, names, kept, numbers = _read_entry(saved)
     _check_groups(optimizer, states, names, own_names)
     _check_kept(manifest, {name for group in names for name in group}, kept, numbers)
     _check_kinds(optimizer, states, kept, numbers)
@@ -89,6 +84,34 @@ def saved_optimizer(
         for group, given, place in zip(optimizer.param_groups, groups, places, strict=True)
     ]
     return SavedOptimizer(own_names, options, kept, numbers)
+
+
+def check_whole(manifest: Manifest) -> dict[str, list[str]]:
+    """The keys of what the optimizer kept, by parameter; empty without an optimizer.
+
+    Raises `RunError` unless all of it is there, and nothing else.
+    """
+    if manifest.optimizer is None:
+        return {}
+    _, names, kept, numbers = _read_entry(manifest.optimizer)
+    _check_once(names)
+    _check_kept(manifest, {name for group in names for name in group}, kept, numbers)
+    return kept
+
+
+def _read_entry(saved: Mapping[str, Any]) -> _Entry:
+    """The optimizer's entry in a manifest: its groups, the names of their parameters, and what was
+    kept of each: keys, and numbers by key. Raises `RunError` for one that cannot be read."""
+    try:
+        groups = [dict(group) for group in saved["groups"]]
+        kept = {name: _texts(keys) for name, keys in saved["kept"].items()}
+        numbers = {name: dict(given) for name, given in saved["numbers"].items()}
+        names = [_texts(group["names"]) for group in groups]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"the optimizer's entry in the manifest cannot be read: {error!r}", help=DAMAGED
+        ) from None
+    return groups, names, kept, numbers
 
 
 def _texts(found: Any) -> list[str]:
@@ -105,11 +128,8 @@ def _check_groups(
     names: Sequence[Sequence[str]],
     own_names: Mapping[str, str],
 ) -> None:
+    _check_once(names)
     theirs = _places(names)
-    if len(theirs) < sum(map(len, names)):
-        raise RunError(
-            "the checkpoint has a parameter in two groups of its optimizer", help=DAMAGED
-        )
     groups = [names_of(group, states) for group in optimizer.param_groups]
     ours = _places([[own_names[name] for name in group] for group in groups])
     unlike = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
@@ -122,6 +142,13 @@ def _check_groups(
                 for name in unlike[:4]
             ],
             help="make the optimizer with the groups that it was saved with",
+        )
+
+
+def _check_once(names: Sequence[Sequence[str]]) -> None:
+    if len(_places(names)) < sum(map(len, names)):
+        raise RunError(
+            "the checkpoint has a parameter in two groups of its optimizer", help=DAMAGED
         )
 
 

@@ -6,6 +6,7 @@ A layout splits each dim by itself, so a part is the outer product of index list
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,12 @@ from meshwright.compiler.layout.extents import Padding, positions
 from meshwright.compiler.layout.layout import Layout, block_map
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Stored
+from meshwright.dsl.errors import plural
+from meshwright.runtime.checkpoint.files import COPY_AGAIN
 from meshwright.runtime.checkpoint.header import dtype_of
-from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor
+from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest, SavedTensor
 from meshwright.runtime.checkpoint.shards import Shards
+from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankState
 
 
@@ -80,6 +84,12 @@ def indices(saved: Entry | SavedTensor, mesh: Mesh, coords: Mapping[str, int]) -
     return found
 
 
+def saved_parts(saved: SavedTensor, mesh: Mesh) -> Iterator[tuple[int, list[Tensor]]]:
+    """The rank that wrote each part, and for each dim the global indices that it has."""
+    for owner, coords in zip(saved.owners, part_coords(saved.layout, mesh), strict=True):
+        yield owner, [index[index >= 0] for index in indices(saved, mesh, coords)]
+
+
 def own_parts(entries: Sequence[Entry], state: RankState) -> dict[str, Tensor]:
     """The parts that this rank owns and writes, without padding."""
     found: dict[str, Tensor] = {}
@@ -111,9 +121,27 @@ def read_into(
 def read_whole(name: str, manifest: Manifest, shards: Shards) -> Tensor:
     """The global tensor saved as `name`."""
     saved = manifest.tensors[name]
+    check_size(name, manifest, shards)
     found = torch.zeros(saved.shape, dtype=dtype_of(saved.dtype))
     _fill(found, [torch.arange(size) for size in saved.shape], name, manifest, shards)
     return found
+
+
+def check_size(name: str, manifest: Manifest, shards: Shards) -> int:
+    """The elements of all parts of a tensor, of which there are more where parts share some.
+
+    Raises `RunError` where there are fewer than the tensor has: without this, a manifest could ask
+    for any amount of memory.
+    """
+    saved = manifest.tensors[name]
+    held = sum(math.prod(shards.held(owner, name).shape) for owner in saved.owners)
+    if held < math.prod(saved.shape):
+        raise RunError(
+            f"`{name}` is {list(saved.shape)} in `{shards.folder / MANIFEST}`, and the files have "
+            f"{plural(held, 'element')} of it",
+            help=COPY_AGAIN,
+        )
+    return held
 
 
 def _fill(
@@ -121,14 +149,25 @@ def _fill(
 ) -> None:
     """Fill `target`, which holds the global indices `wanted`, from every part that has some."""
     saved = manifest.tensors[name]
-    for owner, coords in zip(saved.owners, part_coords(saved.layout, manifest.mesh), strict=True):
-        given = [index[index >= 0] for index in indices(saved, manifest.mesh, coords)]
+    for owner, given in saved_parts(saved, manifest.mesh):
         places = [_common(w, g) for w, g in zip(wanted, given, strict=True)]
         if all(len(mine) for mine, _ in places):
             shape = tuple(len(index) for index in given)
             needed = [theirs for _, theirs in places]
             part = shards.part(owner, name, shape, dtype_of(saved.dtype), needed)
             _copy(target, part, places)
+
+
+def taken(whole: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+    """The elements of a tensor at these indices of each dim."""
+    for dim, index in enumerate(wanted):
+        if len(index) == whole.shape[dim]:
+            continue
+        if len(index) and _consecutive(index):
+            whole = whole.narrow(dim, int(index[0]), len(index))
+        else:
+            whole = whole.index_select(dim, index)
+    return whole
 
 
 def _common(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:

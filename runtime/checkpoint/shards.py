@@ -23,7 +23,7 @@ from meshwright.runtime.checkpoint.files import (
     size_of,
     write_all,
 )
-from meshwright.runtime.checkpoint.header import Header, header_length
+from meshwright.runtime.checkpoint.header import Header, Held, header_length
 from meshwright.runtime.checkpoint.tiles import Tiles
 from meshwright.runtime.errors import RunError
 
@@ -147,16 +147,8 @@ class Shards:
         and their elements are arbitrary. Raises `RunError` naming file and tensor unless what is
         read is there as it was saved.
         """
-        path, start, header = self._header(rank)
-        held = header.tensors.get(name)
-        if held is None:
-            raise RunError(f"`{path}` has no `{name}`", help=COPY_AGAIN)
-        if (held.shape, held.dtype) != (shape, dtype):
-            raise RunError(
-                f"`{name}` in `{path}` is {held.dtype} {list(held.shape)}, "
-                f"and the manifest has it as {dtype} {list(shape)}",
-                help=COPY_AGAIN,
-            )
+        path, start, _ = self._header(rank)
+        held = self.described(rank, name, shape, dtype)
         tensor = torch.empty(shape, dtype=dtype)
         tiles = Tiles(shape, dtype.itemsize)
         touched = tiles.touched(needed) if needed is not None else tiles.all
@@ -170,6 +162,44 @@ class Shards:
                 help=COPY_AGAIN,
             )
         return tensor
+
+    def names(self, rank: int) -> Iterable[str]:
+        """The tensors in the file that `rank` wrote."""
+        return self._header(rank)[2].tensors
+
+    def held(self, rank: int, name: str) -> Held:
+        """A tensor as the file that `rank` wrote describes it. Raises `RunError` without one."""
+        path, _, header = self._header(rank)
+        found = header.tensors.get(name)
+        if found is None:
+            raise RunError(f"`{path}` has no `{name}`", help=COPY_AGAIN)
+        return found
+
+    def described(self, rank: int, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Held:
+        """Where a tensor is. Raises `RunError` unless the file has it of this shape and type."""
+        held = self.held(rank, name)
+        if (held.shape, held.dtype) != (shape, dtype):
+            raise RunError(
+                f"`{name}` in `{shard_path(self.folder, rank)}` is {held.dtype} "
+                f"{list(held.shape)}, and the manifest has it as {dtype} {list(shape)}",
+                help=COPY_AGAIN,
+            )
+        return held
+
+    def check_bytes(self, rank: int) -> None:
+        """Raise `RunError`, naming the tensor, unless every byte of a file is as it was saved."""
+        path, start, header = self._header(rank)
+        try:
+            with regular_file(path) as file:
+                whole = hashlib.sha256(read_bytes(file, start))
+        except OSError as error:
+            raise cannot("read", path, error, COPY_AGAIN) from None
+        for name, held in sorted(header.tensors.items(), key=lambda each: each[1].start):
+            whole.update(bytes_of(self.part(rank, name, held.shape, held.dtype)))
+        if whole.hexdigest() != self.shards[rank].digest:
+            raise RunError(
+                f"`{path}` is damaged: its SHA-256 is not the one in the manifest", help=COPY_AGAIN
+            )
 
     def _header(self, rank: int) -> tuple[Path, int, Header]:
         """The file, where its tensors begin, and what it says of itself."""

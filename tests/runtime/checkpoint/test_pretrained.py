@@ -1,0 +1,204 @@
+"""Weights in safetensors files, as Hugging Face keeps them: read in part, and refused in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import meshwright as mw
+from meshwright.runtime.rank import RankState
+from meshwright.runtime.start import checksum
+from meshwright.runtime.weights import values_of
+from tests.runtime.checkpoint.pretrained_ranks import WIDE, Wide, resident
+from tests.runtime.models import PLANS, batch, make
+from tests.runtime.processes import finish, start
+
+HERE = Path(__file__).parent
+
+
+def in_files(folder: Path, tensors: dict[str, Tensor], count: int = 2) -> Path:
+    """Write tensors as Hugging Face does: into numbered files, and an index of them."""
+    folder.mkdir(exist_ok=True)
+    places = {}
+    for number in range(count):
+        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        names = list(tensors)[number::count]
+        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def weights() -> dict[str, Tensor]:
+    """Those of the small model, as Hugging Face would keep them: a tied one under one name."""
+    found = make(seed=5).state_dict()
+    del found["head.weight"]
+    return found
+
+
+@pytest.mark.parametrize("max_shard_size", ["10KB", "5GB"])
+def test_a_model_of_hugging_face_starts_from_its_folder(
+    tmp_path: Path, max_shard_size: str
+) -> None:
+    config = GPT2Config(
+        vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=1
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or max_shard_size == "5GB"
+    torch.manual_seed(1)
+    other = GPT2LMHeadModel(config)
+    tokens = torch.randint(23, (4, 8))
+    plan = mw.Plan.parse("mesh dp=4\ndata input_ids, labels over dp\nzero 3 over dp")
+    program = mw.compile(other, plan, {"input_ids": tokens, "labels": tokens})
+    with program.launch(state_dict=mw.read_state_dict(tmp_path)) as run:
+        found = run.state_dict()
+        expected = model.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_file_and_an_index_are_read_by_their_own_names_too(tmp_path: Path) -> None:
+    expected = weights()
+    in_files(tmp_path, expected, 3)
+    save_file({"a": torch.ones(2)}, tmp_path / "adapter.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        found = mw.read_state_dict(path)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert mw.read_state_dict(str(tmp_path / "adapter.safetensors"))["a"].tolist() == [1, 1]
+
+
+def test_a_run_takes_mapped_tensors_over_and_files_stay_as_they_are(tmp_path: Path) -> None:
+    in_files(tmp_path, weights())
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    found = mw.read_state_dict(tmp_path)
+    run = mw.compile(make(), mw.Plan.parse(PLANS["both"]), example=batch()).launch()
+    run.load_state_dict({**found, "head.weight": found["wte.weight"]})
+    taken = run.state_dict()
+    assert all(torch.equal(taken[name], value) for name, value in weights().items())
+    found["wte.weight"].zero_()
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_types_and_shapes_are_those_of_the_library_aligned_or_not(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.arange(3, dtype=torch.uint8), "b": torch.randn(2, 3, dtype=torch.float64),
+        "c": torch.tensor(True), "d": torch.empty(0, 4, dtype=torch.bfloat16),
+        "e": torch.tensor(2.5, dtype=torch.float16), "f": torch.randn(5).to(torch.float8_e4m3fn),
+    }  # fmt: skip
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    header = json.loads(file.read_bytes()[8 : 8 + int.from_bytes(file.read_bytes()[:8], "little")])
+    text = json.dumps(header).encode()
+    odd = tmp_path / "odd.safetensors"
+    text += b" " * (3 - len(text) % 8)
+    data = file.read_bytes()[8 + int.from_bytes(file.read_bytes()[:8], "little") :]
+    odd.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    for path in (file, odd):
+        expected, found = load_file(path), mw.read_state_dict(path)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+            assert found[name].flatten().view(torch.uint8).equal(value.flatten().view(torch.uint8))
+
+
+def test_a_rank_reads_the_bytes_that_it_holds(tmp_path: Path) -> None:
+    file, width = tmp_path / "model.safetensors", 2 * WIDE
+    save_file(Wide(width).state_dict(), file)
+    with torch.device("meta"):
+        model = Wide(width)
+    for plan, least, most in (("zero 3 over dp", 0.12, 0.3), ("", 0.9, 1.1)):
+        text = f"mesh dp=8\ndata x over dp\n{plan}"
+        program = mw.compile(model, mw.Plan.parse(text), (torch.ones(8, width),))
+        found = mw.read_state_dict(tmp_path)
+        assert resident(file) < 0.01
+        RankState(program, 1, values_of(program, found))
+        assert least < resident(file) < most  # the system may map 2 MiB at once
+        del found
+
+
+def test_processes_read_their_parts_and_begin_with_the_weights_of_rank_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parents[2]))
+    monkeypatch.chdir(tmp_path)
+    sums = []
+    for seed, name in enumerate(("one", "other")):
+        torch.manual_seed(seed)
+        model = Wide()
+        Path(name).mkdir()
+        save_file(model.state_dict(), Path(name) / "model.safetensors")
+        sums.append(sum(int(checksum(value)) for value in model.state_dict().values()))
+    # Then each node has a copy of its own, and they differ: what differs is rank 0's.
+    outputs = finish(start(HERE / "pretrained_ranks.py", 2, "other", "one"), 120)
+    for output in outputs:
+        first, second = output.splitlines()
+        assert first == f"{sums[0]} True"
+        assert second.split()[0] == str(sums[1])
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "model-00002-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def _index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+def _pickles(folder: Path) -> None:
+    for file in list(folder.iterdir()):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04N.")
+
+
+def _own_shard(folder: Path) -> None:
+    with mw.compile(
+        torch.nn.Linear(2, 2), mw.Plan.parse("mesh dp=1"), (torch.ones(1, 2),), loss=torch.sum
+    ).launch() as run:
+        run.save(folder / "checkpoint")
+    for file in list((folder / "checkpoint").rglob("*.safetensors")):
+        file.rename(folder / "model.safetensors")
+
+
+FIRST, INDEX = "model-00001-of-00002.safetensors", "model.safetensors.index.json"
+REFUSED: dict[str, Callable[[Path], object]] = {
+    "pickles": _pickles,
+    "file cut": _cut,
+    "file missing": lambda folder: (folder / FIRST).unlink(),
+    "file of text": lambda folder: (folder / FIRST).write_text("version https://git-lfs...\n" * 5),
+    "file empty": lambda folder: (folder / FIRST).write_bytes(b""),
+    "files without an index": lambda folder: (folder / INDEX).unlink(),
+    "index of text": lambda folder: (folder / INDEX).write_text("x"),
+    "index of a list": lambda folder: (folder / INDEX).write_text("[]"),
+    "index without a map": lambda folder: (folder / INDEX).write_text("{}"),
+    "index elsewhere": lambda folder: _index(folder, lambda m: m.update(a="../b.safetensors")),
+    "index of a number": lambda folder: _index(folder, lambda m: m.update(a=3)),
+    "tensor missing": lambda folder: _index(folder, lambda m: m.update(a=FIRST)),
+    "part of a checkpoint": _own_shard,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_read_is_refused_in_words(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    in_files(Path("weights"), weights())
+    REFUSED[case](Path("weights"))
+    with pytest.raises(mw.RunError) as caught:
+        mw.read_state_dict("weights")
+    golden(f"pretrained_{case.replace(' ', '_')}", str(caught.value))
