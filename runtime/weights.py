@@ -33,6 +33,12 @@ def state_names(program: Program) -> list[str]:
     return [name for name in program.model.state_dict(keep_vars=True) if name in aliases]
 
 
+def transient_names(program: Program) -> tuple[str, ...]:
+    """The buffers that the model's `state_dict()` does not keep."""
+    kept = {program.captured.aliases[name] for name in state_names(program)}
+    return tuple(name for name in program.buffers if name not in kept)
+
+
 def name_in(program: Program, name: str, given: Mapping[str, object]) -> str | None:
     """The name under which `given` has a tensor: its own, or an alias."""
     if name in given:

@@ -49,6 +49,14 @@ def read_all(file: BinaryIO, target: memoryview) -> Iterator[memoryview]:
         done += count
 
 
+def pieces(file: BinaryIO, count: int) -> Iterator[memoryview]:
+    """The next `count` bytes, in pieces that share their memory. Raises `OSError` without them."""
+    room = memoryview(bytearray(min(count, _PIECE)))
+    while count:
+        yield from read_all(file, room[:count])
+        count -= min(count, len(room))
+
+
 def write_all(file: BinaryIO, data: memoryview) -> Iterator[memoryview]:
     """Write `data` where a file stands, in pieces."""
     done = 0

@@ -185,9 +185,7 @@ def checkpoints(folder: Path) -> list[tuple[Head, Path]]:
     try:
         found, problem = _heads(folder)
     except OSError as error:
-        raise RunError(
-            f"there is no checkpoint in `{folder}`: {error.strerror}", help=_NAME_ONE
-        ) from None
+        raise _none_in(folder, error.strerror) from None
     if problem is not None:
         if found:
             problem.help += f"; or load another by its name, such as `{found[-1][1]}`"
@@ -269,6 +267,34 @@ class OpenSave:
         self.close()
 
 
+def listed(folder: Path) -> list[Path]:
+    """The checkpoint in `folder`, or all below it, whole or damaged and also those not finished.
+
+    The newest are first, and those whose place is not known last. Raises `RunError` without any.
+    """
+    if os.path.lexists(folder / MANIFEST):
+        return [folder]
+    try:
+        found = [path for _, path in reversed(_heads(folder)[0])]
+        found += sorted(set(_subfolders(folder)) - set(found))
+        found += sorted(Path(e) for e in os.scandir(folder) if _UNFINISHED.fullmatch(e.name))
+    except OSError as error:
+        raise _none_in(folder, error.strerror) from None
+    if not found:
+        raise _none_in(folder)
+    return found
+
+
+def _none_in(folder: Path, reason: str | None = None) -> RunError:
+    why = f": {reason}" if reason else ""
+    return RunError(f"there is no checkpoint in `{folder}`{why}", help=_NAME_ONE)
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether a folder of checkpoints has this one under a name of those that are being written."""
+    return _UNFINISHED.fullmatch(path.name) is not None
+
+
 def current_path(folder: Path) -> Path:
     """The folder of the checkpoint that `folder` names: itself, or the newest below it.
 
@@ -278,7 +304,7 @@ def current_path(folder: Path) -> Path:
         return folder
     found = checkpoints(folder)
     if not found:
-        raise RunError(f"there is no checkpoint in `{folder}`", help=_NAME_ONE)
+        raise _none_in(folder)
     return found[-1][1]
 
 

@@ -60,13 +60,10 @@ class Header:
     @staticmethod
     def of(save: str, rank: int, tensors: Mapping[str, Tensor]) -> Header:
         """The header of these tensors, one after the other; their digests are yet to be found."""
-        found: dict[str, Held] = {}
-        offset = 0
-        for name, tensor in tensors.items():
-            end = offset + tensor.nbytes
-            digest = "0" * _HEX * len(Tiles(tensor.shape, tensor.itemsize))
-            found[name] = Held(tensor.dtype, tuple(tensor.shape), offset, end, digest)
-            offset = end
+        found = {
+            name: replace(held, digest="0" * _HEX * len(Tiles(held.shape, held.dtype.itemsize)))
+            for name, held in placed(tensors).items()
+        }
         return Header(save, rank, found)
 
     @property
@@ -78,17 +75,7 @@ class Header:
         """The length of the JSON and the JSON; digests do not change how long it is."""
         metadata = {"save": self.save, "rank": str(self.rank)}
         metadata |= {_DIGEST + name: held.digest for name, held in self.tensors.items()}
-        rows = {
-            name: {
-                "dtype": _DTYPES[held.dtype],
-                "shape": held.shape,
-                "data_offsets": (held.start, held.end),
-            }
-            for name, held in self.tensors.items()
-        }
-        text = json.dumps({"__metadata__": metadata, **rows}, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        return header_bytes(metadata, self.tensors)
 
     @staticmethod
     def parse(text: bytes) -> Header:
@@ -120,6 +107,32 @@ def parse_tensors(text: bytes) -> tuple[Mapping[str, Any], dict[str, Held]]:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     _check_tiling(held.values())
     return metadata, held
+
+
+def header_bytes(metadata: Mapping[str, str], tensors: Mapping[str, Held]) -> bytes:
+    """The first bytes of a safetensors file: the length of the JSON, and the JSON."""
+    rows = {
+        name: {
+            "dtype": _DTYPES[held.dtype],
+            "shape": held.shape,
+            "data_offsets": (held.start, held.end),
+        }
+        for name, held in tensors.items()
+    }
+    text = json.dumps({"__metadata__": metadata, **rows}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def placed(tensors: Mapping[str, Tensor]) -> dict[str, Held]:
+    """Where tensors are that are written one after the other."""
+    found: dict[str, Held] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        found[name] = Held(tensor.dtype, tuple(tensor.shape), offset, end)
+        offset = end
+    return found
 
 
 def check_types(tensors: Mapping[str, Tensor]) -> None:

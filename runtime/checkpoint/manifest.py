@@ -84,6 +84,8 @@ class Manifest:
     """The file of each rank."""
     extra: Any = None
     """Values of the caller's own, as `extra.written_extra` wrote them."""
+    transient: tuple[str, ...] = ()
+    """The buffers that the model's `state_dict()` leaves out."""
     number: int = 0
     """One more than that of any save that was in the folder before."""
 
@@ -109,6 +111,7 @@ class Manifest:
             "plan": self.plan,
             "random": self.random,
             "aliases": self.aliases,
+            "transient": self.transient,
             "optimizer": self.optimizer,
             "extra": self.extra,
             "shards": [(each.size, each.header, each.digest) for each in self.shards],
@@ -263,6 +266,7 @@ def _checked(found: Mapping[str, Any]) -> Manifest:
         optimizer,
         shards,
         found["extra"],
+        _known(found["transient"], tensors),
         _count(found["number"], 0),
     )
 
@@ -274,6 +278,14 @@ def _aliases(found: Mapping[str, Any], tensors: Mapping[str, SavedTensor]) -> di
         if aliases[name] != name:
             raise ValueError(f"`{name}` is a tensor, and its name leads to `{aliases[name]}`")
     return aliases
+
+
+def _known(names: Sequence[Any], tensors: Mapping[str, SavedTensor]) -> tuple[str, ...]:
+    """Names of tensors that are there."""
+    for name in names:
+        if _text(name) not in tensors:
+            raise ValueError(f"`{name}` is not a tensor")
+    return tuple(names)
 
 
 def _mesh(rows: Sequence[Any], num_ranks: int) -> Mesh:

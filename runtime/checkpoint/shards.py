@@ -53,23 +53,42 @@ def create_file(path: Path) -> BinaryIO:
     return open(number, "r+b", buffering=0)
 
 
-def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str, Tensor]) -> str:
-    """Write the tensors that `header` describes into a new file, and flush it to the disk.
+class ShardWriter:
+    """A file under way. Its header comes last: a file that was not finished has none."""
 
-    The header comes last, once the digests are known: a file that was not finished has none.
-    Returns the SHA-256 of the file. Raises `RunError`.
-    """
-    try:
-        file.seek(len(header.to_bytes()))
-        found = {
-            name: replace(header.tensors[name], digest=_write(file, tensor))
-            for name, tensor in tensors.items()
-        }
+    def __init__(self, path: Path, header: Header) -> None:
+        self.path, self.header = path, header
+        self._start = len(header.to_bytes())
+        self._digests: dict[str, str] = {}
+
+    def write(self, file: BinaryIO, name: str, tensor: Tensor) -> None:
+        """Write a tensor into its place. Raises `OSError`."""
+        file.seek(self._start + self.header.tensors[name].start)
+        data = write_tensor(file, tensor)
+        self._digests[name] = "".join(Tiles(data.shape, data.itemsize).digests(data))
+
+    def finish(self, file: BinaryIO) -> bytes:
+        """Write the header, flush the file to the disk, and return the header's text."""
+        held = self.header.tensors
+        found = {name: replace(held[name], digest=self._digests[name]) for name in held}
+        text = replace(self.header, tensors=found).to_bytes()
         file.seek(0)
-        text = replace(header, tensors=found).to_bytes()
         for _ in write_all(file, memoryview(text)):
             pass
         os.fsync(file.fileno())
+        return text
+
+
+def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str, Tensor]) -> str:
+    """Write the tensors that `header` describes into a new file, and flush it to the disk.
+
+    Returns the SHA-256 of the file. Raises `RunError`.
+    """
+    writer = ShardWriter(path, header)
+    try:
+        for name, tensor in tensors.items():
+            writer.write(file, name, tensor)
+        text = writer.finish(file)
     except OSError as error:
         raise cannot("write", path, error, MAKE_ROOM) from None
     digest = hashlib.sha256(text)
@@ -79,12 +98,15 @@ def write_shard(file: BinaryIO, path: Path, header: Header, tensors: Mapping[str
     return digest.hexdigest()
 
 
-def _write(file: BinaryIO, tensor: Tensor) -> str:
-    """Write a tensor's bytes and return the SHA-256 of its tiles, one after the other."""
+def write_tensor(file: BinaryIO, tensor: Tensor) -> Tensor:
+    """Write a tensor's bytes where a file stands, and return it as it was written.
+
+    Raises `OSError`.
+    """
     data = _on_cpu(tensor)
     for _ in write_all(file, bytes_of(data)):
         pass
-    return "".join(Tiles(data.shape, data.itemsize).digests(data))
+    return data
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
 from meshwright.runtime.checkpoint.files import COPY_AGAIN
 from meshwright.runtime.checkpoint.fitting import check_names
-from meshwright.runtime.checkpoint.folder import OpenSave, folder_of
+from meshwright.runtime.checkpoint.folder import OpenSave
 from meshwright.runtime.checkpoint.header import dtype_of
 from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest, manifest_text
 from meshwright.runtime.checkpoint.optimizer_loading import check_whole
@@ -22,27 +22,21 @@ from meshwright.runtime.checkpoint.shards import Shards, shard_path
 from meshwright.runtime.errors import RunError
 
 
-def verify(path: str | Path) -> tuple[Manifest | None, list[str]]:
+def verify(path: Path) -> tuple[Manifest | None, list[str]]:
     """What the checkpoint in the folder `path` says, and all that is wrong with it, in words.
 
-    Every byte is read and compared with its digest; the parts of each tensor must have its type,
-    and cover it. No more is held than one tensor. The manifest is None where it cannot be read.
+    Every byte is read and compared with its digests; the parts of each tensor must have its type,
+    and cover it. A few MiB are held at once. The manifest is None where it cannot be read.
     """
-    folder = folder_of(path)
-    while True:
-        try:
-            opened = OpenSave(folder, manifest_text(folder))
-        except RunError as error:
-            return None, [_spelled(error)]
-        with apart_from_caller("cpu"), opened:
-            found = [_spelled(error) for error in _problems(opened.manifest, opened.shards)]
-            # Where the filesystem has no locks, another save may have taken this one's place.
-            if not (found and opened.replaced()):
-                return opened.manifest, found
-
-
-def _spelled(error: RunError) -> str:
-    return "\n".join([error.problem, *(f"  {line}" for line in error.where)])
+    try:
+        opened = OpenSave(path, manifest_text(path))
+    except RunError as error:
+        return None, [str(error)]
+    with apart_from_caller("cpu"), opened:
+        problems = list(_problems(opened.manifest, opened.shards))
+        return opened.manifest, [
+            "\n".join([e.problem, *map("  {}".format, e.where)]) for e in problems
+        ]
 
 
 def _problems(manifest: Manifest, shards: Shards) -> Iterator[RunError]:
@@ -53,7 +47,7 @@ def _problems(manifest: Manifest, shards: Shards) -> Iterator[RunError]:
             wanted[owner].add(name)
     unread: set[int] = set()
     for rank, names in enumerate(wanted):
-        for error in _raised(_check_file, shards, manifest, rank, names):
+        for error in _raised(_check_file, shards, rank, names):
             unread.add(rank)
             yield error
     for error in _raised(_check_manifest, manifest, shards.folder):
@@ -78,33 +72,37 @@ def _check_manifest(manifest: Manifest, folder: Path) -> None:
     check_whole(manifest)
 
 
-def _check_file(shards: Shards, manifest: Manifest, rank: int, wanted: set[str]) -> None:
+def _check_file(shards: Shards, rank: int, wanted: set[str]) -> None:
     """Raise `RunError` unless a file is the one that was saved, and has no other tensors."""
+    shards.check_bytes(rank)
     if unknown := sorted(set(shards.names(rank)) - wanted):
         raise RunError(
-            f"`{shard_path(shards.folder, manifest.save, rank)}` has `{unknown[0]}`, of which the "
-            "manifest does not know",
+            f"`{shard_path(shards.folder, rank)}` has `{unknown[0]}`, which the manifest has not",
             help=COPY_AGAIN,
         )
 
 
 def _check_tensor(name: str, manifest: Manifest, shards: Shards) -> None:
-    """Raise `RunError` unless all parts of a tensor are as they were saved, and cover it.
+    """Raise `RunError` unless the parts of a tensor are as its layout has them, and cover it.
 
-    Its layout covers it: what a manifest says of layouts was checked as it was read. Where parts
+    The layout covers it: what a manifest says of layouts was checked as it was read. Where parts
     share elements, their values must be the same.
     """
     saved, dtype = manifest.tensors[name], dtype_of(manifest.tensors[name].dtype)
-    shares = check_size(name, manifest, shards) > math.prod(saved.shape)
-    whole = read_whole(name, manifest, shards) if shares else None
+    shared = check_size(name, manifest, shards) > math.prod(saved.shape)
+    whole = read_whole(name, manifest, shards) if shared else None
     for owner, given in saved_parts(saved, manifest.mesh):
-        part = shards.part(owner, name, tuple(map(len, given)), dtype)
-        if whole is not None and not _same_bytes(part, taken(whole, given)):
-            raise RunError(
-                f"`{name}` has elements that two parts share, with other values in "
-                f"`{shard_path(shards.folder, manifest.save, owner)}` than elsewhere",
-                help="load another checkpoint: ranks did not hold the same values",
-            )
+        shape = tuple(map(len, given))
+        shards.described(owner, name, shape, dtype)
+        if whole is None or _same_bytes(
+            shards.part(owner, name, shape, dtype), taken(whole, given)
+        ):
+            continue
+        raise RunError(
+            f"`{name}` has elements that two parts share, with other values in "
+            f"`{shard_path(shards.folder, owner)}` than elsewhere",
+            help="load another checkpoint: ranks did not hold the same values",
+        )
 
 
 def _same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import meshwright
-from meshwright import commands as functions
+from meshwright import ckpt, commands
 from meshwright.dsl.errors import MeshwrightError, PlanError, did_you_mean, nearest
 from meshwright.launcher.job import GRACE
 from meshwright.models import ModelError, UsageError
@@ -63,26 +63,45 @@ def _open_closed_streams() -> None:
 def _dispatch(words: Sequence[str]) -> int:
     name, *rest = words or [""]
     if name == "help" and rest:
-        name, rest = rest[0], ["--help"]
+        name, *rest = [*rest, "--help"]
     if name in ("", "help", "-h", "--help"):
         print(_overview(), end="", file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
     if name in ("-V", "--version"):
         print(f"meshwright {meshwright.__version__}")
         return 0
+    if name == "ckpt" and rest[:1] in (["--help"], ["-h"]):
+        print(_overview("ckpt "), end="")
+        return 0
+    if name == "ckpt":
+        name, rest = _of_checkpoints(rest)
     if name not in _COMMANDS:
         raise _no_command(name)
     asked = rest[:1] if name == "run" else rest
     if "--help" in asked or "-h" in asked:
         print(_COMMANDS[name].help(name), end="")
         return 0
-    function: Callable[[Namespace], int] = getattr(functions, name)
+    module = ckpt if name.startswith("ckpt ") else commands
+    function: Callable[[Namespace], int] = getattr(module, name.removeprefix("ckpt "))
     return function(_arguments(name, rest))
+
+
+def _of_checkpoints(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command of the form `ckpt ls`, and the words after it."""
+    name = " ".join(["ckpt", *words[:1]])
+    if name in _COMMANDS:
+        return name, list(words[1:])
+    known = [each for each in _COMMANDS if each.startswith("ckpt ")]
+    if not words or words[0].startswith("-"):
+        raise UsageError(
+            "`ckpt` is missing what to do", help=f"write `meshwright {known[0]} checkpoints`"
+        )
+    raise UsageError(f"unknown command `{name}`", help=did_you_mean(name, known))
 
 
 def _no_command(name: str) -> UsageError:
     if name[0] != "-":
-        choices = [*_COMMANDS, "help", "--version"]
+        choices = [*_COMMANDS, "ckpt", "help", "--version"]
         return UsageError(f"unknown command `{name}`", help=did_you_mean(name, choices))
     if close := nearest(name.strip("-"), ["version", "help"]):
         return UsageError(f"unknown option `{name}`", help=f"write `--{close[0]}`")
@@ -162,6 +181,10 @@ def _arguments(name: str, words: Sequence[str]) -> Namespace:
         arguments.plans = given
         return arguments
     wanted = list(command.words)
+    if name == "ckpt reshard":
+        arguments.mode, arguments.device = "train", "cpu"
+        if arguments.parts:
+            wanted = wanted[:2]
     if name == "check" and not any(is_model(word) for word in given) and len(given) < 2:
         wanted, arguments.model = ["PLAN"], None
     for what, word in assign(name, given, wanted).items():
@@ -169,12 +192,14 @@ def _arguments(name: str, words: Sequence[str]) -> Namespace:
     return arguments
 
 
-def _overview() -> str:
-    """What `meshwright help` prints."""
-    lines = ["usage: meshwright COMMAND ...", "", _ABOUT, ""]
-    lines += [f"  {name:<8} {command.about}" for name, command in _COMMANDS.items()]
-    lines += ["  help     what one command takes", ""]
-    lines += [f"  meshwright {name} {command.usage}" for name, command in _COMMANDS.items()]
+def _overview(group: str = "") -> str:
+    """What `meshwright help` prints, or `help` and the first word of some commands."""
+    shown = {name: each for name, each in _COMMANDS.items() if name.startswith(group)}
+    lines = [f"usage: meshwright {group}COMMAND ...", ""]
+    lines += [] if group else [_ABOUT, ""]
+    lines += [f"  {name:<13} {command.about}" for name, command in shown.items()]
+    lines += ["  help          what one command takes", ""]
+    lines += [f"  meshwright {name} {command.usage}" for name, command in shown.items()]
     return "\n".join([*lines, "  meshwright help COMMAND", ""])
 
 
@@ -259,6 +284,46 @@ _COMMANDS = {
             "--rendezvous": {"metavar": "HOST:PORT", "help": "where ranks meet, on node 0"},
         },
         "These options may stand anywhere; what follows `--` is the script's alone.",
+    ),
+    "ckpt ls": _Command(
+        "list the checkpoints of a folder, the newest first",
+        "FOLDER",
+        {"FOLDER": "a checkpoint, or a folder of checkpoints"},
+        {"--tensors": {"action": "store_true", "help": "list the tensors of each"}, **_JSON},
+    ),
+    "ckpt verify": _Command(
+        "read every byte of checkpoints, and exit with 1 if any is damaged",
+        "FOLDER",
+        {"FOLDER": "a checkpoint, or a folder of checkpoints: all are read"},
+        _JSON,
+    ),
+    "ckpt reshard": _Command(
+        "write a checkpoint anew, cut for another plan or into so many files",
+        "SRC DST {MODEL PLAN | --parts N}",
+        {
+            "SRC": "a checkpoint, or a folder of checkpoints for the newest",
+            "DST": "the folder to write the new one into, beside others that it may have",
+            **_BOTH,
+        },
+        {
+            "--parts": {
+                "metavar": "N",
+                "type": whole_number("--parts"),
+                "help": "cut evenly into N files, without a model",
+            },
+            **_JSON,
+        },
+        "Any checkpoint loads under any plan. One that is cut for the plan it is loaded under is "
+        "read fastest: each rank reads whole parts of its own.",
+    ),
+    "ckpt export": _Command(
+        "write the weights of a checkpoint as one safetensors file",
+        "SRC FILE",
+        {
+            "SRC": "a checkpoint, or a folder of checkpoints for the newest",
+            "FILE": "a new file, such as `model.safetensors`",
+        },
+        _JSON,
     ),
     "demo": _Command(
         "train a small GPT on a mesh, beside one process",

@@ -27,18 +27,18 @@ from meshwright.runtime.run import launch
 def check(arguments: Namespace) -> int:
     """Read the plan and, with a model, compile it."""
     plan = Plan.load(arguments.plan)
-    program = _compiled(arguments, plan) if arguments.model else None
+    program = compiled(arguments, plan) if arguments.model else None
     if arguments.json:
-        _print_json(_checked(plan, program))
+        print_json(_checked(plan, program))
         return 0
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh)
     where = f"mesh {mesh}" if mesh else "no mesh"
-    _print(f"{plan.source.name}: {plural(len(plan.statements), 'statement')}, {where}")
+    print_text(f"{plan.source.name}: {plural(len(plan.statements), 'statement')}, {where}")
     if program is not None:
         comm, peak = program.comm(), size_text(program.memory().peak)
         moved = f"{plural(len(comm), 'collective')}, {size_text(comm.total_bytes())} sent"
         name = type(program.model).__name__
-        _print(f"{name}: compiles; {moved} per rank per step, peak memory {peak} per rank")
+        print_text(f"{name}: compiles; {moved} per rank per step, peak memory {peak} per rank")
     return 0
 
 
@@ -58,27 +58,27 @@ def _checked(plan: Plan, program: Program | None) -> dict[str, object]:
 
 def show(arguments: Namespace) -> int:
     """Print a compiled program's tables."""
-    program = _compiled(arguments)
+    program = compiled(arguments)
     if arguments.json:
-        _print_json(program.to_json())
+        print_json(program.to_json())
     elif sys.stdout.isatty():
         program.show(local=arguments.local)
     else:
-        _print(show_text(program, local=arguments.local))
+        print_text(show_text(program, local=arguments.local))
     return 0
 
 
 def graph(arguments: Namespace) -> int:
     """Print graphs, equal layers once, or those of their nodes that belong to one module."""
-    program = _compiled(arguments)
+    program = compiled(arguments)
     graphs = _chosen(program, arguments.name)
     if arguments.module:
         graphs = [_part(each, arguments.module, program) for each in graphs]
     if arguments.json:
-        _print_json({each.name: graph_data(each, local=arguments.local) for each in graphs})
+        print_json({each.name: graph_data(each, local=arguments.local) for each in graphs})
     else:
         options = {"local": arguments.local, "full": arguments.full or bool(arguments.module)}
-        _print("\n\n".join(graph_text(each, **options) for each in graphs))
+        print_text("\n\n".join(graph_text(each, **options) for each in graphs))
     return 0
 
 
@@ -103,21 +103,21 @@ def _part(graph: Graph, module: str, program: Program) -> Graph:
 
 def timeline(arguments: Namespace) -> int:
     """Print what each rank does in a step, in order."""
-    program = _compiled(arguments)
+    program = compiled(arguments)
     if arguments.json:
-        _print_json(timeline_data(program.instructions))
+        print_json(timeline_data(program.instructions))
     else:
-        _print(program.timeline())
+        print_text(program.timeline())
     return 0
 
 
 def explain(arguments: Namespace) -> int:
     """Print the explanation of one module, parameter or input."""
-    explanation = _compiled(arguments).explain(arguments.name)
+    explanation = compiled(arguments).explain(arguments.name)
     if arguments.json:
-        _print_json(explanation.to_json())
+        print_json(explanation.to_json())
     else:
-        _print(str(explanation))
+        print_text(str(explanation))
     return 0
 
 
@@ -130,7 +130,7 @@ def fmt(arguments: Namespace) -> int:
         for path in changed:
             _write(Path(path), formatted[path])
     if arguments.json:
-        _print_json(
+        print_json(
             [
                 {"plan": path, "changed": path in changed, "text": text}
                 for path, text in formatted.items()
@@ -138,7 +138,7 @@ def fmt(arguments: Namespace) -> int:
         )
     elif arguments.check or arguments.write:
         for path in changed:
-            _print(f"{path}: {'written' if arguments.write else 'not in canonical form'}")
+            print_text(f"{path}: {'written' if arguments.write else 'not in canonical form'}")
     else:
         # A plan is UTF-8 text, whatever the encoding of the terminal.
         sys.stdout.flush()
@@ -172,18 +172,21 @@ def demo(arguments: Namespace) -> int:
     return demonstration.run(steps, as_json=arguments.json)
 
 
-def _compiled(arguments: Namespace, plan: Plan | None = None) -> Program:
+def compiled(arguments: Namespace, plan: Plan | None = None) -> Program:
+    """The program of the model and the plan on the command line."""
     plan = plan or Plan.load(arguments.plan)
     model, example = load_model(arguments.model)
     options = {"mode": arguments.mode, "device": arguments.device}
     return driver.compile_program(model, plan, example, launcher=launch, **options)
 
 
-def _print(text: str) -> None:
+def print_text(text: str) -> None:
+    """Print text in the letters that the output can spell."""
     print(spelt(text, sys.stdout.encoding))
 
 
-def _print_json(data: object) -> None:
+def print_json(data: object) -> None:
+    """Print JSON, escaped only where the output cannot spell it."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
     spells = spelt(text, sys.stdout.encoding) == text
     print(text if spells else json.dumps(data, indent=2))

@@ -14,7 +14,17 @@ from meshwright.dsl.errors import did_you_mean, nearest
 from meshwright.launcher.job import GRACE, Job
 from meshwright.models import CommandError, UsageError
 
-_WANTED = {"MODEL": "a model", "PLAN": "a plan", "NAME": "the name of a module, parameter or input"}
+_WANTED = {
+    "MODEL": "a model",
+    "PLAN": "a plan",
+    "NAME": "the name of a module, parameter or input",
+    "FOLDER": "the folder of a checkpoint",
+    "SRC": "the folder of a checkpoint",
+    "DST": "the folder to write into",
+    "FILE": "the file to write",
+}
+_FOLDERS = ("FOLDER", "SRC", "DST", "FILE")
+"""Words that are known by their place alone, before any others."""
 
 
 def is_model(word: str) -> bool:
@@ -30,7 +40,7 @@ def is_plan(word: str) -> bool:
 
 
 def assign(command: str, words: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
-    """The words by what they are, `wanted` being `MODEL`, `PLAN` and `NAME` in their usual order.
+    """The words by what they are, `wanted` being `MODEL`, `PLAN` and so on in their usual order.
 
     A model and a plan are recognised by their form, in any order; a word of neither form is taken
     by its place. Raises `UsageError` for missing words and for too many.
@@ -39,8 +49,9 @@ def assign(command: str, words: Sequence[str], wanted: Sequence[str]) -> dict[st
         raise UsageError(
             f"a word of `{command}` is empty", help="write a path; a shell's variable may be unset"
         )
-    found: dict[str, str] = {}
-    rest = list(words)
+    first = sum(what in _FOLDERS for what in wanted)
+    found = dict(zip(wanted[:first], words, strict=False))
+    rest = list(words[first:])
     for what, fits in (("MODEL", is_model), ("PLAN", is_plan)):
         fitting = [word for word in rest if fits(word)]
         if fitting and what in wanted:
@@ -82,7 +93,15 @@ def _too_many(command: str, word: str, found: dict[str, str], wanted: Sequence[s
 
 
 def _usage(command: str, wanted: Sequence[str], written: dict[str, str]) -> str:
-    examples = {"MODEL": "path/to/file.py:function", "PLAN": "path/to/a.plan", "NAME": "blocks.0"}
+    examples = {
+        "MODEL": "path/to/file.py:function",
+        "PLAN": "path/to/a.plan",
+        "NAME": "blocks.0",
+        "FOLDER": "checkpoints",
+        "SRC": "checkpoints",
+        "DST": "resharded",
+        "FILE": "model.safetensors",
+    }
     words = ["meshwright", command, *(written.get(what, examples[what]) for what in wanted)]
     return f"write `{' '.join(words)}`"
 
