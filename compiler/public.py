@@ -154,7 +154,8 @@ class Program(Compiled):
         - `seed`: keys dropout and every other random number, with the number of the step, and the
           initial weights of a model without values. It is below 2**63, and all ranks take that of
           rank 0. Torch's own seeds have no effect on a step.
-        - `state_dict`: global tensors to start from in place of the model's, under its names.
+        - `state_dict`: global tensors to start from in place of the model's, under its names. Of
+          those that `meshwright.read_state_dict` maps from files, a rank reads what it holds.
         - `new_shapes`: `"compile"` lets `Run.step` compile for inputs of other shapes than the
           example's, once for each; `"error"` refuses them.
         - `check_inputs`: compare what the processes are given, in calls 1, 2, 4, 8 and so on and

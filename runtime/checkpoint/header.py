@@ -35,8 +35,8 @@ _DIGEST, _HEX = "sha256/", 64
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A tensor in a file: type, shape, first and last byte after the header, and, in a file of ours,
-    the SHA-256 of its tiles in hex, one after the other."""
+    """A tensor in a file: type, shape, first and last byte after the header; in a file of ours, the
+    SHA-256 of its tiles in hex, one after the other."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from meshwright.compiler.layout.extents import Extent, Padding
 from meshwright.compiler.layout.factors import cut, whole
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
@@ -29,13 +30,16 @@ from meshwright.runtime.weights import name_in, stored_tensors
 _AXIS = "parts"
 
 
+_Stored = tuple[Layout, tuple[Padding, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A mesh, the text of its plan, and the layout in which each tensor is to be stored."""
+    """A mesh, the text of its plan, and how each parameter and buffer is to be stored."""
 
     mesh: Mesh
     plan: str
-    layouts: Mapping[str, Layout]
+    stored: Mapping[str, _Stored]
 
 
 def reshard(source: Path, target: Path, wanted: Program | int) -> Path:
@@ -69,26 +73,29 @@ def reshard(source: Path, target: Path, wanted: Program | int) -> Path:
 def _for_program(program: Program, manifest: Manifest, path: Path) -> Cut:
     """The layouts in which the ranks of a program hold the tensors."""
     check_model(program, manifest, path)
-    found: dict[str, Layout] = {}
+    found = {}
     for _, stored in stored_tensors(program):
         alias = name_in(program, stored.name, manifest.aliases)
         assert alias is not None
-        found[manifest.aliases[alias]] = stored.layout
+        found[manifest.aliases[alias]] = stored.layout, stored.paddings
     plan = program.plan.source.text or program.plan.format()
     return Cut(program.mesh.of_ranks, plan, found)
 
 
 def _evenly(manifest: Manifest, num_parts: int) -> Cut:
     """Each tensor in as many parts as there are files, along its first dim that is large enough."""
-    found: dict[str, Layout] = {}
+    found: dict[str, _Stored] = {}
     for name in model_tensors(manifest):
         shape = manifest.tensors[name].shape
+        paddings: tuple[Padding, ...] = ()
         dims = [whole(size) for size in shape]
         for dim, size in enumerate(shape):
             if size >= num_parts > 1:
-                dims[dim] = cut(math.ceil(size / num_parts) * num_parts, _AXIS)
+                padded = math.ceil(size / num_parts) * num_parts
+                dims[dim] = cut(padded, _AXIS)
+                paddings = (Padding(dim, (Extent(1, size, padded, 1),)),) if padded > size else ()
                 break
-        found[name] = Layout(tuple(dims))
+        found[name] = Layout(tuple(dims)), paddings
     return Cut(Mesh(((_AXIS, num_parts),)), f"mesh {_AXIS}={num_parts}\n", found)
 
 
@@ -102,11 +109,11 @@ def _tensors(manifest: Manifest, made: Cut) -> dict[str, SavedTensor]:
     entries = []
     for name, saved in manifest.tensors.items():
         like = parameters.get(name, name)
-        layout = replicated(saved.shape)
-        if like in made.layouts and manifest.tensors[like].shape == saved.shape:
-            layout = made.layouts[like]
+        stored: _Stored = replicated(saved.shape), ()
+        if like in made.stored and manifest.tensors[like].shape == saved.shape:
+            stored = made.stored[like]
         tensor = torch.empty(saved.shape, dtype=dtype_of(saved.dtype), device="meta")
-        entries.append(Entry(name, saved.shape, layout, tensor))
+        entries.append(Entry(name, saved.shape, stored[0], tensor, stored[1]))
     return saved_tensors(entries, made.mesh)
 
 

@@ -299,7 +299,7 @@ _COMMANDS = {
     ),
     "ckpt reshard": _Command(
         "write a checkpoint anew, cut for another plan or into so many files",
-        "SRC DST {MODEL PLAN | --parts N}",
+        "SRC DST [MODEL PLAN] [--parts N]",
         {
             "SRC": "a checkpoint, or a folder of checkpoints for the newest",
             "DST": "the folder to write the new one into, beside others that it may have",
