@@ -217,7 +217,8 @@ class Shards:
         except OSError as error:
             raise cannot("read", path, error, COPY_AGAIN) from None
         for name, held in sorted(header.tensors.items(), key=lambda each: each[1].start):
-            whole.update(bytes_of(self.part(rank, name, held.shape, held.dtype)))
+            tensor = self.part(rank, name, held.shape, held.dtype)
+            whole.update(bytes_of(tensor))
         if whole.hexdigest() != self.shards[rank].digest:
             raise RunError(
                 f"`{path}` is damaged: its SHA-256 is not the one in the manifest", help=COPY_AGAIN
