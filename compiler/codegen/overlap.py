@@ -13,15 +13,16 @@ What exchanges need that depends on no parameter, such as the number of labels, 
 all else. The gather of a weight starts where the one before it would: with all of them at the
 front, ranks would hold every weight whole. A gradient's bucket is used by the optimizer, after the
 backward: its reduction is returned under way. Of the reductions whose operand is not in a bucket,
-and lives until the wait, two are under way at most. All else keeps its order, and exchanges start
-in the same order on every rank.
+and lives until the wait, two are under way at most: the result of the first goes to where it is
+kept before the operand of the third is packed. All else keeps its order, and exchanges start in the
+same order on every rank.
 Elsewhere: DDP's hooks, FSDP's prefetching, Inductor's reordering for compute and communication
 overlap.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -29,10 +30,12 @@ from itertools import pairwise
 from meshwright.compiler.codegen.instructions import (
     BucketView,
     Call,
+    Copy,
     Exchange,
     Free,
     Instruction,
     Instructions,
+    Item,
     Return,
     Save,
     Start,
@@ -158,9 +161,24 @@ class _Waits:
         read = (value for each in body if not isinstance(each, Save) for value in reads(each))
         self.saved = saved.difference(read)
         """What later graphs take, and this one does not."""
+        self.readers: dict[Value, list[int]] = defaultdict(list)
+        self.takes: dict[Value, int] = {
+            each.target: i for i, each in enumerate(body) if isinstance(each, Take)
+        }
+        self.put: set[int] = set()
+        """The instructions that are in their places; some have moved up to a wait."""
+        for i, each in enumerate(body):
+            for value in dict.fromkeys(reads(each)):
+                self.readers[value].append(i)
 
     def run(self) -> list[Instruction]:
-        for each in self.body:
+        for i, each in enumerate(self.body):
+            if i in self.put:
+                continue
+            self.put.add(i)
+            following = self.body[i + 1] if i + 1 < len(self.body) else None
+            if isinstance(following, Exchange) and following.source == target(each):
+                self._limit(following)
             if isinstance(each, Return):
                 each = self._returned(each)
             self._need(reads(each))
@@ -196,7 +214,27 @@ class _Waits:
         """Wait for the first of the reductions under way that hold gradients, if there are many."""
         if self._holds_gradient(exchange):
             holding = [p for p, wait in self.waiting.items() if self._holds_gradient(wait.exchange)]
-            self._need(holding[: len(holding) + 1 - MOST_UNDER_WAY])
+            for place in holding[: max(len(holding) + 1 - MOST_UNDER_WAY, 0)]:
+                self._settle(place)
+
+    def _settle(self, place: Value) -> None:
+        """Wait for what is under way into a place, and bring it to where it is kept."""
+        moved: set[int] = set()
+        made = [self.waiting[place].exchange.target]
+        self._need((place,))
+        for value in made:
+            for i in self.readers[value]:
+                each = self.body[i]
+                others = [v for v in reads(each) if v not in made]
+                if isinstance(each, (Call, Item, Copy)) and all(map(self._taken, others)):
+                    moved.update([i, *(self.takes[v] for v in others)])
+                    made += [v for v in [target(each)] if isinstance(v, Variable)]
+        self.result += [self.body[i] for i in sorted(moved - self.put)]
+        self.put |= moved
+
+    def _taken(self, value: Value) -> bool:
+        """Whether a value of an earlier graph is taken for one instruction alone."""
+        return value in self.takes and len(self.readers[value]) == 1
 
     def _holds_gradient(self, exchange: Exchange) -> bool:
         """Whether an exchange reduces what has memory of its own, which lives until the wait, to

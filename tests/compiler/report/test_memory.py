@@ -248,3 +248,50 @@ def test_every_saved_value_is_free_after_the_backward() -> None:
     taken = [node for node in backward.nodes if node.op == SAVED]
     assert len(taken) == len(walk.saved)
     assert all(node.op != INPUT for node in walk.saved)
+
+
+class Deep(nn.Module):
+    def __init__(self, layers: int, d: int) -> None:
+        super().__init__()
+        ups = (
+            nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+            for _ in range(layers)
+        )
+        self.layers = nn.ModuleList(ups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+
+def blocks_in_use(layers: int, d: int, plan: str) -> tuple[float, float]:
+    """In sizes of a block: what a step saves, and what it holds at its peak besides that, the
+    shards, their gradients and their state."""
+    model = Deep(layers, d)
+    whole = "mesh dp=4\ndata x over dp\n" + plan
+    memory = meshwright.compile(model, meshwright.Plan.parse(whole), torch.randn(8, d)).memory()
+    size = sum(p.numel() for p in model.parameters()) * 4
+    assert 4 * memory.parameters == 4 * memory.gradients == 2 * memory.optimizer == size
+    lasting = memory.parameters + memory.gradients + memory.optimizer + memory.activations
+    return memory.activations / size * layers, (memory.peak - lasting) / size * layers
+
+
+@pytest.mark.parametrize("micro", ["", "accumulate 2\n"])
+@pytest.mark.parametrize(("d", "most"), [(32, 5.7), (256, 3.9)])
+def test_zero_three_holds_a_few_blocks_however_deep_the_model(
+    d: int, most: float, micro: str
+) -> None:
+    # Of small weights, each transfer is packed at one end: two gathers and two reductions.
+    few, deep = (blocks_in_use(n, d, f"zero 3 over dp\n{micro}")[1] for n in (5, 10))
+    assert deep == pytest.approx(few, abs=0.01)
+    assert deep < most
+
+
+def test_zero_two_holds_whole_weights_and_no_whole_gradients() -> None:
+    saved, in_use = blocks_in_use(10, 32, "zero 2 over dp\naccumulate 2\n")
+    assert 10 < saved < 11
+    assert in_use < 3.5
+    # Level 1 adds up whole gradients, which are reduced once.
+    saved, in_use = blocks_in_use(10, 32, "zero 1 over dp\naccumulate 2\n")
+    assert 20 < saved < 21
