@@ -51,11 +51,15 @@ def batch(number: int) -> tuple[Tensor, Tensor]:
     return tokens, targets
 
 
+def gpt() -> nn.Module:
+    return Gpt(p=0.1)
+
+
 @cache
-def compiled(plan: str) -> mw.Program:
+def compiled(plan: str, make: Callable[[], nn.Module] = gpt) -> mw.Program:
     """The program of every rank; forked ranks have it already."""
     torch.manual_seed(0)
-    return mw.compile(Gpt(p=0.1).double(), mw.Plan.parse(plan), example=batch(0))
+    return mw.compile(make().double(), mw.Plan.parse(plan), example=batch(0))
 
 
 def train(program: mw.Program, steps: int = STEPS) -> dict[str, Tensor]:
