@@ -119,6 +119,7 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
     "padded_row": _padded_row,
     "copied": lambda w: w.copy_(torch.arange(8) * 0.1),
     "chosen": lambda w: w.copy_(torch.where(torch.rand_like(w) < 0.5, 1.0, -1.0)),
+    "outer": lambda w: w.copy_(torch.rand(len(w), 1) * torch.rand(8) + torch.rand(1, 8)),
     "shuffled": lambda w: w.copy_(torch.randperm(w.numel()).view_as(w)),
     "gamma": lambda w: w.copy_(torch._standard_gamma(torch.full_like(w, 2.0))),
 }
