@@ -67,14 +67,19 @@ def _with_early_starts(instructions: Instructions) -> list[Instruction]:
     made = _made_of(body, weights)
     gathers = [i for i, each in _exchanges(body) if each.source in weights or each.source in made]
     following = dict(pairwise(gathers))
-    followers = _followers(body)
+    makers = _makers(body)
+    followers: dict[int, list[int]] = {}
+    for exchange, before in makers.items():
+        for i in before:
+            followers.setdefault(i, []).append(exchange)
     order: dict[int, None] = {}
 
     def put(i: int) -> None:
         if i not in order:
             order[i] = None
             for follower in followers.get(i, ()):
-                put(follower)
+                if all(each in order for each in makers[follower]):
+                    put(follower)
 
     def gather(i: int) -> None:
         for value in reads(body[i]):
@@ -110,16 +115,16 @@ def _exchanges(body: Sequence[Instruction]) -> Iterator[tuple[int, Exchange]]:
     return ((i, each) for i, each in enumerate(body) if isinstance(each, Exchange))
 
 
-def _followers(body: Sequence[Instruction]) -> dict[int, list[int]]:
-    """The exchanges by what makes their operand; in a bucket, by what makes its last part."""
-    last: dict[Value | str, int] = {}
+def _makers(body: Sequence[Instruction]) -> dict[int, list[int]]:
+    """By exchange: what makes its operand; of a whole bucket, what makes each part."""
+    made_in: dict[Value | str, list[int]] = {}
     found: dict[int, list[int]] = {}
     for i, each in enumerate(body):
-        if isinstance(each, Exchange) and _memory(each.source) in last:
-            found.setdefault(last[_memory(each.source)], []).append(i)
+        if isinstance(each, Exchange):
+            found[i] = list(made_in.get(_memory(each.source), ()))
         made = _ends(each) if isinstance(each, Exchange) else target(each)
         if made is not None:
-            last[_memory(made)] = i
+            made_in.setdefault(_memory(made), []).append(i)
     return found
 
 

@@ -21,7 +21,7 @@ from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.public import Program
 from meshwright.compiler.report.summary import summarise
-from meshwright.passes import driver
+from meshwright.passes import driver, fuse
 from meshwright.passes.statements import zero
 from meshwright.runtime.run import launch
 from tests.equivalence import check_equal, implicit_gathers
@@ -339,3 +339,27 @@ def test_weights_arrive_and_gradients_leave_while_other_blocks_compute(micro: st
     assert first == 0 and all(count == 2 for count in others)
     last, *others = sorted(products_during(backward, "reduce_scatter"))
     assert last == 0 and len(others) == 4 and all(others)
+
+
+class Late(nn.Module):
+    """The last gradients that its backward makes are those of a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.head = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False)
+        self.blocks = nn.ModuleList([examples.Body()])
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = self.head(self.blocks[0](self.wte(tokens)))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def test_a_bucket_is_reduced_once_each_of_its_parts_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gradients too large to travel together are scattered into it one by one."""
+    monkeypatch.setattr(fuse, "SMALL_BYTES", 0)
+    torch.manual_seed(0)
+    plan = "mesh dp=2, tp=2\n" + GPT_DATA + "columns blocks.*.up over tp\n"
+    plan += "rows blocks.*.down over tp\nvocab wte, head over tp\nsequence blocks.* over tp\n"
+    check_equal(Late(), lambda: tokens(vocab=32), plan + "zero 1 over dp\n")
