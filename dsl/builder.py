@@ -161,7 +161,8 @@ class PlanBuilder:
         return self._add("share", _listed(targets))
 
     def precision(self, dtype: str, **options: Option) -> Self:
-        """Compute in this `dtype`, such as `"bf16"`; `options` are `master`, `keep`, `dropout`."""
+        """Compute in this `dtype`, such as `"bf16"`; `options` are `master`, `keep`, `reduce` and
+        `dropout`."""
         word = _text("the dtype", dtype, 'write one such as `"bf16"`')
         return self._add("precision", word, _options(options))
 

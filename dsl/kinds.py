@@ -111,13 +111,17 @@ class Flag:
 
 @dataclass(frozen=True)
 class Words:
-    """A list of words, `[sdpa, norm]`, from `choices` if there are any; one needs no brackets."""
+    """A list of words, `[sdpa, norm]`, from `choices` if there are any; one needs no brackets. With
+    `quoted`, what is no word can be written in quotes."""
 
     choices: tuple[str, ...] = ()
+    quoted: bool = False
 
     def read(self, value: Value, sizes: Sizes) -> tuple[str, ...]:
         items = value.values if isinstance(value, Items) and not value.is_range else (value,)
         for item in items:
+            if self.quoted and isinstance(item, Quoted) and item.value:
+                continue
             if not isinstance(item, Word):
                 help = "write a list of words, such as `[sdpa, norm]`"
                 raise wrong_value(item, "is not a word", help)
@@ -125,10 +129,11 @@ class Words:
                 raise wrong_value(
                     item, "is not one of the choices", did_you_mean(item.text, self.choices)
                 )
-        return tuple(item.text for item in items)
+        return tuple(item.value if isinstance(item, Quoted) else item.text for item in items)
 
     def write(self, value: tuple[str, ...]) -> str:
-        return f"[{', '.join(value)}]"
+        words = (each if each.isidentifier() else f'"{each}"' for each in value)
+        return f"[{', '.join(words)}]"
 
 
 @dataclass(frozen=True)

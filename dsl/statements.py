@@ -103,12 +103,14 @@ class Let(Statement):
 
 @dataclass(frozen=True, kw_only=True)
 class Precision(Statement):
-    """`precision bf16 master=fp32 keep=[softmax, norm]`."""
+    """`precision bf16 master=fp32 keep=[norm, head] reduce=bf16`; without `master`, parameters are
+    stored as the model has them, and without `reduce`, gradients are reduced in float32."""
 
     verb = "precision"
     dtype: str
-    master: str | None = option(Choice(DTYPES))
-    keep: tuple[str, ...] = option(Words(), ())
+    master: str | None = option(Choice(("fp32", "bf16")))
+    keep: tuple[str, ...] = option(Words(quoted=True), ())
+    reduce: str | None = option(Choice(("fp32", "bf16")))
     dropout: str = option(Choice(("hash", "native")), "hash")
 
 

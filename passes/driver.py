@@ -53,17 +53,21 @@ from meshwright.passes.statements.fragments import with_fragments
 from meshwright.passes.statements.pad import pad
 from meshwright.passes.statements.pad_sequences import pad_sequences
 from meshwright.passes.statements.pins import pin_lines
+from meshwright.passes.statements.precision import precision
 from meshwright.passes.statements.rows import rows
 from meshwright.passes.statements.sequence import sequence
 from meshwright.passes.statements.shard import shard
 from meshwright.passes.statements.vocab import vocab
 from meshwright.passes.statements.zero import zero
+from meshwright.passes.widen import widen
 
 REWRITING: tuple[Callable[[Graph], Graph], ...] = (masks, lookups, normalise, route)
 """The passes over what is captured, the same for every plan: operators become those that rules,
 adjoints and kernels are written for."""
 
 PASSES: tuple[Callable[[Draft], Draft], ...] = (
+    # Values get the types in which the plan computes.
+    precision,
     # The statements of the plan become layouts of inputs and values.
     accumulate,
     data,
@@ -86,6 +90,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     on_graph(lower),
     on_graph(part_axes),
     sum_first,
+    widen,
     on_graph(bucket),
     attribute,
     on_graph(loop),
@@ -268,7 +273,7 @@ def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dic
         steps = (padding_between(*pair, draft.mesh) for pair in itertools.pairwise(layouts))
         found[name] = Stored(
             name,
-            TensorType(shape, tensor.dtype),
+            TensorType(shape, tensor.dtype if node is None else node.tensor.dtype),
             layout,
             used.canonical(draft.mesh) if name in draft.stored else layout,
             tensor.requires_grad,

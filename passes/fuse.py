@@ -22,12 +22,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
+import torch
+
 from meshwright.compiler.graph.ir import GETITEM, Builder, Graph, MeshOp, Node, Origin
-from meshwright.compiler.graph.transfers import collective_kind
+from meshwright.compiler.graph.transfers import collective_kind, combines
 from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM
 from meshwright.passes.statements.draft import Draft
 
-SCATTER = MeshOp("reduce_scatter")
+REDUCTIONS = (MeshOp("reduce_scatter"), MeshOp("all_reduce"))
+_KEPT = (BUCKET, BUCKET_ITEM, torch.ops.aten._to_copy.default)
 SMALL_BYTES = 1 << 18
 """The largest part of a rank that is packed: sent alone, it takes as long as many latencies."""
 MOST_BYTES = 1 << 22
@@ -57,18 +60,22 @@ class _Fuser:
         self.builder = Builder(graph.name, graph.mesh)
         self.mapping: dict[Node, Node] = {}
         self.gathers = self._groups(filter(_gathers_weight, graph.nodes))
-        ends = self._ends()
-        self.scatters = self._groups(n for n in graph.nodes if n.op == SCATTER and n in ends)
+        self.scatters = self._groups(self._last_reductions())
 
-    def _ends(self) -> set[Node]:
-        """What only leads gradients to where they are kept, or to a later graph."""
+    def _last_reductions(self) -> list[Node]:
+        """The reductions over ranks after which gradients are only brought to where they are kept,
+        or to a later graph; those of whole buckets need no others."""
         users, results = self.graph.users(), {each.node for each in self.graph.results}
-        found: set[Node] = set()
+        ends, found = set[Node](), list[Node]()
         for node in reversed(self.graph.nodes):
-            leads = node.op in (BUCKET, BUCKET_ITEM) or collective_kind(node.op) is not None
-            if leads and node not in results and found.issuperset(users[node]):
-                found.add(node)
-        return found
+            if node in results or not ends.issuperset(users[node]):
+                continue
+            sent = node.op in REDUCTIONS and not combines(node, self.graph.mesh)
+            if sent and node.args[0].op != BUCKET:
+                found.append(node)
+            elif node.op in _KEPT or collective_kind(node.op) is not None:
+                ends.add(node)
+        return found[::-1]
 
     def _groups(self, found: Iterable[Node]) -> list[_Group]:
         """What travels together: small, in order, of one block, kind and type."""
@@ -106,7 +113,7 @@ class _Fuser:
             elif behind.intersection(node.operands()):
                 behind.add(node)
                 later.append(node)
-            elif node not in fused:
+            elif node not in fused and node not in self.mapping:
                 self.mapping[node] = self.builder.copy(node, self.mapping)
         # Nothing waits for what leads gradients to where they are kept.
         for group, together in sent:
@@ -121,6 +128,9 @@ class _Fuser:
         block = _block(node.origin)
         assert block is not None
         lines = (line for each in group for line in each.origin.plan_line.split(", ") if line)
+        for each in group:
+            if each.args[0] not in self.mapping:  # a cast of what is held
+                self.mapping[each.args[0]] = self.builder.copy(each.args[0], self.mapping)
         return self.builder.emit(
             node.op,
             tuple(self.mapping[each.args[0]] for each in group),
@@ -147,7 +157,10 @@ class _Fuser:
 
 def _gathers_weight(node: Node) -> bool:
     kind = collective_kind(node.op)
-    return kind is not None and kind.gathers and node.args[0].held
+    if kind is None or not kind.gathers:
+        return False
+    source: Node = node.args[0]
+    return (source.args[0] if source.op == torch.ops.aten._to_copy.default else source).held
 
 
 def _block(origin: Origin) -> Origin | None:

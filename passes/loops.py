@@ -21,6 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import torch
+
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import INPUT, Builder, Graph, Node, OutputKind, Phase, rewrite
 from meshwright.compiler.graph.text import op_text
@@ -62,8 +64,8 @@ def sum_first(draft: Draft) -> Draft:
 
 
 def _reductions(node: Node) -> Iterator[Node]:
-    """The collectives that a value comes from, from the last to the first."""
-    while collective_kind(node.op) is not None:
+    """The collectives that a value comes from, from the last to the first; casts may be between."""
+    while collective_kind(node.op) is not None or node.op == torch.ops.aten._to_copy.default:
         yield node
         node = node.args[0]
 

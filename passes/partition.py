@@ -55,7 +55,13 @@ from meshwright.passes.statements.sequences import Sequences
 
 aten = torch.ops.aten
 
-_VIEWS = {aten.view.default, aten.t.default, aten.transpose.int, aten.permute.default}
+_VIEWS = {
+    aten.view.default,
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten._to_copy.default,
+}
 """Operators through which a parameter's layout stays the one the plan wrote."""
 
 
@@ -72,8 +78,8 @@ class _Partitioner:
         self.results: dict[Node, list[Node]] = {}
         """The results of operators that were placed in pieces."""
         self.unused: dict[Node, tuple[Layout, Padding | None, str]] = {}
-        """Inputs that nothing has taken yet: the layout they are used in, what storage adds to it,
-        and the line of the plan behind that in which they are stored."""
+        """Inputs, and casts of inputs, that nothing has taken yet: the layout they are used in,
+        what storage adds to it, and the line of the plan behind that in which they are stored."""
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
         self.emitter.planned = self.sequences.moves
@@ -81,6 +87,8 @@ class _Partitioner:
     def run(self) -> Draft:
         for node in self.graph.nodes:
             self.sequences.consider(node)
+            if node.op == aten._to_copy.default and self._cast_stored(node):
+                continue
             for operand in node.operands():
                 self._use(operand, node.origin)
             self._enter(node)
@@ -286,6 +294,23 @@ class _Partitioner:
             self.emitter.explicit.add(new)
         return new
 
+    def _cast_stored(self, node: Node) -> bool:
+        """Cast what is stored in another layout than it is used in, before its bytes move; returns
+        whether `node` is a cast of such."""
+        source: Node = node.args[0]
+        if source not in self.unused or not source.of_model:
+            return False
+        self.mapping[node] = self.emitter.call(
+            node.op,
+            (self.mapping[source],),
+            dict(node.kwargs),
+            origin=node.origin,
+            requires_grad=node.requires_grad,
+            name=node.name,
+        )
+        self.unused[node] = self.unused[source]
+        return True
+
     def _use(self, node: Node, user: Origin) -> None:
         """Bring a weight to the layout in which operators use it, before the first of them, whose
         module it is counted for."""
@@ -296,7 +321,7 @@ class _Partitioner:
         origin = replace(user, plan_line=line)
         value = self._cut(held, padding, layout, origin) if padding else held
         value = self.emitter.reshard(value, layout, origin)
-        if input_key(node) in self.draft.inputs:
+        if input_key(node if node.op == INPUT else node.args[0]) in self.draft.inputs:
             self.emitter.explicit.add(value)
         if len(self.users[node]) > 1:
             self.emitter.shared.add(value)

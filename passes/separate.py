@@ -51,7 +51,6 @@ _VIEWS = {
     aten.permute.default,
     aten.unsqueeze.default,
     aten.slice.Tensor,
-    aten._to_copy.default,
     MeshOp("vary"),
 }
 
@@ -68,10 +67,10 @@ def separate(draft: Draft) -> Draft:
 
 def _regathers(draft: Draft, node: Node) -> bool:
     """Whether a later graph gathers a value again, its shard being what is kept: whole parameters
-    stay where `zero` shards what belongs to them alone."""
+    stay where `zero` shards what belongs to them alone. A weight is cast again only there."""
     source = input_behind(node)
     if source is not None and source.of_model:
-        return draft.zero.get(str(source.args[1]), 3) == 3
+        return draft.zero.get(str(source.args[1]), 0 if _recasts(node) else 3) == 3
     return gathers_again(draft.regions, node)
 
 
@@ -150,7 +149,7 @@ class _Separator:
         """Whether a later part computes a value again instead of having it saved."""
         if node not in self._cheap:
             self._cheap[node] = (
-                (self.regather(node) if _is_gather(node) else _is_weight(node))
+                (self.regather(node) if _is_gather(node) or _recasts(node) else _is_weight(node))
                 or (node.op in _VIEWS and all(n.held or self._again(n) for n in node.operands()))
                 or node.op == MeshOp("vary")
             )
@@ -203,6 +202,11 @@ class _Separator:
 def _is_gather(node: Node) -> bool:
     kind = collective_kind(node.op)
     return kind is not None and kind.gathers
+
+
+def _recasts(node: Node) -> bool:
+    """Whether a node brings a parameter or buffer to another element type."""
+    return node.op == aten._to_copy.default and _is_weight(node)
 
 
 def _is_weight(node: Node) -> bool:

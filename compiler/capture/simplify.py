@@ -8,7 +8,7 @@ to         to.dtype, to.device, to.dtype_layout, _to_copy, type_as: a cast to an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,11 @@ def simplify(op: Op, args: tuple[Arg, ...], kwargs: Mapping[str, Arg], type: Any
         if op in _CASTS:
             return CAST, (source, type.dtype), {}
     return op, args, {key: value for key, value in kwargs.items() if not _is_noise(key, value)}
+
+
+def names_dtype(op: Op, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is a cast to an element type that it names."""
+    return op in _CASTS and any(isinstance(each, torch.dtype) for each in (*args, *kwargs.values()))
 
 
 def _is_identity(op: Op, args: tuple[Arg, ...], source: Node, type: TensorType) -> bool:

@@ -154,7 +154,7 @@ class _Lowering:
 
     def _node(self, node: Node) -> None:
         op = node.op
-        if op in IDENTITIES:
+        if op in IDENTITIES or self._is_cast_by_use(node):
             self.values[node] = self.values[node.args[0]]
         elif op == SAVED:
             self.body.append(Take(self._variable(node), node.args[0], node))
@@ -230,6 +230,16 @@ class _Lowering:
         alone = len(self.totals.get(node, ())) == 1 and not self.users[node]
         saved = [each for each in self.graph.outputs if each.node is node]
         return node.op == aten.mm.default and alone and len(saved) == 1
+
+    def _is_cast_by_use(self, node: Node) -> bool:
+        """Whether a value is cast for what copies or adds it to memory of its type, which casts."""
+        users = self.users[node]
+        kept = {each for each in self.graph.outputs if each.node is node}
+        added = kept and all(each.kind is OutputKind.SAVED and node in self.totals for each in kept)
+        placed = users and all(user.op == MeshOp("bucket") for user in users)
+        return node.op == aten._to_copy.default and bool(
+            (added and not users) or (placed and not kept)
+        )
 
     def _take(self, node: Node, number: int) -> Variable:
         held = self._named(f"{node.name}_total")

@@ -62,6 +62,9 @@ class Origin:
     forward: str = ""
     modules: tuple[tuple[str, str], ...] = ()
     """The stack of (path, class) from the root to the innermost module."""
+    exact: bool = False
+    """Whether the model itself says in which type to compute: by casts of the operands, or where it
+    turns autocast off."""
 
 
 Op: TypeAlias = "torch._ops.OpOverload | MeshOp"

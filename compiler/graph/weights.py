@@ -1,7 +1,7 @@
 """Find the input behind a weight that was brought to the layout in which it is used.
 
-Ranks store a parameter in one layout and operators use it in another: the graph's input has the
-first, and collectives right behind it lead to the second.
+Ranks store a parameter in one layout and type, and operators use it in others: the graph's input
+has the first, and casts and collectives right behind it lead to the second.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ aten = torch.ops.aten
 CUTS = frozenset({aten.slice.Tensor, aten.view.default, aten.cat.default})
 """Operators that cut off what storage adds to a weight."""
 _VARY = MeshOp("vary")
-_USES = frozenset(map(MeshOp, COLLECTIVES)) - {_VARY}
+_USES = frozenset((*map(MeshOp, COLLECTIVES), aten._to_copy.default)) - {_VARY}
 
 
 def input_behind(node: Node) -> Node | None:
-    """The input that a node is, or that it brings to another layout; None for other nodes.
+    """The input that a node is, or that it brings to another layout or element type; None for other
+    nodes.
 
     Cutting off the padding of what is stored is part of the way there.
     """

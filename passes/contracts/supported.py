@@ -15,6 +15,7 @@ from meshwright.dsl.statements import (
     Expect,
     Let,
     MeshStatement,
+    Precision,
     Rows,
     Sequence,
     Shard,
@@ -24,8 +25,8 @@ from meshwright.dsl.statements import (
 )
 
 CARRIED_OUT: tuple[type[Statement], ...] = (
-    MeshStatement, Axes, Let, Accumulate, Data, Shard, Columns, Rows, Vocab, Sequence, Zero, Expect,
-    Allow,
+    MeshStatement, Axes, Let, Precision, Accumulate, Data, Shard, Columns, Rows, Vocab, Sequence,
+    Zero, Expect, Allow,
 )  # fmt: skip
 
 
@@ -36,13 +37,30 @@ def check_supported(plan: Plan) -> None:
             "P112", "the plan has no mesh", help="write `mesh dp=2, tp=2`, with the axes you want"
         )
     for statement in plan.statements:
-        local = isinstance(statement, Allow) and statement.what == "local"
-        if local or not isinstance(statement, CARRIED_OUT):
-            verb = f"allow {statement.what}" if isinstance(statement, Allow) else statement.verb
-            known = ", ".join(f"`{each.verb}`" for each in CARRIED_OUT)
+        if missing := _missing(statement):
+            what, place, help = missing
             raise plan.error(
                 "P501",
-                f"`{verb}` is part of the language, but this version has no pass for it",
-                statement,
-                help=f"remove the statement; what can be compiled today is {known}",
+                f"`{what}` is part of the language, but this version has no pass for it",
+                statement.at(place),
+                help=help,
             )
+
+
+def _missing(statement: Statement) -> tuple[str, str, str] | None:
+    """What of a statement cannot be carried out, its place, and what to do; None if all can."""
+    if isinstance(statement, Precision):
+        if statement.dtype == "fp16":
+            return "precision fp16", "", "write `precision bf16`, which needs no loss scaling"
+        if statement.master == "bf16":
+            help = "remove it: `precision` stores float32, whose updates lose nothing"
+            return "master=bf16", "master", help
+        if statement.dropout == "native":
+            help = "remove it: `hash` draws the same numbers under every plan"
+            return "dropout=native", "dropout", help
+    local = isinstance(statement, Allow) and statement.what == "local"
+    if not local and isinstance(statement, CARRIED_OUT):
+        return None
+    verb = f"allow {statement.what}" if isinstance(statement, Allow) else statement.verb
+    known = ", ".join(f"`{each.verb}`" for each in CARRIED_OUT)
+    return verb, "", f"remove the statement; what can be compiled today is {known}"

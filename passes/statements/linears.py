@@ -128,6 +128,8 @@ def _product(node: Node) -> Linear | None:
         _, weight, bias = (*node.args, None, None, None)[:3]
     if inputs is None:
         return None
+    if isinstance(bias, Node) and bias.op == aten._to_copy.default:
+        bias = bias.args[0]
     biases = (bias,) if isinstance(bias, Node) and bias.op == INPUT else ()
     return Linear(weight, 1 - inputs, inputs, biases)
 

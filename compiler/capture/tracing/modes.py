@@ -1,7 +1,8 @@
 """Trace in another form what export would lose: modes and shortcuts that leave no operator.
 
 `inference_mode` is traced as `no_grad`, which it equals for gradients; `x.data` as `x.detach()`;
-an autocast that is off as nothing (export loses a `no_grad` inside it), one that is on is refused.
+an autocast that is off as a mark on what runs inside (export loses a `no_grad` there), one that is
+on is refused.
 A batch norm that averages over all batches counts them in a tensor, not in Python. Packed sequences
 are refused where they are made. A `native_dropout` that is not told whether to drop out does.
 """
@@ -14,7 +15,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import _VF, Tensor, fx
+from torch.fx.traceback import annotate
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
@@ -68,14 +70,23 @@ def _enter_autocast(self: Any) -> Any:
             f'the forward opens `torch.autocast("{self.device}")`',
             code="autocast",
             culprit=current_line(),
-            help="remove it; to compute in bfloat16, convert the model: `model.bfloat16()`",
+            help="remove it; to compute in bfloat16, write `precision bf16` in the plan",
         )
+    self.meshwright_mark = annotate({_OFF: True})
+    self.meshwright_mark.__enter__()
     return self
 
 
-def _exit_autocast(self: Any, *error: object) -> None: ...
+def _exit_autocast(self: Any, *error: object) -> None:
+    self.meshwright_mark.__exit__(None, None, None)
 
 
+def is_off(node: fx.Node) -> bool:
+    """Whether a node of the exported program ran where the model had turned autocast off."""
+    return _OFF in node.meta.get("custom", {})
+
+
+_OFF = "meshwright autocast off"
 _CALLER = 2
 """How many frames up a property finds its caller: the frame between is the patch's."""
 
