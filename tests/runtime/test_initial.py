@@ -173,6 +173,9 @@ def test_what_is_not_random_is_what_torch_gives(kinds: InitialValues) -> None:
         expected = torch.empty(SHAPE)
         KINDS[name](expected)
         torch.testing.assert_close(whole(kinds, name), expected, rtol=0, atol=1e-6)
+    outer = whole(kinds, "outer").double()  # one number per row times one per column, plus another
+    ratios = (outer[1] - outer[0]) / (outer[2] - outer[0])
+    torch.testing.assert_close(ratios, ratios[:1].expand(8), rtol=1e-3, atol=1e-3)
     q = whole(kinds, "orthogonal")
     torch.testing.assert_close(q.t() @ q, torch.eye(8), rtol=0, atol=1e-5)
     assert (whole(kinds, "sparse") == 0).sum(0).tolist() == [3] * 8
