@@ -313,7 +313,7 @@ def has_none(folder: Path) -> bool:
     try:
         check_name(folder)
         return not any(_OURS.fullmatch(name) for name in os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return True
     except OSError as error:
         raise cannot("read", folder, error, COPY_AGAIN) from None

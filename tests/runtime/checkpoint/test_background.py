@@ -192,6 +192,9 @@ def test_a_number_to_keep_that_cannot_be_is_refused(tmp_path: Path, keep: Any) -
 def test_no_checkpoint_is_accepted_where_that_is_asked_for(tmp_path: Path) -> None:
     run = launched("tensor")
     assert run.load(tmp_path / "nowhere", missing_ok=True) == {}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(mw.RunError, match=r"cannot read `.*file`: Not a directory"):
+        run.load(tmp_path / "file", missing_ok=True)
     run.save(tmp_path, extra={"number": 1})
     assert run.load(tmp_path, missing_ok=True) == {"number": 1}
     (tmp_path / "step-0" / "manifest.json").unlink()
