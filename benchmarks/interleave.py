@@ -101,7 +101,7 @@ def await_quiet(patience: float = PATIENCE) -> None:
             return
 
 
-def check(peers: Sequence[Peer], size: Size) -> dict[str, float]:
+def check(peers: Sequence[Peer], size: Size, tolerance: float = TOLERANCE) -> dict[str, float]:
     """Train each peer for some steps; the largest relative difference from one process's losses.
 
     Raises `AssertionError` when a peer computes something else. It also warms up every peer.
@@ -118,7 +118,7 @@ def check(peers: Sequence[Peer], size: Size) -> dict[str, float]:
             loss = peer.step(*make_batch(size, seed=step))
             found.append(mean_over_ranks(loss) if peer.loss_is_local else loss.double())
         off = ((torch.stack(found) - expected).abs() / expected).max().item()
-        assert off < TOLERANCE, f"{peer.name}: losses {found} instead of {expected}"
+        assert off < tolerance, f"{peer.name}: losses {found} instead of {expected}"
         differences[peer.name] = off
     return differences
 

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from benchmarks import report
 from benchmarks.gpt import SIZES, Size
-from benchmarks.interleave import check, measure
+from benchmarks.interleave import TOLERANCE, check, measure
 from benchmarks.peers import Peer
 
 STEPS = {"tiny": 20, "base": 1}
@@ -88,7 +88,9 @@ def run_workers(module: str, argv: list[str], mesh: str, size: str) -> Any:
         return json.loads(out.read_text())
 
 
-def work(build: Build, pairs: Pairs, args: argparse.Namespace) -> None:
+def work(
+    build: Build, pairs: Pairs, args: argparse.Namespace, tolerance: float = TOLERANCE
+) -> None:
     """One rank: build the peers, check their losses, time them; rank 0 writes the result."""
     mesh_text, size_name, out = args.worker
     size = SIZES[size_name]
@@ -96,16 +98,20 @@ def work(build: Build, pairs: Pairs, args: argparse.Namespace) -> None:
     # The newer names of collectives are not in every torch that this runs on.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     with ranks(mesh_text) as mesh:
-        found = compare(build(size, mesh, args), pairs, size, args)
+        found = compare(build(size, mesh, args), pairs, size, args, tolerance)
         if dist.get_rank() == 0:
             Path(out).write_text(json.dumps(found))
 
 
 def compare(
-    peers: Sequence[Peer], pairs: Pairs, size: Size, args: argparse.Namespace
+    peers: Sequence[Peer],
+    pairs: Pairs,
+    size: Size,
+    args: argparse.Namespace,
+    tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
     """Check every peer's losses, then time them in turns."""
-    differences = check(peers, size)
+    differences = check(peers, size, tolerance)
     if args.quick:
         taken = measure(peers, size, rounds=1, steps=1, patience=0)
     else:

@@ -3,8 +3,9 @@
 
     python -m benchmarks.zero [--size tiny|base] [--mesh dp=4] [--rounds N] [--quick] [--json FILE]
 
-Step times of all of them, taken in turns in the same processes: of a whole batch, and of one in
-four microbatches. Then the peak memory of each, in processes of its own. About nine minutes.
+Step times of all of them, taken in turns in the same processes: of a whole batch, of one in four
+microbatches, and of one that computes in bfloat16. Then the peak memory of each, in
+processes of its own. About nine minutes.
 """
 
 from __future__ import annotations
@@ -20,34 +21,42 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks import launch, memory, report
 from benchmarks.gpt import Size
-from benchmarks.interleave import Ratio
+from benchmarks.interleave import TOLERANCE, Ratio
 from benchmarks.peers import Peer
 
 MESHES = ("dp=2",)
 MORE_MESHES = ("dp=4",)
 OURS = ("zero-1", "zero-2", "zero-3")
 PEERS = ("fsdp2-resharded", "fsdp2-kept", "ddp-zero")
-VARIANTS = {"whole": 1, "accumulate": 4}
-"""Microbatches of a step, by variant."""
+VARIANTS = ("whole", "accumulate", "bf16")
+MICROBATCHES = 4
+"""Of the variant that accumulates."""
+TOLERANCES = {"bf16": 2e-2}
+"""Relative difference of losses: torch's are rounded to bfloat16, which has 8 bits."""
 ROUNDS = {"tiny": 7, "base": 3}
 MEMORY_ROUNDS = {"tiny": 1, "base": 2}
 
 
 def build_one(system: str, size: Size, mesh: DeviceMesh, variant: str = "whole") -> Peer:
     # A peer's imports take seconds, and no other peer needs them.
+    microbatches, bf16 = MICROBATCHES if variant == "accumulate" else 1, variant == "bf16"
     if system in OURS:
         from benchmarks.peers.compiled import meshwright
 
-        return meshwright(size, mesh, f"zero {system[-1]}", microbatches=VARIANTS[variant])
+        feature = f"zero {system[-1]}"
+        return meshwright(size, mesh, feature, microbatches=microbatches, bf16=bf16)
     from benchmarks.peers.sharded import ddp_zero, fsdp2
 
     if system == "ddp-zero":
-        return ddp_zero(size, mesh, VARIANTS[variant])
-    return fsdp2(size, mesh, system == "fsdp2-resharded", VARIANTS[variant])
+        return ddp_zero(size, mesh, microbatches)
+    return fsdp2(size, mesh, system == "fsdp2-resharded", microbatches, bf16)
 
 
 def build(size: Size, mesh: DeviceMesh, args: argparse.Namespace) -> list[Peer]:
-    return [build_one(system, size, mesh, args.variant) for system in args.systems.split(",")]
+    systems = args.systems.split(",")
+    if args.variant == "bf16":
+        systems = [system for system in systems if system != "ddp-zero"]  # has no such mode
+    return [build_one(system, size, mesh, args.variant) for system in systems]
 
 
 def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -113,7 +122,7 @@ def main(argv: list[str]) -> None:
     if args.worker and args.system:
         memory.work(build_one, args)
     elif args.worker:
-        launch.work(build, pairs, args)
+        launch.work(build, pairs, args, TOLERANCES.get(args.variant, TOLERANCE))
     else:
         launch.sweep(args, partial(measure, args, argv), table)
 

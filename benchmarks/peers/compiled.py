@@ -49,8 +49,10 @@ def meshwright(
     feature: str = "",
     check_inputs: bool | int = True,
     microbatches: int = 1,
+    bf16: bool = False,
 ) -> Peer:
-    plan = mw.Plan.parse(plan_text(size, mesh, feature, microbatches))
+    text = plan_text(size, mesh, feature, microbatches)
+    plan = mw.Plan.parse(f"{text}precision bf16\n" if bf16 else text)
     program = mw.compile(make_model(size), plan, example=make_batch(size))
     run = program.launch(check_inputs=check_inputs)
     optimizer = run.optimizer(torch.optim.AdamW, **ADAMW)

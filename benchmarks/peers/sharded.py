@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,17 +15,20 @@ from benchmarks.gpt import ADAMW, Size, make_model
 from benchmarks.peers import Peer, rows
 
 
-def fsdp2(size: Size, mesh: DeviceMesh, reshard: bool, microbatches: int = 1) -> Peer:
+def fsdp2(
+    size: Size, mesh: DeviceMesh, reshard: bool, microbatches: int = 1, bf16: bool = False
+) -> Peer:
     """FSDP2 as its documentation has it: each block, then the root.
 
     With `reshard` whole weights are freed after the forward and after the backward, without it when
     the last microbatch has used them. Gradients of microbatches are added up whole, and reduced in
-    the last.
+    the last. With `bf16` it computes in bfloat16 and reduces in float32.
     """
     model = make_model(size)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
 
     def prepare(last: bool) -> None:

@@ -56,10 +56,11 @@ def test_comparing_inputs_changes_no_loss(tmp_path: Path) -> None:
 def test_peers_with_sharded_state_all_compute_the_same_losses(tmp_path: Path) -> None:
     arguments = ("--size", "tiny", "--systems", "fsdp2-resharded,ddp-zero,zero-3")
     found = run("benchmarks.zero", tmp_path, *arguments)["tiny, dp=2"]
-    assert list(found) == ["whole", "accumulate", "memory"]
+    assert list(found) == ["whole", "accumulate", "bf16", "memory"]
     for variant in ("whole", "accumulate"):
         assert len(found[variant]["ratios"]) == 2
         assert max(found[variant]["loss_difference"].values()) < 5e-6
+    assert found["bf16"]["loss_difference"]["meshwright zero 3"] < 1e-3
     assert min(found["memory"]["megabytes"].values()) > 100
 
 
