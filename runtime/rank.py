@@ -42,7 +42,9 @@ class RankState:
         self._buckets: dict[Any, tuple[Tensor, ...]] = {}
         for name, stored in program.parameters.items():
             local = self._hold("parameter", stored, values)
-            self.parameters[name] = nn.Parameter(local, requires_grad=stored.requires_grad)
+            parameter = nn.Parameter(local, requires_grad=stored.requires_grad)
+            parameter.grad_dtype = None  # gradients of bfloat16 may be float32
+            self.parameters[name] = parameter
         for stored in program.buffers.values():
             self._hold("buffer", stored, values)
 

@@ -8,7 +8,7 @@ its parts under any plan are rounded alike.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
@@ -23,6 +23,8 @@ from meshwright.compiler.kernels.rounding import round_stochastically
 from meshwright.compiler.layout.extents import positions
 from meshwright.compiler.layout.layout import Layout, block_map
 from meshwright.compiler.program import Stored
+from meshwright.compiler.public import Program
+from meshwright.dsl.statements import Precision
 from meshwright.runtime.rank import RankState
 
 _OPERATORS = 1 << 48
@@ -45,17 +47,18 @@ class _Narrow:
         round_stochastically(wide, index, out)
 
 
-def round_updates(
-    optimizer: Optimizer, states: Sequence[RankState], stored: Mapping[str, Stored]
-) -> None:
-    """Let `step` of this optimizer update its parameters of bfloat16 in float32, and round them.
+def round_updates(optimizer: Optimizer, states: Sequence[RankState], program: Program) -> None:
+    """Let `step` of this optimizer update parameters of bfloat16 in float32, and round them, if the
+    plan makes them masters.
 
     While it runs, it has float32 copies of them and of their gradients; what it keeps of them is
     float32.
     """
+    if all(statement.master != "bf16" for statement in program.plan.of(Precision)):
+        return
     own = {id(each) for group in optimizer.param_groups for each in group["params"]}
     narrow = [
-        _narrow(state, stored[name], parameter)
+        _narrow(state, program.parameters[name], parameter)
         for state in states
         for name, parameter in state.parameters.items()
         if id(parameter) in own and parameter.dtype == torch.bfloat16

@@ -31,6 +31,7 @@ from meshwright.runtime.norms import check_norms, clipped
 from meshwright.runtime.optimizer import Groups, make_optimizer
 from meshwright.runtime.programs import Linked, Programs
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
+from meshwright.runtime.rounding import round_updates
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
@@ -347,6 +348,7 @@ class Run:
         """
         with apart_from_caller(self.program.device.type):
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
+        round_updates(found, self.states, self.program)
         found.register_step_pre_hook(self._finite_check.before_update)
         found.register_step_post_hook(self._count_update)
         return found

@@ -52,9 +52,6 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
     if isinstance(statement, Precision):
         if statement.dtype == "fp16":
             return "precision fp16", "", "write `precision bf16`, which needs no loss scaling"
-        if statement.master == "bf16":
-            help = "remove it: `precision` stores float32, whose updates lose nothing"
-            return "master=bf16", "master", help
         if statement.dropout == "native":
             help = "remove it: `hash` draws the same numbers under every plan"
             return "dropout=native", "dropout", help
