@@ -24,6 +24,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.stages import Schedule, Stage, check_schedule
 from meshwright.dsl.plan import Plan
+from meshwright.dsl.statements import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,11 @@ class Compiled:
                 if node.args[0] == InputKind.ARGUMENT:
                     found.setdefault(node.args[1], node)
         return tuple(found.values())
+
+    @property
+    def scaled(self) -> bool:
+        """Whether gradients are computed times a loss scale."""
+        return any(statement.dtype == "fp16" for statement in self.plan.of(Precision))
 
     @property
     def trains(self) -> bool:

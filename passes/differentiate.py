@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from meshwright.compiler.autodiff.differentiate import differentiate as joint_graph
 from meshwright.compiler.graph.ir import OutputKind
+from meshwright.dsl.statements import Precision
 from meshwright.passes.statements.draft import Draft, pinned_inputs
 
 
@@ -25,5 +26,6 @@ def differentiate(draft: Draft) -> Draft:
     losses = draft.graph.outputs_of(OutputKind.LOSS)
     if draft.captured.mode != "train" or not any(loss.node.requires_grad for loss in losses):
         return draft
-    graph, moved = joint_graph(draft.graph, pinned_inputs(draft, draft.graph))
+    scaled = any(statement.dtype == "fp16" for statement in draft.plan.of(Precision))
+    graph, moved = joint_graph(draft.graph, pinned_inputs(draft, draft.graph), scaled=scaled)
     return replace(draft, graph=graph, movements=(*draft.movements, *moved))

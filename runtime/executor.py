@@ -48,6 +48,7 @@ class Executor:
         codes: Sequence[Code] = (),
     ) -> None:
         self.state, self.constants = state, constants
+        self.scaled = program.scaled
         self.actions = program.schedule[state.rank]
         self.stored = {**program.parameters, **program.buffers}
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}
@@ -79,7 +80,14 @@ class Executor:
         views = {name: flat for name, (_, flat) in filled.items()}
         outputs = list(enumerate(graph.results))
         contexts = [
-            RankContext(graph.mesh, {**state.coords, **turn}, state.device, state.random, views)
+            RankContext(
+                graph.mesh,
+                {**state.coords, **turn},
+                state.device,
+                state.random,
+                views,
+                state.loss_scale,
+            )
             for turn in (graph.mesh.turns[:1] if once else graph.mesh.turns)
         ]
         return _Linked(
@@ -188,6 +196,8 @@ class Executor:
         """Give the parameters their gradients, and take new values of buffers out of `results`."""
         kept, self._kept = self._kept, {}
         for bucket, gradients in kept.items():
+            if self.scaled:
+                bucket.flat.mul_(1 / self.state.loss_scale.value)
             bucket.give(gradients)
         for output in self.buffers:
             self.state.tensors["buffer", output.name].copy_(results.pop(output))

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from meshwright.compiler.layout.wires import HALF_TYPES, Wire
 from meshwright.compiler.public import Program
@@ -23,6 +24,7 @@ from meshwright.runtime.errors import NonFiniteError, RunError
 from meshwright.runtime.executor import Executor, Snapshot
 from meshwright.runtime.inputs import Sharder
 from meshwright.runtime.rank import RankProgram, RankState
+from meshwright.runtime.scaling import LossScaler
 
 Ranks = Sequence[tuple[Executor, list[Sharder]]]
 Run = Callable[[Sequence[RankProgram], Sequence[str]], list[Any]]
@@ -53,10 +55,19 @@ class Step:
 
 
 class FiniteCheck:
-    """Checks what steps have computed before one in `interval` updates, or never if it is 0."""
+    """Checks what steps have computed before one in `interval` updates, or never if it is 0.
 
-    def __init__(self, states: Sequence[RankState], run: Run, interval: int) -> None:
+    With a `scaler` it looks before each: gradients that overflow under finite losses are what a
+    loss scale is for, and the update is skipped.
+    """
+
+    def __init__(
+        self, states: Sequence[RankState], run: Run, interval: int, scaler: LossScaler | None
+    ) -> None:
         self._states, self._run, self._interval = states, run, interval
+        self._scaler = scaler
+        self._skips = False
+        """Whether updates are skipped until the next step."""
         self._steps: deque[Step] = deque(maxlen=_MOST_STEPS)
         self._norm: Tensor | None = None
         """The norm of the gradients, if it was taken after the last step."""
@@ -70,27 +81,32 @@ class FiniteCheck:
             return None
         return Step(program, ranks, inputs, [executor.snapshot() for executor, _ in ranks])
 
-    def end(self, step: Step, loss: Tensor) -> None:
+    def end(self, step: Step | None, loss: Tensor) -> None:
         """Count a step that has run, with its loss."""
-        step.loss = loss
-        self._steps.append(step)
+        if step is not None:
+            step.loss = loss
+            self._steps.append(step)
         self._norm, self._checked = None, False
 
     def clipped(self, norm: Tensor) -> None:
         """Take note of the norm of all gradients, the same on every rank."""
         self._norm = norm
 
-    def before_update(self, *_: object) -> None:
-        """Raise `NonFiniteError` on every rank if a loss or gradient is not finite on any."""
-        if not self._interval:
-            return
+    def before_update(self, optimizer: Optimizer, *_: object) -> None:
+        """Raise `NonFiniteError` on every rank if a loss or gradient is not finite on any, or let
+        the optimizer skip an update that overflows."""
         steps = list(self._steps)
         self._steps.clear()
-        left_out = self._num_updates % self._interval
-        self._num_updates += 1
-        if not (left_out or self._checked or self._finite(steps)):
-            self._raise(steps)
+        if not self._checked:
+            due = self._interval and not self._num_updates % self._interval
+            self._num_updates += 1
+            checks = due or self._scaler is not None
+            self._skips = bool(checks and not self._finite(steps) and self._overflowed(steps))
+            if self._scaler is not None:
+                self._scaler.adapt(overflowed=self._skips)
         self._checked = True
+        if self._skips and self._scaler is not None:
+            self._scaler.hide(optimizer)
 
     def _finite(self, steps: Sequence[Step]) -> bool:
         losses = [step.loss for step in steps]
@@ -98,12 +114,18 @@ class FiniteCheck:
             return True
         return not self._run([_any_bad(state, losses) for state in self._states], ())[0]
 
-    def _raise(self, steps: Sequence[Step]) -> None:
-        """Find what is wrong; finite gradients whose sum is not finite are fine."""
-        losses = [step.loss for step in steps]
+    def _overflowed(self, steps: Sequence[Step]) -> bool:
+        """Whether an update is to be skipped; finite gradients whose sum is not finite are fine.
+        Raises the error for what no loss scale is for."""
         bad = self._run([_bad_gradients(state) for state in self._states], ())[0]
-        if not bad and _all_finite(losses):
-            return
+        finite = _all_finite([step.loss for step in steps])
+        if finite and (not bad or self._scaler is not None):
+            return bool(bad)
+        if self._interval:
+            self._raise(steps, bad)
+        return True
+
+    def _raise(self, steps: Sequence[Step], bad: Sequence[str]) -> NoReturn:
         for step in steps:
             found = self._again(step)
             if found is not None:

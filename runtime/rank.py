@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.codegen.linking import RandomState
+from meshwright.compiler.codegen.linking import LossScale, RandomState
 from meshwright.compiler.graph.ir import Node, Output
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.program import Stored
@@ -30,7 +30,7 @@ class RankState:
     def __init__(self, program: Program, rank: int, values: Values) -> None:
         self.mesh, self.device, self.rank = program.mesh, _indexed(program.device), rank
         self.coords = program.mesh.coords(rank)
-        self.random = RandomState()
+        self.random, self.loss_scale = RandomState(), LossScale()
         self.num_updates = 0
         """The number of optimizer steps since the launch or a load."""
         self.parameters: dict[str, nn.Parameter] = {}

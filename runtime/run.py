@@ -33,7 +33,9 @@ from meshwright.runtime.programs import Linked, Programs
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
 from meshwright.runtime.rounding import round_updates
 from meshwright.runtime.same_inputs import InputCheck, read_interval
+from meshwright.runtime.scaling import LossScaler
 from meshwright.runtime.start import check_seed, executable_digest
+from meshwright.runtime.start import check_seed, executable_digest, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
 from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.weights import (
@@ -94,7 +96,8 @@ class Run:
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
         self._saves = checkpoint.Saves(program, self.states, self._run)
-        self._finite_check = FiniteCheck(self.states, self._run, finite_interval)
+        self._scaler = LossScaler(self.states) if program.scaled else None
+        self._finite_check = FiniteCheck(self.states, self._run, finite_interval, self._scaler)
         self._closed = False
         self._start(seed, values, mapped_names(program, state_dict), interval)
         if program.mode == "train":
@@ -206,7 +209,7 @@ class Run:
             check_leaves(linked.input_names, tensors)
         begun = self._finite_check.begin(linked.program, ranks, tensors) if training else None
         found = self._whole_or_not(ranks, tensors, linked.wire_names, training)
-        if begun is not None:
+        if training:
             self._finite_check.end(begun, next(iter(found[0].values())))
         if check is not None:
             check.after(method, linked.input_names, tensors, axes)
@@ -353,7 +356,22 @@ class Run:
         found.register_step_post_hook(self._count_update)
         return found
 
+    @property
+    def loss_scale(self) -> float:
+        """The factor of gradients under `precision fp16` while they are computed; else 1.
+
+        `gradients`, clipping and optimizers see gradients without it.
+        """
+        return 1.0 if self._scaler is None else self._scaler.value
+
+    @property
+    def num_skipped(self) -> int:
+        """The number of updates that were skipped since the launch, as a gradient overflowed."""
+        return 0 if self._scaler is None else self._scaler.num_skipped
+
     def _count_update(self, *_: object) -> None:
+        if self._scaler is not None and self._scaler.show():
+            return
         for state in self.states:
             state.num_updates += 1
 

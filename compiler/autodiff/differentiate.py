@@ -43,6 +43,7 @@ def differentiate(
     explicit: frozenset[Node] = frozenset(),
     *,
     seeds: Iterable[Output] | None = None,
+    scaled: bool = False,
 ) -> tuple[Graph, tuple[Movement, ...]]:
     """The joint graph, and the changes of layout that operators of the backward asked for.
 
@@ -51,7 +52,8 @@ def differentiate(
     `COTANGENT` for any other. `seeds` are the outputs that are differentiated: by default the loss
     and each differentiable value that is sent. The cotangent of a loss is 1; that of any other
     output is an input of the joint graph, a `COTANGENT` under the output's name. `explicit` are the
-    inputs that the plan laid out.
+    inputs that the plan laid out. Where gradients are `scaled`, the cotangent of a loss is the loss
+    scale of the run.
 
     Requires: every node placed. Ensures: each gradient and cotangent has the dual of the layout of
     its value.
@@ -59,13 +61,13 @@ def differentiate(
     if seeds is None:
         given = graph.outputs_of(OutputKind.LOSS, OutputKind.SENT)
         seeds = [output for output in given if output.node.requires_grad]
-    differentiator = _Differentiator(graph, explicit)
+    differentiator = _Differentiator(graph, explicit, scaled)
     return differentiator.run(seeds), tuple(differentiator.emitter.movements)
 
 
 class _Differentiator:
-    def __init__(self, graph: Graph, explicit: frozenset[Node]) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, explicit: frozenset[Node], scaled: bool) -> None:
+        self.graph, self.scaled = graph, scaled
         self.emitter = Emitter(Builder(graph.name, graph.mesh), backward=True)
         for node in graph.nodes:
             self.emitter.adopt(node)
@@ -99,6 +101,8 @@ class _Differentiator:
             seed = self.emitter.call(
                 aten.full.default, ((), 1.0), kwargs, origin=origin, name="seed"
             )
+            if self.scaled:
+                seed = self.emitter.call(MeshOp("loss_scale"), (seed,), {}, origin=origin)
         else:
             seed = self.emitter.builder.emit(
                 INPUT,

@@ -8,7 +8,7 @@ operands, in the order of `Node.operands()`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
@@ -58,6 +58,15 @@ class RandomState:
         return self.step if self.training else self.step + (self.evaluations << 40)
 
 
+@dataclass(slots=True)
+class LossScale:
+    """The factor of gradients in float16 while they are computed, and the number of updates since
+    it changed."""
+
+    value: float = 65536.0
+    num_clean: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class RankContext:
     """What is linked into a rank's copy of the generated functions."""
@@ -68,6 +77,7 @@ class RankContext:
     random: RandomState
     buckets: Mapping[str, tuple[Tensor, ...]]
     """By bucket node: the flat buffer, then its views, one for each gradient."""
+    scale: LossScale = field(default_factory=LossScale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,7 @@ class Binding:
     coords: Mapping[str, int]
     random: RandomState
     device: torch.device
+    scale: LossScale
 
     def operand(self, position: int) -> Node:
         """The node given as this argument."""
@@ -118,7 +129,9 @@ def bind(node: Node, context: RankContext) -> Kernel:
     """The function of its operands that runs a composite on one rank."""
     known = composite_of(node.op)
     assert known is not None, node.op
-    binding = Binding(node, context.mesh, context.coords, context.random, context.device)
+    binding = Binding(
+        node, context.mesh, context.coords, context.random, context.device, context.scale
+    )
     kernel = known.bind(binding)
     taken = list(takewhile(lambda arg: arg is None or isinstance(arg, Node), node.args))
     if None not in taken:

@@ -82,6 +82,14 @@ class LoweringContext(Protocol):
         """Emit one collective of this kind, which leaves `value` in `layout`."""
 
 
+class LossFactor(Protocol):
+    """A number that may change between steps."""
+
+    @property
+    def value(self) -> float:
+        """The number now."""
+
+
 class BindingContext(Protocol):
     """A node to bind on one rank, and where on the mesh and in its tensors the rank is."""
 
@@ -100,6 +108,10 @@ class BindingContext(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the rank's tensors are."""
+
+    @property
+    def scale(self) -> LossFactor:
+        """The loss scale of the run, as it is when the kernel runs."""
 
     def operand(self, position: int) -> Node:
         """The node given as this argument."""

@@ -49,12 +49,9 @@ def check_supported(plan: Plan) -> None:
 
 def _missing(statement: Statement) -> tuple[str, str, str] | None:
     """What of a statement cannot be carried out, its place, and what to do; None if all can."""
-    if isinstance(statement, Precision):
-        if statement.dtype == "fp16":
-            return "precision fp16", "", "write `precision bf16`, which needs no loss scaling"
-        if statement.dropout == "native":
-            help = "remove it: `hash` draws the same numbers under every plan"
-            return "dropout=native", "dropout", help
+    if isinstance(statement, Precision) and statement.dropout == "native":
+        help = "remove it: `hash` draws the same numbers under every plan"
+        return "dropout=native", "dropout", help
     local = isinstance(statement, Allow) and statement.what == "local"
     if not local and isinstance(statement, CARRIED_OUT):
         return None

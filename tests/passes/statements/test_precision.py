@@ -313,7 +313,6 @@ def test_evaluation_and_inference_compute_in_the_same_type() -> None:
 @pytest.mark.parametrize(
     ("plan", "dtype", "message"),
     [
-        ("precision fp16", F32, "`precision fp16` is part of the language, but this version"),
         ("precision bf16 dropout=native", F32, "`dropout=native` is part of the language, but"),
         ("precision bf16", torch.float64, "has nothing to compute in it"),
         ("precision bf16 keep=[norms]", F32, "`keep=norms` matches nothing"),

@@ -1,0 +1,107 @@
+"""Training in float16: gradients are scaled while they are computed, and overflows skip updates."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import meshwright as mw
+from meshwright.runtime.errors import NonFiniteError
+from tests.runtime.models import PLANS, batch, make
+
+
+@functools.cache
+def program(plan: str, precision: str = "fp16") -> mw.Program:
+    statement = f"precision {precision}\n" if precision else ""
+    return mw.compile(make().float(), mw.Plan.parse(PLANS[plan] + statement), batch())
+
+
+def set_scale(run: mw.Run, value: float, num_clean: int = 0) -> None:
+    for state in run.states:
+        state.loss_scale.value, state.loss_scale.num_clean = value, num_clean
+
+
+def weights(run: mw.Run) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in run.state_dict().items() if name != "steps"}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_gradients_are_those_of_the_model_whatever_the_scale(plan: str) -> None:
+    expected = program("data", "").launch()
+    expected.step(*batch())
+    exact = expected.gradients()
+    for scale in (1.0, 65536.0):
+        run = program(plan).launch()
+        set_scale(run, scale)
+        for _ in range(2):
+            run.step(*batch())
+        for name, gradient in run.gradients().items():
+            assert gradient.dtype == torch.float32
+            torch.testing.assert_close(gradient, 2 * exact[name], rtol=0.05, atol=4e-3)
+
+
+def test_an_update_that_overflows_is_skipped_and_halves_the_scale() -> None:
+    run = program("zero").launch()
+    optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+    set_scale(run, 2.0**40, num_clean=7)
+    before = weights(run)
+    run.step(*batch())
+    run.clip_grad_norm_(1.0)
+    optimizer.step()
+    assert not optimizer.state
+    assert (run.loss_scale, run.num_skipped) == (2.0**39, 1)
+    assert all(state.loss_scale.num_clean == 0 for state in run.states)
+    assert all(state.num_updates == 0 for state in run.states)
+    assert any(parameter.grad is not None for parameter in run.parameters())
+    torch.testing.assert_close(weights(run), before, rtol=0, atol=0)
+    optimizer.zero_grad()
+    set_scale(run, 1024.0, num_clean=1999)
+    run.step(*batch())
+    optimizer.step()
+    assert run.loss_scale == 2048.0
+    assert {float(state["step"]) for state in optimizer.state.values()} == {1.0}
+    run.check(optimizer)
+
+
+def test_two_optimizers_skip_together_and_count_once() -> None:
+    run = program("data").launch()
+    groups = [{"params": "blocks.**"}]
+    pair = [run.optimizer(torch.optim.SGD, lr=0.1, groups=groups) for _ in range(2)]
+    set_scale(run, 2.0**40)
+    before = weights(run)
+    run.step(*batch())
+    for optimizer in pair:
+        optimizer.step()
+    assert (run.loss_scale, run.num_skipped) == (2.0**39, 1)
+    torch.testing.assert_close(weights(run), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_nan_of_the_forward_is_no_overflow(check: bool) -> None:
+    run = program("both").launch(check_finite=check)
+    optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
+    state = run.state_dict()
+    state["blocks.0.up.weight"][3, 3] = torch.nan
+    run.load_state_dict(state)
+    run.step(*batch())
+    if check:
+        with pytest.raises(NonFiniteError, match=r"the parameter `blocks.0.up.weight` has a NaN"):
+            optimizer.step()
+    assert run.num_skipped == 0
+
+
+def test_a_scale_that_cannot_fall_any_more_is_an_error() -> None:
+    run = program("data").launch()
+    optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
+    set_scale(run, 1.0)
+    run.step(*batch())
+    next(p for p in run.parameters() if p.grad is not None).grad.fill_(torch.inf)
+    with pytest.raises(NonFiniteError, match="gradients overflow in float16 at a loss scale of 1"):
+        optimizer.step()
+
+
+def test_without_float16_there_is_no_scale() -> None:
+    run = program("data", "").launch()
+    assert (run.loss_scale, run.num_skipped) == (1.0, 0)
