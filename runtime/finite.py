@@ -57,15 +57,13 @@ class Step:
 class FiniteCheck:
     """Checks what steps have computed before one in `interval` updates, or never if it is 0.
 
-    With a `scaler` it looks before each: gradients that overflow under finite losses are what a
-    loss scale is for, and the update is skipped.
+    Where gradients are `scaled` it looks before each: gradients that overflow under finite losses
+    are what a loss scale is for, and the update is skipped.
     """
 
-    def __init__(
-        self, states: Sequence[RankState], run: Run, interval: int, scaler: LossScaler | None
-    ) -> None:
+    def __init__(self, states: Sequence[RankState], run: Run, interval: int, scaled: bool) -> None:
         self._states, self._run, self._interval = states, run, interval
-        self._scaler = scaler
+        self.scaler = LossScaler(states, scaled)
         self._skips = False
         """Whether updates are skipped until the next step."""
         self._steps: deque[Step] = deque(maxlen=_MOST_STEPS)
@@ -92,6 +90,16 @@ class FiniteCheck:
         """Take note of the norm of all gradients, the same on every rank."""
         self._norm = norm
 
+    def attach(self, optimizer: Optimizer) -> None:
+        """Look before each update of an optimizer, and count those that are made."""
+        optimizer.register_step_pre_hook(self.before_update)
+        optimizer.register_step_post_hook(self._after_update)
+
+    def _after_update(self, *_: object) -> None:
+        if not self.scaler.show():
+            for state in self._states:
+                state.num_updates += 1
+
     def before_update(self, optimizer: Optimizer, *_: object) -> None:
         """Raise `NonFiniteError` on every rank if a loss or gradient is not finite on any, or let
         the optimizer skip an update that overflows."""
@@ -100,13 +108,12 @@ class FiniteCheck:
         if not self._checked:
             due = self._interval and not self._num_updates % self._interval
             self._num_updates += 1
-            checks = due or self._scaler is not None
+            checks = due or self.scaler.scaled
             self._skips = bool(checks and not self._finite(steps) and self._overflowed(steps))
-            if self._scaler is not None:
-                self._scaler.adapt(overflowed=self._skips)
+            self.scaler.adapt(overflowed=self._skips)
         self._checked = True
-        if self._skips and self._scaler is not None:
-            self._scaler.hide(optimizer)
+        if self._skips:
+            self.scaler.hide(optimizer)
 
     def _finite(self, steps: Sequence[Step]) -> bool:
         losses = [step.loss for step in steps]
@@ -119,7 +126,7 @@ class FiniteCheck:
         Raises the error for what no loss scale is for."""
         bad = self._run([_bad_gradients(state) for state in self._states], ())[0]
         finite = _all_finite([step.loss for step in steps])
-        if finite and (not bad or self._scaler is not None):
+        if finite and (not bad or self.scaler.scaled):
             return bool(bad)
         if self._interval:
             self._raise(steps, bad)

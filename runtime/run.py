@@ -33,9 +33,7 @@ from meshwright.runtime.programs import Linked, Programs
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
 from meshwright.runtime.rounding import round_updates
 from meshwright.runtime.same_inputs import InputCheck, read_interval
-from meshwright.runtime.scaling import LossScaler
 from meshwright.runtime.start import check_seed, executable_digest
-from meshwright.runtime.start import check_seed, executable_digest, same_start
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
 from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.weights import (
@@ -81,7 +79,7 @@ class Run:
                 help='write `new_shapes="compile"` or leave it out',
             )
         check_seed(seed)
-        interval, finite_interval = read_interval(check_inputs), read_check(check_finite)
+        interval, finite = read_interval(check_inputs), read_check(check_finite)
         if state_dict is not None:
             shapes = shapes_of(state_dict, "`state_dict`")
             check_state(program, shapes, "`state_dict`", needed=())
@@ -96,8 +94,7 @@ class Run:
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
         self._saves = checkpoint.Saves(program, self.states, self._run)
-        self._scaler = LossScaler(self.states) if program.scaled else None
-        self._finite_check = FiniteCheck(self.states, self._run, finite_interval, self._scaler)
+        self._finite_check = FiniteCheck(self.states, self._run, finite, program.scaled)
         self._closed = False
         self._start(seed, values, mapped_names(program, state_dict), interval)
         if program.mode == "train":
@@ -352,28 +349,18 @@ class Run:
         with apart_from_caller(self.program.device.type):
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
         round_updates(found, self.states, self.program)
-        found.register_step_pre_hook(self._finite_check.before_update)
-        found.register_step_post_hook(self._count_update)
+        self._finite_check.attach(found)
         return found
 
     @property
     def loss_scale(self) -> float:
-        """The factor of gradients under `precision fp16` while they are computed; else 1.
-
-        `gradients`, clipping and optimizers see gradients without it.
-        """
-        return 1.0 if self._scaler is None else self._scaler.value
+        """The factor in gradients while `precision fp16` computes them; 1 elsewhere."""
+        return self._finite_check.scaler.value
 
     @property
     def num_skipped(self) -> int:
         """The number of updates that were skipped since the launch, as a gradient overflowed."""
-        return 0 if self._scaler is None else self._scaler.num_skipped
-
-    def _count_update(self, *_: object) -> None:
-        if self._scaler is not None and self._scaler.show():
-            return
-        for state in self.states:
-            state.num_updates += 1
+        return self._finite_check.scaler.num_skipped
 
     def gradients(self) -> dict[str, Tensor]:
         """Global gradients under every name of each parameter; those without one are left out.

@@ -18,20 +18,23 @@ _GROWTH, _BACKOFF, _INTERVAL, _LEAST = 2.0, 0.5, 2000, 1.0
 
 
 class LossScaler:
-    """The loss scale of a run, and the updates that it has skipped."""
+    """The loss scale of a run, and the updates that it has skipped; unless gradients are `scaled`,
+    it is 1 and none are."""
 
-    def __init__(self, states: Sequence[RankState]) -> None:
-        self._states = states
+    def __init__(self, states: Sequence[RankState], scaled: bool) -> None:
+        self._states, self.scaled = states, scaled
         self.num_skipped = 0
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
     def value(self) -> float:
         """The scale now."""
-        return self._states[0].loss_scale.value
+        return self._states[0].loss_scale.value if self.scaled else 1.0
 
     def adapt(self, *, overflowed: bool) -> None:
         """Count an update, and change the scale. Raises `NonFiniteError` below a scale of 1."""
+        if not self.scaled:
+            return
         if overflowed and self.value * _BACKOFF < _LEAST:
             raise NonFiniteError(
                 f"gradients overflow in float16 at a loss scale of {self.value:g}",
