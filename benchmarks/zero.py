@@ -5,7 +5,7 @@
 
 Step times of all of them, taken in turns in the same processes: of a whole batch, of one in four
 microbatches, and of one that computes in bfloat16. Then the peak memory of each, in
-processes of its own. About nine minutes.
+processes of its own. About twelve minutes.
 """
 
 from __future__ import annotations
