@@ -8,7 +8,7 @@ just found a finite norm. Where they are not, the steps run again with their val
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -22,12 +22,10 @@ from meshwright.dsl.errors import spelled
 from meshwright.runtime.culprit import Watches, culprit
 from meshwright.runtime.errors import NonFiniteError, RunError
 from meshwright.runtime.executor import Executor, Snapshot
-from meshwright.runtime.inputs import Sharder
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.scaling import LossScaler
+from meshwright.runtime.stepping import Ranks, Run, begun
 
-Ranks = Sequence[tuple[Executor, list[Sharder]]]
-Run = Callable[[Sequence[RankProgram], Sequence[str]], list[Any]]
 _MOST_STEPS = 64
 """Steps before one update that can run again; their inputs stay in memory until then."""
 
@@ -157,9 +155,8 @@ class FiniteCheck:
                 executors, step.ranks, step.before, strict=True
             ):
                 executor.restore(before)
-                executor.state.random.begin(training=True)
-                own = [cut(each) for cut, each in zip(sharders, step.inputs, strict=True)]
-                programs.append(_watched_run(executor, own, watches))
+                program = begun(executor, sharders, step.inputs, training=True)
+                programs.append(_watched(program, executor.state, watches))
             names = [name for code in watches.codes for name in code.wire_names]
             found: dict[str, Any] | None = self._run(programs, names)[0]
             return found
@@ -204,7 +201,6 @@ def _bad_gradients(state: RankState) -> RankProgram:
     return [name for name, bad in zip(state.parameters, most, strict=True) if bad]
 
 
-def _watched_run(executor: Executor, inputs: Sequence[Tensor], watches: Watches) -> RankProgram:
-    yield from executor.run(inputs)
-    found = yield from culprit(executor.state, watches)
-    return found
+def _watched(program: RankProgram, state: RankState, watches: Watches) -> RankProgram:
+    yield from program
+    return (yield from culprit(state, watches))

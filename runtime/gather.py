@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -27,9 +27,16 @@ def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
     return local.clone() if shared else local
 
 
-def gathered_all(locals: Iterable[tuple[Tensor, Stored]], state: RankState) -> RankProgram:
-    """The global tensors by name, gathered one after the other."""
+def gathered_all(
+    listed: Iterable[Stored],
+    value: Callable[[RankState, Stored], Tensor | None],
+    state: RankState,
+) -> RankProgram:
+    """The global tensors by name, gathered one after the other; `value` gives a rank's part of one,
+    or None where no rank has it."""
     found: dict[str, Tensor] = {}
-    for local, stored in locals:
-        found[stored.name] = yield from gathered(local, stored, state)
+    for stored in listed:
+        local = value(state, stored)
+        if local is not None:
+            found[stored.name] = yield from gathered(local, stored, state)
     return found

@@ -16,7 +16,7 @@ from meshwright.compiler.layout.layout import Layout, block_map, shard
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.public import Program
 from meshwright.dsl.statements import Data
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import RunError, check_kind
 
 Sharder = Callable[[Tensor], Tensor]
 
@@ -90,6 +90,20 @@ def data_axes(program: Program) -> tuple[str, ...]:
             help="pass the global batch to `step` instead",
         )
     return tuple(a for a in found[0] if program.mesh.size(a) > 1) if found else ()
+
+
+def rows_of(num_rows: int, num_parts: int, part: int) -> slice:
+    """The rows of a batch that belong to one of so many parts. Raises `RunError` unless the batch
+    divides."""
+    check_kind(num_rows, int, "the number of rows", "pass a whole number")
+    rows, rest = divmod(num_rows, num_parts)
+    if rest or num_rows < 1:
+        lower = max(num_rows - rest, num_parts)
+        raise RunError(
+            f"a batch of {num_rows} rows does not divide over {num_parts} ranks",
+            help=f"use a batch of {lower} or {lower + num_parts}",
+        )
+    return slice(part * rows, (part + 1) * rows)
 
 
 def _rows(name: str, layout: Layout, program: Program) -> tuple[tuple[int, ...], Layout]:

@@ -12,12 +12,24 @@ from torch.utils import _pytree as pytree
 
 from meshwright.compiler.capture.structure import Structure
 from meshwright.compiler.public import Program
+from meshwright.dsl.errors import spelled
 from meshwright.runtime.ambient import apart_from_caller
+from meshwright.runtime.errors import RunError
 from meshwright.runtime.executor import Executor
-from meshwright.runtime.inputs import Inputs, Sharder
+from meshwright.runtime.inputs import Inputs
 from meshwright.runtime.rank import RankState
 from meshwright.runtime.start import executable_digest, same_constants
+from meshwright.runtime.stepping import Ranks
 from meshwright.runtime.transports.meshes import Transport
+
+
+def check_new_shapes(new_shapes: object) -> None:
+    """Raise `RunError` for what `launch(new_shapes=...)` does not take."""
+    if not (isinstance(new_shapes, str) and new_shapes in ("error", "compile")):
+        raise RunError(
+            f"`new_shapes` is {spelled(new_shapes)}",
+            help='write `new_shapes="compile"` or leave it out',
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +38,7 @@ class Linked:
 
     program: Program
     inputs: Inputs
-    ranks: list[tuple[Executor, list[Sharder]]]
+    ranks: Ranks
     wire_names: tuple[str, ...]
     input_names: tuple[str, ...]
 

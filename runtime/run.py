@@ -14,27 +14,26 @@ from torch import Tensor, nn
 from meshwright.compiler.capture.aliases import named_tensors
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
-from meshwright.dsl.errors import spelled
 from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.copies import check_found, compare, held
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
-from meshwright.runtime.executor import Executor
 from meshwright.runtime.finite import FiniteCheck, read_check
 from meshwright.runtime.gather import gathered_all
 from meshwright.runtime.initial import begin, check_set
-from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes
+from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes, rows_of
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import check_norms, clipped
 from meshwright.runtime.optimizer import Groups, make_optimizer
-from meshwright.runtime.programs import Linked, Programs
+from meshwright.runtime.programs import Linked, Programs, check_new_shapes
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
 from meshwright.runtime.rounding import round_updates
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
+from meshwright.runtime.stepping import Ranks, whole_step
 from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.weights import (
     check_state,
@@ -72,12 +71,7 @@ class Run:
 
         See `Program.launch` for the options.
         """
-        known: object = new_shapes
-        if not (isinstance(known, str) and known in ("error", "compile")):
-            raise RunError(
-                f"`new_shapes` is {spelled(new_shapes)}",
-                help='write `new_shapes="compile"` or leave it out',
-            )
+        check_new_shapes(new_shapes)
         check_seed(seed)
         interval, finite = read_interval(check_inputs), read_check(check_finite)
         if state_dict is not None:
@@ -194,7 +188,7 @@ class Run:
         method: str,
         linked: Linked,
         tensors: Sequence[Tensor],
-        ranks: Sequence[tuple[Executor, list[Sharder]]] = (),
+        ranks: Ranks = (),
     ) -> Results:
         check_set(self.program, self.states[0].unset)
         check = self._input_check
@@ -205,7 +199,7 @@ class Run:
         if training:
             check_leaves(linked.input_names, tensors)
         begun = self._finite_check.begin(linked.program, ranks, tensors) if training else None
-        found = self._whole_or_not(ranks, tensors, linked.wire_names, training)
+        found = whole_step(self._run, ranks, tensors, linked.wire_names, training=training)
         if training:
             self._finite_check.end(begun, next(iter(found[0].values())))
         if check is not None:
@@ -213,34 +207,6 @@ class Run:
         else:
             self._results = found if len(found) > 1 else []
         return found[0]
-
-    def _whole_or_not(
-        self,
-        ranks: Sequence[tuple[Executor, list[Sharder]]],
-        tensors: Sequence[Tensor],
-        names: Sequence[str],
-        training: bool,
-    ) -> list[Results]:
-        """Run one step on every rank of this process; an interrupted step leaves all as it was."""
-        before = [state.random.place for state in self.states]
-        try:
-            for state in self.states:
-                state.random.begin(training=training)
-            programs = [
-                step.run([own(tensor) for own, tensor in zip(sharders, tensors, strict=True)])
-                for step, sharders in ranks
-            ]
-            found: list[Results] = self._run(programs, names)
-            with torch.no_grad():
-                for (step, _), results in zip(ranks, found, strict=True):
-                    step.commit(results)
-        except BaseException:
-            with torch.no_grad():
-                for (step, _), state, place in zip(ranks, self.states, before, strict=True):
-                    step.undo()
-                    state.random.restore(place)
-            raise
-        return found
 
     def _run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
         self._check_usable(self.program.mode)
@@ -302,15 +268,7 @@ class Run:
 
         Raises `RunError` for a number of rows that does not divide.
         """
-        check_kind(num_rows, int, "the number of rows", "pass a whole number")
-        rows, rest = divmod(num_rows, self.data_ranks)
-        if rest or num_rows < 1:
-            lower = max(num_rows - rest, self.data_ranks)
-            raise RunError(
-                f"a batch of {num_rows} rows does not divide over {self.data_ranks} ranks",
-                help=f"use a batch of {lower} or {lower + self.data_ranks}",
-            )
-        return slice(self.data_rank * rows, (self.data_rank + 1) * rows)
+        return rows_of(num_rows, self.data_ranks, self.data_rank)
 
     # -- parameters ---------------------------------------------------------------------------
 
@@ -387,11 +345,9 @@ class Run:
     def _gather(
         self, stored: Sequence[Stored], value: Callable[[RankState, Stored], Tensor | None]
     ) -> dict[str, Tensor]:
-        programs = []
-        for state in self.states:
-            held = [(tensor, s) for s in stored if (tensor := value(state, s)) is not None]
-            programs.append(gathered_all(held, state))
-        found: dict[str, Tensor] = self._run(programs)[0]
+        found: dict[str, Tensor] = self._run(
+            [gathered_all(stored, value, state) for state in self.states]
+        )[0]
         aliases = self.program.captured.aliases
         return {alias: found[name] for alias, name in aliases.items() if name in found}
 
