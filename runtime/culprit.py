@@ -97,8 +97,8 @@ def _has_nan(value: Any) -> bool | None:
 @dataclass(frozen=True, slots=True)
 class _Found:
     """Where a bad value began. `level` is 0 for one that reaches what the step returns, 1 for one
-    that was sent to other ranks, 2 for one that came from them; `infinite` is where infinities
-    began that it made a NaN of."""
+    that was sent to other ranks, 2 for one that came from them; `infinite` is where the infinities
+    began of which it made a NaN."""
 
     level: int
     key: Key

@@ -53,10 +53,10 @@ class Step:
 
 
 class FiniteCheck:
-    """Checks what steps have computed before one in `interval` updates, or never if it is 0.
+    """A check of what steps have computed, before one in `interval` updates or, if it is 0, never.
 
-    Where gradients are `scaled` it looks before each: gradients that overflow under finite losses
-    are what a loss scale is for, and the update is skipped.
+    Where gradients are `scaled`, every update is checked: one whose gradients overflow under finite
+    losses is skipped, and the loss scale lowered.
     """
 
     def __init__(self, states: Sequence[RankState], run: Run, interval: int, scaled: bool) -> None:
@@ -85,7 +85,7 @@ class FiniteCheck:
         self._norm, self._checked = None, False
 
     def clipped(self, norm: Tensor) -> None:
-        """Take note of the norm of all gradients, the same on every rank."""
+        """Note the norm of all gradients, the same on every rank."""
         self._norm = norm
 
     def attach(self, optimizer: Optimizer) -> None:
@@ -137,12 +137,12 @@ class FiniteCheck:
                 raise NonFiniteError(**found)
         what = f"the gradient of `{bad[0]}`" if bad else "the loss"
         raise NonFiniteError(
-            f"{what} has a NaN or an infinity, which no step gives that is run again",
+            f"{what} has a NaN or an infinity, and has none when the steps run again",
             help="check what changes gradients, parameters or inputs between step and update",
         )
 
     def _again(self, step: Step) -> dict[str, Any] | None:
-        """What made the first bad value of a step; all is as it was afterwards."""
+        """Run a step again, find what made its first bad value, and leave all as it was."""
         watches = Watches(step.program)
         executors = [
             Executor(step.program, executor.state, executor.constants, watches.codes)
@@ -175,7 +175,7 @@ def _all_finite(numbers: Sequence[Tensor]) -> bool:
 def _any_bad(state: RankState, losses: Sequence[Tensor]) -> RankProgram:
     """Whether a loss or the sum of the gradients in a buffer is not finite on any rank.
 
-    What is not finite is a NaN when multiplied by zero, which every sum after it keeps.
+    Multiplied by zero, what is not finite becomes a NaN, which sums over ranks keep.
     """
     numbers = [_sum(gradient) for gradient in state.flat_gradients()] + list(losses)
     total = torch.zeros((), dtype=torch.float64, device=state.device)

@@ -25,7 +25,7 @@ from meshwright.compiler.graph.ir import GETITEM, INPUT, InputKind, MeshOp, Node
 from meshwright.compiler.graph.slots import call_operands, filled, slotted
 from meshwright.compiler.kernels.hashing import RandomIndex
 from meshwright.compiler.kernels.random import random
-from meshwright.compiler.layout.layout import Layout, shard
+from meshwright.compiler.layout.extents import held_indices
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.factories import filled_with
 from meshwright.compiler.placing.rules.pointwise import POINTWISE, is_pointwise
@@ -180,7 +180,8 @@ class InitialValues:
     def fill(self, stored: Stored, out: Tensor, mesh: Mesh, coords: Mapping[str, int]) -> None:
         """Write the values of a tensor to the part that the rank at `coords` holds, and zeros to
         what storage adds."""
-        region = tuple(_held(stored, mesh, coords))
+        shape, layout = stored.type.shape, stored.layout
+        region = tuple(held_indices(shape, layout, stored.paddings, mesh, coords))
         places = [(indices >= 0).nonzero().view(-1) for indices in region]
         within = tuple(map(torch.index_select, region, [0] * len(region), places))
         if _sizes(within) != tuple(out.shape):
@@ -299,16 +300,6 @@ def _blocks(shape: Sequence[int]) -> Iterator[slice]:
     step = max(1, _BLOCK // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
-
-
-def _held(stored: Stored, mesh: Mesh, coords: Mapping[str, int]) -> Iterator[Tensor]:
-    """For each dim, the global index of each entry that a rank holds; -1 for what storage adds."""
-    for dim, (size, spelling) in enumerate(zip(stored.type.shape, stored.layout.dims, strict=True)):
-        indices = torch.arange(size)
-        for padding in stored.paddings:
-            if padding.dim == dim:
-                indices = padding._replace(dim=0).added(indices, -1)
-        yield shard(indices, Layout((spelling,)), mesh, coords)
 
 
 def _spread(value: Tensor, dim: int, places: Tensor, size: int) -> Tensor:

@@ -20,8 +20,7 @@ from torch.optim import Optimizer
 
 from meshwright.compiler.kernels.hashing import RandomIndex
 from meshwright.compiler.kernels.rounding import round_stochastically
-from meshwright.compiler.layout.extents import positions
-from meshwright.compiler.layout.layout import Layout, block_map
+from meshwright.compiler.layout.extents import held_indices
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.dsl.statements import Precision
@@ -73,18 +72,15 @@ def round_updates(optimizer: Optimizer, states: Sequence[RankState], program: Pr
 
 
 def _narrow(state: RankState, stored: Stored, parameter: nn.Parameter) -> _Narrow:
-    shape, mesh = stored.type.shape, state.mesh
-    coords = tuple(
-        positions(size, stored.paddings, place)[block_map(Layout((dim,)), mesh, state.coords)]
-        for place, (size, dim) in enumerate(zip(shape, stored.layout.dims, strict=True))
-    )
+    shape = stored.type.shape
+    coords = held_indices(shape, stored.layout, stored.paddings, state.mesh, state.coords)
     number = _OPERATORS + zlib.crc32(stored.name.encode())
-    return _Narrow(state, parameter, shape, coords, number)
+    return _Narrow(state, parameter, shape, tuple(coords), number)
 
 
 @contextmanager
 def _widened(narrow: Sequence[_Narrow]) -> Iterator[None]:
-    """Let parameters and gradients be float32 in between; an update that fails changes nothing."""
+    """Make parameters and gradients float32 inside; an update that fails changes nothing."""
     before = [(each, each.parameter.data, each.parameter.grad) for each in narrow]
     try:
         for each, data, gradient in before:

@@ -1,7 +1,7 @@
 """Dynamic loss scaling for float16: skip an update that overflows, and find the scale by trying.
 
 The scale begins at 65536, halves where a gradient overflows, and doubles after 2000 updates without
-an overflow, as torch's `GradScaler` does it. All ranks agree before, so they skip alike.
+an overflow, as in torch's `GradScaler`. Ranks agree on overflows first, so all skip alike.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _GROWTH, _BACKOFF, _INTERVAL, _LEAST = 2.0, 0.5, 2000, 1.0
 
 
 class LossScaler:
-    """The loss scale of a run, and the updates that it has skipped; unless gradients are `scaled`,
-    it is 1 and none are."""
+    """The loss scale of a run, and the number of updates that were skipped. Unless gradients are
+    `scaled`, the scale is 1 and none are skipped."""
 
     def __init__(self, states: Sequence[RankState], scaled: bool) -> None:
         self._states, self.scaled = states, scaled
@@ -57,7 +57,7 @@ class LossScaler:
                     parameter.grad = None
 
     def show(self) -> bool:
-        """Put hidden gradients back; whether there were any."""
+        """Put hidden gradients back, and return whether there were any."""
         hidden, self._hidden = self._hidden, []
         for parameter, gradient in hidden:
             parameter.grad = gradient

@@ -8,14 +8,14 @@ one dim: 66 entries that two ranks use half each are stored as `2·36` where fou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from meshwright.compiler.layout.factors import Segment
-from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.layout import Layout, shard
 from meshwright.compiler.layout.mesh import Mesh
 
 
@@ -92,12 +92,22 @@ def _extent(used: Segment, stored: Segment, mesh: Mesh) -> Extent:
     return Extent(before, minor.size // mesh.size(minor.axes), padded, 1)
 
 
-def positions(size: int, paddings: Sequence[Padding], dim: int) -> Tensor:
-    """The true position of each stored position of a dim of `size`, or -1 for one that is added."""
-    found = torch.arange(size)
-    for padding in paddings:
-        if padding.dim == dim:
-            found = padding._replace(dim=0).added(found, -1)
+def held_indices(
+    shape: Sequence[int],
+    layout: Layout,
+    paddings: Sequence[Padding],
+    mesh: Mesh,
+    coords: Mapping[str, int],
+) -> list[Tensor]:
+    """For each dim of a tensor, the global index of each entry that the rank at `coords` holds, or
+    -1 for one that storage adds; `shape` is without padding."""
+    found = []
+    for dim, (size, spelling) in enumerate(zip(shape, layout.dims, strict=True)):
+        indices = torch.arange(size)
+        for padding in paddings:
+            if padding.dim == dim:
+                indices = padding._replace(dim=0).added(indices, -1)
+        found.append(shard(indices, Layout((spelling,)), mesh, coords))
     return found
 
 

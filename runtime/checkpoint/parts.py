@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meshwright.compiler.layout.extents import Padding, positions
-from meshwright.compiler.layout.layout import Layout, block_map
+from meshwright.compiler.layout.extents import Padding, held_indices
+from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Stored
 from meshwright.dsl.errors import plural
@@ -76,12 +76,7 @@ def part_coords(layout: Layout, mesh: Mesh) -> Iterator[dict[str, int]]:
 def indices(saved: Entry | SavedTensor, mesh: Mesh, coords: Mapping[str, int]) -> list[Tensor]:
     """For each dim, the global indices of the entries that the rank at `coords` holds: -1 for one
     that storage adds."""
-    found = []
-    for dim, (size, spelling) in enumerate(zip(saved.shape, saved.layout.dims, strict=True)):
-        held = block_map(Layout((spelling,)), mesh, coords)
-        padded = any(padding.dim == dim for padding in saved.paddings)
-        found.append(positions(size, saved.paddings, dim)[held] if padded else held)
-    return found
+    return held_indices(saved.shape, saved.layout, saved.paddings, mesh, coords)
 
 
 def saved_parts(saved: SavedTensor, mesh: Mesh) -> Iterator[tuple[int, list[Tensor]]]:
