@@ -126,6 +126,7 @@ class _Staged:
     """What one rank takes over."""
 
     random: dict[str, int]
+    loss_scale: tuple[float, int] | None
     extra: dict[str, Any]
     saved: SavedOptimizer | None
     state: RankState
@@ -140,6 +141,8 @@ class _Staged:
             self.state.unset.pop(which[1], None)
         self.state.random.seed = self.random["seed"]
         self.state.random.step = self.random["step"]
+        if self.loss_scale is not None:
+            self.state.loss_scale.value, self.state.loss_scale.num_clean = self.loss_scale
         self.state.num_updates = 0
         if self.optimizer is None or self.saved is None:
             return
@@ -227,7 +230,16 @@ class _Reader:
             kept = staged_state(program, state, self.optimizer, self._saved, manifest, shards)
         with self._naming_manifest():
             extra = read_extra(manifest.extra)
-        return _Staged(manifest.random, extra, self._saved, state, tensors, self.optimizer, kept)
+        return _Staged(
+            manifest.random,
+            manifest.loss_scale,
+            extra,
+            self._saved,
+            state,
+            tensors,
+            self.optimizer,
+            kept,
+        )
 
     @property
     def _path(self) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class Manifest:
     """Values of the caller's own, as `extra.written_extra` wrote them."""
     transient: tuple[str, ...] = ()
     """The buffers that the model's `state_dict()` leaves out."""
+    loss_scale: tuple[float, int] | None = None
+    """The factor of gradients in float16, and the updates since it changed; None without one."""
     number: int = 0
     """One more than that of any save that was in the folder before."""
 
@@ -110,6 +113,7 @@ class Manifest:
             "mesh": self.mesh.axes,
             "plan": self.plan,
             "random": self.random,
+            "loss_scale": self.loss_scale,
             "aliases": self.aliases,
             "transient": self.transient,
             "optimizer": self.optimizer,
@@ -267,6 +271,7 @@ def _checked(found: Mapping[str, Any]) -> Manifest:
         shards,
         found["extra"],
         _known(found["transient"], tensors),
+        _loss_scale(found["loss_scale"]),
         _count(found["number"], 0),
     )
 
@@ -278,6 +283,15 @@ def _aliases(found: Mapping[str, Any], tensors: Mapping[str, SavedTensor]) -> di
         if aliases[name] != name:
             raise ValueError(f"`{name}` is a tensor, and its name leads to `{aliases[name]}`")
     return aliases
+
+
+def _loss_scale(found: Sequence[Any] | None) -> tuple[float, int] | None:
+    if found is None:
+        return None
+    value, num_clean = found
+    if type(value) is not float or not 1 <= value < math.inf:
+        raise ValueError(f"{value!r} is not a loss scale")
+    return value, _count(num_clean, 0)
 
 
 def _known(names: Sequence[Any], tensors: Mapping[str, SavedTensor]) -> tuple[str, ...]:

@@ -235,6 +235,7 @@ class _Saving:
         check_types(tensors)
         if not self._waits:
             tensors = {name: part.to("cpu", copy=True) for name, part in tensors.items()}
+        scale = state.loss_scale
         manifest = Manifest(
             save="",
             mesh=state.mesh,
@@ -246,6 +247,7 @@ class _Saving:
             shards=(),
             extra=extra,
             transient=transient_names(program),
+            loss_scale=(scale.value, scale.num_clean) if program.scaled else None,
         )
         return _Part(state.rank, tensors, manifest)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,21 @@ def test_a_scale_that_cannot_fall_any_more_is_an_error() -> None:
     next(p for p in run.parameters() if p.grad is not None).grad.fill_(torch.inf)
     with pytest.raises(NonFiniteError, match="gradients overflow in float16 at a loss scale of 1"):
         optimizer.step()
+
+
+def test_a_checkpoint_keeps_the_scale_for_runs_in_float16(tmp_path: Path) -> None:
+    run = program("zero").launch()
+    set_scale(run, 2.0**20, num_clean=1998)
+    run.save(tmp_path / "scaled")
+    program("data", "").launch().load(tmp_path / "scaled")
+    resumed = program("both").launch()
+    resumed.load(tmp_path / "scaled")
+    found = [(state.loss_scale.value, state.loss_scale.num_clean) for state in resumed.states]
+    assert found == [(2.0**20, 1998)] * len(resumed.states)
+    exact = program("data", "").launch()
+    exact.save(tmp_path / "exact")
+    resumed.load(tmp_path / "exact")
+    assert resumed.loss_scale == 2.0**20
 
 
 def test_without_float16_there_is_no_scale() -> None:

@@ -42,6 +42,7 @@ def small() -> Manifest:
         tensors={"w": SavedTensor((3, 2), "float32", split((4, 2), {0: "tp"}), (0, 1), (PADDING,))},
         optimizer=None,
         shards=(Shard(100, "a" * 64, "c" * 64), Shard(200, "b" * 64, "d" * 64)),
+        loss_scale=(2.0**40, 1999),
         number=4,
     )
 
@@ -105,6 +106,9 @@ REFUSED = {
     "a step before the first": content(random={"seed": 0, "step": -1}),
     "a seed that is text": content(random={"seed": "0", "step": 1}),
     "a step that is true": content(random={"seed": 0, "step": True}),
+    "a loss scale that is infinite": content(loss_scale=[float("inf"), 0]),
+    "a loss scale below 1": content(loss_scale=[0.5, 0]),
+    "a loss scale without a count": content(loss_scale=[2.0]),
     "no shape": tensor(shape=None),
     "a shape of another rank": tensor(shape=[3]),
     "a size that is NaN": tensor(shape=[float("nan"), 2]),
