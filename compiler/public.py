@@ -51,7 +51,7 @@ class Program(Compiled):
         return found
 
     def with_structure(self, model: nn.Module) -> Program:
-        """The same program for a copy of its model that has lost its values."""
+        """The same program for a copy of its model without values, which are not drawn again."""
         found = self.with_model(model)
         vars(found).update(initialise=None)
         return found
@@ -146,16 +146,16 @@ class Program(Compiled):
         """Start a run, and return its `Run`.
 
         Under torchrun and `meshwright run` this process is one rank of as many as the mesh has;
-        otherwise every rank runs in this process. All start from rank 0's weights. What the model
-        was compiled without (it is on the meta device) its own `reset_parameters`, `init_weights`
-        or `_init_weights` gives, of which each rank computes its part; what they do not give is an
-        error where it is first needed, unless it is loaded before.
+        otherwise every rank runs in this process. All start from rank 0's weights. A model on the
+        meta device is initialised by its own `reset_parameters`, `init_weights` or `_init_weights`,
+        of which each rank computes its part; what these leave out is an error where it is first
+        needed, unless it is loaded before.
 
         - `seed`: keys dropout and every other random number, with the number of the step, and the
           initial weights of a model without values. It is below 2**63, and all ranks take that of
           rank 0. Torch's own seeds have no effect on a step.
         - `state_dict`: global tensors to start from in place of the model's, under its names. Of
-          those that `meshwright.read_state_dict` maps from files, a rank reads what it holds.
+          those that `meshwright.read_state_dict` maps from files, a rank reads only what it holds.
         - `new_shapes`: `"compile"` lets `Run.step` compile for inputs of other shapes than the
           example's, once for each; `"error"` refuses them.
         - `check_inputs`: compare what the processes are given, in calls 1, 2, 4, 8 and so on and

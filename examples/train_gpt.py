@@ -68,7 +68,7 @@ def batch(text: Tensor, number: int, rows: slice = slice(BATCH)) -> tuple[Tensor
 def main(
     data: str = TEXT, steps: int = 200, folder: Path | None = None, every: int = 50
 ) -> list[float]:
-    """Train for `steps`, evaluate and save `every` so many, and return the losses."""
+    """Train up to step `steps`, evaluate and save every `every` steps, and return the losses."""
     text = torch.from_file(data, size=os.path.getsize(data), dtype=torch.uint8)  # memory-mapped
     training, held_out = text.tensor_split([len(text) * 9 // 10])
     torch.manual_seed(0)

@@ -317,7 +317,7 @@ class Run:
 
     @property
     def num_skipped(self) -> int:
-        """The number of updates that were skipped since the launch, as a gradient overflowed."""
+        """The number of updates that were skipped since the launch: a gradient overflowed."""
         return self._finite_check.scaler.num_skipped
 
     def gradients(self) -> dict[str, Tensor]:
@@ -444,7 +444,7 @@ class Run:
         self._saves.save(path, optimizer, extra=extra, keep=keep, wait=wait)
 
     def wait_saved(self) -> None:
-        """Wait until what `save(..., wait=False)` writes is a checkpoint, if it is not one yet.
+        """Wait for the checkpoint that `save(..., wait=False)` writes, if it is not whole yet.
 
         Raises the `RunError` of that save on every rank, once.
         """
