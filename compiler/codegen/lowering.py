@@ -99,8 +99,9 @@ class _Lowering:
         for output in graph.outputs_of(OutputKind.SAVED):
             if int(output.name) in added:
                 self.totals.setdefault(output.node, []).append(int(output.name))
-        self.late: list[Node] = []
-        """What others send, which is added up once all is computed."""
+        self.late: dict[Node, None] = {}
+        """What others send, which is brought to where it is kept once all is computed."""
+        self.received: set[Value] = set()
         self.packed: dict[Node, Packing] = {}
         """What was sent together and is not apart yet."""
         self.slots: dict[Node, list[BucketView]] = {}
@@ -115,16 +116,13 @@ class _Lowering:
         for node in self.graph.nodes:
             if node.op != INPUT:
                 self._node(node)
-            if node in self.totals and collective_kind(node.op) is not None:
-                self.late.append(node)
+            if self.values.get(node) in self.received:
+                self.late[node] = None
             else:
-                self._add(node)
-            for slot in self.slots.get(node, ()):
-                if self.values[node] != slot:
-                    # At once, so that its own memory is free again.
-                    self.body.append(Copy(self.values[node], slot, node))
+                # At once, so that its own memory is free again.
+                self._keep(node)
         for node in self.late:
-            self._add(node)
+            self._keep(node)
         self._return()
         return Instructions(self.graph.name, inputs, tuple(self.body))
 
@@ -246,13 +244,16 @@ class _Lowering:
         self.body.append(Take(held, number, node))
         return held
 
-    def _add(self, node: Node) -> None:
-        """Add a value to its totals, unless it was computed there."""
-        if self._is_added_product(node):
-            return
-        for number in self.totals.get(node, ()):
-            held = self._take(node, number)
-            self.body.append(Call(None, _ADD, (held, self.values[node]), {}, node))
+    def _keep(self, node: Node) -> None:
+        """Add a value to its totals and copy it to its places in buckets, unless it was computed
+        there."""
+        if not self._is_added_product(node):
+            for number in self.totals.get(node, ()):
+                held = self._take(node, number)
+                self.body.append(Call(None, _ADD, (held, self.values[node]), {}, node))
+        for slot in self.slots.get(node, ()):
+            if self.values[node] != slot:
+                self.body.append(Copy(self.values[node], slot, node))
 
     def _collective(self, node: Node) -> None:
         source: Node = node.args[0]
@@ -275,6 +276,10 @@ class _Lowering:
     def _exchange(self, node: Node, transfer: Transfer, wire: Wire) -> None:
         source: Node = node.args[0]
         given = self.values[source]
+        if isinstance(given, BucketView):
+            for part in [each for each in source.args if each in self.late]:
+                del self.late[part]
+                self._keep(part)
         before, after = tuple(transfer.before), tuple(transfer.after)
         wire = replace(wire, index=self.num_wires)
         self.num_wires += 1
@@ -284,6 +289,8 @@ class _Lowering:
         self.body.append(Exchange(found, wire, given, before, after, donate, into, node))
         if into is not None:
             self.values[node] = into
+        else:
+            self.received.add(found)
 
     def _together(self, node: Node, transfers: tuple[Transfer, ...]) -> None:
         """Send operands as one flat tensor, packed before and taken apart where it is read."""

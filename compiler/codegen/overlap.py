@@ -162,10 +162,10 @@ class _Waits:
         self.result: list[Instruction] = []
         self.waiting: dict[Value, Wait] = {}
         """What is under way, by where it ends."""
-        saved = {value for each in body if isinstance(each, Save) for value in reads(each)}
-        read = (value for each in body if not isinstance(each, Save) for value in reads(each))
-        self.saved = saved.difference(read)
-        """What later graphs take, and this one does not."""
+        kept = {v for each in body if isinstance(each, (Save, Copy)) for v in reads(each)}
+        read = (v for each in body if not isinstance(each, (Save, Copy)) for v in reads(each))
+        self.kept = kept.difference(read)
+        """What is only saved for later graphs, or copied into buckets."""
         self.readers: dict[Value, list[int]] = defaultdict(list)
         self.takes: dict[Value, int] = {
             each.target: i for i, each in enumerate(body) if isinstance(each, Take)
@@ -231,7 +231,8 @@ class _Waits:
             for i in self.readers[value]:
                 each = self.body[i]
                 others = [v for v in reads(each) if v not in made]
-                if isinstance(each, (Call, Item, Copy)) and all(map(self._taken, others)):
+                movable = isinstance(each, (Call, Item, Copy)) and i not in self.put
+                if movable and all(map(self._taken, others)):
                     moved.update([i, *(self.takes[v] for v in others)])
                     made += [v for v in [target(each)] if isinstance(v, Variable)]
         self.result += [self.body[i] for i in sorted(moved - self.put)]
@@ -244,7 +245,7 @@ class _Waits:
     def _holds_gradient(self, exchange: Exchange) -> bool:
         """Whether an exchange reduces what has memory of its own, which lives until the wait, to
         what is not read before the end."""
-        late = exchange.into is not None or exchange.target in self.saved
+        late = exchange.into is not None or exchange.target in self.kept
         scatters = exchange.wire.kind == "reduce_scatter"
         return (late or scatters) and not isinstance(exchange.source, BucketView)
 

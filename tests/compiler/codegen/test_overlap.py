@@ -24,7 +24,15 @@ from meshwright.compiler.codegen.instructions import (
 )
 from meshwright.compiler.codegen.lowering import lowered
 from meshwright.compiler.codegen.overlap import overlap
-from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Output, OutputKind, TensorType
+from meshwright.compiler.graph.ir import (
+    INPUT,
+    Builder,
+    MeshOp,
+    Node,
+    Output,
+    OutputKind,
+    TensorType,
+)
 from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.passes import driver
@@ -160,3 +168,27 @@ def test_what_is_returned_after_more_steps_is_waited_for() -> None:
     *_, waited, returned = gathered_twice("other", "whole")
     assert isinstance(waited, Wait) and waited.exchange.after
     assert isinstance(returned, Return) and returned.results[1] == waited.exchange.target
+
+
+def test_what_is_made_of_a_scatter_stays_behind_it_where_a_third_begins() -> None:
+    """The third scatter sends a product of the first one's result, which something else reads."""
+    builder, aten = Builder("step.forward", Mesh((("tp", 2),))), torch.ops.aten
+    kind, rows = TensorType((4, 4), torch.float32), split((4, 4), {0: ("tp",)})
+    whole = replicated((4, 4))
+    pending = whole.add_partial(("tp",))
+
+    def scattered(value: Node) -> Node:
+        op = MeshOp("reduce_scatter")
+        return builder.emit(op, (value,), {"axes": ("tp",)}, type=kind, layout=rows)
+
+    x = builder.emit(INPUT, ("argument", "x"), type=kind, layout=whole)
+    a, b = (
+        scattered(builder.emit(op, (x,), type=kind, layout=pending))
+        for op in (aten.neg.default, aten.abs.default)
+    )
+    product = builder.emit(aten.mm.default, (a, a), type=kind, layout=pending)
+    c = scattered(product)
+    more = builder.emit(aten.neg.default, (product,), type=kind, layout=pending)
+    outputs = (Output(OutputKind.OUTPUT, each.name, each) for each in (b, c, more))
+    found = named(overlap(lowered(builder.graph(outputs))).body)
+    assert found.index(product.name) < found.index(more.name)

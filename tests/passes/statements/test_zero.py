@@ -326,9 +326,12 @@ def products_during(instructions: Instructions, kind: str) -> list[int]:
     return found + list(under_way.values())  # those that only a later graph waits for
 
 
+@pytest.mark.parametrize("precision", ["", "precision bf16 reduce=bf16\n"])
 @pytest.mark.parametrize("micro", ["", "accumulate 2\n"])
-def test_weights_arrive_and_gradients_leave_while_other_blocks_compute(micro: str) -> None:
-    plan = "mesh dp=2\ndata x over dp\nzero 3 over dp\n" + micro
+def test_weights_arrive_and_gradients_leave_while_other_blocks_compute(
+    micro: str, precision: str
+) -> None:
+    plan = "mesh dp=2\ndata x over dp\nzero 3 over dp\n" + precision + micro
     program = compiled(Stack(), (torch.randn(8, 16),), plan)
     found = {each.name: each for each in program.instructions}
     forward, backward = found["stage0.forward"], found["stage0.backward"]
