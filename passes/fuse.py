@@ -25,7 +25,7 @@ from typing import TypeAlias
 import torch
 
 from meshwright.compiler.graph.ir import GETITEM, Builder, Graph, MeshOp, Node, Origin
-from meshwright.compiler.graph.transfers import collective_kind, combines
+from meshwright.compiler.graph.transfers import collective_kind, combines, transfers_of
 from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM
 from meshwright.passes.statements.draft import Draft
 
@@ -78,14 +78,15 @@ class _Fuser:
         return found[::-1]
 
     def _groups(self, found: Iterable[Node]) -> list[_Group]:
-        """What travels together: small, in order, of one block, kind and type."""
+        """What travels together: small, in order, of one block, kind, reduction and type."""
         open_groups: dict[object, list[Node]] = {}
         groups: list[list[Node]] = []
         for node in found:
             block = _block(node.origin)
-            if block is None or self._bytes(node) > SMALL_BYTES:
+            (transfer,) = transfers_of(node, self.graph.mesh)
+            if block is None or transfer.wire is None or self._bytes(node) > SMALL_BYTES:
                 continue
-            key = (block.module, node.op, tuple(node.kwargs.items()), node.tensor.dtype)
+            key = (block.module, node.op, transfer.wire, node.tensor.dtype)
             group = open_groups.get(key, [])
             if not group or sum(map(self._bytes, group)) > MOST_BYTES:
                 group = open_groups[key] = []

@@ -84,6 +84,28 @@ def test_types_are_not_mixed() -> None:
     assert all(len({n.tensor.dtype for n in node.args}) == 1 for node in sent(graph))
 
 
+class Weighed(nn.Linear):
+    """A linear map of rows that count for their part of all weights, and of the largest."""
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * (weights / weights.sum() / weights.amax())
+
+
+class Weighing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Weighed(16, 16)])
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        return self.layers[0](x, weights).square().sum()
+
+
+def test_a_sum_and_a_maximum_travel_apart() -> None:
+    torch.manual_seed(0)
+    plan = "mesh dp=2\ndata x, weights over dp\naccumulate 2\n"
+    check_equal(Weighing(), lambda: (real(8, 16), real(8, 16).abs()), plan)
+
+
 class Transposed(nn.Module):
     """A layer whose weight is split along its last dim, since the first does not divide."""
 
