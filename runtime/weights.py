@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -145,36 +144,6 @@ def _prefix(names: Iterable[str], known: Container[str]) -> str:
         ):
             return prefix
     return ""
-
-
-def check_ties(program: Program, given: Mapping[str, str], where: str) -> None:
-    """Raise `RunError` where `given` has more than one tensor, by name, for one of the model's."""
-    found: dict[str, tuple[str, str]] = {}
-    for alias, name in given.items():
-        own = program.captured.aliases[alias]
-        other, tensor = found.setdefault(own, (alias, name))
-        if tensor != name:
-            raise RunError(
-                f"{where} does not fit the model: `{other}` and `{alias}` are one tensor in the "
-                "model, and two there",
-                help="build the model with those weights apart, as it was saved",
-            )
-
-
-def check_dtypes(program: Program, dtypes: Mapping[str, str], path: str | Path) -> None:
-    """Raise a `RunError` that names tensors of a checkpoint that have another type in the model."""
-    problems = []
-    for name, dtype in dtypes.items():
-        own = program.captured.aliases[name]
-        stored = program.parameters.get(own) or program.buffers[own]
-        wanted = str(stored.type.dtype).removeprefix("torch.")
-        if dtype != wanted:
-            problems.append(f"`{name}` is {dtype}, not {wanted}")
-    if problems:
-        raise RunError(
-            f"the checkpoint `{path}` has other types than the model: {listed(problems)}",
-            help="convert the weights: `run.load_state_dict(meshwright.read_state_dict(path))`",
-        )
 
 
 def listed(problems: Sequence[str]) -> str:

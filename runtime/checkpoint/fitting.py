@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from meshwright.compiler.public import Program
@@ -9,7 +10,7 @@ from meshwright.runtime.checkpoint.files import COPY_AGAIN
 from meshwright.runtime.checkpoint.manifest import Manifest
 from meshwright.runtime.checkpoint.optimizer_state import OPTIMIZER
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.weights import check_state, check_ties, stored_tensors
+from meshwright.runtime.weights import check_state, listed, stored_tensors
 
 
 def model_tensors(manifest: Manifest) -> list[str]:
@@ -37,4 +38,34 @@ def check_model(program: Program, manifest: Manifest, path: str | Path) -> None:
         where,
         needed=[stored.name for _, stored in stored_tensors(program)],
     )
-    check_ties(program, named, where)
+    _check_ties(program, named, where)
+
+
+def _check_ties(program: Program, given: Mapping[str, str], where: str) -> None:
+    """Raise `RunError` where `given` has more than one tensor, by name, for one of the model's."""
+    found: dict[str, tuple[str, str]] = {}
+    for alias, name in given.items():
+        own = program.captured.aliases[alias]
+        other, tensor = found.setdefault(own, (alias, name))
+        if tensor != name:
+            raise RunError(
+                f"{where} does not fit the model: `{other}` and `{alias}` are one tensor in the "
+                "model, and two there",
+                help="build the model with those weights apart, as it was saved",
+            )
+
+
+def check_dtypes(program: Program, manifest: Manifest, path: str | Path) -> None:
+    """Raise a `RunError` that names tensors of a checkpoint that have another type in the model."""
+    problems = []
+    for alias, name in manifest.aliases.items():
+        own, dtype = program.captured.aliases[alias], manifest.tensors[name].dtype
+        stored = program.parameters.get(own) or program.buffers[own]
+        wanted = str(stored.type.dtype).removeprefix("torch.")
+        if dtype != wanted:
+            problems.append(f"`{alias}` is {dtype}, not {wanted}")
+    if problems:
+        raise RunError(
+            f"the checkpoint `{path}` has other types than the model: {listed(problems)}",
+            help="convert the weights: `run.load_state_dict(meshwright.read_state_dict(path))`",
+        )

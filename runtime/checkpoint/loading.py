@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from meshwright.compiler.public import Program
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
-from meshwright.runtime.checkpoint.fitting import check_model, model_tensors
+from meshwright.runtime.checkpoint.fitting import check_dtypes, check_model, model_tensors
 from meshwright.runtime.checkpoint.folder import OpenSave, folder_of, has_none
 from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
 from meshwright.runtime.checkpoint.optimizer_loading import (
@@ -37,7 +37,6 @@ from meshwright.runtime.checkpoint.pretrained import read_weights, weights_in
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.weights import (
-    check_dtypes,
     name_in,
     stored_tensors,
 )
@@ -249,8 +248,7 @@ class _Reader:
     def _check(self, manifest: Manifest) -> None:
         """Raise `RunError` unless a checkpoint fits the model and the optimizer."""
         check_model(self.program, manifest, self._path)
-        dtypes = {alias: manifest.tensors[name].dtype for alias, name in manifest.aliases.items()}
-        check_dtypes(self.program, dtypes, self._path)
+        check_dtypes(self.program, manifest, self._path)
         if self.optimizer is not None:
             with self._naming_manifest():
                 self._saved = saved_optimizer(self.program, self.states, self.optimizer, manifest)

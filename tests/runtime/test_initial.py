@@ -23,8 +23,8 @@ from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Stored
 from meshwright.passes.driver import initialisation
-from meshwright.runtime import initial
-from meshwright.runtime.initial import InitialValues
+from meshwright.runtime import regions
+from meshwright.runtime.regions import InitialValues
 from tests.compiler.layouts import product, split, unshard
 from tests.runtime.processes import finish, start
 
@@ -161,7 +161,7 @@ def test_parts_are_cut_from_the_same_numbers_under_every_layout(
 ) -> None:
     expected = whole(kinds, name)
     assert expected.isfinite().all()
-    monkeypatch.setattr(initial, "_BLOCK", 20)
+    monkeypatch.setattr(regions, "_BLOCK", 20)
     for where, layout in LAYOUTS.items():
         found = unshard(filled(kinds, name, layout), layout, MESH)
         assert torch.equal(found[:12, :8], expected), where
@@ -409,7 +409,7 @@ class Large(nn.Module):
 
 
 def test_no_rank_holds_more_than_its_part_and_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(initial, "_BLOCK", 1 << 14)
+    monkeypatch.setattr(regions, "_BLOCK", 1 << 14)
     program = words("mesh dp=8\ndata x, y over dp\nzero 3 over dp", Large)
     with Largest() as largest:
         run = program.launch()
