@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -75,8 +75,10 @@ def held(
         found += _optimizer_state(program, state, optimizer)
     for output, value in results.items():
         found.append(Held(f"the result `{output.label}`", value))
-    steps = torch.tensor([state.random.seed, state.random.step])
-    found.append(Held("the seed and the number of steps", steps))
+    counts = torch.tensor([state.random.seed, *state.progress])
+    found.append(Held("the seed and the numbers of steps and updates", counts))
+    scale = torch.tensor(astuple(state.loss_scale), dtype=torch.float64)
+    found.append(Held("the loss scale", scale))
     return found
 
 

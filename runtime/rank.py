@@ -32,7 +32,7 @@ class RankState:
         self.coords = program.mesh.coords(rank)
         self.random, self.loss_scale = RandomState(), LossScale()
         self.num_updates = 0
-        """The number of optimizer steps since the launch or a load."""
+        """The number of optimizer steps so far, of which a load takes over the saved one."""
         self.parameters: dict[str, nn.Parameter] = {}
         self.tensors: dict[tuple[str, str], Tensor] = {}
         """What graphs take as inputs, by kind and name; without autograd."""
@@ -53,7 +53,7 @@ class RankState:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """The numbers of steps of this rank, and of its optimizers since the launch or a load."""
+        """The numbers of steps of this rank, and of its optimizers."""
         return self.random.step, self.num_updates
 
     def _hold(self, kind: str, stored: Stored, values: Values) -> Tensor:

@@ -1,7 +1,7 @@
 """Update parameters of bfloat16 in float32, and round what comes out stochastically.
 
 An update below 2**-9 of a weight, and its decay, would be lost in rounding to the nearest. The bits
-that decide are a hash of (seed, step, parameter, global element index): copies of a parameter and
+that decide are a hash of (seed, update, parameter, global element index): copies of a parameter and
 its parts under any plan are rounded alike.
 """
 
@@ -41,8 +41,8 @@ class _Narrow:
     number: int
 
     def round(self, wide: Tensor, out: Tensor) -> None:
-        random = self.state.random
-        index = RandomIndex(random.seed, random.step, self.number, self.shape, self.coords)
+        seed, update = self.state.random.seed, self.state.num_updates
+        index = RandomIndex(seed, update, self.number, self.shape, self.coords)
         round_stochastically(wide, index, out)
 
 

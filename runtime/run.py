@@ -317,7 +317,10 @@ class Run:
 
     @property
     def num_skipped(self) -> int:
-        """The number of updates that were skipped since the launch: a gradient overflowed."""
+        """The number of updates skipped so far because a gradient overflowed.
+
+        Those before a checkpoint that was loaded count too.
+        """
         return self._finite_check.scaler.num_skipped
 
     def gradients(self) -> dict[str, Tensor]:
@@ -424,10 +427,11 @@ class Run:
     ) -> None:
         """Write a checkpoint into the folder `path`, which every rank must reach.
 
-        It has the parameters and buffers, the seed and the number of steps; with `optimizer`, its
-        state and its groups' options. Not in it: schedulers, and how far a loader has come. Those
-        go into `extra`, plain values that `load` returns (numbers, texts, lists, tuples,
-        dictionaries; rank 0's count): `extra={"epoch": 3, "scheduler": scheduler.state_dict()}`.
+        It has the parameters and buffers, the seed, the numbers of steps and updates, and the loss
+        scale of float16; with `optimizer`, its state and its groups' options. Not in it:
+        schedulers, and how far a loader has come. Those go into `extra`, plain values that `load`
+        returns (numbers, texts, lists, tuples, dictionaries; rank 0's count): `extra={"epoch": 3,
+        "scheduler": scheduler.state_dict()}`.
 
         The checkpoint is a subfolder `step-120`, named by the number of calls of `step` (and
         `step-120-2` where that is there). It gets its name once it is whole and on the disk. Then

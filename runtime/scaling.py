@@ -23,13 +23,17 @@ class LossScaler:
 
     def __init__(self, states: Sequence[RankState], scaled: bool) -> None:
         self._states, self.scaled = states, scaled
-        self.num_skipped = 0
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
 
     @property
     def value(self) -> float:
         """The scale now."""
         return self._states[0].loss_scale.value if self.scaled else 1.0
+
+    @property
+    def num_skipped(self) -> int:
+        """The number of updates skipped so far."""
+        return self._states[0].loss_scale.num_skipped
 
     def adapt(self, *, overflowed: bool) -> None:
         """Count an update, and change the scale. Raises `NonFiniteError` below a scale of 1."""
@@ -40,12 +44,12 @@ class LossScaler:
                 f"gradients overflow in float16 at a loss scale of {self.value:g}",
                 help="use `precision bf16`, or lower the learning rate; nothing was updated",
             )
-        self.num_skipped += overflowed
         for scale in (state.loss_scale for state in self._states):
             scale.num_clean = 0 if overflowed else scale.num_clean + 1
+            scale.num_skipped += overflowed
             if overflowed:
                 scale.value *= _BACKOFF
-            elif scale.num_clean == _INTERVAL:
+            elif scale.num_clean >= _INTERVAL:
                 scale.value, scale.num_clean = scale.value * _GROWTH, 0
 
     def hide(self, optimizer: Optimizer) -> None:

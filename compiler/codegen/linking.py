@@ -60,11 +60,12 @@ class RandomState:
 
 @dataclass(slots=True)
 class LossScale:
-    """The factor of gradients in float16 while they are computed, and the number of updates since
-    it changed."""
+    """The factor of gradients in float16 while they are computed, the number of updates since it
+    changed, and of those that were skipped."""
 
     value: float = 65536.0
     num_clean: int = 0
+    num_skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from meshwright.compiler.codegen.linking import LossScale
 from meshwright.compiler.public import Program
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
@@ -125,7 +126,7 @@ class _Staged:
     """What one rank takes over."""
 
     random: dict[str, int]
-    loss_scale: tuple[float, int] | None
+    loss_scale: LossScale
     extra: dict[str, Any]
     saved: SavedOptimizer | None
     state: RankState
@@ -140,9 +141,9 @@ class _Staged:
             self.state.unset.pop(which[1], None)
         self.state.random.seed = self.random["seed"]
         self.state.random.step = self.random["step"]
-        if self.loss_scale is not None:
-            self.state.loss_scale.value, self.state.loss_scale.num_clean = self.loss_scale
-        self.state.num_updates = 0
+        self.state.num_updates = self.random["num_updates"]
+        for name, value in asdict(self.loss_scale).items():
+            setattr(self.state.loss_scale, name, value)
         if self.optimizer is None or self.saved is None:
             return
         self.saved.give_options(self.optimizer)
@@ -229,15 +230,10 @@ class _Reader:
             kept = staged_state(program, state, self.optimizer, self._saved, manifest, shards)
         with self._naming_manifest():
             extra = read_extra(manifest.extra)
+        scale = manifest.loss_scale if program.scaled else None
         return _Staged(
-            manifest.random,
-            manifest.loss_scale,
-            extra,
-            self._saved,
-            state,
-            tensors,
-            self.optimizer,
-            kept,
+            *(manifest.random, scale or LossScale(), extra, self._saved, state, tensors),
+            *(self.optimizer, kept),
         )
 
     @property

@@ -12,11 +12,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+from meshwright.compiler.codegen.linking import LossScale
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.extents import Extent, Padding
 from meshwright.compiler.layout.factors import Dim, Factor
@@ -34,8 +36,9 @@ from meshwright.runtime.checkpoint.shards import Shard
 from meshwright.runtime.errors import RunError
 
 MANIFEST = "manifest.json"
+_T = TypeVar("_T")
 _SAVE = re.compile(r"[0-9a-f]{32}")
-_FORMAT, _VERSION = "meshwright checkpoint", 3
+_FORMAT, _VERSION = "meshwright checkpoint", 4
 _START = re.compile(rf'{{\n  "format": "{_FORMAT}",\n  "version": (\d{{1,9}}),\n')
 _HEAD = re.compile(r'  "save": "([0-9a-f]{32})",\n  "number": (\d{1,18}),\n')
 _END = re.compile(rb'  "sha256": "([0-9a-f]{64})"\n}\n')
@@ -78,6 +81,7 @@ class Manifest:
     plan: str
     """The text of the plan that it was saved under."""
     random: dict[str, int]
+    """The seed of random numbers, and the steps and updates so far, which count them."""
     aliases: dict[str, str]
     tensors: dict[str, SavedTensor]
     optimizer: dict[str, Any] | None
@@ -85,10 +89,10 @@ class Manifest:
     """The file of each rank."""
     extra: Any = None
     """Values of the caller's own, as `extra.written_extra` wrote them."""
+    loss_scale: LossScale | None = None
+    """The scale of gradients in float16, where there is one."""
     transient: tuple[str, ...] = ()
     """The buffers that the model's `state_dict()` leaves out."""
-    loss_scale: tuple[float, int] | None = None
-    """The factor of gradients in float16, and the updates since it changed; None without one."""
     number: int = 0
     """One more than that of any save that was in the folder before."""
 
@@ -113,7 +117,7 @@ class Manifest:
             "mesh": self.mesh.axes,
             "plan": self.plan,
             "random": self.random,
-            "loss_scale": self.loss_scale,
+            "loss_scale": self.loss_scale and asdict(self.loss_scale),
             "aliases": self.aliases,
             "transient": self.transient,
             "optimizer": self.optimizer,
@@ -253,27 +257,42 @@ def _checked(found: Mapping[str, Any]) -> Manifest:
         for size, header, digest in found["shards"]
     )
     mesh = _mesh(found["mesh"], len(shards))
-    tensors = {name: _named_tensor(name, row, mesh) for name, row in found["tensors"].items()}
+    tensors = {
+        name: _named(name, partial(_tensor, row, mesh)) for name, row in found["tensors"].items()
+    }
     optimizer = found["optimizer"]
     if optimizer is not None and not isinstance(optimizer, dict):
         raise TypeError("the optimizer's entry is not a dictionary")
-    save, random = _text(found["save"]), found["random"]
+    save, scale = _text(found["save"]), found["loss_scale"]
     if not _SAVE.fullmatch(save):
         raise ValueError("the save's name is not 32 digits")
     return Manifest(
         save,
         mesh,
         _text(found["plan"]),
-        {"seed": _count(random["seed"], -(2**63)), "step": _count(random["step"], 0)},
+        _random(found["random"]),
         _aliases(found["aliases"], tensors),
         tensors,
         optimizer,
         shards,
         found["extra"],
+        scale if scale is None else _named("loss_scale", partial(_loss_scale, scale)),
         _known(found["transient"], tensors),
-        _loss_scale(found["loss_scale"]),
         _count(found["number"], 0),
     )
+
+
+def _random(found: Mapping[str, Any]) -> dict[str, int]:
+    least = {"seed": -(2**63), "step": 0, "num_updates": 0}
+    return {name: _count(found[name], low) for name, low in least.items()}
+
+
+def _loss_scale(found: Mapping[str, Any]) -> LossScale:
+    """The loss scale: a power of two, so that taking it out of a gradient is exact."""
+    value = found["value"]
+    if type(value) is not float or not 1 <= value < math.inf or math.frexp(value)[0] != 0.5:
+        raise ValueError(f"{value!r} is not a power of two")
+    return LossScale(value, _count(found["num_clean"], 0), _count(found["num_skipped"], 0))
 
 
 def _aliases(found: Mapping[str, Any], tensors: Mapping[str, SavedTensor]) -> dict[str, str]:
@@ -283,15 +302,6 @@ def _aliases(found: Mapping[str, Any], tensors: Mapping[str, SavedTensor]) -> di
         if aliases[name] != name:
             raise ValueError(f"`{name}` is a tensor, and its name leads to `{aliases[name]}`")
     return aliases
-
-
-def _loss_scale(found: Sequence[Any] | None) -> tuple[float, int] | None:
-    if found is None:
-        return None
-    value, num_clean = found
-    if type(value) is not float or not 1 <= value < math.inf:
-        raise ValueError(f"{value!r} is not a loss scale")
-    return value, _count(num_clean, 0)
 
 
 def _known(names: Sequence[Any], tensors: Mapping[str, SavedTensor]) -> tuple[str, ...]:
@@ -314,9 +324,10 @@ def _mesh(rows: Sequence[Any], num_ranks: int) -> Mesh:
     return mesh
 
 
-def _named_tensor(name: str, row: Mapping[str, Any], mesh: Mesh) -> SavedTensor:
+def _named(name: str, read: Callable[[], _T]) -> _T:
+    """What `read` makes of an entry; an error of it has the entry's name."""
     try:
-        return _tensor(row, mesh)
+        return read()
     except (LookupError, TypeError, ValueError, AttributeError, LayoutError) as error:
         raise ValueError(f"`{name}`: {_spelled(error)}") from None
 

@@ -235,19 +235,22 @@ class _Saving:
         check_types(tensors)
         if not self._waits:
             tensors = {name: part.to("cpu", copy=True) for name, part in tensors.items()}
-        scale = state.loss_scale
         manifest = Manifest(
             save="",
             mesh=state.mesh,
             plan=program.plan.source.text or program.plan.format(),
-            random={"seed": state.random.seed, "step": state.random.step},
+            random={
+                "seed": state.random.seed,
+                "step": state.random.step,
+                "num_updates": state.num_updates,
+            },
             aliases=dict(program.captured.aliases),
             tensors=saved_tensors(entries, state.mesh),
             optimizer=self._options,
             shards=(),
             extra=extra,
+            loss_scale=replace(state.loss_scale) if program.scaled else None,
             transient=transient_names(program),
-            loss_scale=(scale.value, scale.num_clean) if program.scaled else None,
         )
         return _Part(state.rank, tensors, manifest)
 

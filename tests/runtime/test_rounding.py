@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,39 @@ def test_every_plan_rounds_alike_also_where_storage_is_padded() -> None:
     first, *others = (updated(plan) for plan in ("data", "both", "zero"))
     for other in others:
         torch.testing.assert_close(other, first, rtol=0, atol=0)
+
+
+def test_updates_without_a_step_between_round_otherwise_and_alike_when_resumed(
+    tmp_path: Path,
+) -> None:
+    """A decay of 1e-4 of each weight, by random bits that are new in every update."""
+    runs = [program(plan).launch(seed=3) for plan in ("zero", "both")]
+    pair = [run.optimizer(torch.optim.SGD, lr=1e-4, weight_decay=1.0) for run in runs]
+    for number in range(3):
+        if number == 2:
+            runs[0].save(tmp_path, pair[0])
+            runs[1] = program("tensor").launch(seed=4)
+            pair[1] = runs[1].optimizer(torch.optim.SGD, lr=1.0)
+            runs[1].load(tmp_path, pair[1])
+        for run in runs:
+            run.step(*batch())
+            for parameter in run.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.zero_()
+        changed = []
+        for run, optimizer in zip(runs, pair, strict=True):
+            before = run.state_dict()
+            optimizer.step()
+            first = run.state_dict()
+            optimizer.step()
+            second = run.state_dict()
+            for one, other in ((before, first), (first, second)):
+                changed.append(one["wte.weight"] != other["wte.weight"])
+            run.check(optimizer)
+        assert not torch.equal(changed[0], changed[1])
+        for ours, theirs in zip(changed[:2], changed[2:], strict=True):
+            assert torch.equal(ours, theirs)
+    torch.testing.assert_close(runs[0].state_dict(), runs[1].state_dict(), rtol=0, atol=0)
 
 
 def test_small_updates_are_not_lost() -> None:

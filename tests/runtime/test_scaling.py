@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import meshwright as mw
+from meshwright.cli import main
 from meshwright.runtime.errors import NonFiniteError
+from tests.runtime.checkpoint.states import differing, snapshot
 from tests.runtime.models import PLANS, batch, make
 
 
@@ -103,19 +105,61 @@ def test_a_scale_that_cannot_fall_any_more_is_an_error() -> None:
         optimizer.step()
 
 
-def test_a_checkpoint_keeps_the_scale_for_runs_in_float16(tmp_path: Path) -> None:
+def overflow(run: mw.Run) -> None:
+    """Let a gradient of the first rank overflow."""
+    gradients = (p.grad for p in run.states[0].parameters.values())
+    next(each for each in gradients if each is not None).fill_(torch.inf)
+
+
+def train(run: mw.Run, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    """Steps of which those numbered 1, 2 and 4 overflow."""
+    for number in numbers:
+        run.step(*batch(number))
+        if number in (1, 2, 4):
+            overflow(run)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("plan", ["zero", "tensor"])
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path: Path, plan: str) -> None:
+    runs = [program(plan).launch(seed=seed) for seed in (3, 4)]
+    pair = [run.optimizer(torch.optim.AdamW, lr=0.01) for run in runs]
+    train(runs[0], pair[0], range(4))
+    runs[0].save(tmp_path, pair[0])
+    runs[1].load(tmp_path, pair[1])
+    assert not differing(*map(snapshot, runs, pair))
+    for run, optimizer in zip(runs, pair, strict=True):
+        assert (run.loss_scale, run.num_skipped) == (2.0**14, 2)
+        train(run, optimizer, range(4, 6))
+        assert (run.loss_scale, run.num_skipped) == (2.0**13, 3)
+        run.check(optimizer)
+    assert not differing(*map(snapshot, runs, pair))
+
+
+def test_a_scale_goes_into_any_plan_and_other_precisions_leave_it(tmp_path: Path) -> None:
     run = program("zero").launch()
-    set_scale(run, 2.0**20, num_clean=1998)
-    run.save(tmp_path / "scaled")
-    program("data", "").launch().load(tmp_path / "scaled")
-    resumed = program("both").launch()
-    resumed.load(tmp_path / "scaled")
-    found = [(state.loss_scale.value, state.loss_scale.num_clean) for state in resumed.states]
-    assert found == [(2.0**20, 1998)] * len(resumed.states)
-    exact = program("data", "").launch()
+    optimizer = run.optimizer(torch.optim.SGD, lr=0.01)
+    train(run, optimizer, range(3))
+    run.save(tmp_path / "scaled", optimizer)
+    other, exact = program("tensor").launch(), program("data", "").launch()
+    for each in (other, exact):
+        each.load(tmp_path / "scaled")
+    assert (other.loss_scale, other.num_skipped) == (2.0**14, 2)
+    assert (exact.loss_scale, exact.num_skipped) == (1.0, 0)
     exact.save(tmp_path / "exact")
-    resumed.load(tmp_path / "exact")
-    assert resumed.loss_scale == 2.0**20
+    other.load(tmp_path / "exact")
+    assert (other.loss_scale, other.num_skipped) == (65536.0, 0)
+    main(["ckpt", "reshard", str(tmp_path / "scaled"), str(tmp_path / "cut"), "--parts", "3"])
+    other.load(tmp_path / "cut")
+    assert (other.loss_scale, other.num_skipped) == (2.0**14, 2)
+
+
+def test_ranks_with_other_scales_are_told_by_check() -> None:
+    run = program("data").launch()
+    run.states[1].loss_scale.value = 8.0
+    with pytest.raises(mw.RunError, match="the loss scale"):
+        run.check()
 
 
 def test_without_float16_there_is_no_scale() -> None:

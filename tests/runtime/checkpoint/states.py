@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ def snapshot(run: mw.Run, optimizer: torch.optim.Optimizer | None) -> dict[str, 
     """The bytes of every local tensor, the optimizer's options, and where random numbers are."""
     found: dict[str, Any] = {}
     for state in run.states:
-        found[f"{state.rank} random"] = (state.random.seed, state.random.step)
+        found[f"{state.rank} random"] = (state.random.seed, *state.progress)
+        found[f"{state.rank} loss scale"] = astuple(state.loss_scale)
         for key, tensor in state.tensors.items():
             found[f"{state.rank} {key}"] = _bits(tensor)
     for number, group in enumerate(optimizer.param_groups if optimizer else ()):
@@ -50,14 +52,14 @@ def fill(run: mw.Run, optimizer: torch.optim.Optimizer, number: int) -> None:
     for group in optimizer.param_groups:
         group["lr"] = float(number)
     for state in run.states:
-        state.random.seed = state.random.step = number
+        state.random.seed = state.random.step = state.num_updates = number
 
 
 def numbers(run: mw.Run, optimizer: torch.optim.Optimizer) -> set[float]:
     """The numbers that the state is made of: one, if it is one state."""
     found = {float(group["lr"]) for group in optimizer.param_groups}
     for state in run.states:
-        found |= {float(state.random.seed), float(state.random.step)}
+        found |= {float(state.random.seed), *map(float, state.progress)}
     for tensor in _tensors(run, optimizer):
         found |= set(tensor.detach().unique().tolist())
     return found

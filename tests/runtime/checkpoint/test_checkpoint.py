@@ -137,13 +137,13 @@ def test_options_that_are_tensors_or_tuples_come_back_as_such(tmp_path: Path) ->
 
 
 MANIFESTS = {
-    "not-json": sealed({"format": "meshwright checkpoint", "version": 3})[:-3] + "]",
+    "not-json": sealed({"format": "meshwright checkpoint", "version": 4})[:-3] + "]",
     "nested-too-deeply": "[" * 100_000,
-    "another-format": sealed({"format": "something", "version": 3}),
+    "another-format": sealed({"format": "something", "version": 4}),
     "a-list": "[1, 2]",
     "an-earlier-version": sealed({"format": "meshwright checkpoint", "version": 1}),
     "a-later-version": sealed({"format": "meshwright checkpoint", "version": 9}),
-    "an-entry-missing": sealed({"format": "meshwright checkpoint", "version": 3, "mesh": []}),
+    "an-entry-missing": sealed({"format": "meshwright checkpoint", "version": 4, "mesh": []}),
 }
 
 

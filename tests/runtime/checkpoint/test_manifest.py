@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import meshwright as mw
+from meshwright.compiler.codegen.linking import LossScale
 from meshwright.compiler.layout.extents import Extent, Padding
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.checkpoint.manifest import (
@@ -37,13 +38,13 @@ def small() -> Manifest:
         save=SAVE,
         mesh=Mesh((("tp", 2),)),
         plan="mesh tp=2\n",
-        random={"seed": -3, "step": 7},
+        random={"seed": -3, "step": 7, "num_updates": 6},
         aliases={"w": "w", "head.ä": "w"},
         tensors={"w": SavedTensor((3, 2), "float32", split((4, 2), {0: "tp"}), (0, 1), (PADDING,))},
         optimizer=None,
         shards=(Shard(100, "a" * 64, "c" * 64), Shard(200, "b" * 64, "d" * 64)),
-        loss_scale=(2.0**40, 1999),
         number=4,
+        loss_scale=LossScale(1024.0, 5, 1),
     )
 
 
@@ -103,12 +104,10 @@ REFUSED = {
     "no save": content(save=""),
     "a save elsewhere": content(save="../" + SAVE[3:]),
     "a save in capitals": content(save=SAVE.upper()),
-    "a step before the first": content(random={"seed": 0, "step": -1}),
-    "a seed that is text": content(random={"seed": "0", "step": 1}),
-    "a step that is true": content(random={"seed": 0, "step": True}),
-    "a loss scale that is infinite": content(loss_scale=[float("inf"), 0]),
-    "a loss scale below 1": content(loss_scale=[0.5, 0]),
-    "a loss scale without a count": content(loss_scale=[2.0]),
+    "a step before the first": content(random={"seed": 0, "step": -1, "num_updates": 0}),
+    "a seed that is text": content(random={"seed": "0", "step": 1, "num_updates": 0}),
+    "a step that is true": content(random={"seed": 0, "step": True, "num_updates": 0}),
+    "updates that are a fraction": content(random={"seed": 0, "step": 1, "num_updates": 0.5}),
     "no shape": tensor(shape=None),
     "a shape of another rank": tensor(shape=[3]),
     "a size that is NaN": tensor(shape=[float("nan"), 2]),
@@ -148,6 +147,24 @@ def test_what_makes_no_sense_is_refused_at_once(tmp_path: Path, case: str) -> No
         read(tmp_path)
     assert time.process_time() - begun < 3
     assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    {
+        "value": (0.5, 3.0, -2.0, 0.0, 2, True, "2.0", None, float("nan"), float("inf")),
+        "num_clean": (-1, 1.0, None, 10**40),
+        "num_skipped": (-1, "1", False),
+    }.items(),
+)
+def test_a_loss_scale_that_makes_no_sense_is_named(
+    tmp_path: Path, key: str, values: tuple[Any, ...]
+) -> None:
+    scale = content()["loss_scale"]
+    rest = {name: value for name, value in scale.items() if name != key}
+    for changed in (rest, *({**scale, key: value} for value in values), 3.0, []):
+        with pytest.raises(mw.RunError, match="can be read: `loss_scale`: "):
+            parse_manifest(tmp_path, json.dumps(content(loss_scale=changed)))
 
 
 @pytest.mark.parametrize("key", ["shape", "dtype", "dims", "ranks", "padding"])
@@ -213,7 +230,7 @@ def test_the_first_lines_of_a_manifest_are_those_of_one(tmp_path: Path) -> None:
         with pytest.raises(mw.RunError, match="is not a manifest that can be read"):
             head_of(tmp_path)
     file.write_text('{\n  "format": "meshwright checkpoint",\n  "version": 1,\n  "number": 3,\n')
-    with pytest.raises(mw.RunError, match="version 1 of the format, and this is version 3"):
+    with pytest.raises(mw.RunError, match="version 1 of the format, and this is version 4"):
         head_of(tmp_path)
 
 
