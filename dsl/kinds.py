@@ -112,7 +112,7 @@ class Flag:
 @dataclass(frozen=True)
 class Words:
     """A list of words, `[sdpa, norm]`, from `choices` if there are any; one needs no brackets. With
-    `quoted`, what is no word can be written in quotes."""
+    `quoted`, what is not a word can be written in quotes."""
 
     choices: tuple[str, ...] = ()
     quoted: bool = False

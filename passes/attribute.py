@@ -62,7 +62,7 @@ class _Lines:
             return
         operands = sorted(dict.fromkeys(node.operands()), key=lambda n: n not in self.weights)
         for axis in _axes_used(node):
-            # What asks for a gather says nothing of what the gathered value is combined with.
+            # The line behind a gather does not explain what the gathered value is combined with.
             lines = (self.axes[n].get(axis) for n in operands if axis in _axes_used(n))
             line = next(filter(None, lines), "")
             if line:

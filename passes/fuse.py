@@ -64,7 +64,7 @@ class _Fuser:
 
     def _last_reductions(self) -> list[Node]:
         """The reductions over ranks after which gradients are only brought to where they are kept,
-        or to a later graph; those of whole buckets need no others."""
+        or to a later graph; whole buckets are large enough alone."""
         users, results = self.graph.users(), {each.node for each in self.graph.results}
         ends, found = set[Node](), list[Node]()
         for node in reversed(self.graph.nodes):

@@ -295,8 +295,8 @@ class _Partitioner:
         return new
 
     def _cast_stored(self, node: Node) -> bool:
-        """Cast what is stored in another layout than it is used in, before its bytes move; returns
-        whether `node` is a cast of such."""
+        """Cast a weight before it is brought to the layout in which it is used; returns whether
+        `node` is such a cast."""
         source: Node = node.args[0]
         if source not in self.unused or not source.of_model:
             return False

@@ -66,8 +66,8 @@ def separate(draft: Draft) -> Draft:
 
 
 def _regathers(draft: Draft, node: Node) -> bool:
-    """Whether a later graph gathers a value again, its shard being what is kept: whole parameters
-    stay where `zero` shards what belongs to them alone. A weight is cast again only there."""
+    """Whether a later graph gathers or casts a value again, from what is kept of it: under `zero 1`
+    and `zero 2` ranks keep the whole weights, and without `zero` those that are only cast."""
     source = input_behind(node)
     if source is not None and source.of_model:
         return draft.zero.get(str(source.args[1]), 0 if _recasts(node) else 3) == 3

@@ -9,7 +9,7 @@ After:   mm: bf16[64, 16] partial(dp)     = mm(t, view)
 
 A product of 16 bits is a sum in float32 that was rounded once. Where more is added to it (other
 microbatches, other uses of the weight, other ranks) each sum would be rounded again, and small
-terms be lost. With `reduce=bf16` ranks send half of the bytes and add up what was rounded.
+terms lost. With `reduce=bf16` ranks send half of the bytes and add up what was rounded.
 Requires: a placed joint graph. Ensures: gradients of float32, or of the model's wider type.
 Elsewhere: FSDP2's `reduce_dtype`, Megatron's main gradients.
 """

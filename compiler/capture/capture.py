@@ -139,8 +139,8 @@ def _export(
 def traced(
     wrapper: nn.Module, tensors: tuple[Tensor, ...], once: OnlyOnce, known: Sequence[Tensor] = ()
 ) -> ExportedProgram:
-    """The functional exported program of a module whose tensors are stand-ins, called on others of
-    theirs; `known` are real tensors, whose values may be read."""
+    """The functional exported program of a module, whose tensors and arguments are stand-ins;
+    `known` are real tensors, whose values may be read."""
     with ExitStack() as stack:
         stack.enter_context(translated_modes())
         stack.enter_context(values_in_python(once, known))

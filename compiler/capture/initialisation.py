@@ -79,8 +79,8 @@ def capture_initialisation(model: nn.Module, device: str | torch.device) -> Init
 
 _OF_THE_MODULE = ("reset_parameters", "_reset_parameters")
 _OF_ALL_IN_IT = ("initialize_weights", "init_weights", "_init_weights")
-"""The methods that initialise a module, or also all that is in it; the first without arguments that
-must be given is called. In Hugging Face's `init_weights`, the first ties weights too."""
+"""The methods that initialise a module, or also all that is in it; the first that requires no
+arguments is called. In Hugging Face's `init_weights`, the first ties weights too."""
 
 _Tie = tuple[nn.Module, str, nn.Module, str]
 """A module and the name under which it has a tensor, then those of the first that has it."""
@@ -160,8 +160,8 @@ def _own(module: nn.Module) -> Iterator[Callable[[], Any]]:
 
 
 def _num_required(module: nn.Module, name: str) -> int | None:
-    """The number of arguments that a method must be given; None if the module does not have it, or
-    it has no signature to read."""
+    """The number of arguments that a method requires; None if the module does not have it, or its
+    signature cannot be read."""
     method = getattr(module, name, None)
     if not callable(method) or isinstance(method, nn.Module):
         return None

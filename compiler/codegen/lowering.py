@@ -102,6 +102,7 @@ class _Lowering:
         self.late: dict[Node, None] = {}
         """What others send, which is brought to where it is kept once all is computed."""
         self.received: set[Value] = set()
+        """What exchanges bring to memory of its own."""
         self.packed: dict[Node, Packing] = {}
         """What was sent together and is not apart yet."""
         self.slots: dict[Node, list[BucketView]] = {}
@@ -230,7 +231,8 @@ class _Lowering:
         return node.op == aten.mm.default and alone and len(saved) == 1
 
     def _is_cast_by_use(self, node: Node) -> bool:
-        """Whether a value is cast for what copies or adds it to memory of its type, which casts."""
+        """Whether a cast can be left out: all that takes it copies or adds it to memory of its
+        type, which casts as well."""
         users = self.users[node]
         kept = {each for each in self.graph.outputs if each.node is node}
         added = kept and all(each.kind is OutputKind.SAVED and node in self.totals for each in kept)

@@ -50,8 +50,8 @@ from meshwright.compiler.codegen.instructions import (
 from meshwright.compiler.graph.ir import InputKind
 
 MOST_UNDER_WAY = 2
-"""Of the reductions that hold a gradient which is not in a bucket: one is carried while the next
-gradient is computed."""
+"""The most reductions under way that hold a gradient outside of buckets: one is carried while the
+next gradient is computed."""
 
 
 def overlap(instructions: Instructions) -> Instructions:

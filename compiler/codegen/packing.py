@@ -22,8 +22,8 @@ from meshwright.compiler.layout.wires import WIRES, Wire
 class Packing:
     """The operands of a collective as one flat tensor: `transfers` are those of each alone.
 
-    Of wires that give each member its entry of [n, ...], what is packed is [n, elements]; of those
-    that stack what the members give, what arrives is.
+    For wires that give each of n members its own entry, what is packed is [n, elements]; for those
+    that stack what members give, what arrives is. All else is flat.
     """
 
     node: Node

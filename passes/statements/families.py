@@ -1,8 +1,8 @@
 """The families of operators that `precision` tells apart, and the types that each computes in.
 
 Products read and write the compute type. What moves values without computing, and elementwise
-arithmetic, keeps the type of its operands. All else computes in float32: whoever adds up many
-numbers, or bends them as `exp` and `pow` do, loses too much in 16 bits. The tables follow
+arithmetic, keeps the type of its operands. All else computes in float32: sums of many
+numbers, and functions such as `exp` and `pow`, lose too much in 16 bits. The tables follow
 torch.autocast's, except that norms return the type of what they normalise.
 """
 
@@ -76,7 +76,7 @@ _BENT = frozenset(
         "binary_cross_entropy", "special_entr", "special_xlog1py", "special_log_ndtr", "atanh",
     )
 )  # fmt: skip
-"""Elementwise operators that 16 bits are too few for."""
+"""Elementwise operators for which 16 bits are too few."""
 
 _MOVED = frozenset(
     getattr(aten, name)
