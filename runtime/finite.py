@@ -90,15 +90,28 @@ class FiniteCheck:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Look before each update of an optimizer, and count those that are made."""
-        optimizer.register_step_pre_hook(self.before_update)
+        optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_update)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Look now, or after each call of the closure that a step is given."""
+        own, closure = args[:1], kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            return self.before_update(optimizer)
+
+        def checked() -> Any:
+            loss = closure()
+            self.before_update(optimizer)
+            return loss
+
+        return own, {**kwargs, "closure": checked}
 
     def _after_update(self, *_: object) -> None:
         if not self.scaler.show():
             for state in self._states:
                 state.num_updates += 1
 
-    def before_update(self, optimizer: Optimizer, *_: object) -> None:
+    def before_update(self, optimizer: Optimizer) -> None:
         """Raise `NonFiniteError` on every rank if a loss or gradient is not finite on any, or let
         the optimizer skip an update that overflows."""
         steps = list(self._steps)

@@ -1,26 +1,28 @@
-"""Update parameters of bfloat16 in float32, and round what comes out stochastically.
+"""Update parameters of 16 bits in float32, and round what comes out.
 
-An update below 2**-9 of a weight, and its decay, would be lost in rounding to the nearest. The bits
-that decide are a hash of (seed, update, parameter, global element index): copies of a parameter and
-its parts under any plan are rounded alike.
+Under `precision` their gradients are float32, and so is what an optimizer keeps of them. Where the
+plan makes bfloat16 the master, it is rounded stochastically: an update below 2**-9 of a weight, and
+its decay, would be lost in rounding to the nearest. The bits that decide are a hash of (seed,
+update, parameter, global element index): copies of a parameter and its parts under any plan are
+rounded alike.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.compiler.kernels.hashing import RandomIndex
 from meshwright.compiler.kernels.rounding import round_stochastically
 from meshwright.compiler.layout.extents import held_indices
+from meshwright.compiler.layout.wires import HALF_TYPES
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.dsl.statements import Precision
@@ -32,7 +34,7 @@ _OPERATORS = 1 << 48
 
 @dataclass(frozen=True, slots=True)
 class _Narrow:
-    """A parameter of bfloat16 on one rank, and where its entries lie in the model's tensor."""
+    """A parameter of 16 bits on one rank, and where its entries lie in the model's tensor."""
 
     state: RankState
     parameter: nn.Parameter
@@ -41,34 +43,68 @@ class _Narrow:
     number: int
 
     def round(self, wide: Tensor, out: Tensor) -> None:
+        """Write `wide` to `out`, rounded stochastically."""
         seed, update = self.state.random.seed, self.state.num_updates
         index = RandomIndex(seed, update, self.number, self.shape, self.coords)
         round_stochastically(wide, index, out)
 
 
-def round_updates(optimizer: Optimizer, states: Sequence[RankState], program: Program) -> None:
-    """Let `step` of this optimizer update parameters of bfloat16 in float32, and round them, if the
-    plan makes them masters.
+class Widened:
+    """A context in which the parameters of 16 bits that have gradients of float32 are float32.
 
-    While it runs, it has float32 copies of them and of their gradients; what it keeps of them is
-    float32.
+    For an optimizer, which is made and steps in it. Leaving it rounds what has a gradient; after an
+    error all is as it was.
     """
-    if all(statement.master != "bf16" for statement in program.plan.of(Precision)):
-        return
-    own = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    narrow = [
-        _narrow(state, program.parameters[name], parameter)
-        for state in states
-        for name, parameter in state.parameters.items()
-        if id(parameter) in own and parameter.dtype == torch.bfloat16
-    ]
 
-    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        with _widened(narrow):
-            return type(self).step(self, *args, **kwargs)
+    def __init__(self, states: Sequence[RankState], program: Program) -> None:
+        statement = next(iter(program.plan.of(Precision)), None)
+        self._stochastic = statement is not None and statement.master == "bf16"
+        self._narrow = [
+            _narrow(state, program.parameters[name], parameter)
+            for state in states
+            for name, parameter in state.parameters.items()
+            if statement and parameter.requires_grad and parameter.dtype in HALF_TYPES
+        ]
+        self._before: list[tuple[_Narrow, Tensor, Tensor | None]] = []
 
-    if narrow:
+    def __enter__(self) -> None:
+        self._before = [(each, each.parameter.data, each.parameter.grad) for each in self._narrow]
+        for each, data, gradient in self._before:
+            _set(each.parameter, data.float(), None if gradient is None else gradient.float())
+
+    def __exit__(self, error: object, *_: object) -> None:
+        before, self._before = self._before, []
+        for each, data, gradient in before:
+            wide = each.parameter.data
+            _set(each.parameter, data, gradient)
+            if error is None and gradient is not None:
+                each.round(wide, data) if self._stochastic else data.copy_(wide)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Let this optimizer step, and take over a state, in this context; closures run outside."""
+        if not self._narrow:
+            return
+
+        def step(own: Optimizer, closure: Callable[[], Any] | None = None, **options: Any) -> Any:
+            closures = () if closure is None else (partial(self._outside, closure),)
+            with self:
+                return type(own).step(own, *closures, **options)
+
+        def load_state_dict(own: Optimizer, state_dict: Any) -> None:
+            with self:
+                type(own).load_state_dict(own, state_dict)
+
         optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+        optimizer.load_state_dict = MethodType(  # type: ignore[method-assign]
+            load_state_dict, optimizer
+        )
+
+    def _outside(self, closure: Callable[[], Any]) -> Any:
+        """The result of a closure, which steps the run and so needs its parameters as they are."""
+        self.__exit__(None)
+        result = closure()
+        self.__enter__()
+        return result
 
 
 def _narrow(state: RankState, stored: Stored, parameter: nn.Parameter) -> _Narrow:
@@ -76,22 +112,6 @@ def _narrow(state: RankState, stored: Stored, parameter: nn.Parameter) -> _Narro
     coords = held_indices(shape, stored.layout, stored.paddings, state.mesh, state.coords)
     number = _OPERATORS + zlib.crc32(stored.name.encode())
     return _Narrow(state, parameter, shape, tuple(coords), number)
-
-
-@contextmanager
-def _widened(narrow: Sequence[_Narrow]) -> Iterator[None]:
-    """Make parameters and gradients float32 inside; an update that fails changes nothing."""
-    before = [(each, each.parameter.data, each.parameter.grad) for each in narrow]
-    try:
-        for each, data, gradient in before:
-            _set(each.parameter, data.float(), None if gradient is None else gradient.float())
-        yield
-        for each, data, gradient in before:
-            if gradient is not None:
-                each.round(each.parameter.data, data)
-    finally:
-        for each, data, gradient in before:
-            _set(each.parameter, data, gradient)
 
 
 def _set(parameter: nn.Parameter, data: Tensor, gradient: Tensor | None) -> None:

@@ -29,7 +29,7 @@ from meshwright.runtime.norms import check_norms, clipped
 from meshwright.runtime.optimizer import Groups, make_optimizer
 from meshwright.runtime.programs import Linked, Programs, check_new_shapes
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
-from meshwright.runtime.rounding import round_updates
+from meshwright.runtime.rounding import Widened
 from meshwright.runtime.same_inputs import InputCheck, read_interval
 from meshwright.runtime.start import check_seed, executable_digest
 from meshwright.runtime.state_dicts import fill, take_over, targets_in
@@ -304,9 +304,10 @@ class Run:
         has more than one rank; classes that are not known to be elementwise are tried out first.
         Raises `PlanError` for a selector that matches nothing.
         """
-        with apart_from_caller(self.program.device.type):
+        widened = Widened(self.states, self.program)
+        with apart_from_caller(self.program.device.type), widened:
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
-        round_updates(found, self.states, self.program)
+        widened.attach(found)
         self._finite_check.attach(found)
         return found
 

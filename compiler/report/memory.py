@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+
+import torch
 
 from meshwright.compiler.graph.aliasing import node_bytes
-from meshwright.compiler.graph.ir import InputKind
+from meshwright.compiler.graph.ir import InputKind, OutputKind
 from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.storages import Walk
 from meshwright.compiler.stages import Action
@@ -15,7 +17,8 @@ from meshwright.compiler.stages import Action
 class Memory:
     """Bytes per rank of `parameters`, `buffers`, `gradients` and more.
 
-    `optimizer` is for two moments per parameter, as Adam keeps; `activations` are what the forward
+    `optimizer` is for two moments per parameter, as Adam keeps, in the type of its gradient; what
+    an update copies besides is not in it. `activations` are what the forward
     saves for the backward. `peak` is the most alive at once in a step: all of these that are there
     by then, the batch, and what operators use inside themselves, but not what a transport does.
     """
@@ -38,7 +41,11 @@ def memory(program: Compiled) -> Memory:
     mesh = program.mesh
     parameters = sum(stored.local_bytes(mesh) for stored in program.parameters.values())
     buffers = sum(stored.local_bytes(mesh) for stored in program.buffers.values())
-    gradients = sum(stored.local_bytes(mesh) for stored in trained)
+    types = _gradient_types(program)
+    gradients = sum(
+        replace(s, type=replace(s.type, dtype=types.get(s.name, s.type.dtype))).local_bytes(mesh)
+        for s in trained
+    )
     forwards = [stage.forward for stage in program.stages]
     given = {
         node.args: len(forward.mesh.turns) * node_bytes(node, forward)
@@ -55,6 +62,14 @@ def memory(program: Compiled) -> Memory:
         max(each.most_saved for each in walked),
         parameters + buffers + 3 * gradients + sum(given.values()) + max(w.peak for w in walked),
     )
+
+
+def _gradient_types(program: Compiled) -> dict[str, torch.dtype]:
+    """The element types of gradients, by parameter: float32 for one of 16 bits under `precision`.
+    Parameters that have none are left out."""
+    graphs = (graph for stage in program.stages for graph in stage.graphs.values())
+    outputs = (output for graph in graphs for output in graph.outputs_of(OutputKind.GRADIENT))
+    return {output.name: output.node.tensor.dtype for output in outputs}
 
 
 def walks(program: Compiled) -> list[Walk]:

@@ -1,12 +1,15 @@
-"""Masters of bfloat16: updates in float32, rounded stochastically."""
+"""Parameters of 16 bits: updates in float32, rounded stochastically where they are the masters."""
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import meshwright as mw
 from meshwright.compiler.kernels.hashing import RandomIndex
@@ -141,3 +144,48 @@ def test_an_update_that_fails_leaves_parameters_and_gradients_as_they_were() -> 
         optimizer.step()
     for ours, theirs in zip((run.state_dict(), run.gradients()), before, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bits_is_updated_in_float32_and_rounded_to_the_nearest(
+    dtype: torch.dtype, kind: type[torch.optim.Optimizer]
+) -> None:
+    plan = mw.Plan.parse(PLANS["zero"] + "precision bf16\n")
+    run = mw.compile(make().to(dtype), plan, batch()).launch()
+    optimizer = run.optimizer(kind, lr=0.01)
+    wide = [nn.Parameter(p.detach().float()) for p in run.parameters() if p.requires_grad]
+    run.step(*batch())
+    for ours, own in zip(wide, (p for p in run.parameters() if p.requires_grad), strict=True):
+        assert own.grad is None or own.grad.dtype == torch.float32
+        ours.grad = own.grad
+    kind(wide, lr=0.01).step()
+    optimizer.step()
+    for ours, own in zip(wide, (p for p in run.parameters() if p.requires_grad), strict=True):
+        assert torch.equal(own, ours.to(dtype))
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    assert {value.dtype for value in values} == {torch.float32}
+    run.check(optimizer)
+
+
+def test_a_step_with_a_closure_and_a_state_taken_over_are_those_without() -> None:
+    found = []
+    for closed in (False, True):
+        run = program("both").launch(seed=1)
+        optimizer = run.optimizer(torch.optim.AdamW, lr=0.01)
+
+        def closure(run: mw.Run = run, optimizer: torch.optim.Optimizer = optimizer) -> Any:
+            optimizer.zero_grad()
+            return run.step(*batch())
+
+        for _ in range(2):
+            if closed:
+                loss = optimizer.step(closure)
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            else:
+                loss = closure()
+                optimizer.step()
+        values = [value for state in optimizer.state.values() for value in state.values()]
+        assert {value.dtype for value in values} == {torch.float32}
+        found.append((loss, run.state_dict()))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)

@@ -95,6 +95,26 @@ def test_a_nan_of_the_forward_is_no_overflow(check: bool) -> None:
     assert run.num_skipped == 0
 
 
+def test_a_closure_is_looked_at_after_it_has_run() -> None:
+    run = program("both").launch()
+    optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
+    before = weights(run)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        return run.step(*batch())
+
+    set_scale(run, 2.0**60)
+    assert optimizer.step(closure).isfinite()
+    torch.testing.assert_close(weights(run), before, rtol=0, atol=0)
+    assert (run.loss_scale, run.num_skipped) == (2.0**59, 1)
+    state = run.state_dict()
+    state["blocks.0.up.weight"][3, 3] = torch.nan
+    run.load_state_dict(state)
+    with pytest.raises(NonFiniteError, match=r"the parameter `blocks.0.up.weight` has a NaN"):
+        optimizer.step(closure)
+
+
 def test_a_scale_that_cannot_fall_any_more_is_an_error() -> None:
     run = program("data").launch()
     optimizer = run.optimizer(torch.optim.SGD, lr=0.1)

@@ -147,6 +147,11 @@ def test_the_peak_of_microbatches_is_the_one_that_is_measured(name: str, level: 
         check(Gpt(p=0.1), re.sub("accumulate.*\n", "", PLANS[name] + zero), tokens())
 
 
+def test_gradients_of_bfloat16_masters_count_as_float32() -> None:
+    plan = "mesh dp=2\n" + GPT_DATA + "zero 2 over dp\nprecision bf16 master=bf16\n"
+    check(Gpt(), plan, batch())
+
+
 class Stack(nn.Module):
     """Blocks of one weight each."""
 
