@@ -65,11 +65,17 @@ def make_optimizer(
 
 
 def _may_fuse(kind: object, listed: Groups, options: Mapping[str, Any]) -> bool:
-    """Whether the class has a fused kernel for these parameters, and nobody has chosen another."""
+    """Whether the class has a fused kernel for these parameters, and nobody has chosen another.
+
+    In torch 2.11 to 2.13 those for the CPU are wrong in 16 bits: SGD's momentum is that of other
+    memory.
+    """
     devices = next((_FUSED[name] for name in _FUSED if kind is getattr(torch.optim, name)), ())
     given = {*options, *(option for group in listed for option in group)}
     return given.isdisjoint(_HOW) and all(
-        parameter.device.type in devices and parameter.is_floating_point()
+        parameter.device.type in devices
+        and parameter.is_floating_point()
+        and parameter.itemsize >= torch.float32.itemsize
         for group in listed
         for parameter in group["params"]
     )

@@ -87,14 +87,15 @@ class Run:
         self.transport.check_same_program(executable_digest(program))
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
-        self._saves = checkpoint.Saves(program, self.states, self._run)
         self._finite_check = FiniteCheck(self.states, self._run, finite, program.scaled)
         self._closed = False
         self._start(seed, values, mapped_names(program, state_dict), interval)
         if program.mode == "train":
             notice_optimizers_of(named_tensors(program.model).parameters)
         self._programs = Programs(program, self.states, self.transport, self._run)
+        # Without the model's weights, which go with the model.
         self.program = self._programs.launched.program
+        self._saves = checkpoint.Saves(self.program, self.states, self._run)
         self._rows: tuple[Inputs, list[Sharder]] | None = None
         self._results: list[Results] = []
         """Of the last call, by rank, where every rank is here."""

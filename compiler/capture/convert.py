@@ -141,7 +141,6 @@ class Converter:
         type = _type(node)
         args = self._arguments(node.args)
         kwargs = {key: self._arguments(value) for key, value in node.kwargs.items()}
-        origin = replace(origin_of(node), exact=self._is_exact(node))
         if node.target in _STRIDED:
             _check_strided(node)
         if node.target is operator.getitem:
@@ -158,6 +157,7 @@ class Converter:
             op, args, kwargs = simpler
         else:
             _refuse_dynamic(node)
+        origin = replace(origin_of(node), exact=self._is_exact(node))
         grad = _is_differentiable(op, args, type) and any(
             operand.requires_grad for operand in call_operands(args, kwargs)
         )

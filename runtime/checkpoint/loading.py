@@ -111,7 +111,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     folder = folder_of(path)
     with apart_from_caller("cpu"):
-        if has_none(folder) and (weights := weights_in(folder)):
+        if (folder.is_file() or has_none(folder)) and (weights := weights_in(folder)):
             return read_weights(weights)
         with OpenSave.current(folder) as opened:
             manifest = opened.manifest
