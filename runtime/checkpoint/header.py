@@ -100,6 +100,8 @@ def parse_tensors(text: bytes) -> tuple[Mapping[str, Any], dict[str, Held]]:
     try:
         rows = json.loads(text, object_pairs_hook=unique)
         metadata = rows.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("`__metadata__` is not a dictionary")
         held = {name: _named(name, row) for name, row in rows.items()}
     except RecursionError:
         raise ValueError("it is nested too deeply") from None

@@ -181,6 +181,9 @@ REFUSED: dict[str, Callable[[Path], object]] = {
     "file missing": lambda folder: (folder / FIRST).unlink(),
     "file of text": lambda folder: (folder / FIRST).write_text("version https://git-lfs...\n" * 5),
     "file empty": lambda folder: (folder / FIRST).write_bytes(b""),
+    "file with another metadata": lambda folder: (folder / FIRST).write_bytes(
+        (18).to_bytes(8, "little") + b'{"__metadata__":3}'
+    ),
     "files without an index": lambda folder: (folder / INDEX).unlink(),
     "index of text": lambda folder: (folder / INDEX).write_text("x"),
     "index of a list": lambda folder: (folder / INDEX).write_text("[]"),
