@@ -55,6 +55,18 @@ def folder_of(path: object) -> Path:
     return Path(cast(str | Path, path))
 
 
+def new_folder_of(path: object) -> Path:
+    """The folder that `save` is called with, whatever the working directory is while it is written.
+
+    Raises `RunError` for what names none.
+    """
+    folder = folder_of(path)
+    try:
+        return folder.absolute()
+    except OSError as error:
+        raise cannot("write into", folder, error, "name a folder to write into") from None
+
+
 def check_keep(keep: object) -> int | None:
     """The number of checkpoints to keep. Raises `RunError` for what is not a count or None."""
     help = "pass how many checkpoints to keep, or `None` for all"

@@ -25,7 +25,7 @@ from torch import Tensor
 from meshwright.compiler.public import Program
 from meshwright.runtime.checkpoint.extra import written_extra
 from meshwright.runtime.checkpoint.files import cannot
-from meshwright.runtime.checkpoint.folder import NewSave, check_keep, folder_of, unfinished_path
+from meshwright.runtime.checkpoint.folder import NewSave, check_keep, new_folder_of, unfinished_path
 from meshwright.runtime.checkpoint.header import Header, check_types
 from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor
 from meshwright.runtime.checkpoint.optimizer_state import (
@@ -220,7 +220,7 @@ class _Saving:
     def _part(self, state: RankState) -> _Part:
         """What a rank is to write, as it is now. Raises `RunError` for what cannot be saved."""
         program, optimizer = self.program, self.optimizer
-        self._new.folder, self._keep = folder_of(self.path), check_keep(self._keep)
+        self._new.folder, self._keep = new_folder_of(self.path), check_keep(self._keep)
         if optimizer is not None and self._options is None:
             # On the virtual mesh there is one optimizer for all ranks.
             self._options = check_optimizer(program, self.states, optimizer)

@@ -182,6 +182,22 @@ def test_a_folder_that_is_removed_meanwhile_is_told(tmp_path: Path, disk: thread
     assert names(folder) == ["step-0"]
 
 
+def test_the_working_directory_may_change_meanwhile(
+    tmp_path: Path, disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, elsewhere = launched("tensor"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    run.save("folder", wait=False)
+    monkeypatch.chdir(elsewhere)
+    disk.set()
+    run.wait_saved()
+    assert names(tmp_path / "folder") == ["step-0"]
+    elsewhere.rmdir()
+    with pytest.raises(mw.RunError, match="cannot write into `folder`: No such file or directory"):
+        run.save("folder")
+
+
 @pytest.mark.parametrize("keep", [0, -1, True, "3", 1.0])
 def test_a_number_to_keep_that_cannot_be_is_refused(tmp_path: Path, keep: Any) -> None:
     with pytest.raises(mw.RunError, match="`keep` is"):
