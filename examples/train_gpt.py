@@ -15,6 +15,7 @@ from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -83,7 +84,7 @@ def main(
     if extra:
         schedule.load_state_dict(extra["schedule"])
     losses, start = [], extra.get("step", 0)
-    with run, Progress(disable=not FIRST) as progress:
+    with run, Progress(console=Console(quiet=not FIRST), disable=not FIRST) as progress:
         task, began = progress.add_task("training", total=steps, completed=start), time.monotonic()
         for step in range(start + 1, steps + 1):
             loss = run.step_local(*batch(training, step, run.data_slice(BATCH)))

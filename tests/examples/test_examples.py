@@ -43,10 +43,11 @@ def test_a_resumed_training_has_the_losses_of_one_that_was_not_stopped(tmp_path:
 
 
 def test_an_interrupted_training_goes_on_with_the_same_losses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = load("train_gpt")
     whole = train.main(steps=6)
+    assert "held out" in capsys.readouterr().out
 
     def interrupted(text: torch.Tensor, number: int, *rows: slice) -> object:
         if number == 5:
@@ -55,6 +56,8 @@ def test_an_interrupted_training_goes_on_with_the_same_losses(
 
     stopped = load("train_gpt")
     monkeypatch.setattr(stopped, "batch", interrupted)
+    monkeypatch.setattr(stopped, "FIRST", False)
     with pytest.raises(KeyboardInterrupt):
         stopped.main(steps=6, folder=tmp_path, every=2)
+    assert capsys.readouterr().out == ""
     assert train.main(steps=6, folder=tmp_path) == whole[4:]
