@@ -20,6 +20,7 @@ Elsewhere: torch.autocast, DeepSpeed's and FSDP2's mixed precision.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import reduce
@@ -143,7 +144,10 @@ class _Caster:
         elif how is Width.WIDE:
             wanted = dict.fromkeys(values, self.wide)
         elif how is Width.INSIDE:
-            wanted = dict.fromkeys(values[1:], self.wide) if len(dtypes) > 1 else {}
+            first = next(_tensors(args, kwargs))
+            beside = [value for value in values if value is not first]
+            mixed = len(dtypes | {first.tensor.dtype}) > 1
+            wanted = dict.fromkeys(beside, self.wide) if mixed else {}
         else:
             wanted = _promoted(values) if len(dtypes) > 1 else {}
 
@@ -158,7 +162,14 @@ class _Caster:
         how = width(node.op)
         around = (path for path, _ in node.origin.modules)
         kept = family(node.op) in self.kept or not self.modules.isdisjoint(around)
-        return Width.WIDE if kept or node in self.routers else how
+        return Width.WIDE if kept or node in self.routers or self._exceeded(node) else how
+
+    def _exceeded(self, node: Node) -> bool:
+        """Whether a call takes a number that the compute type does not have: the least number of
+        float32, as masks have it."""
+        numbers = [n for n in (*node.args, *node.kwargs.values()) if isinstance(n, int | float)]
+        most = torch.finfo(self.compute).max
+        return any(math.isfinite(number) and abs(number) > most for number in numbers)
 
     def _as_captured(
         self, node: Node, args: tuple[Arg, ...], kwargs: dict[str, Arg]

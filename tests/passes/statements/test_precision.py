@@ -295,6 +295,35 @@ def test_the_model_and_the_plan_say_what_stays_in_float32() -> None:
         assert first.tensor.dtype == F32, keep
 
 
+class Masked(nn.Module):
+    """Scores masked with the least number of float32, which is none of 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.up(x)
+        mask = torch.ones(8, 8, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(mask, torch.finfo(scores.dtype).min)
+        return torch.softmax(scores, -1).square().sum()
+
+
+@pytest.mark.parametrize("word", ["bf16", "fp16"])
+def test_numbers_that_16_bits_do_not_have_are_used_in_float32(word: str) -> None:
+    x, model = torch.randn(2, 8, 8), Masked()
+    with compiled(model, (x,), f"mesh dp=2\ndata x over dp\nprecision {word}\n").launch() as run:
+        torch.testing.assert_close(run.step(x), model(x).detach(), rtol=0.01, atol=0)
+        assert all(gradient.isfinite().all() for gradient in run.gradients().values())
+
+
+def test_a_model_of_float32_computes_in_float64() -> None:
+    found, gradients = step(DATA.replace("bf16", "fp64"), gpt())
+    expected, own = step(DATA.replace("precision bf16\n", ""), gpt(torch.float64))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert apart(gradients, own) < 1e-6
+
+
 def test_a_norm_that_is_kept_returns_float32() -> None:
     kept = compiled(gpt(), batch(), ONE.replace("bf16", "bf16 keep=norm"))
     found = [n.type for n in kept.stages[0].forward.nodes if "norm" in str(n.op)]
