@@ -279,7 +279,7 @@ class _Lowering:
         source: Node = node.args[0]
         given = self.values[source]
         if isinstance(given, BucketView):
-            for part in [each for each in source.args if each in self.late]:
+            for part in [each for each in self.late if each in source.args]:
                 del self.late[part]
                 self._keep(part)
         before, after = tuple(transfer.before), tuple(transfer.after)

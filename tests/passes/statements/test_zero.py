@@ -366,3 +366,20 @@ def test_a_bucket_is_reduced_once_each_of_its_parts_is_there(
     plan = "mesh dp=2, tp=2\n" + GPT_DATA + "columns blocks.*.up over tp\n"
     plan += "rows blocks.*.down over tp\nvocab wte, head over tp\nsequence blocks.* over tp\n"
     check_equal(Late(), lambda: tokens(vocab=32), plan + "zero 1 over dp\n")
+
+
+class Added(nn.Module):
+    """Two weights with one gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ (self.a + self.b)).square().mean()
+
+
+def test_one_scatter_for_two_parameters_is_in_their_bucket_before_that_is_reduced() -> None:
+    torch.manual_seed(0)
+    plan = "mesh dp=2, cp=2\ndata x over (dp, cp)\nzero 1 over dp\n"
+    check_equal(Added(), lambda: (torch.randn(8, 16, dtype=torch.float64),), plan)
