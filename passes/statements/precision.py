@@ -21,7 +21,7 @@ Elsewhere: torch.autocast, DeepSpeed's and FSDP2's mixed precision.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -207,7 +207,7 @@ class _Caster:
         return self._to(node, dtype, output.node)
 
 
-def _tensors(args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> Iterable[Node]:
+def _tensors(args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> Iterator[Node]:
     """The operands of a call that are one tensor each."""
     operands = nodes_in((*args, *kwargs.values()))
     return (each for each in operands if isinstance(each.type, TensorType))
