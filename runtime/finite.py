@@ -100,6 +100,7 @@ class FiniteCheck:
             return self.before_update(optimizer)
 
         def checked() -> Any:
+            self.scaler.show()
             loss = closure()
             self.before_update(optimizer)
             return loss

@@ -27,6 +27,7 @@ from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes, 
 from meshwright.runtime.model_optimizers import notice_optimizers_of
 from meshwright.runtime.norms import check_norms, clipped
 from meshwright.runtime.optimizer import Groups, make_optimizer
+from meshwright.runtime.optimizer_habits import refuse_habits
 from meshwright.runtime.programs import Linked, Programs, check_new_shapes
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
 from meshwright.runtime.rounding import Widened
@@ -309,6 +310,7 @@ class Run:
         with apart_from_caller(self.program.device.type), widened:
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
         widened.attach(found)
+        refuse_habits(found)
         self._finite_check.attach(found)
         return found
 

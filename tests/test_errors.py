@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from collections.abc import Callable, Mapping
@@ -316,6 +317,27 @@ ARGUMENTS: Mapping[str, Callable[[], object]] = {
     "example-without-a-batch": lambda: mw.compile(Model(), PLAN, (torch.ones(0, 4),)),
     "unknown-device": lambda: mw.compile(Model(), PLAN, X, device="gpu"),
 }
+
+
+def step_by_scaler(run: mw.Run) -> None:
+    """Update as a loop with torch's scaler does, whose loss has been scaled."""
+    optimizer, scaler = run.optimizer(torch.optim.Adam), torch.amp.GradScaler("cpu")
+    scaler.scale(run.step(*X))
+    scaler.step(optimizer)
+
+
+def whole_state() -> dict[str, Any]:
+    """The state of an optimizer over parameters of twice the shard's rows, by the same numbers."""
+    run = compiled().launch()
+    optimizer = run.optimizer(torch.optim.Adam)
+    run.step(*X)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for kept in state["state"].values():
+        kept["exp_avg"] = torch.cat([kept["exp_avg"]] * 2)
+    return state
+
+
 RUNS: Mapping[str, Callable[[mw.Run], object]] = {
     "batch-of-another-size": lambda run: run.step(torch.ones(6, 4)),
     "input-of-another-type": lambda run: run.step(torch.ones(8, 4, dtype=torch.float64)),
@@ -332,6 +354,11 @@ RUNS: Mapping[str, Callable[[mw.Run], object]] = {
     "state-of-no-tensors": lambda run: run.load_state_dict({"linear.weight": 1.0}),  # type: ignore[dict-item]
     "copied-to-another-model": lambda run: run.copy_to(nn.Linear(4, 4)),
     "norm-of-type-zero": lambda run: run.clip_grad_norm_(1.0, 0),
+    "optimizer-copied": lambda run: copy.deepcopy(run.optimizer(torch.optim.SGD)),
+    "optimizer-of-a-grad-scaler": step_by_scaler,
+    "optimizer-state-of-another-plan": lambda run: run.optimizer(torch.optim.Adam).load_state_dict(
+        whole_state()
+    ),
     "optimizer-made-already": lambda run: run.optimizer(run),  # type: ignore[arg-type]
     "group-of-tensors": lambda run: run.optimizer(torch.optim.SGD, groups=[{"params": X}]),
     "group-that-matches-nothing": lambda run: run.optimizer(

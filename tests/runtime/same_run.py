@@ -119,6 +119,30 @@ def check_not_finite(program: mw.Program) -> None:
         real.check(optimizer)
 
 
+def check_overflow(plan: str, folder: str) -> None:
+    """What overflows on one rank alone is skipped by all, and a resumed run does the same."""
+    scaled = mw.Plan.parse(plan + "precision fp16\n")
+    program = mw.compile(make(seed=RANK).float(), scaled, example=batch())
+    found = []
+    for first in (0, 2):
+        with program.launch() as real:
+            optimizer = real.optimizer(torch.optim.AdamW, lr=1e-2)
+            if first:
+                real.load(folder, optimizer)
+            for number in range(first, 4):
+                if number == 2 and not first:
+                    real.save(folder, optimizer)
+                real.step(*batch(number))
+                if number in (1, 3) and RANK == 1:
+                    next(p for p in real.parameters() if p.grad is not None).grad.fill_(torch.inf)
+                optimizer.step()
+                optimizer.zero_grad()
+                real.check(optimizer)
+            assert (real.loss_scale, real.num_skipped) == (2.0**14, 2)
+            found.append(real.state_dict())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
 def check_descriptors(program: mw.Program) -> None:
     """A closed run leaves only the store's connections open."""
     numbers = []
@@ -153,5 +177,6 @@ if __name__ == "__main__":
         check_not_finite(program)
         if more:
             check_descriptors(program)
+            check_overflow(PLANS[name], f"{folder}/scaled")
     check_errors(num_ranks)
     print("done")

@@ -116,6 +116,22 @@ def test_updates_without_a_step_between_round_otherwise_and_alike_when_resumed(
     torch.testing.assert_close(runs[0].state_dict(), runs[1].state_dict(), rtol=0, atol=0)
 
 
+def test_state_that_torch_loads_stays_in_float32() -> None:
+    run = program("data").launch()
+    optimizer = run.optimizer(torch.optim.AdamW, lr=1e-3)
+    for _ in range(2):
+        run.step(*batch())
+        optimizer.step()
+        before = run.state_dict()
+        kept = optimizer.state_dict()
+        optimizer.load_state_dict(kept)
+        assert {value.dtype for each in kept["state"].values() for value in each.values()} == {
+            torch.float32
+        }
+        torch.testing.assert_close(optimizer.state_dict(), kept, rtol=0, atol=0)
+        torch.testing.assert_close(run.state_dict(), before, rtol=0, atol=0)
+
+
 def test_small_updates_are_not_lost() -> None:
     """Steps of 2e-4 of a weight of one, which rounding to the nearest loses."""
     run = program("data").launch()

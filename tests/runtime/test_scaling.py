@@ -68,6 +68,26 @@ def test_an_update_that_overflows_is_skipped_and_halves_the_scale() -> None:
     run.check(optimizer)
 
 
+def test_a_closure_is_looked_at_when_it_has_run() -> None:
+    run = program("data").launch()
+    optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+    before = weights(run)
+
+    def closure(bad: bool) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = run.step(*batch())
+        if bad:
+            overflow(run)
+        return loss
+
+    optimizer.step(lambda: closure(True))
+    assert (run.num_skipped, run.states[0].num_updates) == (1, 0)
+    torch.testing.assert_close(weights(run), before, rtol=0, atol=0)
+    assert optimizer.step(closure=lambda: closure(False)).isfinite()
+    assert (run.num_skipped, run.states[0].num_updates) == (1, 1)
+    assert not torch.equal(weights(run)["wte.weight"], before["wte.weight"])
+
+
 def test_two_optimizers_skip_together_and_count_once() -> None:
     run = program("data").launch()
     groups = [{"params": "blocks.**"}]
