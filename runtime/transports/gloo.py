@@ -145,6 +145,8 @@ def _direct(
         for peer, part in zip(sources, received, strict=True):
             given[peer] = part
         out = tensor if donate and not kind.divided else None
+        if out is None and received and not scratch and "reduce" in kind.options:
+            out = received[0]  # new memory costs page faults
         return receive(wire, group.position, given, out, keep_others=scratch)
 
     return works, finish
