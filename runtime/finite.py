@@ -110,7 +110,7 @@ class FiniteCheck:
     def _after_update(self, *_: object) -> None:
         if not self.scaler.show():
             for state in self._states:
-                state.num_updates += 1
+                state.updated()
 
     def before_update(self, optimizer: Optimizer) -> None:
         """Raise `NonFiniteError` on every rank if a loss or gradient is not finite on any, or let

@@ -72,6 +72,17 @@ class RankState:
             return torch.full(part.shape, number, dtype=stored.type.dtype, device=self.device)
         return part.to(self.device, stored.type.dtype).clone(memory_format=torch.contiguous_format)
 
+    def updated(self) -> None:
+        """Count an update; what an optimizer assigned to the `data` of a parameter is written into
+        the tensor that steps take."""
+        self.num_updates += 1
+        for name, parameter in self.parameters.items():
+            held = self.tensors["parameter", name]
+            # While 16 bits are updated in float32, another tensor stands in for the parameter.
+            if parameter.data_ptr() != held.data_ptr() and parameter.dtype == held.dtype:
+                held.copy_(parameter.data)
+                parameter.data = held
+
     def flat_buffer(self, owners: tuple[str, ...], node: Node) -> tuple[Tensor, ...]:
         """The flat buffer of a bucket and its views, shared by programs that fill it alike."""
         shapes = tuple(part.placed.local_shape(self.mesh) for part in node.args)

@@ -79,8 +79,8 @@ def _places(index: Path) -> dict[str, str]:
                 raise ValueError(f"it has {size} bytes")
             found = json.loads(read_bytes(opened, size), object_pairs_hook=unique)
         places = found["weight_map"]
-        if not isinstance(places, dict):
-            raise TypeError("`weight_map` is not a dictionary")
+        if not isinstance(places, dict) or not places:
+            raise TypeError("`weight_map` is not a dictionary with the file of each tensor")
         for name, file in places.items():
             if not isinstance(file, str) or not file.endswith(_FILE) or "/" in file:
                 raise ValueError(f"the file of `{name}` is {str(file)[:80]!r}")

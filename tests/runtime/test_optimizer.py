@@ -111,3 +111,34 @@ def test_a_complex_weight_is_not_updated_by_a_fused_kernel() -> None:
     run.step(x)
     optimizer.step()
     run.check(optimizer)
+
+
+class Assigning(optim.Optimizer):
+    """A step down the gradient that makes new tensors rather than writing into the parameters."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data = parameter.data - group["lr"] * parameter.grad
+
+
+@pytest.mark.parametrize("precision", ["", "precision bf16\n", "precision bf16 master=bf16\n"])
+def test_what_is_assigned_to_the_data_of_a_parameter_is_trained_on(precision: str) -> None:
+    def losses(kind: Any) -> list[float]:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+        plan = mw.Plan.parse(f"mesh dp=2\ndata input over dp\nzero 3 over dp\n{precision}")
+        run = mw.compile(model, plan, (x,), loss=lambda out: out.square().mean()).launch()
+        optimizer = run.optimizer(kind, lr=0.1)
+        found = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            found.append(run.step(x).item())
+            optimizer.step()
+        return found
+
+    assert losses(Assigning) == pytest.approx(losses(optim.SGD), rel=1e-6)
+    assert losses(Assigning)[2] < losses(Assigning)[0]
