@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,8 @@ def run(
 ) -> Run:
     """Run a command in a folder with a copy of the checkpoints, a model and plans."""
     monkeypatch.chdir(tmp_path)
+    # Another test may have imported a module of this name.
+    monkeypatch.delitem(sys.modules, "model", raising=False)
     shutil.copytree(saved, "checkpoints")
     Path("model.py").write_text(MODEL)
     for name, text in PLANS.items():

@@ -578,7 +578,7 @@ def test_every_error_here_is_lower_case_with_one_line_of_help_that_begins_with_a
 
 
 VERBS = {
-    "add", "change", "check", "choose", "compile", "convert", "define", "give", "keep", "launch",
-    "leave", "make", "name", "pad", "pass", "read", "reduce", "register", "remove", "return", "set",
-    "split", "start", "use", "write",
+    "add", "call", "change", "check", "choose", "compile", "convert", "define", "give", "keep",
+    "launch", "leave", "make", "name", "pad", "pass", "read", "reduce", "register", "remove",
+    "return", "set", "split", "start", "use", "write",
 }  # fmt: skip

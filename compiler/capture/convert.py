@@ -141,6 +141,7 @@ class Converter:
         type = _type(node)
         args = self._arguments(node.args)
         kwargs = {key: self._arguments(value) for key, value in node.kwargs.items()}
+        origin = replace(origin_of(node), exact=self._is_exact(node))
         if node.target in _STRIDED:
             _check_strided(node)
         if node.target is operator.getitem:
@@ -157,7 +158,6 @@ class Converter:
             op, args, kwargs = simpler
         else:
             _refuse_dynamic(node)
-        origin = replace(origin_of(node), exact=self._is_exact(node))
         grad = _is_differentiable(op, args, type) and any(
             operand.requires_grad for operand in call_operands(args, kwargs)
         )
@@ -171,10 +171,11 @@ class Converter:
         operands = [n for n in node.all_input_nodes if _is_floating(n)]
         chosen = [n in self.chosen for n in operands]
         named = names_dtype(op, node.args, node.kwargs) and _is_floating(node)
-        seen = op is operator.getitem or is_view(op)
+        ours = isinstance(op, torch._ops.OpOverload)
+        seen = op is operator.getitem or (ours and is_view(op))
         if operands and (named or (all(chosen) and seen)):
             self.chosen.add(node)
-        if not isinstance(op, torch._ops.OpOverload) or node in self.chosen:
+        if not ours or node in self.chosen:
             return False
         return (any if is_pointwise(op) else all)(chosen or [False]) or is_off(node)
 

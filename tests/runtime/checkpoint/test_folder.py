@@ -38,7 +38,7 @@ def commit(new: NewSave, value: float, keep: int | None = 1) -> str:
     assert new.file is not None
     digest = write_shard(new.file, path, Header.of(new.name, 0, tensors), tensors)
     saved = SavedTensor((1,), "float32", replicated((1,)), (0,), ())
-    random = {"seed": 0, "step": int(value)}
+    random = {"seed": 0, "step": int(value), "num_updates": 0}
     mesh, (_, size, header) = Mesh((("dp", 1),)), read_header(path)
     shards = (Shard(size, header, digest),)
     manifest = Manifest(new.name, mesh, "", random, {"w": "w"}, {"w": saved}, None, shards)

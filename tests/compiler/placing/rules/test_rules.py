@@ -56,6 +56,7 @@ UNSAMPLED = {
     "aten::empty": "its values are arbitrary",
     "aten::empty_like": "its values are arbitrary",
     "aten::new_empty": "its values are arbitrary",
+    "mesh::loss_scale": "it multiplies by a number of the run, alike on every rank",
 }
 
 
