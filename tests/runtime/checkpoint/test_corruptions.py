@@ -28,7 +28,7 @@ from tests.runtime.checkpoint.states import differing, snapshot
 from tests.runtime.checkpoint.tensor_changes import TENSOR_CHANGES
 from tests.runtime.models import PLANS, batch, make
 
-SECONDS = 5.0
+SECONDS = 10.0
 """For a refusal, of this process's own; a loaded machine may make ten times that of it."""
 GROUPS = [{"params": ["**.bias"], "weight_decay": 0.0}]
 Trained = tuple[mw.Run, torch.optim.Optimizer]
