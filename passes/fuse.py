@@ -17,13 +17,13 @@ Elsewhere: the flat buffers of FSDP and ZeRO, DDP's buckets.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 
+from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import GETITEM, Builder, Graph, MeshOp, Node, Origin
 from meshwright.compiler.graph.transfers import collective_kind, combines, transfers_of
 from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM
@@ -96,8 +96,7 @@ class _Fuser:
 
     def _bytes(self, node: Node) -> int:
         """What a rank holds of the operand of a collective."""
-        source: Node = node.args[0]
-        return math.prod(source.placed.local_shape(self.graph.mesh)) * source.tensor.dtype.itemsize
+        return node_bytes(node.args[0], self.graph)
 
     def run(self) -> Graph:
         first = {group[0]: group for group in self.gathers}

@@ -24,12 +24,12 @@ import torch
 from meshwright.compiler.composites.embedding import EmbeddingBackward
 from meshwright.compiler.graph.ir import Builder, Graph, Node, Output, OutputKind, rewrite
 from meshwright.compiler.graph.transfers import collective_kind, combines
+from meshwright.compiler.layout.wires import HALF_TYPES
 from meshwright.dsl.statements import Precision
 from meshwright.passes.statements.draft import Draft
 
 aten = torch.ops.aten
 
-_NARROW = (torch.bfloat16, torch.float16)
 _CAST = aten._to_copy.default
 _CARRIERS = {
     aten.add.Tensor, aten.slice.Tensor, aten.constant_pad_nd.default, aten.view.default,
@@ -131,4 +131,4 @@ def _carries(node: Node) -> bool:
 
 
 def _is_narrow(node: Node) -> bool:
-    return node.tensor.dtype in _NARROW
+    return node.tensor.dtype in HALF_TYPES

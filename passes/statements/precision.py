@@ -44,6 +44,7 @@ from meshwright.compiler.graph.ir import (
     nodes_in,
     rewrite,
 )
+from meshwright.compiler.layout.wires import HALF_TYPES
 from meshwright.compiler.placing.result_types import result_type
 from meshwright.dsl.errors import either
 from meshwright.dsl.selectors import Selector
@@ -66,7 +67,7 @@ TYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
 }
-_CHOSEN = (torch.bfloat16, torch.float16, torch.float32)
+_CHOSEN = (*HALF_TYPES, torch.float32)
 """The element types in place of which the plan's is used."""
 
 

@@ -221,6 +221,7 @@ def test_large_gradients_whose_sum_overflows_are_finite() -> None:
         if parameter.grad is not None:
             parameter.grad.fill_(1e38)
     optimizer.step()
+    assert all(state.num_updates == 1 for state in run.states)
 
 
 def test_checks_are_left_out_where_they_are_not_asked_for() -> None:

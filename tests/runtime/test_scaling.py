@@ -115,7 +115,7 @@ def test_a_nan_of_the_forward_is_no_overflow(check: bool) -> None:
     assert run.num_skipped == 0
 
 
-def test_a_closure_is_looked_at_after_it_has_run() -> None:
+def test_a_closure_overflows_or_finds_a_bad_parameter_before_the_update() -> None:
     run = program("both").launch()
     optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
     before = weights(run)
