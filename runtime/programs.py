@@ -18,7 +18,7 @@ from meshwright.runtime.errors import RunError
 from meshwright.runtime.executor import Executor
 from meshwright.runtime.inputs import Inputs
 from meshwright.runtime.rank import RankState
-from meshwright.runtime.start import executable_digest, same_constants
+from meshwright.runtime.state.start import executable_digest, same_constants
 from meshwright.runtime.stepping import Ranks
 from meshwright.runtime.transports.meshes import Transport
 

@@ -18,25 +18,23 @@ from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.optimizer_state import check_owner
-from meshwright.runtime.copies import check_found, compare, held
+from meshwright.runtime.checks.copies import check_found, compare, held
+from meshwright.runtime.checks.finite import FiniteCheck, read_check
+from meshwright.runtime.checks.same_inputs import InputCheck, read_interval
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
-from meshwright.runtime.finite import FiniteCheck, read_check
-from meshwright.runtime.gather import gathered_all
-from meshwright.runtime.initial import begin, check_set
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes, rows_of
-from meshwright.runtime.model_optimizers import notice_optimizers_of
-from meshwright.runtime.norms import check_norms, clipped
-from meshwright.runtime.optimizer import Groups, make_optimizer
-from meshwright.runtime.optimizer_habits import refuse_habits
+from meshwright.runtime.optimizers.habits import refuse_habits
+from meshwright.runtime.optimizers.model_optimizers import notice_optimizers_of
+from meshwright.runtime.optimizers.norms import check_norms, clipped
+from meshwright.runtime.optimizers.optimizer import Groups, make_optimizer
+from meshwright.runtime.optimizers.rounding import Widened
 from meshwright.runtime.programs import Linked, Programs, check_new_shapes
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
-from meshwright.runtime.rounding import Widened
-from meshwright.runtime.same_inputs import InputCheck, read_interval
-from meshwright.runtime.start import check_seed, executable_digest
-from meshwright.runtime.state_dicts import fill, take_over, targets_in
-from meshwright.runtime.stepping import Ranks, whole_step
-from meshwright.runtime.transports.meshes import check_device, transport_of
-from meshwright.runtime.weights import (
+from meshwright.runtime.state.gather import gathered_all
+from meshwright.runtime.state.initial import begin, check_set
+from meshwright.runtime.state.start import check_seed, executable_digest
+from meshwright.runtime.state.state_dicts import fill, take_over, targets_in
+from meshwright.runtime.state.weights import (
     check_state,
     check_values,
     mapped_names,
@@ -45,6 +43,8 @@ from meshwright.runtime.weights import (
     stored_tensors,
     values_of,
 )
+from meshwright.runtime.stepping import Ranks, whole_step
+from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.world.agreement import agreed
 
 

@@ -10,7 +10,7 @@ from meshwright.runtime.checkpoint.files import COPY_AGAIN
 from meshwright.runtime.checkpoint.manifest import Manifest
 from meshwright.runtime.checkpoint.optimizer_state import OPTIMIZER
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.weights import check_state, listed, stored_tensors
+from meshwright.runtime.state.weights import check_state, listed, stored_tensors
 
 
 def model_tensors(manifest: Manifest) -> list[str]:

@@ -37,7 +37,7 @@ from meshwright.runtime.checkpoint.parts import Entry, read_into, read_whole
 from meshwright.runtime.checkpoint.pretrained import read_weights, weights_in
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState
-from meshwright.runtime.weights import name_in, stored_tensors
+from meshwright.runtime.state.weights import name_in, stored_tensors
 from meshwright.runtime.world.agreement import agreed, first_says, told
 
 _ATTEMPTS = 5

@@ -24,7 +24,7 @@ from meshwright.runtime.checkpoint.parts import Entry, read_into
 from meshwright.runtime.checkpoint.shards import Shards
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankState
-from meshwright.runtime.weights import listed
+from meshwright.runtime.state.weights import listed
 
 _TENSOR = torch.zeros(1)
 """Stands for any tensor that was kept where only its being a tensor counts."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from meshwright.runtime.checkpoint.files import cannot, read_bytes, regular_file, size_of
 from meshwright.runtime.checkpoint.header import Held, header_length, parse_tensors, unique
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.weights import MappedTensors
+from meshwright.runtime.state.weights import MappedTensors
 
 _FILE, _INDEX = ".safetensors", ".safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -25,7 +25,7 @@ from meshwright.runtime.checkpoint.optimizer_loading import check_whole
 from meshwright.runtime.checkpoint.optimizer_state import tensor_name
 from meshwright.runtime.checkpoint.parts import Entry, read_whole, saved_parts, saved_tensors, taken
 from meshwright.runtime.checkpoint.shards import Shard, ShardWriter, create_file, shard_path
-from meshwright.runtime.weights import name_in, stored_tensors
+from meshwright.runtime.state.weights import name_in, stored_tensors
 
 _AXIS = "parts"
 

@@ -45,7 +45,7 @@ from meshwright.runtime.checkpoint.shards import (
 )
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState
-from meshwright.runtime.weights import stored_tensors, transient_names
+from meshwright.runtime.state.weights import stored_tensors, transient_names
 from meshwright.runtime.world.agreement import agree, agreed, first_says, told
 from meshwright.runtime.world.termination import say
 

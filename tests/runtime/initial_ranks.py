@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import meshwright as mw
-from tests.runtime.test_initial import TOKENS, Words, on_meta
+from tests.runtime.state.test_initial import TOKENS, Words, on_meta
 
 warnings.simplefilter("ignore")
 RANK = int(os.environ["RANK"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import meshwright as mw
-from meshwright.runtime.start import checksum
+from meshwright.runtime.state.start import checksum
 
 WIDE = 1024
 

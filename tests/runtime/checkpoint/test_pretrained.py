@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import meshwright as mw
 from meshwright.runtime.rank import RankState
-from meshwright.runtime.start import checksum
-from meshwright.runtime.weights import values_of
+from meshwright.runtime.state.start import checksum
+from meshwright.runtime.state.weights import values_of
 from tests.runtime.checkpoint.pretrained_ranks import WIDE, Wide, resident
 from tests.runtime.models import PLANS, batch, make
 from tests.runtime.processes import finish, start

@@ -23,8 +23,8 @@ from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import MismatchError, by_value, spell_ranks, verb
 from meshwright.runtime.rank import RankProgram, RankState, Results
-from meshwright.runtime.start import checksum
-from meshwright.runtime.weights import stored_tensors
+from meshwright.runtime.state.start import checksum
+from meshwright.runtime.state.weights import stored_tensors
 
 _SHOWN = 8
 """The number of tensors that an error names; the others are counted and not gathered."""

@@ -11,9 +11,9 @@ from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState, Values
-from meshwright.runtime.regions import InitialValues
-from meshwright.runtime.start import same_constants, same_start, without_values
-from meshwright.runtime.weights import stored_tensors
+from meshwright.runtime.state.regions import InitialValues
+from meshwright.runtime.state.start import same_constants, same_start, without_values
+from meshwright.runtime.state.weights import stored_tensors
 from meshwright.runtime.world.agreement import agree, told
 
 

@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 from meshwright.compiler.layout.wires import HALF_TYPES, Wire
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import spelled
-from meshwright.runtime.culprit import Watches, culprit
+from meshwright.runtime.checks.culprit import Watches, culprit
 from meshwright.runtime.errors import NonFiniteError, RunError
 from meshwright.runtime.executor import Executor, Snapshot
+from meshwright.runtime.optimizers.scaling import LossScaler
 from meshwright.runtime.rank import RankProgram, RankState
-from meshwright.runtime.scaling import LossScaler
 from meshwright.runtime.stepping import Ranks, Run, begun
 
 _MOST_STEPS = 64

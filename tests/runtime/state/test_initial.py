@@ -23,8 +23,8 @@ from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.program import Stored
 from meshwright.passes.driver import initialisation
-from meshwright.runtime import regions
-from meshwright.runtime.regions import InitialValues
+from meshwright.runtime.state import regions
+from meshwright.runtime.state.regions import InitialValues
 from tests.compiler.layouts import product, split, unshard
 from tests.runtime.processes import finish, start
 

@@ -23,7 +23,7 @@ from meshwright.dsl.errors import spelled
 from meshwright.runtime.errors import MismatchError, RunError, by_value, spell_ranks, verb
 from meshwright.runtime.inputs import check_dense
 from meshwright.runtime.rank import RankProgram, RankState
-from meshwright.runtime.start import checksum
+from meshwright.runtime.state.start import checksum
 from meshwright.runtime.transports.meshes import Transport
 
 INTERVAL = 100

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState
-from meshwright.runtime.start import same_values
-from meshwright.runtime.weights import (
+from meshwright.runtime.state.start import same_values
+from meshwright.runtime.state.weights import (
     check_lossless,
     check_state,
     check_values,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import meshwright as mw
-from meshwright.runtime import model_optimizers
+from meshwright.runtime.optimizers import model_optimizers
 from tests.runtime.models import PLANS, batch, make
 
 

@@ -13,7 +13,7 @@ import meshwright as mw
 from meshwright.compiler.layout.factors import Factor, whole
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.runtime.elementwise import same_on_parts
+from meshwright.runtime.optimizers.elementwise import same_on_parts
 from tests.compiler.layouts import split
 from tests.runtime.test_run import compiled
 

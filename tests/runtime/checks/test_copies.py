@@ -9,7 +9,7 @@ import torch
 
 import meshwright as mw
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.runtime.copies import copy_groups
+from meshwright.runtime.checks.copies import copy_groups
 from tests.runtime.models import PLANS, batch, make
 from tests.runtime.test_run import compiled
 

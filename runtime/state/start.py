@@ -13,7 +13,7 @@ from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError, check_kind
 from meshwright.runtime.rank import RankProgram, RankState, Values
-from meshwright.runtime.weights import stored_tensors
+from meshwright.runtime.state.weights import stored_tensors
 from meshwright.runtime.world.agreement import told
 
 _WORDS = 1 << 20

@@ -15,8 +15,8 @@ from meshwright.compiler.public import Program
 from meshwright.dsl.errors import MeshwrightError, one_line
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.suggest import nothing_matches
-from meshwright.runtime.elementwise import Make, same_on_parts, same_with_copies
 from meshwright.runtime.errors import RunError, check_kind
+from meshwright.runtime.optimizers.elementwise import Make, same_on_parts, same_with_copies
 
 Groups = Sequence[Mapping[str, Any]]
 

@@ -1,0 +1,1 @@
+"""What ranks hold: first values, on which they agree, and the way from and to global tensors."""
