@@ -1,14 +1,16 @@
 """Forks ranks from a process that has imported torch and the package, and compiled the programs.
 
 A rank that is started by `subprocess` spends seconds on imports; a forked one runs at once. Each
-calls `main` of a module, and ends as `python -m module args` would. Requests and replies are lines
-of JSON on standard input and output; `forked.py` is the other end. The server computes nothing that
-starts threads, which would not be there in its children.
+calls `main` of a module, which the server has imported and warmed up before its first ranks, and
+ends as `python -m module args` would. Requests and replies are lines of JSON on standard input and
+output; `forked.py` is the other end. The server computes nothing that starts threads, which would
+not be there in its children.
 """
 
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import importlib
 import json
@@ -21,7 +23,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -91,6 +92,7 @@ def serve() -> dict[str, Any] | None:
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 request = json.loads(line)
+                warm_up(request["module"])
                 processes = []
                 for rank in range(len(request["environments"])):
                     processes.append(fork(request, rank))
@@ -104,11 +106,14 @@ def serve() -> dict[str, Any] | None:
     return None
 
 
-def warm_up(module: ModuleType) -> None:
-    """Let a module make what its ranks share."""
-    # Its thread would not be in the ranks; torch.export asks for a progress bar.
-    tqdm.monitor_interval = 0
-    getattr(module, "warm_up", bool)()
+@functools.cache
+def warm_up(name: str) -> None:
+    """Import a module, and let it make what its ranks share."""
+    getattr(importlib.import_module(name), "warm_up", bool)()
+    threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1
+    assert threads == 1, f"{threads} threads: forked ranks would miss all but one"
+    # The garbage collector would write to every page that the ranks share with this process.
+    gc.freeze()
 
 
 def end(main: Callable[..., object], args: Sequence[str]) -> NoReturn:
@@ -130,12 +135,10 @@ def end(main: Callable[..., object], args: Sequence[str]) -> NoReturn:
 
 
 if __name__ == "__main__":
+    # Its thread would not be in the ranks; torch.export asks for a progress bar.
+    tqdm.monitor_interval = 0
     for module in sys.argv[1:]:
-        warm_up(importlib.import_module(module))
-    threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 1
-    assert threads == 1, f"{threads} threads: forked ranks would miss all but one"
-    # The garbage collector would write to every page that the ranks share with this process.
-    gc.freeze()
+        warm_up(module)
     request = serve()
     if request is not None:
         end(importlib.import_module(request["module"]).main, request["args"])

@@ -39,7 +39,7 @@ class Ended:
 
 
 class Forked:
-    """A server with `modules` imported; `run` lets it fork."""
+    """A server with `modules` imported, and others from their first job on; `run` lets it fork."""
 
     def __init__(self, folder: Path, modules: Sequence[str]) -> None:
         self.folder, self._number = folder, 0
@@ -83,6 +83,15 @@ class Forked:
             job = running.pop(number)
             outputs = [self.output(number, r).read_text() for r in range(job.num_ranks)]
             yield job, Ended(reply["codes"], outputs, reply["seconds"])
+
+    def outputs(self, module: str, num_ranks: int, *args: object, **variables: str) -> list[str]:
+        """What each rank of a job prints, which has these environment variables; all end well."""
+        words = tuple(map(str, args))
+        environment = tuple(variables.items())
+        job = Ranks(module, num_ranks, words, environment=environment, seconds=240.0)
+        ((_, ended),) = self.run(job)
+        assert ended.codes == [0] * num_ranks, ended
+        return ended.outputs
 
     def _request(self, job: Ranks) -> dict[str, Any]:
         common = {

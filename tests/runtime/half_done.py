@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     program = mw.compile(make(), mw.Plan.parse(PLANS["tensor"]), batch())
     run = program.launch()
     optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
@@ -34,7 +32,3 @@ def main(folder: Path) -> None:
             run.save(folder, optimizer)
         except mw.RunError as error:
             print(error)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,15 +1,15 @@
 """Run by every process of a test: a run of processes does what the virtual mesh does.
 
-Arguments: a folder that all ranks reach, then names of plans. Every rank builds its model with
-another seed; the virtual mesh, beside it in each process, has that of rank 0.
+Arguments: a folder that all ranks reach, then names of plans. Every rank's model has other weights;
+the virtual mesh, beside it in each process, has those of rank 0.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import pytest
 import torch
@@ -21,8 +21,13 @@ from meshwright.runtime.transports import meshes
 from tests.runtime.models import BATCH, PLANS, batch, make
 from tests.runtime.sending import sent_in_a_step
 
-RANK = int(os.environ["RANK"])
+MODEL = make(dropout=0.2)
+"""What every program is compiled from; each rank gives it weights of its own."""
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
+
+
+def rank_here() -> int:
+    return int(os.environ["RANK"])
 
 
 @contextmanager
@@ -46,15 +51,22 @@ def same(ours: Tensor | Mapping[str, Tensor], theirs: Tensor | Mapping[str, Tens
         same(ours[name], theirs[name])
 
 
+@cache
 def compiled(plan: str) -> mw.Program:
-    """A program of a model that has other weights on each rank."""
-    model = make(seed=RANK, dropout=0.2)
-    return mw.compile(model, mw.Plan.parse(plan), example=batch(), outputs=["logits"])
+    """The program of every rank; forked ranks have it already."""
+    return mw.compile(MODEL, mw.Plan.parse(plan), example=batch(), outputs=["logits"])
+
+
+@cache
+def scaled(plan: str) -> mw.Program:
+    """The same with its loss scaled."""
+    plan += "precision fp16\n"
+    return mw.compile(make().float(), mw.Plan.parse(plan), example=batch())
 
 
 def check_training(program: mw.Program, folder: str, *, more: bool) -> None:
     """Three steps; with `more` also what compiles anew, for other shapes and modes."""
-    real = program.launch(new_shapes="compile", seed=7 + RANK)
+    real = program.launch(new_shapes="compile", seed=7 + rank_here())
     with virtual():
         other = program.launch(new_shapes="compile", seed=7, state_dict=make(0).state_dict())
     pair = (real, other)
@@ -89,7 +101,7 @@ def check_checkpoint(program: mw.Program, folder: str, expected: dict[str, Tenso
         assert optimizer.param_groups[0]["lr"] == 1e-2
         same(real.state_dict(), expected)
         real.load_state_dict(make(6).state_dict())
-        model = make(RANK)
+        model = make(rank_here())
         real.copy_to(model)
         same(model.state_dict(), make(6).state_dict())
 
@@ -121,8 +133,7 @@ def check_not_finite(program: mw.Program) -> None:
 
 def check_overflow(plan: str, folder: str) -> None:
     """What overflows on one rank alone is skipped by all, and a resumed run does the same."""
-    scaled = mw.Plan.parse(plan + "precision fp16\n")
-    program = mw.compile(make(seed=RANK).float(), scaled, example=batch())
+    program = scaled(plan)
     found = []
     for first in (0, 2):
         with program.launch() as real:
@@ -133,7 +144,7 @@ def check_overflow(plan: str, folder: str) -> None:
                 if number == 2 and not first:
                     real.save(folder, optimizer)
                 real.step(*batch(number))
-                if number in (1, 3) and RANK == 1:
+                if number in (1, 3) and rank_here() == 1:
                     next(p for p in real.parameters() if p.grad is not None).grad.fill_(torch.inf)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -153,21 +164,30 @@ def check_descriptors(program: mw.Program) -> None:
     assert numbers[-1] - numbers[0] <= 30, numbers
 
 
+TOO_LARGE = "mesh tp=8\nallow replicate **"
+ANOTHER = "\ncolumns blocks.0.up over tp"
+
+
 def check_errors(num_ranks: int) -> None:
     """In words, and on every rank."""
-    for plan in (
-        "mesh tp=8\nallow replicate **",
-        f"mesh tp={num_ranks}\nallow replicate **\n" + "columns blocks.0.up over tp" * (RANK == 1),
-    ):
+    fitting = f"mesh tp={num_ranks}\nallow replicate **"
+    for plan in (TOO_LARGE, fitting + ANOTHER * (rank_here() == 1)):
         try:
             compiled(plan).launch()
         except mw.RunError as error:
             print("\n".join(line for line in str(error).splitlines() if "digest" not in line))
 
 
-if __name__ == "__main__":
-    folder, *plans = sys.argv[1:]
+def warm_up() -> None:
+    """Compile what every rank trains; other shapes and modes, each compiles by itself."""
+    for plan in PLANS.values():
+        compiled(plan)
+    scaled(PLANS["data"])
+
+
+def main(folder: str, *plans: str) -> None:
     num_ranks = int(os.environ["WORLD_SIZE"])
+    MODEL.load_state_dict(make(rank_here()).state_dict())
     for name in plans:
         program = compiled(PLANS[name])
         # Compiling again is what takes the time, most of all with more ranks than cores.

@@ -1,11 +1,11 @@
-"""Count the bytes that a rank sends over its process groups; imported by ranks, before a launch."""
+"""Count the bytes that a rank sends over its process groups."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 import meshwright as mw
@@ -33,19 +33,17 @@ class CountedGroup:
         return self.group.recv(tensors, peer, tag)
 
 
-gloo.ProcessGroupGloo = CountedGroup  # type: ignore[assignment, misc]  # in its place
-
-
 def sent_in_a_step(program: mw.Program, example: Any) -> dict[str, int]:
     """The bytes that this rank sends in a step, by axes."""
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
-    os.environ["MESHWRIGHT_SHARED_MEMORY"] = "0"  # what moves through it, no group sends
-    with program.launch(check_inputs=False) as run:
-        del os.environ["MESHWRIGHT_SHARED_MEMORY"]
-        run.step(*args, **kwargs)
-        _sent.clear()
-        run.step(*args, **kwargs)
-        lanes = run.transport.lanes
-        numbers = {", ".join(axes): lane.group.backend.number for axes, lane in lanes.items()}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MESHWRIGHT_SHARED_MEMORY", "0")  # what moves through it, no group sends
+        patched.setattr(gloo, "ProcessGroupGloo", CountedGroup)
+        with program.launch(check_inputs=False) as run:
+            run.step(*args, **kwargs)
+            _sent.clear()
+            run.step(*args, **kwargs)
+            lanes = run.transport.lanes
+            numbers = {", ".join(axes): lane.group.backend.number for axes, lane in lanes.items()}
     assert set(_sent) <= set(numbers.values())
     return {axes: _sent[number] for axes, number in sorted(numbers.items()) if _sent[number]}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import meshwright as mw
 from meshwright.runtime.transports import virtual
-from tests.runtime.processes import ROOT, finish, start
+from tests.runtime.forked import Forked, Ranks
 
 PLAN = "mesh dp=2, tp=2\ndata x over dp\ncolumns up over tp\nrows down over tp\n"
 
@@ -137,11 +137,10 @@ def test_what_a_caller_set_for_all_of_torch_does_not_reach_into_a_run(
 
 
 def test_after_a_call_that_a_rank_left_half_done_nothing_meets_what_others_are_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, forked: Forked
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    script = Path(__file__).with_name("half_done.py")
-    outputs = finish(start(script, 2, str(tmp_path)), 120)
+    ((_, ended),) = forked.run(Ranks("tests.runtime.half_done", 2, (str(tmp_path),)))
+    outputs = ended.outputs
     assert "`KeyboardInterrupt` left a call half done" in outputs[1]
     assert "rank 1 was interrupted" in outputs[0]
     assert not list(tmp_path.iterdir())

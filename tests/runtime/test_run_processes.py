@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.processes import ROOT, finish, start
+from tests.runtime.forked import Forked
 
-SAME_RUN = Path(__file__).with_name("same_run.py")
 EXPECTED = """\
 the mesh `tp=8` has 8 ranks, but {n} processes run
   help: start 8 processes (`torchrun --nproc-per-node 8`), or change the mesh
@@ -24,15 +23,7 @@ done
     [(2, ("data", "tensor", "sequence"), " 0"), (4, ("both", "zero"), "s 0, 2 and 3")],
 )
 def test_processes_do_what_the_virtual_mesh_does_and_send_what_the_program_says(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    num_ranks: int,
-    plans: tuple[str, ...],
-    others: str,
+    tmp_path: Path, forked: Forked, num_ranks: int, plans: tuple[str, ...], others: str
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    processes = start(SAME_RUN, num_ranks, str(tmp_path), *plans)
-    outputs = finish(processes, 180)
-    for output in outputs:
+    for output in forked.outputs("tests.runtime.same_run", num_ranks, tmp_path, *plans):
         assert output == EXPECTED.format(n=num_ranks, others=others)
-    assert [process.returncode for process in processes] == [0] * num_ranks

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import meshwright as mw
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Indivisible
+from tests.runtime.sending import sent_in_a_step
 from tests.test_equivalence_huggingface import gpt2, llama
 
 STEPS, ROWS, VOCAB = 20, 16, 48
@@ -104,8 +105,6 @@ def sending(name: str, level: int) -> mw.Program:
 
 def check_sent(program: mw.Program, example: Any) -> None:
     """The group sends what the program says, of gathers and scatters to the byte."""
-    from tests.runtime.sending import sent_in_a_step  # it wraps the groups of this process
-
     moved = [each for each in program.comm() if each.kind in ("all_gather", "reduce_scatter")]
     # Besides, labels are counted and the loss is summed up: a few numbers, each sent twice.
     rest = sum(sent_in_a_step(program, example).values())

@@ -3,8 +3,6 @@ without closing the run."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import meshwright as mw
@@ -21,7 +19,7 @@ def full(*given: Any) -> str:
     raise mw.RunError("the disk is full", help="make room there")
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     run = mw.compile(make(), mw.Plan.parse(PLANS["tensor"]), batch()).launch()
     optimizer = adamw(run)
     for first in range(3):
@@ -43,7 +41,3 @@ def main(folder: Path) -> None:
     for first in (4, 5):
         train(run, optimizer, first, 1)
         run.save(folder, optimizer, wait=False)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

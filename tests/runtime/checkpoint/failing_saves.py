@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import sys
 from pathlib import Path
 
 import torch
@@ -29,7 +28,8 @@ def attempt(
     (trains or optimizer).zero_grad()
 
 
-def main(folder: Path) -> None:
+def main(name: str) -> None:
+    folder = Path(name)
     program = mw.compile(make(), mw.Plan.parse(PLANS["tensor"]), batch())
     with program.launch() as run:
         second = run.states[0].rank == 1
@@ -49,7 +49,3 @@ def main(folder: Path) -> None:
         run.load(folder / "common")
         print("steps", int(run.state_dict()["steps"]))
         attempt(run, folder / "common", optimizer)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -39,17 +38,13 @@ def resident(file: Path) -> float:
     return 1024 * kibibytes / file.stat().st_size
 
 
-def main() -> None:
+def main(folder: str, *own: str) -> None:
     with torch.device("meta"):
         model = Wide()
     plan = mw.Plan.parse("mesh tp=2\ncolumns up over tp\nrows down over tp")
     program = mw.compile(model, plan, (torch.ones(2, WIDE),))
-    for name in ("one", sys.argv[1 + int(os.environ["RANK"])]):
-        folder = Path(name)
-        with program.launch(state_dict=mw.read_state_dict(folder)) as run:
-            fraction = resident(folder.resolve() / "model.safetensors")
+    for name in ("one", own[int(os.environ["RANK"])]):
+        source = Path(folder, name)
+        with program.launch(state_dict=mw.read_state_dict(source)) as run:
+            fraction = resident(source.resolve() / "model.safetensors")
             print(sum(int(checksum(value)) for value in run.state_dict().values()), fraction < 0.7)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import sys
 from pathlib import Path
 
 import torch
@@ -40,6 +39,5 @@ def go_on(plan: str, source: str, target: str, first: int) -> str:
     return hashlib.sha256(text.replace("-0.00000000", "0.00000000").encode()).hexdigest()
 
 
-if __name__ == "__main__":
-    plan, source, target, first = sys.argv[1:]
+def main(plan: str, source: str, target: str, first: str) -> None:
     print(go_on(plan, source, target, int(first)))

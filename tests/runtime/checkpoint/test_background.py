@@ -13,12 +13,11 @@ import pytest
 
 import meshwright as mw
 from meshwright.runtime.checkpoint import saving
-from tests.runtime.checkpoint import background
-from tests.runtime.checkpoint.forks import ended, forked
+from tests.runtime.checkpoint import forks
 from tests.runtime.checkpoint.states import differing, snapshot
 from tests.runtime.checkpoint.test_checkpoint import compiled, launched, train
 from tests.runtime.checkpoint.test_loading import adamw
-from tests.runtime.processes import ROOT, finish, start
+from tests.runtime.forked import Forked
 
 write_shard = saving.write_shard
 
@@ -161,8 +160,8 @@ def test_a_forked_process_neither_waits_nor_keeps_the_save(
 ) -> None:
     run = launched("tensor")
     run.save(tmp_path, wait=False, keep=1)
-    assert ended([forked(run.close)], 60) == [0]
-    lives = forked(functools.partial(os.read, os.pipe()[0], 1))
+    assert forks.ended([forks.forked(run.close)], 60) == [0]
+    lives = forks.forked(functools.partial(os.read, os.pipe()[0], 1))
     disk.set()
     run.wait_saved()
     run.save(tmp_path, keep=1)
@@ -220,11 +219,8 @@ def test_no_checkpoint_is_accepted_where_that_is_asked_for(tmp_path: Path) -> No
         run.load(tmp_path / "step-0", missing_ok=True)
 
 
-def test_processes_save_in_the_background_while_they_train(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    outputs = finish(start(Path(background.__file__), 2, str(tmp_path)), 240)
+def test_processes_save_in_the_background_while_they_train(tmp_path: Path, forked: Forked) -> None:
+    outputs = forked.outputs("tests.runtime.checkpoint.background", 2, tmp_path)
     assert outputs == ["right\non rank 1: the disk is full\n  help: make room there\n"] * 2
     # What was under way when the scripts ended is whole.
     assert names(tmp_path) == ["step-3", "step-5", "step-6"]

@@ -9,31 +9,27 @@ import pytest
 
 from tests.runtime.checkpoint.resuming import go_on
 from tests.runtime.checkpoint.test_pairs import PAIRED
-from tests.runtime.processes import ROOT, finish, start
-
-HERE = Path(__file__).parent
+from tests.runtime.forked import Forked
 
 
 def test_what_one_rank_cannot_load_is_an_error_of_all_that_changes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+    tmp_path: Path, forked: Forked, golden: Callable[[str, str], None]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    processes = start(HERE / "failing_loads.py", 2, str(tmp_path / "checkpoint"))
-    first, second = finish(processes, 240)
+    module = "tests.runtime.checkpoint.failing_loads"
+    first, second = forked.outputs(module, 2, tmp_path / "checkpoint")
     golden("failing_loads", first)
     assert first == second
-    assert [process.returncode for process in processes] == [0, 0]
 
 
 @pytest.mark.slow
 def test_processes_and_the_virtual_mesh_go_on_from_each_others_checkpoints(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: Forked
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
 
-    def processes(plan: str, num_ranks: int, *args: str) -> str:
-        outputs = finish(start(HERE / "resuming.py", num_ranks, plan, *args), 240)
+    def processes(plan: str, num_ranks: int, source: str, target: str, first: str) -> str:
+        args = (plan, tmp_path / source, tmp_path / target, first)
+        outputs = forked.outputs("tests.runtime.checkpoint.resuming", num_ranks, *args)
         assert outputs == outputs[:1] * num_ranks
         return outputs[0].strip()
 

@@ -17,10 +17,8 @@ from meshwright.runtime.rank import RankState
 from meshwright.runtime.state.start import checksum
 from meshwright.runtime.state.weights import values_of
 from tests.runtime.checkpoint.pretrained_ranks import WIDE, Wide, resident
+from tests.runtime.forked import Forked
 from tests.runtime.models import PLANS, batch, make
-from tests.runtime.processes import finish, start
-
-HERE = Path(__file__).parent
 
 
 def in_files(folder: Path, tensors: dict[str, Tensor], count: int = 2) -> Path:
@@ -128,20 +126,18 @@ def test_a_rank_reads_the_bytes_that_it_holds(tmp_path: Path) -> None:
 
 
 def test_processes_read_their_parts_and_begin_with_the_weights_of_rank_0(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, forked: Forked
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parents[2]))
-    monkeypatch.chdir(tmp_path)
     sums = []
     for seed, name in enumerate(("one", "other")):
         torch.manual_seed(seed)
         model = Wide()
-        Path(name).mkdir()
-        save_file(model.state_dict(), Path(name) / "model.safetensors")
+        (tmp_path / name).mkdir()
+        save_file(model.state_dict(), tmp_path / name / "model.safetensors")
         sums.append(sum(int(checksum(value)) for value in model.state_dict().values()))
     # Then each node has a copy of its own, and they differ: what differs is rank 0's.
-    outputs = finish(start(HERE / "pretrained_ranks.py", 2, "other", "one"), 120)
-    for output in outputs:
+    module = "tests.runtime.checkpoint.pretrained_ranks"
+    for output in forked.outputs(module, 2, tmp_path, "other", "one"):
         first, second = output.splitlines()
         assert first == f"{sums[0]} True"
         assert second.split()[0] == str(sums[1])

@@ -18,9 +18,8 @@ import torch
 import meshwright as mw
 from meshwright.runtime.checkpoint import saving
 from meshwright.runtime.checkpoint.header import Header
-from tests.runtime.checkpoint import failing_saves
+from tests.runtime.forked import Forked
 from tests.runtime.models import PLANS, batch, make
-from tests.runtime.processes import ROOT, finish, start
 
 
 @functools.cache
@@ -176,10 +175,9 @@ def test_a_save_draws_no_random_numbers_of_the_script(tmp_path: Path) -> None:
 
 
 def test_a_save_that_fails_on_one_process_is_told_by_all_and_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, forked: Forked
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    outputs = finish(start(Path(failing_saves.__file__), 2, str(tmp_path)), 240)
+    outputs = forked.outputs("tests.runtime.checkpoint.failing_saves", 2, tmp_path)
     assert outputs[0] == outputs[1]
     text = re.sub(r"[0-9a-f]{32}", "SAVE", outputs[0].replace(str(tmp_path), ""))
     assert text == EXPECTED

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import meshwright as mw
 
-RANK = int(os.environ["RANK"])
 TENSOR = "mesh tp=2\ncolumns up over tp\nrows down over tp\n"
 DATA = "mesh dp=2\ndata x, y over dp\n"
 
@@ -46,55 +45,56 @@ PROGRAMS = {
     name: mw.compile(Model(), mw.Plan.parse(plan), batch(0))
     for name, plan in {"tensor": TENSOR, "data": DATA}.items()
 }
-torch.manual_seed(RANK)
-PROGRAMS["drawn"] = mw.compile(Drawn(), mw.Plan.parse(TENSOR), batch(0))
-PROGRAMS["factors"] = mw.compile(Drawn(RANK + 2.0), mw.Plan.parse(TENSOR), batch(0))
+
+
+def this_rank() -> int:
+    return int(os.environ["RANK"])
 
 
 def shuffled(run: mw.Run) -> None:
     """The mistake: a loader without a common seed."""
-    run.step(*batch(RANK))
+    run.step(*batch(this_rank()))
 
 
 def own_rows(run: mw.Run) -> None:
     """The mistake: each rank's own rows given to `step`."""
     x, y = batch(0)
-    run.step(x + RANK, y)
+    run.step(x + this_rank(), y)
 
 
 def sampled_by_rank(run: mw.Run) -> None:
     """The mistake: ranks of one tensor-parallel group that sample as if each had its own rows."""
-    run.step_local(*batch(RANK))
+    run.step_local(*batch(this_rank()))
 
 
 def evaluated_apart(run: mw.Run) -> None:
     run.step(*batch(0))
-    run.evaluate(*batch(RANK))
+    run.evaluate(*batch(this_rank()))
 
 
 def later(run: mw.Run) -> None:
     """Inputs that are equal at first: call 2 is compared when call 3 begins."""
     for call in range(1, 5):
         print("call", call)
-        run.step(*batch(RANK if call > 1 else 0))
+        run.step(*batch(this_rank() if call > 1 else 0))
 
 
 def at_the_end(run: mw.Run) -> None:
     run.step(*batch(0))
-    run.step(*batch(RANK))
+    run.step(*batch(this_rank()))
     print("two steps")
     run.close()
 
 
 def at_the_interval(run: mw.Run) -> None:
     for call in range(1, 9):
-        run.step(*batch(RANK if call in (5, 6) else 0))
+        run.step(*batch(this_rank() if call in (5, 6) else 0))
     print("eight steps")
 
 
 def saved(run: mw.Run) -> None:
     run.step(*batch(0))
-    run.step(*batch(RANK))
+    run.step(*batch(this_rank()))
     run.state_dict()
 
 
@@ -104,7 +104,7 @@ def drifted(run: mw.Run) -> None:
     run.step(*batch(0))
     optimizer.step()
     run.check(optimizer)
-    if RANK:
+    if this_rank():
         with torch.no_grad():
             dict(run.named_parameters())["ln.weight"][2] += 0.25
         optimizer.param_groups[0]["lr"] = 0.1
@@ -114,7 +114,7 @@ def drifted(run: mw.Run) -> None:
 
 def loaded(run: mw.Run) -> None:
     """States of their own: every rank takes that of rank 0, also of what is split."""
-    torch.manual_seed(RANK)
+    torch.manual_seed(this_rank())
     run.load_state_dict(Model().state_dict())
     run.check()
     torch.manual_seed(0)
@@ -151,11 +151,15 @@ def right(run: mw.Run) -> None:
 
 def unchecked(run: mw.Run) -> None:
     for _ in range(3):
-        run.step(*batch(RANK))
+        run.step(*batch(this_rank()))
     print("not compared")
 
 
 def main() -> None:
+    plan, programs = mw.Plan.parse(TENSOR), dict(PROGRAMS)
+    torch.manual_seed(this_rank())
+    programs["drawn"] = mw.compile(Drawn(), plan, batch(0))
+    programs["factors"] = mw.compile(Drawn(this_rank() + 2.0), plan, batch(0))
     cases: list[tuple[Callable[[mw.Run], None], str, bool | int]] = [
         *((case, "tensor", True) for case in (shuffled, own_rows, sampled_by_rank)),
         *((case, "tensor", True) for case in (evaluated_apart, later, at_the_end, saved, drifted)),
@@ -167,11 +171,7 @@ def main() -> None:
     for case, program, check_inputs in cases:
         print(f"# {case.__name__} {program} {check_inputs}")
         try:
-            with PROGRAMS[program].launch(check_inputs=check_inputs) as run:
+            with programs[program].launch(check_inputs=check_inputs) as run:
                 case(run)
         except mw.RunError as error:
             print("\n".join(line for line in str(error).splitlines() if "digest" not in line))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 import meshwright as mw
+from tests.runtime.forked import Forked
 from tests.runtime.models import batch
-from tests.runtime.processes import finish, start
 from tests.runtime.test_run import compiled
-
-DIFFERENT_INPUTS = Path(__file__).with_name("different_inputs.py")
 
 
 def test_ranks_with_different_inputs_or_weights_are_told_on_every_rank(
-    golden: Callable[[str, str], None],
+    golden: Callable[[str, str], None], forked: Forked
 ) -> None:
-    processes = start(DIFFERENT_INPUTS, 2)
-    first, second = finish(processes, 180)
+    first, second = forked.outputs("tests.runtime.checks.different_inputs", 2)
     golden("different_inputs", first)
     assert first == second
-    assert [process.returncode for process in processes] == [0, 0]
 
 
 @pytest.mark.parametrize("wrong", [-1, "always", 0.5, None])

@@ -26,7 +26,7 @@ from meshwright.passes.driver import initialisation
 from meshwright.runtime.state import regions
 from meshwright.runtime.state.regions import InitialValues
 from tests.compiler.layouts import product, split, unshard
-from tests.runtime.processes import finish, start
+from tests.runtime.forked import Forked
 
 CPU = torch.device("cpu")
 MESH = Mesh((("a", 2), ("b", 2)))
@@ -489,11 +489,11 @@ def test_models_of_hugging_face_are_initialised_as_they_say() -> None:
 # -- processes -------------------------------------------------------------------------------------
 
 
-def test_processes_start_from_the_same_weights_whoever_has_values(alone: dict[str, Tensor]) -> None:
-    """See the script for what each rank builds."""
-    processes = start(Path(__file__).with_name("initial_ranks.py"), 2)
-    outputs = finish(processes, 240)
-    assert [process.returncode for process in processes] == [0, 0], outputs
+def test_processes_start_from_the_same_weights_whoever_has_values(
+    alone: dict[str, Tensor], forked: Forked
+) -> None:
+    """See the module for what each rank builds."""
+    outputs = forked.outputs("tests.runtime.state.initial_ranks", 2)
     sums = [line for line in outputs[0].splitlines() if line.startswith("meta ")]
     assert sums == [f"meta {name} {value.sum().item()!r}" for name, value in alone.items()]
     assert outputs[0] == outputs[1]

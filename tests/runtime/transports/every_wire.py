@@ -6,7 +6,6 @@ Prints a line for each case that differs, and at the end how many there were.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -143,7 +142,3 @@ def main() -> None:
     if len(given) == 2:
         with mirror.compiled().launch() as run:
             mirror.check_run(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

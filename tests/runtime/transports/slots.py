@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 
 import torch
@@ -118,7 +117,3 @@ def main(*names: str) -> None:
     for name in names:
         CASES[name](transport)
         print(name, flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
@@ -11,22 +10,19 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.errors import MismatchError, RunError
 from meshwright.runtime.transports.gloo import ALGORITHMS, choose
 from meshwright.runtime.world.digest import check_digests, check_world
-from tests.runtime.processes import finish, start
+from tests.runtime.forked import Forked
 
-EVERY_WIRE = Path(__file__).with_name("every_wire.py")
+SHARED = "MESHWRIGHT_SHARED_MEMORY"
 
 
 @pytest.mark.parametrize("shared_memory", ["1", "0"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_collective_gives_what_the_virtual_mesh_gives(
-    num_ranks: int, shared_memory: str, monkeypatch: pytest.MonkeyPatch
+    forked: Forked, num_ranks: int, shared_memory: str
 ) -> None:
-    monkeypatch.setenv("MESHWRIGHT_SHARED_MEMORY", shared_memory)
-    processes = start(EVERY_WIRE, num_ranks)
-    outputs = finish(processes, 120)
-    for output in outputs:
+    module, environment = "tests.runtime.transports.every_wire", {SHARED: shared_memory}
+    for output in forked.outputs(module, num_ranks, **environment):
         assert output == "the same bits\n328 cases\n"
-    assert [process.returncode for process in processes] == [0] * num_ranks
 
 
 @pytest.mark.parametrize("kind", sorted({row.kind for row in ALGORITHMS}))

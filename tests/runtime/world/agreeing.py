@@ -66,7 +66,7 @@ def results(run: mw.Run, case: Case) -> list[Any]:
     return run.transport.run([program(state, case) for state in run.states])
 
 
-if __name__ == "__main__":
+def main() -> None:
     program_of_four = mw.compile(make(), mw.Plan.parse(PLANS["both"]), batch())
     with program_of_four.launch() as run:
         print(drive(run))

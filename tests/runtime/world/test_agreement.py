@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +14,9 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.errors import MismatchError
 from meshwright.runtime.transports.virtual import run_virtual
 from meshwright.runtime.world.agreement import agreed
-from tests.runtime.processes import ROOT, finish, start
+from tests.runtime.forked import Forked
 from tests.runtime.test_run import compiled
 from tests.runtime.world.agreeing import Case, drive, fails, rest
-
-AGREEING = Path(__file__).with_name("agreeing.py")
 
 
 def test_the_virtual_mesh_raises_what_any_rank_met_and_goes_on(
@@ -29,10 +26,9 @@ def test_the_virtual_mesh_raises_what_any_rank_met_and_goes_on(
 
 
 def test_processes_all_raise_the_same_words_and_go_on(
-    golden: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+    golden: Callable[[str, str], None], forked: Forked
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    outputs = finish(start(AGREEING, 4), 180)
+    outputs = forked.outputs("tests.runtime.world.agreeing", 4)
     golden("agreement", outputs[0].rstrip("\n"))
     assert outputs == outputs[:1] * 4
 
