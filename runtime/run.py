@@ -26,7 +26,7 @@ from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes, 
 from meshwright.runtime.optimizers.habits import refuse_habits
 from meshwright.runtime.optimizers.model_optimizers import notice_optimizers_of
 from meshwright.runtime.optimizers.norms import check_norms, clipped
-from meshwright.runtime.optimizers.optimizer import Groups, make_optimizer
+from meshwright.runtime.optimizers.optimizer import Groups, is_elementwise, make_optimizer
 from meshwright.runtime.optimizers.rounding import Widened
 from meshwright.runtime.programs import Linked, Programs, check_new_shapes
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values
@@ -310,7 +310,7 @@ class Run:
         with apart_from_caller(self.program.device.type), widened:
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
         widened.attach(found)
-        refuse_habits(found)
+        refuse_habits(found, elementwise=is_elementwise(self.program, found))
         self._finite_check.attach(found)
         return found
 
@@ -434,8 +434,8 @@ class Run:
         It has the parameters and buffers, the seed, the numbers of steps and updates, and the loss
         scale of float16; with `optimizer`, its state and its groups' options. Not in it:
         schedulers, and how far a loader has come. Those go into `extra`, plain values that `load`
-        returns (numbers, texts, lists, tuples, dictionaries; rank 0's count): `extra={"epoch": 3,
-        "scheduler": scheduler.state_dict()}`.
+        returns (numbers, texts, lists, tuples, dictionaries): `extra={"epoch": 3, "scheduler":
+        scheduler.state_dict()}`.
 
         The checkpoint is a subfolder `step-120`, named by the number of calls of `step` (and
         `step-120-2` where that is there). It gets its name once it is whole and on the disk. Then
@@ -445,8 +445,9 @@ class Run:
         are written while the run goes on. The next `save` or `load`, `wait_saved` and `close` wait
         until they are whole.
 
-        Any plan for this model can `load` it. Raises `RunError` on every rank where any rank cannot
-        write, here or where a call waits for an earlier save; the run can go on.
+        Any plan for this model can `load` it. Every rank passes the same options, or `extra` on
+        rank 0 alone. Raises `RunError` on every rank where they differ or any rank cannot write,
+        here or where a call waits for an earlier save; the run can go on.
         """
         check_set(self.program, self.states[0].unset)
         self._saves.save(path, optimizer, extra=extra, keep=keep, wait=wait)
@@ -469,7 +470,8 @@ class Run:
 
         `path` is the folder that was given to `save`, for the newest checkpoint in it, or that of
         one checkpoint, such as `"folder/step-120"`. Returns the `extra` of `save`, or an empty
-        dictionary. With `missing_ok`, nothing happens where there is no checkpoint at all.
+        dictionary. With `missing_ok`, nothing happens where there is no checkpoint at all, not even
+        a damaged one, or one in a subfolder that was renamed.
 
         With `optimizer`, its state and its options are taken over too, but for those that say how
         this process computes (`foreach`, `fused`, `capturable`, `differentiable`). Make its
@@ -478,8 +480,8 @@ class Run:
         Nothing in the files is executed. A rank reads what it is to hold, and checks all of that
         before anything is changed, in CPU memory as large as what it holds (the optimizer's state
         on its device). Raises `RunError` on every rank, with all as it was, where the checkpoint is
-        damaged or incomplete, or where names, shapes, dtypes, groups or options are not those of
-        this run; its text says which. `meshwright.read_state_dict` reads weights of another dtype.
+        damaged or incomplete, or where names, shapes, groups or options are not those of this run;
+        its text says which. Floating-point numbers of another dtype are converted to this run's.
         """
         self._saves.finish("load")
         found: dict[str, Any] = self._run(

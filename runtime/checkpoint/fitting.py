@@ -7,6 +7,7 @@ from pathlib import Path
 
 from meshwright.compiler.public import Program
 from meshwright.runtime.checkpoint.files import COPY_AGAIN
+from meshwright.runtime.checkpoint.header import dtype_of
 from meshwright.runtime.checkpoint.manifest import Manifest
 from meshwright.runtime.checkpoint.optimizer_state import OPTIMIZER
 from meshwright.runtime.errors import RunError
@@ -56,16 +57,17 @@ def _check_ties(program: Program, given: Mapping[str, str], where: str) -> None:
 
 
 def check_dtypes(program: Program, manifest: Manifest, path: str | Path) -> None:
-    """Raise a `RunError` that names tensors of a checkpoint that have another type in the model."""
+    """Raise a `RunError` that names tensors of a checkpoint that are another kind of number in the
+    model; from one floating-point type to another they are converted."""
     problems = []
     for alias, name in manifest.aliases.items():
-        own, dtype = program.captured.aliases[alias], manifest.tensors[name].dtype
+        own, dtype = program.captured.aliases[alias], dtype_of(manifest.tensors[name].dtype)
         stored = program.parameters.get(own) or program.buffers[own]
-        wanted = str(stored.type.dtype).removeprefix("torch.")
-        if dtype != wanted:
-            problems.append(f"`{alias}` is {dtype}, not {wanted}")
+        wanted = stored.type.dtype
+        if dtype != wanted and not (dtype.is_floating_point and wanted.is_floating_point):
+            problems.append(f"`{alias}` is {dtype}, not {wanted}".replace("torch.", ""))
     if problems:
         raise RunError(
             f"the checkpoint `{path}` has other types than the model: {listed(problems)}",
-            help="convert the weights: `run.load_state_dict(meshwright.read_state_dict(path))`",
+            help="build the model with the types that it was saved with",
         )

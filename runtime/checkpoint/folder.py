@@ -43,7 +43,8 @@ _CHECKPOINT = re.compile(r"step-\d+(-\d+)?")
 _UNFINISHED = re.compile(r"saving-[0-9a-f]{32}")
 _SHARD = re.compile(r"\d{5,}\.(safetensors|sha256)")
 _NAME_ONE = f"name a folder that `save` wrote into, or one with a `{MANIFEST}`"
-_OURS = re.compile(f"{_CHECKPOINT.pattern}|{_SHARD.pattern}|{re.escape(MANIFEST)}")
+_FILE = re.compile(f"{_SHARD.pattern}|{re.escape(MANIFEST)}")
+_OURS = re.compile(f"{_CHECKPOINT.pattern}|{_FILE.pattern}")
 _ATTEMPTS, _PAUSE = 100, 0.01
 
 
@@ -299,7 +300,14 @@ def listed(folder: Path) -> list[Path]:
 
 def _none_in(folder: Path, reason: str | None = None) -> RunError:
     why = f": {reason}" if reason else ""
-    return RunError(f"there is no checkpoint in `{folder}`{why}", help=_NAME_ONE)
+    others = [] if reason else renamed(folder)
+    return RunError(
+        f"there is no checkpoint in `{folder}`{why}",
+        where=[f"`{path}` has files of one, under another name" for path in others[:4]],
+        help=f"name it, `{others[0]}`, or give it back a name like `step-10`"
+        if others
+        else _NAME_ONE,
+    )
 
 
 def is_unfinished(path: Path) -> bool:
@@ -325,10 +333,26 @@ def has_none(folder: Path) -> bool:
     try:
         check_name(folder)
         return not any(_OURS.fullmatch(name) for name in os.listdir(folder))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if os.path.islink(folder):
+            raise cannot("read", folder, error, "mount or make what it links to") from None
         return True
     except OSError as error:
         raise cannot("read", folder, error, COPY_AGAIN) from None
+
+
+def renamed(folder: Path) -> list[Path]:
+    """The subfolders with files of a checkpoint whose names are not those of one: those that
+    somebody renamed. Saves that were not finished are not among them."""
+    found: list[Path] = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if not _CHECKPOINT.fullmatch(entry.name) and not _UNFINISHED.fullmatch(entry.name):
+                # What cannot be listed, such as `lost+found`, is somebody else's.
+                with contextlib.suppress(OSError):
+                    if any(map(_FILE.fullmatch, os.listdir(entry))):
+                        found.append(Path(entry))
+    return sorted(found)
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -414,7 +438,7 @@ def _remove_files(path: Path, unless: Path | None = None) -> None:
     # What a network filesystem keeps of a file that is open somewhere goes by itself.
     entries = [entry for entry in entries if not entry.name.startswith(".nfs")]
     names = [entry.name for entry in entries]
-    ours = all(name == MANIFEST or _SHARD.fullmatch(name) for name in names)
+    ours = all(map(_FILE.fullmatch, names))
     if ours and not (unless is not None and unless.name in names):
         for entry in entries:
             os.unlink(entry)

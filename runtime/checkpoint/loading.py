@@ -24,7 +24,7 @@ from meshwright.compiler.public import Program
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.extra import read_extra
 from meshwright.runtime.checkpoint.fitting import check_dtypes, check_model, model_tensors
-from meshwright.runtime.checkpoint.folder import OpenSave, folder_of, has_none
+from meshwright.runtime.checkpoint.folder import OpenSave, folder_of, has_none, renamed
 from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
 from meshwright.runtime.checkpoint.optimizer_loading import (
     SavedOptimizer,
@@ -96,9 +96,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The global tensors of a checkpoint or of safetensors files, by name, in CPU memory.
 
     - A checkpoint: `path` is as for `Run.load`, the folder of one or, for the newest, of several.
-      It gives parameters and buffers, also those that are not persistent. For other tools, or for
-      a run of another dtype, which `load` refuses:
-      `run.load_state_dict(meshwright.read_state_dict(path))`.
+      It gives parameters and buffers, also those that are not persistent.
     - Weights as Hugging Face keeps them: a folder with `model.safetensors`, or with
       `model.safetensors.index.json` and the files that it names; or one such file. The tensors are
       mapped from the files: `program.launch(state_dict=...)` reads on each rank no more than that
@@ -182,7 +180,7 @@ class _Reader:
         """
         self.close()
         folder = folder_of(self.path)
-        if self.missing_ok and has_none(folder):
+        if self.missing_ok and has_none(folder) and not renamed(folder):
             return ""
         self.opened, self._fits = OpenSave.current(folder), False
         name = os.path.relpath(self.opened.path, folder)

@@ -23,6 +23,8 @@ from meshwright.runtime.checkpoint.options import DAMAGED, check_kind_of, checke
 from meshwright.runtime.checkpoint.parts import Entry, read_into
 from meshwright.runtime.checkpoint.shards import Shards
 from meshwright.runtime.errors import RunError
+from meshwright.runtime.optimizers.optimizer import is_known
+from meshwright.runtime.optimizers.rounding import update_dtype
 from meshwright.runtime.rank import RankState
 from meshwright.runtime.state.weights import listed
 
@@ -233,9 +235,7 @@ def staged_state(
             found[parameter] = {
                 key: numbers[key]
                 if key in numbers
-                else _tensor(
-                    program, state, name, tensor_name(key, own), optimizer, manifest, shards
-                )
+                else _tensor(program, state, name, (key, own), optimizer, manifest, shards)
                 for key in saved.kept.get(own, ())
             }
     return found
@@ -245,16 +245,26 @@ def _tensor(
     program: Program,
     state: RankState,
     name: str,
-    saved_name: str,
+    saved_as: tuple[str, str],
     optimizer: Optimizer,
     manifest: Manifest,
     shards: Shards,
 ) -> Tensor:
-    """A tensor that an optimizer kept of a parameter: this rank's part if it has its shape."""
+    """A tensor that an optimizer kept of a parameter: this rank's part if it has its shape.
+
+    `saved_as` are its key, and the parameter's name in the checkpoint.
+    """
+    key, own = saved_as
+    saved_name = tensor_name(key, own)
     parameter, saved = state.parameters[name], manifest.tensors[saved_name]
     stored = program.parameters[name]
-    if saved.shape == stored.type.shape:
-        found = torch.zeros_like(parameter, dtype=dtype_of(saved.dtype), requires_grad=False)
+    # A count of steps has the shape of a parameter of a single number.
+    if saved.shape == stored.type.shape and key != "step":
+        follows = is_known(type(optimizer)) or saved.dtype == manifest.tensors[own].dtype
+        dtype = dtype_of(saved.dtype)
+        if follows and dtype.is_floating_point:
+            dtype = update_dtype(program, parameter)
+        found = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         read_into(Entry.of(stored, found), saved_name, manifest, shards, state)
         return found
     if saved.shape and stored.layout.split_axes:

@@ -12,7 +12,7 @@ from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.public import Program
 from meshwright.runtime.checkpoint.options import OWN_CHOICE, written
 from meshwright.runtime.checkpoint.parts import Entry
-from meshwright.runtime.errors import RunError, check_kind
+from meshwright.runtime.errors import MismatchError, RunError, check_kind
 from meshwright.runtime.rank import RankState
 
 OPTIMIZER = "optimizer/"
@@ -61,7 +61,7 @@ def unlike_first(own: dict[str, Any] | None, first: dict[str, Any] | None) -> Ru
     """
     kinds = ["without `optimizer`" if d is None else f"a `{d['class']}`" for d in (own, first)]
     if kinds[0] != kinds[1]:
-        return RunError(
+        return MismatchError(
             f"this rank saves {kinds[0]}, and rank 0 {kinds[1]}",
             help="call `save` with the same arguments on every rank",
         )
@@ -70,13 +70,13 @@ def unlike_first(own: dict[str, Any] | None, first: dict[str, Any] | None) -> Ru
     for place, (ours, theirs) in enumerate(zip(own["groups"], first["groups"], strict=False)):
         for key in sorted({*ours, *theirs} - {*OWN_CHOICE}):
             if ours.get(key) != theirs.get(key):
-                return RunError(
+                return MismatchError(
                     f"`{key}` of the optimizer's group {place} is {_short(ours.get(key))} on this "
                     f"rank, and {_short(theirs.get(key))} on rank 0",
                     help="make the optimizer alike on every rank, and set the same options",
                 )
     if len(own["groups"]) != len(first["groups"]):
-        return RunError(
+        return MismatchError(
             f"the optimizer has {len(own['groups'])} groups on this rank, and "
             f"{len(first['groups'])} on rank 0",
             help="make the optimizer alike on every rank",

@@ -24,6 +24,7 @@ from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest, SavedTens
 from meshwright.runtime.checkpoint.shards import Shards
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankState
+from meshwright.runtime.state.weights import check_lossless
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,10 @@ def check_size(name: str, manifest: Manifest, shards: Shards) -> int:
 def _fill(
     target: Tensor, wanted: Sequence[Tensor], name: str, manifest: Manifest, shards: Shards
 ) -> None:
-    """Fill `target`, which holds the global indices `wanted`, from every part that has some."""
+    """Fill `target`, which holds the global indices `wanted`, from every part that has some.
+
+    It may have another floating-point type; raises `RunError` where that cannot hold a value.
+    """
     saved = manifest.tensors[name]
     for owner, given in saved_parts(saved, manifest.mesh):
         places = [_common(w, g) for w, g in zip(wanted, given, strict=True)]
@@ -150,7 +154,9 @@ def _fill(
             shape = tuple(len(index) for index in given)
             needed = [theirs for _, theirs in places]
             part = shards.part(owner, name, shape, dtype_of(saved.dtype), needed)
-            _copy(target, part, places)
+            part = taken(part, needed)
+            check_lossless([(name, part, target.dtype)], f"`{shards.folder}` does not fit")
+            _copy(target, part, [mine for mine, _ in places])
 
 
 def taken(whole: Tensor, wanted: Sequence[Tensor]) -> Tensor:
@@ -174,17 +180,16 @@ def _common(wanted: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
     return mine, places[mine]
 
 
-def _copy(target: Tensor, part: Tensor, places: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for dim, (mine, theirs) in enumerate(places):
-        if len(theirs) != part.shape[dim]:
-            part = part.index_select(dim, theirs)
+def _copy(target: Tensor, part: Tensor, places: Sequence[Tensor]) -> None:
+    """Write a part to these places of each dim."""
+    for dim, mine in enumerate(places):
         if _consecutive(mine):
             target = target.narrow(dim, int(mine[0]), len(mine))
-    if all(_consecutive(mine) for mine, _ in places):
+    if all(_consecutive(mine) for mine in places):
         target.copy_(part)
         return
     index = []
-    for dim, (mine, _) in enumerate(places):
+    for dim, mine in enumerate(places):
         own = torch.arange(len(mine)) if _consecutive(mine) else mine
         index.append(own.view(-1, *[1] * (part.dim() - dim - 1)).to(target.device))
     target[tuple(index)] = part.to(target.device, target.dtype)

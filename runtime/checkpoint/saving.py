@@ -10,6 +10,7 @@ as soon as it can be, whatever the ranks are doing by then.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -43,7 +44,7 @@ from meshwright.runtime.checkpoint.shards import (
     shard_path,
     write_shard,
 )
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import MismatchError, RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.state.weights import stored_tensors, transient_names
 from meshwright.runtime.world.agreement import agree, agreed, first_says, told
@@ -179,6 +180,7 @@ class _Saving:
         self.program, self.states, self.path, self.optimizer = program, states, path, optimizer
         self._extra, self._keep, self._waits = extra, keep, wait
         self._options: dict[str, Any] | None = None
+        self._asked: dict[str, str] = {}
         self._new = NewSave(Path())
         self._parts: dict[int, _Part] = {}
         self._process = os.getpid()
@@ -196,10 +198,10 @@ class _Saving:
 
     def _begin(self, state: RankState) -> RankProgram:
         part = yield from agreed(state, lambda: self._part(state), "save")
-        own = [self._options, state.progress]
-        options, progress = json.loads((yield from told(state, json.dumps(own))))
-        problem = unlike_first(self._options, options)
-        yield from agree(state, problem or _not_abreast(state.progress, progress))
+        own = [self._options, state.progress, self._asked]
+        options, progress, first = json.loads((yield from told(state, json.dumps(own))))
+        problem = unlike_first(self._options, options) or _not_abreast(state.progress, progress)
+        yield from agree(state, problem or _asked_otherwise(self._asked, first))
         save = yield from first_says(state, self._new.begin)
         part.manifest = replace(part.manifest, save=save)
         self._parts[state.rank] = part
@@ -225,6 +227,7 @@ class _Saving:
             # On the virtual mesh there is one optimizer for all ranks.
             self._options = check_optimizer(program, self.states, optimizer)
         extra = written_extra(self._extra)
+        self._asked = self._asked or _spelled(self._waits, self._keep, self._extra)
         entries = [
             Entry.of(stored, state.tensors[kind, stored.name])
             for kind, stored in stored_tensors(program)
@@ -335,11 +338,39 @@ class _Saving:
             say(f"meshwright: the last save into `{self.path}` failed: {error}")
 
 
+def _spelled(wait: bool, keep: int | None, extra: Mapping[Any, Any] | None) -> dict[str, str]:
+    """The options that `save` was called with; of each value in `extra`, a digest."""
+    digests = {
+        f"extra[{key!r}]": hashlib.sha256(json.dumps(written_extra({"": value})).encode())
+        for key, value in (extra or {}).items()
+    }
+    found = {option: digest.hexdigest() for option, digest in digests.items()}
+    return {"wait": str(wait), "keep": str(keep), **found}
+
+
+def _asked_otherwise(own: Mapping[str, str], first: Mapping[str, str]) -> RunError | None:
+    """The error where this rank called `save` with other options than rank 0, whose counts; there
+    may be no `extra` on others."""
+    without = own.keys() <= {"wait", "keep"}
+    for option in own if without else {**own, **first}:
+        ours, theirs = own.get(option), first.get(option)
+        if ours == theirs:
+            continue
+        said = f"`{option}={ours}`, and rank 0 with `{option}={theirs}`"
+        if option.startswith("extra"):
+            said = f"`{option}` unlike rank 0, whose value alone would be kept"
+        return MismatchError(
+            f"this rank called `save` with {said}",
+            help="call `save` with the same arguments on every rank; `extra` may be None on others",
+        )
+    return None
+
+
 def _not_abreast(own: Sequence[int], first: Sequence[int]) -> RunError | None:
     """The error where this rank has made more or fewer steps than rank 0: parts would not fit."""
     for ours, theirs, what in zip(own, first, ("steps", "steps of the optimizer"), strict=True):
         if ours != theirs:
-            return RunError(
+            return MismatchError(
                 f"this rank has made {ours} {what}, and rank 0 {theirs}",
                 help="call `save` after the same step on every rank, not where a signal came",
             )

@@ -10,13 +10,15 @@ from torch.optim import Optimizer
 from meshwright.runtime.errors import RunError
 
 
-def refuse_habits(optimizer: Optimizer) -> None:
+def refuse_habits(optimizer: Optimizer, *, elementwise: bool) -> None:
     """From now on, raise `RunError` where the optimizer is copied or pickled, stepped by torch's
-    `GradScaler`, or given the state of tensors of other shapes."""
+    `GradScaler`, or given the state of tensors of other shapes, if it is `elementwise`: others keep
+    what they like, such as LBFGS one vector for all parameters."""
     # With this, a scaler leaves gradients to the optimizer, and tells it the scale before a step.
     optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
     optimizer.register_step_pre_hook(_check_scaler)
-    optimizer.register_load_state_dict_pre_hook(_check_shapes)
+    if elementwise:
+        optimizer.register_load_state_dict_pre_hook(_check_shapes)
     optimizer.__reduce_ex__ = _refuse_copy  # type: ignore[method-assign]
 
 

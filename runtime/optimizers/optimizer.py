@@ -53,7 +53,7 @@ def make_optimizer(
         )
     names = {parameter: name for name, parameter in held}
     copies = len(names) // len(set(names.values()))
-    if not any(kind is getattr(torch.optim, name) for name in _ELEMENTWISE):
+    if not is_known(kind):
         for group in listed:
             make = partial(_make_group, kind, group, options)
             own = list(dict.fromkeys(names[parameter] for parameter in group["params"]))
@@ -62,6 +62,20 @@ def make_optimizer(
     found = _make(kind, listed, {**options, **chosen})
     _warn_of_unread(found)
     return found
+
+
+def is_known(kind: object) -> bool:
+    """Whether this is a class of torch that updates each element by itself."""
+    return any(kind is getattr(torch.optim, name) for name in _ELEMENTWISE)
+
+
+def is_elementwise(program: Program, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer updates each element by itself: that is known of its class, or it was
+    tried out on parts of a parameter."""
+    trained = [stored for stored in program.parameters.values() if stored.requires_grad]
+    return is_known(type(optimizer)) or any(
+        stored.layout.canonical(program.mesh).split_axes for stored in trained
+    )
 
 
 def _may_fuse(kind: object, listed: Groups, options: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -57,13 +58,13 @@ class Widened:
     """
 
     def __init__(self, states: Sequence[RankState], program: Program) -> None:
-        statement = next(iter(program.plan.of(Precision)), None)
+        statement = _statement(program)
         self._stochastic = statement is not None and statement.master == "bf16"
         self._narrow = [
             _narrow(state, program.parameters[name], parameter)
             for state in states
             for name, parameter in state.parameters.items()
-            if statement and parameter.requires_grad and parameter.dtype in HALF_TYPES
+            if parameter.requires_grad and update_dtype(program, parameter) != parameter.dtype
         ]
         self._before: list[tuple[_Narrow, Tensor, Tensor | None]] = []
 
@@ -105,6 +106,16 @@ class Widened:
         result = closure()
         self.__enter__()
         return result
+
+
+def update_dtype(program: Program, parameter: Tensor) -> torch.dtype:
+    """The type in which optimizers of a run update a parameter, and keep what they do of it."""
+    widened = parameter.dtype in HALF_TYPES and _statement(program) is not None
+    return torch.float32 if widened else parameter.dtype
+
+
+def _statement(program: Program) -> Precision | None:
+    return next(iter(program.plan.of(Precision)), None)
 
 
 def _narrow(state: RankState, stored: Stored, parameter: nn.Parameter) -> _Narrow:

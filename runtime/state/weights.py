@@ -164,7 +164,7 @@ def check_values(program: Program, state_dict: Mapping[str, Tensor], where: str)
             problems.append(f"`{name}` is {tensor.layout}")
         elif tensor.is_meta:
             problems.append(f"`{name}` is on the meta device")
-        elif stored is not None and _kind(tensor.dtype) != _kind(stored.type.dtype):
+        elif stored is not None and kind_of(tensor.dtype) != kind_of(stored.type.dtype):
             problems.append(f"`{name}` is {tensor.dtype}, not {stored.type.dtype}")
     if problems:
         raise RunError(
@@ -199,7 +199,8 @@ def _plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor or isinstance(tensor, nn.Parameter)
 
 
-def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+def kind_of(dtype: torch.dtype) -> tuple[bool, bool]:
+    """The kind of number of a type: one is converted to others of its kind alone."""
     return dtype.is_floating_point, dtype.is_complex
 
 

@@ -46,7 +46,7 @@ def first_says(state: RankState, work: Callable[[], str]) -> Generator[Any, Any,
         said = _DONE + text if problem is None else _encoded(problem).decode()
     heard: str = yield from told(state, said)
     if not heard.startswith(_DONE):
-        raise RunError(**json.loads(heard), rank=state.rank, peers=(0,))
+        raise _decoded(json.loads(heard), state.rank, (0,))
     return heard.removeprefix(_DONE)
 
 
@@ -134,13 +134,15 @@ def _joint(found: Sequence[dict[str, Any] | None], rank: int) -> RunError:
     ]
     if unsaid := sum(len(holders[text]) for text in others[_LINES:]):
         where.append(f"and on {unsaid} more rank{'s' if unsaid > 1 else ''}")
-    return RunError(
-        f"on {spell_ranks(holders[first])}: {problems[first]['problem']}",
-        rank=rank,
-        peers=tuple(sorted(each for ranks in holders.values() for each in ranks)),
-        where=where,
-        help=problems[first]["help"],
-    )
+    problem = f"on {spell_ranks(holders[first])}: {problems[first]['problem']}"
+    peers = tuple(sorted(each for ranks in holders.values() for each in ranks))
+    return _decoded({**problems[first], "problem": problem, "where": where}, rank, peers)
+
+
+def _decoded(content: dict[str, Any], rank: int, peers: tuple[int, ...]) -> RunError:
+    """The error that `_encoded` made bytes of."""
+    mismatch = content.pop("mismatch")
+    return (MismatchError if mismatch else RunError)(**content, rank=rank, peers=peers)
 
 
 def _encoded(problem: RunError) -> bytes:
@@ -149,6 +151,7 @@ def _encoded(problem: RunError) -> bytes:
         "problem": _shortened(problem.problem, _PROBLEM_CHARS),
         "where": [_shortened(line, _LINE_CHARS) for line in problem.where[:_LINES]],
         "help": _shortened(problem.help, _LINE_CHARS),
+        "mismatch": isinstance(problem, MismatchError),
     }
     return json.dumps(content).encode()
 

@@ -23,6 +23,7 @@ import torch
 
 import meshwright as mw
 from meshwright.runtime.checkpoint.folder import current_path
+from meshwright.runtime.errors import MismatchError
 from tests.runtime.checkpoint.forks import become, compiled, ended, forked, free_port, launched
 from tests.runtime.checkpoint.shard_bytes import ShardBytes
 from tests.runtime.checkpoint.states import differing, fill, numbers, shards, snapshot
@@ -268,6 +269,25 @@ def one_rank_passes_an_optimizer_of_another_model(rank: Rank) -> None:
     optimizers = [rank.optimizer, stranger]
     rank.refused(lambda: rank.run.save(folder, optimizers[rank.rank]))
     rank.refused(lambda: rank.run.load(folder, optimizers[1 - rank.rank]))
+
+
+@mishap
+def ranks_call_save_with_different_options(rank: Rank) -> None:
+    folder = rank.copy("save options")
+    own = {"step": 3, "rows": [rank.rank]}
+    for options, said in (
+        ({"wait": not rank.rank}, "`wait=False`, and rank 0 with `wait=True`"),
+        ({"keep": (3, None)[rank.rank]}, "`keep=None`, and rank 0 with `keep=3`"),
+        ({"extra": own}, "`extra['rows']` unlike rank 0"),
+        ({"extra": own if rank.rank else None}, "`extra['step']` unlike rank 0"),
+    ):
+        text = rank.refused(lambda o=options: rank.run.save(folder, **o), said, "on rank 1: this")
+        assert text.startswith("on rank 1"), text
+    with pytest.raises(MismatchError):
+        rank.run.save(folder, keep=1 + rank.rank)
+    assert not list(folder.glob("saving-*"))
+    rank.run.save(folder, rank.optimizer, extra=None if rank.rank else own)
+    assert rank.run.load(folder, rank.optimizer) == {"step": 3, "rows": [0]}
 
 
 def goes_on(rank: Rank) -> None:

@@ -219,6 +219,30 @@ def test_no_checkpoint_is_accepted_where_that_is_asked_for(tmp_path: Path) -> No
         run.load(tmp_path / "step-0", missing_ok=True)
 
 
+def test_a_run_does_not_begin_anew_beside_a_checkpoint_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+) -> None:
+    run = launched("tensor")
+    monkeypatch.chdir(tmp_path)
+    run.save("saves", extra={"number": 1})
+    Path("saves/step-0").rename("saves/best")
+    for name in ("images", "jobs/one/step-3", f"saving-{'0' * 32}"):
+        (Path("saves") / name).mkdir(parents=True)
+    for missing_ok in (False, True):
+        with pytest.raises(mw.RunError) as caught:
+            run.load("saves", missing_ok=missing_ok)
+        golden("renamed", str(caught.value))
+    assert run.load("saves/best") == {"number": 1}
+    Path("saves/best/manifest.json").unlink()
+    with pytest.raises(mw.RunError, match="`saves/best` has files of one, under another name"):
+        run.load("saves", missing_ok=True)
+    Path("saves/best").rename("elsewhere")
+    assert run.load("saves", missing_ok=True) == {}
+    Path("link").symlink_to("not mounted")
+    with pytest.raises(mw.RunError, match="cannot read `link`: No such file"):
+        run.load("link", missing_ok=True)
+
+
 def test_processes_save_in_the_background_while_they_train(tmp_path: Path, forked: Forked) -> None:
     outputs = forked.outputs("tests.runtime.checkpoint.background", 2, tmp_path)
     assert outputs == ["right\non rank 1: the disk is full\n  help: make room there\n"] * 2

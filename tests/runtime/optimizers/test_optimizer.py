@@ -142,3 +142,32 @@ def test_what_is_assigned_to_the_data_of_a_parameter_is_trained_on(precision: st
 
     assert losses(Assigning) == pytest.approx(losses(optim.SGD), rel=1e-6)
     assert losses(Assigning)[2] < losses(Assigning)[0]
+
+
+class BiasFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.linear = nn.Parameter(torch.zeros(4)), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.linear(x) + self.bias).square().mean()
+
+
+def test_the_state_of_lbfgs_is_taken_over_whatever_parameter_is_first() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    run = mw.compile(BiasFirst(), mw.Plan.parse("mesh dp=1"), (x,)).launch()
+    optimizer = run.optimizer(optim.LBFGS, max_iter=2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        return run.step(x)
+
+    optimizer.step(closure)
+    weights, state = run.state_dict(), copy.deepcopy(optimizer.state_dict())
+    optimizer.step(closure)
+    expected = run.state_dict()
+    run.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    optimizer.step(closure)
+    torch.testing.assert_close(run.state_dict(), expected, rtol=0, atol=0)
