@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.codegen.linking import RankContext
+from meshwright.compiler.codegen.linking import FlatBuffer, RankContext
 from meshwright.compiler.codegen.printing import Code, Pending, RankFunction
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.aliasing import storage
@@ -77,7 +77,7 @@ class Executor:
             name: (owners, state.flat_buffer(owners, node))
             for name, (owners, node) in _owners(graph).items()
         }
-        views = {name: flat for name, (_, flat) in filled.items()}
+        buffers = {name: buffer for name, (_, buffer) in filled.items()}
         outputs = list(enumerate(graph.results))
         contexts = [
             RankContext(
@@ -85,7 +85,7 @@ class Executor:
                 {**state.coords, **turn},
                 state.device,
                 state.random,
-                views,
+                buffers,
                 state.loss_scale,
             )
             for turn in (graph.mesh.turns[:1] if once else graph.mesh.turns)
@@ -98,8 +98,8 @@ class Executor:
             [(i, PASSED_AS[o.kind], o.name) for i, o in outputs if o.kind in PASSED_AS],
             [(i, o, storage(o.node).held) for i, o in outputs if o.kind in _RETURNED],
             {
-                name: _Bucket(flat, [state.parameters[owner] for owner in owners], views)
-                for name, (owners, (flat, *views)) in filled.items()
+                name: _Bucket(buffer, [state.parameters[owner] for owner in owners])
+                for name, (owners, buffer) in filled.items()
             },
         )
 
@@ -110,7 +110,7 @@ class Executor:
             if each.place is not None:
                 node, index = each.place
                 bucket = self.graphs[stage.number, each.phase].buckets[node.name]
-                places[number] = bucket, bucket.pairs[index][1]
+                places[number] = bucket, bucket.buffer.views[index]
         return _Loop(
             stage.forward.mesh,
             self.state.device,
@@ -144,6 +144,7 @@ class Executor:
         once `commit` has been called; `undo` takes it back.
         """
         self._kept = {}
+        self.state.release_buffers()
         saved = [_Saved(loop) for loop in self.loops]
         passed: Passed = {}
         results: dict[Output, Any] = self.returned.copy()
@@ -197,7 +198,7 @@ class Executor:
         kept, self._kept = self._kept, {}
         for bucket, gradients in kept.items():
             if self.scaled:
-                bucket.flat.mul_(1 / self.state.loss_scale.value)
+                bucket.buffer.flat.mul_(1 / self.state.loss_scale.value)
             bucket.give(gradients)
         for output in self.buffers:
             self.state.tensors["buffer", output.name].copy_(results.pop(output))
@@ -224,7 +225,9 @@ class _Loop:
     def total(self, number: int) -> Tensor:
         """Where values are added up, whatever it holds yet."""
         if number in self.places:
-            return self.places[number][1]
+            bucket, place = self.places[number]
+            bucket.buffer.allocate()
+            return place
         value = self.joined[number].value
         shape = value.placed.local_shape(self.mesh)
         return torch.empty(shape, dtype=value.tensor.dtype, device=self.device)
@@ -340,32 +343,36 @@ class _Inputs:
 
 
 class _Bucket:
-    """A flat buffer that a step overwrites, and the parameters whose gradients its views are."""
+    """A flat buffer that a step overwrites, and the parameters whose gradients it holds."""
 
-    def __init__(self, flat: Tensor, parameters: list[nn.Parameter], views: list[Tensor]) -> None:
-        self.flat, self.pairs = flat, list(zip(parameters, views, strict=True))
+    def __init__(self, buffer: FlatBuffer, parameters: list[nn.Parameter]) -> None:
+        self.buffer, self.parameters = buffer, parameters
 
     def keep(self) -> Kept:
         """Gradients to add to, safe from being overwritten: all as one buffer, or one by one."""
-        held = [(view, grad) for p, view in self.pairs if (grad := p.grad) is not None]
-        if len(held) == len(self.pairs) and all(view is gradient for view, gradient in held):
-            return self.flat.clone()
-        return [(view, gradient.clone()) for view, gradient in held]
+        held = [parameter.grad for parameter in self.parameters]
+        own = self.buffer.gradients
+        if not self.buffer.released and all(a is b for a, b in zip(held, own, strict=True)):
+            return self.buffer.flat.clone()
+        pairs = zip(self.buffer.views, held, strict=True)
+        return [(view, gradient.clone()) for view, gradient in pairs if gradient is not None]
 
     def give(self, kept: Kept) -> None:
         """Add what was kept, and let the parameters have their gradients."""
         if isinstance(kept, Tensor):
-            self.flat.add_(kept)
+            self.buffer.flat.add_(kept)
             return
         for view, gradient in kept:
             view.add_(gradient)
-        for parameter, view in self.pairs:
-            parameter.grad = view
+        for parameter, gradient in zip(self.parameters, self.buffer.gradients, strict=True):
+            parameter.grad = gradient
 
     def put_back(self, kept: Kept) -> None:
         """Let the buffer hold what it held at `keep`; gradients elsewhere were not touched."""
+        if self.buffer.released:
+            return
         if isinstance(kept, Tensor):
-            self.flat.copy_(kept)
+            self.buffer.flat.copy_(kept)
             return
         for view, gradient in kept:
             view.copy_(gradient)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from meshwright.compiler.codegen.linking import LossScale, RandomState
+from meshwright.compiler.codegen.linking import FlatBuffer, LossScale, RandomState
+from meshwright.compiler.graph.aliasing import is_allocated
 from meshwright.compiler.graph.ir import Node, Output
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.program import Stored
@@ -39,7 +39,9 @@ class RankState:
         self.stored: dict[tuple[str, str], Stored] = {}
         self.unset: dict[str, RunError | None] = {}
         """The parameters and buffers that have no values yet, and why, if something failed."""
-        self._buckets: dict[Any, tuple[Tensor, ...]] = {}
+        self._buckets: dict[Any, FlatBuffer] = {}
+        self._lasting: set[Any] = set()
+        """The keys of buffers that always have memory."""
         for name, stored in program.parameters.items():
             local = self._hold("parameter", stored, values)
             parameter = nn.Parameter(local, requires_grad=stored.requires_grad)
@@ -83,25 +85,33 @@ class RankState:
                 held.copy_(parameter.data)
                 parameter.data = held
 
-    def flat_buffer(self, owners: tuple[str, ...], node: Node) -> tuple[Tensor, ...]:
-        """The flat buffer of a bucket and its views, shared by programs that fill it alike."""
+    def flat_buffer(self, owners: tuple[str, ...], node: Node) -> FlatBuffer:
+        """The flat buffer of a bucket, shared by programs that fill it alike."""
         shapes = tuple(part.placed.local_shape(self.mesh) for part in node.args)
         key = (owners, shapes, node.tensor.dtype)
         if key not in self._buckets:
-            sizes = [math.prod(shape) for shape in shapes]
-            flat = torch.zeros(sum(sizes), dtype=node.tensor.dtype, device=self.device)
-            parts = flat.split_with_sizes(sizes)
-            views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-            self._buckets[key] = (flat, *views)
+            found = self._buckets[key] = FlatBuffer(shapes, node.tensor.dtype, self.device)
+            if not is_allocated(node, self.mesh):
+                found.allocate()
+                self._lasting.add(key)
         return self._buckets[key]
+
+    def release_buffers(self) -> None:
+        """Let go of the memory of flat buffers in which no parameter has its gradient any more,
+        but of small ones."""
+        for key in self._buckets.keys() - self._lasting:
+            buffer, gradients = self._buckets[key], (self.parameters[n].grad for n in key[0])
+            if not any(a is b for a, b in zip(gradients, buffer.gradients, strict=False)):
+                buffer.release()
 
     def flat_gradients(self) -> list[Tensor]:
         """The gradients of this rank; those that fill a bucket, as its flat buffer."""
         left = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         found: list[Tensor] = []
-        for (owners, *_), (flat, *views) in self._buckets.items():
-            if all(left.get(name) is view for name, view in zip(owners, views, strict=True)):
-                found.append(flat)
+        for (owners, *_), buffer in self._buckets.items():
+            pairs = zip(owners, buffer.gradients, strict=False)
+            if not buffer.released and all(left.get(name) is own for name, own in pairs):
+                found.append(buffer.flat)
                 for name in owners:
                     del left[name]
         return [*found, *left.values()]

@@ -48,7 +48,8 @@ class BucketView:
 
     def recipe(self, context: RankContext) -> torch.Tensor:
         """The tensor of one rank."""
-        return context.buckets[self.bucket][0 if self.index is None else self.index + 1]
+        buffer = context.buckets[self.bucket]
+        return buffer.flat if self.index is None else buffer.views[self.index]
 
 
 Value: TypeAlias = "Variable | BucketView"
@@ -93,6 +94,19 @@ class Copy:
     source: Value
     out: BucketView
     node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Allocate:
+    """Have memory for a bucket, if it has none."""
+
+    node: Node
+
+    @property
+    def function(self) -> Constant:
+        """What allocates, on one rank."""
+        name = self.node.name
+        return Constant(f"_allocate_{name}", lambda context: context.buckets[name].allocate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,18 +195,20 @@ class Return:
 
 
 Instruction: TypeAlias = (
-    "Take | Item | Call | Copy | Rearrange | Exchange | Start | Wait | Free | Save | Return"
+    "Take | Item | Call | Copy | Allocate | Rearrange | Exchange | Start | Wait | Free | Save"
+    " | Return"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Instructions:
     """What each rank does for a graph, in order. Each variable is given a value once; `inputs` are
-    those that it begins with, and their nodes."""
+    those that it begins with, and their nodes. `buckets` are those that have no memory before."""
 
     name: str
     inputs: Mapping[Variable, Node]
     body: tuple[Instruction, ...]
+    buckets: Mapping[str, Node] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"<Instructions of {self.name}: {plural(len(self.body), 'instruction')}>"
@@ -221,7 +237,7 @@ def reads(instruction: Instruction) -> Iterator[Value]:
         case Return(results, reductions):
             for each in (*results, *reductions):
                 yield each.handle if isinstance(each, UnderWay) else each
-        case Take() | Free():
+        case Take() | Free() | Allocate():
             pass
 
 

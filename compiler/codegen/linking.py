@@ -7,6 +7,7 @@ operands, in the order of `Node.operands()`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -68,6 +69,42 @@ class LossScale:
     num_skipped: int = 0
 
 
+class FlatBuffer:
+    """The memory of a bucket on one rank: `flat`, its `views`, one of each shape, and the
+    `gradients` that parameters are given, which are equal to the views.
+
+    While it is `released` the tensors of a buffer are empty, and code that is linked to `flat` and
+    `views` has to `allocate` before it writes. Gradients that somebody keeps hold their memory.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.shapes, self.released = shapes, True
+        self.flat, *self.views = (
+            torch.empty(0, dtype=dtype, device=device) for _ in range(len(shapes) + 1)
+        )
+        self.gradients: list[Tensor] = []
+
+    def allocate(self) -> None:
+        """Have memory, if there is none; what it holds is undefined."""
+        if not self.released:
+            return
+        self.released = False
+        sizes = [math.prod(shape) for shape in self.shapes]
+        memory = self.flat.new_empty(sum(sizes))
+        parts = zip(memory.split_with_sizes(sizes), self.shapes, strict=True)
+        self.gradients = [part.view(shape) for part, shape in parts]
+        for tensor, part in zip((self.flat, *self.views), (memory, *self.gradients), strict=True):
+            tensor.data = part
+
+    def release(self) -> None:
+        """Let go of the memory."""
+        self.released, self.gradients = True, []
+        for tensor in (self.flat, *self.views):
+            tensor.data = tensor.new_empty(0)
+
+
 @dataclass(frozen=True, slots=True)
 class RankContext:
     """What is linked into a rank's copy of the generated functions."""
@@ -76,8 +113,8 @@ class RankContext:
     coords: Mapping[str, int]
     device: torch.device
     random: RandomState
-    buckets: Mapping[str, tuple[Tensor, ...]]
-    """By bucket node: the flat buffer, then its views, one for each gradient."""
+    buckets: Mapping[str, FlatBuffer]
+    """By bucket node."""
     scale: LossScale = field(default_factory=LossScale)
 
 

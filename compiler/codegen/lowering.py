@@ -33,7 +33,7 @@ from meshwright.compiler.codegen.linking import RankContext, bind
 from meshwright.compiler.codegen.local import local_args
 from meshwright.compiler.codegen.packing import Packing
 from meshwright.compiler.codegen.totals import add_product, add_to
-from meshwright.compiler.graph.aliasing import IDENTITIES
+from meshwright.compiler.graph.aliasing import IDENTITIES, is_allocated
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
@@ -125,7 +125,12 @@ class _Lowering:
         for node in self.late:
             self._keep(node)
         self._return()
-        return Instructions(self.graph.name, inputs, tuple(self.body))
+        buckets = {
+            node.name: node
+            for node in self.graph.nodes
+            if node.op == MeshOp("bucket") and is_allocated(node, self.mesh)
+        }
+        return Instructions(self.graph.name, inputs, tuple(self.body), buckets)
 
     def _variable(self, node: Node) -> Variable:
         found = self.values[node] = self._named(node.name)

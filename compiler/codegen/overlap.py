@@ -23,11 +23,12 @@ overlap.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
 from meshwright.compiler.codegen.instructions import (
+    Allocate,
     BucketView,
     Call,
     Copy,
@@ -47,7 +48,7 @@ from meshwright.compiler.codegen.instructions import (
     reads,
     target,
 )
-from meshwright.compiler.graph.ir import InputKind
+from meshwright.compiler.graph.ir import InputKind, Node
 
 MOST_UNDER_WAY = 2
 """The most reductions under way that hold a gradient outside of buckets: one is carried while the
@@ -57,6 +58,7 @@ next gradient is computed."""
 def overlap(instructions: Instructions) -> Instructions:
     """The same work with early starts and late waits, and each value freed after its last use."""
     body = _Waits(_with_early_starts(instructions)).run()
+    body = _with_allocations(body, instructions.buckets)
     return replace(instructions, body=tuple(_with_frees(body, instructions.inputs)))
 
 
@@ -268,6 +270,20 @@ class _Waits:
             return value
         del self.waiting[wait.exchange.target]
         return UnderWay(wait.handle, wait.exchange)
+
+
+def _with_allocations(body: list[Instruction], buckets: Mapping[str, Node]) -> list[Instruction]:
+    """The instructions, with memory for each of these buckets before the first that mentions it."""
+    left = dict(buckets)
+    result: list[Instruction] = []
+    for each in body:
+        exchange = each.exchange if isinstance(each, (Start, Wait)) else each
+        into = exchange.into if isinstance(exchange, Exchange) else None
+        mentioned = (*reads(each), target(each), into)
+        named = {value.bucket for value in mentioned if isinstance(value, BucketView)}
+        result += [Allocate(left.pop(name)) for name in sorted(named & left.keys())]
+        result.append(each)
+    return result
 
 
 def _with_frees(body: Sequence[Instruction], kept: Iterable[Variable]) -> list[Instruction]:

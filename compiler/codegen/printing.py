@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from meshwright.compiler.codegen.instructions import (
+    Allocate,
     BucketView,
     Call,
     Constant,
@@ -138,6 +139,8 @@ class _Printer:
                 return (self._call(each),)
             case Copy(source, out):
                 return (f"{self._text(out)}.copy_({self._text(source)})",)
+            case Allocate():
+                return (f"{self._text(each.function)}()",)
             case Rearrange(target, source, steps):
                 return (f"{target.name} = {self._steps(steps, source)}",)
             case Exchange():

@@ -9,6 +9,7 @@ import torch
 
 from meshwright.compiler.graph.ir import GETITEM, Graph, MeshOp, Node, Op
 from meshwright.compiler.layout.collectives import COLLECTIVES
+from meshwright.compiler.layout.mesh import Mesh
 
 aten = torch.ops.aten
 
@@ -41,6 +42,17 @@ def node_bytes(node: Node, graph: Graph) -> int:
         for type, layout in node.results
         if type is not None and layout is not None
     )
+
+
+ALLOCATED_BYTES = 1 << 20
+"""The bytes of a bucket from which on it has memory only while it is in use: below, new memory for
+each step would cost more time than it saves space."""
+
+
+def is_allocated(bucket: Node, mesh: Mesh) -> bool:
+    """Whether a bucket gets memory where it is first written in a step."""
+    (size,) = bucket.placed.local_shape(mesh)
+    return size * bucket.tensor.dtype.itemsize >= ALLOCATED_BYTES
 
 
 def storage(node: Node) -> Node:

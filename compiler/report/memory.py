@@ -60,8 +60,13 @@ def memory(program: Compiled) -> Memory:
         gradients,
         2 * gradients,
         max(each.most_saved for each in walked),
-        parameters + buffers + 3 * gradients + sum(given.values()) + max(w.peak for w in walked),
+        parameters + buffers + 3 * gradients + sum(given.values()) + max(map(_peak, walked)),
     )
+
+
+def _peak(walk: Walk) -> int:
+    """The most bytes alive at once, without gradients for which there is memory before the step."""
+    return walk.peak - sum(storage.num_bytes for storage in walk.allocated.values())
 
 
 def _gradient_types(program: Compiled) -> dict[str, torch.dtype]:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meshwright.compiler.codegen.instructions import (
+    Allocate,
     BucketView,
     Call,
     Constant,
@@ -40,6 +41,7 @@ from meshwright.compiler.codegen.instructions import (
     Wait,
 )
 from meshwright.compiler.codegen.linking import RandomState, RankContext
+from meshwright.compiler.graph.aliasing import is_allocated
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
 from meshwright.compiler.layout.local_ops import LocalOp, apply_all
 from meshwright.compiler.placing.composite import composite_of
@@ -161,6 +163,11 @@ class _Saved:
             held.append(self.once[number])
         return held
 
+    def buckets(self, action: Action) -> list[Node]:
+        """The buckets in which an action adds up gradients."""
+        found = (self.joined[number].place for number in self.stage.added(action.kind))
+        return [place[0] for place in found if place is not None]
+
     def held(self) -> tuple[Held, ...]:
         """All that is saved, once for each place where it is."""
         return tuple(held for own in (self.once, *self.by_microbatch) for held in own.values())
@@ -193,9 +200,10 @@ class Walk:
     """The storages of one rank through the actions of a step, one after another.
 
     `peak` is the most bytes alive at once, `most_saved` the most that is saved for later graphs,
-    and `saved` what one run of each graph saves, by node. Of a call that cannot run on fake
-    tensors only the results count. What outlives the step does not count: parameters, buffers,
-    constants, the batch and the gradients.
+    `saved` what one run of each graph saves, by node, and `allocated` the buckets that have no
+    memory before the step. Of a call that cannot run on fake tensors only the results count. What
+    outlives the step does not count: parameters, buffers, constants, the batch, and gradients but
+    for those of allocated buckets.
     """
 
     def __init__(
@@ -204,6 +212,7 @@ class Walk:
         self.coords, self.device = coords, device
         self.alive = self.peak = self.most_saved = 0
         self.saved: dict[Node, int] = {}
+        self.allocated: dict[tuple[int, str], Storage] = {}
         self._stages = [_Saved(stage) for stage in stages]
         self._passed: dict[tuple[Any, ...], Held] = {}
         """What a stage has sent to another, by its kind there, name and microbatch."""
@@ -222,6 +231,8 @@ class Walk:
         self.context = RankContext(graph.mesh, coords, self.device, RandomState(), {})
         self._buckets = {node.name: node for node in graph.nodes if node.op == MeshOp("bucket")}
         self._own = stage.of(action)
+        for bucket in stage.buckets(action):
+            self._allocate(bucket)
         self._hold(tuple(stage.give_totals(action)))
         for variable, node in instructions.inputs.items():
             self._input(variable, node)
@@ -257,6 +268,8 @@ class Walk:
                 self._call(each)
             case Copy():
                 pass
+            case Allocate(node):
+                self._allocate(node)
             case Rearrange(target, source, steps):
                 self._bind(target, self._rearranged(source, steps, each.node))
             case Exchange():
@@ -281,6 +294,14 @@ class Walk:
                 self._save({number: self._held(value) for number, value in values})
             case Return():
                 self._return(each)
+
+    def _allocate(self, bucket: Node) -> None:
+        """Note the memory of a bucket, which gradients keep beyond the step."""
+        key = (self._action.stage, bucket.name)
+        if key not in self.allocated and is_allocated(bucket, self._graph.mesh):
+            local = _new(bucket.placed.local_shape(self._graph.mesh), bucket.tensor.dtype)
+            self.allocated[key] = local.storage
+            self._hold(local)
 
     def _answered(self, held: Held) -> None:
         """Note what the function was sent: its caller holds that until the next request."""

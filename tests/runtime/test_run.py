@@ -7,7 +7,7 @@ import functools
 import io
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import meshwright as mw
+from meshwright.compiler.graph import aliasing
 from tests.runtime.models import BATCH, LENGTH, PLANS, VOCAB, Tiny, batch, make
 
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1}
@@ -68,6 +69,18 @@ def test_training_equals_eager_for_loss_outputs_gradients_weights_and_buffers(pl
     assert run.state_dict()["steps"].item() == 3
 
 
+@pytest.fixture(params=["lasting", "allocated"])
+def buckets(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Flat buffers that always have memory, as small ones have, and those of large buckets."""
+    if request.param == "allocated":
+        monkeypatch.setattr(aliasing, "ALLOCATED_BYTES", 1)
+        compiled.cache_clear()
+    yield
+    if request.param == "allocated":
+        compiled.cache_clear()
+
+
+@pytest.mark.usefixtures("buckets")
 @pytest.mark.parametrize("zeroing", ["never", "to-none", "to-zero"])
 def test_steps_add_to_gradients_until_they_are_zeroed(zeroing: str) -> None:
     reference = make()
@@ -82,6 +95,22 @@ def test_steps_add_to_gradients_until_they_are_zeroed(zeroing: str) -> None:
             reference.zero_grad(set_to_none=zeroing == "to-none")
 
 
+@pytest.mark.usefixtures("buckets")
+@pytest.mark.parametrize("buckets", ["allocated"], indirect=True)
+def test_a_gradient_that_somebody_keeps_stays_as_it_is() -> None:
+    run = compiled().launch()
+    run.step(*batch())
+    kept = {name: p.grad for name, p in run.named_parameters() if p.grad is not None}
+    copies = {name: gradient.clone() for name, gradient in kept.items()}
+    for parameter in run.parameters():
+        parameter.grad = None
+    run.step(*batch(1))
+    assert all(torch.equal(kept[name], copy) for name, copy in copies.items())
+    again = {name: p.grad for name, p in run.named_parameters() if p.grad is not None}
+    assert difference(again, kept) > 1e-3
+
+
+@pytest.mark.usefixtures("buckets")
 def test_a_gradient_that_the_user_replaced_or_cleared_alone_is_added_to() -> None:
     run = compiled().launch()
     run.step(*batch())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright
+from meshwright.compiler.graph import aliasing
 from meshwright.compiler.graph.ir import INPUT, SAVED
 from meshwright.compiler.kernels import hashing
 from meshwright.compiler.layout.mesh import Mesh
@@ -102,7 +103,8 @@ def measured(program: meshwright.Program, example: Any) -> int:
     with counter:
         run.step(*args, **kwargs)
     state = run.states[0]
-    held = [*state.tensors.values(), *(flat for flat, *_ in state._buckets.values())]
+    lasting_buffers = [state._buckets[key].flat for key in state._lasting]
+    held = [*state.tensors.values(), *lasting_buffers]
     lasting = {address(tensor): tensor.untyped_storage().nbytes() for tensor in held}
     batch = sum(node.tensor.dtype.itemsize * numel(node, program) for node in program.inputs())
     return sum(lasting.values()) + batch + max(counter.peaks.values())
@@ -145,6 +147,17 @@ def test_the_peak_of_microbatches_is_the_one_that_is_measured(name: str, level: 
     check(Gpt(p=0.1), PLANS[name] + zero, tokens())
     if zero:
         check(Gpt(p=0.1), re.sub("accumulate.*\n", "", PLANS[name] + zero), tokens())
+
+
+@pytest.mark.parametrize("name", ["data", "micro alone"])
+@pytest.mark.parametrize("level", [0, 3])
+def test_large_buckets_have_memory_from_where_they_are_first_written(
+    name: str, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aliasing, "ALLOCATED_BYTES", 1)
+    zero = f"zero {level} over dp\n" if level and name != "micro alone" else ""
+    plan = re.sub("accumulate.*\n", "", PLANS[name]) if name == "data" else PLANS[name]
+    check(Gpt(p=0.1), plan + zero, tokens())
 
 
 def test_gradients_of_bfloat16_masters_count_as_float32() -> None:
