@@ -33,6 +33,7 @@ from meshwright.compiler.capture.foreign import only_capture_errors
 from meshwright.compiler.capture.inputs import input_spec
 from meshwright.compiler.capture.outputs import OutputKey
 from meshwright.compiler.capture.state import put_back
+from meshwright.compiler.capture.tracing.generators import draws_noticed
 from meshwright.compiler.capture.tracing.patches import ALONE
 from meshwright.compiler.capture.tracing.values import OnlyOnce
 from meshwright.compiler.errors import CaptureError
@@ -102,9 +103,10 @@ class _Initialisation(nn.Module):
         # Of Hugging Face: the mark of what needs no initialisation any more.
         for module in self.model.modules():
             vars(module).pop("_is_hf_initialized", None)
-        for module in _children_first(self.model):
-            for initialise in _own(module):
-                initialise()
+        with draws_noticed("the model's initialisation"):
+            for module in _children_first(self.model):
+                for initialise in _own(module):
+                    initialise()
         found = {name: t for name, t in _tensors(self.model).items() if t is not before.get(name)}
         for name, tensor in found.items():
             old = before.get(name)

@@ -258,12 +258,13 @@ def _tensor(
     saved_name = tensor_name(key, own)
     parameter, saved = state.parameters[name], manifest.tensors[saved_name]
     stored = program.parameters[name]
+    dtype = dtype_of(saved.dtype)
+    follows = is_known(type(optimizer)) or saved.dtype == manifest.tensors[own].dtype
+    is_number = key == "step" or (not saved.shape and bool(parameter.shape))
+    if follows and dtype.is_floating_point and not is_number:
+        dtype = update_dtype(program, parameter)
     # A count of steps has the shape of a parameter of a single number.
     if saved.shape == stored.type.shape and key != "step":
-        follows = is_known(type(optimizer)) or saved.dtype == manifest.tensors[own].dtype
-        dtype = dtype_of(saved.dtype)
-        if follows and dtype.is_floating_point:
-            dtype = update_dtype(program, parameter)
         found = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         read_into(Entry.of(stored, found), saved_name, manifest, shards, state)
         return found
@@ -276,7 +277,7 @@ def _tensor(
         )
     whole = shards.part(saved.owners[0], saved_name, saved.shape, dtype_of(saved.dtype))
     device = parameter.device if whole.dim() or _on_device(parameter, optimizer) else "cpu"
-    return whole.to(device, copy=True)
+    return whole.to(device, dtype, copy=True)
 
 
 def _on_device(parameter: Tensor, optimizer: Optimizer) -> bool:

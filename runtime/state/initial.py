@@ -16,6 +16,13 @@ from meshwright.runtime.state.start import same_constants, same_start, without_v
 from meshwright.runtime.state.weights import stored_tensors
 from meshwright.runtime.world.agreement import agree, told
 
+_HELP = {
+    "raised": "make it run on the model built on the meta device",
+    "export": "write it with operators of torch and `nn.init` alone",
+    "seed": "remove it: the `seed` of `launch` keys initial values, the same under every plan",
+}
+"""What to do instead of what to do in a forward, by code."""
+
 
 def begin(
     program: Program,
@@ -77,10 +84,12 @@ def recorded(program: Program) -> Initialisation | RunError:
         return program.initialise(program.model)
     except CaptureError as error:
         where = (f"at: {error.culprit}",) if error.culprit else ()
+        # Most capture forwards, and say so.
+        problem, help = (text.replace("the forward", "it") for text in (error.problem, error.help))
         return RunError(
-            f"the model's initialisation cannot be recorded: {error.problem}",
+            f"the model's initialisation cannot be recorded: {problem}",
             where=where,
-            help=f"{error.help}, or pass `launch(state_dict=...)`",
+            help=f"{_HELP.get(error.code, help)}, or pass `launch(state_dict=...)`",
         )
 
 

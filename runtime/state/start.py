@@ -18,8 +18,8 @@ from meshwright.runtime.world.agreement import told
 
 _WORDS = 1 << 20
 """Numbers of 64 bits that a checksum adds up at once."""
-_SAMPLED = 4096
-"""Elements at either end of a tensor that stand for all of it."""
+_BLOCKS, _BLOCK, _SMALL = 16, 512, 1 << 16
+"""Of a tensor of more elements than the last, so many blocks of so many stand for all of it."""
 
 
 def check_seed(seed: object) -> None:
@@ -106,9 +106,13 @@ def _differing(state: RankState, tensors: Sequence[Tensor]) -> RankProgram:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """The first and the last elements of a tensor, in which no two sets of weights are equal."""
+    """Blocks of a large tensor, evenly from its first to its last element, in which no two sets of
+    weights are equal as a rule; a small tensor is whole."""
     flat = tensor.detach().flatten()
-    return torch.cat([flat[:_SAMPLED], flat[-_SAMPLED:]])
+    if len(flat) <= _SMALL:
+        return flat
+    starts = (place * (len(flat) - _BLOCK) // (_BLOCKS - 1) for place in range(_BLOCKS))
+    return torch.cat([flat[start : start + _BLOCK] for start in starts])
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +40,24 @@ def ls(arguments: Namespace) -> int:
 
 
 def _checkpoints(found: list[Listed]) -> Sheet:
+    scaled = any(each.manifest and each.manifest.loss_scale for each in found)
     columns = (
         *(Column("checkpoint"), Column("step", right=True), Column("saved", fixed=True)),
         *(Column("size", right=True), Column("files", right=True), Column("mesh")),
-        *(Column("tensors", right=True), Column("optimizer"), Column("state", fixed=True)),
+        *(Column("tensors", right=True), Column("optimizer")),
+        *([Column("loss scale", right=True)] if scaled else []),
+        Column("state", fixed=True),
     )
     rows = []
     for each in found:
         saved = each.saved.astimezone().strftime("%Y-%m-%d %H:%M")
-        row = [str(each.path), "", saved, size_text(each.num_bytes), "", "", "", ""]
+        row = [str(each.path), "", saved, size_text(each.num_bytes), *[""] * (4 + scaled)]
         if (manifest := each.manifest) is not None:
             row[1] = str(manifest.random["step"])
             row[4:] = [str(len(manifest.shards)), str(manifest.mesh)]
             row += [str(len(manifest.tensors)), _optimizer(manifest) or "-"]
+            if scaled:
+                row.append(f"{manifest.loss_scale.value:g}" if manifest.loss_scale else "-")
         rows.append((*row, "incomplete" if each.problem else "complete"))
     return Sheet("", columns, tuple(rows))
 
@@ -89,6 +95,7 @@ def _listed(each: Listed, *, tensors: bool) -> dict[str, Any]:
             "plan": manifest.plan,
             "files": len(manifest.shards),
             "optimizer": _optimizer(manifest),
+            "loss_scale": manifest.loss_scale and asdict(manifest.loss_scale),
             "tensors": len(manifest.tensors),
         }
         if tensors:

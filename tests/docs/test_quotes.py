@@ -15,7 +15,7 @@ def texts() -> Iterator[str]:
     for path in sorted((ROOT / "tests").rglob("golden/*.txt")):
         yield path.read_text(encoding="utf-8")
     for folder in ("runtime", "src/meshwright/launcher"):
-        for path in sorted((ROOT / folder).glob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
             yield path.read_text(encoding="utf-8")
 
 

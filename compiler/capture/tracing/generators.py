@@ -26,14 +26,14 @@ from meshwright.compiler.errors import CaptureError
 
 
 @contextmanager
-def draws_noticed() -> Iterator[None]:
-    """Warn if the forward draws from Python's or NumPy's stream inside this context."""
+def draws_noticed(what: str = "the forward") -> Iterator[None]:
+    """Warn if `what` runs inside this context draws from Python's or NumPy's stream."""
     before = _streams()
     yield
     moved = [name for name, state in _streams().items() if before.get(name, state) != state]
     for name in moved:
         warnings.warn(
-            f"the forward draws from {name}: the program keeps the numbers that were drawn while "
+            f"{what} draws from {name}: the program keeps the numbers that were drawn while "
             "it was captured; draw with `torch.rand`, or pass the numbers to the model",
             stacklevel=4,
         )

@@ -359,6 +359,21 @@ def test_a_checkpoint_is_converted_to_the_types_of_the_run(tmp_path: Path) -> No
             run.check(optimizer)
 
 
+def test_what_an_optimizer_keeps_of_rows_is_converted_too(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(4, 4, dtype=dtype)
+        plan = mw.Plan.parse("mesh dp=2\ndata x over dp")
+        run = mw.compile(Half().to(dtype), plan, (x,)).launch()
+        optimizer = run.optimizer(torch.optim.Adafactor)
+        if dtype == torch.bfloat16:
+            run.load(tmp_path, optimizer)
+        run.step(x)
+        optimizer.step()
+        run.save(tmp_path, optimizer)
+        kept = [value for state in optimizer.state.values() for value in state.values()]
+        assert {value.dtype for value in kept if value.ndim} == {dtype}
+
+
 def test_values_that_another_type_cannot_hold_are_named_and_nothing_is_taken_over(
     tmp_path: Path,
 ) -> None:

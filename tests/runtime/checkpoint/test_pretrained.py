@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import meshwright as mw
 from meshwright.runtime.rank import RankState
-from meshwright.runtime.state.start import checksum
+from meshwright.runtime.state.start import _sample, checksum
 from meshwright.runtime.state.weights import values_of
 from tests.runtime.checkpoint.pretrained_ranks import WIDE, Wide, resident
 from tests.runtime.forked import Forked
@@ -123,6 +123,18 @@ def test_a_rank_reads_the_bytes_that_it_holds(tmp_path: Path) -> None:
         RankState(program, 1, values_of(program, found))
         assert least < resident(file) < most  # the system may map 2 MiB at once
         del found
+
+
+def test_a_sample_stands_for_all_of_a_tensor() -> None:
+    """A difference in the middle is seen as one at an end is; a small tensor is read whole."""
+    for size, width in ((1 << 16, 1), (1 << 20, 1 << 17)):
+        weights = torch.randn(size)
+        own = checksum(_sample(weights))
+        for begin in range(0, size - width + 1, (size - width) // 9):
+            other = weights.clone()
+            other[begin : begin + width] += 1
+            assert checksum(_sample(other)) != own, (size, begin)
+    assert len(_sample(torch.randn(1 << 20))) == 16 * 512
 
 
 def test_processes_read_their_parts_and_begin_with_the_weights_of_rank_0(

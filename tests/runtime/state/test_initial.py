@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -453,6 +454,44 @@ def test_what_has_no_values_is_told_when_it_is_needed_and_a_load_gives_it(
     later = program.launch()
     later.load_state_dict(weights)
     assert later.step(*batch).isfinite()
+
+
+class Drawing(Words):
+    """Initialises itself as no capture can record, or as no rank draws alike."""
+
+    how = ""
+
+    def reset_parameters(self) -> None:
+        if self.how == "a seed":
+            torch.manual_seed(3)
+            nn.init.normal_(self.up.weight)
+        elif self.how == "a value":
+            if self.up.weight.sum() > 0:
+                nn.init.zeros_(self.up.weight)
+        elif self.how == "an error":
+            raise ValueError("no such scheme")
+        else:
+            nn.init.constant_(self.up.bias, random.random())
+
+
+def test_what_cannot_be_recorded_is_told_in_the_words_of_an_initialisation(
+    monkeypatch: pytest.MonkeyPatch, golden: Callable[[str, str], None]
+) -> None:
+    texts = []
+    for how in ("a seed", "a value", "an error"):
+        monkeypatch.setattr(Drawing, "how", how)
+        with pytest.raises(mw.RunError) as caught:
+            words(PLANS["data"], Drawing).launch().state_dict()
+        lines = [line for line in str(caught.value).splitlines() if "test_initial.py" not in line]
+        texts += [f"# {how}", *lines]
+    golden("not_recorded", "\n".join(texts))
+
+
+def test_numbers_of_python_in_an_initialisation_are_warned_of() -> None:
+    program = words(PLANS["data"], Drawing)
+    with pytest.warns(UserWarning, match="the model's initialisation draws from Python's `random`"):
+        run = program.launch()
+    assert len(run.state_dict()["up.bias"].unique()) == 1
 
 
 def test_a_model_that_lost_its_values_after_it_was_compiled_is_not_drawn_anew() -> None:
