@@ -35,7 +35,7 @@ from meshwright.runtime.checkpoint.optimizer_loading import (
 from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.checkpoint.parts import Entry, read_into, read_whole
 from meshwright.runtime.checkpoint.pretrained import read_weights, weights_in
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import MismatchError, RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.state.weights import name_in, stored_tensors
 from meshwright.runtime.world.agreement import agreed, first_says, told
@@ -202,7 +202,7 @@ class _Reader:
         `kind` of optimizer.
         """
         if (own := _spell(self.optimizer)) != kind:
-            raise RunError(
+            raise MismatchError(
                 f"`load` was called {own}, and on rank 0 {kind}",
                 help="call `load` with the same arguments on every rank",
             )

@@ -155,7 +155,8 @@ def _fill(
             needed = [theirs for _, theirs in places]
             part = shards.part(owner, name, shape, dtype_of(saved.dtype), needed)
             part = taken(part, needed)
-            check_lossless([(name, part, target.dtype)], f"`{shards.folder}` does not fit")
+            where = f"the checkpoint `{shards.folder}` does not fit the types of this run"
+            check_lossless([(name, part, target.dtype)], where)
             _copy(target, part, [mine for mine, _ in places])
 
 
