@@ -32,6 +32,12 @@ def _on_contiguous(op: Op) -> tuple[str, Callable[..., Any]]:
     return _named(call, str(op).replace(".", "_"))
 
 
+def _copied(like: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """`source` in the shape and type of `like`: torch's own copies the gaps between the entries of
+    `like` as well."""
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device).copy_(source, non_blocking)
+
+
 _nn = torch._C._nn
 
 CONTIGUOUS: tuple[Op, ...] = (
@@ -67,6 +73,7 @@ determinant reads the factors of the transpose, which a contiguous matrix has.""
 
 FAST: dict[Op, tuple[str, Callable[..., Any]]] = {
     **{op: _on_contiguous(op) for op in CONTIGUOUS},
+    aten.copy.default: _named(_copied, "copied"),
     aten.linear.default: _named(_nn.linear, "linear"),
     aten.gelu.default: _named(_nn.gelu, "gelu"),
     aten.silu.default: _named(_nn.silu, "silu"),

@@ -13,16 +13,51 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from meshwright.compiler.graph.ir import Arg, NodeType, Op, TensorType
 from meshwright.compiler.graph.slots import freeze
 
+aten = torch.ops.aten
+
 
 def torch_type(op: Op, args: tuple[Arg, ...], kwargs: Mapping[str, Arg]) -> NodeType:
     """The type, or tuple of types, that a torch operator gives; types stand for its operands."""
     return _torch_type(op, freeze(args), tuple((k, freeze(v)) for k, v in kwargs.items()))
 
 
+_NORMS = {
+    aten.native_layer_norm.default: (0, 2),
+    aten.native_group_norm.default: (0, 1),
+    aten.native_group_norm_backward.default: (1, 4),
+}
+"""Operators whose first result is of the type of what they normalise, and the others, where it is
+narrower, of the type of the weight: the positions of both. Torch's fakes give other types."""
+
+
+class Fakes(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Torch's fake mode, with the types that operators give when they run."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found: Any = super().__torch_dispatch__(func, types, args, kwargs or {})
+        if func not in _NORMS:
+            return found
+        x, weight = (args[place] for place in _NORMS[func])
+        if weight is None or weight.dtype == x.dtype:
+            return found
+        first, *others = found
+        typed = [(first, x), *((each, weight) for each in others)]
+        return tuple(each if each is None else _as(each, like.dtype) for each, like in typed)
+
+
+def _as(fake: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return fake if fake.dtype == dtype else torch.empty_like(fake, dtype=dtype)
+
+
 @lru_cache(maxsize=1)
 def fake_mode() -> FakeTensorMode:
     """The one fake mode in which operators are typed and vjps traced."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    return Fakes()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import InputKind, OutputKind
 from meshwright.compiler.program import Compiled
-from meshwright.compiler.report.storages import Walk
+from meshwright.compiler.report.storages import Walk, address
 from meshwright.compiler.stages import Action
 
 
@@ -47,12 +47,17 @@ def memory(program: Compiled) -> Memory:
         for s in trained
     )
     forwards = [stage.forward for stage in program.stages]
-    given = {
-        node.args: len(forward.mesh.turns) * node_bytes(node, forward)
+    batch = {
+        node.args: node_bytes(node, forward)
         for forward in forwards
         for node in forward.inputs
-        if node.args[0] in (InputKind.ARGUMENT, InputKind.CONSTANT)
+        if node.args[0] == InputKind.ARGUMENT
     }
+    # Each rank has all of a constant, and computes with its part.
+    constants = {
+        address(c): c.untyped_storage().nbytes() for c in program.captured.constants.values()
+    }
+    lasting = parameters + buffers + 3 * gradients + sum(constants.values())
     walked = walks(program)
     return Memory(
         parameters,
@@ -60,7 +65,7 @@ def memory(program: Compiled) -> Memory:
         gradients,
         2 * gradients,
         max(each.most_saved for each in walked),
-        parameters + buffers + 3 * gradients + sum(given.values()) + max(map(_peak, walked)),
+        lasting + sum(batch.values()) + max(map(_peak, walked)),
     )
 
 

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +42,7 @@ from meshwright.compiler.codegen.instructions import (
 from meshwright.compiler.codegen.linking import RandomState, RankContext
 from meshwright.compiler.graph.aliasing import is_allocated
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node, OutputKind
+from meshwright.compiler.graph.types import Fakes
 from meshwright.compiler.layout.local_ops import LocalOp, apply_all
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.stages import PASSED_AS, Action, Joined, Stage
@@ -220,7 +220,7 @@ class Walk:
         self._answer: Held = None
         self._outside = Storage(0)
         self._costs: dict[Any, _Cost] = {}
-        self._fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self._fakes = Fakes()
 
     def run(self, graph: Graph, instructions: Instructions, action: Action) -> None:
         """Walk one graph, with what earlier actions have left for it."""
@@ -273,20 +273,20 @@ class Walk:
             case Rearrange(target, source, steps):
                 self._bind(target, self._rearranged(source, steps, each.node))
             case Exchange():
-                given, received = self._exchanged(each)
-                self._hold(given)
-                self._bind(each.target, received)
-                self._release(given)
-                self._arrived(each, received)
+                under_way = self._exchanged(each)
+                self._bind(each.target, under_way[1])
+                self._release(under_way)
+                self._arrived(each, under_way[1])
             case Start(handle, exchange):
-                self._bind(handle, self._exchanged(exchange))
-                self._answered(None)
+                under_way = self._exchanged(exchange)
+                self._bind(handle, under_way)
+                self._release(under_way)
             case Wait(handle, exchange):
-                under_way = self._values[handle]
-                assert isinstance(under_way, tuple)
-                self._bind(exchange.target, under_way[1])
+                lent = self._values[handle]
+                assert isinstance(lent, tuple)
+                self._bind(exchange.target, lent[1])
                 self._bind(handle, None)
-                self._arrived(exchange, under_way[1])
+                self._arrived(exchange, lent[1])
             case Free(variables):
                 for variable in variables:
                     self._release(self._values.pop(variable))
@@ -392,17 +392,26 @@ class Walk:
         return held
 
     def _exchanged(self, exchange: Exchange) -> tuple[Held, Held]:
-        """The operand of an exchange and its result, in memory of its own unless it is donated."""
+        """The operand of an exchange, and its result in memory of its own unless it is donated;
+        both are held from here on."""
         given = self._rearranged(exchange.source, exchange.before, exchange.node)
+        self._hold(given)
+        # What was sent is gone when a request arrives, before there is memory for its result.
+        self._answered(None)
+        received = self._received(given, exchange)
+        self._hold(received)
+        return given, received
+
+    def _received(self, given: Held, exchange: Exchange) -> Local:
         assert isinstance(given, Local)
         if exchange.donate and exchange.wire.kind == "all_reduce":
-            return given, given
+            return given
         shape = given.shape
         if exchange.wire.kind == "all_gather":
             shape = (self.context.mesh.size(exchange.wire.axes), *shape)
         elif exchange.wire.kind == "reduce_scatter":
             shape = shape[1:]
-        return given, _new(shape, given.dtype)
+        return _new(shape, given.dtype)
 
     def _costed(
         self,

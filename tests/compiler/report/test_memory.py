@@ -64,11 +64,8 @@ class RankCounter(StorageCounter):
         answer: Any = None
         while True:
             self.rank = rank
-            if isinstance(answer, Tensor) and address(answer) in self.made:
-                self.owners[address(answer)] = rank
-                self.note()
             try:
-                request = program.send(answer)
+                request, answer = program.send(answer), None
             except StopIteration as stop:
                 return stop.value
             finally:
@@ -78,6 +75,10 @@ class RankCounter(StorageCounter):
                 self.under_way[answer] = (rank, request.tensor, result_bytes(request, mesh))
             elif isinstance(request, Wait):
                 del self.under_way[request.handle]
+            if isinstance(answer, Tensor) and address(answer) in self.made:
+                self.owners[address(answer)] = rank
+            self.rank = rank
+            self.note()
             del request
 
 
@@ -103,16 +104,14 @@ def measured(program: meshwright.Program, example: Any) -> int:
     with counter:
         run.step(*args, **kwargs)
     state = run.states[0]
+    linked = run._programs.launched
+    executor, sharders = linked.ranks[0]
     lasting_buffers = [state._buckets[key].flat for key in state._lasting]
-    held = [*state.tensors.values(), *lasting_buffers]
+    held = [*state.tensors.values(), *lasting_buffers, *executor.constants.values()]
     lasting = {address(tensor): tensor.untyped_storage().nbytes() for tensor in held}
-    batch = sum(node.tensor.dtype.itemsize * numel(node, program) for node in program.inputs())
+    inputs = linked.inputs.flatten(args, kwargs, "")
+    batch = sum(own(each).nbytes for own, each in zip(sharders, inputs, strict=True))
     return sum(lasting.values()) + batch + max(counter.peaks.values())
-
-
-def numel(node: Any, program: meshwright.Program) -> int:
-    mesh = program.stages[0].forward.mesh
-    return len(mesh.turns) * torch.Size(node.placed.local_shape(mesh)).numel()
 
 
 def check(model: nn.Module, plan: str, example: Any) -> None:
@@ -160,9 +159,55 @@ def test_large_buckets_have_memory_from_where_they_are_first_written(
     check(Gpt(p=0.1), plan + zero, tokens())
 
 
-def test_gradients_of_bfloat16_masters_count_as_float32() -> None:
-    plan = "mesh dp=2\n" + GPT_DATA + "zero 2 over dp\nprecision bf16 master=bf16\n"
-    check(Gpt(), plan, batch())
+@pytest.mark.parametrize(
+    ("name", "micro", "plan"),
+    [
+        ("data", False, "precision bf16"),
+        ("data", False, "zero 1 over dp\nprecision fp16 keep=[matmul]"),
+        ("data", False, "zero 3 over dp\nprecision bf16 reduce=bf16"),
+        ("data", True, "zero 2 over dp\nprecision bf16 master=bf16"),
+        ("tensor", True, "precision bf16 keep=norm"),
+        ("sequence", True, "zero 3 over dp\nprecision fp16"),
+    ],
+)
+def test_the_peak_in_16_bits_is_the_one_that_is_measured(name: str, micro: bool, plan: str) -> None:
+    before = PLANS[name] if micro else re.sub("accumulate.*\n", "", PLANS[name])
+    check(Gpt(p=0.1 if micro else 0.0), f"{before}{plan}\n", tokens())
+
+
+class Filter(nn.Module):
+    """A filter of complex frequencies, and a head in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16).double()
+        self.gains = nn.Parameter(torch.randn(17, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        filtered = torch.fft.irfft(torch.fft.rfft(self.up(x)) * self.gains, n=32)
+        return self.down(filtered.double()).square().mean().float()
+
+
+@pytest.mark.parametrize("zero", ["", "zero 3 over dp\n"])
+def test_the_peak_of_complex_and_wide_values_is_the_one_that_is_measured(zero: str) -> None:
+    check(Filter(), f"mesh dp=2\ndata x over dp\nprecision fp16\n{zero}", (torch.randn(8, 16),))
+
+
+class Shifted(nn.Module):
+    """Constants of which each rank uses a part, and an input of which all ranks use the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.shift = nn.Linear(16, 32), torch.randn(64, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.up(x + self.shift + y).square().mean()
+
+
+@pytest.mark.parametrize("micro", ["", "accumulate 4\n"])
+def test_the_batch_and_constants_count_once(micro: str) -> None:
+    example = (torch.randn(64, 16), torch.randn(16))
+    check(Shifted(), f"mesh dp=2\ndata x over dp\n{micro}", example)
 
 
 class Stack(nn.Module):
@@ -239,20 +284,25 @@ def test_temporaries_and_copies_are_part_of_the_peak(
 
 def hugging_face(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     transformers = pytest.importorskip("transformers")
+    tokens = torch.randint(0, 128, (4, 16))
+    example = {"input_ids": tokens, "labels": tokens.clone()}
+    if name in ("bert", "t5"):
+        from tests import test_equivalence_huggingface as models
+
+        return getattr(models, name)(), example
     sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "use_cache": False}
     config = getattr(transformers, f"{name}Config")(
         **sizes, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128
     )
-    tokens = torch.randint(0, 128, (4, 16))
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    return model, {"input_ids": tokens, "labels": tokens.clone()}
+    return getattr(transformers, f"{name}ForCausalLM")(config), example
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
-def test_the_peak_of_a_hugging_face_model_is_the_one_that_is_measured(name: str) -> None:
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "bert", "t5"])
+@pytest.mark.parametrize("plan", ["", "accumulate 2\nzero 3 over dp\nprecision bf16 reduce=bf16\n"])
+def test_the_peak_of_a_hugging_face_model_is_the_one_that_is_measured(name: str, plan: str) -> None:
     model, example = hugging_face(name)
-    check(model, "mesh dp=2\ndata input_ids, labels over dp\n", example)
+    check(model, "mesh dp=2\ndata input_ids, labels over dp\n" + plan, example)
 
 
 def test_every_saved_value_is_free_after_the_backward() -> None:
