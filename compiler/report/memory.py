@@ -9,7 +9,8 @@ import torch
 from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import InputKind, OutputKind
 from meshwright.compiler.program import Compiled
-from meshwright.compiler.report.storages import Walk, address
+from meshwright.compiler.report.counter import address
+from meshwright.compiler.report.storages import Walk
 from meshwright.compiler.stages import Action
 
 

@@ -22,8 +22,8 @@ from meshwright.compiler.graph.ir import INPUT, SAVED
 from meshwright.compiler.kernels import hashing
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Start, Wait
+from meshwright.compiler.report.counter import StorageCounter, address
 from meshwright.compiler.report.memory import walks
-from meshwright.compiler.report.storages import StorageCounter, address
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 from tests.passes.test_loops import PLANS
 
