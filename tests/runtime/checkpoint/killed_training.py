@@ -18,8 +18,9 @@ import torch
 
 import meshwright as mw
 from meshwright.runtime.checkpoint import saving
-from tests.runtime.checkpoint.forks import become, ended, forked, free_port
+from tests.runtime.checkpoint.forks import become, ended, forked
 from tests.runtime.models import batch, make
+from tests.runtime.processes import free_port
 
 PLAN = "mesh dp=2\ndata tokens, targets over dp\nzero 2 over dp\n"
 _RECORD = struct.Struct("<qd")

@@ -21,8 +21,9 @@ from types import FrameType
 from typing import Any
 
 import meshwright as mw
-from tests.runtime.checkpoint.forks import Job, become, compiled, ended, forked, free_port, launched
+from tests.runtime.checkpoint.forks import Job, become, compiled, ended, forked, launched
 from tests.runtime.checkpoint.states import fill, numbers
+from tests.runtime.processes import free_port
 
 STEPS = {"posix", "_io", "fcntl", "mmap", "safetensors", "safetensors._safetensors_rust"}
 """Modules whose functions work on files."""

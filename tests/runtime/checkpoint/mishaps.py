@@ -24,10 +24,11 @@ import torch
 import meshwright as mw
 from meshwright.runtime.checkpoint.folder import current_path
 from meshwright.runtime.errors import MismatchError
-from tests.runtime.checkpoint.forks import become, compiled, ended, forked, free_port, launched
+from tests.runtime.checkpoint.forks import become, compiled, ended, forked, launched
 from tests.runtime.checkpoint.shard_bytes import ShardBytes
 from tests.runtime.checkpoint.states import differing, fill, numbers, shards, snapshot
 from tests.runtime.models import batch, make
+from tests.runtime.processes import free_port
 
 SECONDS = 30.0
 """The limit on the error of a mishap; a loaded machine and the wait for a peer take most of it."""

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import meshwright as mw
-from tests.runtime.checkpoint.forks import Job, become, compiled, ended, forked, free_port, launched
+from tests.runtime.checkpoint.forks import Job, become, compiled, ended, forked, launched
 from tests.runtime.checkpoint.kills import contents
 from tests.runtime.checkpoint.states import fill, numbers
+from tests.runtime.processes import free_port
 
 
 def save_again_and_again(job: Job, folder: Path, first: int, seconds: float, rounds: int) -> None:
