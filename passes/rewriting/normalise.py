@@ -242,6 +242,35 @@ def _norm(rewriter: Rewriter, bias: Node | None, eps: float, kind: str) -> Node:
     return y if len(shape) == 1 else rewriter.call(aten.view.default, y, full)
 
 
+@rewrites(aten.glu.default)
+def _glu(rewriter: Rewriter) -> Node:
+    x, dim = rewriter.args[0], rewriter.option(1, "dim", -1)
+    half = x.tensor.shape[dim] // 2
+    value = rewriter.call(aten.slice.Tensor, x, dim, 0, half)
+    gate = rewriter.call(aten.slice.Tensor, x, dim, half, 2 * half)
+    return rewriter.call(aten.mul.Tensor, value, rewriter.call(aten.sigmoid.default, gate))
+
+
+@rewrites(aten.prelu.default)
+def _prelu(rewriter: Rewriter) -> Node:
+    x, weight = rewriter.args
+    if len(x.tensor.shape) != 1:
+        shape = (*weight.tensor.shape, *(1 for _ in x.tensor.shape[2:])) if x.tensor.shape else ()
+        weight = rewriter.call(aten.view.default, weight, shape)
+    positive = rewriter.call(aten.gt.Scalar, x, 0)
+    return rewriter.call(aten.where.self, positive, x, rewriter.call(aten.mul.Tensor, weight, x))
+
+
+@rewrites(aten.instance_norm.default)
+def _instance_norm(rewriter: Rewriter) -> Node | None:
+    """Without running statistics, each channel is a group."""
+    x, weight, bias, mean, variance, _, _, eps, _ = rewriter.args
+    if mean is not None or variance is not None:
+        return None
+    channels = x.tensor.shape[1]
+    return rewriter.call(aten.group_norm.default, x, channels, weight, bias, eps)
+
+
 @rewrites(aten.scaled_dot_product_attention.default)
 def _attention(rewriter: Rewriter) -> Node:
     q, k, v = rewriter.args[:3]

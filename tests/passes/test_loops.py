@@ -83,6 +83,34 @@ def test_gradients_are_summed_up_where_they_are_kept() -> None:
         assert torch.allclose(gradient, 2 * first[name])
 
 
+ACTIVATIONS = {
+    "glu": lambda: nn.Sequential(nn.GLU(), nn.Linear(8, 16)),
+    "prelu of one weight": nn.PReLU,
+    "prelu of channels": lambda: nn.PReLU(16),
+    "instance norm": lambda: nn.Sequential(
+        nn.Unflatten(1, (4, 4)), nn.InstanceNorm1d(4, affine=True), nn.Flatten(1)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_of_several_operators_run_in_microbatches(name: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), ACTIVATIONS[name](), nn.Linear(16, 4)).double()
+    program = meshwright.compile(
+        model,
+        meshwright.Plan.parse("mesh dp=2\ndata input over dp\naccumulate 2\n"),
+        example=(real(8, 16),),
+        loss=lambda output: output.square().sum(),
+    )
+    run = program.launch()
+    batch = real(8, 16)
+    loss = model(batch).square().sum()
+    loss.backward()
+    assert torch.allclose(run.step(batch), loss)
+    for parameter, gradient in zip(model.parameters(), run.gradients().values(), strict=True):
+        assert torch.allclose(parameter.grad, gradient)
+
+
 class Absolute(nn.Module):
     def __init__(self) -> None:
         super().__init__()
