@@ -44,9 +44,11 @@ class Forked:
     def __init__(self, folder: Path, modules: Sequence[str]) -> None:
         self.folder, self._number = folder, 0
         path = os.pathsep.join([str(ROOT), environment()["PYTHONPATH"]])
+        # A rank that ends first resets connections, of which torch would warn in the others.
+        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
         self._server = subprocess.Popen(
             [sys.executable, str(SERVER), *modules],
-            env=environment() | {"PYTHONPATH": path},
+            env=environment() | {"PYTHONPATH": path} | quiet,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
