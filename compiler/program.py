@@ -22,7 +22,9 @@ from meshwright.compiler.layout.extents import Padding
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
-from meshwright.compiler.stages import Schedule, Stage, check_schedule
+from meshwright.compiler.schedules.actions import Schedule
+from meshwright.compiler.schedules.check import check_schedule
+from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Precision
 

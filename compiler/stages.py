@@ -1,17 +1,14 @@
-"""Stages of a program, and the schedule in which ranks run them.
+"""Stages of a program: what runs without waiting for another stage, one graph for each phase.
 
-A stage is what runs without waiting for another stage: one graph for each phase. A program is its
-stages and a table from ranks to actions. A model that is not cut has one stage, of which every rank
+A program is its stages and a schedule. A model that is not cut has one stage, of which every rank
 runs the forward, then the backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
-from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import (
     SAVED,
     Graph,
@@ -23,7 +20,6 @@ from meshwright.compiler.graph.ir import (
     Phase,
 )
 from meshwright.compiler.graph.transfers import collective_kind, combines
-from meshwright.compiler.layout.mesh import Mesh
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,97 +109,8 @@ class Stage:
         return self.graphs[phase].outputs_of(OutputKind.SENT, OutputKind.COTANGENT)
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One entry of a schedule: run the graph of phase `kind` of a stage on one microbatch."""
-
-    kind: Phase
-    stage: int
-    microbatch: int = 0
-
-    def __str__(self) -> str:
-        """`forward 0` or, of a microbatch other than the first, `forward 0 of microbatch 2`."""
-        text = f"{self.kind.value} {self.stage}"
-        return f"{text} of microbatch {self.microbatch}" if self.microbatch else text
-
-
 PASSED_AS = {
     OutputKind.SENT: InputKind.RECEIVED,
     OutputKind.COTANGENT: InputKind.COTANGENT,
 }
 """What the output of one stage is to the stage that takes it, under the same name."""
-
-Schedule: TypeAlias = "Mapping[int, tuple[Action, ...]]"
-"""The actions of each rank, in the order in which it runs them."""
-
-
-def same_on_every_rank(stages: Iterable[Stage], mesh: Mesh) -> Schedule:
-    """The schedule in which every rank runs all graphs of all stages.
-
-    For each microbatch in turn: every forward, then, from the last stage to the first, the
-    backward and the weight gradients. Counts of all microbatches and what runs once come before
-    the first, or after the last.
-    """
-    listed, turns = list(stages), range(len(mesh.turns))
-    first = [Action(Phase.COUNT, s.number, i) for s in listed for i in turns]
-    first += [Action(Phase.BEFORE, s.number) for s in listed]
-    later = (Phase.BACKWARD, Phase.WEIGHT)
-    looped = [
-        action
-        for i in turns
-        for action in (
-            *(Action(Phase.FORWARD, s.number, i) for s in listed),
-            *(Action(phase, s.number, i) for s in reversed(listed) for phase in later),
-        )
-    ]
-    last = [Action(Phase.AFTER, s.number) for s in reversed(listed)]
-    graphs = {(s.number, phase) for s in listed for phase in s.graphs}
-    actions = tuple(a for a in (*first, *looped, *last) if (a.stage, a.kind) in graphs)
-    return dict.fromkeys(range(mesh.num_ranks), actions)
-
-
-def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
-    """Check that each action has a graph, takes what earlier actions of its rank have made, and
-    makes nothing again: losses and gradients of multiple microbatches, or of two stages that share
-    a parameter, are not added up. Raises `PassError`."""
-    numbered = {stage.number: stage for stage in stages}
-    for actions in dict.fromkeys(schedule.values()):
-        made: set[object] = set()
-        turns = range(1 + max((action.microbatch for action in actions), default=0))
-        for action in actions:
-            stage = numbered[action.stage]
-            if action.kind not in stage.graphs:
-                raise _misplaced(action, "has no graph")
-            for kind, *value in _taken(stage, action):
-                if (kind, *value) not in made:
-                    raise _misplaced(action, f"takes {kind} `{value[0]}` before it is made")
-            for kind, *value in _made(stage, action, turns):
-                if (kind, *value) in made:
-                    raise _misplaced(action, f"makes {kind} `{value[0]}` once more")
-                made.add((kind, *value))
-
-
-def _misplaced(action: Action, what: str) -> PassError:
-    return PassError(f"`{action}` in the schedule {what}", help="report this: it is a bug")
-
-
-def _taken(stage: Stage, action: Action) -> Iterator[tuple[Any, ...]]:
-    """The values of other actions that an action takes: kind, name, microbatch and, if saved,
-    stage."""
-    for node in stage.received(action.kind):
-        yield *node.args, action.microbatch
-    for node in stage.graphs[action.kind].nodes:
-        if node.op == SAVED:
-            yield OutputKind.SAVED, str(node.args[0]), action.microbatch, stage.number
-
-
-def _made(stage: Stage, action: Action, turns: Iterable[int]) -> Iterator[tuple[Any, ...]]:
-    """The values that an action makes, in the same terms; results of a step have no microbatch."""
-    for output in stage.sent(action.kind):
-        yield PASSED_AS[output.kind], output.name, action.microbatch
-    for output in stage.graphs[action.kind].outputs:
-        if output.kind is OutputKind.SAVED:
-            for microbatch in turns if action.kind.once else (action.microbatch,):
-                yield output.kind, output.name, microbatch, stage.number
-        elif output.kind not in PASSED_AS:
-            yield output.kind, output.name

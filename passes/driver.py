@@ -25,7 +25,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check_all
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
-from meshwright.compiler.stages import same_on_every_rank
+from meshwright.compiler.schedules.serial import same_on_every_rank
 from meshwright.dsl.plan import Plan
 from meshwright.passes.attribute import attribute
 from meshwright.passes.bucket import bucket

@@ -22,7 +22,8 @@ from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import COMBINE, Wait
 from meshwright.compiler.public import Program
-from meshwright.compiler.stages import PASSED_AS, Action, Joined, Stage
+from meshwright.compiler.schedules.actions import Action, actions_of
+from meshwright.compiler.stages import PASSED_AS, Joined, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
 from meshwright.runtime.rank import RankProgram, RankState, Results
@@ -49,7 +50,7 @@ class Executor:
     ) -> None:
         self.state, self.constants = state, constants
         self.scaled = program.scaled
-        self.actions = program.schedule[state.rank]
+        self.actions = actions_of(program.schedule[state.rank])
         self.stored = {**program.parameters, **program.buffers}
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}
         named = {code.name: code for code in codes or program.code}

@@ -25,7 +25,7 @@ FLOORS = (
     {"layout"},
     {"graph"},
     {"placing", "stages"},
-    {"composites"},
+    {"composites", "schedules"},
     {"autodiff", "codegen"},
     {"capture"},
     {"program"},

@@ -11,7 +11,7 @@ from meshwright.compiler.graph.ir import InputKind, OutputKind
 from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.counter import address
 from meshwright.compiler.report.storages import Walk
-from meshwright.compiler.stages import Action
+from meshwright.compiler.schedules.actions import Action, actions_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,8 @@ def walks(program: Compiled) -> list[Walk]:
     """The storages through a step of one rank for each list of actions in the schedule."""
     found: dict[tuple[Action, ...], Walk] = {}
     instructions = {each.name: each for each in program.instructions}
-    for rank, actions in program.schedule.items():
+    for rank, entries in program.schedule.items():
+        actions = actions_of(entries)
         if actions not in found:
             coords = program.mesh.coords(rank)
             walk = found[actions] = Walk(program.stages, coords, program.device)

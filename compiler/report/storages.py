@@ -44,7 +44,8 @@ from meshwright.compiler.graph.types import Fakes
 from meshwright.compiler.layout.local_ops import LocalOp, apply_all
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.report.counter import StorageCounter, address
-from meshwright.compiler.stages import PASSED_AS, Action, Joined, Stage
+from meshwright.compiler.schedules.actions import Action
+from meshwright.compiler.stages import PASSED_AS, Joined, Stage
 
 
 class Storage:

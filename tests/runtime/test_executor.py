@@ -25,7 +25,8 @@ from meshwright.compiler.graph.ir import (
     Phase,
 )
 from meshwright.compiler.public import Program
-from meshwright.compiler.stages import Action, Stage
+from meshwright.compiler.schedules.actions import Action
+from meshwright.compiler.stages import Stage
 from meshwright.passes.bucket import bucket
 from meshwright.passes.lower import lower
 from meshwright.passes.separate import separate_graph

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from meshwright.compiler.graph.ir import Graph, Phase
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.stages import Stage, same_on_every_rank
+from meshwright.compiler.schedules.serial import same_on_every_rank
+from meshwright.compiler.stages import Stage
 
 
 def test_forwards_run_from_the_first_stage_and_what_follows_from_the_last() -> None:
