@@ -47,6 +47,8 @@ class Stored:
     """What is added to the model's tensor, in order: for operators, and by storage."""
     plan_line: str = ""
     """The places of the statements behind the layout."""
+    held_at: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
+    """By axis, the coordinates whose ranks hold it, in order; empty if every rank holds a part."""
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
@@ -65,8 +67,17 @@ class Stored:
             value = padding.cut(value)
         return value
 
+    def held_by(self, coords: Mapping[str, int]) -> bool:
+        """Whether the rank at `coords` holds a part of it."""
+        return all(coords[axis] in places for axis, places in self.held_at.items())
+
+    def num_holders(self, mesh: Mesh) -> int:
+        """The number of ranks of `mesh` that hold a part of it."""
+        held = math.prod(len(places) for places in self.held_at.values())
+        return mesh.num_ranks // mesh.size(self.held_at) * held
+
     def local_bytes(self, mesh: Mesh) -> int:
-        """The bytes of it that one rank of `mesh` holds."""
+        """The bytes of it that one rank of `mesh` holds, if it holds a part."""
         return math.prod(self.layout.local_shape(mesh)) * self.type.dtype.itemsize
 
 

@@ -125,6 +125,11 @@ class Executor:
         state, (kind, name) = self.state, node.args
         if kind == "constant":
             return shard(self.constants[name], node.placed, state.mesh, state.coords)
+        if (kind, name) not in state.tensors:
+            raise PassError(
+                f"rank {state.rank} does not hold `{name}`, and computes with it",
+                help="report this: stages and what ranks hold do not fit together",
+            )
         held, layout = state.tensors[kind, name], state.stored[kind, name].layout
         if layout.equals(node.placed, state.mesh):
             return held

@@ -25,7 +25,11 @@ Values = Callable[[Stored], Tensor]
 
 
 class RankState:
-    """The tensors of one rank, shared by every program that runs on it."""
+    """The tensors of one rank, shared by every program that runs on it.
+
+    `parameters` and `tensors` are those that this rank holds a part of; `stored` has all of the
+    program's, and is the same on every rank.
+    """
 
     def __init__(self, program: Program, rank: int, values: Values) -> None:
         self.mesh, self.device, self.rank = program.mesh, _indexed(program.device), rank
@@ -37,6 +41,7 @@ class RankState:
         self.tensors: dict[tuple[str, str], Tensor] = {}
         """What graphs take as inputs, by kind and name; without autograd."""
         self.stored: dict[tuple[str, str], Stored] = {}
+        """How ranks hold each parameter and buffer of the program, by kind and name."""
         self.unset: dict[str, RunError | None] = {}
         """The parameters and buffers that have no values yet, and why, if something failed."""
         self._buckets: dict[Any, FlatBuffer] = {}
@@ -44,11 +49,16 @@ class RankState:
         """The keys of buffers that always have memory."""
         for name, stored in program.parameters.items():
             local = self._hold("parameter", stored, values)
-            parameter = nn.Parameter(local, requires_grad=stored.requires_grad)
-            parameter.grad_dtype = None  # gradients of bfloat16 may be float32
-            self.parameters[name] = parameter
+            if local is not None:
+                parameter = nn.Parameter(local, requires_grad=stored.requires_grad)
+                parameter.grad_dtype = None  # gradients of bfloat16 may be float32
+                self.parameters[name] = parameter
         for stored in program.buffers.values():
             self._hold("buffer", stored, values)
+        apart = {axis for stored in self.stored.values() for axis in stored.held_at}
+        self.holders = self.mesh.group(0, tuple(a for a in self.mesh.names if a in apart))
+        """The first of each set of ranks that hold parts of the same tensors: between them these
+        ranks hold a part of each. Rank 0 alone where every rank holds a part of each."""
 
     def __repr__(self) -> str:
         return f"<RankState: rank {self.rank} of mesh {self.mesh}, on {self.device}>"
@@ -58,10 +68,12 @@ class RankState:
         """The numbers of steps of this rank, and of its optimizers."""
         return self.random.step, self.num_updates
 
-    def _hold(self, kind: str, stored: Stored, values: Values) -> Tensor:
-        local = self.local(values(stored), stored)
+    def _hold(self, kind: str, stored: Stored, values: Values) -> Tensor | None:
+        """This rank's part of a tensor, in `tensors` from now on; None if it does not hold one."""
         self.stored[kind, stored.name] = stored
-        self.tensors[kind, stored.name] = local
+        if not stored.held_by(self.coords):
+            return None
+        local = self.tensors[kind, stored.name] = self.local(values(stored), stored)
         return local
 
     def local(self, value: Tensor, stored: Stored) -> Tensor:

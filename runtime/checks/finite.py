@@ -206,13 +206,13 @@ def _sum(gradient: Tensor) -> Tensor:
 
 
 def _bad_gradients(state: RankState) -> RankProgram:
-    """The parameters whose gradients are not finite on any rank."""
-    flags = [
-        p.grad is not None and not bool(p.grad.isfinite().all()) for p in state.parameters.values()
-    ]
+    """The parameters whose gradients are not finite on any rank that holds them."""
+    names = [name for kind, name in state.stored if kind == "parameter"]
+    held = {name: p.grad for name, p in state.parameters.items() if p.grad is not None}
+    flags = [name in held and not bool(held[name].isfinite().all()) for name in names]
     own = torch.tensor(flags, dtype=torch.int32, device=state.device)
     most = (yield Wire("all_reduce", state.mesh.names, "max"), own).tolist()
-    return [name for name, bad in zip(state.parameters, most, strict=True) if bad]
+    return [name for name, bad in zip(names, most, strict=True) if bad]
 
 
 def _watched(program: RankProgram, state: RankState, watches: Watches) -> RankProgram:

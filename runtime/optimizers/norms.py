@@ -41,21 +41,22 @@ def total_norm(state: RankState, program: Program, p: float) -> RankProgram:
     """The `p`-norm over all gradients, a 0-d float64 tensor, by one all-reduce over the mesh."""
     mesh = program.mesh
     held = [
-        (block, mesh.num_ranks // mesh.size(axes))
+        (block, stored.num_holders(mesh) // mesh.size(axes))
         for name, parameter in state.parameters.items()
         if parameter.grad is not None
-        for block, axes in uniform_blocks(parameter.grad, program.parameters[name].layout, mesh)
+        for stored in (program.parameters[name],)
+        for block, axes in uniform_blocks(parameter.grad, stored.layout, mesh)
         if block.numel()
     ]
-    if not held:
-        return torch.zeros((), dtype=torch.float64, device=state.device)
-    norms = torch.stack([_norm(gradient, p) for gradient, _ in held])
+    # A rank that holds no gradient takes part too.
+    none = torch.zeros((), dtype=torch.float64, device=state.device)
+    norms = torch.stack([none, *(_norm(gradient, p) for gradient, _ in held)])
     if math.isinf(p):
         # Not every transport's maximum keeps a NaN.
         own = torch.stack([norms.nan_to_num(0.0, math.inf).amax(), norms.isnan().any().double()])
         most, nan = yield Wire("all_reduce", mesh.names, "max"), own
         return torch.where(nan > 0, math.nan, most)
-    copies = [count for _, count in held]
+    copies = [1, *(count for _, count in held)]
     weights = torch.tensor(copies, dtype=torch.float64).to(state.device)
     total: Tensor = yield Wire("all_reduce", mesh.names), (norms**p / weights).sum()
     return total ** (1 / p)

@@ -1,19 +1,23 @@
-"""Gather global tensors from every rank's parts."""
+"""Gather global tensors from the parts that ranks hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from meshwright.compiler.layout.local_ops import apply_all
 from meshwright.compiler.layout.reshard import collectives
+from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.program import Stored
 from meshwright.runtime.rank import RankProgram, RankState
 
+_TYPES = sorted((each for each in vars(torch).values() if isinstance(each, torch.dtype)), key=str)
+
 
 def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
-    """The global tensor, without padding and in memory of its own, from every rank's part."""
+    """The global tensor, without padding and in memory of its own, from the part of every rank."""
     own = local
     whole = stored.layout.drop_split(stored.layout.split_axes, state.mesh)
     for collective in collectives(stored.layout, whole, state.mesh):
@@ -28,15 +32,42 @@ def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
 
 
 def gathered_all(
-    listed: Iterable[Stored],
+    listed: Sequence[Stored],
     value: Callable[[RankState, Stored], Tensor | None],
     state: RankState,
 ) -> RankProgram:
-    """The global tensors by name, gathered one after the other; `value` gives a rank's part of one,
-    or None where no rank has it."""
+    """The global tensors by name, gathered one after the other; `value` gives the part of one that
+    a rank holds, or None where none of those that hold it has any."""
+    parts = [value(state, each) if each.held_by(state.coords) else None for each in listed]
+    types = [None if part is None else part.dtype for part in parts]
+    if len(state.holders) > 1:
+        types = yield from _known_types(types, state)
     found: dict[str, Tensor] = {}
-    for stored in listed:
-        local = value(state, stored)
-        if local is not None:
-            found[stored.name] = yield from gathered(local, stored, state)
+    for stored, local, dtype in zip(listed, parts, types, strict=True):
+        if dtype is not None:
+            part = yield from _handed(local, dtype, stored, state)
+            found[stored.name] = yield from gathered(part, stored, state)
     return found
+
+
+def _known_types(types: Sequence[torch.dtype | None], state: RankState) -> RankProgram:
+    """The types of tensors on every rank, known to those that hold them."""
+    places = [-1 if dtype is None else _TYPES.index(dtype) for dtype in types]
+    own = torch.tensor(places, device=state.device)
+    most = (yield Wire("all_reduce", state.mesh.names, "max"), own).tolist()
+    return [None if place < 0 else _TYPES[place] for place in most]
+
+
+def _handed(
+    local: Tensor | None, dtype: torch.dtype, stored: Stored, state: RankState
+) -> RankProgram:
+    """A rank's part of a tensor: its own or, where it holds none, that of the first that does."""
+    if not stored.held_at:
+        return local
+    if local is None:
+        shape = stored.layout.local_shape(state.mesh)
+        local = torch.empty(shape, dtype=dtype, device=state.device)
+    axes = tuple(axis for axis in state.mesh.names if axis in stored.held_at)
+    first = {axis: places[0] for axis, places in stored.held_at.items()}
+    root = state.mesh.position(first, axes)
+    return (yield Wire("broadcast", axes, root=root), local.contiguous())

@@ -13,7 +13,6 @@ from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram, RankState, Values
 from meshwright.runtime.state.regions import InitialValues
 from meshwright.runtime.state.start import same_constants, same_start, without_values
-from meshwright.runtime.state.weights import stored_tensors
 from meshwright.runtime.world.agreement import agree, told
 
 _HELP = {
@@ -44,12 +43,11 @@ def begin(
         (without,) = run([same_start(state, program, values, mapped) for state in states])
     if without:
         own = recorded(program)
-        run([initialise(state, program, without, own) for state in states])
+        run([initialise(state, without, own) for state in states])
 
 
 def initialise(
     state: RankState,
-    program: Program,
     names: Collection[str],
     recorded: Initialisation | RunError,
 ) -> RankProgram:
@@ -72,9 +70,9 @@ def initialise(
     own = replace(recorded, constants=constants)
     initial = InitialValues(own, state.random.seed, state.device)
     state.unset = dict.fromkeys(initial.missing(names))
-    for kind, stored in stored_tensors(program):
-        if stored.name in names and stored.name not in state.unset:
-            initial.fill(stored, state.tensors[kind, stored.name], state.mesh, state.coords)
+    for (kind, name), held in state.tensors.items():
+        if name in names and name not in state.unset:
+            initial.fill(state.stored[kind, name], held, state.mesh, state.coords)
 
 
 def recorded(program: Program) -> Initialisation | RunError:

@@ -78,7 +78,8 @@ def same_values(
                 value = torch.empty_like(value, device=state.device)
             value = value.to(state.device, stored.type.dtype).contiguous()
             value = yield Wire("broadcast", state.mesh.names), value
-            state.tensors[kind, stored.name].copy_(state.local(value, stored))
+            if stored.held_by(state.coords):
+                state.tensors[kind, stored.name].copy_(state.local(value, stored))
 
 
 def same_constants(state: RankState, constants: Mapping[str, Tensor]) -> RankProgram:
