@@ -7,9 +7,10 @@ After:   bucket: f32[1040] partial(dp) = mesh::bucket(mm, sum_1)
          down_weight_grad: f32[16, 64] = mesh::bucket_item(all_reduce_1, 0)
          down_bias_grad: f32[16]       = mesh::bucket_item(all_reduce_1, 1)
 
-A bucket holds gradients with equal axes and element type, in the order in which the backward makes
-them, so that its reduction starts as soon as the last is there. Gradients that need no reduction
-are laid out in flat buffers too: every parameter's gradient is a view of one, for the whole run.
+A bucket holds gradients of one stage with equal axes and element type, in the order in which the
+backward makes them, so that its reduction starts as soon as the last is there. Gradients that need
+no reduction are laid out in flat buffers too: every parameter's gradient is a view of one, for the
+whole run.
 Requires: a placed joint graph. Ensures: every `gradient:` output is an item of a bucket.
 Elsewhere: DDP's buckets, found there by hooks at run time.
 """
@@ -76,12 +77,12 @@ def _collect(graph: Graph, limit: int) -> list[_Bucket]:
         (each, _pending(each.node, graph)) for each in graph.outputs_of(OutputKind.GRADIENT)
     ]
     gradients.sort(key=lambda item: order[item[1]])
-    open_buckets: dict[tuple[tuple[str, ...], torch.dtype], _Bucket] = {}
+    open_buckets: dict[tuple[int, tuple[str, ...], torch.dtype], _Bucket] = {}
     buckets: list[_Bucket] = []
     for gradient, before in gradients:
         after = gradient.node
         axes = after.kwargs["axes"] if after is not before else ()
-        key = (axes, after.tensor.dtype)
+        key = (before.stage, axes, after.tensor.dtype)
         found = open_buckets.get(key)
         if found is None or found.num_bytes >= limit:
             found = open_buckets[key] = _Bucket(axes, after.tensor.dtype)
@@ -101,7 +102,8 @@ def _pending(gradient: Node, graph: Graph) -> Node:
 def _emit(builder: Builder, found: _Bucket, mapping: dict[Node, Node]) -> dict[Output, Node]:
     builder.phase = Phase.WEIGHT
     parts = tuple(mapping[before] for _, before in found.gradients)
-    origin = Origin(module="gradients", forward=parts[-1].origin.forward)
+    last = parts[-1].origin
+    origin = Origin(module="gradients", forward=last.forward, stage=last.stage)
     type, flat = bucket_type(parts, found.dtype, builder.mesh)
     value = builder.emit(BUCKET, parts, type=type, layout=flat, origin=origin)
     if found.axes:

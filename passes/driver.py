@@ -33,6 +33,7 @@ from meshwright.passes.contracts.allow import check_replication
 from meshwright.passes.contracts.expect import check_contracts
 from meshwright.passes.contracts.idle import check_axes
 from meshwright.passes.contracts.supported import check_supported
+from meshwright.passes.deliver import deliver
 from meshwright.passes.differentiate import differentiate
 from meshwright.passes.fuse import fuse
 from meshwright.passes.hoist import hoist
@@ -57,6 +58,7 @@ from meshwright.passes.statements.precision import precision
 from meshwright.passes.statements.rows import rows
 from meshwright.passes.statements.sequence import sequence
 from meshwright.passes.statements.shard import shard
+from meshwright.passes.statements.stages import stages
 from meshwright.passes.statements.vocab import vocab
 from meshwright.passes.statements.zero import zero
 from meshwright.passes.widen import widen
@@ -80,6 +82,8 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     pad,
     sequence,
     pad_sequences,
+    # The stages of a pipeline.
+    stages,
     # Every node is placed, and every change of layout is a node.
     partition,
     hoist,
@@ -94,7 +98,8 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     on_graph(bucket),
     attribute,
     on_graph(loop),
-    # Forward and backward are graphs of their own.
+    # Forward and backward are graphs of their own, in each stage.
+    deliver,
     separate,
     fuse,
 )

@@ -24,6 +24,7 @@ from functools import lru_cache
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
+    TRANSFER,
     Builder,
     MeshOp,
     Node,
@@ -70,7 +71,7 @@ class _Hoister:
 
     def _consider(self, node: Node) -> None:
         """Note how a call could give just the slice that its users want, if all want the same."""
-        frame = node.op == INPUT or (is_collective(node) and node.op != VARY)
+        frame = node.op in (INPUT, TRANSFER) or (is_collective(node) and node.op != VARY)
         given = self._given(node)
         if frame or node in self.returned or given is None:
             return

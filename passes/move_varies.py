@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from meshwright.compiler.autodiff.pending import keeps_pending
 from meshwright.compiler.graph.aliasing import is_view, node_bytes
-from meshwright.compiler.graph.ir import Builder, Graph, MeshOp, Node, rewrite
+from meshwright.compiler.graph.ir import TRANSFER, Builder, Graph, MeshOp, Node, rewrite
 from meshwright.compiler.graph.weights import CUTS, input_behind
 from meshwright.compiler.layout.layout import Layout
 
@@ -108,6 +108,7 @@ class _Finder:
         while pending:
             each = pending.pop()
             elsewhere = each is not value and (each, axes) in self.varied
+            elsewhere = elsewhere or each.op == TRANSFER
             if _is_parameter(each) or elsewhere or self._needs_whole(each, axes):
                 sources.add(each)
             elif each not in nodes:

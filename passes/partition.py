@@ -47,11 +47,14 @@ from meshwright.compiler.layout.extents import Padding, padding_between
 from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.placing.emit import Emitter, is_floating
+from meshwright.dsl.statements import Stages
 from meshwright.passes.rewriting.recognise import repeated_heads
 from meshwright.passes.statements.draft import Draft, Pin, input_key
 from meshwright.passes.statements.linears import contracted_dim, is_convolution
 from meshwright.passes.statements.pins import pin_lines
+from meshwright.passes.statements.relays import Arriving
 from meshwright.passes.statements.sequences import Sequences
+from meshwright.passes.statements.stages import sources
 
 aten = torch.ops.aten
 
@@ -74,7 +77,13 @@ class _Partitioner:
     def __init__(self, draft: Draft) -> None:
         self.draft, self.graph = draft, draft.graph
         self.emitter = Emitter(Builder(draft.graph.name, draft.mesh))
-        self.mapping: dict[Node, Node] = {}
+        line = "".join(each.plan_line for each in draft.plan.of(Stages))
+        found = sources(draft.graph) if draft.num_stages > 1 else {}
+        self.stages: list[dict[Node, Node]] = []
+        for number in range(draft.num_stages):
+            self.stages.append(Arriving(number, self.stages, found, self.emitter, line))
+        self.mapping = self.stages[0]
+        """What stands for each node in the stage of the node that is placed."""
         self.results: dict[Node, list[Node]] = {}
         """The results of operators that were placed in pieces."""
         self.unused: dict[Node, tuple[Layout, Padding | None, str]] = {}
@@ -86,6 +95,7 @@ class _Partitioner:
 
     def run(self) -> Draft:
         for node in self.graph.nodes:
+            self.mapping = self.stages[node.stage]
             self.sequences.consider(node)
             if node.op == aten._to_copy.default and self._cast_stored(node):
                 continue
@@ -164,7 +174,7 @@ class _Partitioner:
         self, node: Node, args: tuple[Arg, ...]
     ) -> tuple[tuple[Arg, ...], dict[str, Arg], Mapping[Node, Layout]]:
         """The arguments of a call on new nodes, and what `Sequences.proposals` says of them."""
-        args = map_nodes(args, lambda n: self.mapping.get(n, n))
+        args = map_nodes(args, lambda n: self.mapping[n] if n in self.users else n)
         kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
         return args, kwargs, self.sequences.proposals(nodes_in((args, *kwargs.values())))
 
@@ -317,15 +327,15 @@ class _Partitioner:
         if node not in self.unused:
             return
         layout, padding, line = self.unused.pop(node)
-        held = self.mapping[node]
-        origin = replace(user, plan_line=line)
+        held = self.stages[node.stage][node]
+        origin = replace(user, plan_line=line, stage=node.stage)
         value = self._cut(held, padding, layout, origin) if padding else held
         value = self.emitter.reshard(value, layout, origin)
         if input_key(node if node.op == INPUT else node.args[0]) in self.draft.inputs:
             self.emitter.explicit.add(value)
         if len(self.users[node]) > 1:
             self.emitter.shared.add(value)
-        self.mapping[node] = value
+        self.stages[node.stage][node] = value
 
     def _cut(self, held: Node, padding: Padding, layout: Layout, origin: Origin) -> Node:
         """A weight gathered from the ranks that share what each uses, without what storage adds."""
@@ -355,6 +365,8 @@ class _Partitioner:
     def _output(self, output: Output) -> Node:
         """Results are whole on every rank; a buffer's new value is laid out as the buffer."""
         node = output.node
+        stage = node.stage if output.kind is OutputKind.BUFFER else self.draft.num_stages - 1
+        self.mapping = self.stages[stage]
         self.sequences.consider(node)
         self._use(node, node.origin)
         pin: Pin | None = None
@@ -366,7 +378,7 @@ class _Partitioner:
             layout = layout.add_varying(value.placed.varying)
         if layout.shape != value.tensor.shape:
             value = self._lengthened(value, layout.shape)
-        return self.emitter.reshard(value, layout, node.origin)
+        return self.emitter.reshard(value, layout, replace(node.origin, stage=stage))
 
     def _lengthened(self, value: Node, shape: tuple[int, ...]) -> Node:
         """`value` with the zeros that storage adds."""

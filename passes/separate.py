@@ -26,9 +26,12 @@ import torch
 
 from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import (
+    INPUT,
     SAVED,
+    TRANSFER,
     Builder,
     Graph,
+    InputKind,
     MeshOp,
     Node,
     Output,
@@ -57,12 +60,75 @@ _VIEWS = {
 
 def separate(draft: Draft) -> Draft:
     """`draft` with the graphs of its stage; without gradients there is a forward alone."""
-    trains = bool(draft.graph.outputs_of(OutputKind.GRADIENT))
-    own = {node.phase for node in draft.graph.nodes if not node.held}
-    there = {Phase.FORWARD: True, Phase.BACKWARD: trains, Phase.WEIGHT: False}
-    phases = [phase for phase in Phase if there.get(phase, phase in own)]
-    graphs = separate_graph(draft.graph, "stage0", phases, regather=partial(_regathers, draft))
-    return replace(draft, stages=(Stage(0, graphs),))
+    found: list[Stage] = []
+    num_saved = 0
+    for number in range(draft.num_stages):
+        graph = _stage_graph(draft.graph, number) if draft.num_stages > 1 else draft.graph
+        phases, name = _phases(draft, graph), f"stage{number}"
+        regather = partial(_regathers, draft)
+        graphs = separate_graph(graph, name, phases, regather=regather, num_saved=num_saved)
+        num_saved += sum(len(each.outputs_of(OutputKind.SAVED)) for each in graphs.values())
+        found.append(Stage(number, graphs))
+    return replace(draft, stages=tuple(found))
+
+
+def _phases(draft: Draft, graph: Graph) -> list[Phase]:
+    """The phases that have graphs of their own: without a pipeline nothing waits for the cotangents
+    of activations alone, and weight gradients are computed with them."""
+    own = {node.phase for node in graph.nodes if not node.held}
+    there = {Phase.FORWARD: True}
+    if draft.num_stages == 1:
+        there[Phase.BACKWARD] = bool(graph.outputs_of(OutputKind.GRADIENT))
+        there[Phase.WEIGHT] = False
+    return [phase for phase in Phase if there.get(phase, phase in own)]
+
+
+def _stage_graph(graph: Graph, stage: int) -> Graph:
+    """The joint graph of one stage: what other stages send is an input, and what they take an
+    output, both under the name of the transfer."""
+    builder = Builder(graph.name, graph.mesh)
+    mapping: dict[Node, Node] = {}
+    outputs: list[Output] = []
+    used = set(graph.returned)
+    for node in graph.nodes:
+        if (node.args[0] if node.op == TRANSFER else node).stage == stage:
+            used.update(node.operands())
+    for node in graph.nodes:
+        if node.of_model and node not in used:
+            continue
+        sent = node.op == TRANSFER and node.args[0].stage == stage
+        if sent:
+            outputs.append(Output(OutputKind.SENT, node.name, _sent(builder, node, mapping)))
+        if node.op == TRANSFER and node.stage == stage:
+            mapping[node] = builder.emit(
+                INPUT,
+                (InputKind.RECEIVED, node.name),
+                type=node.type,
+                layout=node.layout,
+                origin=node.origin,
+                requires_grad=node.requires_grad,
+                name=node.name,
+                phase=node.phase,
+            )
+        elif node.held or (node.stage == stage and node.op != TRANSFER):
+            mapping[node] = builder.copy(node, mapping)
+    outputs += [each.of(mapping[each.node]) for each in graph.outputs if each.node in mapping]
+    return builder.graph(outputs)
+
+
+def _sent(builder: Builder, transfer: Node, mapping: Mapping[Node, Node]) -> Node:
+    """What a stage gives to a transfer; an input, which has no phase, as a value that has."""
+    value: Node = mapping[transfer.args[0]]
+    if not value.held:
+        return value
+    return builder.emit(
+        aten.alias.default,
+        (value,),
+        type=value.type,
+        layout=value.layout,
+        origin=value.origin,
+        phase=transfer.phase,
+    )
 
 
 def _regathers(draft: Draft, node: Node) -> bool:
@@ -75,14 +141,19 @@ def _regathers(draft: Draft, node: Node) -> bool:
 
 
 def separate_graph(
-    graph: Graph, name: str, phases: Sequence[Phase], *, regather: Callable[[Node], bool]
+    graph: Graph,
+    name: str,
+    phases: Sequence[Phase],
+    *,
+    regather: Callable[[Node], bool],
+    num_saved: int = 0,
 ) -> dict[Phase, Graph]:
     """The graphs of a stage called `name` by phase, one for each of `phases`, in their order.
 
     Nodes of a phase without a graph run in that of the phase before. `regather` says of a gathered
-    value whether it is gathered again rather than kept.
+    value whether it is gathered again rather than kept. Saved values are numbered from `num_saved`.
     """
-    return _Separator(graph, name, phases, regather).run()
+    return _Separator(graph, name, phases, regather, num_saved).run()
 
 
 class _Part:
@@ -102,7 +173,12 @@ class _Part:
 
 class _Separator:
     def __init__(
-        self, graph: Graph, name: str, phases: Sequence[Phase], regather: Callable[[Node], bool]
+        self,
+        graph: Graph,
+        name: str,
+        phases: Sequence[Phase],
+        regather: Callable[[Node], bool],
+        num_saved: int,
     ) -> None:
         self.graph, self.regather = graph, regather
         builders = {phase: Builder(f"{name}.{phase.value}", graph.mesh) for phase in phases}
@@ -113,7 +189,7 @@ class _Separator:
             for place, phase in enumerate(order)
         }
         self.home = {node: runs_in[node.phase] for node in graph.nodes}
-        self.num_saved = 0
+        self.num_saved = num_saved
         self._cheap: dict[Node, bool] = {}
 
     def run(self) -> dict[Phase, Graph]:

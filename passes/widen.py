@@ -22,7 +22,15 @@ from dataclasses import replace
 import torch
 
 from meshwright.compiler.composites.embedding import EmbeddingBackward
-from meshwright.compiler.graph.ir import Builder, Graph, Node, Output, OutputKind, rewrite
+from meshwright.compiler.graph.ir import (
+    TRANSFER,
+    Builder,
+    Graph,
+    Node,
+    Output,
+    OutputKind,
+    rewrite,
+)
 from meshwright.compiler.graph.transfers import collective_kind, combines
 from meshwright.compiler.layout.wires import HALF_TYPES
 from meshwright.dsl.statements import Precision
@@ -127,7 +135,7 @@ class _Widener:
 
 
 def _carries(node: Node) -> bool:
-    return node.op in _CARRIERS or collective_kind(node.op) is not None
+    return node.op in (*_CARRIERS, TRANSFER) or collective_kind(node.op) is not None
 
 
 def _is_narrow(node: Node) -> bool:

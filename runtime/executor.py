@@ -52,6 +52,7 @@ class Executor:
         self.scaled = program.scaled
         self.actions = actions_of(program.schedule[state.rank])
         self.stored = {**program.parameters, **program.buffers}
+        self._results: dict[tuple[OutputKind, str], Output] = {}
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}
         named = {code.name: code for code in codes or program.code}
         graphs = {
@@ -66,7 +67,7 @@ class Executor:
         self.loops = [self._loop(stage) for stage in program.stages]
         returned = [o for graph in graphs.values() for o in graph.outputs_of(*_RETURNED)]
         returned.sort(key=lambda output: output.kind is not OutputKind.LOSS)
-        self.returned = dict.fromkeys(returned)
+        self.returned = dict.fromkeys(map(self._result, returned))
         """What a step returns, in order: the loss comes first."""
         self.buffers = [output for output in returned if output.kind is OutputKind.BUFFER]
         self._kept: dict[_Bucket, Kept] = {}
@@ -97,12 +98,16 @@ class Executor:
             once,
             _Inputs(graph, self, places),
             [(i, PASSED_AS[o.kind], o.name) for i, o in outputs if o.kind in PASSED_AS],
-            [(i, o, storage(o.node).held) for i, o in outputs if o.kind in _RETURNED],
+            [(i, self._result(o), storage(o.node).held) for i, o in outputs if o.kind in _RETURNED],
             {
                 name: _Bucket(buffer, [state.parameters[owner] for owner in owners])
                 for name, (owners, buffer) in filled.items()
             },
         )
+
+    def _result(self, output: Output) -> Output:
+        """The first of equal results: of multiple stages, each gives the loss and the outputs."""
+        return self._results.setdefault((output.kind, output.name), output)
 
     def _loop(self, stage: Stage) -> _Loop:
         """How values leave the loop of a stage."""
@@ -245,7 +250,8 @@ class _Saved:
     def __init__(self, loop: _Loop) -> None:
         self.loop = loop
         self.by_microbatch: list[dict[int, Any]] = [{} for _ in loop.mesh.turns]
-        self.once: dict[int, Any] = {}
+        # Without a loop, what runs once takes what the only turn has saved.
+        self.once: dict[int, Any] = {} if len(self.by_microbatch) > 1 else self.by_microbatch[0]
 
     def give_totals(self, action: Action) -> list[_Bucket]:
         """Hand an action the totals that it adds to. Returns the buckets that hold some of them."""

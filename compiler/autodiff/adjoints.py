@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 
 from meshwright.compiler.autodiff.vjp import VjpContext, traced_cotangents
-from meshwright.compiler.graph.ir import MeshOp, Node, Op
+from meshwright.compiler.graph.ir import TRANSFER, MeshOp, Node, Op
 from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.layout.collectives import CollectiveKind
 from meshwright.compiler.placing.composite import Cotangents, composite_of
@@ -62,6 +62,13 @@ def _of_collective(context: VjpContext, kind: CollectiveKind) -> Node:
         layout=context.operands[0].placed.dual(),
         origin=context.origin,
     )
+
+
+@adjoint(TRANSFER)
+def _transfer(context: VjpContext) -> Cotangents:
+    """The cotangent goes back to the stage that sent the value."""
+    (value,) = context.operands
+    return [context.emitter.transfer(context.grad, context.origin, value.stage)]
 
 
 @adjoint(aten.linear.default)

@@ -65,6 +65,8 @@ class Origin:
     exact: bool = False
     """Whether the model itself says in which type to compute: by casts of the operands, or where it
     turns autocast off."""
+    stage: int = 0
+    """The stage of a pipeline that computes it; of a parameter, the one that owns it."""
 
 
 Op: TypeAlias = "torch._ops.OpOverload | MeshOp"
@@ -138,6 +140,8 @@ SAVED = MeshOp("saved")
 """A value that an earlier graph of the stage has saved; `args` is its number."""
 GETITEM = MeshOp("getitem")
 """One of the results of a node: `args` is `(node, index)`."""
+TRANSFER = MeshOp("transfer")
+"""A value of another stage, sent to the node's own; until stages have graphs of their own."""
 
 
 @dataclass(eq=False, slots=True)
@@ -161,6 +165,11 @@ class Node:
     requires_grad: Final[bool] = False
     """Whether a parameter that wants a gradient feeds it through differentiable operators."""
     phase: Final[Phase] = Phase.FORWARD
+
+    @property
+    def stage(self) -> int:
+        """The stage that computes it; `TRANSFER` alone takes values of other stages."""
+        return self.origin.stage
 
     @property
     def held(self) -> bool:

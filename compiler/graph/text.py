@@ -11,6 +11,7 @@ import torch
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
+    TRANSFER,
     Graph,
     MeshOp,
     Node,
@@ -79,6 +80,8 @@ def call_text(node: Node) -> str:
         return f"input({node.args[0]} {node.args[1]})"
     if node.op == GETITEM:
         return f"{node.args[0].name}[{node.args[1]}]"
+    if node.op == TRANSFER:
+        return f"transfer({node.args[0].name}, to stage {node.stage})"
     return f"{op_text(node.op)}({', '.join(arg_texts(node, arg_text))})"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from meshwright.compiler.graph.ir import INPUT, MeshOp, Node
+from meshwright.compiler.graph.ir import INPUT, TRANSFER, MeshOp, Node
 from meshwright.compiler.layout.collectives import COLLECTIVES
 
 aten = torch.ops.aten
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 CUTS = frozenset({aten.slice.Tensor, aten.view.default, aten.cat.default})
 """Operators that cut off what storage adds to a weight."""
 _VARY = MeshOp("vary")
-_USES = frozenset((*map(MeshOp, COLLECTIVES), aten._to_copy.default)) - {_VARY}
+_USES = frozenset((*map(MeshOp, COLLECTIVES), aten._to_copy.default, TRANSFER)) - {_VARY}
 
 
 def input_behind(node: Node) -> Node | None:

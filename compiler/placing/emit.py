@@ -16,6 +16,7 @@ from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
+    TRANSFER,
     Arg,
     Builder,
     MeshOp,
@@ -226,6 +227,17 @@ class Emitter:
             self.movements.append(Movement(value, user, collective, following, planned))
             node = have[collective.target] = following
         return node
+
+    def transfer(self, value: Node, origin: Origin, stage: int) -> Node:
+        """`value` sent to another stage, in the layout that it has."""
+        return self.builder.emit(
+            TRANSFER,
+            (value,),
+            type=value.type,
+            layout=value.placed,
+            origin=replace(origin, stage=stage),
+            requires_grad=value.requires_grad,
+        )
 
     def _filled(self, value: Node, layout: Layout) -> Node:
         """A tensor of one number, made in the layout in which it is wanted."""

@@ -13,6 +13,7 @@ from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
     SAVED,
+    TRANSFER,
     Graph,
     MeshOp,
     Node,
@@ -60,6 +61,11 @@ def _item(node: Node, mesh: Mesh, saved: Saved) -> Typed:
     return source.type[index], source.layout[index]
 
 
+def _transfer(node: Node, mesh: Mesh, saved: Saved) -> Typed:
+    source: Node = node.args[0]
+    return source.type, source.layout
+
+
 def _saved(node: Node, mesh: Mesh, saved: Saved) -> Typed:
     value = saved.get(str(node.args[0]))
     return (None, None) if value is None else (value.type, value.layout)
@@ -86,6 +92,7 @@ def _bucket_item(node: Node, mesh: Mesh, saved: Saved) -> Typed:
 
 
 FRAME: dict[Op, Callable[[Node, Mesh, Saved], Typed]] = {
-    INPUT: _input, GETITEM: _item, SAVED: _saved, BUCKET: _bucket, BUCKET_ITEM: _bucket_item,
+    INPUT: _input, GETITEM: _item, SAVED: _saved, TRANSFER: _transfer, BUCKET: _bucket,
+    BUCKET_ITEM: _bucket_item,
 }  # fmt: skip
 """The type and the layout that such a node must have; None where it cannot have any."""

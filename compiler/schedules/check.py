@@ -54,5 +54,7 @@ def _made(stage: Stage, action: Action, turns: Iterable[int]) -> Iterator[tuple[
         if output.kind is OutputKind.SAVED:
             for microbatch in turns if action.kind.once else (action.microbatch,):
                 yield output.kind, output.name, microbatch, stage.number
+        elif output.kind in (OutputKind.LOSS, OutputKind.OUTPUT):
+            yield output.kind, output.name, stage.number  # which every stage gives
         elif output.kind not in PASSED_AS:
             yield output.kind, output.name

@@ -12,12 +12,14 @@ from collections.abc import Iterable
 from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.public import Program
-from meshwright.dsl.statements import Allow, Data, MeshStatement
+from meshwright.dsl.statements import Allow, Data, MeshStatement, Stages
 
 
 def check_axes(program: Program) -> None:
     """Raises `PlanError` at the first unused axis, with a line that makes use of it."""
-    idle = _idle_axes(program.mesh, program.graphs().values())
+    piped = [axis for each in program.plan.of(Stages) for axis in each.over]
+    found = _idle_axes(program.mesh, program.graphs().values())
+    idle = [axis for axis in found if axis not in piped]
     allowed = (target for each in program.plan.of(Allow) for target in each.targets)
     if not idle or any(target.matches("") for target in allowed):
         return

@@ -19,6 +19,7 @@ from meshwright.dsl.statements import (
     Rows,
     Sequence,
     Shard,
+    Stages,
     Statement,
     Vocab,
     Zero,
@@ -26,7 +27,7 @@ from meshwright.dsl.statements import (
 
 CARRIED_OUT: tuple[type[Statement], ...] = (
     MeshStatement, Axes, Let, Precision, Accumulate, Data, Shard, Columns, Rows, Vocab, Sequence,
-    Zero, Expect, Allow,
+    Zero, Stages, Expect, Allow,
 )  # fmt: skip
 
 

@@ -21,7 +21,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.dsl.statements import Accumulate, Data
+from meshwright.dsl.plan import Plan
+from meshwright.dsl.statements import Accumulate, Data, Stages
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.targets import inputs_of
 
@@ -29,20 +30,32 @@ AXIS = "micro"
 
 
 def accumulate(draft: Draft) -> Draft:
-    """`draft` on a mesh with an axis of microbatches, where the plan accumulates."""
-    statements = draft.plan.of(Accumulate)
-    if not statements or draft.captured.mode != "train":
+    """`draft` on a mesh with an axis of microbatches, where the plan cuts the batch."""
+    found = _microbatches(draft.plan)
+    if found is None or draft.captured.mode != "train":
         return draft
-    statement = statements[0]
+    statement, count = found
     if not draft.plan.of(Data):
         raise draft.plan.error(
             "P501",
-            "`accumulate` has no input to cut into microbatches",
+            f"`{statement.verb}` has no input to cut into microbatches",
             statement,
             help=f"write `data {', '.join(inputs_of(draft))}`, with the inputs that have a batch",
         )
+    if count == 1:
+        return draft
     axis = AXIS
     while axis in draft.mesh.names:
         axis += "_"
-    mesh = Mesh((*draft.mesh.axes, (axis, statement.count)), frozenset({axis}))
+    mesh = Mesh((*draft.mesh.axes, (axis, count)), frozenset({axis}))
     return replace(draft, mesh=mesh, graph=replace(draft.graph, mesh=mesh))
+
+
+def _microbatches(plan: Plan) -> tuple[Accumulate | Stages, int] | None:
+    """The statement that cuts the batch, and into how many microbatches."""
+    for accumulate in plan.of(Accumulate):
+        return accumulate, accumulate.count
+    for stages in plan.of(Stages):
+        if stages.microbatches is not None:
+            return stages, stages.microbatches
+    return None

@@ -59,6 +59,10 @@ class Draft:
     entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)
     """By the first node inside a module: layouts of the values that enter there."""
     regions: tuple[Region, ...] = ()
+    num_stages: int = 1
+    """The number of stages that the forward is cut into."""
+    holders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """By parameter and buffer that stages use: those that hold it, where there are multiple."""
     movements: tuple[Movement, ...] = ()
     """Every change of layout that was inserted, in the forward and in the backward."""
     variant_of: tuple[str, ...] | None = None

@@ -1,0 +1,294 @@
+"""Cut the forward into the stages of a pipeline: each node is given the stage that computes it.
+
+Before:  linear: f32[8, 64]   = linear(x, up_weight, up_bias)
+         relu: f32[8, 64]     = relu(linear)
+         linear_1: f32[8, 16] = linear(relu, down_weight, down_bias)
+After:   the same nodes; with `stages at down over pp`, `linear_1` and `down`'s weights are of stage
+         1, all others of stage 0
+
+A stage begins with the first node of the module that the plan names. Where a value belongs depends
+on what feeds it (`Source`): an activation is computed where it stands in the forward. What only
+parameters feed is computed in the first stage that uses it, which owns those parameters. What no
+parameter feeds has no stage of its own: each stage that uses it computes it.
+Requires: a graph in the order in which the model runs. Ensures: no activation takes one of a later
+stage.
+Elsewhere: the stages of torch.distributed.pipelining, which are modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import Enum
+
+import torch
+
+from meshwright.compiler.graph.ir import (
+    GETITEM,
+    INPUT,
+    Builder,
+    Graph,
+    InputKind,
+    Node,
+    OutputKind,
+)
+from meshwright.dsl.errors import either, plural
+from meshwright.dsl.statements import Stages
+from meshwright.dsl.suggest import nothing_matches
+from meshwright.passes.statements.draft import Draft
+from meshwright.passes.statements.pins import module_text
+from meshwright.passes.statements.targets import evaluated, modules_of
+
+aten = torch.ops.aten
+
+
+class Source(Enum):
+    """What feeds a value."""
+
+    FREE = "free"
+    """No parameter."""
+    WEIGHT = "weight"
+    """A parameter, and no argument."""
+    ACTIVATION = "activation"
+    """A parameter and an argument."""
+
+
+def sources(graph: Graph) -> dict[Node, Source]:
+    """What feeds each node of a forward."""
+    trained: set[Node] = set()
+    given: set[Node] = set()
+    for node in graph.nodes:
+        if node.op == INPUT and node.args[0] == InputKind.PARAMETER:
+            trained.add(node)
+        elif node.op == INPUT and node.args[0] == InputKind.ARGUMENT:
+            given.add(node)
+        for found in (trained, given):
+            if not found.isdisjoint(node.operands()):
+                found.add(node)
+    return {
+        node: Source.FREE
+        if node not in trained
+        else Source.ACTIVATION
+        if node in given
+        else Source.WEIGHT
+        for node in graph.nodes
+    }
+
+
+def stages(draft: Draft) -> Draft:
+    """`draft` with a stage on the origin of each node, where the plan cuts the model."""
+    statements = draft.plan.of(Stages)
+    if not statements:
+        return draft
+    starts = _Boundaries(draft, statements[0]).starts()
+    cut = _Cut(draft.graph, starts)
+    builder = Builder(draft.graph.name, draft.graph.mesh)
+    mapping: dict[Node, Node] = {}
+    for node in draft.graph.nodes:
+        origin = replace(node.origin, stage=cut.stage[node])
+        mapping[node] = builder.copy(node, mapping, origin=origin)
+    _check_written(draft, cut, statements[0])
+    return replace(
+        draft,
+        graph=builder.graph(each.of(mapping[each.node]) for each in draft.graph.outputs),
+        values={mapping[node]: pin for node, pin in draft.values.items()},
+        entering={
+            mapping[node]: tuple((mapping[value], pin) for value, pin in pins)
+            for node, pins in draft.entering.items()
+        },
+        num_stages=len(starts) + 1,
+        holders=cut.holders(),
+    )
+
+
+class _Cut:
+    """The stage of each node of a forward, of which the stages after the first begin at `starts`:
+    places among its nodes."""
+
+    def __init__(self, graph: Graph, starts: Sequence[int]) -> None:
+        self.graph, self.last = graph, len(starts)
+        self.users, self.sources = graph.users(), sources(graph)
+        self.returned = {each.node for each in graph.outputs_of(OutputKind.LOSS, OutputKind.OUTPUT)}
+        """What all stages return; the last gives it to the others."""
+        self.stage = {
+            node: sum(start <= place for start in starts) for place, node in enumerate(graph.nodes)
+        }
+        self._cast_early()
+        self._own()
+        for node in graph.nodes:
+            if node.op == GETITEM:
+                self.stage[node] = self.stage[node.args[0]]
+
+    def _cast_early(self) -> None:
+        """Cast what later stages take in a smaller type before it is sent to them."""
+        for node in self.graph.nodes:
+            if self.sources[node] is not Source.ACTIVATION or node in self.returned:
+                continue
+            later = [user for user in self.users[node] if self.stage[user] > self.stage[node]]
+            if later and all(map(_narrows, later)):
+                self.stage.update(dict.fromkeys(later, self.stage[node]))
+
+    def _own(self) -> None:
+        """Give what only parameters feed to the first stage that uses it."""
+        for node in reversed(self.graph.nodes):
+            if self.sources[node] is Source.WEIGHT:
+                using = [self.stage[user] for user in self.users[node]]
+                using += [self.last] * (node in self.returned)
+                self.stage[node] = min(using, default=self.stage[node])
+
+    def computing(self) -> dict[Node, frozenset[int]]:
+        """The stages that compute each node, or take it if it is an input."""
+        found: dict[Node, frozenset[int]] = {}
+        kept = {each.node for each in self.graph.outputs_of(OutputKind.BUFFER)}
+        for node in reversed(self.graph.nodes):
+            own = frozenset([self.stage[node]])
+            if self.sources[node] is not Source.FREE:
+                found[node] = own
+                continue
+            using = [found[user] for user in self.users[node]] + [own] * (node in kept)
+            if node in self.returned:
+                using.append(frozenset(range(self.last + 1)))
+            found[node] = frozenset().union(*using)
+        return found
+
+    def holders(self) -> dict[str, tuple[int, ...]]:
+        """By parameter and buffer that the forward uses: the stages that hold it."""
+        computing = self.computing()
+        return {
+            node.args[1]: tuple(sorted(computing[node]))
+            for node in self.graph.inputs
+            if node.of_model and computing[node] and (self.users[node] or node in self.returned)
+        }
+
+
+def _narrows(node: Node) -> bool:
+    """Whether a node casts a value to a smaller type."""
+    if node.op != aten._to_copy.default:
+        return False
+    size: int = node.args[0].tensor.dtype.itemsize
+    return node.tensor.dtype.itemsize < size
+
+
+def _check_written(draft: Draft, cut: _Cut, statement: Stages) -> None:
+    """Raises `PlanError` for a buffer that one stage writes and another reads."""
+    holders = cut.holders()
+    for output in draft.graph.outputs_of(OutputKind.BUFFER):
+        writer = cut.stage[output.node]
+        readers = [stage for stage in holders.get(output.name, ()) if stage != writer]
+        if readers:
+            raise draft.plan.error(
+                "P501",
+                f"stage {writer} writes the buffer `{output.name}`, and stage {readers[0]} reads "
+                "it",
+                statement,
+                help="cut the model elsewhere, so that one stage does both",
+            )
+
+
+class _Boundaries:
+    """Where in a forward the stages begin that a statement names."""
+
+    def __init__(self, draft: Draft, statement: Stages) -> None:
+        self.draft, self.statement, self.graph = draft, statement, draft.graph
+        found = sources(draft.graph)
+        self.activations = {
+            node: place
+            for place, node in enumerate(draft.graph.nodes)
+            if found[node] is Source.ACTIVATION
+        }
+
+    def starts(self) -> list[int]:
+        """The place of the first node of each stage but the first."""
+        modules = self._modules()
+        self._check_count(modules)
+        found: list[int] = []
+        first = next(iter(self.activations.values()), 0)
+        for before, module in zip(("", *modules), modules, strict=False):
+            start = self._start(module)
+            if start is None:  # a variant, in which the module does not run
+                start = found[-1] if found else first
+            elif not found and start <= first:
+                raise self._error(
+                    f"nothing runs before `{module}`: the first stage would be empty",
+                    "name a module that runs later",
+                )
+            elif found and start <= found[-1] and self.draft.variant_of is None:
+                raise self._disorder(before, module, start == found[-1])
+            found.append(start)
+        return found
+
+    def _modules(self) -> list[str]:
+        """The modules that begin stages, in the order of the targets; those that one target
+        matches are in the order in which they run."""
+        names, found = modules_of(self.draft), list[str]()
+        for target in self.statement.targets:
+            matched = target.match(names)
+            if not matched:
+                raise nothing_matches(target, names)
+            starts = {name: self._start(name) for name in matched}
+            end = len(self.graph.nodes)
+            found += sorted(matched, key=lambda name: end if (s := starts[name]) is None else s)
+        return list(dict.fromkeys(found))
+
+    def _start(self, module: str) -> int | None:
+        """The place of the first node inside a module; None if a variant does not run it."""
+        inside = [
+            node
+            for node in self.activations
+            if any(path == module for path, _ in node.origin.modules)
+        ]
+        if not inside:
+            if self.draft.variant_of is not None:
+                return None
+            elsewhere = evaluated(self.draft, module) is not None
+            when = "runs in eval mode alone" if elsewhere else "is never run"
+            raise self._error(
+                f"no stage can begin at {module_text(module)}, which {when}",
+                "name a module that computes something in the forward",
+            )
+        self._check_once(module, set(inside))
+        return self.activations[inside[0]]
+
+    def _check_once(self, module: str, inside: set[Node]) -> None:
+        """Raises `PlanError` for a module that runs again after others have used its result."""
+        left: set[Node] = set()
+        for node in self.activations:
+            if node in inside:
+                if left.isdisjoint(node.operands()):
+                    continue
+                raise self._error(
+                    f"`{module}` runs in several places, of which each could begin the stage",
+                    "name a module that runs once, such as the one around it",
+                )
+            if not (inside | left).isdisjoint(node.operands()):
+                left.add(node)
+
+    def _check_count(self, modules: Sequence[str]) -> None:
+        statement, mesh = self.statement, self.draft.mesh
+        wanted = mesh.size(statement.over) * statement.virtual
+        if len(modules) + 1 != wanted:
+            sizes = ", ".join(f"{axis}={mesh.size(axis)}" for axis in statement.over)
+            times = f" times virtual={statement.virtual}" if statement.virtual > 1 else ""
+            raise self.draft.plan.error(
+                "P304",
+                f"there are {len(modules) + 1} stages, but {sizes}{times} makes {wanted}",
+                statement,
+                help=f"name {plural(wanted - 1, 'module')} after `at`, not {either(modules, 'and')}"
+                if wanted > 1
+                else "remove the statement, or give the axis more ranks",
+            )
+
+    def _disorder(self, before: str, module: str, same: bool) -> Exception:
+        if same:
+            return self._error(
+                f"nothing runs between the beginnings of `{before}` and `{module}`: a stage would "
+                "be empty",
+                "leave out one of the two",
+            )
+        return self._error(
+            f"`{module}` runs before `{before}`, and a stage cannot take values of a later one",
+            "name the modules in the order in which they run",
+        )
+
+    def _error(self, message: str, help: str) -> Exception:
+        return self.draft.plan.error("P501", message, self.statement, help=help)
