@@ -146,9 +146,11 @@ def spell_wire(wire: Wire, names: Sequence[str] = ()) -> str:
     text = f"{wire.kind} over `{axes}`"
     for option in WIRES[wire.kind].options if wire.kind in WIRES else ():
         value = getattr(wire, option)
-        if option != "reduce":
+        if option == "ends":
+            text += f", {value[0]} to {value[1]}"
+        elif option not in ("reduce", "channel"):
             text += f", {option} {value}"
-        elif value != "sum":
+        elif value not in ("sum", ""):
             text += f", {value}"
     if wire.index < 0:
         return text

@@ -31,6 +31,9 @@ class Wire:
 
     `kind` names a row of `WIRES`; `reduce`, `shift` and `root` are for the kinds that read them.
     `index` is the place in the program's list of collectives, for errors.
+
+    With `ends`, the group has two ranks: the source and the target, by their places in that over
+    `axes`. The n-th transfer that the source starts on a `channel` meets the n-th of the target.
     """
 
     kind: str
@@ -39,6 +42,27 @@ class Wire:
     shift: int = 0
     root: int = 0
     index: int = -1
+    ends: tuple[int, int] | None = None
+    channel: str = ""
+
+    @property
+    def lane(self) -> tuple[object, ...]:
+        """The key of all wires that each member of a group starts in one order."""
+        return self.axes if self.ends is None else (*self.axes, self.ends, self.channel)
+
+    @property
+    def label(self) -> str:
+        """The lane as a text: `dp,tp`, or `pp 0>1 forward`."""
+        axes = ",".join(self.axes)
+        if self.ends is None:
+            return axes
+        source, target = self.ends
+        return f"{axes} {source}>{target} {self.channel}".rstrip()
+
+    def members(self, mesh: Mesh, rank: int) -> tuple[int, ...]:
+        """The ranks in the group of `rank`, in order; it need not be an end itself."""
+        group = mesh.group(rank, self.axes)
+        return group if self.ends is None else tuple(group[end] for end in self.ends)
 
 
 class Start:
@@ -71,9 +95,9 @@ class WireKind:
 
     `receive(wire, place, given, out)` is what the member at `place` gets from `given`, one tensor
     per member: its operand or, where operands are `divided`, its entry for `place` of [n, ...]. The
-    result is new memory; or one of `given`, where the kind `forwards`; or `out`, which is the
-    member's own operand where that is no longer needed. `sent` is the share of an operand that a
-    member sends in a group of n under the bandwidth-optimal algorithm. `needs(wire, place, n)` are
+    result is new memory; or one of `given`, where the kind `forwards`; or the member's own operand,
+    where that is no longer needed (`out`) or the kind is a transfer. `sent` is the share of an operand that a
+    member, of a transfer the source, sends in a group of n under the bandwidth-optimal algorithm. `needs(wire, place, n)` are
     the members whose operands count at `place`, all by default. Where results are `alike`, every
     member gets the same. `options` are the fields of `Wire` that it reads.
     """
@@ -157,6 +181,10 @@ def _from_root(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | No
     return given[wire.root]
 
 
+def _transferred(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    return given[1].copy_(given[0]) if place else given[0]
+
+
 def _once(wire: Wire, n: int) -> Fraction:
     return Fraction(n - 1, n)
 
@@ -184,6 +212,12 @@ _ROWS = (
         "reduce", _reduced_at_root, _once,
         needs=lambda wire, place, n: tuple(range(n)) if place == wire.root else (),
         options=("reduce", "root"),
+    ),
+    # From the first of two ends to the second, which gives a contiguous buffer to receive into.
+    # Each end gets back what it gave.
+    WireKind(
+        "transfer", _transferred, lambda *_: Fraction(1),
+        needs=lambda wire, place, n: (0,) if place else (), options=("ends", "channel"),
     ),
 )  # fmt: skip
 WIRES: dict[str, WireKind] = {row.name: row for row in _ROWS}
@@ -229,5 +263,6 @@ def everyone(wire: Wire, operands: Sequence[Tensor], donated: Sequence[bool] = (
 
 
 def bytes_sent(wire: Wire, local_numel_in: int, itemsize: int, mesh: Mesh) -> int:
-    """The bytes that one rank sends for its operand, under the bandwidth-optimal algorithm."""
+    """The bytes that one rank, of a transfer the source, sends for its operand, under the
+    bandwidth-optimal algorithm."""
     return int(WIRES[wire.kind].sent(wire, mesh.size(wire.axes)) * local_numel_in * itemsize)

@@ -246,6 +246,7 @@ ALGORITHMS: tuple[Row, ...] = (
     Row("broadcast", (), math.inf, native.broadcast),
     Row("reduce", (2, 3, 4), math.inf, _direct),
     Row("reduce", (), math.inf, native.reduce),
+    Row("transfer", (), math.inf, native.transfer),
 )
 """The first row that fits is taken, or `_direct` if none does; no `sizes` means every size. A row
 that is `alone` is not for a collective that is started and waited for later: it has a second round

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Wire
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram
 from meshwright.runtime.transports.process import ProcessMesh
@@ -28,6 +29,11 @@ class Transport(Protocol):
 
     def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
         """The results of the generators; `names[i]` is the node of collective i, for errors."""
+        ...
+
+    def connect(self, wires: Iterable[Wire]) -> None:
+        """Connect the ends of all transfers of a program, the same on every rank, so that no start
+        waits for its peer."""
         ...
 
     def check_same_program(self, digest: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch._C._distributed_c10d import AllreduceOptions, BroadcastOptions, ReduceOp, ReduceOptions
 
@@ -52,3 +53,11 @@ def reduce(group: Group, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
     result = tensor.clone()
     works = [group.backend.reduce([result], options)]
     return works, lambda: result if group.position == wire.root else result.zero_()
+
+
+def transfer(group: Group, wire: Wire, tensor: Tensor, donate: bool) -> Begun:
+    """Send the operand to the second member, or receive into it, as bytes: NCCL has no complex
+    numbers."""
+    flat = tensor.view(-1).view(torch.uint8)
+    move = group.backend.recv if group.position else group.backend.send
+    return [move([flat], 1 - group.position, 0)], lambda: tensor

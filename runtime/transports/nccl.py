@@ -92,4 +92,5 @@ _NATIVE: dict[str, Callable[[NcclGroup, Wire, Tensor, bool], Begun]] = {
     "all_to_all": _all_to_all,
     "broadcast": native.broadcast,
     "reduce": native.reduce,
+    "transfer": native.transfer,
 }

@@ -9,8 +9,8 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -42,8 +42,8 @@ _Group = GlooGroup | SharedGroup | NcclGroup
 
 @dataclass(eq=False, slots=True)
 class _Lane:
-    """One set of axes on this rank: its group (none if it is alone), and the number of collectives
-    that it has begun."""
+    """What the members of one group start in one order: the group (none if this rank is alone), and
+    the number of collectives that this rank has begun."""
 
     group: _Group | None
     label: str
@@ -89,7 +89,8 @@ class ProcessMesh:
 
     Reads torchrun's environment variables (`RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`), or
     joins the default process group where the caller made one. Made by every rank in the same order.
-    Groups of axes are made on first use.
+    Groups are made on first use, in which their members wait for one another; `connect` makes those
+    of transfers beforehand.
 
     Ranks give a heartbeat every `period` seconds; one that this rank waits for counts as stalled
     after `patience` seconds without. Raises `RunError` where the world's size is not the mesh's;
@@ -125,7 +126,7 @@ class ProcessMesh:
         check_world(mesh, num_processes)
         self.store = PrefixStore(f"meshwright/{ProcessMesh._made}", connect(limit))
         ProcessMesh._made += 1
-        self.lanes: dict[tuple[str, ...], _Lane] = {}
+        self.lanes: dict[tuple[object, ...], _Lane] = {}
         self.watch = self._start_watch(period, patience, limit)
         self._waiting = _Waiting(self)
         hosts = self.store.multi_get([f"host/{rank}" for rank in range(mesh.num_ranks)])
@@ -217,7 +218,7 @@ class ProcessMesh:
 
     def collective(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Tensor:
         """This rank's result; with `donate` its operand may be overwritten and returned."""
-        lane = self.lanes.get(wire.axes) or self._lane(wire.axes)
+        lane = self.lanes.get(wire.lane) or self._lane(wire)
         group, watch = lane.group, self.watch
         if group is None or not tensor.numel():
             return _alone(wire, tensor, 1 if group is None else group.size)
@@ -234,7 +235,7 @@ class ProcessMesh:
 
     def start(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Handle:
         """Begin a collective; until its wait the operand must stay as it is."""
-        lane = self.lanes.get(wire.axes) or self._lane(wire.axes)
+        lane = self.lanes.get(wire.lane) or self._lane(wire)
         group, watch = lane.group, self.watch
         if group is None or not tensor.numel():
             result = _alone(wire, tensor, 1 if group is None else group.size)
@@ -300,23 +301,38 @@ class ProcessMesh:
             return last_words(error)
         return "finished", ""
 
-    def _lane(self, axes: tuple[str, ...]) -> _Lane:
-        label = ",".join(axes)
-        members = self.mesh.group(self.rank, axes)
+    def connect(self, wires: Iterable[Wire]) -> None:
+        """Connect the lanes of all transfers of a program, so that no start waits for its peer.
+
+        Every rank gives the same wires; pairs connect one after the other, in the order of labels.
+        """
+        lanes = {wire.label: wire for wire in wires if wire.lane not in self.lanes}
+        for _, wire in sorted(lanes.items()):
+            if self.rank in wire.members(self.mesh, self.rank):
+                self._lane(wire)
+            else:
+                # Others may wait in it, for a rank that waits for this one.
+                self._watch_members(wire)
+
+    def _watch_members(self, wire: Wire) -> None:
+        of_rank = partial(wire.members, self.mesh)
+        self.watch.members[wire.label] = self.watch.members[f"connection {wire.label}"] = of_rank
+
+    def _lane(self, wire: Wire) -> _Lane:
+        members = wire.members(self.mesh, self.rank)
         group: _Group | None = None
-        self.watch.members[label] = partial(self.mesh.group, axes=axes)
+        self._watch_members(wire)
         if len(members) > 1:
-            group = self._watched_connection(axes, members)
+            group = self._watched_connection(wire, members)
             self.watch.aborts.append(group.abort)
-        lane = self.lanes[axes] = _Lane(group, label)
+        lane = self.lanes[wire.lane] = _Lane(group, wire.label)
         return lane
 
-    def _watched_connection(self, axes: tuple[str, ...], members: tuple[int, ...]) -> _Group:
+    def _watched_connection(self, wire: Wire, members: tuple[int, ...]) -> _Group:
         """Connect a group, and wait for that as for a collective: a member may be gone."""
-        watch, label = self.watch, ",".join(axes)
-        watch.members[f"connection {label}"] = watch.members[label]
+        watch, label = self.watch, wire.label
         watch.counts[f"connection {label}"] = 1
-        watch.waits = (f"connection {label}", 0, Wire("connection", axes))
+        watch.waits = (f"connection {label}", 0, replace(wire, kind="connection"))
         try:
             store = PrefixStore(f"{label}/{members[0]}", self.store)
             group = self._connect_group(store, members)

@@ -7,7 +7,7 @@ order within the group, so ranks may be at different points of different program
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,9 @@ class VirtualMesh:
         """Drive all ranks to their ends."""
         return run_virtual(programs, self.mesh, names)
 
+    def connect(self, wires: Iterable[Wire]) -> None:
+        """There is nothing to connect."""
+
     def check_same_program(self, digest: str) -> None:
         """There is one program here."""
 
@@ -112,7 +115,7 @@ def run_virtual(
 class _Driver:
     def __init__(self, programs: Sequence[RankProgram], mesh: Mesh, names: Sequence[str]) -> None:
         self.programs, self.mesh, self.names = programs, mesh, names
-        self.places: list[dict[tuple[str, ...], tuple[_Group, int]]] = [{} for _ in programs]
+        self.places: list[dict[tuple[object, ...], tuple[_Group, int]]] = [{} for _ in programs]
         self.inbox: list[Any] = [None] * len(programs)
         self.waiting: list[_Handle | None] = [None] * len(programs)
         self.ready = deque(range(len(programs)))
@@ -161,8 +164,8 @@ class _Driver:
     def give(self, handle: _Handle, wire: Wire, tensor: Tensor) -> None:
         """Post a rank's operand; the last of the group computes for all."""
         rank = handle.rank
-        place = self.places[rank].get(wire.axes)
-        group, position = place if place is not None else self.join(rank, wire.axes)
+        place = self.places[rank].get(wire.lane)
+        group, position = place if place is not None else self.join(rank, wire)
         order = group.counts[position]
         group.counts[position] = order + 1
         exchange = group.exchanges.get(order)
@@ -194,12 +197,12 @@ class _Driver:
                 handle.result = result
         exchange.handles = []
 
-    def join(self, rank: int, axes: tuple[str, ...]) -> tuple[_Group, int]:
-        """Make the group of `rank` over `axes` known to each of its members."""
-        group = _Group(self.mesh.group(rank, axes))
+    def join(self, rank: int, wire: Wire) -> tuple[_Group, int]:
+        """Make the group of `rank` that runs `wire` known to each of its members."""
+        group = _Group(wire.members(self.mesh, rank))
         for position, member in enumerate(group.members):
-            self.places[member][axes] = (group, position)
-        return self.places[rank][axes]
+            self.places[member][wire.lane] = (group, position)
+        return self.places[rank][wire.lane]
 
     def check_operand(self, rank: int, wire: Wire, tensor: Tensor, size: int) -> None:
         if not WIRES[wire.kind].divided:
