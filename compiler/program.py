@@ -24,9 +24,10 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.schedules.actions import Schedule
 from meshwright.compiler.schedules.check import check_schedule
+from meshwright.compiler.schedules.transfers import Transfers
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Precision
+from meshwright.dsl.statements import Precision, Stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,19 @@ class Compiled:
     def code(self) -> tuple[Code, ...]:
         """The generated code of each graph, in the order of `graphs`."""
         return tuple(printed(each) for each in self.instructions)
+
+    @cached_property
+    def transfers(self) -> Transfers:
+        """What stages send one another."""
+        axes = tuple(axis for statement in self.plan.of(Stages) for axis in statement.over)
+        first_wire = sum(len(code.wires) for code in self.code)
+        return Transfers(self.stages, self.schedule, self.mesh, axes, first_wire)
+
+    @property
+    def wire_names(self) -> tuple[str, ...]:
+        """The name of the value behind each wire, by number: of collectives, then of transfers."""
+        names = [name for code in self.code for name in code.wire_names]
+        return (*names, *self.transfers.names)
 
     @cached_property
     def digest(self) -> str:

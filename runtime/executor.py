@@ -1,13 +1,14 @@
 """One rank's walk through its schedule: each action runs the generated code of one graph.
 
 What one action leaves for another is kept by microbatch: saved values for the later graphs of the
-stage, activations and cotangents for the stage that takes them.
+stage, activations and cotangents for the stage that takes them. What a stage of another rank takes
+or makes is sent and received where the schedule says so, and awaited where an action takes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import Graph, InputKind, MeshOp, Node, Output, OutputKind, Phase
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.wires import COMBINE, Wait
+from meshwright.compiler.layout.wires import COMBINE, Start, Wait, Wire
 from meshwright.compiler.public import Program
-from meshwright.compiler.schedules.actions import Action, actions_of
+from meshwright.compiler.schedules.actions import Action, Receive, Send, actions_of
 from meshwright.compiler.stages import PASSED_AS, Joined, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.errors import operator_error
@@ -50,21 +51,23 @@ class Executor:
     ) -> None:
         self.state, self.constants = state, constants
         self.scaled = program.scaled
-        self.actions = actions_of(program.schedule[state.rank])
+        self.entries = program.schedule[state.rank]
         self.stored = {**program.parameters, **program.buffers}
         self._results: dict[tuple[OutputKind, str], Output] = {}
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}
         named = {code.name: code for code in codes or program.code}
         graphs = {
             (action.stage, action.kind): program.stages[action.stage].graphs[action.kind]
-            for action in self.actions
+            for action in actions_of(self.entries)
         }
         self.graphs = {
             key: self._linked(graph, named[graph.name], places, once=key[1].once)
             for key, graph in graphs.items()
         }
-        self.walk = [(action, self.graphs[action.stage, action.kind]) for action in self.actions]
-        self.loops = [self._loop(stage) for stage in program.stages]
+        own = {stage for stage, _ in graphs}
+        self.loops = {s.number: self._loop(s) for s in program.stages if s.number in own}
+        self.moves = self._moves(program)
+        self.settled = program.transfers.settled(state.rank)
         returned = [o for graph in graphs.values() for o in graph.outputs_of(*_RETURNED)]
         returned.sort(key=lambda output: output.kind is not OutputKind.LOSS)
         self.returned = dict.fromkeys(map(self._result, returned))
@@ -147,8 +150,20 @@ class Executor:
             )
         return shard(held, node.placed, state.mesh, state.coords)
 
+    def _moves(self, program: Program) -> dict[Send | Receive, list[_Move]]:
+        """What this rank sends and receives, by the entry of its schedule."""
+        mesh = program.stages[0].forward.mesh
+        return {
+            entry: [
+                _Move(wire, node.args, node.placed.local_shape(mesh), node.tensor.dtype)
+                for node, wire in program.transfers.wires(self.state.rank, entry)
+            ]
+            for entry in self.entries
+            if not isinstance(entry, Action)
+        }
+
     def run(self, arguments: Sequence[Tensor]) -> RankProgram:
-        """One step: the actions of this rank in order, then what is still under way.
+        """One step: the entries of this rank in order, then what is still under way.
 
         `arguments` are the local parts of the inputs, in the program's order. Returns `Results`, in
         memory that no later step writes to; gradients are in the flat buffers. The step counts
@@ -156,34 +171,63 @@ class Executor:
         """
         self._kept = {}
         self.state.release_buffers()
-        saved = [_Saved(loop) for loop in self.loops]
-        passed: Passed = {}
-        results: dict[Output, Any] = self.returned.copy()
-        reductions: list[Pending] = []
-        for action, each in self.walk:
-            inputs = each.inputs.of(arguments)
-            if each.inputs.received:
-                yield from each.inputs.receive(inputs, passed, action.microbatch)
-            self._keep(each.buckets.values())
-            handed, microbatch = saved[action.stage], action.microbatch
-            own = handed.once if each.once else handed.by_microbatch[microbatch]
-            self._keep(handed.give_totals(action))
-            values, under_way = yield from each.run(inputs, own, microbatch)
-            if each.once:
-                handed.share()
+        saved = {number: _Saved(loop) for number, loop in self.loops.items()}
+        step = _Step(arguments, saved, self.returned.copy())
+        for place, entry in enumerate(self.entries):
+            if isinstance(entry, Action):
+                yield from self._act(entry, step)
+            elif isinstance(entry, Send):
+                step.sent[place] = yield from self._send(entry, step.passed)
             else:
-                handed.join(microbatch)
-            reductions += under_way
-            for place, kind, name in each.sent:
-                passed[kind, name, action.microbatch] = values[place]
-            for place, output, lives_on in each.results:
-                results[output] = values[place].clone() if lives_on else values[place]
-        for output, value in results.items():
+                yield from self._receive(entry, step.passed)
+            for arrived in self.settled.get(place, ()):
+                yield from _all_arrived(step.sent.pop(arrived))
+        for output, value in step.results.items():
             if type(value) is Pending:
-                results[output] = yield from _arrived(value)
-        for reduction in reductions:
-            yield from _arrived(reduction)
-        return results
+                step.results[output] = yield from _arrived(value)
+        yield from _all_arrived(step.reductions)
+        for sent in step.sent.values():
+            yield from _all_arrived(sent)
+        return step.results
+
+    def _act(self, action: Action, step: _Step) -> RankProgram:
+        """Run a graph: it takes what others have left for it, and leaves what others take."""
+        each = self.graphs[action.stage, action.kind]
+        inputs = each.inputs.of(step.arguments)
+        if each.inputs.received:
+            yield from each.inputs.receive(inputs, step.passed, action.microbatch)
+        self._keep(each.buckets.values())
+        handed, microbatch = step.saved[action.stage], action.microbatch
+        own = handed.once if each.once else handed.by_microbatch[microbatch]
+        self._keep(handed.give_totals(action))
+        values, under_way = yield from each.run(inputs, own, microbatch)
+        if each.once:
+            handed.share()
+        else:
+            handed.join(microbatch)
+        step.reductions += under_way
+        for place, kind, name in each.sent:
+            step.passed[kind, name, microbatch] = values[place]
+        for place, output, lives_on in each.results:
+            step.results[output] = values[place].clone() if lives_on else values[place]
+
+    def _send(self, entry: Send, passed: Passed) -> Generator[Any, Any, list[Pending]]:
+        """Begin to send what an action has left for another rank."""
+        begun = []
+        for move in self.moves[entry]:
+            value = passed.pop((*move.key, entry.microbatch))
+            if type(value) is Pending:
+                value = yield from _arrived(value)
+            begun.append(Pending((yield Start(move.wire, value))))
+        return begun
+
+    def _receive(self, entry: Receive, passed: Passed) -> RankProgram:
+        """Begin to receive what an action takes, in memory that is freed with its last use: as many
+        buffers as values are in flight."""
+        for move in self.moves[entry]:
+            buffer = torch.empty(move.shape, dtype=move.dtype, device=self.state.device)
+            handle = yield Start(move.wire, buffer)
+            passed[(*move.key, entry.microbatch)] = Pending(handle)
 
     def snapshot(self) -> Snapshot:
         """Where the rank stands before a step: its random numbers, and copies of the buffers that
@@ -219,6 +263,31 @@ class Executor:
         kept, self._kept = self._kept, {}
         for bucket, gradients in kept.items():
             bucket.put_back(gradients)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A value that is sent or received: its wire, what it is to the stage that takes it, and what
+    each rank holds of it."""
+
+    wire: Wire
+    key: tuple[InputKind, str]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class _Step:
+    """What a step has computed so far; `saved` is by stage."""
+
+    arguments: Sequence[Tensor]
+    saved: Mapping[int, _Saved]
+    results: dict[Output, Any]
+    passed: Passed = field(default_factory=dict)
+    reductions: list[Pending] = field(default_factory=list)
+    """What is under way into buckets."""
+    sent: dict[int, list[Pending]] = field(default_factory=dict)
+    """By place of the entry: what is not known to have arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +360,11 @@ def _arrived(pending: Pending) -> Generator[Any, Any, Tensor]:
     if pending.into is not None and value is not pending.into:
         pending.into.copy_(value)
     return value
+
+
+def _all_arrived(pending: Iterable[Pending]) -> RankProgram:
+    for each in pending:
+        yield from _arrived(each)
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,8 @@ class Programs:
             (Executor(program, state, own), inputs.sharders(state.coords, state.device))
             for state, own in zip(self._states, constants, strict=True)
         ]
-        names = tuple(name for code in program.code for name in code.wire_names)
+        names = program.wire_names
+        self._transport.connect(program.transfers.every_wire)
         program = program.with_structure(self._structure.copy)
         if not self._transport.has_every_rank:
             # Torch's tracers are cycles that hold the model, and nothing else collects them soon.

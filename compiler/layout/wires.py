@@ -96,10 +96,11 @@ class WireKind:
     `receive(wire, place, given, out)` is what the member at `place` gets from `given`, one tensor
     per member: its operand or, where operands are `divided`, its entry for `place` of [n, ...]. The
     result is new memory; or one of `given`, where the kind `forwards`; or the member's own operand,
-    where that is no longer needed (`out`) or the kind is a transfer. `sent` is the share of an operand that a
-    member, of a transfer the source, sends in a group of n under the bandwidth-optimal algorithm. `needs(wire, place, n)` are
-    the members whose operands count at `place`, all by default. Where results are `alike`, every
-    member gets the same. `options` are the fields of `Wire` that it reads.
+    where that is no longer needed (`out`) or the kind is a transfer. `sent` is the share of an
+    operand that a member, of a transfer the source, sends in a group of n under the
+    bandwidth-optimal algorithm. `needs(wire, place, n)` are the members whose operands count at
+    `place`, all by default. Where results are `alike`, every member gets the same. `options` are
+    the fields of `Wire` that it reads.
     """
 
     name: str

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import SAVED, OutputKind
-from meshwright.compiler.schedules.actions import Action, Schedule, actions_of
+from meshwright.compiler.schedules.actions import Action, Receive, Schedule, Send, actions_of
 from meshwright.compiler.stages import PASSED_AS, Stage
 
 
@@ -16,10 +16,13 @@ def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
     makes nothing again: losses and gradients of multiple microbatches, or of two stages that share
     a parameter, are not added up. Raises `PassError`."""
     numbered = {stage.number: stage for stage in stages}
-    for actions in dict.fromkeys(map(actions_of, schedule.values())):
+    for entries in dict.fromkeys(schedule.values()):
         made: set[object] = set()
-        turns = range(1 + max((action.microbatch for action in actions), default=0))
-        for action in actions:
+        turns = range(1 + max((each.microbatch for each in actions_of(entries)), default=0))
+        for action in entries:
+            if not isinstance(action, Action):
+                made.update(_received(numbered, action))
+                continue
             stage = numbered[action.stage]
             if action.kind not in stage.graphs:
                 raise _misplaced(action, "has no graph")
@@ -30,6 +33,13 @@ def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
                 if (kind, *value) in made:
                     raise _misplaced(action, f"makes {kind} `{value[0]}` once more")
                 made.add((kind, *value))
+
+
+def _received(stages: Mapping[int, Stage], entry: Send | Receive) -> Iterator[tuple[Any, ...]]:
+    """The values that an entry receives, as `_made` gives those of an action."""
+    if isinstance(entry, Receive):
+        for node in stages[entry.link.target].received(entry.link.target_phase):
+            yield *node.args, entry.microbatch
 
 
 def _misplaced(action: Action, what: str) -> PassError:

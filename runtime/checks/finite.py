@@ -171,8 +171,7 @@ class FiniteCheck:
                 executor.restore(before)
                 program = begun(executor, sharders, step.inputs, training=True)
                 programs.append(_watched(program, executor.state, watches))
-            names = [name for code in watches.codes for name in code.wire_names]
-            found: dict[str, Any] | None = self._run(programs, names)[0]
+            found: dict[str, Any] | None = self._run(programs, step.program.wire_names)[0]
             return found
         finally:
             for executor, snapshot in zip(executors, now, strict=True):

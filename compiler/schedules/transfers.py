@@ -1,0 +1,83 @@
+"""What the stages of a program send one another, and the wires that carry it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+
+from meshwright.compiler.graph.ir import Node
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Wire
+from meshwright.compiler.schedules.actions import Link, Receive, Schedule, Send
+from meshwright.compiler.schedules.settled import settled
+from meshwright.compiler.stages import PASSED_AS, Stage
+
+
+class Transfers:
+    """The values that stages send one another, by link, in the order in which they are sent.
+
+    `axes` are those of the pipeline. Wires are numbered from `first_wire`, one number per value.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        schedule: Schedule,
+        mesh: Mesh,
+        axes: tuple[str, ...],
+        first_wire: int,
+    ) -> None:
+        self.schedule, self.mesh, self.axes = schedule, mesh, axes
+        self.values = _values(stages)
+        """By link: the inputs that take them."""
+        moved = [node for nodes in self.values.values() for node in nodes]
+        self.names = tuple(node.args[1] for node in moved)
+        """By number of the wire: the name of the value."""
+        self._numbers = {node: number for number, node in enumerate(moved, first_wire)}
+
+    def wires(self, rank: int, entry: Send | Receive) -> list[tuple[Node, Wire]]:
+        """The values of an entry in the schedule of `rank`, each with its wire."""
+        here = self.mesh.position(self.mesh.coords(rank), self.axes)
+        ends = (here, entry.peer) if isinstance(entry, Send) else (entry.peer, here)
+        channel = "backward" if entry.link.backward else "forward"
+        return [
+            (
+                node,
+                Wire("transfer", self.axes, index=self._numbers[node], ends=ends, channel=channel),
+            )
+            for node in self.values[entry.link]
+        ]
+
+    @property
+    def every_wire(self) -> Iterator[Wire]:
+        """The wires of a step, on all ranks, repeats included."""
+        for rank, entries in self.schedule.items():
+            for entry in entries:
+                if isinstance(entry, Send):
+                    yield from (wire for _, wire in self.wires(rank, entry))
+
+    def settled(self, rank: int) -> Mapping[int, tuple[int, ...]]:
+        """By the place of an action in the schedule of `rank`: the places of the sends of which it
+        then knows that they have arrived."""
+        here = self.mesh.position(self.mesh.coords(rank), self.axes)
+        return self._settled[here]
+
+    @cached_property
+    def _settled(self) -> tuple[Mapping[int, tuple[int, ...]], ...]:
+        return settled([self.schedule[rank] for rank in self.mesh.group(0, self.axes)])
+
+
+def _values(stages: Sequence[Stage]) -> dict[Link, tuple[Node, ...]]:
+    """By link: the inputs of the graph that takes its values, by name."""
+    made = {
+        (PASSED_AS[output.kind], output.name): (stage.number, phase)
+        for stage in stages
+        for phase in stage.graphs
+        for output in stage.sent(phase)
+    }
+    found: dict[Link, list[Node]] = {}
+    for stage in stages:
+        for phase in stage.graphs:
+            for node in stage.received(phase):
+                found.setdefault(Link(*made[node.args], stage.number, phase), []).append(node)
+    return {link: tuple(sorted(nodes, key=lambda n: n.args)) for link, nodes in found.items()}
