@@ -32,7 +32,7 @@ from meshwright.compiler.codegen.instructions import (
     target,
 )
 from meshwright.compiler.codegen.linking import RankContext
-from meshwright.compiler.graph.ir import Node
+from meshwright.compiler.graph.ir import INPUT, Node
 
 Place: TypeAlias = tuple[int, int]
 """A graph, by its place in the list of a program, and a value in it, by its number."""
@@ -58,13 +58,15 @@ def watched(instructions: Instructions, watch: Callable[[RankContext], Watch]) -
 
 @dataclass
 class Flow:
-    """Where the values of a list of graphs come from; `stages` has the number of each one's stage.
+    """Where the values of a list of graphs come from; `stages` has the number of each one's stage,
+    and `sent`, by place among its results, what it makes for other stages: kind and name.
 
     `ends` are what graphs return and write into buckets, and `given` what is sent to other ranks.
     """
 
     graphs: tuple[Instructions, ...]
     stages: tuple[int, ...]
+    sent: tuple[Mapping[int, tuple[str, str]], ...]
     sources: dict[Place, list[Place]] = field(default_factory=dict)
     nodes: dict[Place, Node] = field(default_factory=dict)
     received: set[Place] = field(default_factory=set)
@@ -75,16 +77,22 @@ class Flow:
     def __post_init__(self) -> None:
         self._saved: dict[tuple[int, int], list[Place]] = {}
         self._taken: list[tuple[tuple[int, int], Place]] = []
+        self._passed: dict[tuple[str, str], list[Place]] = {}
         for graph, instructions in enumerate(self.graphs):
             self._walk(graph, instructions)
         for number, place in self._taken:
             self.sources[place] = self._saved.get(number, [])
+        for place in self.received:
+            if self.nodes[place].op == INPUT:
+                self.sources[place] = self._passed[self.nodes[place].args]
 
     def _walk(self, graph: int, instructions: Instructions) -> None:
         stage, totals = self.stages[graph], _totals(instructions)
         made: dict[Value, list[Place]] = {}
         for number, (variable, node) in enumerate(instructions.inputs.items()):
             made[variable], self.nodes[graph, number] = [(graph, number)], node
+            if not node.held:
+                self.received.add((graph, number))
         for number, each in enumerate(instructions.body, len(instructions.inputs)):
             place = (graph, number)
             match each:
@@ -92,9 +100,14 @@ class Flow:
                     for saved, handed in values:
                         self._saved.setdefault((stage, saved), []).extend(made.get(handed, ()))
                 case Return(results, reductions):
-                    for result in (*results, *reductions):
+                    for at, result in enumerate((*results, *reductions)):
                         returned = result.handle if isinstance(result, UnderWay) else result
-                        self.ends += made.get(returned, ())
+                        found = made.get(returned, [])
+                        if at in self.sent[graph]:
+                            self._passed[self.sent[graph][at]] = found
+                            self.given += found
+                        else:
+                            self.ends += found
                 case Start(handle, exchange):
                     made[handle] = made.get(exchange.source, [])
                 case Take(variable, saved) if variable not in totals:

@@ -24,6 +24,7 @@ from meshwright.compiler.graph.ir import INPUT, InputKind, Node
 from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.public import Program
+from meshwright.compiler.stages import PASSED_AS
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.world.agreement import told
 
@@ -63,7 +64,15 @@ class Watches:
     def flow(self) -> Flow:
         """Where each value comes from."""
         stages = [stage.number for stage in self.program.stages for _ in stage.graphs]
-        return Flow(self.program.instructions, tuple(stages))
+        sent = [
+            {
+                i: (PASSED_AS[o.kind], o.name)
+                for i, o in enumerate(graph.results)
+                if o.kind in PASSED_AS
+            }
+            for graph in self.program.graphs().values()
+        ]
+        return Flow(self.program.instructions, tuple(stages), tuple(sent))
 
     def _linked(self, graph: int, context: RankContext) -> Watch:
         mesh = context.mesh

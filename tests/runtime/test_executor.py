@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,13 +24,10 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     Phase,
 )
-from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.public import Program
-from meshwright.compiler.schedules.actions import Action, Entry, Link, Receive, Send
-from meshwright.compiler.schedules.transfers import Transfers
+from meshwright.compiler.schedules.actions import Action
 from meshwright.compiler.stages import Stage
 from meshwright.passes.bucket import bucket
-from meshwright.passes.loops import loop, part_axes
 from meshwright.passes.lower import lower
 from meshwright.passes.separate import separate_graph
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Mlp, real, rows, tokens
@@ -92,19 +88,10 @@ def _stage(graph: Graph, number: int, stage_of: dict[Node, int]) -> Graph:
     return builder.graph([*own, *outputs])
 
 
-def stage(
-    number: int,
-    forward: Graph,
-    phases: Sequence[Phase],
-    finish: Callable[[Graph], Graph] = lambda joint: joint,
-) -> Stage:
-    """A stage with its backward, in as many graphs as there are phases; those that it has, where
-    none are given."""
+def stage(number: int, forward: Graph, phases: Sequence[Phase]) -> Stage:
+    """A stage with its backward, in as many graphs as there are phases."""
     joint, _ = differentiate(forward)
-    joint = finish(loop(bucket(part_axes(lower(joint)))))
-    if not phases:
-        own = {node.phase for node in joint.nodes if not node.held}
-        phases = [phase for phase in Phase if phase in own]
+    joint = bucket(lower(joint))
     parts = separate_graph(joint, f"stage{number}", phases, regather=lambda _: False)
     return Stage(number, parts)
 
@@ -124,116 +111,6 @@ def in_stages(
     actions = tuple(Action(kind, number) for kind, number in order)
     schedule = dict.fromkeys(range(program.mesh.num_ranks), actions)
     return program, replace(program, stages=stages, schedule=schedule)
-
-
-def moved(rows: Sequence[Sequence[Action]], stages: Sequence[Stage]) -> list[tuple[Entry, ...]]:
-    """Rows with what they send one another: all as one simulation, in which a value is received as
-    soon as it is sent."""
-    homes = {action: place for place, row in enumerate(rows) for action in row}
-    found: list[list[Entry]] = [[] for _ in rows]
-    left = [list(row) for row in rows]
-    links = list(Transfers(stages, {}, Mesh(()), (), 0).values)
-    made: set[tuple[Link, int]] = set()
-    while any(left):
-        place, action = next(
-            (place, row[0])
-            for place, row in enumerate(left)
-            if row and all((each, row[0].microbatch) in made for each in _into(links, row[0]))
-        )
-        found[place].append(left[place].pop(0))
-        for link in links:
-            if (link.source, link.source_phase) == (action.stage, action.kind):
-                made.add((link, action.microbatch))
-                target = homes[Action(link.target_phase, link.target, action.microbatch)]
-                if target != place:
-                    found[place].append(Send(link, action.microbatch, target))
-                    found[target].append(Receive(link, action.microbatch, place))
-    return [tuple(row) for row in found]
-
-
-def _into(links: Iterable[Link], action: Action) -> list[Link]:
-    return [
-        each for each in links if (each.target, each.target_phase) == (action.stage, action.kind)
-    ]
-
-
-def pipeline(
-    model: nn.Module,
-    example: Any,
-    plan: str,
-    after: Sequence[str],
-    row: Callable[[int, int, int], Sequence[tuple[Phase, int]]],
-) -> tuple[Program, Program]:
-    """The program as it is compiled, where ranks along `pp` repeat the same work, and in stages,
-    each at one coordinate.
-
-    `row(stage, p, m)` is what a coordinate runs in its loop: phase and microbatch.
-    """
-    repeated = f"{plan}allow replicate **\n"
-    program = meshwright.compile(model, meshwright.Plan.parse(repeated), example)
-    graph = passed(model, example, repeated)["move_varies"]
-    forwards, (loss,) = cut(graph, *after), graph.outputs_of(OutputKind.LOSS)
-    count, turns = len(forwards), len(graph.mesh.turns)
-    stages = [
-        stage(i, each, (), partial(with_loss, loss=loss, number=i, count=count))
-        for i, each in enumerate(forwards)
-    ]
-    rows = []
-    for k in range(count):
-        actions = [Action(Phase.COUNT, k, i) for i in range(turns)] + [Action(Phase.BEFORE, k)]
-        actions += [Action(phase, k, i) for phase, i in row(k, count, turns)]
-        actions += [Action(Phase.AFTER, k)]
-        rows.append([action for action in actions if action.kind in stages[k].graphs])
-    entries, ranks = moved(rows, stages), range(program.mesh.num_ranks)
-    cut_plan = meshwright.Plan.parse(f"{plan}stages {count} over pp\n")
-    schedule = {rank: entries[program.mesh.coords(rank)["pp"]] for rank in ranks}
-    return program, replace(program, plan=cut_plan, stages=tuple(stages), schedule=schedule)
-
-
-def with_loss(graph: Graph, *, loss: Output, number: int, count: int) -> Graph:
-    """The graph of a stage that sends the loss to the others, or has it sent once it is done."""
-    builder = Builder(graph.name, graph.mesh)
-    mapping: dict[Node, Node] = {}
-    for node in graph.nodes:
-        mapping[node] = builder.copy(node, mapping)
-    outputs = [each.of(mapping[each.node]) for each in graph.outputs]
-    own = graph.outputs_of(OutputKind.LOSS)
-    if own:
-        value = mapping[own[0].node]
-        sent = [f"loss for {other}" for other in range(count) if other != number]
-        return builder.graph([*outputs, *(Output(OutputKind.SENT, name, value) for name in sent)])
-    builder.phase = Phase.AFTER
-    source = (InputKind.RECEIVED, f"loss for {number}")
-    value = builder.emit(INPUT, source, type=loss.node.type, layout=loss.node.layout)
-    return builder.graph([loss.of(value), *outputs])
-
-
-def one_forward_one_backward(k: int, p: int, m: int) -> list[tuple[Phase, int]]:
-    """1F1B, in which weight gradients come right after their backward."""
-    ahead = min(m, p - 1 - k)
-    found = [(F_, i) for i in range(ahead)]
-    for i in range(m):
-        found += [(F_, i + ahead)] * (i + ahead < m) + [(B, i), (W, i)]
-    return found
-
-
-def gpipe(k: int, p: int, m: int) -> list[tuple[Phase, int]]:
-    """All forwards, then all backwards, then all weight gradients."""
-    return [(phase, i) for phase in (F_, B, W) for i in range(m)]
-
-
-def check_stages(one: Program, staged: Program, example: Any) -> None:
-    """Assert that every rank gives the loss, and those of a stage its gradients, in two steps."""
-    runs = [program.launch() for program in (one, staged)]
-    for _ in range(2):
-        losses = [run.step(*example) for run in runs]
-        torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-12)
-    for one_state, state in zip(*(run.states for run in runs), strict=True):
-        assert len(state.parameters) == len(one_state.parameters)
-        for name in staged.stages[state.coords["pp"]].parameters:
-            expected, found = (each.parameters[name].grad for each in (one_state, state))
-            assert expected is not None
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def check_same(one: Program, other: Program, example: Any) -> None:
@@ -360,43 +237,3 @@ def test_gradients_of_microbatches_are_not_overwritten_without_a_word() -> None:
     actions = [Action(kind, 0, i) for i in range(2) for kind in (F_, B)]
     with pytest.raises(PassError, match=r"`forward 0 of microbatch 1` .* makes loss"):
         replace(program, schedule=dict.fromkeys(range(2), tuple(actions)))
-
-
-class Deep(nn.Module):
-    """Eight layers, all alike."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = F.gelu(layer(x))
-        return x.square().mean()
-
-
-EVERY_TWO = ("gelu_1", "gelu_3", "gelu_5")
-
-
-@pytest.mark.parametrize("row", [one_forward_one_backward, gpipe])
-def test_four_ranks_run_a_stage_each_on_four_microbatches(row: Any) -> None:
-    plan = "mesh dp=2, pp=4\naccumulate 4\ndata x over dp\n"
-    one, four = pipeline(Deep().double(), rows(), plan, EVERY_TWO, row)
-    check_stages(one, four, rows())
-
-
-@pytest.mark.parametrize("after", ["linear", "linear_1"])
-def test_a_value_of_any_layout_is_sent(after: str) -> None:
-    """Split by columns, or pending: each rank sends what it holds."""
-    plan = "mesh dp=2, pp=2, tp=2\ndata x over dp\ncolumns up over tp\nrows down over tp\n"
-    one, two = pipeline(Mlp().double(), rows(), plan, [after], one_forward_one_backward)
-    check_stages(one, two, rows())
-
-
-def test_weights_of_one_stage_and_what_skips_stages_are_sent_too() -> None:
-    plan = f"mesh dp=2, pp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}"
-    one, two = pipeline(Gpt().double(), tokens(), plan, ["add"], one_forward_one_backward)
-    check_stages(one, two, tokens())
-    plan, after = "mesh dp=2, pp=3\ndata x over dp\n", ["gelu", "silu"]
-    one, three = pipeline(Skipping().double(), rows(), plan, after, one_forward_one_backward)
-    check_stages(one, three, rows())

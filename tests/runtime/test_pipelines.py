@@ -1,0 +1,170 @@
+"""Steps of pipelines, whose stages are on ranks of their own."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meshwright as mw
+from meshwright.compiler.schedules.actions import Action
+from meshwright.runtime.errors import NonFiniteError, OperatorError
+from meshwright.runtime.executor import Executor
+from tests.models import GPT_DATA, GPT_TENSOR, Gpt, rows, tokens
+from tests.runtime.pipelines import (
+    PLAN,
+    Deep,
+    Looked,
+    Row,
+    batch,
+    breadth_first,
+    one_forward_one_backward,
+    scheduled,
+)
+from tests.runtime.processes import finish, start
+
+PIPELINED = Path(__file__).with_name("pipelined.py")
+SECONDS = 120.0
+
+
+def compiled(model: nn.Module, example: Any, plan: str, row: Row) -> mw.Program:
+    return scheduled(mw.compile(model, mw.Plan.parse(plan), example), row)
+
+
+def own(run: mw.Run) -> list[dict[str, Tensor]]:
+    """The gradients of each rank."""
+    found = ({n: p.grad for n, p in s.parameters.items()} for s in run.states)
+    return [{n: g.clone() for n, g in each.items() if g is not None} for each in found]
+
+
+@pytest.mark.parametrize(
+    ("plan", "row"),
+    [
+        ("mesh dp=2, pp=2\nstages at layers.4", one_forward_one_backward),
+        ("mesh dp=2, pp=4\nstages at layers.2, layers.4, layers.6", one_forward_one_backward),
+        ("mesh dp=2, pp=4\nstages at layers.2, layers.4, layers.6", breadth_first),
+        ("mesh dp=2, pp=2\nstages at layers.2, layers.4, layers.6", breadth_first),
+    ],
+)
+def test_ranks_with_stages_of_their_own_do_what_the_model_does(plan: str, row: Row) -> None:
+    torch.manual_seed(0)
+    model, (x,) = Deep().double(), rows()
+    virtual = " virtual=2" if plan.count("layers") > 1 and "pp=2" in plan else ""
+    plan += f" over pp microbatches=4{virtual}\ndata x over dp\n"
+    program = compiled(model, (x,), plan, row)
+    eager = copy.deepcopy(model)
+    run = program.launch()
+    for _ in range(2):
+        loss = eager(x)
+        loss.backward()
+        torch.testing.assert_close(run.step(x), loss.detach(), rtol=0, atol=1e-12)
+    expected = {name: p.grad for name, p in eager.named_parameters()}
+    p, gradients = program.mesh.size("pp"), own(run)
+    for stage in program.stages:
+        for rank in range(program.mesh.num_ranks):
+            if program.mesh.coords(rank)["pp"] == stage.number % p:
+                for name in stage.parameters:
+                    found = gradients[rank][name]
+                    torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-12)
+
+
+def test_values_of_any_layout_and_tied_weights_are_sent() -> None:
+    torch.manual_seed(0)
+    model, example = Gpt().double(), tokens()
+    stages = "stages at blocks.1 over pp microbatches=2\n"
+    plan = f"mesh dp=2, pp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}{stages}"
+    program = compiled(model, example, plan, one_forward_one_backward)
+    loss = program.launch().step(*example)
+    torch.testing.assert_close(loss, model(*example).detach(), rtol=0, atol=1e-12)
+
+
+def test_no_more_is_held_for_many_microbatches_than_for_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is sent is let go of as the schedule goes on, and what is received with its last use."""
+    moved: list[weakref.ref[Tensor]] = []
+    most = 0
+    act, send = Executor._act, Executor._send
+
+    def counted(self: Executor, action: Action, step: Any) -> Any:
+        nonlocal most
+        most = max(most, sum(each() is not None for each in moved))
+        return (yield from act(self, action, step))
+
+    def noted(self: Executor, entry: Any, passed: Any) -> Any:
+        moved.extend(weakref.ref(passed[*m.key, entry.microbatch]) for m in self.moves[entry])
+        return (yield from send(self, entry, passed))
+
+    monkeypatch.setattr(Executor, "_act", counted)
+    monkeypatch.setattr(Executor, "_send", noted)
+    found = []
+    for m in (4, 16):
+        plan = f"mesh pp=2\ndata x\nstages at layers.4 over pp microbatches={m}\n"
+        x = torch.randn(16, 16, dtype=torch.float64)
+        run = compiled(Deep().double(), (x,), plan, one_forward_one_backward).launch()
+        moved.clear()
+        most = 0
+        run.step(x)
+        found.append(most)
+    assert found[0] == found[1] <= 4, found
+
+
+def test_a_step_of_a_pipeline_that_fails_did_not_happen() -> None:
+    torch.manual_seed(0)
+    run = compiled(Looked(), batch(), PLAN, one_forward_one_backward).launch()
+    run.step(*batch())
+    before = own(run)
+    x, ids = batch()
+    ids[-3] = 99
+    with pytest.raises(OperatorError, match="`table` failed: index out of range"):
+        run.step(x, ids)
+    after = own(run)
+    assert all(a.keys() == b.keys() for a, b in zip(before, after, strict=True))
+    assert all(a[n].equal(b[n]) for a, b in zip(before, after, strict=True) for n in a)
+    again = compiled(Looked(), batch(), PLAN, one_forward_one_backward)
+    assert run.step(*batch()).equal(run.step(*batch()))
+    assert again.digest == run.program.digest
+
+
+class Log(Deep):
+    """Its layer `at` has the logarithm of negative numbers."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x).log() if i == self.at else layer(x)
+        return x.square().mean()
+
+
+@pytest.mark.parametrize(("at", "rank"), [(1, 0), (6, 1)])
+def test_a_nan_is_found_on_the_rank_that_made_it(at: int, rank: int) -> None:
+    plan = "mesh pp=2\ndata x\nstages at layers.4 over pp microbatches=4\n"
+    run = compiled(Log(at).double(), rows(), plan, one_forward_one_backward).launch()
+    optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
+    run.step(*rows())
+    with pytest.raises(NonFiniteError, match=f"`log` in the model made a NaN on rank {rank}"):
+        optimizer.step()
+
+
+def test_processes_run_a_pipeline_as_the_virtual_mesh_does_and_end_when_one_fails() -> None:
+    source, target = finish(start(PIPELINED, 2, "same", "fails"), SECONDS)
+    assert target.startswith(
+        "same\nOperatorError: `mesh::embedding` in `table` failed: index out"
+    ), target
+    assert source.startswith("same\nPeerError: rank 1 failed: OperatorError"), source
+    for output in (source, target):
+        assert "fails" in output.splitlines()
+
+
+def test_a_rank_of_a_pipeline_that_is_killed_ends_the_others() -> None:
+    source, _ = finish(start(PIPELINED, 2, "killed"), SECONDS)
+    assert source.startswith("PeerError: rank 1 died\n  rank 0 waits in `"), source
+    assert "(transfer over `pp`, 1 to 0, backward)" in source
