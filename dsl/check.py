@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from meshwright.dsl import statements as s
-from meshwright.dsl.errors import PlanError
+from meshwright.dsl.errors import PlanError, plural
 from meshwright.dsl.layouts import format_axes
 from meshwright.dsl.names import axis_twice
 
@@ -98,11 +98,26 @@ def _check_microbatches(said: Said) -> None:
 
 def _check_stages(statements: Iterable[s.Statement], mesh: Mapping[str, int]) -> None:
     for stages in (each for each in statements if isinstance(each, s.Stages)):
+        _check_virtual(stages)
         if stages.count is None and not all(target.is_name for target in stages.targets):
             continue  # a pattern may match any number of modules
         wanted = prod(mesh.get(axis, 1) for axis in stages.over) * stages.virtual
         if stages.num_stages != wanted:
             raise _stage_count(stages, wanted, mesh)
+
+
+def _check_virtual(stages: s.Stages) -> None:
+    least, most = s.SCHEDULES.get(stages.schedule, (1, None))
+    if stages.virtual < least or (most is not None and stages.virtual > most):
+        wanted = least if stages.virtual < least else most
+        bound = "at least " if most is None else ""
+        raise PlanError(
+            "P306",
+            f"`{stages.schedule}` has {bound}{plural(least, 'stage')} per rank,"
+            f" and `virtual` is {stages.virtual}",
+            spans=[stages.at("virtual")],
+            help=f"write `virtual={wanted}`",
+        )
 
 
 def _stage_count(stages: s.Stages, wanted: int, mesh: Mapping[str, int]) -> PlanError:

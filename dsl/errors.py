@@ -40,6 +40,8 @@ CODES = {
     "P303": "gradient accumulation requested twice",
     "P304": "a number of stages that does not fit the mesh",
     "P305": "two selectors, neither more specific, for one name",
+    "P306": "a schedule that does not fit the stages, the ranks or the microbatches",
+    "P307": "a schedule in a file that cannot be read or carried out",
     "P401": "a selector that matches nothing",
     "P501": "a statement that cannot be carried out for this model",
     "P502": "a contract that the compiled program breaks",

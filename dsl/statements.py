@@ -27,7 +27,18 @@ OFFLOADED = ("activations", "parameters", "optimizer")
 ALLOWED = ("replicate", "local")
 ARROWS = {"tensor": "", "output": "->", "input": "<-"}
 """What `shard` writes before the layout, by what the layout is of."""
-SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb", "zbv", "dualpipe")
+SCHEDULES = {
+    "gpipe": (1, None),
+    "1f1b": (1, 1),
+    "interleaved": (2, None),
+    "zb": (1, None),
+    "zbh2": (1, 1),
+    "zbv": (2, 2),
+    "dualpipe": (1, 1),
+    "dualpipev": (2, 2),
+}
+"""The least and the most stages per rank (`virtual=`) of each schedule; dualpipe runs its stages in
+two copies."""
 
 
 def option(kind: Kind, default: Any = None) -> Any:
@@ -226,7 +237,7 @@ class Stages(Spread):
 
     verb = "stages"
     count: int | None = None
-    schedule: str = option(Choice(SCHEDULES, path=True), "1f1b")
+    schedule: str = option(Choice(tuple(SCHEDULES), path=True), "1f1b")
     microbatches: int | None = option(Count())
     virtual: int = option(Count(), 1)
     balance: str | None = option(Choice(("flops", "parameters", "memory")))

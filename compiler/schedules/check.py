@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import SAVED, OutputKind
-from meshwright.compiler.schedules.actions import Action, Receive, Schedule, Send, actions_of
+from meshwright.compiler.schedules.actions import Action, Entry, Schedule, Send
+from meshwright.compiler.schedules.pipeline import links_of
 from meshwright.compiler.stages import PASSED_AS, Stage
 
 
 def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
-    """Check that each action has a graph, takes what earlier actions of its rank have made, and
-    makes nothing again: losses and gradients of multiple microbatches, or of two stages that share
-    a parameter, are not added up. Raises `PassError`."""
-    numbered = {stage.number: stage for stage in stages}
+    """Check that each action has a graph, takes what its rank has made or begun to receive before,
+    and makes nothing again: losses and gradients of multiple microbatches, or of two stages that
+    share a parameter, are not added up. Raises `PassError`."""
+    numbered, links = {stage.number: stage for stage in stages}, links_of(stages)
     for entries in dict.fromkeys(schedule.values()):
         made: set[object] = set()
-        turns = range(1 + max((each.microbatch for each in actions_of(entries)), default=0))
+        turns = range(1 + max((entry.microbatch for entry in entries), default=0))
         for action in entries:
             if not isinstance(action, Action):
-                made.update(_received(numbered, action))
+                moved = {(*value, action.microbatch) for value in links.get(action.link, ())}
+                if not moved:
+                    raise _misplaced(action, "moves nothing")
+                if isinstance(action, Send) and not moved <= made:
+                    raise _misplaced(action, "comes before what it sends is made")
+                made |= moved
                 continue
             stage = numbered[action.stage]
             if action.kind not in stage.graphs:
@@ -35,14 +41,7 @@ def check_schedule(stages: Sequence[Stage], schedule: Schedule) -> None:
                 made.add((kind, *value))
 
 
-def _received(stages: Mapping[int, Stage], entry: Send | Receive) -> Iterator[tuple[Any, ...]]:
-    """The values that an entry receives, as `_made` gives those of an action."""
-    if isinstance(entry, Receive):
-        for node in stages[entry.link.target].received(entry.link.target_phase):
-            yield *node.args, entry.microbatch
-
-
-def _misplaced(action: Action, what: str) -> PassError:
+def _misplaced(action: Entry, what: str) -> PassError:
     return PassError(f"`{action}` in the schedule {what}", help="report this: it is a bug")
 
 

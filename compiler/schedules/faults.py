@@ -111,9 +111,9 @@ class _Latest:
 def _apart(table: Table) -> Iterator[Fault]:
     """Actions of one microbatch of a stage that are on two ranks."""
     homes: dict[tuple[int, int], tuple[int, Action]] = {}
-    for c, row in enumerate(table.rows):
-        for action in actions_of(row):
-            if action.kind in LOOPED:
+    for kind in LOOPED:
+        for c, row in enumerate(table.rows):
+            for action in (each for each in actions_of(row) if each.kind is kind):
                 home, first = homes.setdefault((action.stage, action.microbatch), (c, action))
                 if home != c:
                     yield Fault(
@@ -194,4 +194,6 @@ def _waiting(table: Table, routes: Routes, sends: bool) -> Iterator[Fault]:
                 what = f"`{message.made_by}` of rank {message.source}"
                 where = "" if others[0] == message.made_by else f" at `{others[0]}`"
                 problem = f"waits for ever for {what}, which waits too{where}"
+                if message.source == c:
+                    problem = f"comes before `{message.made_by}`, which it needs"
                 yield Fault(c, entry, problem, places[c])

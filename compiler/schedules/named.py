@@ -37,7 +37,8 @@ def _few_or_odd(size: Size) -> Misfit | None:
     """DualPipe needs microbatches to fill both directions."""
     p, m = size.coordinates, size.microbatches
     if size.virtual == 1 and p % 2:
-        return "over", f"it needs an even number of ranks, not {p}", "use `dualpipev`"
+        help = "use `dualpipev`, with `virtual=2`"
+        return "over", f"it needs an even number of ranks, not {p}", help
     if m >= 2 * p and (size.virtual == 2 or m % 2 == 0):
         return None
     even = " and an even number" if size.virtual == 1 else ""

@@ -84,6 +84,8 @@ PARSING = {
     "two-verbs-that-contradict": MESH + "rows a over tp\n\ncolumns a over tp",
     "two-precisions": "precision bf16\nprecision fp16",
     "accumulate-and-microbatches": MESH + "accumulate 4\nstages at a over pp microbatches=8",
+    "stages-per-rank-of-a-schedule": MESH + "stages 2 over pp schedule=zbv",
+    "too-many-stages-per-rank": MESH + "stages 4 over pp schedule=1f1b virtual=2",
     "too-many-stages": MESH + "stages at a, b over pp",
     "too-few-stages": MESH + "stages 3 over (pp, tp)",
     "long-line": MESH + "rows " + "a." * 100 + "b over nowhere",
