@@ -24,7 +24,16 @@ from dataclasses import replace
 import torch
 
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.graph.ir import INPUT, Builder, Graph, Node, OutputKind, Phase, rewrite
+from meshwright.compiler.graph.ir import (
+    INPUT,
+    TRANSFER,
+    Builder,
+    Graph,
+    Node,
+    OutputKind,
+    Phase,
+    rewrite,
+)
 from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.graph.transfers import collective_kind, combines
 from meshwright.compiler.layout.mesh import Mesh
@@ -138,7 +147,9 @@ class _Looper:
         if in_loop(node, self.mesh):
             return node.phase
         after = combines(node, self.mesh) and node not in self.counted
-        if after or any(self.phases[n] is Phase.AFTER for n in node.operands()):
+        # A cotangent that no microbatch changes goes back to its stage with those that they do.
+        back = node.op == TRANSFER and node.phase is not Phase.FORWARD
+        if after or back or any(self.phases[n] is Phase.AFTER for n in node.operands()):
             return Phase.AFTER
         if not combines(node, self.mesh) and any(in_loop(n, self.mesh) for n in node.operands()):
             # It takes only the type of what differs between turns, as zeros like it.
@@ -199,5 +210,5 @@ def _not_in_a_loop(node: Node, axis: str, what: str) -> LayoutError:
         f"`{op_text(node.op)}` in {module_text(node.origin.module)} {what} the loop over `{axis}`",
         code="not-in-a-loop",
         culprit=f"{node.name} {node.origin.source}".strip(),
-        help="run the whole batch at once: leave `accumulate` out of the plan",
+        help="run the whole batch at once: leave `accumulate` and `microbatches=` out of the plan",
     )

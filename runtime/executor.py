@@ -69,7 +69,9 @@ class Executor:
         self.moves = self._moves(program)
         self.settled = program.transfers.settled(state.rank)
         returned = [o for graph in graphs.values() for o in graph.outputs_of(*_RETURNED)]
-        returned.sort(key=lambda output: output.kind is not OutputKind.LOSS)
+        given = [(o.kind, o.name) for o in program.captured.graph.outputs]
+        order = {name: place for place, name in enumerate(given)}
+        returned.sort(key=lambda o: (o.kind is not OutputKind.LOSS, order.get((o.kind, o.name), 0)))
         self.returned = dict.fromkeys(map(self._result, returned))
         """What a step returns, in order: the loss comes first."""
         self.buffers = [output for output in returned if output.kind is OutputKind.BUFFER]
