@@ -196,26 +196,28 @@ def compile_captured(
     *,
     launcher: Callable[..., Any],
     variant_of: tuple[str, ...] | None = None,
+    held: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Program:
     """Compile a captured model under `plan`; one capture serves any number of plans.
 
     For a variant of a program, for another mode or other inputs, `variant_of` are that program's
-    inputs.
+    inputs, and `held` says which of its stages hold each tensor.
     Raises `PlanError` and `LayoutError` as `meshwright.compile`.
     """
     whole = with_fragments(plan, source.model)
     check_supported(whole)
-    draft = _drafted(source, whole, variant_of)
+    draft = replace(_drafted(source, whole, variant_of), held=held or {})
     checked: set[Node] = set()
     with ALONE:
         for each in PASSES:
             draft = each(draft)
             check_all(draft.graphs, each.__name__, checked)
     inputs, recapture = source.captured.input_names, source.recapture
+    holders = {**draft.holders, **draft.held}
 
     def recompile(model: nn.Module, *, example: Any, mode: Mode) -> Program:
         again = recapture(model, example, mode=mode)
-        return compile_captured(again, plan, launcher=launcher, variant_of=inputs)
+        return compile_captured(again, plan, launcher=launcher, variant_of=inputs, held=holders)
 
     program = _program(draft, source, launcher, recompile)
     if variant_of is None:

@@ -215,7 +215,8 @@ class Walk:
             self._values[variable] = self._whole(node)
         else:
             received = self._passed.pop((*node.args, self._action.microbatch))
-            self._bind(variable, received)
+            # Of what was still under way: what was given, and what has come.
+            self._bind(variable, received[1] if isinstance(received, tuple) else received)
             self._release(received)
 
     def _instruction(self, each: Instruction) -> None:

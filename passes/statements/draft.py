@@ -62,12 +62,14 @@ class Draft:
     num_stages: int = 1
     """The number of stages that the forward is cut into."""
     holders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """By parameter and buffer that stages use: those that hold it, where there are multiple."""
+    """By parameter and buffer that stages use: those that hold it. Every stage holds any other."""
     movements: tuple[Movement, ...] = ()
     """Every change of layout that was inserted, in the forward and in the backward."""
     variant_of: tuple[str, ...] | None = None
     """For a variant of a program, in another mode or for other inputs: that program's inputs. What
     statements say of inputs and modules that are not used here has no effect."""
+    held: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """For a variant: the `holders` of that program, whose ranks keep what they hold."""
     evaluation: Callable[[], Graph | None] = lambda: None
     """Captures the model's eval mode, for modules that only run there; None if that fails."""
     stages: tuple[Stage, ...] = ()

@@ -17,7 +17,7 @@ Elsewhere: the stages of torch.distributed.pipelining, which are modules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 
@@ -33,8 +33,8 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
 )
 from meshwright.dsl.errors import either, plural
-from meshwright.dsl.statements import Stages
-from meshwright.dsl.suggest import nothing_matches
+from meshwright.dsl.statements import Spread, Stages
+from meshwright.dsl.suggest import nothing_matches, selectors_of
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.targets import evaluated, modules_of
@@ -80,14 +80,16 @@ def stages(draft: Draft) -> Draft:
     statements = draft.plan.of(Stages)
     if not statements:
         return draft
+    _check_alone(draft, statements[0])
     starts = _Boundaries(draft, statements[0]).starts()
-    cut = _Cut(draft.graph, starts)
+    cut = _Cut(draft.graph, starts, draft.held)
+    _check_written(draft, cut, statements[0])
+    _check_held(draft, cut, statements[0])
     builder = Builder(draft.graph.name, draft.graph.mesh)
     mapping: dict[Node, Node] = {}
     for node in draft.graph.nodes:
         origin = replace(node.origin, stage=cut.stage[node])
         mapping[node] = builder.copy(node, mapping, origin=origin)
-    _check_written(draft, cut, statements[0])
     return replace(
         draft,
         graph=builder.graph(each.of(mapping[each.node]) for each in draft.graph.outputs),
@@ -105,8 +107,10 @@ class _Cut:
     """The stage of each node of a forward, of which the stages after the first begin at `starts`:
     places among its nodes."""
 
-    def __init__(self, graph: Graph, starts: Sequence[int]) -> None:
-        self.graph, self.last = graph, len(starts)
+    def __init__(
+        self, graph: Graph, starts: Sequence[int], held: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self.graph, self.last, self.held = graph, len(starts), held
         self.users, self.sources = graph.users(), sources(graph)
         self.returned = {each.node for each in graph.outputs_of(OutputKind.LOSS, OutputKind.OUTPUT)}
         """What all stages return; the last gives it to the others."""
@@ -135,6 +139,8 @@ class _Cut:
                 using = [self.stage[user] for user in self.users[node]]
                 using += [self.last] * (node in self.returned)
                 self.stage[node] = min(using, default=self.stage[node])
+                if node.op == INPUT and node.args[1] in self.held:
+                    (self.stage[node],) = self.held[node.args[1]]
 
     def computing(self) -> dict[Node, frozenset[int]]:
         """The stages that compute each node, or take it if it is an input."""
@@ -169,6 +175,24 @@ def _narrows(node: Node) -> bool:
     return node.tensor.dtype.itemsize < size
 
 
+def _check_alone(draft: Draft, statement: Stages) -> None:
+    """Raises `PlanError` for an axis that holds the stages and is to split tensors too."""
+    entering = (pin for pins in draft.entering.values() for _, pin in pins)
+    pins = (*draft.inputs.values(), *draft.stored.values(), *draft.values.values(), *entering)
+    used = [
+        (axis, each) for pin in pins for axis in pin.layout.axes_used for each in pin.statements
+    ]
+    used += [(axis, region.statement) for region in draft.regions for axis in region.axes]
+    for axis, other in used:
+        if axis in statement.over and (not isinstance(other, Spread) or axis in other.over):
+            raise draft.plan.error(
+                "P501",
+                f"`{other.verb}` splits tensors over `{axis}`, whose ranks run different stages",
+                [other, statement],
+                help="give the two statements different axes of the mesh",
+            )
+
+
 def _check_written(draft: Draft, cut: _Cut, statement: Stages) -> None:
     """Raises `PlanError` for a buffer that one stage writes and another reads."""
     holders = cut.holders()
@@ -185,16 +209,37 @@ def _check_written(draft: Draft, cut: _Cut, statement: Stages) -> None:
             )
 
 
+def _check_held(draft: Draft, cut: _Cut, statement: Stages) -> None:
+    """Raises `PlanError` for a variant in which a stage takes what none before it holds."""
+    holders = cut.holders()
+    for node in draft.graph.inputs:
+        known = draft.held.get(node.args[1]) if node.of_model else None
+        if known is None:
+            continue
+        if node.args[0] == InputKind.PARAMETER:
+            wrong = [cut.stage[user] for user in cut.users[node] if cut.stage[user] < known[0]]
+        else:
+            wrong = [stage for stage in holders.get(node.args[1], ()) if stage not in known]
+        if wrong:
+            mode = {"train": "training", "eval": "evaluation"}.get(draft.captured.mode, "inference")
+            raise draft.plan.error(
+                "P501",
+                f"in {mode}, stage {wrong[0]} takes `{node.args[1]}`, which stage {known[0]} holds",
+                statement,
+                help="cut the model where all of its modes use each tensor in the same stages",
+            )
+
+
 class _Boundaries:
     """Where in a forward the stages begin that a statement names."""
 
     def __init__(self, draft: Draft, statement: Stages) -> None:
         self.draft, self.statement, self.graph = draft, statement, draft.graph
-        found = sources(draft.graph)
+        self.sources = sources(draft.graph)
         self.activations = {
             node: place
             for place, node in enumerate(draft.graph.nodes)
-            if found[node] is Source.ACTIVATION
+            if self.sources[node] is Source.ACTIVATION
         }
 
     def starts(self) -> list[int]:
@@ -203,10 +248,10 @@ class _Boundaries:
         self._check_count(modules)
         found: list[int] = []
         first = next(iter(self.activations.values()), 0)
-        for before, module in zip(("", *modules), modules, strict=False):
+        for number, (before, module) in enumerate(zip(("", *modules), modules, strict=False), 1):
             start = self._start(module)
-            if start is None:  # a variant, in which the module does not run
-                start = found[-1] if found else first
+            if start is None:
+                start = max(self._start_of_held(number), *found, first + 1)
             elif not found and start <= first:
                 raise self._error(
                     f"nothing runs before `{module}`: the first stage would be empty",
@@ -249,6 +294,22 @@ class _Boundaries:
         self._check_once(module, set(inside))
         return self.activations[inside[0]]
 
+    def _start_of_held(self, number: int) -> int:
+        """Where a stage begins in a variant that does not run the module: at the first node that
+        takes what it or a later stage holds."""
+        held = self.draft.held
+        later: set[Node] = set()
+        for node in self.graph.nodes:
+            weight = node.op == INPUT and node.of_model
+            if weight and self.sources[node] is Source.WEIGHT:
+                if held.get(node.args[1], (0,))[0] >= number:
+                    later.add(node)
+            elif not later.isdisjoint(node.operands()):
+                if node in self.activations:
+                    return self.activations[node]
+                later.add(node)
+        return len(self.graph.nodes)
+
     def _check_once(self, module: str, inside: set[Node]) -> None:
         """Raises `PlanError` for a module that runs again after others have used its result."""
         left: set[Node] = set()
@@ -258,7 +319,7 @@ class _Boundaries:
                     continue
                 raise self._error(
                     f"`{module}` runs in several places, of which each could begin the stage",
-                    "name a module that runs once, such as the one around it",
+                    "name a module that runs once",
                 )
             if not (inside | left).isdisjoint(node.operands()):
                 left.add(node)
@@ -269,13 +330,15 @@ class _Boundaries:
         if len(modules) + 1 != wanted:
             sizes = ", ".join(f"{axis}={mesh.size(axis)}" for axis in statement.over)
             times = f" times virtual={statement.virtual}" if statement.virtual > 1 else ""
+            named = either(selectors_of(modules), "and")
+            help = f"name {plural(wanted - 1, 'module')} after `at`, not {named}"
+            if wanted == 1:
+                help = "remove the statement, or give the axis more ranks"
             raise self.draft.plan.error(
                 "P304",
                 f"there are {len(modules) + 1} stages, but {sizes}{times} makes {wanted}",
                 statement,
-                help=f"name {plural(wanted - 1, 'module')} after `at`, not {either(modules, 'and')}"
-                if wanted > 1
-                else "remove the statement, or give the axis more ranks",
+                help=help,
             )
 
     def _disorder(self, before: str, module: str, same: bool) -> Exception:
