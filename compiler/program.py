@@ -20,7 +20,7 @@ from meshwright.compiler.graph.ir import Graph, InputKind, Node, TensorType
 from meshwright.compiler.graph.text import exact_text
 from meshwright.compiler.layout.extents import Padding
 from meshwright.compiler.layout.layout import Layout
-from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.mesh import Mesh, within
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.schedules.actions import Schedule
 from meshwright.compiler.schedules.check import check_schedule
@@ -70,7 +70,13 @@ class Stored:
 
     def held_by(self, coords: Mapping[str, int]) -> bool:
         """Whether the rank at `coords` holds a part of it."""
-        return all(coords[axis] in places for axis, places in self.held_at.items())
+        return within(coords, self.held_at)
+
+    @property
+    def held_text(self) -> str:
+        """Where it is held: `pp=0` or `pp=0 and 3`; empty if every rank holds a part."""
+        places = self.held_at.items()
+        return ", ".join(f"{axis}={' and '.join(map(str, each))}" for axis, each in places)
 
     def num_holders(self, mesh: Mesh) -> int:
         """The number of ranks of `mesh` that hold a part of it."""

@@ -56,7 +56,9 @@ class RankState:
         for stored in program.buffers.values():
             self._hold("buffer", stored, values)
         apart = {axis for stored in self.stored.values() for axis in stored.held_at}
-        self.holders = self.mesh.group(0, tuple(a for a in self.mesh.names if a in apart))
+        self.apart = tuple(axis for axis in self.mesh.names if axis in apart)
+        """The axes along which ranks hold parts of different tensors."""
+        self.holders = self.mesh.group(0, self.apart)
         """The first of each set of ranks that hold parts of the same tensors: between them these
         ranks hold a part of each. Rank 0 alone where every rank holds a part of each."""
 
@@ -75,6 +77,14 @@ class RankState:
             return None
         local = self.tensors[kind, stored.name] = self.local(values(stored), stored)
         return local
+
+    def held(self, kind: str, stored: Stored) -> Tensor:
+        """This rank's part of a parameter or buffer; on the meta device if it does not hold one."""
+        found = self.tensors.get((kind, stored.name))
+        if found is None:
+            shape, dtype = stored.layout.local_shape(self.mesh), stored.type.dtype
+            return torch.empty(shape, dtype=dtype, device="meta")
+        return found
 
     def local(self, value: Tensor, stored: Stored) -> Tensor:
         """This rank's part of a global tensor, in memory of its own; of one without values, NaN or

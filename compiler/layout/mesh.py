@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -83,6 +83,11 @@ class Mesh:
             f"{name}={size}" + (" (sequential)" if name in self.sequential else "")
             for name, size in self.axes
         )
+
+
+def within(coords: Mapping[str, int], places: Mapping[str, Sequence[int]]) -> bool:
+    """Whether coordinates are among `places` along each axis that has some."""
+    return all(coords[axis] in among for axis, among in places.items())
 
 
 @lru_cache(maxsize=256)

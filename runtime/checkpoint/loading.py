@@ -37,7 +37,7 @@ from meshwright.runtime.checkpoint.parts import Entry, read_into, read_whole
 from meshwright.runtime.checkpoint.pretrained import read_weights, weights_in
 from meshwright.runtime.errors import MismatchError, RunError
 from meshwright.runtime.rank import RankProgram, RankState
-from meshwright.runtime.state.weights import name_in, stored_tensors
+from meshwright.runtime.state.weights import name_in
 from meshwright.runtime.world.agreement import agreed, first_says, told
 
 _ATTEMPTS = 5
@@ -133,7 +133,7 @@ class _Staged:
         """Change what the rank holds; what could fail was done before."""
         for which, tensor in self.tensors.items():
             self.state.tensors[which].copy_(tensor)
-            self.state.unset.pop(which[1], None)
+        self.state.unset.clear()
         self.state.random.seed = self.random["seed"]
         self.state.random.step = self.random["step"]
         self.state.num_updates = self.random["num_updates"]
@@ -214,9 +214,9 @@ class _Reader:
         if not self._fits:
             self._check(manifest)
         tensors: dict[tuple[str, str], Tensor] = {}
-        for which, stored in stored_tensors(program):
-            held = state.tensors[which, stored.name]
-            staged = tensors[which, stored.name] = torch.zeros_like(held, device="cpu")
+        for which, held in state.tensors.items():
+            stored = state.stored[which]
+            staged = tensors[which] = torch.zeros_like(held, device="cpu")
             name = name_in(program, stored.name, manifest.aliases)
             assert name is not None
             read_into(Entry.of(stored, staged), manifest.aliases[name], manifest, shards, state)

@@ -16,6 +16,7 @@ from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
 from meshwright.runtime.checkpoint.optimizer_state import (
     OPTIMIZER,
     check_owner,
+    first_copies,
     names_of,
     tensor_name,
 )
@@ -131,6 +132,9 @@ def _check_groups(
     own_names: Mapping[str, str],
 ) -> None:
     _check_once(names)
+    own, held = states[0].stored, first_copies(states)
+    elsewhere = {own_names[n] for kind, n in own if kind == "parameter" and n not in held}
+    names = [[name for name in group if name not in elsewhere] for group in names]
     theirs = _places(names)
     groups = [names_of(group, states) for group in optimizer.param_groups]
     ours = _places([[own_names[name] for name in group] for group in groups])
@@ -199,7 +203,7 @@ def _check_kinds(
     """Raise `RunError` where what was kept under one key is a tensor for one parameter and a number
     for another, or for the optimizer here, or another kind of number."""
     kinds: dict[str, Any] = {}
-    for parameter in states[0].parameters.values():
+    for parameter in first_copies(states).values():
         for key, value in optimizer.state.get(parameter, {}).items():
             kinds.setdefault(key, value)
     for name, keys in kept.items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from meshwright.compiler.layout.layout import replicated
@@ -18,6 +19,8 @@ from meshwright.runtime.rank import RankState
 OPTIMIZER = "optimizer/"
 """The prefix of the names of an optimizer's tensors in a checkpoint."""
 _WITHOUT = "save without the optimizer"
+KeptTypes = dict[str, dict[str, tuple[list[int], str]]]
+"""By parameter and key: the shape on a rank and the type of a tensor that an optimizer keeps."""
 
 
 def check_optimizer(
@@ -26,7 +29,6 @@ def check_optimizer(
     """The optimizer's entry in the manifest: class, groups and numbers. Raises `RunError` for one
     that was not made by this run, or keeps what no checkpoint can hold."""
     check_owner(states, optimizer)
-    state = states[0]
     groups = [
         {
             "names": names_of(group, states),
@@ -40,7 +42,7 @@ def check_optimizer(
     ]
     numbers: dict[str, dict[str, Any]] = {}
     kept: dict[str, list[str]] = {}
-    for name, parameter in state.parameters.items():
+    for name, parameter in first_copies(states).items():
         for key, value in optimizer.state.get(parameter, {}).items():
             check_kind(key, str, f"what the optimizer keeps `{name}` under", _WITHOUT)
             kept.setdefault(name, []).append(key)
@@ -54,8 +56,31 @@ def check_optimizer(
     }  # fmt: skip
 
 
-def unlike_first(own: dict[str, Any] | None, first: dict[str, Any] | None) -> RunError | None:
-    """The error where `check_optimizer` says something else on this rank than on the first.
+def first_copies(states: Sequence[RankState]) -> dict[str, nn.Parameter]:
+    """The parameters that ranks of this process hold, by name, each on the first of them."""
+    return {name: p for state in reversed(states) for name, p in state.parameters.items()}
+
+
+def joined(said: Sequence[dict[str, Any] | None], program: Program) -> dict[str, Any] | None:
+    """One entry of what `check_optimizer` says on ranks that hold different parameters."""
+    first, *others = said
+    if first is None or None in others:
+        return first
+    found = {**first, "kept": {}, "numbers": {}, "groups": [dict(g) for g in first["groups"]]}
+    for each in filter(None, said):
+        for key in ("kept", "numbers"):
+            found[key] = {**each[key], **found[key]}
+        for group, more in zip(found["groups"], each["groups"], strict=False):
+            either = {*group["names"], *more["names"]}
+            group["names"] = [name for name in program.parameters if name in either]
+    return found
+
+
+def unlike_first(
+    own: dict[str, Any] | None, first: dict[str, Any] | None, held: Container[str]
+) -> RunError | None:
+    """The error where `check_optimizer` says something else on this rank, of the parameters that it
+    has `held`, than on the first that holds them.
 
     The manifest has what the first rank says: what another trained with would be lost.
     """
@@ -69,7 +94,7 @@ def unlike_first(own: dict[str, Any] | None, first: dict[str, Any] | None) -> Ru
         return None
     for place, (ours, theirs) in enumerate(zip(own["groups"], first["groups"], strict=False)):
         for key in sorted({*ours, *theirs} - {*OWN_CHOICE}):
-            if ours.get(key) != theirs.get(key):
+            if _differ(key, ours.get(key), theirs.get(key), held):
                 return MismatchError(
                     f"`{key}` of the optimizer's group {place} is {_short(ours.get(key))} on this "
                     f"rank, and {_short(theirs.get(key))} on rank 0",
@@ -84,6 +109,13 @@ def unlike_first(own: dict[str, Any] | None, first: dict[str, Any] | None) -> Ru
     return None
 
 
+def _differ(key: str, own: Any, first: Any, held: Container[str]) -> bool:
+    """Whether an option of a group differs; names do if those differ that this rank holds."""
+    if key == "names" and own is not None and first is not None:
+        own, first = set(own), {name for name in first if name in held}
+    return bool(own != first)
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -96,14 +128,37 @@ def check_owner(states: Sequence[RankState], optimizer: Optimizer) -> None:
         names_of(group, states)
 
 
-def optimizer_entries(program: Program, state: RankState, optimizer: Optimizer) -> list[Entry]:
-    """The tensors that an optimizer keeps on this rank."""
-    return [
-        _entry(program, name, key, value)
-        for name, parameter in state.parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    ]
+def kept_types(states: Sequence[RankState], optimizer: Optimizer) -> KeptTypes:
+    """What the ranks of this process say of the tensors that an optimizer keeps."""
+    return {
+        name: {
+            key: ([*value.shape], str(value.dtype).removeprefix("torch."))
+            for key, value in optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+        for name, parameter in first_copies(states).items()
+    }
+
+
+def optimizer_entries(
+    program: Program, state: RankState, optimizer: Optimizer, types: KeptTypes
+) -> list[Entry]:
+    """The tensors that an optimizer keeps, of this rank's parameters and of those that others hold,
+    whose `types` they say."""
+    found = []
+    for name in program.parameters:
+        held = state.parameters.get(name)
+        kept = (
+            {
+                key: torch.empty(shape, dtype=getattr(torch, kind), device="meta")
+                for key, (shape, kind) in types.get(name, {}).items()
+            }
+            if held is None
+            else optimizer.state.get(held, {})
+        )
+        tensors = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
+        found += [_entry(program, name, key, value) for key, value in tensors.items()]
+    return found
 
 
 def _entry(program: Program, name: str, key: str, value: Tensor) -> Entry:
@@ -118,7 +173,7 @@ def _entry(program: Program, name: str, key: str, value: Tensor) -> Entry:
             "shape, and that parameter is split",
             help="save without the optimizer, or use an elementwise one such as AdamW",
         )
-    return Entry(label, shape, replicated(shape), value)
+    return Entry(label, shape, replicated(shape), value, held_at=stored.held_at)
 
 
 def tensor_name(key: str, name: str) -> str:
@@ -127,12 +182,13 @@ def tensor_name(key: str, name: str) -> str:
 
 
 def names_of(group: Mapping[str, Any], states: Sequence[RankState]) -> list[str]:
-    """The names of a group's parameters, each once however many ranks are here."""
+    """The names of a group's parameters in the program's order, each once however many ranks are
+    here."""
     held = {id(p): name for state in states for name, p in state.parameters.items()}
-    found = [held.get(id(parameter)) for parameter in group["params"]]
+    found = {held.get(id(parameter)) for parameter in group["params"]}
     if None in found:
         raise RunError(
             "the optimizer has a parameter that this run does not hold",
             help="make the optimizer with `run.optimizer(...)` of the same run",
         )
-    return list(dict.fromkeys(name for name in found if name is not None))
+    return [name for kind, name in states[0].stored if kind == "parameter" and name in found]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from meshwright.compiler.layout.extents import Padding, held_indices
 from meshwright.compiler.layout.layout import Layout
-from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.mesh import Mesh, within
 from meshwright.compiler.program import Stored
 from meshwright.dsl.errors import plural
 from meshwright.runtime.checkpoint.files import COPY_AGAIN
@@ -29,25 +29,40 @@ from meshwright.runtime.state.weights import check_lossless
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of a checkpoint and what this rank holds of it; `shape` is without padding."""
+    """A tensor of a checkpoint and what this rank holds of it: a meta tensor if that is nothing.
+
+    `shape` is without padding, and `held_at` as in `Stored`.
+    """
 
     name: str
     shape: tuple[int, ...]
     layout: Layout
     tensor: Tensor
     paddings: tuple[Padding, ...] = ()
+    held_at: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(stored: Stored, tensor: Tensor, name: str = "") -> Entry:
         """A parameter or buffer, or something of its shape under another name."""
-        return Entry(name or stored.name, stored.type.shape, stored.layout, tensor, stored.paddings)
+        return Entry(
+            name or stored.name,
+            stored.type.shape,
+            stored.layout,
+            tensor,
+            stored.paddings,
+            stored.held_at,
+        )
 
     def owners(self, place: int, mesh: Mesh) -> tuple[int, ...]:
         """The rank that writes each part; ranks with copies take turns, by the entry's place."""
         found = []
         others = tuple(a for a in mesh.names if a not in self.layout.split_axes)
         for coords in part_coords(self.layout, mesh):
-            copies = mesh.group(mesh.rank(coords), others)
+            copies = [
+                rank
+                for rank in mesh.group(mesh.rank(coords), others)
+                if within(mesh.coords(rank), self.held_at)
+            ]
             found.append(copies[place % len(copies)])
         return tuple(found)
 

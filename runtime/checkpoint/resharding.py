@@ -30,7 +30,8 @@ from meshwright.runtime.state.weights import name_in, stored_tensors
 _AXIS = "parts"
 
 
-_Stored = tuple[Layout, tuple[Padding, ...]]
+_Stored = tuple[Layout, tuple[Padding, ...], Mapping[str, tuple[int, ...]]]
+"""A layout, what storage adds, and by axis the coordinates whose ranks hold it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def _for_program(program: Program, manifest: Manifest, path: Path) -> Cut:
     for _, stored in stored_tensors(program):
         alias = name_in(program, stored.name, manifest.aliases)
         assert alias is not None
-        found[manifest.aliases[alias]] = stored.layout, stored.paddings
+        found[manifest.aliases[alias]] = stored.layout, stored.paddings, stored.held_at
     plan = program.plan.source.text or program.plan.format()
     return Cut(program.mesh.of_ranks, plan, found)
 
@@ -95,7 +96,7 @@ def _evenly(manifest: Manifest, num_parts: int) -> Cut:
                 dims[dim] = cut(padded, _AXIS)
                 paddings = (Padding(dim, (Extent(1, size, padded, 1),)),) if padded > size else ()
                 break
-        found[name] = Layout(tuple(dims)), paddings
+        found[name] = Layout(tuple(dims)), paddings, {}
     return Cut(Mesh(((_AXIS, num_parts),)), f"mesh {_AXIS}={num_parts}\n", found)
 
 
@@ -109,11 +110,12 @@ def _tensors(manifest: Manifest, made: Cut) -> dict[str, SavedTensor]:
     entries = []
     for name, saved in manifest.tensors.items():
         like = parameters.get(name, name)
-        stored: _Stored = replicated(saved.shape), ()
-        if like in made.stored and manifest.tensors[like].shape == saved.shape:
-            stored = made.stored[like]
+        whole: _Stored = replicated(saved.shape), (), {}
+        layout, paddings, held_at = made.stored.get(like, whole)
+        if manifest.tensors.get(like, saved).shape != saved.shape:
+            layout, paddings, _ = whole
         tensor = torch.empty(saved.shape, dtype=dtype_of(saved.dtype), device="meta")
-        entries.append(Entry(name, saved.shape, stored[0], tensor, stored[1]))
+        entries.append(Entry(name, saved.shape, layout, tensor, paddings, held_at))
     return saved_tensors(entries, made.mesh)
 
 

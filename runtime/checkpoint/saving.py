@@ -30,7 +30,11 @@ from meshwright.runtime.checkpoint.folder import NewSave, check_keep, new_folder
 from meshwright.runtime.checkpoint.header import Header, check_types
 from meshwright.runtime.checkpoint.manifest import Manifest, SavedTensor
 from meshwright.runtime.checkpoint.optimizer_state import (
+    KeptTypes,
     check_optimizer,
+    first_copies,
+    joined,
+    kept_types,
     optimizer_entries,
     unlike_first,
 )
@@ -47,7 +51,7 @@ from meshwright.runtime.checkpoint.shards import (
 from meshwright.runtime.errors import MismatchError, RunError
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.state.weights import stored_tensors, transient_names
-from meshwright.runtime.world.agreement import agree, agreed, first_says, told
+from meshwright.runtime.world.agreement import agree, agreed, all_told, first_says
 from meshwright.runtime.world.termination import say
 
 _ONE_FOLDER = "give every rank one folder, on a filesystem that all of them share"
@@ -181,6 +185,7 @@ class _Saving:
         self._extra, self._keep, self._waits = extra, keep, wait
         self._options: dict[str, Any] | None = None
         self._asked: dict[str, str] = {}
+        self._types: KeptTypes = {}
         self._new = NewSave(Path())
         self._parts: dict[int, _Part] = {}
         self._process = os.getpid()
@@ -197,11 +202,16 @@ class _Saving:
         return [self._begin(state) for state in self.states]
 
     def _begin(self, state: RankState) -> RankProgram:
-        part = yield from agreed(state, lambda: self._part(state), "save")
-        own = [self._options, state.progress, self._asked]
-        options, progress, first = json.loads((yield from told(state, json.dumps(own))))
-        problem = unlike_first(self._options, options) or _not_abreast(state.progress, progress)
-        yield from agree(state, problem or _asked_otherwise(self._asked, first))
+        yield from agreed(state, self._check, "save")
+        own = json.dumps([state.progress, self._options, self._types, self._asked])
+        said = [json.loads(text) for text in (yield from all_told(state, own, state.holders))]
+        options = joined([each[1] for each in said], self.program)
+        types = {name: kept for each in said for name, kept in each[2].items()}
+        held = first_copies(self.states)
+        problem = unlike_first(self._options, options, held)
+        problem = problem or _not_abreast(state.progress, said[0][0])
+        yield from agree(state, problem or _asked_otherwise(self._asked, said[0][3]))
+        part = yield from agreed(state, lambda: self._part(state, options, types))
         save = yield from first_says(state, self._new.begin)
         part.manifest = replace(part.manifest, save=save)
         self._parts[state.rank] = part
@@ -219,21 +229,26 @@ class _Saving:
 
     # -- what has no collectives --------------------------------------------------------------
 
-    def _part(self, state: RankState) -> _Part:
-        """What a rank is to write, as it is now. Raises `RunError` for what cannot be saved."""
-        program, optimizer = self.program, self.optimizer
+    def _check(self) -> None:
+        """Raise `RunError` for arguments that cannot be, and see what the optimizer keeps here."""
         self._new.folder, self._keep = new_folder_of(self.path), check_keep(self._keep)
-        if optimizer is not None and self._options is None:
-            # On the virtual mesh there is one optimizer for all ranks.
-            self._options = check_optimizer(program, self.states, optimizer)
-        extra = written_extra(self._extra)
+        written_extra(self._extra)
         self._asked = self._asked or _spelled(self._waits, self._keep, self._extra)
+        if self.optimizer is not None and self._options is None:
+            # On the virtual mesh there is one optimizer for all ranks.
+            self._options = check_optimizer(self.program, self.states, self.optimizer)
+            if len(self.states[0].holders) > 1:
+                self._types = kept_types(self.states, self.optimizer)
+
+    def _part(self, state: RankState, options: dict[str, Any] | None, types: KeptTypes) -> _Part:
+        """What a rank is to write, as it is now; `options` and `types` are of the optimizer on all
+        ranks. Raises `RunError` for what cannot be saved."""
+        program, optimizer = self.program, self.optimizer
         entries = [
-            Entry.of(stored, state.tensors[kind, stored.name])
-            for kind, stored in stored_tensors(program)
+            Entry.of(stored, state.held(kind, stored)) for kind, stored in stored_tensors(program)
         ]
         if optimizer is not None:
-            entries += optimizer_entries(program, state, optimizer)
+            entries += optimizer_entries(program, state, optimizer, types)
         tensors = own_parts(entries, state)
         check_types(tensors)
         if not self._waits:
@@ -249,9 +264,9 @@ class _Saving:
             },
             aliases=dict(program.captured.aliases),
             tensors=saved_tensors(entries, state.mesh),
-            optimizer=self._options,
+            optimizer=options,
             shards=(),
-            extra=extra,
+            extra=written_extra(self._extra),
             loss_scale=replace(state.loss_scale) if program.scaled else None,
             transient=transient_names(program),
         )

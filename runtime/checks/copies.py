@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +18,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from meshwright.compiler.layout.layout import uniform_blocks
-from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.mesh import Mesh, within
 from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import MismatchError, by_value, spell_ranks, verb
 from meshwright.runtime.rank import RankProgram, RankState, Results
 from meshwright.runtime.state.start import checksum
-from meshwright.runtime.state.weights import stored_tensors
+from meshwright.runtime.world.agreement import all_told
 
 _SHOWN = 8
 """The number of tensors that an error names; the others are counted and not gathered."""
@@ -32,11 +33,24 @@ _SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A rank's part of a tensor, or a block of that part, and the axes that split it."""
+    """A rank's part of a tensor, or a block of that part, the axes that split it, and by axis the
+    coordinates whose ranks hold one."""
 
     label: str
     tensor: Tensor
     split_axes: tuple[str, ...] = ()
+    held_at: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> list[Any]:
+        """What other ranks need to know of it: `nothing` takes that, and the label."""
+        kind = str(self.tensor.dtype).removeprefix("torch.")
+        return [[*self.tensor.shape], kind, [*self.split_axes], dict(self.held_at)]
+
+    @staticmethod
+    def nothing(label: str, row: Sequence[Any]) -> Held:
+        """What stands in the list of a rank for what it does not hold."""
+        shape, kind, split_axes, held_at = row
+        return Held(label, torch.zeros(shape, dtype=getattr(torch, kind)), split_axes, held_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +77,10 @@ def held(
     optimizer: Optimizer | None,
     results: Results,
 ) -> list[Held]:
-    """All that this rank holds, in the same order on every rank."""
+    """All that this rank holds, in the same order on every rank that holds the same."""
     found: list[Held] = []
-    for kind, stored in stored_tensors(program):
-        found += _blocks(f"`{stored.name}`", state.tensors[kind, stored.name], stored, program)
+    for key, tensor in state.tensors.items():
+        found += _blocks(f"`{key[1]}`", tensor, state.stored[key], program)
     for name, parameter in state.parameters.items():
         if parameter.grad is not None:
             stored = program.parameters[name]
@@ -84,7 +98,7 @@ def held(
 
 def _blocks(label: str, tensor: Tensor, stored: Stored, program: Program) -> Iterator[Held]:
     for block, axes in uniform_blocks(tensor, stored.layout, program.mesh):
-        yield Held(label, block, axes)
+        yield Held(label, block, axes, stored.held_at)
 
 
 def _optimizer_state(program: Program, state: RankState, optimizer: Optimizer) -> Iterator[Held]:
@@ -98,7 +112,7 @@ def _optimizer_state(program: Program, state: RankState, optimizer: Optimizer) -
             if shape == stored.layout.local_shape(program.mesh):
                 yield from _blocks(label, tensor, stored, program)
             elif not shape or not stored.layout.split_axes:
-                yield Held(label, tensor)
+                yield Held(label, tensor, (), stored.held_at)
     for number, group in enumerate(optimizer.param_groups):
         for key, value in sorted(group.items()):
             option = None if key == "params" else _number(value)
@@ -119,11 +133,13 @@ def _number(value: Any) -> Tensor | None:
 def compare(state: RankState, listed: Sequence[Held], tolerance: float) -> RankProgram:
     """The copies that differ by more than `tolerance`: a `Found`, the same on every rank."""
     every_axis, device = state.mesh.names, state.device
-    text = "\0".join(f"{each.label} {tuple(each.tensor.shape)}" for each in listed)
-    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    digests = yield Wire("all_gather", every_axis), torch.tensor([number], device=device)
-    if len(set(digests.flatten().tolist())) > 1:
-        return _other_tensors(digests.flatten().tolist())
+    shared = [each for each in listed if not each.held_at]
+    numbers = torch.tensor([_digest(shared), _digest(listed)], device=device)
+    common, own = (yield Wire("all_gather", every_axis), numbers).T.tolist()
+    if found := _other_tensors(common, (), state) or _other_tensors(own, state.apart, state):
+        return found
+    if len(state.holders) > 1:
+        listed = yield from _of_all_ranks(state, listed)
     sums = torch.stack([checksum(each.tensor).to(device) for each in listed])
     every = (yield Wire("all_gather", every_axis), sums).T.tolist()
     differing = [each for each, row in zip(listed, every, strict=True) if _differ(row, each, state)]
@@ -136,20 +152,45 @@ def compare(state: RankState, listed: Sequence[Held], tolerance: float) -> RankP
     return Found(tuple(drifts), len(labels) + len(unseen))
 
 
+def _digest(listed: Sequence[Held]) -> int:
+    text = "\0".join(f"{each.label} {tuple(each.tensor.shape)}" for each in listed)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def _of_all_ranks(state: RankState, listed: Sequence[Held]) -> RankProgram:
+    """What any rank holds, in the same order on every rank; zeros for what this one does not."""
+    own: dict[str, list[Held]] = {}
+    for each in listed:
+        own.setdefault(each.label, []).append(each)
+    text = json.dumps({label: [each.to_json() for each in held] for label, held in own.items()})
+    every: dict[str, list[Any]] = {}
+    for said in (yield from all_told(state, text, state.holders)):
+        every |= {label: rows for label, rows in json.loads(said).items() if label not in every}
+    return [
+        each
+        for label, rows in every.items()
+        for each in own.get(label, [Held.nothing(label, row) for row in rows])
+    ]
+
+
 def _differ(sums: Sequence[int], held: Held, state: RankState) -> bool:
-    groups = copy_groups(held.split_axes, state.mesh)
+    groups = copy_groups(held.split_axes, state.mesh, held.held_at)
     return any(len({sums[rank] for rank in ranks}) > 1 for ranks in groups)
 
 
-def _other_tensors(digests: Sequence[int]) -> Found:
-    usual, *others = by_value(range(len(digests)), digests)
-    ranks = tuple(sorted(itertools.chain(*others)))
-    return Found((Drift("the list of gradients and optimizer state", ranks, usual, 0.0),), 1)
+def _other_tensors(digests: Sequence[int], apart: Sequence[str], state: RankState) -> Found | None:
+    """The result where ranks that differ along other axes than `apart` alone list other tensors."""
+    for ranks in copy_groups(apart, state.mesh):
+        usual, *others = by_value(ranks, [digests[rank] for rank in ranks])
+        if others:
+            far = tuple(sorted(itertools.chain(*others)))
+            return Found((Drift("the list of gradients and optimizer state", far, usual, 0.0),), 1)
+    return None
 
 
 def _drifts(each: Held, copies: Tensor, mesh: Mesh, tolerance: float) -> Iterator[Drift]:
     """For each part of a tensor, the ranks whose copies differ from the most common one."""
-    for ranks in copy_groups(each.split_axes, mesh):
+    for ranks in copy_groups(each.split_axes, mesh, each.held_at):
         sums = [int(checksum(copies[rank])) for rank in ranks]
         usual, *others = by_value(ranks, sums)
         sizes = {rank: _distance(copies[rank], copies[usual[0]]) for own in others for rank in own}
@@ -167,9 +208,14 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
     return (ours - theirs).abs().masked_fill(same, 0.0).max().item()
 
 
-def copy_groups(split_axes: Sequence[str], mesh: Mesh) -> tuple[tuple[int, ...], ...]:
-    """The ranks that hold the same part of what is split over these axes."""
-    return mesh.groups(tuple(axis for axis in mesh.names if axis not in split_axes))
+def copy_groups(
+    split_axes: Sequence[str], mesh: Mesh, held_at: Mapping[str, Sequence[int]] | None = None
+) -> tuple[tuple[int, ...], ...]:
+    """The ranks that hold the same part of what is split over these axes and, if that is given,
+    held at these coordinates alone."""
+    groups = mesh.groups(tuple(axis for axis in mesh.names if axis not in split_axes))
+    held = (tuple(r for r in each if within(mesh.coords(r), held_at or {})) for each in groups)
+    return tuple(filter(None, held))
 
 
 def check_found(found: Found, rank: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -45,21 +46,26 @@ def make_optimizer(
     held = list(parameters)
     aliases = program.captured.aliases
     named = {alias: own for alias, own in aliases.items() if own in program.parameters}
-    listed = grouped(held, groups, named)
-    if not listed:
+    trained = [name for name, each in program.parameters.items() if each.requires_grad]
+    chosen = grouped(trained, groups, named)
+    if not chosen:
         raise RunError(
             "no parameter asks for a gradient: there is nothing to optimize",
             help="set `requires_grad` on a parameter before `compile`",
         )
-    names = {parameter: name for name, parameter in held}
-    copies = len(names) // len(set(names.values()))
     if not is_known(kind):
-        for group in listed:
+        copies = max(Counter(name for name, _ in held).values(), default=1)
+        for group in chosen:
             make = partial(_make_group, kind, group, options)
-            own = list(dict.fromkeys(names[parameter] for parameter in group["params"]))
-            _check_elementwise(program, kind, make, own, copies)
-    chosen = {"fused": True} if _may_fuse(kind, listed, options) else {}
-    found = _make(kind, listed, {**options, **chosen})
+            _check_elementwise(program, kind, make, group["params"], copies)
+    # A rank may hold none of a group: it has the group all the same, as every rank must.
+    listed = [
+        {**group, "params": [each for name, each in held if name in own]}
+        for group in chosen
+        for own in (set(group["params"]),)
+    ]
+    fused = {"fused": True} if _may_fuse(kind, listed, options) else {}
+    found = _make(kind, listed, {**options, **fused})
     _warn_of_unread(found)
     return found
 
@@ -86,12 +92,16 @@ def _may_fuse(kind: object, listed: Groups, options: Mapping[str, Any]) -> bool:
     """
     devices = next((_FUSED[name] for name in _FUSED if kind is getattr(torch.optim, name)), ())
     given = {*options, *(option for group in listed for option in group)}
-    return given.isdisjoint(_HOW) and all(
-        parameter.device.type in devices
-        and parameter.is_floating_point()
-        and parameter.itemsize >= torch.float32.itemsize
-        for group in listed
-        for parameter in group["params"]
+    return (
+        bool(devices)
+        and given.isdisjoint(_HOW)
+        and all(
+            parameter.device.type in devices
+            and parameter.is_floating_point()
+            and parameter.itemsize >= torch.float32.itemsize
+            for group in listed
+            for parameter in group["params"]
+        )
     )
 
 
@@ -102,7 +112,7 @@ def _check_elementwise(
 
     It is tried out on each layout in which one of the parameters `names` is split. Where none is
     split it may look at whole tensors, but not at all of them together if it has `copies` of each,
-    those of multiple ranks.
+    those of multiple ranks, or only those that some ranks hold.
     """
     split: dict[Layout, str] = {}
     for name in names:
@@ -116,13 +126,21 @@ def _check_elementwise(
                 where=(f"`{name}`: `{layout}` on `{program.mesh}`",),
                 help="use an elementwise optimizer such as AdamW or SGD",
             )
-    together = partial(same_with_copies, make, copies)
-    if not split and copies > 1 and not _tried(kind, names[0], together):
+    apart = next((each for each in program.parameters.values() if each.held_at), None)
+    together = partial(same_with_copies, make, max(copies, 2))
+    if split or (copies < 2 and apart is None) or _tried(kind, names[0], together):
+        return
+    if apart is not None:
         raise RunError(
-            f"`{_spell(kind)}` looks at all tensors together, and this process has those of "
-            f"{copies} ranks",
-            help="start one process per rank, or use an elementwise optimizer",
+            f"`{_spell(kind)}` looks at all tensors together, and no rank holds all of them",
+            where=(f"`{apart.name}`: held at {apart.held_text} of `{program.mesh}`",),
+            help="use an elementwise optimizer such as AdamW or SGD",
         )
+    raise RunError(
+        f"`{_spell(kind)}` looks at all tensors together, and this process has those of "
+        f"{copies} ranks",
+        help="start one process per rank, or use an elementwise optimizer",
+    )
 
 
 def _make_group(
@@ -197,10 +215,10 @@ def _spell(kind: object) -> str:
 
 
 def grouped(
-    parameters: Iterable[tuple[str, nn.Parameter]], groups: Groups, aliases: Mapping[str, str]
+    trained: Iterable[str], groups: Groups, aliases: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """Parameter groups for a torch optimizer. The `"params"` of `groups` are selectors; a parameter
-    is in the first group that matches it, and the rest are in a group of their own.
+    """Groups with the names of `trained` parameters as `"params"`, which are selectors in `groups`:
+    a parameter is in the first group that matches it, and the rest are in a group of their own.
 
     Raises `PlanError` for a selector that matches nothing, `RunError` for a group without `params`
     and for one whose parameters are all in groups before it.
@@ -222,10 +240,9 @@ def grouped(
                 f"groups before it have all parameters of the group of `{'`, `'.join(texts)}`",
                 help="move it before them: the first group that matches a parameter has it",
             )
-    members: list[list[nn.Parameter]] = [[] for _ in range(len(groups) + 1)]
-    for name, parameter in parameters:
-        if parameter.requires_grad:
-            members[chosen.get(name, len(groups))].append(parameter)
+    members: list[list[str]] = [[] for _ in range(len(groups) + 1)]
+    for name in trained:
+        members[chosen.get(name, len(groups))].append(name)
     return [
         {**group, "params": listed}
         for group, listed in zip((*groups, {}), members, strict=True)

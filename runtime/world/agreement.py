@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -97,6 +97,14 @@ def told(state: RankState, text: str, root: int = 0) -> RankProgram:
     size = int((yield wire, length))
     given = yield wire, _tensor(data.ljust(size), state)
     return _bytes(given).decode()
+
+
+def all_told(state: RankState, text: str, roots: Iterable[int]) -> RankProgram:
+    """The texts that these ranks give, in their order, on every rank."""
+    found = []
+    for root in roots:
+        found += [(yield from told(state, text, root))]
+    return found
 
 
 def _tried(work: Callable[[], T]) -> tuple[T, RunError | None]:
