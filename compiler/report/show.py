@@ -23,7 +23,11 @@ _WIDEST = 1000
 def show(program: Compiled, *, local: bool = False, console: Console | None = None) -> None:
     """Print a program's tables; with `local`, with the shapes that one rank holds."""
     console = console or Console()
-    found = tables(summarise(program, local=local), console.width)
+    print_whole(console, tables(summarise(program, local=local), console.width))
+
+
+def print_whole(console: Console, found: RenderableType) -> None:
+    """Print what is wider than a terminal too, in characters that it has."""
     text = plain(found)
     if spelt(text, console.encoding) != text:
         console.out(spelt(text, console.encoding), highlight=False)

@@ -41,14 +41,15 @@ def cells(table: Table, coordinate: int) -> Iterator[str]:
     left = [a for a in actions_of(table.rows[coordinate]) if a.kind in LOOPED]
     while left:
         if left[0] in table.overlapped:
-            forward, backward = _cell(left.pop(0)), _cell(left[0], "B")
+            forward, backward = cell(left.pop(0)), cell(left[0], "B")
             yield f"({forward};{backward})OVERLAP_F_B"
         else:
-            yield _cell(left[0], "B" if is_whole(left[:2]) else "")
+            yield cell(left[0], "B" if is_whole(left[:2]) else "")
         del left[: 2 if is_whole(left[:2]) else 1]
 
 
-def _cell(action: Action, letter: str = "") -> str:
+def cell(action: Action, letter: str = "") -> str:
+    """`0F3`, or with another letter."""
     return f"{action.stage}{letter or _LETTERS[action.kind]}{action.microbatch}"
 
 
