@@ -8,9 +8,10 @@ from functools import cached_property
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
-from meshwright.compiler.schedules.actions import Link, Receive, Schedule, Send
+from meshwright.compiler.schedules.actions import Receive, Schedule, Send
+from meshwright.compiler.schedules.pipeline import links_of
 from meshwright.compiler.schedules.settled import settled
-from meshwright.compiler.stages import PASSED_AS, Stage
+from meshwright.compiler.stages import Stage
 
 
 class Transfers:
@@ -28,7 +29,13 @@ class Transfers:
         first_wire: int,
     ) -> None:
         self.schedule, self.mesh, self.axes = schedule, mesh, axes
-        self.values = _values(stages)
+        inputs = {
+            node.args: node for s in stages for phase in s.graphs for node in s.received(phase)
+        }
+        self.values = {
+            link: tuple(inputs[value] for value in values)
+            for link, values in links_of(stages).items()
+        }
         """By link: the inputs that take them."""
         moved = [node for nodes in self.values.values() for node in nodes]
         self.names = tuple(node.args[1] for node in moved)
@@ -65,19 +72,3 @@ class Transfers:
     @cached_property
     def _settled(self) -> tuple[Mapping[int, tuple[int, ...]], ...]:
         return settled([self.schedule[rank] for rank in self.mesh.group(0, self.axes)])
-
-
-def _values(stages: Sequence[Stage]) -> dict[Link, tuple[Node, ...]]:
-    """By link: the inputs of the graph that takes its values, by name."""
-    made = {
-        (PASSED_AS[output.kind], output.name): (stage.number, phase)
-        for stage in stages
-        for phase in stage.graphs
-        for output in stage.sent(phase)
-    }
-    found: dict[Link, list[Node]] = {}
-    for stage in stages:
-        for phase in stage.graphs:
-            for node in stage.received(phase):
-                found.setdefault(Link(*made[node.args], stage.number, phase), []).append(node)
-    return {link: tuple(sorted(nodes, key=lambda n: n.args)) for link, nodes in found.items()}

@@ -11,10 +11,11 @@ import torch
 
 import meshwright as mw
 from meshwright.compiler.graph.ir import Phase
+from meshwright.compiler.schedules.tables import one_forward_one_backward
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.executor import Executor
 from meshwright.runtime.transports import meshes
-from tests.runtime.pipelines import PLAN, Looked, batch, one_forward_one_backward, scheduled
+from tests.runtime.pipelines import PLAN, Looked, batch, scheduled
 
 RANK = int(os.environ["RANK"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,17 @@ from torch import Tensor, nn
 
 import meshwright as mw
 from meshwright.compiler.schedules.actions import Action
+from meshwright.compiler.schedules.tables import (
+    Size,
+    Table,
+    dualpipe_v,
+    gpipe,
+    interleaved,
+    one_forward_one_backward,
+    zero_bubble,
+    zero_bubble_ahead,
+    zero_bubble_v,
+)
 from meshwright.runtime.errors import NonFiniteError, OperatorError
 from meshwright.runtime.executor import Executor
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, rows, tokens
@@ -20,10 +32,7 @@ from tests.runtime.pipelines import (
     PLAN,
     Deep,
     Looked,
-    Row,
     batch,
-    breadth_first,
-    one_forward_one_backward,
     scheduled,
 )
 from tests.runtime.processes import finish, start
@@ -32,8 +41,11 @@ PIPELINED = Path(__file__).with_name("pipelined.py")
 SECONDS = 120.0
 
 
-def compiled(model: nn.Module, example: Any, plan: str, row: Row) -> mw.Program:
-    return scheduled(mw.compile(model, mw.Plan.parse(plan), example), row)
+Fill = Callable[[Size], Table]
+
+
+def compiled(model: nn.Module, example: Any, plan: str, fill: Fill) -> mw.Program:
+    return scheduled(mw.compile(model, mw.Plan.parse(plan), example), fill)
 
 
 def own(run: mw.Run) -> list[dict[str, Tensor]]:
@@ -43,34 +55,44 @@ def own(run: mw.Run) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("plan", "row"),
+    ("plan", "fills"),
     [
-        ("mesh dp=2, pp=2\nstages at layers.4", one_forward_one_backward),
-        ("mesh dp=2, pp=4\nstages at layers.2, layers.4, layers.6", one_forward_one_backward),
-        ("mesh dp=2, pp=4\nstages at layers.2, layers.4, layers.6", breadth_first),
-        ("mesh dp=2, pp=2\nstages at layers.2, layers.4, layers.6", breadth_first),
+        ("pp=4", (gpipe, one_forward_one_backward, zero_bubble, zero_bubble_ahead)),
+        ("pp=2", (gpipe, interleaved, zero_bubble, zero_bubble_v, dualpipe_v)),
     ],
 )
-def test_ranks_with_stages_of_their_own_do_what_the_model_does(plan: str, row: Row) -> None:
+def test_ranks_with_stages_of_their_own_do_what_the_model_does(
+    plan: str, fills: Sequence[Fill]
+) -> None:
     torch.manual_seed(0)
     model, (x,) = Deep().double(), rows()
-    virtual = " virtual=2" if plan.count("layers") > 1 and "pp=2" in plan else ""
-    plan += f" over pp microbatches=4{virtual}\ndata x over dp\n"
-    program = compiled(model, (x,), plan, row)
+    virtual = " schedule=interleaved virtual=2" if plan == "pp=2" else ""
+    stages = f"stages at layers.2, layers.4, layers.6 over pp microbatches=4{virtual}\n"
+    plan = f"mesh dp=2, {plan}\n{stages}data x over dp\n"
+    program = mw.compile(model, mw.Plan.parse(plan), (x,))
+    losses, expected = eager_steps(model, x)
+    for fill in fills:
+        run = scheduled(program, fill).launch()
+        for loss in losses:
+            torch.testing.assert_close(run.step(x), loss, rtol=0, atol=1e-12)
+        found: dict[str, Tensor] = {}
+        for gradients in own(run):
+            assert len(gradients) == 16 // run.mesh.size("pp")
+            for name, gradient in gradients.items():
+                found[name] = gradient
+                torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12)
+        assert found.keys() == expected.keys()
+
+
+def eager_steps(model: nn.Module, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The losses of two steps of the model itself, and its gradients, added up."""
     eager = copy.deepcopy(model)
-    run = program.launch()
+    losses = []
     for _ in range(2):
         loss = eager(x)
         loss.backward()
-        torch.testing.assert_close(run.step(x), loss.detach(), rtol=0, atol=1e-12)
-    expected = {name: p.grad for name, p in eager.named_parameters()}
-    p, gradients = program.mesh.size("pp"), own(run)
-    for stage in program.stages:
-        for rank in range(program.mesh.num_ranks):
-            if program.mesh.coords(rank)["pp"] == stage.number % p:
-                for name in stage.parameters:
-                    found = gradients[rank][name]
-                    torch.testing.assert_close(found, expected[name], rtol=0, atol=1e-12)
+        losses.append(loss.detach())
+    return losses, {n: p.grad for n, p in eager.named_parameters() if p.grad is not None}
 
 
 def test_values_of_any_layout_and_tied_weights_are_sent() -> None:
