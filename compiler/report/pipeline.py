@@ -20,7 +20,7 @@ from meshwright.compiler.schedules.tables import B, F, Table, W
 from meshwright.dsl.errors import plural
 
 _STYLES = {F: "blue", B: "green", W: "yellow"}
-_LEGEND = "0F1: forward of stage 0 on microbatch 1; I, W: backward for inputs, weights; B: both"
+_LEGEND = "0F1: forward, stage 0, microbatch 1; I, W: backward for inputs, weights; B: both"
 _MOST = 12
 """The most columns per action, on average; of uneven costs the short ones lose their names then."""
 

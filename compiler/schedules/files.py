@@ -70,7 +70,7 @@ def read_table(source: Source, size: Size, named: Span | None = None) -> Table:
         rows.pop()
     start = make_span(source, (1, 1), (1, 2))
     if len(rows) != size.coordinates:
-        what = f"there are {plural(len(rows), 'line')} for {plural(size.coordinates, 'rank')}"
+        what = f"the file has {plural(len(rows), 'line')} for {plural(size.coordinates, 'rank')}"
         raise _wrong(what, [start, named], "write one line per rank, with what it runs in order")
     num_stages = size.coordinates * size.virtual
     for each in (each for row in rows for each in row):
