@@ -25,8 +25,14 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check_all
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
+from meshwright.compiler.schedules.actions import Schedule
+from meshwright.compiler.schedules.files import loaded_table
+from meshwright.compiler.schedules.named import NAMED, named_table
+from meshwright.compiler.schedules.pipeline import pipelined
 from meshwright.compiler.schedules.serial import same_on_every_rank
+from meshwright.compiler.schedules.tables import Size, Table
 from meshwright.dsl.plan import Plan
+from meshwright.dsl.statements import Stages
 from meshwright.passes.attribute import attribute
 from meshwright.passes.bucket import bucket
 from meshwright.passes.contracts.allow import check_replication
@@ -46,7 +52,7 @@ from meshwright.passes.rewriting.masks import masks
 from meshwright.passes.rewriting.normalise import normalise
 from meshwright.passes.rewriting.route import route
 from meshwright.passes.separate import separate
-from meshwright.passes.statements.accumulate import accumulate
+from meshwright.passes.statements.accumulate import accumulate, microbatches
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
@@ -247,15 +253,15 @@ def _program(
     recompile: Callable[..., Program],
 ) -> Program:
     """The program that the last pass leaves."""
-    captured = source.captured
+    captured, table = source.captured, _table(draft)
     return Program(
         plan=draft.plan,
         mesh=draft.mesh.of_ranks,
         captured=captured,
         stages=draft.stages,
-        schedule=same_on_every_rank(draft.stages, draft.mesh),
-        parameters=_stored(draft, "parameter", captured.parameters),
-        buffers=_stored(draft, "buffer", captured.buffers),
+        schedule=_schedule(draft, table),
+        parameters=_stored(draft, "parameter", captured.parameters, table),
+        buffers=_stored(draft, "buffer", captured.buffers, table),
         movements=draft.movements,
         device=source.device,
         model=source.model,
@@ -265,7 +271,42 @@ def _program(
     )
 
 
-def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Stored]:
+def _table(draft: Draft) -> Table | None:
+    """Which coordinate along the pipeline runs which stage, and when; None without a pipeline."""
+    for statement in draft.plan.of(Stages):
+        found = microbatches(draft.plan)
+        size = Size(draft.mesh.size(statement.over), found[1] if found else 1, statement.virtual)
+        named = statement.schedule in NAMED
+        table = (named_table if named else loaded_table)(statement, size)
+        return table if draft.captured.mode == "train" else table.evaluation
+    return None
+
+
+def _schedule(draft: Draft, table: Table | None) -> Schedule:
+    if table is None:
+        return same_on_every_rank(draft.stages, draft.mesh)
+    (statement,) = draft.plan.of(Stages)
+    return pipelined(draft.stages, table, draft.mesh.of_ranks, statement.over)
+
+
+def _held_at(draft: Draft, name: str, table: Table | None) -> dict[str, tuple[int, ...]]:
+    """The coordinates whose ranks hold a tensor, by axis; nothing where all of them do."""
+    stages = {**draft.holders, **draft.held}.get(name)
+    if table is None or stages is None:
+        return {}
+    (statement,) = draft.plan.of(Stages)
+    found = sorted({place for stage in stages for place in table.holders[stage]})
+    if len(statement.over) == 1:
+        return {statement.over[0]: tuple(found)} if len(found) < len(table.rows) else {}
+    if len(found) > 1:
+        return {}
+    pipeline = Mesh(tuple((axis, draft.mesh.size(axis)) for axis in statement.over))
+    return {axis: (place,) for axis, place in pipeline.coords(found[0]).items()}
+
+
+def _stored(
+    draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor], table: Table | None
+) -> dict[str, Stored]:
     """The tensors as ranks hold them; those that the graph does not use are whole."""
     nodes = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == kind}
     found: dict[str, Stored] = {}
@@ -286,5 +327,6 @@ def _stored(draft: Draft, kind: str, tensors: Mapping[str, torch.Tensor]) -> dic
             tensor.requires_grad,
             tuple(filter(None, steps)) if node is not None else (),
             ", ".join(filter(None, map(pin_lines, pins))),
+            _held_at(draft, name, table),
         )
     return found

@@ -31,7 +31,7 @@ AXIS = "micro"
 
 def accumulate(draft: Draft) -> Draft:
     """`draft` on a mesh with an axis of microbatches, where the plan cuts the batch."""
-    found = _microbatches(draft.plan)
+    found = microbatches(draft.plan)
     if found is None or draft.captured.mode != "train":
         return draft
     statement, count = found
@@ -51,7 +51,7 @@ def accumulate(draft: Draft) -> Draft:
     return replace(draft, mesh=mesh, graph=replace(draft.graph, mesh=mesh))
 
 
-def _microbatches(plan: Plan) -> tuple[Accumulate | Stages, int] | None:
+def microbatches(plan: Plan) -> tuple[Accumulate | Stages, int] | None:
     """The statement that cuts the batch, and into how many microbatches."""
     for accumulate in plan.of(Accumulate):
         return accumulate, accumulate.count

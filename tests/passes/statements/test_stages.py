@@ -15,6 +15,7 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import PlanError
+from meshwright.dsl.statements import SCHEDULES
 from tests.equivalence import check_equal
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, real, tokens
 from tests.test_equivalence_huggingface import TOLERANCE, bert, gpt2, llama, masked_text, t5, text
@@ -51,6 +52,19 @@ def test_four_stages_train_a_tied_model_as_one_process_does() -> None:
 )
 def test_stages_go_with_other_statements(plan: str) -> None:
     check_equal(Gpt(), tokens(), plan)
+
+
+SCHEDULED = ("gpipe", "zb", "zbh2", "interleaved", "zbv", "dualpipev")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULED)
+def test_every_schedule_trains_as_one_process_does(schedule: str) -> None:
+    virtual = SCHEDULES[schedule][0]
+    modules = "blocks.1" if virtual == 1 else "blocks.1, blocks.2, blocks.3"
+    options = f"schedule={schedule} microbatches=4 virtual={virtual}"
+    plan = f"mesh dp=2, pp=2\nstages at {modules} over pp {options}\n{GPT_DATA}zero 2 over dp\n"
+    program = check_equal(Gpt(layers=4), tokens(), plan, steps=2)
+    assert program.parameters["wte.weight"].held_at == {"pp": (0,)}
 
 
 def test_few_labels_in_some_microbatches_count_for_as_much_as_they_are() -> None:
