@@ -26,8 +26,7 @@ from meshwright.compiler.placing.check import check_all
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.compiler.schedules.actions import Schedule
-from meshwright.compiler.schedules.files import loaded_table
-from meshwright.compiler.schedules.named import NAMED, named_table
+from meshwright.compiler.schedules.named import planned_table
 from meshwright.compiler.schedules.pipeline import pipelined
 from meshwright.compiler.schedules.serial import same_on_every_rank
 from meshwright.compiler.schedules.tables import Size, Table
@@ -276,8 +275,7 @@ def _table(draft: Draft) -> Table | None:
     for statement in draft.plan.of(Stages):
         found = microbatches(draft.plan)
         size = Size(draft.mesh.size(statement.over), found[1] if found else 1, statement.virtual)
-        named = statement.schedule in NAMED
-        table = (named_table if named else loaded_table)(statement, size)
+        table = planned_table(statement, size)
         return table if draft.captured.mode == "train" else table.evaluation
     return None
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from meshwright.compiler.schedules import tables
+from meshwright.compiler.schedules.files import loaded_table
 from meshwright.compiler.schedules.tables import Size, Table
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.statements import Stages
@@ -59,12 +60,15 @@ NAMED: Mapping[str, Named] = {
 }
 
 
-def named_table(statement: Stages, size: Size) -> Table:
-    """The table of the schedule that a statement names.
+def planned_table(statement: Stages, size: Size) -> Table:
+    """The table of the schedule, or in the file, that a statement names.
 
-    Raises `PlanError` (P306) where it cannot be filled for so many ranks and microbatches.
+    Raises `PlanError`: P306 for a schedule that cannot be filled for so many ranks and
+    microbatches, and P113 or P307 for a file.
     """
-    schedule = NAMED[statement.schedule]
+    schedule = NAMED.get(statement.schedule)
+    if schedule is None:
+        return loaded_table(statement, size)
     if misfit := schedule.misfit(size):
         part, why, help = misfit
         what = f"{size.microbatches} microbatches" if part == "microbatches" else "the mesh"

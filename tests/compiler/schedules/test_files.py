@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import meshwright
-from meshwright.compiler.schedules.files import loaded_table, read_table, table_text
-from meshwright.compiler.schedules.named import NAMED, named_table
+from meshwright.compiler.schedules.files import read_table, table_text
+from meshwright.compiler.schedules.named import NAMED, planned_table
 from meshwright.compiler.schedules.tables import Size
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.source import Source
@@ -36,10 +36,10 @@ def test_every_schedule_is_read_as_it_was_written(name: str) -> None:
 def test_a_file_is_named_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.csv").write_text(OWN)
-    table = loaded_table(statement('schedule="own.csv"'), Size(2, 2))
+    table = planned_table(statement('schedule="own.csv"'), Size(2, 2))
     assert table_text(table) == "0F0,0F1,0B0,0B1\n1F0,1I0,1F1,1W0,1B1\n"
     with pytest.raises(PlanError, match="P113"):
-        loaded_table(statement('schedule="other.csv"'), Size(2, 2))
+        planned_table(statement('schedule="other.csv"'), Size(2, 2))
 
 
 WRONG = {
@@ -89,7 +89,7 @@ def test_a_schedule_that_does_not_fit_has_its_golden_text(
     plan += f" schedule={schedule} microbatches={size.microbatches} virtual={virtual}"
     (found,) = meshwright.Plan.parse(plan, "gpt.plan").of(Stages)
     with pytest.raises(PlanError) as caught:
-        named_table(found, size)
+        planned_table(found, size)
     golden(f"misfit-{name}", str(caught.value))
 
 
