@@ -1,13 +1,17 @@
 """Give every stage of a pipeline the results of a step, and what it takes that no parameter feeds.
 
-Before:  to_copy: f32[8, 8] = to_copy(mask, dtype=f32)
-         mul: f32[8, 8]     = mul(linear, to_copy)
-         loss: f32[]        = mean(mul_1)
-After:   to_copy: f32[8, 8]   = to_copy(mask, dtype=f32)
-         mul: f32[8, 8]       = mul(linear, to_copy)
-         to_copy_1: f32[8, 8] = to_copy(mask, dtype=f32)
-         loss: f32[]          = mean(mul_1)
-         transfer_1: f32[]    = transfer(loss, to stage 0)
+Before:  to_copy: f32[8, 1]   = to_copy(mask, dtype=f32)
+         mul: f32[8, 64]      = mul(linear, to_copy)
+         transfer: f32[8, 64] = transfer(mul, to stage 1)
+         mul_1: f32[8, 16]    = mul(linear_1, to_copy)
+         sum: f32[]           = sum(mul_1)
+After:   to_copy: f32[8, 1]   = to_copy(mask, dtype=f32)
+         mul: f32[8, 64]      = mul(linear, to_copy)
+         transfer: f32[8, 64] = transfer(mul, to stage 1)
+         to_copy_1: f32[8, 1] = to_copy(mask, dtype=f32)
+         mul_1: f32[8, 16]    = mul(linear_1, to_copy_1)
+         sum: f32[]           = sum(mul_1)
+         transfer_2: f32[]    = transfer(sum, to stage 0)
 
 A mask or a table of rotations is computed in each stage that takes it, which costs less than to
 send it. Every rank returns the loss and the outputs: the last stage, to which they have come, sends
