@@ -11,19 +11,17 @@ import torch
 
 import meshwright as mw
 from meshwright.compiler.graph.ir import Phase
-from meshwright.compiler.schedules.tables import one_forward_one_backward
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.executor import Executor
 from meshwright.runtime.transports import meshes
-from tests.runtime.pipelines import PLAN, Looked, batch, scheduled
+from tests.runtime.pipelines import PLAN, Looked, batch
 
 RANK = int(os.environ["RANK"])
 
 
 def launched() -> mw.Run:
     torch.manual_seed(0)
-    program = mw.compile(Looked(), mw.Plan.parse(PLAN), batch())
-    return scheduled(program, one_forward_one_backward).launch()
+    return mw.compile(Looked(), mw.Plan.parse(PLAN), batch()).launch()
 
 
 def gradients(run: mw.Run, rank: int) -> dict[str, Any]:

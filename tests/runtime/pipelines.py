@@ -1,17 +1,10 @@
-"""Programs in stages, each on ranks of its own, and a model for them."""
+"""Models of which each half is a stage."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from meshwright.compiler.public import Program
-from meshwright.compiler.schedules.pipeline import pipelined
-from meshwright.compiler.schedules.tables import Size, Table
 
 
 class Deep(nn.Module):
@@ -50,11 +43,3 @@ def batch() -> tuple[Tensor, Tensor]:
     seed = torch.Generator().manual_seed(0)
     x = torch.randn(8, 16, generator=seed, dtype=torch.float64)
     return x, torch.randint(0, 5, (8,), generator=seed)
-
-
-def scheduled(program: Program, fill: Callable[[Size], Table]) -> Program:
-    """The program, whose ranks run the stages that a table gives them."""
-    p, m = program.mesh.size("pp"), len(program.stages[0].forward.mesh.turns)
-    table = fill(Size(p, m, len(program.stages) // p))
-    schedule = pipelined(program.stages, table, program.mesh, ("pp",))
-    return replace(program, schedule=schedule)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,6 @@ from torch import Tensor, nn
 
 import meshwright as mw
 from meshwright.compiler.schedules.actions import Action
-from meshwright.compiler.schedules.tables import (
-    Size,
-    Table,
-    dualpipe_v,
-    gpipe,
-    interleaved,
-    one_forward_one_backward,
-    zero_bubble,
-    zero_bubble_ahead,
-    zero_bubble_v,
-)
 from meshwright.runtime.errors import NonFiniteError, OperatorError
 from meshwright.runtime.executor import Executor
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, rows, tokens
@@ -33,7 +21,6 @@ from tests.runtime.pipelines import (
     Deep,
     Looked,
     batch,
-    scheduled,
 )
 from tests.runtime.processes import finish, start
 
@@ -41,11 +28,8 @@ PIPELINED = Path(__file__).with_name("pipelined.py")
 SECONDS = 120.0
 
 
-Fill = Callable[[Size], Table]
-
-
-def compiled(model: nn.Module, example: Any, plan: str, fill: Fill) -> mw.Program:
-    return scheduled(mw.compile(model, mw.Plan.parse(plan), example), fill)
+def compiled(model: nn.Module, example: Any, plan: str) -> mw.Program:
+    return mw.compile(model, mw.Plan.parse(plan), example)
 
 
 def own(run: mw.Run) -> list[dict[str, Tensor]]:
@@ -55,33 +39,29 @@ def own(run: mw.Run) -> list[dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("plan", "fills"),
+    ("axis", "schedule"),
     [
-        ("pp=4", (gpipe, one_forward_one_backward, zero_bubble, zero_bubble_ahead)),
-        ("pp=2", (gpipe, interleaved, zero_bubble, zero_bubble_v, dualpipe_v)),
+        *(("pp=4", name) for name in ("gpipe", "1f1b", "zb", "zbh2")),
+        *(("pp=2", f"{name} virtual=2") for name in ("gpipe", "interleaved", "zbv", "dualpipev")),
     ],
 )
-def test_ranks_with_stages_of_their_own_do_what_the_model_does(
-    plan: str, fills: Sequence[Fill]
-) -> None:
+def test_ranks_with_stages_of_their_own_do_what_the_model_does(axis: str, schedule: str) -> None:
     torch.manual_seed(0)
     model, (x,) = Deep().double(), rows()
-    virtual = " schedule=interleaved virtual=2" if plan == "pp=2" else ""
-    stages = f"stages at layers.2, layers.4, layers.6 over pp microbatches=4{virtual}\n"
-    plan = f"mesh dp=2, {plan}\n{stages}data x over dp\n"
-    program = mw.compile(model, mw.Plan.parse(plan), (x,))
+    stages = "stages at layers.2, layers.4, layers.6 over pp microbatches=4"
+    plan = f"mesh dp=2, {axis}\n{stages} schedule={schedule}\ndata x over dp\n"
+    run = compiled(model, (x,), plan).launch()
     losses, expected = eager_steps(model, x)
-    for fill in fills:
-        run = scheduled(program, fill).launch()
-        for loss in losses:
-            torch.testing.assert_close(run.step(x), loss, rtol=0, atol=1e-12)
-        found: dict[str, Tensor] = {}
-        for gradients in own(run):
-            assert len(gradients) == 16 // run.mesh.size("pp")
-            for name, gradient in gradients.items():
-                found[name] = gradient
-                torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12)
-        assert found.keys() == expected.keys()
+    for loss in losses:
+        torch.testing.assert_close(run.step(x), loss, rtol=0, atol=1e-12)
+    found: dict[str, Tensor] = {}
+    for gradients in own(run):
+        assert len(gradients) == 16 // run.mesh.size("pp")
+        for name, gradient in gradients.items():
+            found[name] = gradient
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(run.evaluate(x), losses[-1], rtol=0, atol=1e-12)
 
 
 def eager_steps(model: nn.Module, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -100,7 +80,7 @@ def test_values_of_any_layout_and_tied_weights_are_sent() -> None:
     model, example = Gpt().double(), tokens()
     stages = "stages at blocks.1 over pp microbatches=2\n"
     plan = f"mesh dp=2, pp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}{stages}"
-    program = compiled(model, example, plan, one_forward_one_backward)
+    program = compiled(model, example, plan)
     loss = program.launch().step(*example)
     torch.testing.assert_close(loss, model(*example).detach(), rtol=0, atol=1e-12)
 
@@ -128,7 +108,7 @@ def test_no_more_is_held_for_many_microbatches_than_for_few(
     for m in (4, 16):
         plan = f"mesh pp=2\ndata x\nstages at layers.4 over pp microbatches={m}\n"
         x = torch.randn(16, 16, dtype=torch.float64)
-        run = compiled(Deep().double(), (x,), plan, one_forward_one_backward).launch()
+        run = compiled(Deep().double(), (x,), plan).launch()
         moved.clear()
         most = 0
         run.step(x)
@@ -138,7 +118,7 @@ def test_no_more_is_held_for_many_microbatches_than_for_few(
 
 def test_a_step_of_a_pipeline_that_fails_did_not_happen() -> None:
     torch.manual_seed(0)
-    run = compiled(Looked(), batch(), PLAN, one_forward_one_backward).launch()
+    run = compiled(Looked(), batch(), PLAN).launch()
     run.step(*batch())
     before = own(run)
     x, ids = batch()
@@ -148,7 +128,7 @@ def test_a_step_of_a_pipeline_that_fails_did_not_happen() -> None:
     after = own(run)
     assert all(a.keys() == b.keys() for a, b in zip(before, after, strict=True))
     assert all(a[n].equal(b[n]) for a, b in zip(before, after, strict=True) for n in a)
-    again = compiled(Looked(), batch(), PLAN, one_forward_one_backward)
+    again = compiled(Looked(), batch(), PLAN)
     assert run.step(*batch()).equal(run.step(*batch()))
     assert again.digest == run.program.digest
 
@@ -169,7 +149,7 @@ class Log(Deep):
 @pytest.mark.parametrize(("at", "rank"), [(1, 0), (6, 1)])
 def test_a_nan_is_found_on_the_rank_that_made_it(at: int, rank: int) -> None:
     plan = "mesh pp=2\ndata x\nstages at layers.4 over pp microbatches=4\n"
-    run = compiled(Log(at).double(), rows(), plan, one_forward_one_backward).launch()
+    run = compiled(Log(at).double(), rows(), plan).launch()
     optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
     run.step(*rows())
     with pytest.raises(NonFiniteError, match=f"`log` in the model made a NaN on rank {rank}"):
