@@ -162,6 +162,13 @@ class Compiled:
         parts += self.captured.input_spec.fixed_values()
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
+    @cached_property
+    def apart(self) -> tuple[str, ...]:
+        """The axes along which ranks hold parts of different tensors."""
+        stored = (*self.parameters.values(), *self.buffers.values())
+        found = {axis for each in stored for axis in each.held_at}
+        return tuple(axis for axis in self.mesh.names if axis in found)
+
     @property
     def mode(self) -> str:
         """The mode of the compilation: `"train"`, `"eval"` or `"infer"`."""

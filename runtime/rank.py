@@ -55,9 +55,7 @@ class RankState:
                 self.parameters[name] = parameter
         for stored in program.buffers.values():
             self._hold("buffer", stored, values)
-        apart = {axis for stored in self.stored.values() for axis in stored.held_at}
-        self.apart = tuple(axis for axis in self.mesh.names if axis in apart)
-        """The axes along which ranks hold parts of different tensors."""
+        self.apart = program.apart
         self.holders = self.mesh.group(0, self.apart)
         """The first of each set of ranks that hold parts of the same tensors: between them these
         ranks hold a part of each. Rank 0 alone where every rank holds a part of each."""

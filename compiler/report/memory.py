@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 
@@ -38,10 +40,27 @@ class Memory:
 
 def memory(program: Compiled) -> Memory:
     """The memory of the rank that needs most, in one step."""
-    trained = [s for s in program.parameters.values() if s.requires_grad and program.trains]
-    mesh = program.mesh
-    parameters = sum(stored.local_bytes(mesh) for stored in program.parameters.values())
-    buffers = sum(stored.local_bytes(mesh) for stored in program.buffers.values())
+    return max(memories(program).values(), key=lambda each: each.peak)
+
+
+def memories(program: Compiled) -> dict[str, Memory]:
+    """The memory of ranks that hold different tensors, by their coordinates (`pp=0`), of the rank
+    that needs most in a step at each; where all hold parts of the same there is one."""
+    found: dict[str, Memory] = {}
+    for rank, walk in walks_by_rank(program).items():
+        coords = program.mesh.coords(rank)
+        place = ", ".join(f"{axis}={coords[axis]}" for axis in program.apart)
+        each = _memory(program, coords, walk)
+        if place not in found or each.peak > found[place].peak:
+            found[place] = each
+    return found
+
+
+def _memory(program: Compiled, coords: Mapping[str, int], walk: Walk) -> Memory:
+    mesh, held = program.mesh, [s for s in program.parameters.values() if s.held_by(coords)]
+    trained = [stored for stored in held if stored.requires_grad and program.trains]
+    parameters = sum(stored.local_bytes(mesh) for stored in held)
+    buffers = sum(s.local_bytes(mesh) for s in program.buffers.values() if s.held_by(coords))
     types = _gradient_types(program)
     gradients = sum(
         replace(s, type=replace(s.type, dtype=types.get(s.name, s.type.dtype))).local_bytes(mesh)
@@ -59,14 +78,13 @@ def memory(program: Compiled) -> Memory:
         address(c): c.untyped_storage().nbytes() for c in program.captured.constants.values()
     }
     lasting = parameters + buffers + 3 * gradients + sum(constants.values())
-    walked = walks(program)
     return Memory(
         parameters,
         buffers,
         gradients,
         2 * gradients,
-        max(each.most_saved for each in walked),
-        lasting + sum(batch.values()) + max(map(_peak, walked)),
+        walk.most_saved,
+        lasting + sum(batch.values()) + _peak(walk),
     )
 
 
@@ -85,14 +103,21 @@ def _gradient_types(program: Compiled) -> dict[str, torch.dtype]:
 
 def walks(program: Compiled) -> list[Walk]:
     """The storages through a step of one rank for each list of actions in the schedule."""
-    found: dict[tuple[Action, ...], Walk] = {}
+    return list(dict.fromkeys(walks_by_rank(program).values()))
+
+
+def walks_by_rank(program: Compiled) -> dict[int, Walk]:
+    """The storages through a step, for the first rank of each set of those that run the same
+    actions and hold parts of the same tensors; they are one where the actions are."""
+    walked: dict[tuple[Action, ...], Walk] = {}
+    found: dict[tuple[Any, ...], int] = {}
     instructions = {each.name: each for each in program.instructions}
     for rank, entries in program.schedule.items():
-        actions = actions_of(entries)
-        if actions not in found:
-            coords = program.mesh.coords(rank)
-            walk = found[actions] = Walk(program.stages, coords, program.device)
+        actions, coords = actions_of(entries), program.mesh.coords(rank)
+        found.setdefault((actions, *(coords[axis] for axis in program.apart)), rank)
+        if actions not in walked:
+            walk = walked[actions] = Walk(program.stages, coords, program.device)
             for action in actions:
                 graph = program.stages[action.stage].graphs[action.kind]
                 walk.run(graph, instructions[graph.name], action)
-    return list(found.values())
+    return {rank: walked[actions] for (actions, *_), rank in found.items()}

@@ -13,6 +13,8 @@ from meshwright.dsl.errors import plural
 
 _MODULES = 2
 """How many modules a row names before it only counts them."""
+_MOST_PLACES = 8
+"""How many places the table of memory has a column for; of more, it has that which needs most."""
 _NARROWEST = 12
 """The least width to which a column is narrowed."""
 _BREAKS = re.compile(r"(?<=\s)|(?<=,)(?!\s)|(?=\.)")
@@ -205,17 +207,22 @@ def _line_rows(rows: Sequence[PlanLine]) -> Iterator[tuple[str, ...]]:
 
 
 def _memory(summary: Summary) -> Sheet:
-    memory = summary.memory
+    places = dict(summary.memories)
+    if not 1 < len(places) <= _MOST_PLACES:
+        places = {"": summary.memory}
     rows = (
-        ("parameters", memory.parameters),
-        ("buffers", memory.buffers),
-        ("gradients", memory.gradients),
-        ("optimizer, two moments", memory.optimizer),
-        ("saved for the backward", memory.activations),
-        ("peak of a step", memory.peak),
+        ("parameters", "parameters"),
+        ("buffers", "buffers"),
+        ("gradients", "gradients"),
+        ("optimizer, two moments", "optimizer"),
+        ("saved for the backward", "activations"),
+        ("peak of a step", "peak"),
     )
-    kept = tuple((name, size_text(size)) for name, size in rows if size)
-    return Sheet("memory per rank", (Column(""), Column("", "bold", right=True)), kept)
+    sizes = ((name, [getattr(each, key) for each in places.values()]) for name, key in rows)
+    kept = tuple((name, *map(size_text, found)) for name, found in sizes if any(found))
+    columns = (Column(place, "bold", right=True) for place in places)
+    most = "memory per rank" + (", of the rank that needs most" if summary.memories else "")
+    return Sheet("memory per rank" if len(places) > 1 else most, (Column(""), *columns), kept)
 
 
 def heading(summary: Summary) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.placing.rules.lookup import has_rule
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Comm, Moved, ledger
-from meshwright.compiler.report.memory import Memory, memory
+from meshwright.compiler.report.memory import Memory, memories, memory
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Statement
 
@@ -87,11 +87,14 @@ class Summary:
     gathers: tuple[Gather, ...]
     lines: tuple[PlanLine, ...]
     memory: Memory
+    memories: tuple[tuple[str, Memory], ...]
+    """That of ranks at different coordinates, where these hold different tensors."""
 
     def to_json(self) -> dict[str, object]:
         """Plain dictionaries and lists."""
         pairs = {"mesh": dict(self.mesh), "bytes_by_axis": dict(self.bytes_by_axis)}
-        return {**asdict(self), **pairs}
+        places = {place: each.to_json() for place, each in self.memories}
+        return {**asdict(self), **pairs, "memories": places}
 
 
 def summarise(program: Compiled, *, local: bool = False) -> Summary:
@@ -109,6 +112,7 @@ def summarise(program: Compiled, *, local: bool = False) -> Summary:
         tuple(_gathers(program)),
         tuple(_lines(program, comm)),
         memory(program),
+        tuple(memories(program).items()) if program.apart else (),
     )
 
 
@@ -118,7 +122,8 @@ def _stored(program: Compiled, local: bool) -> Iterable[Held]:
         for stored in tensors.values():
             type = TensorType(stored.padded_shape, stored.type.dtype)
             text = type_text(type, stored.layout, program.stages[0].forward, local=local)
-            note = "buffer" if kind == "buffer" else _note(stored)
+            notes = ("buffer" if kind == "buffer" else _note(stored), _place(stored))
+            note = ", ".join(filter(None, notes))
             groups.setdefault((text, note, stored.plan_line), []).append(stored)
         order = {name: i for i, name in enumerate(tensors)}
         folded = [
@@ -128,6 +133,10 @@ def _stored(program: Compiled, local: bool) -> Iterable[Held]:
             for size in [sum(tensors[name].local_bytes(program.mesh) for name in names)]
         ]
         yield from (held for _, held in sorted(folded, key=lambda item: item[0]))
+
+
+def _place(stored: Stored) -> str:
+    return f"at {stored.held_text}" if stored.held_at else ""
 
 
 def _note(stored: Stored) -> str:

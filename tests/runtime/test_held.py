@@ -15,6 +15,8 @@ from torch import nn
 
 import meshwright as mw
 from meshwright.compiler.errors import PassError
+from meshwright.compiler.report.memory import memories
+from meshwright.compiler.report.summary import summarise
 from meshwright.runtime.optimizers.optimizer import make_optimizer
 from tests.runtime.checkpoint.test_plans import contents, same
 from tests.runtime.held import HALVES, TWICE, Places, equal, give_gradients, held, whole
@@ -225,3 +227,20 @@ def test_real_ranks_do_what_virtual_ones_do(tmp_path: Path) -> None:
     processes = start(Path(__file__).with_name("held_ranks.py"), 2, str(tmp_path))
     outputs = finish(processes, 240)
     assert [process.returncode for process in processes] == [0, 0], outputs
+
+
+def test_memory_is_that_of_what_each_rank_holds() -> None:
+    program = held(whole(plan("zero", 2)), HALVES)
+    found = memories(program)
+    for rank in (0, 4):
+        state = pair(CASES[2])[1].states[rank]
+        memory = found[f"pp={rank // 4}"]
+        assert memory.parameters == sum(p.nbytes for p in state.parameters.values())
+        assert memory.gradients == sum(
+            p.nbytes for p in state.parameters.values() if p.requires_grad
+        )
+    assert program.memory() == max(found.values(), key=lambda each: each.peak)
+    assert list(memories(whole("both"))) == [""]
+    summary = summarise(program)
+    assert {row.note for row in summary.held if row.names == "wte.weight"} == {"at pp=0"}
+    assert summary.to_json()["memories"].keys() == found.keys()  # type: ignore[attr-defined]
