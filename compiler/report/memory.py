@@ -13,7 +13,7 @@ from meshwright.compiler.graph.ir import InputKind, OutputKind
 from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.counter import address
 from meshwright.compiler.report.storages import Walk
-from meshwright.compiler.schedules.actions import Action, actions_of
+from meshwright.compiler.schedules.actions import Action, Entry, Send
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +109,18 @@ def walks(program: Compiled) -> list[Walk]:
 def walks_by_rank(program: Compiled) -> dict[int, Walk]:
     """The storages through a step, for the first rank of each set of those that run the same
     actions and hold parts of the same tensors; they are one where the actions are."""
-    walked: dict[tuple[Action, ...], Walk] = {}
+    walked: dict[tuple[Entry, ...], Walk] = {}
     found: dict[tuple[Any, ...], int] = {}
     instructions = {each.name: each for each in program.instructions}
     for rank, entries in program.schedule.items():
-        actions, coords = actions_of(entries), program.mesh.coords(rank)
-        found.setdefault((actions, *(coords[axis] for axis in program.apart)), rank)
-        if actions not in walked:
-            walk = walked[actions] = Walk(program.stages, coords, program.device)
-            for action in actions:
-                graph = program.stages[action.stage].graphs[action.kind]
-                walk.run(graph, instructions[graph.name], action)
-    return {rank: walked[actions] for (actions, *_), rank in found.items()}
+        coords = program.mesh.coords(rank)
+        found.setdefault((entries, *(coords[axis] for axis in program.apart)), rank)
+        if entries not in walked:
+            walk = walked[entries] = Walk(program.stages, coords, program.device)
+            for entry in entries:
+                if isinstance(entry, Action):
+                    graph = program.stages[entry.stage].graphs[entry.kind]
+                    walk.run(graph, instructions[graph.name], entry)
+                elif isinstance(entry, Send):
+                    walk.send(program.transfers.values[entry.link], entry.microbatch)
+    return {rank: walked[entries] for (entries, *_), rank in found.items()}

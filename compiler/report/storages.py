@@ -7,7 +7,7 @@ the operator needs inside itself are what they will be; equal calls are run once
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -210,11 +210,20 @@ class Walk:
         self._release(before)
         self._count_saved()
 
+    def send(self, values: Iterable[Node], microbatch: int) -> None:
+        """Let go of what another rank takes, given the inputs there."""
+        for node in values:
+            self._release(self._passed.pop((*node.args, microbatch)))
+
     def _input(self, variable: Variable, node: Node) -> None:
         if node.held:
             self._values[variable] = self._whole(node)
         else:
-            received = self._passed.pop((*node.args, self._action.microbatch))
+            received = self._passed.pop((*node.args, self._action.microbatch), None)
+            if received is None:  # from another rank
+                shape = node.placed.local_shape(self.context.mesh)
+                self._bind(variable, _new(shape, node.tensor.dtype))
+                return
             # Of what was still under way: what was given, and what has come.
             self._bind(variable, received[1] if isinstance(received, tuple) else received)
             self._release(received)

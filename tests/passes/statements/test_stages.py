@@ -65,6 +65,7 @@ def test_every_schedule_trains_as_one_process_does(schedule: str) -> None:
     plan = f"mesh dp=2, pp=2\nstages at {modules} over pp {options}\n{GPT_DATA}zero 2 over dp\n"
     program = check_equal(Gpt(layers=4), tokens(), plan, steps=2)
     assert program.parameters["wte.weight"].held_at == {"pp": (0,)}
+    assert program.memory().peak > 0
 
 
 def test_few_labels_in_some_microbatches_count_for_as_much_as_they_are() -> None:
