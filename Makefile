@@ -44,10 +44,11 @@ wheel: $(READY)  ## dist/*.whl, from the sources alone
 	rm -rf build dist
 	$(BIN)/python -m build --wheel
 
-bench: $(READY)  ## beside DTensor, FSDP2, DDP and hand-written code: see benchmarks/RESULTS.md
+bench: $(READY)  ## beside DTensor, FSDP2, DDP, torch's pipelines and hand-written code: see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.tensor_parallel
 	$(BIN)/python -m benchmarks.data_parallel
 	$(BIN)/python -m benchmarks.zero
+	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.input_check
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.compile_time

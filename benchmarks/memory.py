@@ -91,6 +91,27 @@ def ratio(taken: Mapping[str, Sequence[int]], system: str, reference: str) -> Ra
     return Ratio.of([a / b for a, b in zip(taken[system], taken[reference], strict=True)])
 
 
+def result(taken: Mapping[str, Sequence[int]], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The peaks and their ratios as plain data; a pair is (system, reference)."""
+    return {
+        "megabytes": medians(taken),
+        "ratios": [
+            {"peer": own, "reference": other, **asdict(ratio(taken, own, other))}
+            for own, other in pairs
+        ],
+    }
+
+
+def ratios_table(title: str, found: dict[str, Any]) -> str:
+    """What `result` gives, as text."""
+    lines = [title]
+    lines += [f"  {name:<28}{size:>12}" for name, size in found["megabytes"].items()]
+    for entry in found["ratios"]:
+        spread = Ratio(entry["median"], entry["low"], entry["high"])
+        lines.append(f"  {entry['peer'] + ' / ' + entry['reference']:<52}{spread}")
+    return "\n".join(lines)
+
+
 def table(title: str, found: dict[str, Any]) -> str:
     """The result as text."""
     shown = ", ".join(f"{name} {size} MB" for name, size in found["megabytes"].items())

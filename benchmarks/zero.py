@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from benchmarks import launch, memory, report
 from benchmarks.gpt import Size
-from benchmarks.interleave import TOLERANCE, Ratio
+from benchmarks.interleave import TOLERANCE
 from benchmarks.peers import Peer
 
 MESHES = ("dp=2",)
@@ -77,15 +76,9 @@ def measure(
         systems = args.systems.split(",")
         rounds = 1 if args.quick else MEMORY_ROUNDS[size]
         taken = memory.peaks("benchmarks.zero", systems, rounds, argv, mesh, size)
-        found["memory"] = {
-            "megabytes": memory.medians(taken),
-            "ratios": [
-                {"peer": own, "reference": other, **asdict(memory.ratio(taken, own, other))}
-                for own in systems
-                for other in systems
-                if own in OURS and other not in OURS
-            ],
-        }
+        own = [system for system in systems if system in OURS]
+        both = [(a, b) for a in own for b in systems if b not in OURS]
+        found["memory"] = memory.result(taken, both)
     return found
 
 
@@ -97,17 +90,8 @@ def table(title: str, found: dict[str, dict[str, Any]]) -> str:
         if variant != "memory"
     ]
     if "memory" in found:
-        parts.append(_memory_table(f"{title}, peak MB of a process", found["memory"]))
+        parts.append(memory.ratios_table(f"{title}, peak MB of a process", found["memory"]))
     return "\n".join(parts)
-
-
-def _memory_table(title: str, found: dict[str, Any]) -> str:
-    lines = [title]
-    lines += [f"  {name:<28}{size:>12}" for name, size in found["megabytes"].items()]
-    for entry in found["ratios"]:
-        spread = Ratio(entry["median"], entry["low"], entry["high"])
-        lines.append(f"  {entry['peer'] + ' / ' + entry['reference']:<52}{spread}")
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:

@@ -22,7 +22,8 @@ class Peer:
     """A way to train the model.
 
     `step(tokens, targets)` takes the global batch and does forward, backward, optimizer and
-    `zero_grad`. It returns this rank's loss: the mean over its own rows if `loss_is_local`.
+    `zero_grad`. It returns the loss or, if `loss_is_local`, this rank's part of it, such as the
+    mean over its own rows: the loss is the mean over ranks.
     """
 
     system: str

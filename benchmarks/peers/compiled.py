@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 import meshwright as mw
 from benchmarks.gpt import ADAMW, Size, make_batch, make_model
 from benchmarks.peers import Peer
+from benchmarks.stages import MICROBATCHES, VIRTUAL, Cut
 
 TENSOR = """
 let     heads = {heads}
@@ -52,8 +53,18 @@ def meshwright(
     bf16: bool = False,
 ) -> Peer:
     text = plan_text(size, mesh, feature, microbatches)
-    plan = mw.Plan.parse(f"{text}precision bf16\n" if bf16 else text)
-    program = mw.compile(make_model(size), plan, example=make_batch(size))
+    text += "precision bf16\n" if bf16 else ""
+    return _peer(size, text, feature, check_inputs)
+
+
+def pipeline(size: Size, mesh: DeviceMesh, cut: Cut) -> Peer:
+    stages = f"stages at {', '.join(cut.names)} over pp microbatches={MICROBATCHES}"
+    text = f"mesh pp={mesh.size()}\ndata tokens, targets\n{stages} schedule={cut.schedule}"
+    return _peer(size, f"{text} virtual={VIRTUAL[cut.schedule]}\n", cut.schedule)
+
+
+def _peer(size: Size, plan: str, feature: str, check_inputs: bool | int = True) -> Peer:
+    program = mw.compile(make_model(size), mw.Plan.parse(plan), example=make_batch(size))
     run = program.launch(check_inputs=check_inputs)
     optimizer = run.optimizer(torch.optim.AdamW, **ADAMW)
 

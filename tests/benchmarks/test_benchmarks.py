@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpt import SIZES
 from benchmarks.interleave import Round, counted, cpu_ratio, ratio
+from benchmarks.stages import VIRTUAL, balanced
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,6 +64,29 @@ def test_peers_with_sharded_state_all_compute_the_same_losses(tmp_path: Path) ->
         assert max(found[variant]["loss_difference"].values()) < 5e-6
     assert found["bf16"]["loss_difference"]["meshwright zero 3"] < 1e-3
     assert min(found["memory"]["megabytes"].values()) > 100
+
+
+@pytest.mark.slow
+def test_pipelines_of_both_systems_compute_the_same_losses(tmp_path: Path) -> None:
+    arguments = ("--size", "tiny", "--mesh", "pp=2", "--schedules", "1f1b,zbv")
+    found = run("benchmarks.pipeline", tmp_path, *arguments)["tiny, pp=2"]
+    assert len(found["time"]["milliseconds"]) == 4
+    assert max(found["time"]["loss_difference"].values()) < 5e-6
+    assert len(found["time"]["ratios"]) == len(found["memory"]["ratios"]) == 2
+    assert min(found["memory"]["megabytes"].values()) > 100
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("schedule", VIRTUAL)
+def test_the_head_counts_where_stages_are_balanced(schedule: str, ranks: int) -> None:
+    cut = balanced(SIZES["base"], schedule, ranks)
+    assert [i for blocks in cut.blocks for i in blocks] == list(range(8))
+    assert len(cut.blocks) == len(cut.ranks) == ranks * VIRTUAL[schedule]
+    held = [
+        sum(len(b) for b, r in zip(cut.blocks, cut.ranks, strict=True) if r == rank)
+        for rank in range(ranks)
+    ]
+    assert held[cut.ranks[-1]] == min(held)
 
 
 @pytest.mark.slow
