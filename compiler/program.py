@@ -22,8 +22,9 @@ from meshwright.compiler.layout.extents import Padding
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh, within
 from meshwright.compiler.placing.emit import Movement
-from meshwright.compiler.schedules.actions import Schedule
+from meshwright.compiler.schedules.actions import Entries
 from meshwright.compiler.schedules.check import check_schedule
+from meshwright.compiler.schedules.tables import Table
 from meshwright.compiler.schedules.transfers import Transfers
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan
@@ -94,15 +95,15 @@ class Compiled:
 
     `plan` is the plan with the statements that modules carry themselves, `mesh` its axes, `device`
     the device of the code and `model` the module that was compiled, unchanged. `stages` have the
-    graphs, and `schedule` the order in which each rank runs them. `parameters` and `buffers` say
-    how ranks hold each tensor of the model, by name.
+    graphs, and `table` says in which order ranks run them, and what they send one another.
+    `parameters` and `buffers` say how ranks hold each tensor of the model, by name.
     """
 
     plan: Plan
     mesh: Mesh
     captured: Captured
     stages: tuple[Stage, ...]
-    schedule: Schedule
+    table: Table
     parameters: Mapping[str, Stored]
     buffers: Mapping[str, Stored]
     movements: tuple[Movement, ...]
@@ -110,7 +111,7 @@ class Compiled:
     model: nn.Module = field(repr=False)
 
     def __post_init__(self) -> None:
-        check_schedule(self.stages, self.schedule)
+        check_schedule(self.stages, self.table)
 
     def graphs(self) -> dict[str, Graph]:
         """Every graph by name: `stage0.forward` and, in training, `stage0.backward`."""
@@ -133,12 +134,24 @@ class Compiled:
         """The generated code of each graph, in the order of `graphs`."""
         return tuple(printed(each) for each in self.instructions)
 
+    @property
+    def pipeline(self) -> tuple[str, ...]:
+        """The axes over which the plan puts stages; ranks run the row of the table at their place
+        along them."""
+        return tuple(axis for statement in self.plan.of(Stages) for axis in statement.over)
+
+    @cached_property
+    def entries(self) -> Entries:
+        """What each rank runs, sends and receives in a step, in order."""
+        mesh, rows = self.mesh, self.table.rows
+        places = [mesh.position(mesh.coords(rank), self.pipeline) for rank in range(mesh.num_ranks)]
+        return {rank: rows[place] for rank, place in enumerate(places)}
+
     @cached_property
     def transfers(self) -> Transfers:
         """What stages send one another."""
-        axes = tuple(axis for statement in self.plan.of(Stages) for axis in statement.over)
         first_wire = sum(len(code.wires) for code in self.code)
-        return Transfers(self.stages, self.schedule, self.mesh, axes, first_wire)
+        return Transfers(self.stages, self.entries, self.mesh, self.pipeline, first_wire)
 
     @property
     def wire_names(self) -> tuple[str, ...]:
@@ -156,7 +169,7 @@ class Compiled:
         parts = [str(self.mesh), *(code.source for code in self.code)]
         parts += [repr(code.wires) for code in self.code]
         parts += [exact_text(graph) for graph in self.graphs().values()]
-        parts += [", ".join(map(str, actions)) for _, actions in sorted(self.schedule.items())]
+        parts += [", ".join(map(str, actions)) for _, actions in sorted(self.entries.items())]
         stored = (*self.parameters.values(), *self.buffers.values())
         parts += [repr(replace(each, plan_line="")) for each in stored]
         parts += self.captured.input_spec.fixed_values()

@@ -70,8 +70,9 @@ class Section(NamedTuple):
 
 MACHINERY: Mapping[type, tuple[str, ...]] = {
     mw.Program: (
-        "captured", "stages", "schedule", "movements", "recompile", "initialise", "launcher",
-        "code", "inputs", "trains", "scaled", "instructions", "with_model", "with_structure",
+        "captured", "stages", "table", "pipeline", "entries", "movements", "recompile",
+        "initialise", "launcher", "code", "inputs", "trains", "scaled", "instructions",
+        "with_model", "with_structure",
     ),
     program.Stored: ("paddings", "padded", "unpadded", "plan_line"),
     mw.Plan: ("names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error"),

@@ -25,9 +25,9 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check_all
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
-from meshwright.compiler.schedules.actions import Schedule
+from meshwright.compiler.schedules.links import graphs_of, links_of
+from meshwright.compiler.schedules.moves import whole
 from meshwright.compiler.schedules.named import planned_table
-from meshwright.compiler.schedules.pipeline import pipelined
 from meshwright.compiler.schedules.serial import same_on_every_rank
 from meshwright.compiler.schedules.tables import Size, Table
 from meshwright.dsl.plan import Plan
@@ -258,7 +258,9 @@ def _program(
         mesh=draft.mesh.of_ranks,
         captured=captured,
         stages=draft.stages,
-        schedule=_schedule(draft, table),
+        table=same_on_every_rank(draft.stages, draft.mesh)
+        if table is None
+        else whole(table, graphs_of(draft.stages), links_of(draft.stages)),
         parameters=_stored(draft, "parameter", captured.parameters, table),
         buffers=_stored(draft, "buffer", captured.buffers, table),
         movements=draft.movements,
@@ -278,13 +280,6 @@ def _table(draft: Draft) -> Table | None:
         table = planned_table(statement, size)
         return table if draft.captured.mode == "train" else table.evaluation
     return None
-
-
-def _schedule(draft: Draft, table: Table | None) -> Schedule:
-    if table is None:
-        return same_on_every_rank(draft.stages, draft.mesh)
-    (statement,) = draft.plan.of(Stages)
-    return pipelined(draft.stages, table, draft.mesh.of_ranks, statement.over)
 
 
 def _held_at(draft: Draft, name: str, table: Table | None) -> dict[str, tuple[int, ...]]:

@@ -51,7 +51,7 @@ class Executor:
     ) -> None:
         self.state, self.constants = state, constants
         self.scaled = program.scaled
-        self.entries = program.schedule[state.rank]
+        self.entries = program.entries[state.rank]
         self.stored = {**program.parameters, **program.buffers}
         self._results: dict[tuple[OutputKind, str], Output] = {}
         places = {node.args[1]: i for i, node in enumerate(program.inputs())}

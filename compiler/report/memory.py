@@ -112,7 +112,7 @@ def walks_by_rank(program: Compiled) -> dict[int, Walk]:
     walked: dict[tuple[Entry, ...], Walk] = {}
     found: dict[tuple[Any, ...], int] = {}
     instructions = {each.name: each for each in program.instructions}
-    for rank, entries in program.schedule.items():
+    for rank, entries in program.entries.items():
         coords = program.mesh.coords(rank)
         found.setdefault((entries, *(coords[axis] for axis in program.apart)), rank)
         if entries not in walked:

@@ -79,8 +79,8 @@ class Receive:
 
 
 Entry: TypeAlias = "Action | Send | Receive"
-Schedule: TypeAlias = "Mapping[int, tuple[Entry, ...]]"
-"""The entries of each rank, in the order in which it runs them."""
+Entries: TypeAlias = "Mapping[int, tuple[Entry, ...]]"
+"""Those of each rank, in the order in which it runs them."""
 
 
 def actions_of(entries: Iterable[Entry]) -> tuple[Action, ...]:

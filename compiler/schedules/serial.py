@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.schedules.actions import Action, Schedule
+from meshwright.compiler.schedules.actions import Action
+from meshwright.compiler.schedules.tables import Table
 from meshwright.compiler.stages import Stage
 
 
-def same_on_every_rank(stages: Iterable[Stage], mesh: Mesh) -> Schedule:
-    """The schedule in which every rank runs all graphs of all stages.
+def same_on_every_rank(stages: Iterable[Stage], mesh: Mesh) -> Table:
+    """The table of a single row, in which every rank runs all graphs of all stages.
 
     For each microbatch in turn: every forward, then, from the last stage to the first, the
     backward and the weight gradients. Counts of all microbatches and what runs once come before
@@ -32,4 +33,4 @@ def same_on_every_rank(stages: Iterable[Stage], mesh: Mesh) -> Schedule:
     last = [Action(Phase.AFTER, s.number) for s in reversed(listed)]
     graphs = {(s.number, phase) for s in listed for phase in s.graphs}
     actions = tuple(a for a in (*first, *looped, *last) if (a.stage, a.kind) in graphs)
-    return dict.fromkeys(range(mesh.num_ranks), actions)
+    return Table(len(turns), ((0,),) * len(listed), (actions,))

@@ -8,8 +8,8 @@ from functools import cached_property
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
-from meshwright.compiler.schedules.actions import Receive, Schedule, Send
-from meshwright.compiler.schedules.pipeline import links_of
+from meshwright.compiler.schedules.actions import Entries, Receive, Send
+from meshwright.compiler.schedules.links import links_of
 from meshwright.compiler.schedules.settled import settled
 from meshwright.compiler.stages import Stage
 
@@ -23,12 +23,12 @@ class Transfers:
     def __init__(
         self,
         stages: Sequence[Stage],
-        schedule: Schedule,
+        entries: Entries,
         mesh: Mesh,
         axes: tuple[str, ...],
         first_wire: int,
     ) -> None:
-        self.schedule, self.mesh, self.axes = schedule, mesh, axes
+        self.entries, self.mesh, self.axes = entries, mesh, axes
         inputs = {
             node.args: node for s in stages for phase in s.graphs for node in s.received(phase)
         }
@@ -58,7 +58,7 @@ class Transfers:
     @property
     def every_wire(self) -> Iterator[Wire]:
         """The wires of a step, on all ranks, repeats included."""
-        for rank, entries in self.schedule.items():
+        for rank, entries in self.entries.items():
             for entry in entries:
                 if isinstance(entry, Send):
                     yield from (wire for _, wire in self.wires(rank, entry))
@@ -71,4 +71,4 @@ class Transfers:
 
     @cached_property
     def _settled(self) -> tuple[Mapping[int, tuple[int, ...]], ...]:
-        return settled([self.schedule[rank] for rank in self.mesh.group(0, self.axes)])
+        return settled([self.entries[rank] for rank in self.mesh.group(0, self.axes)])

@@ -230,7 +230,7 @@ def test_a_statistic_of_activations_that_is_needed_whole_is_refused(
 def test_the_label_count_is_reduced_once_before_the_loop() -> None:
     program = compiled(Gpt(), tokens(), PLANS["data"])
     assert program.comm().counts() == {"all_reduce[dp]": 3}
-    kinds = [action.kind for action in program.schedule[0]]
+    kinds = [action.kind for action in program.entries[0]]
     loop = [Phase.FORWARD, Phase.BACKWARD] * 4
     assert kinds == [*[Phase.COUNT] * 4, Phase.BEFORE, *loop, Phase.AFTER]
     parameters = [n for n in program.stages[0].graphs[Phase.COUNT].nodes if n.requires_grad]
@@ -240,7 +240,7 @@ def test_the_label_count_is_reduced_once_before_the_loop() -> None:
 def test_a_program_in_microbatches_has_the_ranks_of_its_other_axes() -> None:
     program = compiled(Mlp(), rows(), "mesh dp=2\ndata x over dp\naccumulate 4\n")
     assert program.mesh == Mesh((("dp", 2),))
-    assert sorted(program.schedule) == [0, 1]
+    assert sorted(program.entries) == [0, 1]
 
 
 def test_a_sequential_axis_has_no_ranks_and_no_groups() -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 import meshwright as mw
+from meshwright.compiler.graph.ir import Graph, Phase
 from tests.runtime.models import PLANS, batch, make
 
 Places = Mapping[str, tuple[int, ...]]
@@ -31,8 +32,13 @@ def held(program: mw.Program, places: Places) -> mw.Program:
         {name: replace(each, held_at=_places(name, places)) for name, each in tensors.items()}
         for tensors in (program.parameters, program.buffers)
     )
-    nothing = dict.fromkeys(range(program.mesh.num_ranks), ())
-    return replace(program, parameters=parameters, buffers=buffers, schedule=nothing)
+    stages = tuple(replace(each, graphs=_idle(each.graphs)) for each in program.stages)
+    return replace(program, parameters=parameters, buffers=buffers, stages=stages)
+
+
+def _idle(graphs: Mapping[Phase, Graph]) -> dict[Phase, Graph]:
+    """Graphs that compute nothing."""
+    return {phase: replace(each, nodes=each.inputs, outputs=()) for phase, each in graphs.items()}
 
 
 def _places(name: str, places: Places) -> Places:

@@ -26,6 +26,7 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.compiler.public import Program
 from meshwright.compiler.schedules.actions import Action
+from meshwright.compiler.schedules.tables import Table
 from meshwright.compiler.stages import Stage
 from meshwright.passes.bucket import bucket
 from meshwright.passes.lower import lower
@@ -109,8 +110,8 @@ def in_stages(
     graph = passed(model, example, plan)["move_varies"]
     stages = tuple(stage(i, each, phases) for i, each in enumerate(cut(graph, *after)))
     actions = tuple(Action(kind, number) for kind, number in order)
-    schedule = dict.fromkeys(range(program.mesh.num_ranks), actions)
-    return program, replace(program, stages=stages, schedule=schedule)
+    table = Table(1, ((0,),) * len(stages), (actions,))
+    return program, replace(program, stages=stages, table=table)
 
 
 def check_same(one: Program, other: Program, example: Any) -> None:
@@ -219,10 +220,10 @@ def test_a_backward_in_two_graphs_gives_what_one_does() -> None:
 @pytest.mark.parametrize(
     ("order", "problem"),
     [
-        ([(F_, 1), (F_, 0), (B, 1), (B, 0)], "`forward 1` in the schedule takes received `gelu"),
-        ([(F_, 0), (F_, 1), (B, 0), (B, 1)], "`backward 0` in the schedule takes cotangent `gelu"),
-        ([(F_, 0), (F_, 1), (W, 1)], "`weight 1` in the schedule has no graph"),
-        ([(F_, 0), (F_, 0)], "`forward 0` in the schedule makes received `gelu for 1` once more"),
+        ([(F_, 1), (F_, 0), (B, 1), (B, 0)], "`forward 1` .* comes before `forward 0`, which it"),
+        ([(F_, 0), (F_, 1), (B, 0), (B, 1)], "`backward 0` .* comes before `backward 1`, which"),
+        ([(F_, 0), (F_, 1), (W, 1)], "`weight 1` on rank 0 of the pipeline has no graph"),
+        ([(F_, 0), (F_, 0)], "`forward 0` on rank 0 of the pipeline runs twice"),
     ],
 )
 def test_a_schedule_in_which_values_are_missing_is_refused(
@@ -235,5 +236,5 @@ def test_a_schedule_in_which_values_are_missing_is_refused(
 def test_gradients_of_microbatches_are_not_overwritten_without_a_word() -> None:
     program = meshwright.compile(Mlp(), meshwright.Plan.parse(DATA), (real(8, 16).float(),))
     actions = [Action(kind, 0, i) for i in range(2) for kind in (F_, B)]
-    with pytest.raises(PassError, match=r"`forward 0 of microbatch 1` .* makes loss"):
-        replace(program, schedule=dict.fromkeys(range(2), tuple(actions)))
+    with pytest.raises(PassError, match=r"`forward 0 of microbatch 1` .* is of none of the micro"):
+        replace(program, table=Table(1, ((0,),), (tuple(actions),)))

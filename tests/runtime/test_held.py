@@ -217,7 +217,7 @@ def test_a_rank_without_any_parameter_of_a_group_has_the_group() -> None:
 
 def test_a_stage_whose_parameters_are_elsewhere_is_our_bug() -> None:
     program = whole(plan("tensor", 2))
-    wrong = replace(held(program, HALVES), schedule=program.schedule)
+    wrong = replace(held(program, HALVES), stages=program.stages)
     with pytest.raises(PassError, match=r"rank 0 does not hold `blocks\.1"):
         wrong.launch()
 

@@ -20,10 +20,9 @@ def test_forwards_run_from_the_first_stage_and_what_follows_from_the_last() -> N
         *(f"{action} of microbatch 1" for action in loop),
         *("after 1", "after 0"),
     ]
-    schedule = same_on_every_rank(stages, mesh)
-    assert sorted(schedule) == [0, 1]
-    for actions in schedule.values():
-        assert [str(action) for action in actions] == expected
+    table = same_on_every_rank(stages, mesh)
+    assert (table.microbatches, table.holders) == (2, ((0,), (0,)))
+    assert [[str(action) for action in row] for row in table.rows] == [expected]
 
 
 def test_a_phase_without_a_graph_is_left_out() -> None:
@@ -34,7 +33,7 @@ def test_a_phase_without_a_graph_is_left_out() -> None:
             [(Phase.FORWARD, Phase.BACKWARD, Phase.AFTER), (Phase.FORWARD, Phase.BACKWARD)]
         )
     )
-    (actions,) = same_on_every_rank([whole, short], mesh).values()
+    (actions,) = same_on_every_rank([whole, short], mesh).rows
     assert [str(action) for action in actions] == [
         "forward 0", "forward 1", "backward 1", "backward 0", "after 0"
     ]  # fmt: skip

@@ -1,20 +1,20 @@
-"""The schedule of a program that is cut into stages: a table, filled in for its graphs."""
+"""The graphs of stages, and the values that go from one to another."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import InputKind, Phase
-from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.schedules.actions import Link, Schedule
-from meshwright.compiler.schedules.faults import find_fault
-from meshwright.compiler.schedules.moves import whole
-from meshwright.compiler.schedules.tables import Table
+from meshwright.compiler.schedules.actions import Link
 from meshwright.compiler.stages import PASSED_AS, Stage
 
 Passed = tuple[InputKind, str]
 """What a value is to the stage that takes it, and its name."""
+
+
+def graphs_of(stages: Iterable[Stage]) -> frozenset[tuple[int, Phase]]:
+    """The stages and phases of which there is a graph."""
+    return frozenset((stage.number, phase) for stage in stages for phase in stage.graphs)
 
 
 def links_of(stages: Iterable[Stage]) -> dict[Link, tuple[Passed, ...]]:
@@ -34,18 +34,3 @@ def links_of(stages: Iterable[Stage]) -> dict[Link, tuple[Passed, ...]]:
                 for taker in takers.get(passed, ()):
                     found.setdefault(Link(stage.number, phase, *taker), []).append(passed)
     return {link: tuple(values) for link, values in found.items()}
-
-
-def pipelined(stages: Iterable[Stage], table: Table, mesh: Mesh, axes: tuple[str, ...]) -> Schedule:
-    """The schedule of every rank of `mesh`, whose coordinate along `axes` says its row of a table.
-
-    Raises `PassError` if ranks would wait for ever, or compute something else.
-    """
-    stages = list(stages)
-    graphs = frozenset((stage.number, phase) for stage in stages for phase in stage.graphs)
-    links = links_of(stages)
-    filled = whole(table, graphs, links)
-    if fault := find_fault(filled, graphs, links, sends=True):
-        raise PassError(str(fault), help="report this: it is a bug")
-    ranks = range(mesh.num_ranks)
-    return {rank: filled.rows[mesh.position(mesh.coords(rank), axes)] for rank in ranks}
