@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
@@ -22,7 +22,20 @@ from meshwright.compiler.report.listing import GraphText
 from meshwright.compiler.report.memory import Memory, memory
 from meshwright.compiler.report.summary import summarise
 from meshwright.compiler.report.timeline import timeline
+from meshwright.compiler.schedules.simulate import Costs
 from meshwright.dsl.errors import plural
+
+if TYPE_CHECKING:
+    from meshwright.compiler.report.pipeline import CostsGiven, PipelineSchedule
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What runs programs: `launch` starts a run, and `measure` says what the graphs of each stage
+    cost on this machine, in seconds per microbatch."""
+
+    launch: Callable[..., Any]
+    measure: Callable[[Program], Costs]
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,7 +51,7 @@ class Program(Compiled):
     recompile: Callable[..., Program] = field(repr=False)
     """Compile the model, or a copy of it, under the same plan for another input signature or mode:
     `recompile(model, example=..., mode=...)`."""
-    launcher: Callable[..., Any] = field(repr=False)
+    runtime: Runtime = field(repr=False)
     initialise: Callable[[nn.Module], Initialisation] | None = field(repr=False)
     """Record how the model initialises what was compiled without values; None where its values
     were dropped later, and are not to be drawn again."""
@@ -112,6 +125,39 @@ class Program(Compiled):
         collective is under way."""
         return timeline(self.instructions)
 
+    def schedule(
+        self, *, simulate: bool = False, costs: CostsGiven | None = None
+    ) -> PipelineSchedule:
+        """List what each rank of the pipeline runs, sends and receives in a step, and when it would.
+
+        It prints as text: a table, a timeline, and the step time, the bubble and the activations at
+        once that they come to, of the loop over microbatches. The timeline is of actions that all
+        take as long, unless costs are known:
+
+        - `simulate`: measure what the graphs of each stage cost on this machine, in a few steps of
+          one rank per stage on inputs of the example's types, without what ranks send.
+        - `costs`: those of `"forward"`, `"backward"` (for inputs) and `"weight"`, each one number
+          for every stage or a list of one per stage, in any unit; and of `"hop"`, the time from a
+          send to its arrival, 0 by default.
+
+        Raises `CompilerError` for costs that cannot be, and `RunError` where there is no device
+        like the program's on which to measure.
+        """
+        from meshwright.compiler.report import pipeline  # takes rich, which few runs need
+
+        links, num_stages = tuple(self.transfers.values), len(self.stages)
+        if costs is not None:
+            assumed = pipeline.given_costs(costs, num_stages)
+        elif simulate:
+            assumed = pipeline.Assumed(
+                self.runtime.measure(self),
+                "measured on this machine, without what ranks send",
+                seconds=True,
+            )
+        else:
+            assumed = pipeline.equal_costs(num_stages)
+        return pipeline.PipelineSchedule(self.table, links, assumed)
+
     def show(self, *, local: bool = False) -> None:
         """Print the mesh, layouts, collectives, bytes and memory as tables.
 
@@ -166,7 +212,7 @@ class Program(Compiled):
         Raises `RunError` for a wrong argument, if there are no weights to start from, if the
         number of processes is not the mesh's, or if the device is not there.
         """
-        return self.launcher(
+        return self.runtime.launch(
             self,
             seed=seed,
             state_dict=state_dict,

@@ -26,7 +26,7 @@ from docs.generated import write_or_check
 from meshwright.compiler import errors, program
 from meshwright.compiler.graph import ir
 from meshwright.compiler.layout import mesh
-from meshwright.compiler.report import explain, ledger, listing, memory, sums
+from meshwright.compiler.report import explain, ledger, listing, memory, pipeline, sums
 from meshwright.dsl import PlanBuilder
 from meshwright.runtime import errors as run_errors
 
@@ -70,13 +70,14 @@ class Section(NamedTuple):
 
 MACHINERY: Mapping[type, tuple[str, ...]] = {
     mw.Program: (
-        "captured", "stages", "table", "pipeline", "entries", "movements", "recompile",
-        "initialise", "launcher", "code", "inputs", "trains", "scaled", "instructions",
+        "captured", "stages", "table", "pipeline", "entries", "transfers", "apart", "movements", "recompile",
+        "initialise", "runtime", "code", "inputs", "trains", "scaled", "instructions",
         "with_model", "with_structure",
     ),
-    program.Stored: ("paddings", "padded", "unpadded", "plan_line"),
+    program.Stored: ("held_at", "held_by", "num_holders", "paddings", "padded", "unpadded", "plan_line"),
     mw.Plan: ("names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error"),
     mesh.Mesh: ("groups", "position"),
+    pipeline.PipelineSchedule: ("table", "links", "assumed", "simulation"),
     ir.Graph: ("users",),
     ir.Node: ("tensor", "placed", "held", "of_model", "operands", "requires_grad"),
     mw.PlanError: ("about",),
@@ -178,6 +179,7 @@ forward all_reduce ('tp',) 256 <plan>:5
             explain.LaidOut,
             sums.Part,
             sums.Sum,
+            pipeline.PipelineSchedule,
         ),
     ),
     Section(

@@ -24,7 +24,7 @@ from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check_all
 from meshwright.compiler.program import Stored
-from meshwright.compiler.public import Program
+from meshwright.compiler.public import Program, Runtime
 from meshwright.compiler.schedules.links import graphs_of, links_of
 from meshwright.compiler.schedules.moves import whole
 from meshwright.compiler.schedules.named import planned_table
@@ -147,7 +147,7 @@ def compile_program(
     static: Sequence[str] = (),
     mode: Any = "train",
     device: str | torch.device | None = None,
-    launcher: Callable[..., Any],
+    runtime: Runtime,
 ) -> Program:
     """Compile `model` under `plan`; see `meshwright.compile`."""
     check_arguments(model, plan, loss, outputs, static, mode)
@@ -155,7 +155,7 @@ def compile_program(
     captured = capture(
         model, example, loss=loss, outputs=outputs, static=static, mode=mode, device=device
     )
-    return compile_captured(captured, plan, launcher=launcher)
+    return compile_captured(captured, plan, runtime=runtime)
 
 
 def capture(
@@ -199,7 +199,7 @@ def compile_captured(
     source: CapturedModel,
     plan: Plan,
     *,
-    launcher: Callable[..., Any],
+    runtime: Runtime,
     variant_of: tuple[str, ...] | None = None,
     held: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Program:
@@ -222,9 +222,9 @@ def compile_captured(
 
     def recompile(model: nn.Module, *, example: Any, mode: Mode) -> Program:
         again = recapture(model, example, mode=mode)
-        return compile_captured(again, plan, launcher=launcher, variant_of=inputs, held=holders)
+        return compile_captured(again, plan, runtime=runtime, variant_of=inputs, held=holders)
 
-    program = _program(draft, source, launcher, recompile)
+    program = _program(draft, source, runtime, recompile)
     if variant_of is None:
         check_axes(program)
     check_contracts(program)
@@ -248,7 +248,7 @@ def _drafted(source: CapturedModel, plan: Plan, variant_of: tuple[str, ...] | No
 def _program(
     draft: Draft,
     source: CapturedModel,
-    launcher: Callable[..., Any],
+    runtime: Runtime,
     recompile: Callable[..., Program],
 ) -> Program:
     """The program that the last pass leaves."""
@@ -268,7 +268,7 @@ def _program(
         model=source.model,
         recompile=recompile,
         initialise=partial(initialisation, device=source.device),
-        launcher=launcher,
+        runtime=runtime,
     )
 
 

@@ -36,7 +36,7 @@ class Inputs:
                 taken, left = _rows(node.args[1], node.placed, program)
                 self.types[node.args[1]] = TensorType(taken, node.tensor.dtype)
                 self.layouts[i] = left
-        self._expected = [(type.shape, type.dtype) for type in self.types.values()]
+        self.expected = [(type.shape, type.dtype) for type in self.types.values()]
         self._positional, self._keyword = _plain(program)
 
     def match(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Tensor] | None:
@@ -50,9 +50,9 @@ class Inputs:
                 return None
         else:
             return None
-        if len(given) != len(self._expected):
+        if len(given) != len(self.expected):
             return None
-        for tensor, (shape, dtype) in zip(given, self._expected, strict=True):
+        for tensor, (shape, dtype) in zip(given, self.expected, strict=True):
             if not isinstance(tensor, Tensor) or tensor.is_nested:
                 return None
             if tensor.shape != shape or tensor.dtype != dtype:

@@ -55,6 +55,7 @@ def broken():
 
 FILES = {
     "a.plan": PLAN,
+    "pipeline.plan": "mesh pp=2\ndata x, y\nstages at down over pp microbatches=2\n",
     "model.py": MODEL,
     "broken.py": "import not_installed_anywhere\n",
     "syntax.py": "x = = 1\n",
@@ -112,6 +113,8 @@ def test_check_reads_a_plan_and_compiles_a_model_under_it(
         ("graph_module_json", ["graph", "model:build", "a.plan", "--module=down", "--json"]),
         ("timeline", ["timeline", "model.py:build", "a.plan"]),
         ("timeline_json", ["timeline", "model.py:build", "a.plan", "--json", "--mode=infer"]),
+        ("schedule", ["schedule", "model.py:build", "pipeline.plan"]),
+        ("schedule_json", ["schedule", "model.py:build", "pipeline.plan", "--json"]),
         ("explain", ["explain", "model.py:build", "a.plan", "down"]),
         ("check_json", ["check", "model.py:build", "a.plan", "--json"]),
         ("infer", ["graph", "model.py:build", "a.plan", "--mode=infer"]),

@@ -71,7 +71,8 @@ class Simulation:
     @property
     def bubble_fraction(self) -> float:
         """The share of the step in which a coordinate computes nothing, on average."""
-        return 1 - sum(self.busy) / (len(self.rows) * self.makespan)
+        whole = len(self.rows) * self.makespan
+        return 1 - sum(self.busy) / whole if whole else 0.0
 
 
 class Simulator:

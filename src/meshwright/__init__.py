@@ -27,7 +27,7 @@ from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
 from meshwright.runtime.checkpoint import read_state_dict
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.run import Run, launch
+from meshwright.runtime.run import RUNTIME, Run
 from meshwright.runtime.world.launcher import guard
 
 __version__ = "0.1.0"
@@ -95,5 +95,5 @@ def compile(
         mode=mode,
         device=device,
         static=() if static is None else static,  # type: ignore[redundant-expr]  # as a default
-        launcher=launch,
+        runtime=RUNTIME,
     )

@@ -243,6 +243,18 @@ _COMMANDS = {
         _BOTH,
         _COMPILED,
     ),
+    "schedule": _Command(
+        "what each rank of a pipeline runs and sends, and when",
+        "MODEL PLAN",
+        _BOTH,
+        {
+            "--simulate": {
+                "action": "store_true",
+                "help": "measure what stages cost on this machine (default: all the same)",
+            },
+            **_COMPILED,
+        },
+    ),
     "explain": _Command(
         "why one module is laid out as it is",
         "MODEL PLAN NAME",

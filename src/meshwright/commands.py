@@ -21,7 +21,7 @@ from meshwright.launcher.job import Job
 from meshwright.launcher.launch import launch as launch_processes
 from meshwright.models import CommandError, load_model
 from meshwright.passes import driver
-from meshwright.runtime.run import launch
+from meshwright.runtime.run import RUNTIME
 
 
 def check(arguments: Namespace) -> int:
@@ -111,6 +111,18 @@ def timeline(arguments: Namespace) -> int:
     return 0
 
 
+def schedule(arguments: Namespace) -> int:
+    """Print what each rank of a pipeline runs and sends, and when."""
+    found = compiled(arguments).schedule(simulate=arguments.simulate)
+    if arguments.json:
+        print_json(found.to_json())
+    elif sys.stdout.isatty():
+        found.print()
+    else:
+        print_text(found.text())
+    return 0
+
+
 def explain(arguments: Namespace) -> int:
     """Print the explanation of one module, parameter or input."""
     explanation = compiled(arguments).explain(arguments.name)
@@ -177,7 +189,7 @@ def compiled(arguments: Namespace, plan: Plan | None = None) -> Program:
     plan = plan or Plan.load(arguments.plan)
     model, example = load_model(arguments.model)
     options = {"mode": arguments.mode, "device": arguments.device}
-    return driver.compile_program(model, plan, example, launcher=launch, **options)
+    return driver.compile_program(model, plan, example, runtime=RUNTIME, **options)
 
 
 def print_text(text: str) -> None:

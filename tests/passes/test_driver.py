@@ -16,6 +16,7 @@ from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.graph.text import exact_text
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.public import Runtime
 from meshwright.passes import driver
 from meshwright.passes.statements.draft import Draft
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
@@ -45,8 +46,8 @@ def test_plans_tried_on_one_capture_give_the_programs_of_whole_compilations(
 
     monkeypatch.setattr(torch.export, "export", counting)
     captured = driver.capture(model, sequences())
-    launcher: Callable[..., Any] = pytest.fail
-    found = [driver.compile_captured(captured, plan, launcher=launcher) for plan in plans]
+    runtime = Runtime(pytest.fail, pytest.fail)
+    found = [driver.compile_captured(captured, plan, runtime=runtime) for plan in plans]
     assert len(calls) == 1
     assert [program.digest for program in found] == expected
     assert len(set(expected)) == len(PLANS)

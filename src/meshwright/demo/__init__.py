@@ -21,7 +21,7 @@ from meshwright.demo.model import GPT, LENGTH, PLAN
 from meshwright.demo.report import Loss
 from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
-from meshwright.runtime.run import launch
+from meshwright.runtime.run import RUNTIME
 from meshwright.runtime.world.rendezvous import under_torchrun
 
 STEPS = 60
@@ -38,7 +38,7 @@ def run(steps: int = STEPS, *, as_json: bool = False, console: Console | None = 
     report.opening(console, model, corpus)
     example = corpus.batch(BATCH, LENGTH)
     compiled = time.perf_counter()
-    program = driver.compile_program(model, Plan.parse(PLAN, "gpt.plan"), example, launcher=launch)
+    program = driver.compile_program(model, Plan.parse(PLAN, "gpt.plan"), example, runtime=RUNTIME)
     report.program(console, program, seconds=time.perf_counter() - compiled)
     losses = train(program, model, corpus, steps, console)
     report.ending(console, losses, seconds=time.perf_counter() - started)
@@ -52,7 +52,7 @@ def run(steps: int = STEPS, *, as_json: bool = False, console: Console | None = 
 
 def train(program: Program, model: GPT, corpus: Corpus, steps: int, console: Console) -> list[Loss]:
     """Train on the mesh and in one process, from the same weights on the same batches."""
-    mesh = launch(program)
+    mesh = program.launch()
     optimizer = mesh.optimizer(torch.optim.AdamW, lr=LEARNING_RATE)
     single = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses: list[Loss] = []

@@ -1,49 +1,151 @@
-"""What a schedule looks like in a terminal."""
+"""What a schedule looks like in a terminal, and what it comes to."""
 
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from meshwright.compiler.report.pipeline import print_schedule, schedule_text
+import meshwright as mw
+from meshwright.compiler.errors import CompilerError
+from meshwright.compiler.report.pipeline import Assumed, PipelineSchedule, equal_costs, given_costs
 from meshwright.compiler.schedules.named import NAMED
-from meshwright.compiler.schedules.simulate import Costs
+from meshwright.compiler.schedules.routes import chain
 from meshwright.compiler.schedules.tables import Size
+from meshwright.runtime.executor import Executor
+from meshwright.runtime.measuring import _Timed, measured
+from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 
 Golden = Callable[[str, str], None]
 TABLES = {"1f1b": Size(2, 4), "zb": Size(4, 6), "dualpipe": Size(2, 4)}
+STAGES = "stages at blocks.1 over pp microbatches=4 schedule=zb\n"
+PLAN = f"mesh dp=2, pp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}{STAGES}"
+
+
+def scheduled(name: str, size: Size, assumed: Assumed | None = None) -> PipelineSchedule:
+    table = NAMED[name].fill(size)
+    num_stages = len(table.holders)
+    return PipelineSchedule(table, chain(num_stages), assumed or equal_costs(num_stages))
+
+
+@cache
+def program(device: str = "cpu") -> mw.Program:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return mw.compile(Gpt(), mw.Plan.parse(PLAN), tokens(), device="cpu")
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_and_its_timeline_have_golden_texts(name: str, golden: Golden) -> None:
-    table = NAMED[name].fill(TABLES[name])
-    timeline = schedule_text(table, Costs.equal(len(table.holders)))
-    golden(f"schedule-{name}", f"{schedule_text(table)}\n\n{timeline}")
+    golden(f"schedule-{name}", scheduled(name, TABLES[name]).text())
 
 
 def test_what_costs_more_is_drawn_longer(golden: Golden) -> None:
-    table = NAMED["1f1b"].fill(Size(2, 2))
-    golden("schedule-uneven", schedule_text(table, Costs([1, 2.5], [1.5, 2], [1, 0.75], hop=0.25)))
+    costs = {"forward": [1, 2.5], "backward": (1.5, 2), "weight": [1, 0.75], "hop": 0.25}
+    golden("schedule-uneven", scheduled("1f1b", Size(2, 2), given_costs(costs, 2)).text())
 
 
-@pytest.mark.parametrize("weight", [0, 1e-6, 1e6])
+def test_the_schedule_of_a_program_has_a_golden_text(golden: Golden) -> None:
+    """With its sends and receives, what runs once, and the count of labels."""
+    golden("schedule-program", str(program().schedule()))
+    alone = mw.compile(Gpt(), mw.Plan.parse(f"mesh dp=2\n{GPT_DATA}accumulate 2\n"), tokens())
+    golden("schedule-alone", f"{alone.schedule()}\n{alone.schedule()!r}")
+
+
+@pytest.mark.parametrize("weight", [0, 1e-100, 1e-6, 1e6, 1e100])
 def test_extreme_costs_are_drawn_within_bounds(weight: float) -> None:
-    table = NAMED["zb"].fill(Size(4, 8))
-    text = schedule_text(table, Costs([1] * 4, [1] * 4, [weight] * 4))
-    assert len(text.splitlines()) < 60
+    costs = {"forward": 1, "backward": 1, "weight": weight}
+    text = scheduled("zb", Size(4, 8), given_costs(costs, 4)).text()
+    assert len(text.splitlines()) < 70
     assert max(map(len, text.splitlines())) <= 80
+    nothing = scheduled("zb", Size(4, 8), given_costs(dict.fromkeys(costs, 0), 4))
+    assert (nothing.step_time, nothing.bubble_fraction) == (0, 0)
+    assert nothing.text()
 
 
 def test_every_row_is_printed_whole_and_as_long_as_the_others() -> None:
-    table = NAMED["interleaved"].fill(Size(4, 8, 2))
     console = Console(file=io.StringIO(), width=50, color_system=None)
-    print_schedule(table, Costs.equal(8), console=console)
+    scheduled("interleaved", Size(4, 8, 2)).print(console)
     assert isinstance(console.file, io.StringIO)
-    rows = [line for line in console.file.getvalue().splitlines() if line.startswith("rank")]
+    rows = [line for line in console.file.getvalue().splitlines() if line.startswith("rank")][4:]
     drawn = ["".join(row[8:] for row in rows[c::4]) for c in range(4)]
     assert len(set(map(len, drawn))) == 1
     for c in range(4):
         assert sum(drawn[c].count(f"{stage}F") for stage in (c, c + 4)) == 16
+
+
+def test_given_costs_come_to_what_the_papers_say() -> None:
+    costs = {"forward": 3, "backward": 4, "weight": 2}
+    found = program().schedule(costs=costs)
+    assert found.step_time == 4 * 9 + (3 + 4 - 2)
+    assert found.bubble_fraction == pytest.approx(5 / 41)
+    assert (found.window, found.activations) == (41, (2, 2))
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["ranks"][0][:3] == ["before 0", *data["ranks"][0][1:3]]
+    assert data["step_time"] == max(each["end"] for row in data["times"] for each in row)
+    assert data["messages"] == sum(e.startswith("send") for row in data["ranks"] for e in row)
+
+
+@pytest.mark.parametrize(
+    "name", ["number", "missing", "unknown", "text", "negative", "nan", "too-many", "two-hops"]
+)
+def test_costs_that_cannot_be_have_golden_texts(name: str, golden: Golden) -> None:
+    whole: dict[str, Any] = {"forward": 1, "backward": 1, "weight": 1}
+    wrong: dict[str, Any] = {
+        "number": 3,
+        "missing": {"forward": 1},
+        "unknown": {**whole, "hops": 1},
+        "text": {**whole, "weight": "1"},
+        "negative": {**whole, "weight": [1, -1]},
+        "nan": {**whole, "hop": float("nan")},
+        "too-many": {**whole, "forward": [1, 2, 3]},
+        "two-hops": {**whole, "hop": [1, 1]},
+    }
+    with pytest.raises(CompilerError) as error:
+        program().schedule(costs=wrong[name])
+    golden(f"costs-{name}", str(error.value))
+
+
+def test_stages_are_measured_on_this_machine() -> None:
+    for device in ("cpu", "meta"):  # which has no values, and needs none
+        found = program(device).schedule(simulate=True)
+        costs = found.assumed.costs
+        each = (*costs.forward, *costs.backward, *costs.weight)
+        assert len(each) == 6 and all(0 < seconds < 10 for seconds in each)
+        assert "measured on this machine" in found.text()
+        assert found.to_json()["costs"]["unit"] == "seconds"  # type: ignore[index]
+
+
+def test_measuring_leaves_the_model_and_its_program_as_they_were() -> None:
+    own = program()
+    before = {name: value.clone() for name, value in own.model.state_dict().items()}
+    batch = tokens()
+    expected = own.launch().step(*batch)
+    measured(own)
+    assert all(value.equal(before[name]) for name, value in own.model.state_dict().items())
+    assert own.launch().step(*batch).equal(expected)
+
+
+def test_a_stage_that_computes_more_is_measured_to_cost_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the clock of the test, on which each action takes as long as its stage has nodes."""
+    clock = 0.0
+
+    def act(self: Any, action: Any, step: Any) -> Any:
+        nonlocal clock
+        clock += len(own.stages[action.stage].graphs[action.kind].nodes)
+        return (yield from original(self, action, step))
+
+    own, original = program(), Executor._act
+    monkeypatch.setattr(Executor, "_act", act)
+    monkeypatch.setattr(_Timed, "_now", lambda self: clock)
+    costs = measured(own)
+    for stage in own.stages:
+        assert costs.forward[stage.number] == len(stage.forward.nodes)

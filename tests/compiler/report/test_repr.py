@@ -16,7 +16,7 @@ from meshwright.dsl.writing.html import LIMIT, html_table
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 
 PLAN = "mesh dp=2, tp=2\n" + GPT_DATA + GPT_TENSOR
-CHANGING = {"launch", "recompile", "launcher", "load", "save", "step", "close", "forward", "run"}
+CHANGING = {"launch", "recompile", "runtime", "load", "save", "step", "close", "forward", "run"}
 
 
 @cache

@@ -23,7 +23,7 @@ from meshwright.compiler.public import Program
 from meshwright.compiler.report.summary import summarise
 from meshwright.passes import driver, fuse
 from meshwright.passes.statements import zero
-from meshwright.runtime.run import launch
+from meshwright.runtime.run import RUNTIME
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import (
     GPT_DATA,
@@ -268,7 +268,7 @@ def test_a_step_sends_what_the_papers_say(name: str, mesh: str) -> None:
     for level, m in itertools.product((1, 2, 3), (1, 2, 4) if mesh == "dp=4" else (2,)):
         plan = f"mesh {mesh}\ndata {case.inputs} over {over}\nzero {level} over {over}\n"
         plan += f"accumulate {m}\n" if m > 1 else ""
-        program = driver.compile_captured(source, meshwright.Plan.parse(plan), launcher=launch)
+        program = driver.compile_captured(source, meshwright.Plan.parse(plan), runtime=RUNTIME)
 
         def volume(pattern: str, program: Program = program) -> int:
             """The bytes that a rank sends to gather these parameters once, or to scatter them."""
