@@ -128,7 +128,7 @@ class Program(Compiled):
     def schedule(
         self, *, simulate: bool = False, costs: CostsGiven | None = None
     ) -> PipelineSchedule:
-        """List what each rank of the pipeline runs, sends and receives in a step, and when it would.
+        """List what each rank of the pipeline runs, sends and receives in a step, and when.
 
         It prints as text: a table, a timeline, and the step time, the bubble and the activations at
         once that they come to, of the loop over microbatches. The timeline is of actions that all

@@ -70,11 +70,13 @@ class Section(NamedTuple):
 
 MACHINERY: Mapping[type, tuple[str, ...]] = {
     mw.Program: (
-        "captured", "stages", "table", "pipeline", "entries", "transfers", "apart", "movements", "recompile",
-        "initialise", "runtime", "code", "inputs", "trains", "scaled", "instructions",
+        "captured", "stages", "table", "pipeline", "entries", "transfers", "apart", "movements",
+        "recompile", "initialise", "runtime", "code", "inputs", "trains", "scaled", "instructions",
         "with_model", "with_structure",
     ),
-    program.Stored: ("held_at", "held_by", "num_holders", "paddings", "padded", "unpadded", "plan_line"),
+    program.Stored: (
+        "held_at", "held_by", "num_holders", "paddings", "padded", "unpadded", "plan_line",
+    ),
     mw.Plan: ("names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error"),
     mesh.Mesh: ("groups", "position"),
     pipeline.PipelineSchedule: ("table", "links", "assumed", "simulation"),

@@ -44,13 +44,16 @@ class Ran:
     end: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Simulation:
     """When each coordinate ran what."""
 
     rows: tuple[tuple[Ran, ...], ...]
     num_messages: int
     """How many times values went from one coordinate to another."""
+
+    def __repr__(self) -> str:
+        return f"<Simulation of {sum(map(len, self.rows))} actions, in {self.makespan:g}>"
 
     @property
     def makespan(self) -> float:

@@ -13,11 +13,12 @@ from itertools import islice
 
 from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.schedules.actions import Action, Entry
+from meshwright.dsl.errors import plural
 
 F, B, W = Phase.FORWARD, Phase.BACKWARD, Phase.WEIGHT
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Table:
     """What each coordinate along the pipeline runs: in the loop over microbatches, and once it is
     whole (`whole` in `moves.py`), before and after it too, with what is sent meanwhile."""
@@ -29,6 +30,10 @@ class Table:
     """By coordinate: what it runs, in order."""
     overlapped: frozenset[Action] = frozenset()
     """Forwards that may run at the same time as the whole backward that follows them."""
+
+    def __repr__(self) -> str:
+        p, stages = plural(len(self.rows), "rank"), plural(len(self.holders), "stage")
+        return f"<Table of {p} and {stages}, {plural(self.microbatches, 'microbatch')}>"
 
     @property
     def virtual(self) -> int:

@@ -12,6 +12,7 @@ from meshwright.compiler.schedules.actions import Entries, Receive, Send
 from meshwright.compiler.schedules.links import links_of
 from meshwright.compiler.schedules.settled import settled
 from meshwright.compiler.stages import Stage
+from meshwright.dsl.errors import plural
 
 
 class Transfers:
@@ -41,6 +42,10 @@ class Transfers:
         self.names = tuple(node.args[1] for node in moved)
         """By number of the wire: the name of the value."""
         self._numbers = {node: number for number, node in enumerate(moved, first_wire)}
+
+    def __repr__(self) -> str:
+        over = ", ".join(self.axes)
+        return f"<Transfers: {plural(len(self.names), 'value')} over ({over})>"
 
     def wires(self, rank: int, entry: Send | Receive) -> list[tuple[Node, Wire]]:
         """The values of an entry in the schedule of `rank`, each with its wire."""
