@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meshwright.compiler.capture.aliases import named_tensors
 from meshwright.compiler.program import Stored
-from meshwright.compiler.public import Program, Runtime
+from meshwright.compiler.public import Program
 from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
 from meshwright.runtime.ambient import apart_from_caller
@@ -23,7 +23,6 @@ from meshwright.runtime.checks.finite import FiniteCheck, read_check
 from meshwright.runtime.checks.same_inputs import InputCheck, read_interval
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes, rows_of
-from meshwright.runtime.measuring import measured
 from meshwright.runtime.optimizers.habits import refuse_habits
 from meshwright.runtime.optimizers.model_optimizers import notice_optimizers_of
 from meshwright.runtime.optimizers.norms import check_norms, clipped
@@ -537,10 +536,6 @@ def launch(program: Program, **options: Any) -> Run:
     """Start a run of `program`; see `Run`."""
     with apart_from_caller(program.device.type):
         return Run(program, **options)
-
-
-RUNTIME = Runtime(launch, measured)
-"""What runs programs on this machine."""
 
 
 def _returned(found: Results) -> Any:

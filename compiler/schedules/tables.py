@@ -33,7 +33,7 @@ class Table:
 
     def __repr__(self) -> str:
         p, stages = plural(len(self.rows), "rank"), plural(len(self.holders), "stage")
-        return f"<Table of {p} and {stages}, {plural(self.microbatches, 'microbatch')}>"
+        return f"<Table of {p} and {stages}, microbatches: {self.microbatches}>"
 
     @property
     def virtual(self) -> int:

@@ -27,7 +27,8 @@ from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
 from meshwright.runtime.checkpoint import read_state_dict
 from meshwright.runtime.errors import RunError
-from meshwright.runtime.run import RUNTIME, Run
+from meshwright.runtime.machine import RUNTIME
+from meshwright.runtime.run import Run
 from meshwright.runtime.world.launcher import guard
 
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ from meshwright.launcher.job import Job
 from meshwright.launcher.launch import launch as launch_processes
 from meshwright.models import CommandError, load_model
 from meshwright.passes import driver
-from meshwright.runtime.run import RUNTIME
+from meshwright.runtime.machine import RUNTIME
 
 
 def check(arguments: Namespace) -> int:

@@ -21,7 +21,7 @@ from meshwright.demo.model import GPT, LENGTH, PLAN
 from meshwright.demo.report import Loss
 from meshwright.dsl.plan import Plan
 from meshwright.passes import driver
-from meshwright.runtime.run import RUNTIME
+from meshwright.runtime.machine import RUNTIME
 from meshwright.runtime.world.rendezvous import under_torchrun
 
 STEPS = 60

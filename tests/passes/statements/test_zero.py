@@ -23,7 +23,7 @@ from meshwright.compiler.public import Program
 from meshwright.compiler.report.summary import summarise
 from meshwright.passes import driver, fuse
 from meshwright.passes.statements import zero
-from meshwright.runtime.run import RUNTIME
+from meshwright.runtime.machine import RUNTIME
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import (
     GPT_DATA,
