@@ -23,6 +23,7 @@ from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh, within
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.schedules.actions import Entries
+from meshwright.compiler.schedules.balanced import Balance
 from meshwright.compiler.schedules.check import check_schedule
 from meshwright.compiler.schedules.tables import Table
 from meshwright.compiler.schedules.transfers import Transfers
@@ -107,6 +108,8 @@ class Compiled:
     parameters: Mapping[str, Stored]
     buffers: Mapping[str, Stored]
     movements: tuple[Movement, ...]
+    balance: Balance | None
+    """What the stages were chosen by, where the plan only says how many there are."""
     device: torch.device
     model: nn.Module = field(repr=False)
 

@@ -152,6 +152,17 @@ class Plan:
         check(statements, self.names.mesh)
         return replace(self, statements=statements)
 
+    def with_text(self, statement: s.Statement, text: str) -> Plan:
+        """This plan with another statement, which is read from `text`, in place of one of its own
+        and on the same line."""
+        line = statement.span.line if statement.span is not None else 1
+        source = Source(self.source.name, "\n" * (line - 1) + text)
+        (tree,), _ = parse_plan(source)
+        found = Reader(source, self.names).read(tree)
+        return replace(
+            self, statements=tuple(found if x is statement else x for x in self.statements)
+        )
+
     def error(
         self,
         code: str,

@@ -52,6 +52,7 @@ from meshwright.passes.rewriting.normalise import normalise
 from meshwright.passes.rewriting.route import route
 from meshwright.passes.separate import separate
 from meshwright.passes.statements.accumulate import accumulate, microbatches
+from meshwright.passes.statements.balance import balance
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
@@ -88,6 +89,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     sequence,
     pad_sequences,
     # The stages of a pipeline.
+    balance,
     stages,
     # Every node is placed, and every change of layout is a node.
     partition,
@@ -218,17 +220,28 @@ def compile_captured(
             draft = each(draft)
             check_all(draft.graphs, each.__name__, checked)
     inputs, recapture = source.captured.input_names, source.recapture
-    holders = {**draft.holders, **draft.held}
+    holders, chosen = {**draft.holders, **draft.held}, _with_stages(plan, draft.plan)
 
     def recompile(model: nn.Module, *, example: Any, mode: Mode) -> Program:
         again = recapture(model, example, mode=mode)
-        return compile_captured(again, plan, runtime=runtime, variant_of=inputs, held=holders)
+        return compile_captured(again, chosen, runtime=runtime, variant_of=inputs, held=holders)
 
     program = _program(draft, source, runtime, recompile)
     if variant_of is None:
         check_axes(program)
     check_contracts(program)
     return program
+
+
+def _with_stages(plan: Plan, carried_out: Plan) -> Plan:
+    """`plan` with the stages of the one that is carried out, so that they are chosen once."""
+    found = iter(carried_out.of(Stages))
+    return replace(
+        plan,
+        statements=tuple(
+            next(found) if isinstance(each, Stages) else each for each in plan.statements
+        ),
+    )
 
 
 def _drafted(source: CapturedModel, plan: Plan, variant_of: tuple[str, ...] | None) -> Draft:
@@ -264,6 +277,7 @@ def _program(
         parameters=_stored(draft, "parameter", captured.parameters, table),
         buffers=_stored(draft, "buffer", captured.buffers, table),
         movements=draft.movements,
+        balance=draft.balance,
         device=source.device,
         model=source.model,
         recompile=recompile,

@@ -75,17 +75,22 @@ def current_line() -> str:
 def origin_of(node: fx.Node) -> Origin:
     """The module, its class and the source line of one exported node; the wrapper is left out."""
     stack = node.meta.get("nn_module_stack") or {}
-    modules = _frames(tuple(stack.values()))
+    modules, calls = _frames(tuple((key, *frame) for key, frame in stack.items()))
     module, module_type = modules[-1] if modules else ("", "")
     source = innermost_line(node.meta.get("stack_trace") or "")
-    return Origin(module=module, module_type=module_type, source=source, modules=modules)
+    return Origin(module, module_type, source, modules=modules, calls=calls)
 
 
 @lru_cache(maxsize=4096)
-def _frames(stack: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-    """The entries inside the wrapper, by their paths in the user's model."""
-    found = []
-    for path, kind in stack[1:]:
+def _frames(
+    stack: tuple[tuple[str, str, str], ...],
+) -> tuple[tuple[tuple[str, str], ...], tuple[int, ...]]:
+    """The entries inside the wrapper, by their paths in the user's model, and the number of each
+    call: torch's keys end in it, from the second call of a module on."""
+    found, calls = [], []
+    for key, path, kind in stack[1:]:
         _, _, inside = re.sub(r"@\d+", "", path).partition(".")
         found.append((inside, kind.rpartition(".")[2]))
-    return tuple(found)
+        _, _, number = key.rpartition("@")
+        calls.append(int(number) if number.isdigit() else 0)
+    return tuple(found), tuple(calls)

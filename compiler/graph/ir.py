@@ -62,6 +62,8 @@ class Origin:
     forward: str = ""
     modules: tuple[tuple[str, str], ...] = ()
     """The stack of (path, class) from the root to the innermost module."""
+    calls: tuple[int, ...] = ()
+    """For each of these, which of the module's calls it is, from 0."""
     exact: bool = False
     """Whether the model itself says in which type to compute: by casts of the operands, or where it
     turns autocast off."""

@@ -225,12 +225,17 @@ def _memory(summary: Summary) -> Sheet:
     return Sheet("memory per rank" if len(places) > 1 else most, (Column(""), *columns), kept)
 
 
-def heading(summary: Summary) -> tuple[str, str]:
-    """Two lines: what is compiled under which plan, and for which mesh."""
+def heading(summary: Summary) -> tuple[str, ...]:
+    """Lines that say what is compiled under which plan, for which mesh, and how even its stages
+    are, if they were chosen."""
     mode = {"train": "training", "infer": "inference", "eval": "evaluation"}[summary.mode]
     axes = ", ".join(f"{axis}={size}" for axis, size in summary.mesh)
     num_ranks = math.prod(size for _, size in summary.mesh)
-    return (
+    lines = (
         f"{summary.model} under {summary.plan}, compiled for {mode} on {summary.device}",
         f"mesh {axes}, {plural(num_ranks, 'rank')}",
     )
+    if (found := summary.balance) is None:
+        return lines
+    most = f"{found.imbalance:.2f} times the mean"
+    return (*lines, f"stages chosen by {found.by}: the rank that has most has {most}")

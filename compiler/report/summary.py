@@ -14,6 +14,7 @@ from meshwright.compiler.placing.rules.lookup import has_rule
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Comm, Moved, ledger
 from meshwright.compiler.report.memory import Memory, memories, memory
+from meshwright.compiler.schedules.balanced import Balance
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Statement
 
@@ -89,6 +90,7 @@ class Summary:
     memory: Memory
     memories: tuple[tuple[str, Memory], ...]
     """That of ranks at different coordinates, where these hold different tensors."""
+    balance: Balance | None
 
     def to_json(self) -> dict[str, object]:
         """Plain dictionaries and lists."""
@@ -113,6 +115,7 @@ def summarise(program: Compiled, *, local: bool = False) -> Summary:
         tuple(_lines(program, comm)),
         memory(program),
         tuple(memories(program).items()) if program.apart else (),
+        program.balance,
     )
 
 

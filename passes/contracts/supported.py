@@ -53,9 +53,6 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
     if isinstance(statement, Precision) and statement.dropout == "native":
         help = "remove it: `hash` draws the same numbers under every plan"
         return "dropout=native", "dropout", help
-    if isinstance(statement, Stages) and statement.count is not None:
-        help = "name the modules with which stages begin: `stages at blocks.6 over pp`"
-        return f"stages {statement.count}", "", help
     if isinstance(statement, Stages) and statement.schedule == "dualpipe":
         return "schedule=dualpipe", "schedule", "write `dualpipev`, with `virtual=2`"
     local = isinstance(statement, Allow) and statement.what == "local"

@@ -12,6 +12,7 @@ from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.schedules.balanced import Balance
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Statement
@@ -59,6 +60,8 @@ class Draft:
     entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)
     """By the first node inside a module: layouts of the values that enter there."""
     regions: tuple[Region, ...] = ()
+    balance: Balance | None = None
+    """What the stages were chosen by, where the plan only says how many there are."""
     num_stages: int = 1
     """The number of stages that the forward is cut into."""
     holders: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

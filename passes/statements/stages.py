@@ -17,8 +17,8 @@ Elsewhere: the stages of torch.distributed.pipelining, which are modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -30,9 +30,11 @@ from meshwright.compiler.graph.ir import (
     Graph,
     InputKind,
     Node,
+    Origin,
     OutputKind,
 )
 from meshwright.dsl.errors import either, plural
+from meshwright.dsl.selectors import Selector
 from meshwright.dsl.statements import Spread, Stages
 from meshwright.dsl.suggest import nothing_matches, selectors_of
 from meshwright.passes.statements.draft import Draft
@@ -85,11 +87,16 @@ def stages(draft: Draft) -> Draft:
     cut = _Cut(draft.graph, starts, draft.held)
     _check_written(draft, cut, statements[0])
     _check_held(draft, cut, statements[0])
+    found = with_origins(draft, lambda node: replace(node.origin, stage=cut.stage[node]))
+    return replace(found, num_stages=len(starts) + 1, holders=cut.holders())
+
+
+def with_origins(draft: Draft, origin: Callable[[Node], Origin]) -> Draft:
+    """`draft` with another origin for each node."""
     builder = Builder(draft.graph.name, draft.graph.mesh)
     mapping: dict[Node, Node] = {}
     for node in draft.graph.nodes:
-        origin = replace(node.origin, stage=cut.stage[node])
-        mapping[node] = builder.copy(node, mapping, origin=origin)
+        mapping[node] = builder.copy(node, mapping, origin=origin(node))
     return replace(
         draft,
         graph=builder.graph(each.of(mapping[each.node]) for each in draft.graph.outputs),
@@ -98,9 +105,30 @@ def stages(draft: Draft) -> Draft:
             mapping[node]: tuple((mapping[value], pin) for value, pin in pins)
             for node, pins in draft.entering.items()
         },
-        num_stages=len(starts) + 1,
-        holders=cut.holders(),
     )
+
+
+@dataclass(slots=True)
+class Beginning:
+    """Where a module begins in a forward."""
+
+    place: int
+    """That of the first activation which it computes."""
+    calls: set[tuple[int, ...]] = field(default_factory=set)
+    """Its calls, each with the numbers of those of the modules around it."""
+
+
+def beginnings(graph: Graph) -> dict[str, Beginning]:
+    """Where each module begins that computes activations; of those that begin in one place, the
+    outer ones first."""
+    found: dict[str, Beginning] = {}
+    of = sources(graph)
+    for place, node in enumerate(graph.nodes):
+        if of[node] is Source.ACTIVATION:
+            for depth, (path, _) in enumerate(node.origin.modules, 1):
+                begun = found.setdefault(path, Beginning(place))
+                begun.calls.add(node.origin.calls[:depth])
+    return found
 
 
 class _Cut:
@@ -241,6 +269,9 @@ class _Boundaries:
             for place, node in enumerate(draft.graph.nodes)
             if self.sources[node] is Source.ACTIVATION
         }
+        self.beginnings = beginnings(draft.graph)
+        self.named: dict[str, Selector] = {}
+        """By module that begins a stage: the selector that matches it."""
 
     def starts(self) -> list[int]:
         """The place of the first node of each stage but the first."""
@@ -254,6 +285,7 @@ class _Boundaries:
                 start = max(self._start_of_held(number), *found, first + 1)
             elif not found and start <= first:
                 raise self._error(
+                    module,
                     f"nothing runs before `{module}`: the first stage would be empty",
                     "name a module that runs later",
                 )
@@ -270,6 +302,7 @@ class _Boundaries:
             matched = target.match(names)
             if not matched:
                 raise nothing_matches(target, names)
+            self.named = {**dict.fromkeys(matched, target), **self.named}
             starts = {name: self._start(name) for name in matched}
             end = len(self.graph.nodes)
             found += sorted(matched, key=lambda name: end if (s := starts[name]) is None else s)
@@ -277,22 +310,24 @@ class _Boundaries:
 
     def _start(self, module: str) -> int | None:
         """The place of the first node inside a module; None if a variant does not run it."""
-        inside = [
-            node
-            for node in self.activations
-            if any(path == module for path, _ in node.origin.modules)
-        ]
-        if not inside:
+        begun = self.beginnings.get(module)
+        if begun is None:
             if self.draft.variant_of is not None:
                 return None
             elsewhere = evaluated(self.draft, module) is not None
             when = "runs in eval mode alone" if elsewhere else "is never run"
             raise self._error(
+                module,
                 f"no stage can begin at {module_text(module)}, which {when}",
                 "name a module that computes something in the forward",
             )
-        self._check_once(module, set(inside))
-        return self.activations[inside[0]]
+        if len(begun.calls) > 1:
+            raise self._error(
+                module,
+                f"`{module}` runs in several places, of which each could begin the stage",
+                "name a module that runs once",
+            )
+        return begun.place
 
     def _start_of_held(self, number: int) -> int:
         """Where a stage begins in a variant that does not run the module: at the first node that
@@ -309,20 +344,6 @@ class _Boundaries:
                     return self.activations[node]
                 later.add(node)
         return len(self.graph.nodes)
-
-    def _check_once(self, module: str, inside: set[Node]) -> None:
-        """Raises `PlanError` for a module that runs again after others have used its result."""
-        left: set[Node] = set()
-        for node in self.activations:
-            if node in inside:
-                if left.isdisjoint(node.operands()):
-                    continue
-                raise self._error(
-                    f"`{module}` runs in several places, of which each could begin the stage",
-                    "name a module that runs once",
-                )
-            if not (inside | left).isdisjoint(node.operands()):
-                left.add(node)
 
     def _check_count(self, modules: Sequence[str]) -> None:
         statement, mesh = self.statement, self.draft.mesh
@@ -344,14 +365,17 @@ class _Boundaries:
     def _disorder(self, before: str, module: str, same: bool) -> Exception:
         if same:
             return self._error(
+                module,
                 f"nothing runs between the beginnings of `{before}` and `{module}`: a stage would "
                 "be empty",
                 "leave out one of the two",
             )
         return self._error(
+            module,
             f"`{module}` runs before `{before}`, and a stage cannot take values of a later one",
             "name the modules in the order in which they run",
         )
 
-    def _error(self, message: str, help: str) -> Exception:
-        return self.draft.plan.error("P501", message, self.statement, help=help)
+    def _error(self, module: str, message: str, help: str) -> Exception:
+        """An error at the selector that names a module."""
+        return self.draft.plan.error("P501", message, self.named[module].span, help=help)

@@ -1,0 +1,131 @@
+"""The floating-point operations of a node: those of its products, attention and convolutions.
+
+A multiplication and an addition are two. Torch's own formulas are taken where it has them, which is
+for the operators that its kernels are written for; here is one row for each other.
+Elsewhere: torch.utils.flop_counter, which counts what runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch.utils import flop_counter
+
+from meshwright.compiler.graph.ir import MeshOp, Node, Op, map_nodes
+from meshwright.compiler.layout.mesh import Mesh
+
+aten = torch.ops.aten
+
+Shape: TypeAlias = tuple[int, ...]
+Formula: TypeAlias = Callable[..., int]
+"""From the shape of the first result and the arguments, with shapes in place of tensors."""
+
+_SDPA: Formula = flop_counter.sdpa_flop_count
+_SDPA_BACKWARD: Formula = flop_counter.sdpa_backward_flop_count
+
+
+def flops(node: Node, mesh: Mesh) -> int:
+    """The operations of a placed node on one rank, in one turn of each loop.
+
+    They are 0 for an operator that has no formula: what is computed element by element is not
+    counted.
+    """
+    packet = getattr(node.op, "overloadpacket", None)
+    if node.op not in _FORMULAS and packet not in flop_counter.flop_registry:
+        return 0
+    shapes = [layout and layout.local_shape(mesh) for _, layout in node.results]
+    args = map_nodes(node.args, lambda operand: _local_shape(operand, mesh))
+    if formula := _FORMULAS.get(node.op):
+        return formula(shapes[0], *args)
+    out = tuple(shapes) if isinstance(node.type, tuple) else shapes[0]
+    return int(flop_counter.flop_registry[packet](*args, **node.kwargs, out_val=out))
+
+
+def _local_shape(node: Node, mesh: Mesh) -> Shape:
+    return node.placed.local_shape(mesh)
+
+
+def _product(out: Shape, first: Shape, *rest: Any) -> int:
+    """Each element of the result sums over the last dim of the first operand."""
+    return 2 * math.prod(out) * first[-1]
+
+
+def _vector(out: Shape, matrix: Shape, *rest: Any) -> int:
+    return 2 * math.prod(matrix)
+
+
+def _einsum(out: Shape, equation: str, operands: tuple[Shape, ...], *rest: Any) -> int:
+    """A multiplication or an addition by each operand, for each value of all letters."""
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, shape in zip(terms, operands, strict=True):
+        for letter, size in zip(_letters(term, len(shape)), shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1))
+    return len(operands) * math.prod(sizes.values()) if len(operands) > 1 else 0
+
+
+def _letters(term: str, num_dims: int) -> list[str]:
+    """The letters of a term, and numbers from the right for those of its ellipsis."""
+    before, _, after = term.partition("...")
+    hidden = num_dims - len(before) - len(after)
+    return [*before, *map(str, reversed(range(hidden))), *after]
+
+
+def _convolution(transposed: bool) -> Formula:
+    def formula(out: Shape, x: Shape, weight: Shape, *rest: Any) -> int:
+        batched = (x, out) if len(x) == len(weight) else ((1, *x), (1, *out))
+        return flop_counter.conv_flop_count(
+            [*batched[0]], [*weight], [*batched[1]], transposed=transposed
+        )
+
+    return formula
+
+
+def _recurrent(out: Shape, x: Shape, states: Any, weights: tuple[Shape, ...], *rest: Any) -> int:
+    """Each matrix meets each step of each sequence."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(each) for each in weights if len(each) == 2)
+
+
+def _attention(out: Shape, query: Shape, key: Shape, value: Shape, *rest: Any) -> int:
+    """Every head of queries meets one of keys, which may serve several."""
+    heads = query[1]
+    return _SDPA(query, (key[0], heads, *key[2:]), (value[0], heads, *value[2:]))
+
+
+def _attention_backward(out: Shape, grad: Shape, q: Shape, k: Shape, v: Shape, *rest: Any) -> int:
+    heads = q[1]
+    return _SDPA_BACKWARD(grad, q, (k[0], heads, *k[2:]), (v[0], heads, *v[2:]))
+
+
+_FORMULAS: Mapping[Op, Formula] = {
+    aten.linear.default: _product,
+    aten.matmul.default: _product,
+    aten.mv.default: _vector,
+    aten.dot.default: _vector,
+    aten.addmv.default: lambda out, added, matrix, *rest: _vector(out, matrix),
+    aten.einsum.default: _einsum,
+    **dict.fromkeys(
+        (
+            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+            aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+        ),
+        _convolution(transposed=False),
+    ),
+    **dict.fromkeys(
+        (
+            aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+            aten.conv_transpose3d.input,
+        ),
+        _convolution(transposed=True),
+    ),
+    **dict.fromkeys(
+        (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input), _recurrent
+    ),
+    MeshOp("attention"): _attention,
+    MeshOp("attention_backward"): _attention_backward,
+    MeshOp("grouped_mm"): _product,
+    MeshOp("grouped_mm_weight"): lambda out, x, grad, *rest: 2 * math.prod(grad) * x[-1],
+}  # fmt: skip
