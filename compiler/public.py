@@ -45,7 +45,9 @@ class Program(Compiled):
     Only `launch` needs a device or a process group. `plan` is the plan with the statements that
     modules carry themselves, `mesh` its axes, `device` the device of the code and `model` the
     module that was compiled, unchanged: `launch` takes the weights from it. `parameters` and
-    `buffers` say how ranks hold each tensor of the model, by name.
+    `buffers` say how ranks hold each tensor of the model, by name. Where the plan says how many
+    stages there are, and not which, `balance` has what they were chosen `by`, the `costs` of the
+    ranks along the pipeline and their `imbalance`, the greatest over the mean.
     """
 
     recompile: Callable[..., Program] = field(repr=False)

@@ -77,7 +77,10 @@ MACHINERY: Mapping[type, tuple[str, ...]] = {
     program.Stored: (
         "held_at", "held_by", "num_holders", "paddings", "padded", "unpadded", "plan_line",
     ),
-    mw.Plan: ("names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error"),
+    mw.Plan: (
+        "names", "comments", "resolve", "layout", "dims", "columns_dim", "merged", "error",
+        "with_text",
+    ),
     mesh.Mesh: ("groups", "position"),
     pipeline.PipelineSchedule: ("table", "links", "assumed", "simulation"),
     ir.Graph: ("users",),
