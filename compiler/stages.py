@@ -95,9 +95,16 @@ class Stage:
 
     def added(self, phase: Phase) -> tuple[int, ...]:
         """The numbers of the saved values of a graph that are added up over all turns of a loop."""
-        joined = self.joined
+        return tuple(n for n, joined in self._joined_of(phase).items() if joined.adds)
+
+    def left_to_join(self, phase: Phase) -> tuple[int, ...]:
+        """The numbers of those that become one over all turns of a loop in another way."""
+        return tuple(n for n, joined in self._joined_of(phase).items() if not joined.adds)
+
+    def _joined_of(self, phase: Phase) -> dict[int, Joined]:
         saved = [int(each.name) for each in self.graphs[phase].outputs_of(OutputKind.SAVED)]
-        return tuple(number for number in saved if number in joined and joined[number].adds)
+        joined = self.joined
+        return {number: joined[number] for number in saved if number in joined}
 
     def received(self, phase: Phase) -> tuple[Node, ...]:
         """The inputs that come from other stages: activations of a forward, cotangents of a

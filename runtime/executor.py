@@ -66,6 +66,7 @@ class Executor:
         }
         own = {stage for stage, _ in graphs}
         self.loops = {s.number: self._loop(s) for s in program.stages if s.number in own}
+        self.turns = self._turns()
         self.moves = self._moves(program)
         self.settled = program.transfers.settled(state.rank)
         returned = [o for graph in graphs.values() for o in graph.outputs_of(*_RETURNED)]
@@ -127,8 +128,22 @@ class Executor:
             self.state.device,
             joined,
             {phase: stage.added(phase) for phase in stage.graphs},
+            {phase: stage.left_to_join(phase) for phase in stage.graphs},
             places,
         )
+
+    def _turns(self) -> dict[Action, _Turn]:
+        """What is known of each action before a step."""
+        found: dict[Action, _Turn] = {}
+        seen: set[_Bucket] = set()
+        for action in actions_of(self.entries):
+            each, loop = self.graphs[action.stage, action.kind], self.loops[action.stage]
+            places = [loop.places[n] for n in loop.added[action.kind] if n in loop.places]
+            filled = dict.fromkeys((*each.buckets.values(), *(bucket for bucket, _ in places)))
+            first = tuple(bucket for bucket in filled if bucket not in seen)
+            seen.update(first)
+            found[action] = _Turn(each, loop, action.kind, action.microbatch, first)
+        return found
 
     def tensor(self, node: Node) -> Tensor:
         """What this rank holds of a parameter, buffer or constant, in the layout of `node`."""
@@ -194,19 +209,21 @@ class Executor:
 
     def _act(self, action: Action, step: _Step) -> RankProgram:
         """Run a graph: it takes what others have left for it, and leaves what others take."""
-        each = self.graphs[action.stage, action.kind]
+        turn, handed = self.turns[action], step.saved[action.stage]
+        each, microbatch = turn.linked, turn.microbatch
         inputs = each.inputs.of(step.arguments)
         if each.inputs.received:
-            yield from each.inputs.receive(inputs, step.passed, action.microbatch)
-        self._keep(each.buckets.values())
-        handed, microbatch = step.saved[action.stage], action.microbatch
+            yield from each.inputs.receive(inputs, step.passed, microbatch)
+        for bucket in turn.fills:
+            self._kept[bucket] = bucket.keep()
         own = handed.once if each.once else handed.by_microbatch[microbatch]
-        self._keep(handed.give_totals(action))
+        own.update(handed.totals(turn.phase))
         values, under_way = yield from each.run(inputs, own, microbatch)
         if each.once:
             handed.share()
         else:
-            handed.join(microbatch)
+            for number in turn.loop.left_to_join[turn.phase]:
+                handed.join(number, own.pop(number), microbatch)
         step.reductions += under_way
         for place, kind, name in each.sent:
             step.passed[kind, name, microbatch] = values[place]
@@ -244,12 +261,6 @@ class Executor:
         for name, value in buffers.items():
             self.state.tensors["buffer", name].copy_(value)
 
-    def _keep(self, buckets: Iterable[_Bucket]) -> None:
-        """Keep what is in buckets that are about to be filled."""
-        for bucket in buckets:
-            if bucket not in self._kept:
-                self._kept[bucket] = bucket.keep()
-
     def commit(self, results: Results) -> None:
         """Give the parameters their gradients, and take new values of buffers out of `results`."""
         kept, self._kept = self._kept, {}
@@ -278,6 +289,18 @@ class _Move:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """An action: the graph of a phase of a stage, on one microbatch."""
+
+    linked: _Linked
+    loop: _Loop
+    phase: Phase
+    microbatch: int
+    fills: tuple[_Bucket, ...]
+    """The buckets that no action before it has filled."""
+
+
 @dataclass(slots=True)
 class _Step:
     """What a step has computed so far; `saved` is by stage."""
@@ -295,13 +318,15 @@ class _Step:
 @dataclass(frozen=True, slots=True)
 class _Loop:
     """How a stage's values of all microbatches become one: `joined` as in `Stage`, in `added` the
-    numbers of those that each graph adds up, and in `places` the part of a bucket in which a
-    gradient is added up, by its number."""
+    numbers of those that each graph adds up, in `left_to_join` of those that it leaves to be joined
+    when it has run, and in `places` the part of a bucket in which a gradient is added up, by its
+    number."""
 
     mesh: Mesh
     device: torch.device
     joined: Mapping[int, Joined]
     added: Mapping[Phase, tuple[int, ...]]
+    left_to_join: Mapping[Phase, tuple[int, ...]]
     places: Mapping[int, tuple[_Bucket, Tensor]]
 
     def total(self, number: int) -> Tensor:
@@ -323,28 +348,23 @@ class _Saved:
         self.by_microbatch: list[dict[int, Any]] = [{} for _ in loop.mesh.turns]
         # Without a loop, what runs once takes what the only turn has saved.
         self.once: dict[int, Any] = {} if len(self.by_microbatch) > 1 else self.by_microbatch[0]
+        self._totals: dict[Phase, dict[int, Tensor]] = {}
 
-    def give_totals(self, action: Action) -> list[_Bucket]:
-        """Hand an action the totals that it adds to. Returns the buckets that hold some of them."""
-        numbers = self.loop.added[action.kind]
-        for number in numbers:
-            if number not in self.once:
-                self.once[number] = self.loop.total(number)
-            self.by_microbatch[action.microbatch][number] = self.once[number]
-        return [self.loop.places[number][0] for number in numbers if number in self.loop.places]
+    def totals(self, phase: Phase) -> Mapping[int, Tensor]:
+        """What the graph of a phase adds to, by number."""
+        found = self._totals.get(phase)
+        if found is None:
+            found = self._totals[phase] = {n: self.loop.total(n) for n in self.loop.added[phase]}
+            self.once.update(found)
+        return found
 
     def share(self) -> None:
         """Let every microbatch have what was made once."""
         for own in self.by_microbatch:
             own.update(self.once)
 
-    def join(self, microbatch: int) -> None:
+    def join(self, number: int, value: Tensor, microbatch: int) -> None:
         """Join what a microbatch has saved for after the loop with that of the ones before."""
-        own = self.by_microbatch[microbatch]
-        for number in self.loop.joined.keys() & own.keys():
-            self._join(number, own.pop(number), microbatch)
-
-    def _join(self, number: int, value: Tensor, microbatch: int) -> None:
         joined, total = self.loop.joined[number], self.once.get(number)
         if joined.gathers:
             if total is None:

@@ -43,7 +43,7 @@ from meshwright.compiler.codegen.instructions import (
 from meshwright.compiler.codegen.linking import RankContext
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout import wires
-from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, apply
+from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, bound
 from meshwright.compiler.layout.wires import Wire
 from meshwright.dsl.errors import plural
 
@@ -200,8 +200,8 @@ class _Printer:
                 case Permute(order):
                     text = f"{text}.permute({order})"
                 case _:
-                    bound = Constant(f"_step{len(self.constants)}_", partial(_bound, step))
-                    text = f"{self._text(bound)}({text})"
+                    function = Constant(f"_step{len(self.constants)}_", partial(_bound, step))
+                    text = f"{self._text(function)}({text})"
         return text
 
     def _text(self, operand: Operand) -> str:
@@ -218,5 +218,4 @@ class _Printer:
 
 def _bound(step: LocalOp, context: RankContext) -> Callable[[Any], Any]:
     """A step as a function of one rank's tensor."""
-    coords, mesh = context.coords, context.mesh
-    return lambda tensor: apply(step, tensor, coords, mesh)
+    return bound(step, context.coords, context.mesh)

@@ -5,8 +5,9 @@ Sizes are local and known when the program is compiled; only coordinates depend 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import TypeAlias
 
 import torch
@@ -79,40 +80,57 @@ class BySegment:
 LocalOp: TypeAlias = "Reshape | Permute | Select | Place | Take | Spread | KeepFirst | BySegment"
 
 
-def apply(op: LocalOp, tensor: Tensor, coords: Mapping[str, int], mesh: Mesh) -> Tensor:
-    """Interpret one operation on the rank at `coords`."""
+def bound(op: LocalOp, coords: Mapping[str, int], mesh: Mesh) -> Callable[[Tensor], Tensor]:
+    """One operation as a function of the tensor of the rank at `coords`."""
     match op:
         case Reshape(shape):
-            return tensor.reshape(shape)
+            return lambda tensor: tensor.reshape(shape)
         case Permute(order):
-            return tensor.permute(order)
+            return lambda tensor: tensor.permute(order)
         case Select(dim, axes):
-            return tensor.select(dim, mesh.position(coords, axes))
+            place = mesh.position(coords, axes)
+            return lambda tensor: tensor.select(dim, place)
         case Take(dim):
-            return tensor.select(dim, 0)
+            return lambda tensor: tensor.select(dim, 0)
         case Spread(size):
-            return tensor.expand(size, *tensor.shape)
+            return lambda tensor: tensor.expand(size, *tensor.shape)
         case KeepFirst(axes):
-            return torch.zeros_like(tensor) if mesh.position(coords, axes) else tensor
+            return torch.zeros_like if mesh.position(coords, axes) else lambda tensor: tensor
         case Place(dim, size, axes):
-            padded = tensor.new_zeros((*tensor.shape[:dim], size, *tensor.shape[dim:]))
-            padded.select(dim, mesh.position(coords, axes)).copy_(tensor)
-            return padded
+            return partial(_padded, dim, size, mesh.position(coords, axes))
         case BySegment(dim, into, segments):
-            given = torch.split_with_sizes(tensor, [length for length, _ in segments], dim)
-            done = [
-                apply_all(inner, each, coords, mesh)
-                for each, (_, inner) in zip(given, segments, strict=True)
-            ]
-            return torch.cat(done, into)
+            lengths = [length for length, _ in segments]
+            inner = [[bound(each, coords, mesh) for each in ops] for _, ops in segments]
+            return partial(_by_segment, dim, into, lengths, inner)
+
+
+def _padded(dim: int, size: int, place: int, tensor: Tensor) -> Tensor:
+    padded = tensor.new_zeros((*tensor.shape[:dim], size, *tensor.shape[dim:]))
+    padded.select(dim, place).copy_(tensor)
+    return padded
+
+
+def _by_segment(
+    dim: int,
+    into: int,
+    lengths: list[int],
+    inner: Sequence[Sequence[Callable[[Tensor], Tensor]]],
+    tensor: Tensor,
+) -> Tensor:
+    given = torch.split_with_sizes(tensor, lengths, dim)
+    done = [
+        reduce(lambda value, step: step(value), steps, part)
+        for part, steps in zip(given, inner, strict=True)
+    ]
+    return torch.cat(done, into)
 
 
 def apply_all(
     ops: Iterable[LocalOp], tensor: Tensor, coords: Mapping[str, int], mesh: Mesh
 ) -> Tensor:
-    """Interpret operations in order."""
+    """The tensor of the rank at `coords` after operations, in order."""
     for op in ops:
-        tensor = apply(op, tensor, coords, mesh)
+        tensor = bound(op, coords, mesh)(tensor)
     return tensor
 
 
