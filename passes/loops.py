@@ -147,14 +147,20 @@ class _Looper:
         if in_loop(node, self.mesh):
             return node.phase
         after = combines(node, self.mesh) and node not in self.counted
-        # A cotangent that no microbatch changes goes back to its stage with those that they do.
-        back = node.op == TRANSFER and node.phase is not Phase.FORWARD
+        # The gradient of a weight that no microbatch changes goes back with those that they do.
+        back = node.op == TRANSFER and node.phase is Phase.WEIGHT
         if after or back or any(self.phases[n] is Phase.AFTER for n in node.operands()):
             return Phase.AFTER
-        if not combines(node, self.mesh) and any(in_loop(n, self.mesh) for n in node.operands()):
-            # It takes only the type of what differs between turns, as zeros like it.
+        if not combines(node, self.mesh) and any(map(self._in_turn, node.operands())):
             return node.phase
-        return Phase.BEFORE
+        # Stages go before the loop one after another, so that the cotangent of an activation
+        # cannot go back there.
+        return node.phase if node.op == TRANSFER and node.phase is Phase.BACKWARD else Phase.BEFORE
+
+    def _in_turn(self, node: Node) -> bool:
+        """Whether a node runs in every turn, though its values may be the same in all: it may take
+        only the type of what differs, as zeros like it."""
+        return not self.phases[node].once
 
     def _needed_whole(self) -> set[Node]:
         """The reductions over the axis that a node of the loop takes, and what stands between."""

@@ -117,9 +117,10 @@ def _stage_graph(graph: Graph, stage: int) -> Graph:
 
 
 def _sent(builder: Builder, transfer: Node, mapping: Mapping[Node, Node]) -> Node:
-    """What a stage gives to a transfer; an input, which has no phase, as a value that has."""
+    """What a stage gives to a transfer: a value of its phase, though it was made once before or,
+    being an input, has none."""
     value: Node = mapping[transfer.args[0]]
-    if not value.held:
+    if not value.held and (transfer.phase.once or not value.phase.once):
         return value
     return builder.emit(
         aten.alias.default,

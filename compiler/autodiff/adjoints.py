@@ -66,9 +66,10 @@ def _of_collective(context: VjpContext, kind: CollectiveKind) -> Node:
 
 @adjoint(TRANSFER)
 def _transfer(context: VjpContext) -> Cotangents:
-    """The cotangent goes back to the stage that sent the value."""
+    """The cotangent goes back to the stage that sent the value, in the layout that it has there."""
     (value,) = context.operands
-    return [context.emitter.transfer(context.grad, context.origin, value.stage)]
+    grad = context.emitter.reshard(context.grad, value.placed.dual(), context.origin)
+    return [context.emitter.transfer(grad, context.origin, value.stage)]
 
 
 @adjoint(aten.linear.default)

@@ -186,13 +186,15 @@ class _Cut:
         return found
 
     def holders(self) -> dict[str, tuple[int, ...]]:
-        """By parameter and buffer that the forward uses: the stages that hold it."""
+        """By parameter and buffer that the forward uses or writes: the stages that hold it."""
         computing = self.computing()
-        return {
+        used = {
             node.args[1]: tuple(sorted(computing[node]))
             for node in self.graph.inputs
             if node.of_model and computing[node] and (self.users[node] or node in self.returned)
         }
+        written = self.graph.outputs_of(OutputKind.BUFFER)
+        return {each.name: (self.stage[each.node],) for each in written} | used
 
 
 def _narrows(node: Node) -> bool:

@@ -34,6 +34,64 @@ class Looked(Deep):
         return (x * self.table(ids)).square().mean()
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, turned: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x * turned))))
+
+
+class Tied(nn.Module):
+    """What crosses cuts in language models: a weight of the first stage and the last, a table for
+    every stage, an embedding that the last block takes, and labels that are ignored."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.wte, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.wte.weight
+        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.double()
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = first = self.wte(tokens)
+        turned = torch.arange(tokens.shape[1])[:, None].mul(0.3).cos()
+        for block in self.blocks[:-1]:
+            x = block(x, turned)
+        x = self.blocks[-1](x + first, turned)
+        return F.cross_entropy(self.head(x).flatten(0, 1), targets.flatten())
+
+
+TENSOR = """
+columns blocks.*.up over tp
+rows blocks.*.down over tp
+vocab wte, head over tp
+sequence blocks.* over tp
+"""
+BESIDE = {
+    "alone": ("", ""),
+    "data": ("dp=2, ", ""),
+    "tensor": ("tp=2, ", TENSOR),
+    "zero 2": ("dp=2, ", "zero 2 over dp\n"),
+    "zero 3": ("dp=2, ", "zero 3 over dp\n"),
+}
+"""What a pipeline is combined with: the axes of the mesh before its own, and statements."""
+
+
+def plan_of(schedule: str, virtual: int, stages: int, microbatches: int, beside: str) -> str:
+    """One for `Tied` with as many blocks as there are stages."""
+    axes, statements = BESIDE[beside]
+    modules = ", ".join(f"blocks.{i}" for i in range(1, stages))
+    over = " over dp" if "dp" in axes else ""
+    return (
+        f"mesh {axes}pp={stages // virtual}\n"
+        f"data tokens, targets{over}\n"
+        f"stages at {modules} over pp virtual={virtual} "
+        f"schedule={schedule} microbatches={microbatches}\n{statements}"
+    )
+
+
 PLAN = "mesh pp=2\ndata x, ids\nstages at layers.4 over pp microbatches=4\n"
 """One for `Looked`."""
 

@@ -108,6 +108,46 @@ def test_values_are_relayed_from_stage_to_stage(plan: str) -> None:
     check_equal(Skips(), example, plan, outputs=("second", "mask", "z", "i"))
 
 
+class Odd(nn.Module):
+    """Three layers, and a loss of what `kind` makes in the first stage, too."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.register_buffer("kept", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        early = getattr(self, self.kind)(h)
+        y = self.c(self.b(h))
+        return y.square().mean() + early.sum() * 0.1 + (early * 2).sum()
+
+    def total(self, h: Tensor) -> Tensor:
+        return h.sum()
+
+    def empty(self, h: Tensor) -> Tensor:
+        return h[:, :0]
+
+    def buffer(self, h: Tensor) -> Tensor:
+        return self.kept.copy_(self.a.bias.detach() * 2)
+
+
+@pytest.mark.parametrize("kind", ["total", "empty", "buffer"])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "mesh pp=3\nstages at b, c over pp microbatches=2 schedule=zb\ndata x\n",
+        "mesh dp=2, pp=2\nstages at b over pp microbatches=2\ndata x over dp\n",
+    ],
+    ids=["alone", "data"],
+)
+def test_cotangents_that_no_microbatch_changes_and_buffers_of_weights_are_where_they_belong(
+    plan: str, kind: str
+) -> None:
+    check_equal(Odd(kind), (real(8, 8),), plan)
+
+
 class Shared(nn.Module):
     """Weights of three stages, some trained, some not, and one that is computed from another."""
 
