@@ -142,6 +142,16 @@ def _check_memory(memory: s.Memory) -> None:
         raise _missing(memory, "`memory` has no budget", "add one, such as `budget=60GiB`")
 
 
+def _check_balance(stages: s.Stages) -> None:
+    if stages.balance is not None and stages.count is None:
+        raise PlanError(
+            "P301",
+            "`at` says where stages begin, and `balance=` has them chosen",
+            spans=[stages.at("balance")],
+            help="remove `balance=`, or write how many stages there are: `stages 4 over pp`",
+        )
+
+
 def _check_checkpoint(checkpoint: s.Checkpoint) -> None:
     if not checkpoint.targets and checkpoint.budget is None:
         help = "add a selector, or a budget such as `budget=40GiB`"
@@ -181,6 +191,7 @@ def _either(statement: s.Statement, first: str, second: str) -> PlanError:
 
 _ALONE: dict[type[s.Statement], Callable[..., None]] = {
     s.Memory: _check_memory,
+    s.Stages: _check_balance,
     s.Checkpoint: _check_checkpoint,
     s.Summa: _check_summa,
     s.Experts: _check_experts,

@@ -27,9 +27,8 @@ from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program, Runtime
 from meshwright.compiler.schedules.links import graphs_of, links_of
 from meshwright.compiler.schedules.moves import whole
-from meshwright.compiler.schedules.named import planned_table
 from meshwright.compiler.schedules.serial import same_on_every_rank
-from meshwright.compiler.schedules.tables import Size, Table
+from meshwright.compiler.schedules.tables import Table
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Stages
 from meshwright.passes.attribute import attribute
@@ -51,8 +50,8 @@ from meshwright.passes.rewriting.masks import masks
 from meshwright.passes.rewriting.normalise import normalise
 from meshwright.passes.rewriting.route import route
 from meshwright.passes.separate import separate
-from meshwright.passes.statements.accumulate import accumulate, microbatches
-from meshwright.passes.statements.balance import balance
+from meshwright.passes.statements.accumulate import accumulate
+from meshwright.passes.statements.balance import balance, table_of
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
@@ -289,9 +288,7 @@ def _program(
 def _table(draft: Draft) -> Table | None:
     """Which coordinate along the pipeline runs which stage, and when; None without a pipeline."""
     for statement in draft.plan.of(Stages):
-        found = microbatches(draft.plan)
-        size = Size(draft.mesh.size(statement.over), found[1] if found else 1, statement.virtual)
-        table = planned_table(statement, size)
+        table = table_of(draft, statement)
         return table if draft.captured.mode == "train" else table.evaluation
     return None
 

@@ -3,8 +3,8 @@
 Before:  stages 3 balance=flops over pp microbatches=8
 After:   stages at blocks.2, blocks.4 over pp microbatches=8
 
-Stages begin with modules, and where fewer bytes go over the cut than at the modules next to it:
-between the blocks of a transformer, not inside its attention. What is computed and held there is
+Stages begin with modules, and where few bytes go over the cut: between the blocks of a transformer,
+not inside its attention (`_narrow`). What is computed and held there is
 measured on the graph of forward and backward that the plan makes without stages, on one rank, for
 one microbatch (`_Costs`); the cuts are the best of all (`Balancer`).
 Requires: pins that divide. Ensures: a plan whose stages name modules.
@@ -13,9 +13,9 @@ Elsewhere: the automatic partition of PipeDream, and that of torchgpipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, groupby, pairwise
+from itertools import accumulate, pairwise
 
 from meshwright.compiler.graph.aliasing import node_bytes, storage
 from meshwright.compiler.graph.flops import flops
@@ -35,8 +35,8 @@ from meshwright.compiler.schedules.named import planned_table
 from meshwright.compiler.schedules.simulate import in_flight
 from meshwright.compiler.schedules.tables import Size, Table
 from meshwright.dsl.errors import plural
-from meshwright.dsl.selectors import quote_segment
 from meshwright.dsl.statements import Stages
+from meshwright.dsl.suggest import selectors_of
 from meshwright.dsl.writing.printer import cells
 from meshwright.passes.differentiate import differentiate
 from meshwright.passes.hoist import hoist
@@ -59,19 +59,25 @@ def balance(draft: Draft) -> Draft:
 
 
 def _balanced(draft: Draft, statement: Stages, count: int) -> Draft:
-    table = _table(draft, statement)
-    costs = _Costs(draft)
-    candidates = _candidates(draft, costs, count)
-    if len(candidates) < count - 1:
+    by, table, costs, places = (
+        statement.balance or "flops",
+        table_of(draft, statement),
+        _Costs(draft),
+        _places(draft),
+    )
+    if len(places) < count - 1:
         raise draft.plan.error(
             "P501",
             f"the model cannot be cut into {plural(count, 'stage')}: modules that run once begin "
-            f"in {plural(len(candidates), 'place')} behind its first operator",
+            f"in {plural(len(places), 'place')} behind its first operator",
             statement,
             help="have fewer stages, or more layers",
         )
-    by = statement.balance or "flops"
-    balancer = costs.balancer(by, list(candidates), table)
+    starts = list(places)
+    narrow = _narrow(costs.balancer(by, starts, table))
+    if len(narrow) >= count - 1:
+        starts = [starts[piece - 1] for piece in narrow]
+    balancer = costs.balancer(by, starts, table)
     cuts = balancer.best()
     found = Balance(by, balancer.of_ranks(cuts))
     if not any(found.costs):
@@ -81,47 +87,49 @@ def _balanced(draft: Draft, statement: Stages, count: int) -> Draft:
             [statement.at("balance")],
             help="write `balance=memory`, or name the modules with which stages begin",
         )
-    names = list(candidates.values())
-    text = _text(statement, [names[cut - 1] for cut in cuts])
+    text = _text(statement, [places[starts[cut - 1]] for cut in cuts])
     return replace(draft, plan=draft.plan.with_text(statement, text), balance=found)
 
 
 def _text(statement: Stages, modules: Sequence[str]) -> str:
     """The statement that names the modules at which its stages begin."""
-    named = (".".join(map(quote_segment, module.split("."))) for module in modules)
+    named = ", ".join(each for module in modules for each in selectors_of([module]))
     parts = {key: span for key, span in statement.parts.items() if key not in ("count", "balance")}
-    bare = replace(statement, count=None, balance=None, parts=parts)
-    verb, _, *rest = cells(bare)
-    return " ".join(filter(None, [verb, "at", ", ".join(named), *rest]))
+    verb, _, *rest = cells(replace(statement, count=None, balance=None, parts=parts))
+    return " ".join(filter(None, [verb, "at", named, *rest]))
 
 
-def _table(draft: Draft, statement: Stages) -> Table:
+def table_of(draft: Draft, statement: Stages) -> Table:
+    """Which coordinate along the pipeline runs which stage, and when."""
     found = microbatches(draft.plan)
     size = Size(draft.mesh.size(statement.over), found[1] if found else 1, statement.virtual)
     return planned_table(statement, size)
 
 
-def _candidates(draft: Draft, costs: _Costs, count: int) -> dict[int, str]:
-    """By place: the outermost module that begins there, where few bytes are sent; everywhere, if
-    these are too few places."""
+def _places(draft: Draft) -> dict[int, str]:
+    """By place at which a stage can begin: the outermost module that begins there."""
+    begun = beginnings(draft.graph)
+    first = min((each.place for each in begun.values()), default=0)
     found: dict[int, str] = {}
-    first = min(costs.activations.values(), default=0)
-    for module, begun in beginnings(draft.graph).items():
-        if module in draft.modules and begun.place > first and len(begun.calls) == 1:
-            found.setdefault(begun.place, module)
-    found = dict(sorted(found.items()))
-    narrow = {place: found[place] for place in _lowest(list(found), costs.sent)}
-    return narrow if len(narrow) >= count - 1 else found
+    for module, each in begun.items():
+        if module and each.place > first and len(each.calls) == 1:
+            found.setdefault(each.place, module)
+    return dict(sorted(found.items()))
 
 
-def _lowest(places: Sequence[int], heights: Sequence[int]) -> Iterator[int]:
-    """The places at which heights are lower than before and behind, those next to each other that
-    are equal taken as one."""
-    groups = [(height, list(g)) for height, g in groupby(places, lambda place: heights[place])]
-    for i, (height, group) in enumerate(groups):
-        beside = [groups[j][0] for j in (i - 1, i + 1) if 0 <= j < len(groups)]
-        if all(height < other for other in beside):
-            yield from group
+def _narrow(balancer: Balancer) -> list[int]:
+    """The pieces before which stages may begin: not those between two others before which fewer
+    bytes are sent, less than a stage's share apart."""
+    sent, share = balancer.sent, balancer.cost(0, 0, balancer.num_pieces) / balancer.num_stages
+    found: list[int] = []
+    for piece in range(1, balancer.num_pieces):
+        before = next((i for i in range(piece - 1, 0, -1) if sent[i] < sent[piece]), None)
+        behind = (i for i in range(piece + 1, balancer.num_pieces) if sent[i] < sent[piece])
+        after = next(behind, None)
+        wide = before is None or after is None or balancer.cost(0, before, after) > share
+        if wide:
+            found.append(piece)
+    return found
 
 
 class _Costs:

@@ -299,7 +299,8 @@ class _Boundaries:
     def _modules(self) -> list[str]:
         """The modules that begin stages, in the order of the targets; those that one target
         matches are in the order in which they run."""
-        names, found = modules_of(self.draft), list[str]()
+        found = list[str]()
+        names = dict.fromkeys([*modules_of(self.draft), *filter(None, self.beginnings)])
         for target in self.statement.targets:
             matched = target.match(names)
             if not matched:

@@ -138,6 +138,28 @@ def test_four_stages_of_two_blocks_are_cut_inside_of_them() -> None:
     assert stages(program) == found
 
 
+class Pyramid(nn.Module):
+    """Activations that grow smaller, of modules whose names are quoted in a plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i, name in enumerate(("stages", "layer-1", "3", "over")):
+            self.add_module(name, nn.Linear(32 >> i, 32 >> i + 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            x = torch.relu(module(x))
+        return x.square().mean()
+
+
+def test_activations_that_grow_smaller_are_not_all_left_to_the_first_stage() -> None:
+    plan = "mesh pp=4\nstages 4 over pp\n"
+    program = compiled(Pyramid(), (torch.randn(4, 32),), plan)
+    assert stages(program) == 'stages at "layer-1", "3", "over" over pp'
+    half = compiled(Pyramid(), (torch.randn(4, 32),), plan.replace("4", "2"))
+    assert stages(half) == 'stages at "layer-1" over pp'
+
+
 def test_evaluation_has_the_stages_of_training() -> None:
     model = Wide(8, 24)
     x = torch.randn(4, 8)

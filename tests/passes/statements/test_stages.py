@@ -223,6 +223,8 @@ MISTAKES = {
     "stages-unknown": "mesh pp=2\nstages at blocks.7 over pp\n",
     "stages-without-data": f"mesh pp=2\n{TWO}",
     "stages-odd-batch": f"mesh pp=2\n{TWO.replace('2', '3')}data tokens, targets\n",
+    "stages-small-batch": f"mesh pp=2\n{TWO.replace('es=2', 'es=16')}data tokens, targets\n",
+    "stages-balance": "mesh pp=2\nstages at blocks.1 over pp balance=flops\n",
     "stages-axis-split": "mesh pp=2\nstages at blocks.1 over pp\ncolumns blocks.*.up over pp\n",
 }
 
@@ -243,12 +245,40 @@ class Twice(nn.Module):
         return self.b(torch.relu(self.a(self.b(torch.relu(self.a(x)))))).sum()
 
 
+class TwiceInARow(Twice):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.b(torch.relu(self.a(x)))).sum()
+
+
+@pytest.mark.parametrize("model", [Twice, TwiceInARow])
 def test_a_module_that_runs_in_several_places_begins_no_stage(
-    golden: Callable[[str, str], None],
+    model: type[nn.Module], golden: Callable[[str, str], None]
 ) -> None:
     with pytest.raises(PlanError) as caught:
-        compiled(Twice(), (torch.randn(4, 8),), "mesh pp=2\nstages at b over pp\n")
+        compiled(model(), (torch.randn(4, 8),), "mesh pp=2\nstages at b over pp\n")
     golden("stages-several-places", str(caught.value))
+
+
+class Around(nn.Module):
+    """A module that runs on both sides of a cut, another under two names, and a buffer of stages
+    that are not next to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.again = self.c
+        self.register_buffer("scale", torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.b(self.a(x) * self.scale))
+        return (self.d(self.a(torch.tanh(self.again(h)))) * self.scale).square().mean()
+
+
+@pytest.mark.parametrize("over", ["dp=2, pp=4", "pa=2, dp=2, pb=2"], ids=["one axis", "two axes"])
+def test_stages_share_a_module_that_runs_in_both(over: str) -> None:
+    axes = "pp" if "pp" in over else "(pa, pb)"
+    plan = f"mesh {over}\nstages at b, again, d over {axes} microbatches=2\ndata x over dp\n"
+    check_equal(Around(), (real(8, 8),), f"{plan}zero 2 over dp\n")
 
 
 class Counts(nn.Module):
