@@ -16,8 +16,8 @@ from meshwright.runtime.rank import RankProgram, RankState, Values
 from meshwright.runtime.state.weights import stored_tensors
 from meshwright.runtime.world.agreement import told
 
-_WORDS = 1 << 20
-"""Numbers of 64 bits that a checksum adds up at once."""
+_BYTES = 1 << 19
+"""That a checksum adds up at once. Copies of whole weights would make the launch the peak."""
 _BLOCKS, _BLOCK, _SMALL = 16, 512, 1 << 16
 """Of a tensor of more elements than the last, so many blocks of so many stand for all of it."""
 
@@ -121,10 +121,10 @@ def checksum(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         return torch.tensor(-1, dtype=torch.int64)
     data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    data = nn.functional.pad(data, (0, -len(data) % 8)).view(torch.int64)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, len(data), _WORDS):
-        part = data[start : start + _WORDS]
-        places = torch.arange(start, start + len(part), device=tensor.device)
-        total += (part * (2 * places + 1)).sum()
+    for start in range(0, len(data), _BYTES):
+        part = data[start : start + _BYTES]
+        part = nn.functional.pad(part, (0, -len(part) % 8)).view(torch.int64)
+        places = torch.arange(start // 8, start // 8 + len(part), device=tensor.device)
+        total += places.mul_(2).add_(1).mul_(part).sum()
     return total

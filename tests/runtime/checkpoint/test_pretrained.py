@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import meshwright as mw
@@ -135,6 +137,30 @@ def test_a_sample_stands_for_all_of_a_tensor() -> None:
             other[begin : begin + width] += 1
             assert checksum(_sample(other)) != own, (size, begin)
     assert len(_sample(torch.randn(1 << 20))) == 16 * 512
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that an operator has made, in memory of its own."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.most = max(self.most, out.untyped_storage().nbytes())
+        return out
+
+
+def test_a_checksum_needs_no_copy_of_the_weights_and_sees_where_each_value_is() -> None:
+    weights = torch.randn((1 << 20) + 3)
+    with Largest() as made:
+        own = checksum(weights)
+    assert 0 < made.most <= weights.nbytes / 8
+    for i, j in ((0, 2), (5, 1 << 17), (1 << 19, (1 << 20) + 2)):
+        other = weights.clone()
+        other[i], other[j] = weights[j], weights[i]
+        assert checksum(other) != own
+    assert checksum(torch.cat([weights[:1], weights])[1:]) == own
 
 
 def test_processes_read_their_parts_and_begin_with_the_weights_of_rank_0(
