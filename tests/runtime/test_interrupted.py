@@ -17,15 +17,19 @@ from meshwright.runtime.transports import virtual
 from tests.runtime.forked import Forked, Ranks
 
 PLAN = "mesh dp=2, tp=2\ndata x over dp\ncolumns up over tp\nrows down over tp\n"
+PIPELINE = (
+    "mesh dp=2, pp=2\ndata x over dp\nstages at down over pp microbatches=2 schedule=zb\n"
+    "zero 2 over dp\n"
+)
 
 
 class Noisy(nn.Module):
     """A model whose step draws numbers and writes buffers."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: type[nn.Module] = nn.BatchNorm1d) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
-        self.norm, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.5)
+        self.norm, self.dropout = norm(8), nn.Dropout(0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down(F.gelu(self.up(self.norm(x))))).square().mean()
@@ -49,10 +53,21 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
 
 
+@pytest.fixture(scope="module")
+def pipeline() -> mw.Program:
+    torch.manual_seed(0)
+    return mw.compile(Noisy(nn.LayerNorm), mw.Plan.parse(PIPELINE), (torch.randn(8, 8),))
+
+
 @pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("name", ["program", "pipeline"])
 def test_a_step_that_is_interrupted_anywhere_did_not_happen(
-    program: mw.Program, accumulated: bool, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    accumulated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
+    program: mw.Program = request.getfixturevalue(name)
     undisturbed, run = program.launch(), program.launch()
     x, y = torch.randn(2, 8, 8)
     for each in (undisturbed, run):

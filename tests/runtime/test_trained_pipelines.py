@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+import meshwright
 from tests.equivalence import check_equal
-from tests.models import tokens
+from tests.models import Gpt, tokens
 from tests.runtime.forked import Forked
 from tests.runtime.pipelines import BESIDE, Tied, plan_of
 
@@ -48,6 +49,25 @@ QUICK: list[Case] = [
 def test_a_pipeline_trains_as_the_model_does(case: Case) -> None:
     torch.manual_seed(0)
     check_equal(Tied(case[2]), lambda: tokens(12, 16, 4), plan_of(*case), steps=10)
+
+
+def test_dropout_draws_in_stages_what_it_draws_in_one_process() -> None:
+    torch.manual_seed(0)
+    model, batch = Gpt(p=0.3, layers=4), tokens()
+    stages = "stages at blocks.1, blocks.2, blocks.3 over pp virtual=2 schedule=zbv microbatches=4"
+    plans = "mesh pp=2\n" + stages, "mesh dp=1\naccumulate 4"
+    pipeline, one = (
+        meshwright.compile(
+            model, meshwright.Plan.parse(f"{plan}\ndata tokens, targets\n"), batch
+        ).launch(seed=3)
+        for plan in plans
+    )
+    for _ in range(2):
+        assert pipeline.step(*batch).equal(one.step(*batch))
+    ours, theirs = pipeline.gradients(), one.gradients()
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
