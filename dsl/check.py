@@ -62,7 +62,10 @@ def _subjects(statement: s.Statement) -> Iterator[Hashable]:
 
 
 def same_content(first: s.Statement, second: s.Statement) -> bool:
-    """Whether two statements say the same about their targets."""
+    """Whether two statements say the same about their targets or, of a verb that is used once,
+    the same."""
+    if isinstance(first, _ONLY_ONE):
+        return first == second
     if isinstance(first, s.Targeted) and isinstance(second, s.Targeted):
         return replace(first, targets=()) == replace(second, targets=())
     return first == second

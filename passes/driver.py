@@ -298,7 +298,7 @@ def _held_at(draft: Draft, name: str, table: Table | None) -> dict[str, tuple[in
     stages = {**draft.holders, **draft.held}.get(name)
     if table is None or stages is None:
         return {}
-    (statement,) = draft.plan.of(Stages)
+    statement = draft.plan.of(Stages)[0]
     found = sorted({place for stage in stages for place in table.holders[stage]})
     if len(statement.over) == 1:
         return {statement.over[0]: tuple(found)} if len(found) < len(table.rows) else {}

@@ -82,6 +82,7 @@ PARSING = {
     "stars-inside-a-segment": MESH + "rows a**b over tp",
     "two-statements-that-contradict": MESH + "rows a over tp\nrows b, a over dp",
     "two-verbs-that-contradict": MESH + "rows a over tp\n\ncolumns a over tp",
+    "two-cuts": MESH + "stages at a over pp\nstages at b over pp",
     "two-precisions": "precision bf16\nprecision fp16",
     "accumulate-and-microbatches": MESH + "accumulate 4\nstages at a over pp microbatches=8",
     "stages-per-rank-of-a-schedule": MESH + "stages 2 over pp schedule=zbv",
