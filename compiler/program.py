@@ -185,6 +185,13 @@ class Compiled:
         found = {axis for each in stored for axis in each.held_at}
         return tuple(axis for axis in self.mesh.names if axis in found)
 
+    def place(self, rank: int) -> str:
+        """The coordinates of a rank along the axes where ranks hold or run what others do not, as
+        `pp=1`; empty where all ranks do the same."""
+        coords = self.mesh.coords(rank)
+        axes = {*self.apart, *self.pipeline}
+        return ", ".join(f"{axis}={coords[axis]}" for axis in self.mesh.names if axis in axes)
+
     @property
     def mode(self) -> str:
         """The mode of the compilation: `"train"`, `"eval"` or `"infer"`."""

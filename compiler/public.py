@@ -19,7 +19,7 @@ from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.explain import Explanation, explain
 from meshwright.compiler.report.ledger import Comm, ledger
 from meshwright.compiler.report.listing import GraphText
-from meshwright.compiler.report.memory import Memory, memory
+from meshwright.compiler.report.memory import Memory, memories
 from meshwright.compiler.report.summary import summarise
 from meshwright.compiler.report.timeline import timeline
 from meshwright.compiler.schedules.simulate import Costs
@@ -115,12 +115,18 @@ class Program(Compiled):
         return ledger(self.graphs().values())
 
     def memory(self) -> Memory:
-        """The bytes that one rank needs to hold, known before anything runs."""
-        return self._memory
+        """The bytes that one rank needs to hold, of all the one that needs most, known before
+        anything runs."""
+        return max(self._memories.values(), key=lambda each: each.peak)
+
+    def memories(self) -> dict[str, Memory]:
+        """The same for ranks that run different stages, by their coordinates: `{"pp=0": ...}`; one
+        without a name where all ranks do the same."""
+        return dict(self._memories)
 
     @cached_property
-    def _memory(self) -> Memory:
-        return memory(self)
+    def _memories(self) -> dict[str, Memory]:
+        return memories(self)
 
     def timeline(self) -> str:
         """The text of what each rank does in a step, in order, with a bar beside what runs while a

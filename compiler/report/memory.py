@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
+from meshwright.compiler.codegen.instructions import Instructions
 from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import InputKind, OutputKind
 from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.counter import address
 from meshwright.compiler.report.storages import Walk
-from meshwright.compiler.schedules.actions import Action, Entry, Send
+from meshwright.compiler.schedules.actions import Action, Entry, Receive, Send
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +39,13 @@ class Memory:
         return asdict(self)
 
 
-def memory(program: Compiled) -> Memory:
-    """The memory of the rank that needs most, in one step."""
-    return max(memories(program).values(), key=lambda each: each.peak)
-
-
 def memories(program: Compiled) -> dict[str, Memory]:
-    """The memory of ranks that hold different tensors, by their coordinates (`pp=0`), of the rank
-    that needs most in a step at each; where all hold parts of the same there is one."""
+    """The memory of ranks that hold or run what others do not, by their coordinates (`pp=0`), of
+    the rank that needs most in a step at each; where all do the same there is one."""
     found: dict[str, Memory] = {}
     for rank, walk in walks_by_rank(program).items():
-        coords = program.mesh.coords(rank)
-        place = ", ".join(f"{axis}={coords[axis]}" for axis in program.apart)
-        each = _memory(program, coords, walk)
+        each = _memory(program, program.mesh.coords(rank), walk)
+        place = program.place(rank)
         if place not in found or each.peak > found[place].peak:
             found[place] = each
     return found
@@ -113,14 +108,25 @@ def walks_by_rank(program: Compiled) -> dict[int, Walk]:
     found: dict[tuple[Any, ...], int] = {}
     instructions = {each.name: each for each in program.instructions}
     for rank, entries in program.entries.items():
-        coords = program.mesh.coords(rank)
-        found.setdefault((entries, *(coords[axis] for axis in program.apart)), rank)
+        found.setdefault((entries, program.place(rank)), rank)
         if entries not in walked:
-            walk = walked[entries] = Walk(program.stages, coords, program.device)
-            for entry in entries:
-                if isinstance(entry, Action):
-                    graph = program.stages[entry.stage].graphs[entry.kind]
-                    walk.run(graph, instructions[graph.name], entry)
-                elif isinstance(entry, Send):
-                    walk.send(program.transfers.values[entry.link], entry.microbatch)
-    return {rank: walked[entries] for (entries, *_), rank in found.items()}
+            walked[entries] = _walked(program, rank, instructions)
+    return {rank: walked[entries] for (entries, _), rank in found.items()}
+
+
+def _walked(program: Compiled, rank: int, instructions: Mapping[str, Instructions]) -> Walk:
+    """The storages of a rank through its schedule."""
+    walk = Walk(program.stages, program.mesh.coords(rank), program.device)
+    transfers, settled = program.transfers, program.transfers.settled(rank)
+    for place, entry in enumerate(program.entries[rank]):
+        match entry:
+            case Action():
+                graph = program.stages[entry.stage].graphs[entry.kind]
+                walk.run(graph, instructions[graph.name], entry)
+            case Send():
+                walk.send(place, transfers.values[entry.link], entry.microbatch)
+            case Receive():
+                walk.receive(transfers.values[entry.link], entry.microbatch)
+        for arrived in settled.get(place, ()):
+            walk.arrived(arrived)
+    return walk

@@ -105,7 +105,8 @@ class _Saved:
         self.stage, self.mesh = stage, stage.forward.mesh
         self.turns = len(self.mesh.turns)
         self.by_microbatch: list[dict[int, Held]] = [{} for _ in range(self.turns)]
-        self.once: dict[int, Held] = {}
+        # Without a loop, what runs once takes what the only turn has saved.
+        self.once: dict[int, Held] = {} if self.turns > 1 else self.by_microbatch[0]
         self.joined = stage.joined
 
     def of(self, action: Action) -> dict[int, Held]:
@@ -134,7 +135,8 @@ class _Saved:
 
     def held(self) -> tuple[Held, ...]:
         """All that is saved, once for each place where it is."""
-        return tuple(held for own in (self.once, *self.by_microbatch) for held in own.values())
+        places = self.by_microbatch if self.turns == 1 else (self.once, *self.by_microbatch)
+        return tuple(held for own in places for held in own.values())
 
     def hand_over(self, action: Action) -> tuple[Held, Held]:
         """Share what was made once, or join what one microbatch has made. Returns what was held
@@ -174,12 +176,16 @@ class Walk:
         self, stages: Sequence[Stage], coords: Mapping[str, int], device: torch.device
     ) -> None:
         self.coords, self.device = coords, device
+        self._mesh = stages[0].forward.mesh
         self.alive = self.peak = self.most_saved = 0
         self.saved: dict[Node, int] = {}
         self.allocated: dict[tuple[int, str], Storage] = {}
         self._stages = [_Saved(stage) for stage in stages]
         self._passed: dict[tuple[Any, ...], Held] = {}
-        """What a stage has sent to another, by its kind there, name and microbatch."""
+        """What stages have left for others, or begun to receive, by its kind there, name and
+        microbatch."""
+        self._sent: dict[int, list[Held]] = {}
+        """By place of the send: what is not known to have arrived."""
         self._values: dict[Variable, Held] = {}
         self._answer: Held = None
         self._outside = Storage(0)
@@ -210,22 +216,45 @@ class Walk:
         self._release(before)
         self._count_saved()
 
-    def send(self, values: Iterable[Node], microbatch: int) -> None:
-        """Let go of what another rank takes, given the inputs there."""
+    def send(self, place: int, values: Iterable[Node], microbatch: int) -> None:
+        """Begin to send what another rank takes, given the inputs there; `arrived` lets go of it,
+        by its place in the schedule."""
+        sent = self._sent[place] = []
         for node in values:
-            self._release(self._passed.pop((*node.args, microbatch)))
+            sent.append(self._come((*node.args, microbatch)))
+            self._answered(None)
+
+    def arrived(self, place: int) -> None:
+        """Let go of what has been sent, and is known to have arrived."""
+        for value in self._sent.pop(place):
+            self._answered(value)
+            self._release(value)
+
+    def receive(self, values: Iterable[Node], microbatch: int) -> None:
+        """Begin to receive what these inputs take."""
+        for node in values:
+            local = _new(node.placed.local_shape(self._mesh), node.tensor.dtype)
+            # Under way: nothing is lent for it.
+            self._passed[(*node.args, microbatch)] = (None, local)
+            self._hold(local)
+            self._answered(None)
+
+    def _come(self, key: tuple[Any, ...]) -> Held:
+        """What has been left under a key, once it has come; held from here on."""
+        value = self._passed.pop(key)
+        if not isinstance(value, tuple):
+            return value
+        self._hold(value[1])
+        self._release(value)
+        self._answered(value[1])
+        return value[1]  # type: ignore[no-any-return]
 
     def _input(self, variable: Variable, node: Node) -> None:
         if node.held:
             self._values[variable] = self._whole(node)
         else:
-            received = self._passed.pop((*node.args, self._action.microbatch), None)
-            if received is None:  # from another rank
-                shape = node.placed.local_shape(self.context.mesh)
-                self._bind(variable, _new(shape, node.tensor.dtype))
-                return
-            # Of what was still under way: what was given, and what has come.
-            self._bind(variable, received[1] if isinstance(received, tuple) else received)
+            received = self._come((*node.args, self._action.microbatch))
+            self._bind(variable, received)
             self._release(received)
 
     def _instruction(self, each: Instruction) -> None:

@@ -13,7 +13,7 @@ from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.placing.rules.lookup import has_rule
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Comm, Moved, ledger
-from meshwright.compiler.report.memory import Memory, memories, memory
+from meshwright.compiler.report.memory import Memory, memories
 from meshwright.compiler.schedules.balanced import Balance
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Statement
@@ -101,7 +101,7 @@ class Summary:
 
 def summarise(program: Compiled, *, local: bool = False) -> Summary:
     """The figures of a program; with `local`, shapes are those that one rank holds."""
-    comm = ledger(program.graphs().values())
+    comm, places = ledger(program.graphs().values()), memories(program)
     return Summary(
         type(program.model).__name__,
         program.plan.source.name,
@@ -113,8 +113,8 @@ def summarise(program: Compiled, *, local: bool = False) -> Summary:
         tuple(comm.bytes_by_axis().items()),
         tuple(_gathers(program)),
         tuple(_lines(program, comm)),
-        memory(program),
-        tuple(memories(program).items()) if program.apart else (),
+        max(places.values(), key=lambda each: each.peak),
+        tuple(places.items()) if len(places) > 1 else (),
         program.balance,
     )
 

@@ -7,6 +7,7 @@ python   runs, in the order of the page, in one namespace; a first line `# examp
 plan     is a plan; without a `mesh` it is a part of one
 output   was printed, word for word, by the python or sh block before it; after a plan, it is what
          the page's `model` and `example` are told when they are compiled under that
+csv      is the table of a schedule for two ranks and two microbatches
 sh       is run by a shell in the repository's folder
 pyi      is a signature, which `docs/make_api.py` wrote
 text     is not run: a picture, or what another program prints
@@ -25,7 +26,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[2]
-LANGUAGES = ("python", "plan", "output", "sh", "pyi", "text")
+LANGUAGES = ("python", "plan", "output", "csv", "sh", "pyi", "text")
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
 )

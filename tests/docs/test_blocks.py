@@ -20,7 +20,10 @@ import torch
 
 import meshwright as mw
 from meshwright.cli import main
+from meshwright.compiler.schedules.files import read_table
+from meshwright.compiler.schedules.tables import Size
 from meshwright.dsl import STATEMENTS
+from meshwright.dsl.source import Source
 from tests.docs.pages import (
     LANGUAGES,
     PAGES,
@@ -138,6 +141,14 @@ def test_every_plan_is_one_and_prints_as_an_equal_one(page: Path) -> None:
             text = ("" if whole else MESH) + groups + block.text
             plan = mw.Plan.parse(text, str(block))
             assert mw.Plan.parse(plan.format()) == plan, block
+
+
+@pytest.mark.parametrize("page", of("csv"), ids=name_of)
+def test_every_schedule_can_be_carried_out(page: Path) -> None:
+    for block in blocks(page):
+        if block.language == "csv":
+            source = Source(str(block), block.text)
+            assert read_table(source, Size(2, 2)).rows
 
 
 def statements(page: Path) -> list[str]:
