@@ -38,7 +38,7 @@ class Stored:
 
     `name` and `type` are the model's. `layout` is the layout in which ranks store the tensor,
     padding included (`padded_shape`), `used` the one in which operators take it, and
-    `requires_grad` says whether it is trained.
+    `requires_grad` says whether it is trained. In a pipeline `held_at` says whose ranks hold it.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Stored:
         return value
 
     def held_by(self, coords: Mapping[str, int]) -> bool:
-        """Whether the rank at `coords` holds a part of it."""
+        """True if the rank at `coords` holds a part of it."""
         return within(coords, self.held_at)
 
     @property
@@ -186,7 +186,7 @@ class Compiled:
         return tuple(axis for axis in self.mesh.names if axis in found)
 
     def place(self, rank: int) -> str:
-        """The coordinates of a rank along the axes where ranks hold or run what others do not, as
+        """The coordinates of `rank` along the axes where ranks hold or run what others do not, as
         `pp=1`; empty where all ranks do the same."""
         coords = self.mesh.coords(rank)
         axes = {*self.apart, *self.pipeline}

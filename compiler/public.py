@@ -112,7 +112,7 @@ class Program(Compiled):
 
     @cached_property
     def _comm(self) -> Comm:
-        return ledger(self.graphs().values())
+        return ledger(self)
 
     def memory(self) -> Memory:
         """The bytes that one rank needs to hold, of all the one that needs most, known before

@@ -40,6 +40,7 @@ from meshwright.compiler.graph.ir import (
     rewrite,
 )
 from meshwright.compiler.graph.text import op_text
+from meshwright.dsl.statements import Stages
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.pins import module_text
 
@@ -50,7 +51,9 @@ def deliver(draft: Draft) -> Draft:
         return draft
     graph = draft.graph if draft.mesh.sequential else _phased(draft.graph)
     _check_order(graph)
-    return replace(draft, graph=_Deliverer(graph, draft.num_stages).run())
+    (statement,) = draft.plan.of(Stages)
+    deliverer = _Deliverer(graph, draft.num_stages, statement.plan_line)
+    return replace(draft, graph=deliverer.run())
 
 
 def _phased(graph: Graph) -> Graph:
@@ -98,8 +101,8 @@ def _check_order(graph: Graph) -> None:
 
 
 class _Deliverer:
-    def __init__(self, graph: Graph, num_stages: int) -> None:
-        self.graph, self.num_stages = graph, num_stages
+    def __init__(self, graph: Graph, num_stages: int, plan_line: str) -> None:
+        self.graph, self.num_stages, self.plan_line = graph, num_stages, plan_line
         self.builder = Builder(graph.name, graph.mesh)
         self.mapping: dict[Node, Node] = {}
         self.copies: dict[tuple[Node, int], Node] = {}
@@ -152,5 +155,5 @@ class _Deliverer:
             (self.mapping[value],),
             type=value.type,
             layout=value.placed,
-            origin=replace(value.origin, stage=stage),
+            origin=replace(value.origin, stage=stage, plan_line=self.plan_line),
         )

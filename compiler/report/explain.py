@@ -32,16 +32,19 @@ class LaidOut:
 
     `name` is the model's, `type` has the global shape and the axes that split it, as in
     `f32[64, 256@tp]`, and `plan_line` are the places of the statements behind it. `used` is the
-    type in which operators take a tensor that is stored in another layout.
+    type in which operators take a tensor that is stored in another layout, and `at` says whose
+    ranks hold it, such as `pp=0`, where not all do.
     """
 
     name: str
     type: str
     plan_line: str
     used: str = ""
+    at: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.type}" + (f", used as {self.used}" if self.used else "")
+        used = f", used as {self.used}" if self.used else ""
+        return f"{self.name}: {self.type}" + (f" at {self.at}" if self.at else "") + used
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +127,10 @@ class Explanation:
         for item, (head, operand) in zip(items, rows, strict=True):
             size = size_text(item.bytes) + (f" x {item.times}" if item.times > 1 else "")
             line = f"    {head:<{width}}  of {operand:<{types}}  {size:>8}"
+            if len(item.stages) > 1:
+                line += f"  stage {item.stages[0]} to {item.stages[1]}"
+            elif item.at:
+                line += f"  stage {item.stages[0]}"
             yield line + self._why(item.plan_line)
 
     def _why(self, places: str) -> str:
@@ -215,7 +222,7 @@ def _moved(program: Compiled, names: set[str], path: str | None = None) -> tuple
     own = shares(program)
     return tuple(
         item
-        for node, item in collectives(program.graphs().values()).items()
+        for node, item in collectives(program)
         if not names.isdisjoint((*own.get(node, ()), *_inputs_of(node)))
         or (path is not None and inside(path, item.modules))
     )
@@ -234,7 +241,9 @@ def _tensors(program: Compiled) -> dict[str, LaidOut]:
             type_text(TensorType(layout.shape, each.type.dtype), layout, graph)
             for layout in (each.layout, each.used)
         )
-        found[name] = LaidOut(name, type, each.plan_line, used if used != type else "")
+        found[name] = LaidOut(
+            name, type, each.plan_line, used if used != type else "", each.held_text
+        )
     for node in program.inputs():
         text = type_text(node.tensor, node.placed, graph)
         found[str(node.args[1])] = LaidOut(str(node.args[1]), text, node.origin.plan_line)

@@ -1,12 +1,16 @@
-"""The ledger of communication: every collective of a program, with its bytes and its origin."""
+"""The ledger of communication: every collective of a program, with its bytes and its origin.
+
+What one stage of a pipeline sends another is a collective of the kind `transfer`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 
+from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import Graph, Node, Phase
 from meshwright.compiler.graph.text import node_type_text, size_text
 from meshwright.compiler.graph.transfers import (
@@ -17,6 +21,8 @@ from meshwright.compiler.graph.transfers import (
     transfers_of,
 )
 from meshwright.compiler.layout.wires import bytes_sent
+from meshwright.compiler.program import Compiled
+from meshwright.compiler.schedules.actions import Action, Link, Send
 from meshwright.dsl.errors import plural
 from meshwright.dsl.writing.html import html_table
 
@@ -31,7 +37,9 @@ class Moved:
     a step runs it `times` times, once or in each microbatch. `value` is the node in the graph and
     `type` the type of its operand; of `operands` tensors that are sent together, their types.
     `module` is the path of the innermost module that it belongs to and `modules` those of all;
-    `plan_line` are the places of the statements behind it, such as `gpt.plan:6`.
+    `plan_line` are the places of the statements behind it, such as `gpt.plan:6`. In a pipeline,
+    `at` are the coordinates of the ranks that send it, such as `pp=1`, and `stages` the stage that
+    runs it and, of a transfer, the one that takes it.
     """
 
     phase: str
@@ -45,13 +53,16 @@ class Moved:
     plan_line: str
     times: int
     operands: int
+    at: str
+    stages: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Comm:
     """Every collective of a step, forward and backward: a sequence of `Moved`.
 
-    `moved` is the tuple of them.
+    `moved` is the tuple of them. Where ranks run different stages, figures are those of the rank
+    that has most, and `by_place` has those of each.
     """
 
     moved: tuple[Moved, ...]
@@ -80,18 +91,32 @@ class Comm:
     def __len__(self) -> int:
         return len(self.moved)
 
+    def by_place(self) -> dict[str, Comm]:
+        """What ranks send by their coordinates along a pipeline: `{"pp=0": ...}`; one entry without
+        a name where all ranks do the same."""
+        found: dict[str, list[Moved]] = {}
+        for item in self.moved:
+            found.setdefault(item.at, []).append(item)
+        return {place: Comm(tuple(items)) for place, items in found.items()}
+
     def bytes_by_axis(self) -> dict[str, int]:
         """Bytes that one rank sends in a step, by axis; `dp, tp` for collectives over both."""
-        total: Counter[str] = Counter()
-        for item in self.moved:
-            total[", ".join(item.axes)] += item.bytes * item.times
-        return dict(sorted(total.items()))
+        return self._most(lambda item: ", ".join(item.axes), lambda item: item.bytes * item.times)
 
     def counts(self) -> dict[str, int]:
         """How many collectives a step has, by kind and axes: `{"all_reduce[tp]": 8}`."""
+        return self._most(
+            lambda item: f"{item.kind}[{', '.join(item.axes)}]", lambda item: item.times
+        )
+
+    def _most(self, key: Callable[[Moved], str], number: Callable[[Moved], int]) -> dict[str, int]:
+        """The sums of numbers by key, each of the rank that has most."""
         found: Counter[str] = Counter()
-        for item in self.moved:
-            found[f"{item.kind}[{', '.join(item.axes)}]"] += item.times
+        for own in self.by_place().values():
+            sums: Counter[str] = Counter()
+            for item in own:
+                sums[key(item)] += number(item)
+            found |= sums
         return dict(sorted(found.items()))
 
     def where(self, test: Callable[[Moved], bool]) -> Comm:
@@ -104,11 +129,15 @@ class Comm:
 
     def times(self) -> int:
         """How many collectives run in a step: one of a microbatch runs in each."""
-        return sum(item.times for item in self.moved)
+        return self.most(lambda item: item.times)
 
     def total_bytes(self) -> int:
         """Bytes that one rank sends in a step."""
-        return sum(item.bytes * item.times for item in self.moved)
+        return self.most(lambda item: item.bytes * item.times)
+
+    def most(self, number: Callable[[Moved], int]) -> int:
+        """The sum of a number of each collective, of the rank where it is largest."""
+        return max((sum(map(number, own)) for own in self.by_place().values()), default=0)
 
     def to_json(self) -> list[dict[str, object]]:
         """One plain dictionary per collective."""
@@ -118,47 +147,94 @@ class Comm:
 _BACKWARD = (Phase.BACKWARD, Phase.WEIGHT, Phase.AFTER)
 
 
-def ledger(graphs: Iterable[Graph]) -> Comm:
-    """Every collective of the graphs of one step; a transfer that two nodes share counts once."""
-    return Comm(tuple(collectives(graphs).values()))
+def ledger(program: Compiled) -> Comm:
+    """Every collective of a step; a transfer that two nodes share counts once."""
+    return Comm(tuple(item for _, item in collectives(program)))
 
 
-def collectives(graphs: Iterable[Graph]) -> dict[Node, Moved]:
-    """Every collective of the graphs of one step, by node; a transfer that two nodes share counts
-    once."""
-    found: dict[Node, Moved] = {}
-    for graph in graphs:
+def collectives(program: Compiled) -> Iterator[tuple[Node, Moved]]:
+    """Every collective of a step with its node, which for what a stage is sent is the input that
+    takes it."""
+    places: dict[str, int] = {}
+    for rank in range(program.mesh.num_ranks):
+        places.setdefault(program.place(rank), rank)
+    for place, rank in places.items():
+        entries = program.entries[rank]
+        runs = Counter((each.stage, each.kind) for each in entries if isinstance(each, Action))
+        sends = Counter(each.link for each in entries if isinstance(each, Send))
+        for stage in program.stages:
+            for phase, graph in stage.graphs.items():
+                half = "backward" if phase in _BACKWARD and program.trains else "forward"
+                each = _Ledger(program, graph, half, place)
+                if times := runs[stage.number, phase]:
+                    yield from each.collectives(stage.number, times)
+                for link, times in sends.items():
+                    if (link.source, link.source_phase) == (stage.number, phase):
+                        yield from each.transfers(link, times)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ledger:
+    """What ranks at one place send in and after one graph."""
+
+    program: Compiled
+    graph: Graph
+    half: str
+    place: str
+
+    def collectives(self, stage: int, times: int) -> Iterator[tuple[Node, Moved]]:
         shared: set[TransferKey] = set()
-        for node in graph.nodes:
-            if not moves(node) or graph.mesh.sequential.issuperset(node.kwargs["axes"]):
+        for node in self.graph.nodes:
+            if not moves(node) or self.graph.mesh.sequential.issuperset(node.kwargs["axes"]):
                 continue
             if (key := transfer_key(node)) not in shared:
                 shared.add(key)
-                found[node] = _moved(node, graph)
-    return found
+                size = _bytes(node, self.graph)
+                axes = node.kwargs["axes"]
+                made = self._moved(node, node.args, counted(node), axes, size, times)
+                yield node, replace(made, stages=(stage,))
+
+    def transfers(self, link: Link, times: int) -> Iterator[tuple[Node, Moved]]:
+        for node in self.program.transfers.values[link]:
+            axes, size = self.program.pipeline, node_bytes(node, self.graph)
+            made = self._moved(node, (node,), "transfer", axes, size, times)
+            yield node, replace(made, stages=(link.source, link.target))
+
+    def _moved(
+        self,
+        node: Node,
+        operands: Sequence[Node],
+        kind: str,
+        axes: tuple[str, ...],
+        size: int,
+        times: int,
+    ) -> Moved:
+        return Moved(
+            self.half,
+            kind,
+            axes,
+            size,
+            node.name,
+            ", ".join(node_type_text(each, self.graph) for each in operands),
+            node.origin.module,
+            tuple(path for path, _ in node.origin.modules),
+            node.origin.plan_line,
+            times,
+            len(operands),
+            self.place,
+            (),
+        )
 
 
-def _numel(node: Node, graph: Graph) -> int:
-    return math.prod(node.placed.local_shape(graph.mesh))
-
-
-def _moved(node: Node, graph: Graph) -> Moved:
+def _bytes(node: Node, graph: Graph) -> int:
+    """What a rank sends for a collective."""
     wires = [each.wire for each in transfers_of(node, graph.mesh)]
-    size = sum(
+    return sum(
         bytes_sent(wire, _numel(source, graph), source.tensor.dtype.itemsize, graph.mesh)
         for source, wire in zip(node.args, wires, strict=True)
         if wire is not None
     )
-    return Moved(
-        "backward" if node.phase in _BACKWARD else "forward",
-        counted(node),
-        node.kwargs["axes"],
-        size,
-        node.name,
-        ", ".join(node_type_text(source, graph) for source in node.args),
-        node.origin.module,
-        tuple(path for path, _ in node.origin.modules),
-        node.origin.plan_line,
-        1 if node.phase.once else len(graph.mesh.turns),
-        len(node.args),
-    )
+
+
+def _numel(node: Node, graph: Graph) -> int:
+    return math.prod(node.placed.local_shape(graph.mesh))

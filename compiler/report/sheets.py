@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from meshwright.compiler.graph.text import size_text
+from meshwright.compiler.report.staging import Passed, Repeated
 from meshwright.compiler.report.summary import Gather, Held, PlanLine, Summary, Traffic
 from meshwright.dsl.errors import plural
 
 _MODULES = 2
 """How many modules a row names before it only counts them."""
+_PATHS = 4
+"""How many ways from stage to stage a row names before it only counts them."""
 _MOST_PLACES = 8
 """How many places the table of memory has a column for; of more, it has that which needs most."""
 _NARROWEST = 12
@@ -92,13 +95,66 @@ def broken(cell: str, width: int) -> str:
 def sheets(summary: Summary) -> tuple[Sheet, ...]:
     """All tables that have rows, in reading order."""
     every = (
+        _stages(summary),
         _held(summary.held),
         _traffic(summary),
+        _passed(summary.passed),
+        _repeated(summary.repeated),
         _gathers(summary.gathers),
         _lines(summary.lines),
         _memory(summary),
     )
     return tuple(sheet for sheet in every if sheet.rows)
+
+
+def _stages(summary: Summary) -> Sheet:
+    columns = (
+        Column("", "dim", right=True),
+        Column("at", "bold", fixed=True),
+        Column("runs"),
+        Column("parameters", right=True),
+        Column("saved per microbatch", right=True),
+    )
+    rows = tuple(
+        (
+            str(each.number),
+            each.at,
+            ", ".join(each.modules),
+            f"{each.num_parameters:,}",
+            size_text(each.saved),
+        )
+        for each in summary.stages
+    )
+    return Sheet(f"the stages; {summary.schedule}", columns, rows)
+
+
+def _passed(rows: Sequence[Passed]) -> Sheet:
+    columns = (
+        Column("", "dim"),
+        Column("value", "cyan"),
+        Column("from stage to stage"),
+        Column("", "dim", right=True),
+        Column("each", right=True),
+        Column("of"),
+    )
+    cells = tuple(
+        (
+            row.phase,
+            row.type,
+            _some([" > ".join(map(str, path)) for path in row.paths], _PATHS),
+            f"x {row.times}",
+            size_text(row.bytes),
+            _where(row.modules),
+        )
+        for row in rows
+    )
+    return Sheet("what stages send one another in a step", columns, cells)
+
+
+def _repeated(rows: Sequence[Repeated]) -> Sheet:
+    columns = (Column("value", "cyan"), Column("in stages"), Column("of"))
+    cells = tuple((row.type, _some(list(map(str, row.stages)), 8), row.module) for row in rows)
+    return Sheet("computed again in each stage that takes it, and not sent", columns, cells)
 
 
 def _held(rows: Sequence[Held]) -> Sheet:
@@ -133,12 +189,18 @@ def _traffic(summary: Summary) -> Sheet:
     )
     count = sum(row.count for row in summary.traffic)
     total = sum(row.bytes for row in summary.traffic)
-    totals = [("in all", "", f"x {count}", size_text(total), "", "")]
+    sent = sorted(summary.sent, key=lambda each: -each[2])[:_MOST_PLACES] or [("", count, total)]
+    places = [each for each in summary.sent if each in sent] or sent
+    totals = [
+        ("in all", f"at {place}" if place else "", f"x {count}", size_text(total), "", "")
+        for place, count, total in places
+    ]
     totals += [
         ("", f"over {axes}", "", size_text(size), "", "") for axes, size in summary.bytes_by_axis
     ]
     rows = tuple(map(_traffic_row, summary.traffic))
-    return Sheet("what moves in a step", columns, rows, tuple(totals))
+    title = "what moves in a step" + "; of each, by the rank that sends most" * bool(summary.sent)
+    return Sheet(title, columns, rows, tuple(totals))
 
 
 def _traffic_row(row: Traffic) -> tuple[str, ...]:
@@ -153,8 +215,13 @@ def _traffic_row(row: Traffic) -> tuple[str, ...]:
 
 
 def _where(modules: Sequence[str]) -> str:
-    named = ", ".join(modules[:_MODULES])
-    return f"{named}, and {len(modules) - _MODULES} more" if len(modules) > _MODULES else named
+    return _some(modules, _MODULES)
+
+
+def _some(texts: Sequence[str], most: int) -> str:
+    """The first of many, and how many more there are."""
+    named = ", ".join(texts[:most])
+    return f"{named}, and {len(texts) - most} more" if len(texts) > most else named
 
 
 def _short(places: str) -> str:

@@ -14,6 +14,15 @@ from meshwright.compiler.placing.rules.lookup import has_rule
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Comm, Moved, ledger
 from meshwright.compiler.report.memory import Memory, memories
+from meshwright.compiler.report.staging import (
+    Part,
+    Passed,
+    Repeated,
+    parts,
+    passed,
+    repeated,
+    schedule_text,
+)
 from meshwright.compiler.schedules.balanced import Balance
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Statement
@@ -89,7 +98,13 @@ class Summary:
     lines: tuple[PlanLine, ...]
     memory: Memory
     memories: tuple[tuple[str, Memory], ...]
-    """That of ranks at different coordinates, where these hold different tensors."""
+    """That of ranks at different coordinates, where these run different stages."""
+    sent: tuple[tuple[str, int, int], ...]
+    """By coordinates, where ranks run different stages: collectives, and the bytes sent."""
+    schedule: str
+    stages: tuple[Part, ...]
+    passed: tuple[Passed, ...]
+    repeated: tuple[Repeated, ...]
     balance: Balance | None
 
     def to_json(self) -> dict[str, object]:
@@ -101,7 +116,7 @@ class Summary:
 
 def summarise(program: Compiled, *, local: bool = False) -> Summary:
     """The figures of a program; with `local`, shapes are those that one rank holds."""
-    comm, places = ledger(program.graphs().values()), memories(program)
+    comm, places = ledger(program), memories(program)
     return Summary(
         type(program.model).__name__,
         program.plan.source.name,
@@ -115,6 +130,11 @@ def summarise(program: Compiled, *, local: bool = False) -> Summary:
         tuple(_lines(program, comm)),
         max(places.values(), key=lambda each: each.peak),
         tuple(places.items()) if len(places) > 1 else (),
+        tuple((at, own.times(), own.total_bytes()) for at, own in comm.by_place().items() if at),
+        schedule_text(program),
+        tuple(parts(program)),
+        tuple(passed(program)),
+        tuple(repeated(program)),
         program.balance,
     )
 
@@ -125,21 +145,30 @@ def _stored(program: Compiled, local: bool) -> Iterable[Held]:
         for stored in tensors.values():
             type = TensorType(stored.padded_shape, stored.type.dtype)
             text = type_text(type, stored.layout, program.stages[0].forward, local=local)
-            notes = ("buffer" if kind == "buffer" else _note(stored), _place(stored))
-            note = ", ".join(filter(None, notes))
+            note = "buffer" if kind == "buffer" else _note(stored)
             groups.setdefault((text, note, stored.plan_line), []).append(stored)
         order = {name: i for i, name in enumerate(tensors)}
         folded = [
-            (order[names[0]], Held(kind, selector, len(names), text, size, note, line))
-            for (text, note, line), group in groups.items()
+            (order[names[0]], _row(program, kind, selector, [tensors[name] for name in names], key))
+            for key, group in groups.items()
             for selector, names in fold([s.name for s in group], list(tensors)).items()
-            for size in [sum(tensors[name].local_bytes(program.mesh) for name in names)]
         ]
         yield from (held for _, held in sorted(folded, key=lambda item: item[0]))
 
 
-def _place(stored: Stored) -> str:
-    return f"at {stored.held_text}" if stored.held_at else ""
+def _row(
+    program: Compiled, kind: str, names: str, tensors: list[Stored], alike: tuple[str, str, str]
+) -> Held:
+    """Tensors that are laid out alike, and what the rank that holds most of them holds."""
+    text, note, line = alike
+    mesh, places = program.mesh, dict.fromkeys(each.held_text for each in tensors)
+    size = max(
+        sum(each.local_bytes(mesh) for each in tensors if each.held_by(mesh.coords(rank)))
+        for rank in mesh.group(0, program.apart)
+    )
+    place = f"over {', '.join(program.apart)}" if len(places) > 1 else f"at {next(iter(places))}"
+    note = ", ".join(filter(None, (note, place if any(places) else "")))
+    return Held(kind, names, len(tensors), text, size, note, line)
 
 
 def _note(stored: Stored) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch import nn
 
@@ -12,8 +13,12 @@ from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Moved, collectives
-from meshwright.compiler.report.memory import walks
+from meshwright.compiler.report.memory import walks_by_rank
 from meshwright.compiler.report.shares import shares
+from meshwright.compiler.report.storages import Walk
+
+_Alike: TypeAlias = tuple[str, str, tuple[str, ...], str]
+"""The phase, kind, axes and line of the plan that collectives have in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +28,8 @@ class Part:
     `name` is their path or a selector that matches all of them. `num_parameters` counts numbers of
     the whole model. In bytes per rank: `parameters`, `buffers`, `gradients` and `optimizer`, as in
     `Memory`, and what is `saved` for the backward. In one step, `collectives` run inside, and each
-    rank sends `sent` bytes for these and for the gradients. A tied parameter counts in each module
-    that has it.
+    rank sends `sent` bytes for these and for the gradients. Where ranks run different stages, each
+    figure is of the rank where it is largest. A tied parameter counts in each module that has it.
     """
 
     name: str
@@ -62,33 +67,44 @@ class Sums:
 
     def __init__(self, program: Compiled) -> None:
         self.program = program
-        self.moved = collectives(program.graphs().values())
+        self.moved = list(collectives(program))
         self.shares = shares(program)
-        self.saved = [
-            (tuple(path for path, _ in node.origin.modules), size)
-            for walk in walks(program)
-            for node, size in walk.saved.items()
-        ]
+        self.walks = walks_by_rank(program)
 
     def of(self, path: str, kind: str) -> Part:
         """The sums of one module and all inside it."""
         own = list(self._stored(path))
-        mesh, buffers = self.program.mesh, self.program.buffers
-        trained = sum(each.local_bytes(mesh) for each in own if each.requires_grad)
-        gradients = trained if self.program.trains else 0
-        sums = self.sums(path)
+        trained = [each for each in own if each.requires_grad and self.program.trains]
+        buffers = self.program.buffers
+        gradients, sums = self._held(trained), self.sums(path)
         return Part(
             path,
             kind,
             1,
             sum(math.prod(each.type.shape) for each in own),
-            sum(each.local_bytes(mesh) for each in own),
-            sum(buffers[name].local_bytes(mesh) for name in _under(path, buffers)),
+            self._held(own),
+            self._held(buffers[name] for name in _under(path, buffers)),
             gradients,
             2 * gradients,
-            sum(size for modules, size in self.saved if inside(path, modules)),
+            max(self._saved(walk, path) for walk in self.walks.values()),
             sum(each.count for each in sums if not path or each.phase != "gradients"),
             sum(each.bytes for each in sums),
+        )
+
+    def _held(self, tensors: Iterable[Stored]) -> int:
+        """The bytes of these that a rank holds."""
+        mesh, held = self.program.mesh, list(tensors)
+        return max(
+            sum(each.local_bytes(mesh) for each in held if each.held_by(mesh.coords(rank)))
+            for rank in self.walks
+        )
+
+    def _saved(self, walk: Walk, path: str) -> int:
+        """The bytes that graphs save for later ones, of what a module computes."""
+        return sum(
+            size
+            for node, size in walk.saved.items()
+            if inside(path, (module for module, _ in node.origin.modules))
         )
 
     def children(self, path: str, module: nn.Module) -> tuple[Part, ...]:
@@ -110,24 +126,30 @@ class Sums:
         return tuple(sorted(parts, key=lambda part: (-part.sent, -part.parameters - part.saved)))
 
     def sums(self, path: str) -> tuple[Sum, ...]:
-        """What moves for a module and all inside it, equal collectives together."""
-        groups: dict[tuple[str, str, tuple[str, ...], str], list[tuple[int, float]]] = {}
+        """What the rank that sends most for a module and all inside it sends, equal collectives
+        together."""
+        groups: dict[str, dict[_Alike, list[tuple[int, float]]]] = {}
         names = {each.name for each in self._stored(path)}
-        for node, item in self.moved.items():
+        for node, item in self.moved:
             phase, share = self._share(node, item, path, names)
             if share:
                 key = (phase, item.kind, item.axes, item.plan_line)
                 sent = share * item.bytes * item.times
-                groups.setdefault(key, []).append((item.times, sent))
-        return tuple(
-            Sum(*key[:3], sum(n for n, _ in own), round(sum(sent for _, sent in own)), key[3])
-            for key, own in sorted(groups.items(), key=_phase)
-        )
+                groups.setdefault(item.at, {}).setdefault(key, []).append((item.times, sent))
+        found = [
+            tuple(
+                Sum(*key[:3], sum(n for n, _ in own), round(sum(sent for _, sent in own)), key[3])
+                for key, own in sorted(each.items(), key=_phase)
+            )
+            for each in groups.values()
+        ]
+        return max(found, key=lambda sums: sum(each.bytes for each in sums), default=())
 
     def _share(self, node: Node, item: Moved, path: str, names: set[str]) -> tuple[str, float]:
         """The phase of a collective, and which share of its bytes is the module's."""
         own = self.shares.get(node, {})
-        phase = "gradients" if own and not any(item.modules) else item.phase
+        alone = bool(own) and not any(item.modules) and item.phase == "backward"
+        phase = "gradients" if alone else item.phase
         if inside(path, item.modules):
             return phase, 1.0
         return phase, sum(share for name, share in own.items() if name in names)
@@ -150,7 +172,7 @@ def _under(path: str, names: Iterable[str]) -> Iterator[str]:
     return (name for name in names if not path or name.startswith(f"{path}."))
 
 
-def _phase(group: tuple[tuple[str, str, tuple[str, ...], str], object]) -> int:
+def _phase(group: tuple[_Alike, object]) -> int:
     return ("forward", "backward", "gradients").index(group[0][0])
 
 

@@ -6,10 +6,10 @@ Requires: a whole program. Ensures: in training, every `expect` holds.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from meshwright.compiler.public import Program
-from meshwright.compiler.report.ledger import Comm, Moved
+from meshwright.compiler.report.ledger import Comm
 from meshwright.dsl.resolve import resolve
 from meshwright.dsl.statements import Expect
 
@@ -46,11 +46,11 @@ def _measure(program: Program, statement: Expect, module: str) -> int:
     """The number that a contract bounds, for one module ("" is the whole model)."""
     if statement.metric == "peak_memory":
         return program.memory().peak
-    items = _counted(program.comm(), statement, module)
-    return sum(
-        (item.bytes if statement.metric == "bytes" else 1)
-        * (item.times if statement.window == "step" else 1)
-        for item in items
+    return _counted(program.comm(), statement, module).most(
+        lambda item: (
+            (item.bytes if statement.metric == "bytes" else 1)
+            * (item.times if statement.window == "step" else 1)
+        )
     )
 
 
@@ -62,15 +62,15 @@ def _modules(program: Program, statement: Expect) -> list[str]:
     return list(resolve([statement], names))
 
 
-def _counted(comm: Comm, statement: Expect, module: str) -> list[Moved]:
-    items: Iterable[Moved] = comm.under(module) if module else comm
-    return [
-        item
-        for item in items
-        if (statement.metric in ("bytes", item.kind))
-        and (not statement.axes or set(statement.axes) <= set(item.axes))
-        and statement.window in ("", "step", item.phase)
-    ]
+def _counted(comm: Comm, statement: Expect, module: str) -> Comm:
+    inside = comm.under(module) if module else comm
+    return inside.where(
+        lambda item: (
+            statement.metric in ("bytes", item.kind)
+            and (not statement.axes or set(statement.axes) <= set(item.axes))
+            and statement.window in ("", "step", item.phase)
+        )
+    )
 
 
 def _spell(statement: Expect) -> str:
@@ -79,8 +79,8 @@ def _spell(statement: Expect) -> str:
 
 
 def _evidence(comm: Comm, statement: Expect, module: str) -> list[str]:
-    items = [] if statement.metric == "peak_memory" else _counted(comm, statement, module)
+    counted = () if statement.metric == "peak_memory" else _counted(comm, statement, module)
     return [
         f"{item.phase}: {item.kind} of {item.type} in {item.module or 'the model'}"
-        for item in items[:5]
+        for item in list(counted)[:5]
     ]
