@@ -92,8 +92,8 @@ class Comm:
         return len(self.moved)
 
     def by_place(self) -> dict[str, Comm]:
-        """What ranks send by their coordinates along a pipeline: `{"pp=0": ...}`; one entry without
-        a name where all ranks do the same."""
+        """The collectives of ranks by their coordinates along a pipeline: `{"pp=0": ...}`; one
+        entry without a name where all ranks do the same."""
         found: dict[str, list[Moved]] = {}
         for item in self.moved:
             found.setdefault(item.at, []).append(item)
@@ -136,7 +136,8 @@ class Comm:
         return self.most(lambda item: item.bytes * item.times)
 
     def most(self, number: Callable[[Moved], int]) -> int:
-        """The sum of a number of each collective, of the rank where it is largest."""
+        """The sum of a `number` of each collective, a function of a `Moved`, of the rank where it
+        is largest."""
         return max((sum(map(number, own)) for own in self.by_place().values()), default=0)
 
     def to_json(self) -> list[dict[str, object]]:
