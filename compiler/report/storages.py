@@ -7,10 +7,10 @@ the operator needs inside itself are what they will be; equal calls are run once
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,36 +44,9 @@ from meshwright.compiler.graph.types import Fakes
 from meshwright.compiler.layout.local_ops import LocalOp, apply_all
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.report.counter import StorageCounter, address
+from meshwright.compiler.report.tensors import Held, Local, Storage, contiguous, fresh, leaves
 from meshwright.compiler.schedules.actions import Action
 from meshwright.compiler.stages import PASSED_AS, Joined, Stage
-
-
-class Storage:
-    """Memory that `held` values share."""
-
-    __slots__ = ("held", "num_bytes")
-
-    def __init__(self, num_bytes: int) -> None:
-        self.num_bytes, self.held = num_bytes, 0
-
-
-@dataclass(frozen=True, slots=True)
-class Local:
-    """A rank's tensor: what it looks like, and the memory behind it."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    storage: Storage
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """All but the memory."""
-        return (self.shape, self.stride, self.dtype)
-
-
-Held: TypeAlias = "Local | tuple[Any, ...] | None"
-"""What a variable holds: one tensor, multiple, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +93,7 @@ class _Saved:
         for number in self.stage.added(action.kind):
             if number not in self.once:
                 value = self.joined[number].value
-                local = _new(value.placed.local_shape(self.mesh), value.tensor.dtype)
+                local = fresh(value.placed.local_shape(self.mesh), value.tensor.dtype)
                 outside = replace(local, storage=Storage(0))
                 self.once[number] = local if self.joined[number].place is None else outside
                 held.append(self.once[number])
@@ -157,9 +130,9 @@ class _Saved:
     def _total(self, value: Local, joined: Joined) -> Local:
         """Where the values of all microbatches end; buckets lie outside of what is counted."""
         if joined.place is not None:
-            return replace(value, stride=_contiguous(value.shape), storage=Storage(0))
+            return replace(value, stride=contiguous(value.shape), storage=Storage(0))
         shape = (self.turns, *value.shape) if joined.gathers else value.shape
-        return _new(shape, value.dtype)
+        return fresh(shape, value.dtype)
 
 
 class Walk:
@@ -233,7 +206,7 @@ class Walk:
     def receive(self, values: Iterable[Node], microbatch: int) -> None:
         """Begin to receive what these inputs take."""
         for node in values:
-            local = _new(node.placed.local_shape(self._mesh), node.tensor.dtype)
+            local = fresh(node.placed.local_shape(self._mesh), node.tensor.dtype)
             # Under way: nothing is lent for it.
             self._passed[(*node.args, microbatch)] = (None, local)
             self._hold(local)
@@ -302,7 +275,7 @@ class Walk:
         """Note the memory of a bucket, which gradients keep beyond the step."""
         key = (self._action.stage, bucket.name)
         if key not in self.allocated and is_allocated(bucket, self._graph.mesh):
-            local = _new(bucket.placed.local_shape(self._graph.mesh), bucket.tensor.dtype)
+            local = fresh(bucket.placed.local_shape(self._graph.mesh), bucket.tensor.dtype)
             self.allocated[key] = local.storage
             self._hold(local)
 
@@ -320,14 +293,14 @@ class Walk:
             self._bind(exchange.target, arranged)
 
     def _hold(self, held: Held) -> None:
-        for local in _leaves(held):
+        for local in leaves(held):
             local.storage.held += 1
             if local.storage.held == 1:
                 self.alive += local.storage.num_bytes
         self.peak = max(self.peak, self.alive)
 
     def _release(self, held: Held) -> None:
-        for local in _leaves(held):
+        for local in leaves(held):
             local.storage.held -= 1
             if not local.storage.held:
                 self.alive -= local.storage.num_bytes
@@ -349,13 +322,13 @@ class Walk:
     def _whole(self, node: Node) -> Local:
         """A tensor that lies outside of what is counted."""
         shape = node.placed.local_shape(self.context.mesh)
-        return Local(shape, _contiguous(shape), node.tensor.dtype, self._outside)
+        return Local(shape, contiguous(shape), node.tensor.dtype, self._outside)
 
     def _save(self, values: dict[int, Held]) -> None:
         outputs = {int(o.name): o.node for o in self._graph.outputs_of(OutputKind.SAVED)}
         seen = {self._outside}
         for number, held in values.items():
-            new = {local.storage for local in _leaves(held)} - seen
+            new = {local.storage for local in leaves(held)} - seen
             self.saved[outputs[number]] = sum(storage.num_bytes for storage in new)
             seen |= new
             self._hold(held)
@@ -363,7 +336,7 @@ class Walk:
         self._count_saved()
 
     def _count_saved(self) -> None:
-        kept = {leaf.storage for stage in self._stages for leaf in _leaves(stage.held())}
+        kept = {leaf.storage for stage in self._stages for leaf in leaves(stage.held())}
         self.most_saved = max(self.most_saved, sum(storage.num_bytes for storage in kept))
 
     def _return(self, returned: Return) -> None:
@@ -414,7 +387,7 @@ class Walk:
             shape = (self.context.mesh.size(exchange.wire.axes), *shape)
         elif exchange.wire.kind == "reduce_scatter":
             shape = shape[1:]
-        return _new(shape, given.dtype)
+        return fresh(shape, given.dtype)
 
     def _costed(
         self,
@@ -436,7 +409,7 @@ class Walk:
         self.peak = max(self.peak, self.alive + cost.peak)
         self.alive += cost.kept
         own: dict[int, Storage] = {}
-        operands = list(_leaves((*args, *kwargs.values())))
+        operands = list(leaves((*args, *kwargs.values())))
 
         def made(result: Any) -> Any:
             if isinstance(result, tuple):
@@ -502,7 +475,7 @@ class Walk:
                 continue
             shape = layout.local_shape(self.context.mesh)
             size = math.prod(shape) * type.dtype.itemsize
-            results.append(_Result(shape, _contiguous(shape), type.dtype, i, size))
+            results.append(_Result(shape, contiguous(shape), type.dtype, i, size))
         total = sum(result.num_bytes for result in results if result is not None)
         return _Cost(tuple(results) if isinstance(node.type, tuple) else results[0], total, 0)
 
@@ -511,24 +484,6 @@ class Walk:
             return torch.empty_strided(
                 local.shape, local.stride, dtype=local.dtype, device=self.context.device
             )
-
-
-def _leaves(held: Any) -> Iterator[Local]:
-    if isinstance(held, Local):
-        yield held
-    elif isinstance(held, tuple):
-        for item in held:
-            yield from _leaves(item)
-
-
-def _new(shape: tuple[int, ...], dtype: torch.dtype) -> Local:
-    """A tensor in memory of its own."""
-    return Local(shape, _contiguous(shape), dtype, Storage(math.prod(shape) * dtype.itemsize))
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The strides of a tensor without gaps, the last dim's entries side by side."""
-    return tuple(math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _key(operand: Any) -> Any:
