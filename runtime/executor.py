@@ -348,15 +348,15 @@ class _Saved:
         self.by_microbatch: list[dict[int, Any]] = [{} for _ in loop.mesh.turns]
         # Without a loop, what runs once takes what the only turn has saved.
         self.once: dict[int, Any] = {} if len(self.by_microbatch) > 1 else self.by_microbatch[0]
-        self._totals: dict[Phase, dict[int, Tensor]] = {}
 
     def totals(self, phase: Phase) -> Mapping[int, Tensor]:
-        """What the graph of a phase adds to, by number."""
-        found = self._totals.get(phase)
-        if found is None:
-            found = self._totals[phase] = {n: self.loop.total(n) for n in self.loop.added[phase]}
-            self.once.update(found)
-        return found
+        """What the graph of a phase adds to, by number; nothing else keeps it beyond its last
+        use."""
+        numbers = self.loop.added[phase]
+        for number in numbers:
+            if number not in self.once:
+                self.once[number] = self.loop.total(number)
+        return {number: self.once[number] for number in numbers}
 
     def share(self) -> None:
         """Let every microbatch have what was made once."""
