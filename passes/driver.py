@@ -37,6 +37,7 @@ from meshwright.passes.contracts.allow import check_replication
 from meshwright.passes.contracts.expect import check_contracts
 from meshwright.passes.contracts.idle import check_axes
 from meshwright.passes.contracts.supported import check_supported
+from meshwright.passes.copies import copies, pipeline_table
 from meshwright.passes.deliver import deliver
 from meshwright.passes.differentiate import differentiate
 from meshwright.passes.fuse import fuse
@@ -51,7 +52,7 @@ from meshwright.passes.rewriting.normalise import normalise
 from meshwright.passes.rewriting.route import route
 from meshwright.passes.separate import separate
 from meshwright.passes.statements.accumulate import accumulate
-from meshwright.passes.statements.balance import balance, table_of
+from meshwright.passes.statements.balance import balance
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
@@ -104,6 +105,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     on_graph(bucket),
     attribute,
     on_graph(loop),
+    copies,
     # Forward and backward are graphs of their own, in each stage.
     deliver,
     separate,
@@ -264,7 +266,7 @@ def _program(
     recompile: Callable[..., Program],
 ) -> Program:
     """The program that the last pass leaves."""
-    captured, table = source.captured, _table(draft)
+    captured, table = source.captured, pipeline_table(draft)
     return Program(
         plan=draft.plan,
         mesh=draft.mesh.of_ranks,
@@ -283,14 +285,6 @@ def _program(
         initialise=partial(initialisation, device=source.device),
         runtime=runtime,
     )
-
-
-def _table(draft: Draft) -> Table | None:
-    """Which coordinate along the pipeline runs which stage, and when; None without a pipeline."""
-    for statement in draft.plan.of(Stages):
-        table = table_of(draft, statement)
-        return table if draft.captured.mode == "train" else table.evaluation
-    return None
 
 
 def _held_at(draft: Draft, name: str, table: Table | None) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,8 @@ or makes is sent and received where the schedule says so, and awaited where an a
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,8 +35,10 @@ Kept = Tensor | list[tuple[Tensor, Tensor]]
 Snapshot = tuple[tuple[int, int, bool], dict[str, Tensor]]
 """Where a rank stands: its random numbers, and the buffers that a step changes."""
 _RETURNED = (OutputKind.LOSS, OutputKind.OUTPUT, OutputKind.BUFFER)
-Passed = dict[tuple[InputKind, str, int], Any]
-"""What other stages have sent, by what it is to the stage that takes it, name and microbatch."""
+_Key = tuple[InputKind, str, int]
+"""A value of one stage for another: what it is to the stage that takes it, name and microbatch."""
+Passed = dict[_Key, Any]
+"""What other stages have sent."""
 
 
 class Executor:
@@ -61,13 +64,18 @@ class Executor:
             for action in actions_of(self.entries)
         }
         self.graphs = {
-            key: self._linked(graph, named[graph.name], places, once=key[1].once)
-            for key, graph in graphs.items()
+            (stage, phase): self._linked(graph, named[graph.name], places, stage, phase)
+            for (stage, phase), graph in graphs.items()
         }
         own = {stage for stage, _ in graphs}
         self.loops = {s.number: self._loop(s) for s in program.stages if s.number in own}
         self.turns = self._turns()
         self.moves = self._moves(program)
+        sent, received = (self._moved(kind) for kind in (Send, Receive))
+        self.leaving = Counter(sent)
+        """How many other ranks take a value."""
+        self.staying = self._taken(program) - set(received)
+        """The values that this rank hands over to itself."""
         self.settled = program.transfers.settled(state.rank)
         returned = [o for graph in graphs.values() for o in graph.outputs_of(*_RETURNED)]
         given = [(o.kind, o.name) for o in program.captured.graph.outputs]
@@ -79,8 +87,13 @@ class Executor:
         self._kept: dict[_Bucket, Kept] = {}
         """What each bucket held before the step that is under way, if that has come to fill it."""
 
-    def _linked(self, graph: Graph, code: Code, places: dict[str, int], *, once: bool) -> _Linked:
-        state = self.state
+    def _linked(
+        self, graph: Graph, code: Code, places: dict[str, int], stage: int, phase: Phase
+    ) -> _Linked:
+        state, turns = self.state, graph.mesh.turns
+        run = [
+            a.microbatch for a in actions_of(self.entries) if (a.stage, a.kind) == (stage, phase)
+        ]
         filled = {
             name: (owners, state.flat_buffer(owners, node))
             for name, (owners, node) in _owners(graph).items()
@@ -95,13 +108,14 @@ class Executor:
                 state.random,
                 buffers,
                 state.loss_scale,
+                first=microbatch == run[0],
             )
-            for turn in (graph.mesh.turns[:1] if once else graph.mesh.turns)
+            for microbatch, turn in enumerate(turns[:1] if phase.once else turns)
         ]
         return _Linked(
             code,
             [code.link(context) for context in contexts],
-            once,
+            phase.once,
             _Inputs(graph, self, places),
             [(i, PASSED_AS[o.kind], o.name) for i, o in outputs if o.kind in PASSED_AS],
             [(i, self._result(o), storage(o.node).held) for i, o in outputs if o.kind in _RETURNED],
@@ -179,6 +193,20 @@ class Executor:
             if not isinstance(entry, Action)
         }
 
+    def _moved(self, kind: type[Send] | type[Receive]) -> Iterator[_Key]:
+        """What this rank sends, or receives."""
+        for entry, moves in self.moves.items():
+            if isinstance(entry, kind):
+                yield from ((*move.key, entry.microbatch) for move in moves)
+
+    def _taken(self, program: Program) -> set[_Key]:
+        """What the actions of this rank take."""
+        return {
+            (*node.args, action.microbatch)
+            for action in actions_of(self.entries)
+            for node in program.stages[action.stage].received(action.kind)
+        }
+
     def run(self, arguments: Sequence[Tensor]) -> RankProgram:
         """One step: the entries of this rank in order, then what is still under way.
 
@@ -194,7 +222,7 @@ class Executor:
             if isinstance(entry, Action):
                 yield from self._act(entry, step)
             elif isinstance(entry, Send):
-                step.sent[place] = yield from self._send(entry, step.passed)
+                step.sent[place] = yield from self._send(entry, step.leaving)
             else:
                 yield from self._receive(entry, step.passed)
             for arrived in self.settled.get(place, ()):
@@ -226,15 +254,22 @@ class Executor:
                 handed.join(number, own.pop(number), microbatch)
         step.reductions += under_way
         for place, kind, name in each.sent:
-            step.passed[kind, name, microbatch] = values[place]
+            value, key = values[place], (kind, name, microbatch)
+            if type(value) is Pending and self.leaving[key] + (key in self.staying) > 1:
+                value = yield from _arrived(value)
+            if key in self.staying:
+                step.passed[key] = value
+            step.leaving[key] = [value] * self.leaving[key]
         for place, output, lives_on in each.results:
             step.results[output] = values[place].clone() if lives_on else values[place]
 
-    def _send(self, entry: Send, passed: Passed) -> Generator[Any, Any, list[Pending]]:
+    def _send(
+        self, entry: Send, leaving: dict[_Key, list[Any]]
+    ) -> Generator[Any, Any, list[Pending]]:
         """Begin to send what an action has left for another rank."""
         begun = []
         for move in self.moves[entry]:
-            value = passed.pop((*move.key, entry.microbatch))
+            value = leaving[*move.key, entry.microbatch].pop()
             if type(value) is Pending:
                 value = yield from _arrived(value)
             begun.append(Pending((yield Start(move.wire, value))))
@@ -309,6 +344,8 @@ class _Step:
     saved: Mapping[int, _Saved]
     results: dict[Output, Any]
     passed: Passed = field(default_factory=dict)
+    leaving: dict[_Key, list[Any]] = field(default_factory=dict)
+    """What is to be sent, as often as it is."""
     reductions: list[Pending] = field(default_factory=list)
     """What is under way into buckets."""
     sent: dict[int, list[Pending]] = field(default_factory=dict)
@@ -368,7 +405,7 @@ class _Saved:
         joined, total = self.loop.joined[number], self.once.get(number)
         if joined.gathers:
             if total is None:
-                total = self.once[number] = value.new_empty((len(self.by_microbatch), *value.shape))
+                total = self.once[number] = value.new_zeros((len(self.by_microbatch), *value.shape))
             total[microbatch].copy_(value)
         elif total is None:
             self.once[number] = value.clone()

@@ -116,6 +116,8 @@ class RankContext:
     buckets: Mapping[str, FlatBuffer]
     """By bucket node."""
     scale: LossScale = field(default_factory=LossScale)
+    first: bool = True
+    """Whether this is the turn of a loop that the rank takes first."""
 
 
 @dataclass(frozen=True, slots=True)

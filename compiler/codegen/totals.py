@@ -1,4 +1,5 @@
-"""Add up what the turns of a loop compute: the first turn writes over the total, the others add."""
+"""Add up what the turns of a loop compute: the first that a rank takes writes over the total, the
+others add."""
 
 from __future__ import annotations
 
@@ -12,16 +13,12 @@ from meshwright.compiler.codegen.linking import RankContext
 
 def add_to(context: RankContext) -> Callable[[Tensor, Tensor], Tensor]:
     """`(total, value)` to the total, with the value in it."""
-    return Tensor.copy_ if _is_first(context) else Tensor.add_
+    return Tensor.copy_ if context.first else Tensor.add_
 
 
 def add_product(context: RankContext) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """`(total, a, b)` to the total, with the matrix product `a b` in it."""
-    return _product if _is_first(context) else _add_product
-
-
-def _is_first(context: RankContext) -> bool:
-    return not any(context.coords[axis] for axis in context.mesh.sequential)
+    return _product if context.first else _add_product
 
 
 def _product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ NodeLayout: TypeAlias = "Layout | tuple[Layout | None, ...] | None"
 class Phase(Enum):
     """When a node runs. A schedule moves all nodes of one phase of a stage together.
 
-    Where the mesh has sequential axes, `BEFORE` and `AFTER` run once and the others for each of
-    their coordinates.
+    Where the mesh has sequential axes, `BEFORE`, `SUM` and `AFTER` run once and the others for each
+    of their coordinates.
     """
 
     COUNT = "count"
@@ -93,13 +93,15 @@ class Phase(Enum):
     """It computes cotangents of activations, for which the stages before it wait."""
     WEIGHT = "weight"
     """It computes gradients of parameters, for which only the optimizer waits."""
+    SUM = "sum"
+    """It sums up or joins what one copy of a stage has computed in the loop, for the other copy."""
     AFTER = "after"
     """It uses what was summed up or joined over the loop."""
 
     @property
     def once(self) -> bool:
         """Whether it runs once, and not for each coordinate of the sequential axes."""
-        return self in (Phase.BEFORE, Phase.AFTER)
+        return self in (Phase.BEFORE, Phase.SUM, Phase.AFTER)
 
 
 class InputKind(StrEnum):

@@ -145,7 +145,7 @@ class Comm:
         return [asdict(item) for item in self.moved]
 
 
-_BACKWARD = (Phase.BACKWARD, Phase.WEIGHT, Phase.AFTER)
+_BACKWARD = (Phase.BACKWARD, Phase.WEIGHT, Phase.SUM, Phase.AFTER)
 
 
 def ledger(program: Compiled) -> Comm:

@@ -31,9 +31,9 @@ from meshwright.dsl.writing.html import html_text
 _STYLES = {F: "blue", B: "green", W: "yellow"}
 _LEGEND = """\
 0F1: forward, stage 0, microbatch 1; I, W: backward for inputs, weights; B: both
-C: count; before, after: the loop over microbatches; &: may overlap what follows
+C: count; before, sum, after: once, around all that; &: may overlap what follows
 >1: send to rank 1; <1: begin to receive from it"""
-_LETTERS = {Phase.COUNT: "C", Phase.BEFORE: "before", Phase.AFTER: "after"}
+_LETTERS = {Phase.COUNT: "C", Phase.BEFORE: "before", Phase.SUM: "sum", Phase.AFTER: "after"}
 _MOST = 12
 """The most columns per action, on average; of uneven costs the short ones lose their names then."""
 _LEAST = 1e-100

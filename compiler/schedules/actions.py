@@ -42,7 +42,7 @@ class Link:
         Values of either half of a step have a channel of their own between two ranks, on which
         they come in the order in which they were sent.
         """
-        return self.source_phase in (Phase.BACKWARD, Phase.WEIGHT, Phase.AFTER)
+        return self.source_phase in (Phase.BACKWARD, Phase.WEIGHT, Phase.SUM, Phase.AFTER)
 
     def __str__(self) -> str:
         """`forward 0 -> forward 1`."""

@@ -88,6 +88,9 @@ def read_table(source: Source, size: Size, named: Span | None = None) -> Table:
         span = line if place is None else rows[fault.coordinate][place].span
         raise _wrong(str(fault), [span, named], "correct the line, or name a schedule")
     copies = [len(held) for held in table.holders]
+    if max(copies) > 2:
+        what = f"stage {copies.index(max(copies))} is on {max(copies)} ranks"
+        raise _wrong(what, [start, named], "let every stage be on one rank, or every stage on two")
     if len(set(copies)) > 1:
         what = f"stage 0 is on {plural(copies[0], 'rank')}, and others on more or less"
         raise _wrong(what, [start, named], "let every stage be on the same number of ranks")

@@ -41,6 +41,7 @@ def _framed(table: Table, coordinate: int, graphs: Graphs) -> tuple[Action, ...]
     actions = [Action(Phase.COUNT, stage, i) for stage in own for i in turns]
     actions += [Action(Phase.BEFORE, stage) for stage in own]
     actions += actions_of(table.rows[coordinate])
+    actions += [Action(Phase.SUM, stage) for stage in reversed(own)]
     actions += [Action(Phase.AFTER, stage) for stage in reversed(own)]
     return tuple(action for action in actions if (action.stage, action.kind) in graphs)
 

@@ -118,7 +118,9 @@ def _of_link(link: Link, table: Table, homes: Mapping[Action, int]) -> Iterator[
         elif target in LOOPED or source.once != target.once:
             raise _unequal(link)
         else:
-            ends = zip(table.holders[link.source], table.holders[link.target], strict=True)
+            sources, targets = table.holders[link.source], table.holders[link.target]
+            # From stage to stage within a copy; or from the copies of a stage to one another.
+            ends = zip(sources, targets[:: -1 if link.source == link.target else 1], strict=True)
             yield from (Message(link, i, *pair) for pair in ends)
 
 

@@ -53,8 +53,6 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
     if isinstance(statement, Precision) and statement.dropout == "native":
         help = "remove it: `hash` draws the same numbers under every plan"
         return "dropout=native", "dropout", help
-    if isinstance(statement, Stages) and statement.schedule == "dualpipe":
-        return "schedule=dualpipe", "schedule", "write `dualpipev`, with `virtual=2`"
     local = isinstance(statement, Allow) and statement.what == "local"
     if not local and isinstance(statement, CARRIED_OUT):
         return None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 import meshwright as mw
 from meshwright.compiler.graph.ir import Phase
+from meshwright.compiler.schedules.actions import Action, Send
+from meshwright.compiler.schedules.tables import Table
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.executor import Executor
 from meshwright.runtime.transports import meshes
@@ -19,9 +22,14 @@ from tests.runtime.pipelines import PLAN, Looked, batch
 RANK = int(os.environ["RANK"])
 
 
-def launched() -> mw.Run:
+def compiled(schedule: str = "1f1b") -> mw.Program:
     torch.manual_seed(0)
-    return mw.compile(Looked(), mw.Plan.parse(PLAN), batch()).launch()
+    plan = mw.Plan.parse(PLAN.replace("=4\n", f"=4 schedule={schedule}\n"))
+    return mw.compile(Looked(), plan, batch())
+
+
+def launched() -> mw.Run:
+    return compiled().launch()
 
 
 def gradients(run: mw.Run, rank: int) -> dict[str, Any]:
@@ -30,16 +38,66 @@ def gradients(run: mw.Run, rank: int) -> dict[str, Any]:
     return {name: p.grad.clone() for name, p in state.parameters.items() if p.grad is not None}
 
 
-def same(run: mw.Run) -> None:
+def copies(run: mw.Run) -> None:
+    """The same where each rank has a copy of both stages."""
+    program = compiled("dualpipe")
+    with program.launch() as own:
+        same(own, program)
+
+
+def same(run: mw.Run, program: mw.Program | None = None) -> None:
     """Two steps that add up give what they give on the virtual mesh."""
-    meshes.under_torchrun = lambda: False
-    virtual = launched()
+    within, meshes.under_torchrun = meshes.under_torchrun, lambda: False
+    virtual = (program or compiled()).launch()
+    meshes.under_torchrun = within
     losses = [(run.step(*batch()), virtual.step(*batch())) for _ in range(2)]
     ours, theirs = gradients(run, RANK), gradients(virtual, RANK)
     assert all(own.equal(other) for own, other in losses), losses
     assert ours
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def early(run: mw.Run) -> None:
+    """The order in which a rank sends gradients and computes those of weights, and the same where
+    it sends them after the whole backward, which gives the same gradients."""
+    events: list[str] = []
+    act, send = Executor._act, Executor._send
+
+    def acts(self: Executor, action: Any, step: Any) -> Any:
+        if action.kind is Phase.WEIGHT:
+            events.append(f"weight {action.microbatch}")
+        return (yield from act(self, action, step))
+
+    def sends(self: Executor, entry: Any, leaving: Any) -> Any:
+        if entry.link.source_phase is Phase.BACKWARD:
+            events.append(f"sends {entry.microbatch}")
+        return (yield from send(self, entry, leaving))
+
+    Executor._act, Executor._send = acts, sends  # type: ignore[method-assign]
+    program, found = compiled(), []
+    for table in (program.table, sent_late(program.table)):
+        with replace(program, table=table).launch() as own:
+            own.step(*batch())
+            found.append(gradients(own, RANK))
+        if RANK:
+            print(", ".join(events))
+        events.clear()
+    assert all(value.equal(found[1][name]) for name, value in found[0].items())
+
+
+def sent_late(table: Table) -> Table:
+    """The table in which gradients are sent after the weight gradients of the same backward."""
+    rows = []
+    for row in table.rows:
+        late = {
+            Action(Phase.WEIGHT, entry.link.source, entry.microbatch): entry
+            for entry in row
+            if isinstance(entry, Send) and entry.link.source_phase is Phase.BACKWARD
+        }
+        kept = [entry for entry in row if entry not in late.values()]
+        rows.append(tuple(e for entry in kept for e in (entry, late.get(entry)) if e is not None))
+    return replace(table, rows=tuple(rows))
 
 
 def fails(run: mw.Run) -> None:
@@ -78,7 +136,7 @@ def main(*names: str) -> None:
     torch.set_num_threads(1)
     with launched() as run:
         for name in names:
-            {case.__name__: case for case in (same, fails, killed)}[name](run)
+            {case.__name__: case for case in (copies, early, same, fails, killed)}[name](run)
             print(name, flush=True)
 
 

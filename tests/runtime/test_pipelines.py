@@ -20,6 +20,7 @@ from tests.runtime.pipelines import (
     PLAN,
     Deep,
     Looked,
+    Results,
     batch,
 )
 from tests.runtime.processes import finish, start
@@ -64,6 +65,33 @@ def test_ranks_with_stages_of_their_own_do_what_the_model_does(axis: str, schedu
     torch.testing.assert_close(run.evaluate(x), losses[-1], rtol=0, atol=1e-12)
 
 
+def test_both_copies_of_a_stage_have_what_all_microbatches_give() -> None:
+    """Two of four ranks have each stage, and each runs half of the microbatches."""
+    torch.manual_seed(0)
+    model = Results().double()
+    x = torch.randn(8, 16, dtype=torch.float64)
+    stages = "stages at layers.2, layers.4, layers.6 over pp microbatches=8 schedule=dualpipe"
+    plan = mw.Plan.parse(f"mesh pp=4\ndata x\n{stages}\n")
+    run = mw.compile(model, plan, (x,), outputs=["y", "positive", "most"]).launch()
+    given = model(x)
+    for found in (run.step(x), run.evaluate(x)):
+        for value, expected in zip(found, given.values(), strict=True):
+            torch.testing.assert_close(value, expected.detach(), rtol=0, atol=1e-12)
+    given["loss"].backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    ranks = own(run)
+    for rank, gradients in enumerate(ranks):
+        assert gradients.keys() == ranks[3 - rank].keys() and len(gradients) == 8
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-12)
+            assert gradient.equal(ranks[3 - rank][name])
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.testing.assert_close(run.clip_grad_norm_(1.0), norm)
+    optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+    optimizer.step()
+    run.check(optimizer)
+
+
 def eager_steps(model: nn.Module, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The losses of two steps of the model itself, and its gradients, added up."""
     eager = copy.deepcopy(model)
@@ -98,9 +126,9 @@ def test_no_more_is_held_for_many_microbatches_than_for_few(
         most = max(most, sum(each() is not None for each in moved))
         return (yield from act(self, action, step))
 
-    def noted(self: Executor, entry: Any, passed: Any) -> Any:
-        moved.extend(weakref.ref(passed[*m.key, entry.microbatch]) for m in self.moves[entry])
-        return (yield from send(self, entry, passed))
+    def noted(self: Executor, entry: Any, leaving: Any) -> Any:
+        moved.extend(weakref.ref(leaving[*m.key, entry.microbatch][0]) for m in self.moves[entry])
+        return (yield from send(self, entry, leaving))
 
     monkeypatch.setattr(Executor, "_act", counted)
     monkeypatch.setattr(Executor, "_send", noted)
@@ -157,13 +185,22 @@ def test_a_nan_is_found_on_the_rank_that_made_it(at: int, rank: int) -> None:
 
 
 def test_processes_run_a_pipeline_as_the_virtual_mesh_does_and_end_when_one_fails() -> None:
-    source, target = finish(start(PIPELINED, 2, "same", "fails"), SECONDS)
+    source, target = finish(start(PIPELINED, 2, "copies", "same", "fails"), SECONDS)
     assert target.startswith(
-        "same\nOperatorError: `mesh::embedding` in `table` failed: index out"
+        "copies\nsame\nOperatorError: `mesh::embedding` in `table` failed: index out"
     ), target
-    assert source.startswith("same\nPeerError: rank 1 failed: OperatorError"), source
+    assert source.startswith("copies\nsame\nPeerError: rank 1 failed: OperatorError"), source
     for output in (source, target):
         assert "fails" in output.splitlines()
+
+
+def test_a_gradient_leaves_a_rank_before_it_computes_those_of_its_weights() -> None:
+    """By the order of what real ranks do, beside a table that sends after the whole backward."""
+    first, last = finish(start(PIPELINED, 2, "early"), SECONDS)
+    assert first == "early\n", first
+    halves = "sends 0, weight 0, sends 1, weight 1, sends 2, weight 2, sends 3, weight 3"
+    late = "weight 0, sends 0, weight 1, sends 1, weight 2, sends 2, weight 3, sends 3"
+    assert last == f"{halves}\n{late}\nearly\n", last
 
 
 def test_a_rank_of_a_pipeline_that_is_killed_ends_the_others() -> None:

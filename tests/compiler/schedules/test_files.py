@@ -69,6 +69,14 @@ def test_a_mistake_in_a_file_has_its_golden_text(
     golden(f"file-{name}", str(caught.value))
 
 
+def test_no_stage_is_on_three_ranks(golden: Callable[[str, str], None]) -> None:
+    stages = [f"{stage}{kind}" for kind, order in (("F", "012"), ("B", "210")) for stage in order]
+    lines = [",".join(f"{action}{i}" for action in stages) for i in range(3)]
+    with pytest.raises(PlanError) as caught:
+        read_table(Source("own.csv", "\n".join(lines)), Size(3, 3))
+    golden("file-three-copies", str(caught.value))
+
+
 MISFITS = {
     "interleaved-rounds": ("interleaved", Size(4, 11, 2)),
     "interleaved-rounds-of-many": ("interleaved", Size(4, 13, 3)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from meshwright.compiler.public import Program
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.statements import SCHEDULES
 from tests.equivalence import check_equal
-from tests.models import GPT_DATA, GPT_TENSOR, Gpt, real, tokens
+from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Mlp, real, tokens
 from tests.test_equivalence_huggingface import TOLERANCE, bert, gpt2, llama, masked_text, t5, text
 
 TWO = "stages at blocks.1 over pp microbatches=2\n"
@@ -55,7 +56,7 @@ def test_stages_go_with_other_statements(plan: str) -> None:
     check_equal(Gpt(), tokens(), plan)
 
 
-SCHEDULED = ("gpipe", "zb", "zbh2", "interleaved", "zbv", "dualpipev")
+SCHEDULED = ("gpipe", "zb", "zbh2", "interleaved", "zbv", "dualpipe", "dualpipev")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULED)
@@ -65,7 +66,8 @@ def test_every_schedule_trains_as_one_process_does(schedule: str) -> None:
     options = f"schedule={schedule} microbatches=4 virtual={virtual}"
     plan = f"mesh dp=2, pp=2\nstages at {modules} over pp {options}\n{GPT_DATA}zero 2 over dp\n"
     program = check_equal(Gpt(layers=4), tokens(), plan, steps=2)
-    assert program.parameters["wte.weight"].held_at == {"pp": (0,)}
+    both = schedule == "dualpipe"  # each of two ranks has a copy of either stage
+    assert program.parameters["wte.weight"].held_at == ({} if both else {"pp": (0,)})
     assert program.memory().peak > 0
 
 
@@ -74,6 +76,19 @@ def test_few_labels_in_some_microbatches_count_for_as_much_as_they_are() -> None
     labels[0, :3], labels[7, 1] = 5, 2
     plan = f"mesh pp=2\n{TWO}data tokens, targets\n".replace("=2\ndata", "=4\ndata")
     check_equal(Gpt(), (tokens()[0], labels), plan)
+    check_equal(Gpt(), (tokens()[0], labels), plan.replace("=4\n", "=4 schedule=dualpipe\n"))
+
+
+def test_microbatches_may_come_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first that a rank takes, whichever it is, writes over what sums held before."""
+    monkeypatch.chdir(tmp_path)
+    actions = [f"{{}}F{i}" for i in (2, 0, 1)] + [f"{{}}B{i}" for i in (1, 2, 0)]
+    lines = [",".join(actions).replace("{}", str(stage)) for stage in range(2)]
+    Path("own.csv").write_text("\n".join(lines), encoding="utf-8")
+    plan = 'mesh pp=2\nstages at down over pp microbatches=3 schedule="own.csv"\ndata x\n'
+    check_equal(Mlp(), (real(6, 16),), plan, steps=2)
 
 
 class Skips(nn.Module):
