@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from meshwright.compiler.codegen.linking import FlatBuffer, RankContext
+from meshwright.compiler.codegen.linking import RankContext
 from meshwright.compiler.codegen.printing import Code, Pending, RankFunction
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.aliasing import storage
-from meshwright.compiler.graph.ir import Graph, InputKind, MeshOp, Node, Output, OutputKind, Phase
+from meshwright.compiler.graph.ir import Graph, InputKind, Node, Output, OutputKind, Phase
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import COMBINE, Start, Wait, Wire
@@ -27,11 +27,10 @@ from meshwright.compiler.public import Program
 from meshwright.compiler.schedules.actions import Action, Receive, Send, actions_of
 from meshwright.compiler.stages import PASSED_AS, Joined, Stage
 from meshwright.dsl.errors import MeshwrightError
+from meshwright.runtime.buckets import Bucket, Kept, owners_of
 from meshwright.runtime.errors import operator_error
 from meshwright.runtime.rank import RankProgram, RankState, Results
 
-Kept = Tensor | list[tuple[Tensor, Tensor]]
-"""The gradients of a bucket before a step: all as one, or each with its view."""
 Snapshot = tuple[tuple[int, int, bool], dict[str, Tensor]]
 """Where a rank stands: its random numbers, and the buffers that a step changes."""
 _RETURNED = (OutputKind.LOSS, OutputKind.OUTPUT, OutputKind.BUFFER)
@@ -84,7 +83,7 @@ class Executor:
         self.returned = dict.fromkeys(map(self._result, returned))
         """What a step returns, in order: the loss comes first."""
         self.buffers = [output for output in returned if output.kind is OutputKind.BUFFER]
-        self._kept: dict[_Bucket, Kept] = {}
+        self._kept: dict[Bucket, Kept] = {}
         """What each bucket held before the step that is under way, if that has come to fill it."""
 
     def _linked(
@@ -96,7 +95,7 @@ class Executor:
         ]
         filled = {
             name: (owners, state.flat_buffer(owners, node))
-            for name, (owners, node) in _owners(graph).items()
+            for name, (owners, node) in owners_of(graph).items()
         }
         buffers = {name: buffer for name, (_, buffer) in filled.items()}
         outputs = list(enumerate(graph.results))
@@ -120,7 +119,7 @@ class Executor:
             [(i, PASSED_AS[o.kind], o.name) for i, o in outputs if o.kind in PASSED_AS],
             [(i, self._result(o), storage(o.node).held) for i, o in outputs if o.kind in _RETURNED],
             {
-                name: _Bucket(buffer, [state.parameters[owner] for owner in owners])
+                name: Bucket(buffer, [state.parameters[owner] for owner in owners])
                 for name, (owners, buffer) in filled.items()
             },
         )
@@ -131,7 +130,7 @@ class Executor:
 
     def _loop(self, stage: Stage) -> _Loop:
         """How values leave the loop of a stage."""
-        joined, places = stage.joined, dict[int, tuple[_Bucket, Tensor]]()
+        joined, places = stage.joined, dict[int, tuple[Bucket, Tensor]]()
         for number, each in joined.items():
             if each.place is not None:
                 node, index = each.place
@@ -149,7 +148,7 @@ class Executor:
     def _turns(self) -> dict[Action, _Turn]:
         """What is known of each action before a step."""
         found: dict[Action, _Turn] = {}
-        seen: set[_Bucket] = set()
+        seen: set[Bucket] = set()
         for action in actions_of(self.entries):
             each, loop = self.graphs[action.stage, action.kind], self.loops[action.stage]
             places = [loop.places[n] for n in loop.added[action.kind] if n in loop.places]
@@ -332,7 +331,7 @@ class _Turn:
     loop: _Loop
     phase: Phase
     microbatch: int
-    fills: tuple[_Bucket, ...]
+    fills: tuple[Bucket, ...]
     """The buckets that no action before it has filled."""
 
 
@@ -364,7 +363,7 @@ class _Loop:
     joined: Mapping[int, Joined]
     added: Mapping[Phase, tuple[int, ...]]
     left_to_join: Mapping[Phase, tuple[int, ...]]
-    places: Mapping[int, tuple[_Bucket, Tensor]]
+    places: Mapping[int, tuple[Bucket, Tensor]]
 
     def total(self, number: int) -> Tensor:
         """Where values are added up, whatever it holds yet."""
@@ -441,7 +440,7 @@ class _Linked:
     results: list[tuple[int, Output, bool]]
     """What the step returns: its place among the values, the output, and whether it lives on in a
     tensor that ranks hold, which may be written to."""
-    buckets: dict[str, _Bucket]
+    buckets: dict[str, Bucket]
 
     def run(self, inputs: Sequence[Tensor], saved: dict[int, Any], microbatch: int) -> RankProgram:
         """Run the code; an operator that fails is named."""
@@ -485,53 +484,3 @@ class _Inputs:
         for place, kind, name in self.received:
             value = passed.pop((kind, name, microbatch))
             tensors[place] = (yield from _arrived(value)) if type(value) is Pending else value
-
-
-class _Bucket:
-    """A flat buffer that a step overwrites, and the parameters whose gradients it holds."""
-
-    def __init__(self, buffer: FlatBuffer, parameters: list[nn.Parameter]) -> None:
-        self.buffer, self.parameters = buffer, parameters
-
-    def keep(self) -> Kept:
-        """Gradients to add to, safe from being overwritten: all as one buffer, or one by one."""
-        held = [parameter.grad for parameter in self.parameters]
-        own = self.buffer.gradients
-        if not self.buffer.released and all(a is b for a, b in zip(held, own, strict=True)):
-            return self.buffer.flat.clone()
-        pairs = zip(self.buffer.views, held, strict=True)
-        return [(view, gradient.clone()) for view, gradient in pairs if gradient is not None]
-
-    def give(self, kept: Kept) -> None:
-        """Add what was kept, and let the parameters have their gradients."""
-        if isinstance(kept, Tensor):
-            self.buffer.flat.add_(kept)
-            return
-        for view, gradient in kept:
-            view.add_(gradient)
-        for parameter, gradient in zip(self.parameters, self.buffer.gradients, strict=True):
-            parameter.grad = gradient
-
-    def put_back(self, kept: Kept) -> None:
-        """Let the buffer hold what it held at `keep`; gradients elsewhere were not touched."""
-        if self.buffer.released:
-            return
-        if isinstance(kept, Tensor):
-            self.buffer.flat.copy_(kept)
-            return
-        for view, gradient in kept:
-            view.copy_(gradient)
-
-
-def _owners(graph: Graph) -> dict[str, tuple[tuple[str, ...], Node]]:
-    """By the name of a bucket: the parameters whose gradients it holds, in order, and its node."""
-    names: dict[tuple[str, int], str] = {}
-    for gradient in graph.outputs_of(OutputKind.GRADIENT):
-        source: Node = gradient.node.args[0]
-        bucket = source if source.op == MeshOp("bucket") else source.args[0]
-        names[bucket.name, gradient.node.args[1]] = gradient.name
-    return {
-        node.name: (tuple(names[node.name, i] for i in range(len(node.args))), node)
-        for node in graph.nodes
-        if node.op == MeshOp("bucket")
-    }
