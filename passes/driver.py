@@ -236,17 +236,14 @@ def compile_captured(
 
 def _with_stages(plan: Plan, carried_out: Plan) -> Plan:
     """`plan` with the stages of the one that is carried out, so that they are chosen once."""
-    found = iter(carried_out.of(Stages))
-    return replace(
-        plan,
-        statements=tuple(
-            next(found) if isinstance(each, Stages) else each for each in plan.statements
-        ),
-    )
+    found = carried_out.of(Stages)
+    others = tuple(each for each in plan.statements if not isinstance(each, Stages))
+    return replace(plan, statements=(*others, *found))
 
 
 def _drafted(source: CapturedModel, plan: Plan, variant_of: tuple[str, ...] | None) -> Draft:
-    """The program before any pass."""
+    """The program before any pass; what its plan says twice, it says once."""
+    plan = replace(plan, statements=tuple(dict.fromkeys(plan.statements)))
     mesh = Mesh(plan.mesh)
     return Draft(
         plan,

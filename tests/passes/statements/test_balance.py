@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import meshwright
 from meshwright.compiler.public import Program
+from meshwright.compiler.report.memory import memories
 from meshwright.compiler.report.show import show_text
 from meshwright.dsl.errors import PlanError
 from tests.equivalence import check_equal
@@ -48,8 +49,9 @@ def test_what_is_printed_can_be_pasted_and_gives_the_same_program(by: str) -> No
     assert "chosen by" not in show_text(pasted)
 
 
+TWICE = 2 * "stages 2 over pp microbatches=4\n"
 PLANS = {
-    "two": "mesh pp=2\nstages 2 over pp microbatches=4\ndata tokens, targets\n",
+    "two": f"mesh pp=2\n{TWICE}data tokens, targets\n",
     "four": f"mesh dp=2, pp=4\nstages 4 over pp balance=memory microbatches=2\n{GPT_DATA}",
     "virtual": f"mesh dp=2, pp=2\nstages 4 over pp schedule=interleaved virtual=2 microbatches=4\n"
     f"{GPT_DATA}zero 3 over dp\n",
@@ -85,6 +87,18 @@ def test_the_bytes_of_parameters_are_those_that_ranks_hold() -> None:
         for at in ({"pp": 0, "dp": 0}, {"pp": 1, "dp": 0})
     ]
     assert list(program.balance.costs) == held
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_the_bytes_of_memory_are_about_those_that_ranks_need(schedule: str) -> None:
+    plan = f"mesh dp=2, pp=4\nstages 4 over pp schedule={schedule} balance=memory microbatches=4\n"
+    program = compiled(Gpt(layers=8), tokens(), f"{plan}{GPT_DATA}")
+    assert program.balance is not None
+    needed = [
+        each.parameters + each.gradients + each.optimizer + each.activations
+        for each in memories(program).values()
+    ]
+    assert list(program.balance.costs) == pytest.approx(needed, rel=0.05)
 
 
 class Wide(nn.Module):
@@ -163,8 +177,10 @@ def test_activations_that_grow_smaller_are_not_all_left_to_the_first_stage() -> 
 def test_evaluation_has_the_stages_of_training() -> None:
     model = Wide(8, 24)
     x = torch.randn(4, 8)
-    run = compiled(model, (x,), "mesh pp=2\nstages 2 over pp balance=memory\n").launch()
-    torch.testing.assert_close(run.evaluate(x), model(x).detach())
+    program = compiled(model, (x,), "mesh pp=2\nstages 2 over pp balance=memory\n")
+    evaluated = program.recompile(model, example=(x,), mode="eval")
+    assert stages(evaluated) == stages(program) and evaluated.balance is None
+    torch.testing.assert_close(program.launch().evaluate(x), model(x).detach())
 
 
 class Elementwise(nn.Module):
