@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import nn
 
-from meshwright.compiler.graph.ir import INPUT, Node, TensorType
+from meshwright.compiler.graph.ir import INPUT, Node, Phase, TensorType
 from meshwright.compiler.graph.text import size_text, type_text
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Moved, collectives
@@ -55,7 +55,7 @@ class Explanation:
     `collectives` those that `Moved` because of it, and `statements` maps places, such as
     `gpt.plan:6`, to the statements there. For a module that contains others, `whole` is the `Part`
     that sums them up, `sums` are its collectives with equal ones together, and `children` the
-    modules inside, the largest first.
+    modules inside, the largest first. `stages` are those of a pipeline in which it is computed.
     """
 
     name: str
@@ -66,6 +66,7 @@ class Explanation:
     whole: Part | None = None
     sums: tuple[Sum, ...] = ()
     children: tuple[Part, ...] = ()
+    stages: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """The same as plain dictionaries and lists."""
@@ -82,7 +83,9 @@ class Explanation:
         return html_text(str(self))
 
     def __str__(self) -> str:
-        lines = [f"{self.name} ({self.kind})"]
+        stages = ", ".join(map(str, self.stages))
+        within = f", in stage{'s' * (len(self.stages) > 1)} {stages}" if stages else ""
+        lines = [f"{self.name} ({self.kind}){within}"]
         width = max((len(str(each)) for each in self.tensors), default=0)
         for each in self.tensors:
             reason = self._why(each.plan_line) or "  no statement: whole"
@@ -100,10 +103,29 @@ class Explanation:
     def _summed(self, whole: Part) -> Iterable[str]:
         from meshwright.compiler.report.show import sheet_text
 
-        sheets = (_held_sheet(whole), self._sums_sheet(whole), _parts_sheet(self.children))
+        sheets = (self._held_sheet(whole), self._sums_sheet(whole), _parts_sheet(self.children))
         for sheet in sheets:
             yield f"\n{sheet.title}"
             yield sheet_text(sheet, WIDTH) if sheet.rows else "  nothing"
+
+    @property
+    def _who(self) -> str:
+        """The ranks whose figures are given."""
+        if not self.stages:
+            return "each rank"
+        return "each rank of the stage" if len(self.stages) == 1 else "the rank that has most"
+
+    def _held_sheet(self, whole: Part) -> Sheet:
+        rows = (
+            ("parameters", whole.parameters),
+            ("buffers", whole.buffers),
+            ("gradients", whole.gradients),
+            ("optimizer, two moments", whole.optimizer),
+            ("saved for the backward", whole.saved),
+        )
+        kept = tuple((name, size_text(size)) for name, size in rows if size)
+        title = f"held by {self._who}, of {whole.num_parameters:,} parameters in all"
+        return Sheet(title, (Column(""), _NUMBER), kept)
 
     def _sums_sheet(self, whole: Part) -> Sheet:
         columns = (Column(""), Column("", fixed=True), _NUMBER, _SENT, Column("because of"))
@@ -119,7 +141,7 @@ class Explanation:
         ]
         total = ("in all", "", "", size_text(whole.sent), "")
         totals = (total,) if len(rows) > 1 else ()
-        return Sheet("sent by each rank in a step", columns, tuple(rows), totals)
+        return Sheet(f"sent by {self._who} in a step", columns, tuple(rows), totals)
 
     def _moves(self, items: list[Moved]) -> Iterable[str]:
         rows = [(f"{item.kind}[{', '.join(item.axes)}]", _operand_text(item)) for item in items]
@@ -136,19 +158,6 @@ class Explanation:
     def _why(self, places: str) -> str:
         said = [f"{place}: {self.statements.get(place, '')}" for place in places.split(", ")]
         return f"  <- {'; '.join(said)}" if places else ""
-
-
-def _held_sheet(whole: Part) -> Sheet:
-    rows = (
-        ("parameters", whole.parameters),
-        ("buffers", whole.buffers),
-        ("gradients", whole.gradients),
-        ("optimizer, two moments", whole.optimizer),
-        ("saved for the backward", whole.saved),
-    )
-    kept = tuple((name, size_text(size)) for name, size in rows if size)
-    title = f"held by each rank, of {whole.num_parameters:,} parameters in all"
-    return Sheet(title, (Column(""), _NUMBER), kept)
 
 
 def _parts_sheet(parts: Sequence[Part]) -> Sheet:
@@ -196,7 +205,8 @@ def explain(program: Compiled, name: str) -> Explanation:
         )
     kind = "tensor" if own == name else f"tensor, the same as {own}"
     texts = statement_texts(program.plan)
-    return Explanation(name, kind, (tensors[own],), _moved(program, {own}), texts)
+    stages = _stages(program, lambda node: node.op == INPUT and node.args[1] == own)
+    return Explanation(name, kind, (tensors[own],), _moved(program, {own}), texts, stages=stages)
 
 
 def _of_module(
@@ -210,11 +220,15 @@ def _of_module(
     held = {own for key, own in names.items() if not path or key.startswith(f"{path}.")}
     moved, texts = _moved(program, held, path), statement_texts(program.plan)
     shown = (name or "the model", kind, tuple(direct.values()), moved, texts)
+    stages = _stages(
+        program,
+        lambda node: node.op != INPUT and inside(path, (each for each, _ in node.origin.modules)),
+    )
     if next(module.children(), None) is None:
-        return Explanation(*shown)
+        return Explanation(*shown, stages=stages)
     sums = Sums(program)
     whole = sums.of(path, type(module).__name__)
-    return Explanation(*shown, whole, sums.sums(path), sums.children(path, module))
+    return Explanation(*shown, whole, sums.sums(path), sums.children(path, module), stages)
 
 
 def _moved(program: Compiled, names: set[str], path: str | None = None) -> tuple[Moved, ...]:
@@ -225,6 +239,20 @@ def _moved(program: Compiled, names: set[str], path: str | None = None) -> tuple
         for node, item in collectives(program)
         if not names.isdisjoint((*own.get(node, ()), *_inputs_of(node)))
         or (path is not None and inside(path, item.modules))
+    )
+
+
+def _stages(program: Compiled, test: Callable[[Node], bool]) -> tuple[int, ...]:
+    """The stages of a pipeline that have such a node in what they run forward."""
+    return tuple(
+        stage.number
+        for stage in (program.stages if program.pipeline else ())
+        if any(
+            test(node)
+            for phase, graph in stage.graphs.items()
+            if phase in (Phase.BEFORE, Phase.FORWARD)
+            for node in graph.nodes
+        )
     )
 
 

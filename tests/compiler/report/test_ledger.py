@@ -119,3 +119,14 @@ def test_contracts_hold_for_the_rank_that_sends_most() -> None:
     with pytest.raises(PlanError, match=r"the program has transfer\[pp\] of 5, not <= 4"):
         compiled(Gpt(layers=4), f"{FOUR}expect transfer[pp] <= 4\n", tokens())
     compiled(Gpt(layers=4), f"{FOUR}expect transfer[pp] == 1 forward per blocks.1\n", tokens())
+
+
+def test_an_explanation_says_the_stage_and_the_ways_of_a_tied_weight() -> None:
+    program = compiled(Gpt(layers=4), FOUR, tokens())
+    assert program.explain("blocks.1").stages == program.explain("blocks.1.up").stages == (1,)
+    tied = program.explain("wte.weight")
+    assert tied.tensors[0].at == "pp=0"
+    assert {(each.phase, each.stages) for each in tied.collectives} == {
+        ("forward", (0, 3)),
+        ("backward", (3, 0)),
+    }
