@@ -16,15 +16,16 @@ from tests.runtime.pipelines import BESIDE, Tied, plan_of
 SCHEDULES = [
     *((name, 1) for name in ("gpipe", "1f1b", "zb", "zbh2")),
     *((name, 2) for name in ("gpipe", "interleaved", "zbv", "dualpipev")),
+    ("dualpipe", 1),
 ]
-"""Every schedule that puts a stage on one rank, and how many stages a rank has."""
+"""Every schedule, and how many stages a rank has."""
 Case = tuple[str, int, int, int, str]
 EVERY: list[Case] = [
     (*schedule, stages, microbatches, beside)
     for schedule, stages, microbatches, beside in itertools.product(
         SCHEDULES, (2, 4), (4, 8), BESIDE
     )
-    if stages > schedule[1]
+    if stages > schedule[1] and (schedule[0] != "dualpipe" or microbatches >= 2 * stages)
 ]
 QUICK: list[Case] = [
     (
@@ -35,6 +36,7 @@ QUICK: list[Case] = [
     )
     for i in range(12)
 ]
+QUICK.append(("dualpipe", 1, 2, 4, "zero 2"))
 
 
 @pytest.mark.parametrize(
