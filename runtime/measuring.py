@@ -127,5 +127,5 @@ def _answer(wire: Wire, tensor: Tensor, mesh: Mesh, coordinate: int) -> Tensor:
     """What a rank gets from ranks that give what it gives, or send something."""
     if wire.ends is not None:
         return _made_up(tensor) if coordinate == wire.ends[1] else tensor
-    size = mesh.size(wire.axes)
-    return WIRES[wire.kind].receive(wire, 0, [tensor] * size, None)
+    kind, size = WIRES[wire.kind], mesh.size(wire.axes)
+    return kind.receive(wire, 0, [kind.given(tensor, 0)] * size, None)

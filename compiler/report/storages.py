@@ -155,6 +155,9 @@ class Walk:
         self.allocated: dict[tuple[int, str], Storage] = {}
         self._stages = [_Saved(stage) for stage in stages]
         self._passed: dict[tuple[Any, ...], Held] = {}
+        self._incoming: dict[tuple[Any, ...], Held] = {}
+        self._gone: dict[tuple[Any, ...], Held] = {}
+        """What has been taken once, and may be sent to more ranks than one."""
         """What stages have left for others, or begun to receive, by its kind there, name and
         microbatch."""
         self._sent: dict[int, list[Held]] = {}
@@ -194,7 +197,7 @@ class Walk:
         by its place in the schedule."""
         sent = self._sent[place] = []
         for node in values:
-            sent.append(self._come((*node.args, microbatch)))
+            sent.append(self._come((*node.args, microbatch), self._passed))
             self._answered(None)
 
     def arrived(self, place: int) -> None:
@@ -208,25 +211,31 @@ class Walk:
         for node in values:
             local = fresh(node.placed.local_shape(self._mesh), node.tensor.dtype)
             # Under way: nothing is lent for it.
-            self._passed[(*node.args, microbatch)] = (None, local)
+            self._incoming[(*node.args, microbatch)] = (None, local)
             self._hold(local)
             self._answered(None)
 
-    def _come(self, key: tuple[Any, ...]) -> Held:
+    def _come(self, key: tuple[Any, ...], store: dict[tuple[Any, ...], Held]) -> Held:
         """What has been left under a key, once it has come; held from here on."""
-        value = self._passed.pop(key)
+        if key not in store:  # which several ranks take
+            self._hold(self._gone[key])
+            return self._gone[key]
+        value = self._gone[key] = store.pop(key)
         if not isinstance(value, tuple):
             return value
         self._hold(value[1])
         self._release(value)
         self._answered(value[1])
+        self._gone[key] = value[1]
         return value[1]  # type: ignore[no-any-return]
 
     def _input(self, variable: Variable, node: Node) -> None:
         if node.held:
             self._values[variable] = self._whole(node)
         else:
-            received = self._come((*node.args, self._action.microbatch))
+            key = (*node.args, self._action.microbatch)
+            store = self._incoming if key in self._incoming else self._passed
+            received = self._come(key, store)
             self._bind(variable, received)
             self._release(received)
 

@@ -122,6 +122,13 @@ def test_stages_are_measured_on_this_machine() -> None:
         assert found.to_json()["costs"]["unit"] == "seconds"  # type: ignore[index]
 
 
+def test_two_copies_that_scatter_gradients_are_measured_and_their_memory_known() -> None:
+    plan = PLAN.replace("=zb", "=dualpipe").replace(", tp=2", "").replace(GPT_TENSOR, "")
+    found = mw.compile(Gpt(), mw.Plan.parse(f"{plan}zero 2 over dp\n"), tokens(), device="cpu")
+    assert found.schedule(simulate=True).step_time > 0
+    assert found.memory().peak > program().memory().peak
+
+
 def test_measuring_leaves_the_model_and_its_program_as_they_were() -> None:
     own = program()
     before = {name: value.clone() for name, value in own.model.state_dict().items()}
