@@ -198,13 +198,10 @@ class Compiled:
         return self.captured.mode
 
     def inputs(self) -> tuple[Node, ...]:
-        """The arguments of the model, in graph order, each once."""
-        found: dict[str, Node] = {}
-        for stage in self.stages:
-            for node in stage.forward.inputs:
-                if node.args[0] == InputKind.ARGUMENT:
-                    found.setdefault(node.args[1], node)
-        return tuple(found.values())
+        """The arguments of the model, in the order in which it takes them, each once."""
+        taken = (node for stage in self.stages for node in stage.forward.inputs)
+        found = {node.args: node for node in taken if node.args[0] == InputKind.ARGUMENT}
+        return tuple(found[n.args] for n in self.captured.graph.inputs if n.args in found)
 
     @property
     def scaled(self) -> bool:

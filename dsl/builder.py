@@ -121,10 +121,13 @@ class PlanBuilder:
         """Place experts on different ranks; `options` are `count`, `route`, `top` and so on."""
         return self._spread("experts", targets, over, **options)
 
-    def zero(self, level: int, *targets: str, over: AxisNames) -> Self:
-        """Shard optimizer state (`level` 1), gradients too (2), parameters too (3)."""
-        place = f"over {_axes(over)}"
-        return self._add("zero", _value(level, "the level"), _listed(targets), place)
+    def zero(self, level: int, *targets: str, over: AxisNames, **options: Option) -> Self:
+        """Shard optimizer state (`level` 1), gradients too (2), parameters too (3).
+
+        `options` are `every`: `"step"` or `"microbatch"`.
+        """
+        level_text, place = _value(level, "the level"), f"over {_axes(over)}"
+        return self._add("zero", level_text, _listed(targets), place, _options(options))
 
     def stages(
         self, *at: str, count: int | None = None, over: AxisNames, **options: Option

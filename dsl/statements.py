@@ -225,10 +225,15 @@ class Experts(Spread):
 
 @dataclass(frozen=True, kw_only=True)
 class Zero(Spread):
-    """`zero 2 over dp`: 1 splits optimizer state, 2 gradients too, 3 parameters too."""
+    """`zero 2 over dp`: 1 splits optimizer state, 2 gradients too, 3 parameters too.
+
+    `every` says whether what the level splits is gathered and scattered in every microbatch, or
+    once per step: then ranks have all of it until the step is over.
+    """
 
     verb = "zero"
     level: int
+    every: str | None = option(Choice(("step", "microbatch")))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM
 from meshwright.passes.statements.draft import Draft
 
 REDUCTIONS = (MeshOp("reduce_scatter"), MeshOp("all_reduce"))
+_CASTS = (torch.ops.aten._to_copy.default, MeshOp("vary"))
+"""What may be between a weight and its gather, besides nothing."""
 _KEPT = (BUCKET, BUCKET_ITEM, torch.ops.aten._to_copy.default)
 SMALL_BYTES = 1 << 18
 """The largest part of a rank that is packed: sent alone, it takes as long as many latencies."""
@@ -129,7 +131,7 @@ class _Fuser:
         assert block is not None
         lines = (line for each in group for line in each.origin.plan_line.split(", ") if line)
         for each in group:
-            if each.args[0] not in self.mapping:  # a cast of what is held
+            if each.args[0] not in self.mapping:  # a cast of what is held, or what varies
                 self.mapping[each.args[0]] = self.builder.copy(each.args[0], self.mapping)
         return self.builder.emit(
             node.op,
@@ -160,7 +162,7 @@ def _gathers_weight(node: Node) -> bool:
     if kind is None or not kind.gathers:
         return False
     source: Node = node.args[0]
-    return (source.args[0] if source.op == torch.ops.aten._to_copy.default else source).held
+    return (source.args[0] if source.op in _CASTS else source).held
 
 
 def _block(origin: Origin) -> Origin | None:

@@ -40,6 +40,11 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.pins import module_text
 
+aten = torch.ops.aten
+
+_BETWEEN = (aten._to_copy.default, aten.add.Tensor, TRANSFER)
+"""What may be between the reductions of a gradient: casts, and sums over stages."""
+
 
 def part_axes(graph: Graph) -> Graph:
     """The graph with each collective along both sequential and other axes made into two: the first
@@ -73,10 +78,12 @@ def sum_first(draft: Draft) -> Draft:
 
 
 def _reductions(node: Node) -> Iterator[Node]:
-    """The collectives that a value comes from, from the last to the first; casts may be between."""
-    while collective_kind(node.op) is not None or node.op == torch.ops.aten._to_copy.default:
+    """The collectives that a value comes from, from the last to the first, with casts, transfers
+    and sums that are between."""
+    if collective_kind(node.op) is not None or node.op in _BETWEEN:
         yield node
-        node = node.args[0]
+        for operand in node.operands():
+            yield from _reductions(operand)
 
 
 def _sums(node: Node) -> bool:

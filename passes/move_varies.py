@@ -12,6 +12,8 @@ a bucket, unless the parameters are much larger. An operator whose adjoint needs
 (a Cholesky factor, a determinant) stays before the `vary`. A value whose views are varied, such as
 the time steps of a scan, is itself varied once. Where one value is varied over two nested sets of
 axes, the larger is made from the smaller: their cotangents are summed before the last reduction.
+A weight that is sent to other stages is varied before, over the axes on which all of its uses are:
+its gradients are summed in its own stage, and reduced there.
 Requires: a placed graph, not yet differentiated. Ensures: the same values, each placed by its rule.
 """
 
@@ -23,8 +25,9 @@ from dataclasses import dataclass
 from meshwright.compiler.autodiff.pending import keeps_pending
 from meshwright.compiler.graph.aliasing import is_view, node_bytes
 from meshwright.compiler.graph.ir import TRANSFER, Builder, Graph, MeshOp, Node, rewrite
-from meshwright.compiler.graph.weights import CUTS, input_behind
+from meshwright.compiler.graph.weights import CUTS, USES, input_behind
 from meshwright.compiler.layout.layout import Layout
+from meshwright.passes.statements.stages import Source, sources
 
 VARY = MeshOp("vary")
 
@@ -36,7 +39,60 @@ def move_varies(graph: Graph) -> Graph:
     """The graph with its `vary` nodes moved up to parameters, joined and chained."""
     if all(node.op != VARY for node in graph.nodes):
         return graph
-    return _chained(_joined(_hoisted(graph)))
+    graph = _hoisted(graph)
+    if any(node.op == TRANSFER for node in graph.nodes):
+        graph = _hoisted(_sent_varied(graph))
+    return _chained(_joined(graph))
+
+
+def _sent_varied(graph: Graph) -> Graph:
+    """The graph with weights varied before they are sent to other stages."""
+    earlier = _varied_earlier(graph)
+    varied: dict[Node, Node] = {}
+
+    def moved(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
+        source = next(node.operands(), None)
+        if node in earlier and source in earlier:
+            layout = node.placed.add_varying(earlier[node])
+            varied[node] = builder.copy(node, varied, layout=layout)
+            return varied[node]
+        if node in earlier:
+            new = builder.copy(node, mapping)
+            varied[node] = _vary_node(builder, new, earlier[node], node)
+            return new
+        if source in earlier:
+            left = tuple(axis for axis in node.kwargs["axes"] if axis not in earlier[source])
+            return builder.copy(node, varied, kwargs={"axes": left}) if left else varied[source]
+        return None
+
+    return rewrite(graph, moved)
+
+
+def _varied_earlier(graph: Graph) -> dict[Node, tuple[str, ...]]:
+    """The weights that are sent to other stages, and what brings them to their uses there and in
+    their own: by node, the axes of ranks over which every use is varied."""
+    users, returned, found = graph.users(), graph.returned, sources(graph)
+    earlier: dict[Node, tuple[str, ...]] = {}
+    for weight in dict.fromkeys(node.args[0] for node in graph.nodes if node.op == TRANSFER):
+        if found[weight] is not Source.WEIGHT or weight in earlier:
+            continue
+        ways, uses = [weight], set[Node]()
+        for way in ways:
+            for user in users[way]:
+                brings = user.op in USES | CUTS and set(user.operands()).issubset(ways)
+                if not brings:
+                    uses.add(user)
+                elif user not in ways:
+                    ways.append(user)
+        given = set(graph.mesh.names) - graph.mesh.sequential
+        for each in uses:
+            given &= set(each.kwargs["axes"]) if each.op == VARY else set()
+        for each in ways:
+            given -= {*each.placed.axes_used, *each.kwargs.get("axes", ())}
+        if given and returned.isdisjoint(ways):
+            axes = tuple(axis for axis in graph.mesh.names if axis in given)
+            earlier.update(dict.fromkeys(ways, axes))
+    return earlier
 
 
 @dataclass(frozen=True, slots=True)

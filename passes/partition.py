@@ -54,7 +54,7 @@ from meshwright.passes.statements.linears import contracted_dim, is_convolution
 from meshwright.passes.statements.pins import pin_lines
 from meshwright.passes.statements.relays import Arriving
 from meshwright.passes.statements.sequences import Sequences
-from meshwright.passes.statements.stages import sources
+from meshwright.passes.statements.stages import Source, sources
 
 aten = torch.ops.aten
 
@@ -78,17 +78,20 @@ class _Partitioner:
         self.draft, self.graph = draft, draft.graph
         self.emitter = Emitter(Builder(draft.graph.name, draft.mesh))
         line = "".join(each.plan_line for each in draft.plan.of(Stages))
-        found = sources(draft.graph) if draft.num_stages > 1 else {}
-        self.stages: list[dict[Node, Node]] = []
+        self.sources = sources(draft.graph)
+        self.stages: list[Arriving] = []
         for number in range(draft.num_stages):
-            self.stages.append(Arriving(number, self.stages, found, self.emitter, line))
+            self.stages.append(Arriving(number, self.stages, self.sources, self.emitter, line))
         self.mapping = self.stages[0]
         """What stands for each node in the stage of the node that is placed."""
         self.results: dict[Node, list[Node]] = {}
         """The results of operators that were placed in pieces."""
-        self.unused: dict[Node, tuple[Layout, Padding | None, str]] = {}
-        """Inputs, and casts of inputs, that nothing has taken yet: the layout they are used in,
-        what storage adds to it, and the line of the plan behind that in which they are stored."""
+        self.stored: dict[Node, tuple[Node, Layout, Padding | None, str]] = {}
+        """What stands for inputs, and casts of inputs, that are used in another layout: which it
+        is, what storage adds to it, and the line of the plan behind that in which they are
+        stored."""
+        self.brought: set[tuple[Node, int]] = set()
+        """Those that are in the layout in which they are used, and in which stage."""
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
         self.emitter.planned = self.sequences.moves
@@ -299,7 +302,7 @@ class _Partitioner:
         )
         if stored or held != layout:
             padding = padding_between(layout, stored.layout, mesh) if stored else None
-            self.unused[node] = layout, padding, pin_lines(stored or pin)
+            self.stored[node] = new, layout, padding, pin_lines(stored or pin)
         elif pin:
             self.emitter.explicit.add(new)
         return new
@@ -308,34 +311,50 @@ class _Partitioner:
         """Cast a weight before it is brought to the layout in which it is used; returns whether
         `node` is such a cast."""
         source: Node = node.args[0]
-        if source not in self.unused or not source.of_model:
+        if source not in self.stored or not source.of_model or self._is_brought(source):
             return False
-        self.mapping[node] = self.emitter.call(
+        new = self.mapping[node] = self.emitter.call(
             node.op,
-            (self.mapping[source],),
+            (self._as_stored(source),),
             dict(node.kwargs),
             origin=node.origin,
             requires_grad=node.requires_grad,
             name=node.name,
         )
-        self.unused[node] = self.unused[source]
+        self.stored[node] = new, *self.stored[source][1:]
         return True
+
+    def _stage_of(self, node: Node) -> int:
+        """The stage in which a stored value is brought to the layout in which it is used: each that
+        uses a weight, which is sent as it is stored."""
+        weight = self.sources[node] is Source.WEIGHT
+        return self.mapping.number if weight else node.stage
+
+    def _is_brought(self, node: Node) -> bool:
+        return (node, self._stage_of(node)) in self.brought
+
+    def _as_stored(self, node: Node) -> Node:
+        """A weight as it is stored, in the stage that uses it."""
+        value, number = self.stored[node][0], self._stage_of(node)
+        return value if number == node.stage else self.stages[number].received(node, value)
 
     def _use(self, node: Node, user: Origin) -> None:
         """Bring a weight to the layout in which operators use it, before the first of them, whose
         module it is counted for."""
-        if node not in self.unused:
+        if node not in self.stored or self._is_brought(node):
             return
-        layout, padding, line = self.unused.pop(node)
-        held = self.stages[node.stage][node]
-        origin = replace(user, plan_line=line, stage=node.stage)
+        number = self._stage_of(node)
+        self.brought.add((node, number))
+        _, layout, padding, line = self.stored[node]
+        held = self._as_stored(node)
+        origin = replace(user, plan_line=line, stage=number)
         value = self._cut(held, padding, layout, origin) if padding else held
         value = self.emitter.reshard(value, layout, origin)
         if input_key(node if node.op == INPUT else node.args[0]) in self.draft.inputs:
             self.emitter.explicit.add(value)
         if len(self.users[node]) > 1:
             self.emitter.shared.add(value)
-        self.stages[node.stage][node] = value
+        self.stages[number][node] = value
 
     def _cut(self, held: Node, padding: Padding, layout: Layout, origin: Origin) -> Node:
         """A weight gathered from the ranks that share what each uses, without what storage adds."""

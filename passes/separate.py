@@ -11,7 +11,8 @@ After:   linear: f32[8, 64@tp]             = linear(x, up_weight, up_bias)
 What a graph takes from an earlier one is saved, except views of parameters, which are taken again,
 and gathers of stored-split parameters and sequence-split activations, which are repeated from the
 shard. A value that two graphs take is saved for each, under two numbers, so that it is freed after
-the last. Each graph returns last what the next takes first.
+the last. Each graph returns last what the next takes first. A stage takes the inputs that it uses,
+and each of its graphs but the forward those that this graph does.
 Requires: no node takes a value of a later phase. Ensures: each saved value is taken once.
 """
 
@@ -62,12 +63,18 @@ def separate(draft: Draft) -> Draft:
     """`draft` with the graphs of its stage; without gradients there is a forward alone."""
     found: list[Stage] = []
     num_saved = 0
+    weights = _weights_behind(draft.graph)
     for number in range(draft.num_stages):
         graph = _stage_graph(draft.graph, number) if draft.num_stages > 1 else draft.graph
         phases, name = _phases(draft, graph), f"stage{number}"
-        regather = partial(_regathers, draft)
+        regather = partial(_regathers, draft, weights)
         graphs = separate_graph(graph, name, phases, regather=regather, num_saved=num_saved)
         num_saved += sum(len(each.outputs_of(OutputKind.SAVED)) for each in graphs.values())
+        if draft.num_stages > 1:
+            graphs = {
+                phase: graph if phase is Phase.FORWARD else _without_unused(graph)
+                for phase, graph in graphs.items()
+            }
         found.append(Stage(number, graphs))
     return replace(draft, stages=tuple(found))
 
@@ -89,12 +96,9 @@ def _stage_graph(graph: Graph, stage: int) -> Graph:
     builder = Builder(graph.name, graph.mesh)
     mapping: dict[Node, Node] = {}
     outputs: list[Output] = []
-    used = set(graph.returned)
+    used = _inputs_of(graph, stage)
     for node in graph.nodes:
-        if (node.args[0] if node.op == TRANSFER else node).stage == stage:
-            used.update(node.operands())
-    for node in graph.nodes:
-        if node.of_model and node not in used:
+        if node.held and node not in used:
             continue
         sent = node.op == TRANSFER and node.args[0].stage == stage
         if sent:
@@ -116,6 +120,18 @@ def _stage_graph(graph: Graph, stage: int) -> Graph:
     return builder.graph(outputs)
 
 
+def _inputs_of(graph: Graph, stage: int) -> set[Node]:
+    """What a stage uses of the inputs that ranks hold. An argument that none uses is an input of
+    the first, so that programs know all that they are given."""
+    used, elsewhere = set(graph.returned), set(graph.returned)
+    for node in graph.nodes:
+        taker = (node.args[0] if node.op == TRANSFER else node).stage
+        (used if taker == stage else elsewhere).update(node.operands())
+    if stage == 0:
+        used.update(n for n in graph.inputs if not n.of_model and n not in elsewhere)
+    return used
+
+
 def _sent(builder: Builder, transfer: Node, mapping: Mapping[Node, Node]) -> Node:
     """What a stage gives to a transfer: a value of its phase, though it was made once before or,
     being an input, has none."""
@@ -132,10 +148,19 @@ def _sent(builder: Builder, transfer: Node, mapping: Mapping[Node, Node]) -> Nod
     )
 
 
-def _regathers(draft: Draft, node: Node) -> bool:
+def _weights_behind(graph: Graph) -> dict[str, Node]:
+    """By name of a transfer: the input that it sends to another stage, as it is or in part."""
+    found = {node.name: input_behind(node) for node in graph.nodes if node.op == TRANSFER}
+    return {name: source for name, source in found.items() if source is not None}
+
+
+def _regathers(draft: Draft, sent: Mapping[str, Node], node: Node) -> bool:
     """Whether a later graph gathers or casts a value again, from what is kept of it: under `zero 1`
-    and `zero 2` ranks keep the whole weights, and without `zero` those that are only cast."""
+    and `zero 2` ranks keep the whole weights, and without `zero` those that are only cast. `sent`
+    has the weights of other stages."""
     source = input_behind(node)
+    if source is not None and source.args[0] == InputKind.RECEIVED:
+        source = sent.get(source.args[1])
     if source is not None and source.of_model:
         return draft.zero.get(str(source.args[1]), 0 if _recasts(node) else 3) == 3
     return gathers_again(draft.regions, node)
@@ -274,6 +299,12 @@ class _Separator:
         alone = part.readers[operand] == 1 and kept[memory] == 1
         forward = self.home[operand].phase is Phase.FORWARD
         return operand in part.saved and alone and forward and not memory.held
+
+
+def _without_unused(graph: Graph) -> Graph:
+    """The graph without inputs that it does not use."""
+    used = graph.returned.union(*(node.operands() for node in graph.nodes))
+    return replace(graph, nodes=tuple(n for n in graph.nodes if not n.held or n in used))
 
 
 def _is_gather(node: Node) -> bool:

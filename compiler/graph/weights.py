@@ -16,7 +16,8 @@ aten = torch.ops.aten
 CUTS = frozenset({aten.slice.Tensor, aten.view.default, aten.cat.default})
 """Operators that cut off what storage adds to a weight."""
 _VARY = MeshOp("vary")
-_USES = frozenset((*map(MeshOp, COLLECTIVES), aten._to_copy.default, TRANSFER)) - {_VARY}
+USES = frozenset((*map(MeshOp, COLLECTIVES), aten._to_copy.default, TRANSFER)) - {_VARY}
+"""Operators that bring a weight to the layout, the type and the stage in which it is used."""
 
 
 def input_behind(node: Node) -> Node | None:
@@ -26,9 +27,9 @@ def input_behind(node: Node) -> Node | None:
     Cutting off the padding of what is stored is part of the way there.
     """
     whole = _with_padding(node) if node.op in CUTS else node
-    if whole.op in _USES:
+    if whole.op in USES:
         node = whole
-    while node.op in _USES:
+    while node.op in USES or (node.op == _VARY and node is not whole):
         node = node.args[0]
     return node if node.op == INPUT else None
 

@@ -54,7 +54,8 @@ class Draft:
     """Layouts in which ranks store parameters and buffers, by name, where operators use them in
     others. One dim may be longer than the tensor's: what is added are zeros that nothing sees."""
     zero: Mapping[str, int] = field(default_factory=dict)
-    """By parameter that is stored split over ranks which use it whole: the level of `zero`."""
+    """By parameter that is stored split over ranks which use it whole: the level of `zero` that
+    gathers it and scatters its gradient as often."""
     values: Mapping[Node, Pin] = field(default_factory=dict)
     """Layouts of activations, by the node that computes them."""
     entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """The values of a forward by the stage in which they are used: what another stage computes is sent.
 
 An activation goes from stage to stage until it is where it is used, so that cotangents are summed
-on the way back. A weight goes straight from its owner, once for each stage that uses it. What no
-parameter feeds is not sent: each stage computes it.
+on the way back. A weight goes straight from its owner, once for each stage that uses it, as it is
+stored. What no parameter feeds is not sent: each stage computes it.
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ class Arriving(dict[Node, Node]):
         if source is Source.FREE:
             return self.stages[node.stage][node]
         sender = self.number - 1 if source is Source.ACTIVATION else node.stage
-        value = self.stages[sender][node]
-        origin = replace(node.origin, plan_line=self.plan_line)
-        found = self[node] = self.emitter.transfer(value, origin, self.number)
-        for known in (self.emitter.explicit, self.emitter.shared):
-            if value in known:
-                known.add(found)
-        return found
+        return self.received(node, self.stages[sender][node])
+
+    def received(self, node: Node, value: Node) -> Node:
+        """What stands for a node of another stage, in which it is `value`."""
+        if node not in self:
+            origin = replace(node.origin, plan_line=self.plan_line)
+            found = self[node] = self.emitter.transfer(value, origin, self.number)
+            for known in (self.emitter.explicit, self.emitter.shared):
+                if value in known:
+                    known.add(found)
+        return self[node]

@@ -12,9 +12,11 @@ The optimizer steps the part of each parameter that a rank stores, so its state 
 That holds for every level: they differ in when parameters are gathered and gradients scattered.
 Level 1 gathers once a step and scatters once, after the last microbatch; level 2 scatters in every
 microbatch, so that no rank holds whole gradients; level 3 gathers before each use as well, once
-more for the backward, so that no rank holds whole parameters. A parameter is split along the first
-dim that divides; where none does, storage adds zeros to what each rank uses of it. A scalar stays
-whole: no rank can hold less than one entry.
+more for the backward, so that no rank holds whole parameters. With `every=step`, the default in a
+pipeline, levels 2 and 3 send as level 1 does: ranks have whole weights and gradients of their own
+stages alone, and what they send does not grow with the number of microbatches. A parameter is split
+along the first dim that divides; where none does, storage adds zeros to what each rank uses of it.
+A scalar stays whole: no rank can hold less than one entry.
 Requires: pins of the statements that split what operators use. Ensures: `stored` and `zero`.
 Elsewhere: ZeRO (Rajbhandari et al., 1910.02054), FSDP2's fully_shard.
 """
@@ -29,7 +31,7 @@ from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.factors import Factor, Segment, local_size
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.dsl.statements import Zero
+from meshwright.dsl.statements import Stages, Zero
 from meshwright.passes.statements.draft import Draft, Pin
 from meshwright.passes.statements.targets import modules_of
 
@@ -63,7 +65,7 @@ def _statements(draft: Draft) -> dict[str, Zero]:
         if statement is None:
             continue
         before = found.setdefault(own, statement)
-        if (before.level, before.over) != (statement.level, statement.over):
+        if _kept(before) != _kept(statement):
             raise draft.plan.error(
                 "P301",
                 f"two statements store `{own}` differently, which is also `{alias}`",
@@ -71,6 +73,11 @@ def _statements(draft: Draft) -> dict[str, Zero]:
                 help="give both names one statement",
             )
     return found
+
+
+def _kept(statement: Zero) -> tuple[object, ...]:
+    """How a statement has a tensor stored, and when it is sent."""
+    return statement.level, statement.over, statement.every
 
 
 def _split(draft: Draft, node: Node, statement: Zero) -> Draft:
@@ -84,8 +91,13 @@ def _split(draft: Draft, node: Node, statement: Zero) -> Draft:
     return replace(
         draft,
         stored={**draft.stored, name: Pin(way.layout, (statement,))},
-        zero={**draft.zero, name: statement.level},
+        zero={**draft.zero, name: 1 if _once(draft, statement) else statement.level},
     )
+
+
+def _once(draft: Draft, statement: Zero) -> bool:
+    """Whether weights are gathered and gradients scattered once per step."""
+    return (statement.every or ("step" if draft.plan.of(Stages) else "microbatch")) == "step"
 
 
 @dataclass(frozen=True, slots=True)
