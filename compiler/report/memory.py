@@ -118,6 +118,15 @@ def _walked(program: Compiled, rank: int, instructions: Mapping[str, Instruction
     """The storages of a rank through its schedule."""
     walk = Walk(program.stages, program.mesh.coords(rank), program.device)
     transfers, settled = program.transfers, program.transfers.settled(rank)
+    received = set[Any]()
+    for entry in program.entries[rank]:
+        if not isinstance(entry, Action):
+            keys = [(*each.args, entry.microbatch) for each in transfers.values[entry.link]]
+            (walk.leaving if isinstance(entry, Send) else received).update(keys)
+        else:
+            taken = program.stages[entry.stage].received(entry.kind)
+            walk.staying.update((*each.args, entry.microbatch) for each in taken)
+    walk.staying -= received
     for place, entry in enumerate(program.entries[rank]):
         match entry:
             case Action():

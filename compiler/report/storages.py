@@ -7,6 +7,7 @@ the operator needs inside itself are what they will be; equal calls are run once
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -155,11 +156,13 @@ class Walk:
         self.allocated: dict[tuple[int, str], Storage] = {}
         self._stages = [_Saved(stage) for stage in stages]
         self._passed: dict[tuple[Any, ...], Held] = {}
-        self._incoming: dict[tuple[Any, ...], Held] = {}
-        self._gone: dict[tuple[Any, ...], Held] = {}
-        """What has been taken once, and may be sent to more ranks than one."""
         """What stages have left for others, or begun to receive, by its kind there, name and
         microbatch."""
+        self.leaving: Counter[tuple[Any, ...]] = Counter()
+        """How many other ranks take a value."""
+        self.staying: set[tuple[Any, ...]] = set()
+        """The values that this rank hands over to itself."""
+        self._leaving: dict[tuple[Any, ...], list[Held]] = {}
         self._sent: dict[int, list[Held]] = {}
         """By place of the send: what is not known to have arrived."""
         self._values: dict[Variable, Held] = {}
@@ -197,7 +200,7 @@ class Walk:
         by its place in the schedule."""
         sent = self._sent[place] = []
         for node in values:
-            sent.append(self._come((*node.args, microbatch), self._passed))
+            sent.append(self._come(self._leaving[*node.args, microbatch].pop()))
             self._answered(None)
 
     def arrived(self, place: int) -> None:
@@ -211,31 +214,24 @@ class Walk:
         for node in values:
             local = fresh(node.placed.local_shape(self._mesh), node.tensor.dtype)
             # Under way: nothing is lent for it.
-            self._incoming[(*node.args, microbatch)] = (None, local)
+            self._passed[(*node.args, microbatch)] = (None, local)
             self._hold(local)
             self._answered(None)
 
-    def _come(self, key: tuple[Any, ...], store: dict[tuple[Any, ...], Held]) -> Held:
-        """What has been left under a key, once it has come; held from here on."""
-        if key not in store:  # which several ranks take
-            self._hold(self._gone[key])
-            return self._gone[key]
-        value = self._gone[key] = store.pop(key)
+    def _come(self, value: Held) -> Held:
+        """What has been left for a graph or a send, once it has come; held from here on."""
         if not isinstance(value, tuple):
             return value
         self._hold(value[1])
         self._release(value)
         self._answered(value[1])
-        self._gone[key] = value[1]
         return value[1]  # type: ignore[no-any-return]
 
     def _input(self, variable: Variable, node: Node) -> None:
         if node.held:
             self._values[variable] = self._whole(node)
         else:
-            key = (*node.args, self._action.microbatch)
-            store = self._incoming if key in self._incoming else self._passed
-            received = self._come(key, store)
+            received = self._come(self._passed.pop((*node.args, self._action.microbatch)))
             self._bind(variable, received)
             self._release(received)
 
@@ -352,13 +348,23 @@ class Walk:
         """What is returned is kept to the end of the step, or until another stage takes it."""
         for output, result in zip(self._graph.results, returned.results, strict=True):
             held = self._held(result.handle if isinstance(result, UnderWay) else result)
-            self._hold(held)
             if output.kind in PASSED_AS:
-                key = (PASSED_AS[output.kind], output.name, self._action.microbatch)
-                self._passed[key] = held
+                self._leave((PASSED_AS[output.kind], output.name, self._action.microbatch), held)
+            else:
+                self._hold(held)
         for reduction in returned.reductions:
             # Waited for after the last graph: until then it keeps what it was given.
             self._hold(self._held(reduction.handle))
+
+    def _leave(self, key: tuple[Any, ...], held: Held) -> None:
+        """Keep a value for each rank that takes it."""
+        if isinstance(held, tuple) and self.leaving[key] + (key in self.staying) > 1:
+            held = held[1]
+        self._leaving[key] = [held] * self.leaving[key]
+        if key in self.staying:
+            self._passed[key] = held
+        for _ in range(self.leaving[key] + (key in self.staying)):
+            self._hold(held)
 
     def _call(self, call: Call) -> None:
         args, kwargs = self._held(call.args), {k: self._held(v) for k, v in call.kwargs.items()}

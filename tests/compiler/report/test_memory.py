@@ -376,6 +376,7 @@ STAGED = {
     "1f1b": "stages at blocks.1 over pp microbatches=4",
     "four": "stages at blocks.1, blocks.2, blocks.3 over pp microbatches=4",
     "gpipe": "stages at blocks.2 over pp schedule=gpipe microbatches=4",
+    "dualpipe": "stages at blocks.2 over pp schedule=dualpipe microbatches=4",
     "whole batch": "stages at blocks.2 over pp",
     **{
         name: f"stages at blocks.1, blocks.2, blocks.3 over pp schedule={name} virtual=2 "
@@ -393,6 +394,7 @@ STAGED = {
         ("four", "mesh pp=4\ndata tokens, targets\n"),
         ("four", f"mesh pp=4, tp=2\ndata tokens, targets\n{GPT_TENSOR}"),
         ("gpipe", "mesh pp=2\ndata tokens, targets\n"),
+        ("dualpipe", "mesh pp=2\ndata tokens, targets\n"),
         ("whole batch", f"mesh pp=2, dp=2\n{GPT_DATA}"),
         ("interleaved", f"mesh pp=2, dp=2\n{GPT_DATA}zero 1 over dp\n"),
         ("zbv", f"mesh pp=2, tp=2\ndata tokens, targets\n{GPT_TENSOR}"),
