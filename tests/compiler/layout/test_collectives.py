@@ -253,7 +253,7 @@ def test_the_table_is_its_own_adjoint_and_goes_back_between_dual_states():
 
 
 def test_plans_count_the_kinds_that_move_bytes_under_the_names_of_their_rows() -> None:
-    between_stages = {"send", "recv"}
+    between_stages = {"transfer"}
     counted = {row.counted_as for row in COLLECTIVES.values() if row.moves}
     assert counted == set(COUNTED) - between_stages
 
