@@ -1,11 +1,12 @@
 """One GPT in pipeline stages: torch's `torch.distributed.pipelining`, and Meshwright.
 
     python -m benchmarks.pipeline [--size tiny|base] [--mesh pp=4] [--rounds N] [--quick]
-                                  [--schedules 1f1b,zbv] [--json FILE]
+                                  [--schedules 1f1b,zbv] [--systems meshwright,late] [--json FILE]
 
 Step times under GPipe, 1F1B, interleaved 1F1B, zero bubble and ZB-V, each with the same stages and
 eight microbatches in both systems, taken in turns in the same processes. Then the peak memory of
-each, in processes of its own. About fifteen minutes.
+each, in processes of its own. About fifteen minutes. The system `late` is Meshwright with every
+gradient sent after the whole backward, as autograd does, and not before its weight gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks import launch, memory, report
+from benchmarks import launch, report, resident
 from benchmarks.gpt import SIZES, Size
 from benchmarks.peers import Peer
 from benchmarks.stages import VIRTUAL, balanced, fits
@@ -26,6 +27,7 @@ from benchmarks.stages import VIRTUAL, balanced, fits
 MESHES = ("pp=2",)
 MORE_MESHES = ("pp=4",)
 SYSTEMS = ("meshwright", "torch")
+MORE_SYSTEMS = ("late",)
 MEMORY_ROUNDS = {"tiny": 1, "base": 2}
 
 
@@ -40,7 +42,7 @@ def build_one(name: str, size: Size, mesh: DeviceMesh) -> Peer:
         return torch_pipeline(size, mesh, cut)
     from benchmarks.peers.compiled import pipeline
 
-    return pipeline(size, mesh, cut)
+    return pipeline(size, mesh, cut, system)
 
 
 def build(size: Size, mesh: DeviceMesh, args: argparse.Namespace) -> list[Peer]:
@@ -54,9 +56,12 @@ def names(args: argparse.Namespace, size: Size, ranks: int) -> list[str]:
 
 
 def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Ours and torch's, by schedule."""
-    found = [tuple(f"{system} {schedule}" for system in SYSTEMS) for schedule in VIRTUAL]
-    return [(own, other) for own, other in found if own in names and other in names]
+    """Ours and each other system's, by schedule."""
+    own, *others = (*SYSTEMS, *MORE_SYSTEMS)
+    found = [
+        (f"{own} {schedule}", f"{other} {schedule}") for schedule in VIRTUAL for other in others
+    ]
+    return [pair for pair in found if set(pair) <= set(names)]
 
 
 def measure(args: argparse.Namespace, argv: list[str], mesh: str, size: str) -> dict[str, Any]:
@@ -66,8 +71,8 @@ def measure(args: argparse.Namespace, argv: list[str], mesh: str, size: str) -> 
     if not args.no_memory:
         peers = names(args, SIZES[size], int(mesh.removeprefix("pp=")))
         rounds = 1 if args.quick else MEMORY_ROUNDS[size]
-        taken = memory.peaks(module, peers, rounds, argv, mesh, size)
-        found["memory"] = memory.result(taken, pairs(peers))
+        taken = resident.peaks(module, peers, rounds, argv, mesh, size)
+        found["memory"] = resident.result(taken, pairs(peers))
     return found
 
 
@@ -75,7 +80,7 @@ def table(title: str, found: dict[str, Any]) -> str:
     """The results of one mesh and size as text."""
     parts = [report.table(title, found["time"])]
     if "memory" in found:
-        parts.append(memory.ratios_table(f"{title}, peak MB of a process", found["memory"]))
+        parts.append(resident.ratios_table(f"{title}, peak MB of a process", found["memory"]))
     return "\n".join(parts)
 
 
@@ -88,7 +93,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--system", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker and args.system:
-        memory.work(build_one, args)
+        resident.work(build_one, args)
     elif args.worker:
         launch.work(build, pairs, args)
     else:

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from benchmarks import launch, memory, report
+from benchmarks import launch, report, resident
 from benchmarks.gpt import Size
 from benchmarks.interleave import TOLERANCE
 from benchmarks.peers import Peer
@@ -75,10 +75,10 @@ def measure(
     if not args.no_memory:
         systems = args.systems.split(",")
         rounds = 1 if args.quick else MEMORY_ROUNDS[size]
-        taken = memory.peaks("benchmarks.zero", systems, rounds, argv, mesh, size)
+        taken = resident.peaks("benchmarks.zero", systems, rounds, argv, mesh, size)
         own = [system for system in systems if system in OURS]
         both = [(a, b) for a in own for b in systems if b not in OURS]
-        found["memory"] = memory.result(taken, both)
+        found["memory"] = resident.result(taken, both)
     return found
 
 
@@ -90,7 +90,7 @@ def table(title: str, found: dict[str, dict[str, Any]]) -> str:
         if variant != "memory"
     ]
     if "memory" in found:
-        parts.append(memory.ratios_table(f"{title}, peak MB of a process", found["memory"]))
+        parts.append(resident.ratios_table(f"{title}, peak MB of a process", found["memory"]))
     return "\n".join(parts)
 
 
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--system", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker and args.system:
-        memory.work(build_one, args)
+        resident.work(build_one, args)
     elif args.worker:
         launch.work(build, pairs, args, TOLERANCES.get(args.variant, TOLERANCE))
     else:

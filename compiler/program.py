@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -24,7 +24,9 @@ from meshwright.compiler.layout.mesh import Mesh, within
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.schedules.actions import Entries
 from meshwright.compiler.schedules.balanced import Balance
+from meshwright.compiler.schedules.beside import beside
 from meshwright.compiler.schedules.check import check_schedule
+from meshwright.compiler.schedules.links import links_of
 from meshwright.compiler.schedules.tables import Table
 from meshwright.compiler.schedules.transfers import Transfers
 from meshwright.compiler.stages import Stage
@@ -33,12 +35,36 @@ from meshwright.dsl.statements import Precision, Stages
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank keeps something: on its device, in host memory, or on a disk, in files of the
+    folder `path`."""
+
+    to: str = "device"
+    path: str | None = None
+
+    @property
+    def away(self) -> bool:
+        """Whether it is not the device."""
+        return self.to != "device"
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Where ranks keep a parameter: its `value`, and with `update` its gradient and what an
+    optimizer keeps of it. Away from the device the CPU updates it."""
+
+    value: Place = Place()
+    update: Place = Place()
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A parameter or buffer as ranks hold it.
 
     `name` and `type` are the model's. `layout` is the layout in which ranks store the tensor,
     padding included (`padded_shape`), `used` the one in which operators take it, and
-    `requires_grad` says whether it is trained. In a pipeline `held_at` says whose ranks hold it.
+    `requires_grad` says whether it is trained. In a pipeline `held_at` says whose ranks hold it,
+    and `kept` where: on the device or, under `offload`, in host memory or files.
     """
 
     name: str
@@ -52,6 +78,8 @@ class Stored:
     """The places of the statements behind the layout."""
     held_at: Mapping[str, tuple[int, ...]] = field(default_factory=dict, hash=False)
     """By axis, the coordinates whose ranks hold it, in order; empty if every rank holds a part."""
+    kept: Kept = Kept()
+    """Where these ranks keep it."""
 
     @property
     def padded_shape(self) -> tuple[int, ...]:
@@ -90,6 +118,46 @@ class Stored:
         return math.prod(self.layout.local_shape(mesh)) * self.type.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an optimizer of class `kind` keeps on one rank and needs for an update, in bytes.
+
+    `state` is by parameter; `""` is what it keeps of none. Besides that, parameters and gradients,
+    `temporaries` are what is alive at the peak of an update, by the operator that made it, and
+    `beside_steps` is the most of it while a closure runs a step.
+    """
+
+    kind: str
+    state: Mapping[str, int] = field(repr=False)
+    temporaries: Mapping[str, int] = field(repr=False)
+    beside_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Budgeted:
+    """What the backward computes again so that a rank stays within a budget of bytes.
+
+    `statements` say it as a plan does. With them `peak` is the most bytes that a rank needs, and
+    `without` what it would need if nothing were computed again. `operations` are those that are
+    computed again in one microbatch (of what is no product, one for each element), `bound` is how
+    many there must be at least, as far as that is known on paper, and `tries` how many choices
+    were measured.
+    """
+
+    budget: int
+    statements: tuple[str, ...]
+    peak: int
+    without: int
+    operations: int
+    bound: int
+    tries: int
+
+    @property
+    def gap(self) -> float:
+        """How much more is computed again than the bound, as a share of the operations."""
+        return (self.operations - self.bound) / self.operations if self.operations else 0.0
+
+
 @dataclass(frozen=True)
 class Compiled:
     """The result of compiling a model under a plan: graphs, layouts, and their code.
@@ -110,8 +178,13 @@ class Compiled:
     movements: tuple[Movement, ...]
     balance: Balance | None
     """What the stages were chosen by, where the plan only says how many there are."""
+    budgeted: Budgeted | None
+    """What was chosen to be computed again, where the plan only has a budget."""
     device: torch.device
     model: nn.Module = field(repr=False)
+    updated: Callable[..., Update] = field(repr=False)
+    """What an update takes on this machine, given the program, a rank, and what `Run.optimizer`
+    takes: a class, its groups and its options."""
 
     def __post_init__(self) -> None:
         check_schedule(self.stages, self.table)
@@ -125,10 +198,12 @@ class Compiled:
         """The instructions of each graph, in the order of `graphs`."""
         found: list[Instructions] = []
         num_wires = 0
+        paused = beside(self.table.rows, links_of(self.stages))
         for stage in self.stages:
             for phase, graph in stage.graphs.items():
                 added = frozenset(stage.added(phase))
-                found.append(overlap(lowered(graph, first_wire=num_wires, added=added)))
+                each = lowered(graph, first_wire=num_wires, added=added)
+                found.append(overlap(each, beside=(stage.number, phase) in paused))
                 num_wires += len(found[-1].exchanges)
         return tuple(found)
 
@@ -191,6 +266,29 @@ class Compiled:
         coords = self.mesh.coords(rank)
         axes = {*self.apart, *self.pipeline}
         return ", ".join(f"{axis}={coords[axis]}" for axis in self.mesh.names if axis in axes)
+
+    @cached_property
+    def different_ranks(self) -> tuple[int, ...]:
+        """The first rank of each set of those that run the same actions and hold parts of the same
+        tensors."""
+        found: dict[tuple[object, str], int] = {}
+        for rank, entries in self.entries.items():
+            found.setdefault((entries, self.place(rank)), rank)
+        return tuple(found.values())
+
+    @cached_property
+    def updates(self) -> dict[int, Update]:
+        """What AdamW takes on each of `different_ranks`."""
+        return self.updates_of(torch.optim.AdamW, (), {})
+
+    def updates_of(
+        self, kind: object, groups: Sequence[object], options: Mapping[str, object]
+    ) -> dict[int, Update]:
+        """What an optimizer takes on each of `different_ranks`; nothing where none is trained."""
+        if not self.trains:
+            return {}
+        updated = self.updated
+        return {rank: updated(self, rank, kind, groups, options) for rank in self.different_ranks}
 
     @property
     def mode(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,27 +15,40 @@ from meshwright.compiler.capture.aliases import named_tensors
 from meshwright.compiler.capture.initialisation import Initialisation
 from meshwright.compiler.errors import CompilerError
 from meshwright.compiler.graph.text import size_text
-from meshwright.compiler.program import Compiled
+from meshwright.compiler.program import Compiled, Update
+from meshwright.compiler.report.costs import (
+    CostsGiven,
+    counted_costs,
+    equal_costs,
+    given_costs,
+    measured_costs,
+    spread,
+)
 from meshwright.compiler.report.explain import Explanation, explain
+from meshwright.compiler.report.holding import Memory
 from meshwright.compiler.report.ledger import Comm, ledger
 from meshwright.compiler.report.listing import GraphText
-from meshwright.compiler.report.memory import Memory, memories
+from meshwright.compiler.report.memory import memories
 from meshwright.compiler.report.summary import summarise
 from meshwright.compiler.report.timeline import timeline
+from meshwright.compiler.schedules.asked import other_table
 from meshwright.compiler.schedules.simulate import Costs
 from meshwright.dsl.errors import plural
+from meshwright.dsl.statements import Stages
 
 if TYPE_CHECKING:
-    from meshwright.compiler.report.pipeline import CostsGiven, PipelineSchedule
+    from meshwright.compiler.report.pipeline import PipelineSchedule
 
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """What runs programs: `launch` starts a run, and `measure` says what the graphs of each stage
-    cost on this machine, in seconds per microbatch."""
+    """What runs programs: `launch` starts a run, `measure` says what the graphs of each stage cost
+    on this machine, in seconds per microbatch (None where it has no device like theirs), and
+    `updated` what an optimizer takes, as `Compiled.updated`."""
 
     launch: Callable[..., Any]
-    measure: Callable[[Program], Costs]
+    measure: Callable[[Program], Costs | None]
+    updated: Callable[..., Update]
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +60,9 @@ class Program(Compiled):
     module that was compiled, unchanged: `launch` takes the weights from it. `parameters` and
     `buffers` say how ranks hold each tensor of the model, by name. Where the plan says how many
     stages there are, and not which, `balance` has what they were chosen `by`, the `costs` of the
-    ranks along the pipeline and their `imbalance`, the greatest over the mean.
+    ranks along the pipeline and their `imbalance`, the greatest over the mean. Under `checkpoint
+    budget=`, `budgeted` has the `statements` that were chosen, the `peak` of a rank with them and
+    `without`, the `operations` that they compute again in a microbatch, and the `gap` to the bound.
     """
 
     recompile: Callable[..., Program] = field(repr=False)
@@ -114,15 +129,36 @@ class Program(Compiled):
     def _comm(self) -> Comm:
         return ledger(self)
 
-    def memory(self) -> Memory:
+    def memory(
+        self,
+        kind: Callable[..., torch.optim.Optimizer] | None = None,
+        *,
+        groups: Sequence[Mapping[str, Any]] = (),
+        **options: Any,
+    ) -> Memory:
         """The bytes that one rank needs to hold, of all the one that needs most, known before
-        anything runs."""
-        return max(self._memories.values(), key=lambda each: each.peak)
+        anything runs. It prints as tables and as a timeline of a step.
 
-    def memories(self) -> dict[str, Memory]:
+        `kind` (AdamW by default), `groups` and `options` are what `Run.optimizer` takes: it is made
+        and steps as in a run, on tensors without memory, so that its state and what it needs to
+        update are its own. Raises what `Run.optimizer` raises.
+        """
+        found = self.memories(kind, groups=groups, **options)
+        return max(found.values(), key=lambda each: each.peak)
+
+    def memories(
+        self,
+        kind: Callable[..., torch.optim.Optimizer] | None = None,
+        *,
+        groups: Sequence[Mapping[str, Any]] = (),
+        **options: Any,
+    ) -> dict[str, Memory]:
         """The same for ranks that run different stages, by their coordinates: `{"pp=0": ...}`; one
-        without a name where all ranks do the same."""
-        return dict(self._memories)
+        without a name where all ranks do the same. `kind`, `groups` and `options` are as for
+        `memory`."""
+        if kind is None and not groups and not options:
+            return dict(self._memories)
+        return memories(self, self.updates_of(kind or torch.optim.AdamW, groups, options))
 
     @cached_property
     def _memories(self) -> dict[str, Memory]:
@@ -130,41 +166,55 @@ class Program(Compiled):
 
     def timeline(self) -> str:
         """The text of what each rank does in a step, in order, with a bar beside what runs while a
-        collective is under way."""
-        return timeline(self.instructions)
+        collective is under way. In a pipeline: by graph, with what it receives and sends."""
+        return timeline(self)
 
     def schedule(
-        self, *, simulate: bool = False, costs: CostsGiven | None = None
+        self,
+        *,
+        simulate: bool = False,
+        costs: CostsGiven | None = None,
+        schedule: str | None = None,
+        ranks: int | None = None,
+        virtual: int | None = None,
+        microbatches: int | None = None,
     ) -> PipelineSchedule:
         """List what each rank of the pipeline runs, sends and receives in a step, and when.
 
         It prints as text: a table, a timeline, and the step time, the bubble and the activations at
-        once that they come to, of the loop over microbatches. The timeline is of actions that all
-        take as long, unless costs are known:
+        once that they come to. The timeline is of actions that all take as long, unless costs are
+        known:
 
         - `simulate`: measure what the graphs of each stage cost on this machine, in a few steps of
-          one rank per stage on inputs of the example's types, without what ranks send.
+          one rank per stage on inputs of the example's types, without what ranks send. Where there
+          is no device like the program's, count their floating-point operations instead.
         - `costs`: those of `"forward"`, `"backward"` (for inputs) and `"weight"`, each one number
-          for every stage or a list of one per stage, in any unit; and of `"hop"`, the time from a
-          send to its arrival, 0 by default.
+          for every stage or a list of one per stage, in any unit; and, 0 by default, of `"hop"`,
+          the time from a send to its arrival, and of what runs around the loop over microbatches,
+          `"count"`, `"before"`, `"sum"`, `"after"` and `"results"`. With `simulate`, in place of
+          those found.
 
-        Raises `CompilerError` for costs that cannot be, and `RunError` where there is no device
-        like the program's on which to measure.
+        Ask what another schedule would come to with `schedule` (a name, or the path of a file),
+        `ranks` of the pipeline, `virtual` stages on each, or `microbatches` of the same size. What
+        is left out is as in the plan; stages then send values to their neighbours alone, and the
+        costs of another number of stages are the plan's, spread evenly.
+
+        Raises `CompilerError` for costs that cannot be, and `PlanError` for a schedule that cannot.
         """
         from meshwright.compiler.report import pipeline  # takes rich, which few runs need
 
-        links, num_stages = tuple(self.transfers.values), len(self.stages)
+        table, links, assumed = self.table, tuple(self.transfers.values), None
+        asked = (schedule, ranks, virtual, microbatches)
+        if any(each is not None for each in asked):
+            table, links = other_table(table, next(iter(self.plan.of(Stages)), None), *asked)
+        num_stages = len(table.holders)
+        if simulate:
+            times = self.runtime.measure(self)
+            found = measured_costs(times) if times else counted_costs(self.stages)
+            assumed = spread(found, num_stages)
         if costs is not None:
-            assumed = pipeline.given_costs(costs, num_stages)
-        elif simulate:
-            assumed = pipeline.Assumed(
-                self.runtime.measure(self),
-                "measured on this machine, without what ranks send",
-                seconds=True,
-            )
-        else:
-            assumed = pipeline.equal_costs(num_stages)
-        return pipeline.PipelineSchedule(self.table, links, assumed)
+            assumed = given_costs(costs, num_stages, assumed)
+        return pipeline.PipelineSchedule(table, links, assumed or equal_costs(num_stages))
 
     def show(self, *, local: bool = False) -> None:
         """Print the mesh, layouts, collectives, bytes and memory as tables.

@@ -26,7 +26,7 @@ from docs.generated import write_or_check
 from meshwright.compiler import errors, program
 from meshwright.compiler.graph import ir
 from meshwright.compiler.layout import mesh
-from meshwright.compiler.report import explain, ledger, listing, memory, pipeline, sums
+from meshwright.compiler.report import explain, holding, ledger, listing, pipeline, recompute, sums
 from meshwright.dsl import PlanBuilder
 from meshwright.runtime import errors as run_errors
 
@@ -72,7 +72,7 @@ MACHINERY: Mapping[type, tuple[str, ...]] = {
     mw.Program: (
         "captured", "stages", "table", "pipeline", "entries", "transfers", "apart", "movements",
         "recompile", "initialise", "runtime", "code", "inputs", "trains", "scaled", "instructions",
-        "with_model", "with_structure",
+        "with_model", "with_structure", "updated", "updates", "updates_of", "different_ranks",
     ),
     program.Stored: (
         "held_at", "held_by", "num_holders", "paddings", "padded", "unpadded", "plan_line",
@@ -179,11 +179,14 @@ forward all_reduce ('tp',) 256 <plan>:5
             mesh.Mesh,
             ledger.Comm,
             ledger.Moved,
-            memory.Memory,
+            holding.Memory,
+            holding.Alive,
+            holding.Moment,
             explain.Explanation,
             explain.LaidOut,
             sums.Part,
             sums.Sum,
+            recompute.Recomputed,
             pipeline.PipelineSchedule,
         ),
     ),

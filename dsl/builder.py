@@ -148,15 +148,22 @@ class PlanBuilder:
         return self._add("memory", _options({"budget": budget}))
 
     def checkpoint(self, *targets: str, **options: Option) -> Self:
-        """Recompute these regions in the backward; `options` are `keep` and `budget`."""
+        """Recompute these regions in the backward.
+
+        `options` are `keep`, `segments` and `budget`.
+        """
         return self._add("checkpoint", _listed(targets), _options(options))
 
     def offload(self, what: str, *targets: str, **options: Option) -> Self:
-        """Keep `what` (`"activations"`, `"parameters"`, `"optimizer"`) in host memory.
+        """Keep `what` (`"activations"`, `"parameters"`, `"optimizer"`) in host memory or in files.
 
-        `options` are `fraction`, `budget` and `prefetch`.
+        `options` are `fraction`, `budget`, `prefetch`, `to` (`"host"` or `"disk"`) and `path`, the
+        folder of the files.
         """
         word = _text("`what`", what, 'write one such as `"optimizer"`')
+        if (path := options.get("path")) is not None:
+            text = _text("`path`", path, 'write it as text: `path="/scratch"`')
+            options["path"] = f'"{text}"'
         return self._add("offload", word, _listed(targets), _options(options))
 
     def share(self, *targets: str) -> Self:

@@ -54,6 +54,8 @@ def _subjects(statement: s.Statement) -> Iterator[Hashable]:
     """The subjects of a statement: two statements with a common one must say the same about it."""
     if isinstance(statement, _ONLY_ONE):
         yield statement.verb
+    elif isinstance(statement, s.Checkpoint) and statement.budget is not None:
+        yield "checkpoint budget"
     elif isinstance(statement, s.Targeted) and not isinstance(statement, (s.Expect, s.Allow)):
         about = "placing" if isinstance(statement, _PLACING) else statement.verb
         more = tuple(getattr(statement, name, None) for name in ("of", "dim", "what"))
@@ -64,7 +66,7 @@ def _subjects(statement: s.Statement) -> Iterator[Hashable]:
 def same_content(first: s.Statement, second: s.Statement) -> bool:
     """Whether two statements say the same about their targets or, of a verb that is used once,
     the same."""
-    if isinstance(first, _ONLY_ONE):
+    if isinstance(first, _ONLY_ONE) or getattr(first, "budget", None) is not None:
         return first == second
     if isinstance(first, s.Targeted) and isinstance(second, s.Targeted):
         return replace(first, targets=()) == replace(second, targets=())
@@ -114,12 +116,15 @@ def _check_virtual(stages: s.Stages) -> None:
     if stages.virtual < least or (most is not None and stages.virtual > most):
         wanted = least if stages.virtual < least else most
         bound = "at least " if most is None else ""
+        help = f"write `virtual={wanted}`"
+        if stages.schedule == "1f1b" and "schedule" not in stages.parts:
+            help = f"write `schedule=interleaved`, or `{help[7:]}"
         raise PlanError(
             "P306",
             f"`{stages.schedule}` has {bound}{plural(least, 'stage')} per rank,"
             f" and `virtual` is {stages.virtual}",
-            spans=[stages.at("virtual")],
-            help=f"write `virtual={wanted}`",
+            spans=[stages.at("virtual" if "virtual" in stages.parts else "schedule")],
+            help=help,
         )
 
 
@@ -128,10 +133,13 @@ def _stage_count(stages: s.Stages, wanted: int, mesh: Mapping[str, int]) -> Plan
     times = f" times virtual={stages.virtual}" if stages.virtual > 1 else ""
     if stages.count is not None:
         help = f"write `stages {wanted} over {format_axes(stages.over)}`"
+        virtual, left = divmod(stages.count, wanted // stages.virtual)
+        if virtual > 1 and not left and "schedule" not in stages.parts:
+            help += f", or `schedule=interleaved virtual={virtual}` for {virtual} stages per rank"
     elif wanted == 1:
         help = "remove the statement, or give the axis more ranks"
     else:
-        help = f"name {wanted - 1} {'module' if wanted == 2 else 'modules'} after `at`"
+        help = f"name {plural(wanted - 1, 'module')} after `at`"
     return PlanError(
         "P304",
         f"there are {stages.num_stages} stages, but {sizes}{times} makes {wanted}",
@@ -159,6 +167,8 @@ def _check_checkpoint(checkpoint: s.Checkpoint) -> None:
     if not checkpoint.targets and checkpoint.budget is None:
         help = "add a selector, or a budget such as `budget=40GiB`"
         raise _missing(checkpoint, "`checkpoint` says neither what nor how much", help)
+    if checkpoint.segments is not None and checkpoint.budget is not None:
+        raise _either(checkpoint, "segments", "budget")
 
 
 def _check_summa(summa: s.Summa) -> None:
@@ -177,6 +187,19 @@ def _check_experts(experts: s.Experts) -> None:
 def _check_offload(offload: s.Offload) -> None:
     if offload.fraction is not None and offload.budget is not None:
         raise _either(offload, "fraction", "budget")
+    if offload.to == "disk" and offload.path is None:
+        help = 'say where its files go: `path="/scratch"`'
+        raise _missing(offload, "`to=disk` has no folder", help, "to")
+    if offload.what == "optimizer" and offload.prefetch is not None:
+        raise PlanError(
+            "P110",
+            "`prefetch=` is for what steps take, and the optimizer's state stays where it is",
+            spans=[offload.at("prefetch")],
+            help="remove it",
+        )
+    if offload.path is not None and offload.to != "disk":
+        help = "write `to=disk` before it, or remove it"
+        raise _missing(offload, "`path=` is the folder of `to=disk`", help, "path")
 
 
 def _missing(statement: s.Statement, message: str, help: str, part: str = "") -> PlanError:

@@ -46,6 +46,7 @@ CODES = {
     "P501": "a statement that cannot be carried out for this model",
     "P502": "a contract that the compiled program breaks",
     "P503": "an axis of the mesh that nothing is split over",
+    "P504": "a budget that cannot be kept",
 }
 """Every code and its meaning. Codes are stable: new ones are added, none is reused."""
 
@@ -195,4 +196,6 @@ def either(words: Iterable[str], last: str = "or") -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+    """`1 rank`, `2 ranks`, `2 microbatches`."""
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{count} {noun}" + ("" if count == 1 else ending)

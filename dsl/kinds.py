@@ -65,17 +65,21 @@ class Ratio:
 
 @dataclass(frozen=True)
 class ByteSize:
-    """A number of bytes, written with a unit: `60GiB`."""
+    """A number of bytes, written with a unit: `60GiB`; or `auto`, where that is allowed."""
 
-    def read(self, value: Value, sizes: Sizes) -> int:
+    auto: bool = False
+
+    def read(self, value: Value, sizes: Sizes) -> int | str:
+        if self.auto and isinstance(value, Word) and value.text == "auto":
+            return value.text
         number = evaluate(value, sizes)
         if number.q != 1 or number < 1:
             help = "write a size with a unit, such as `60GiB`"
             raise wrong_value(value, "is not a number of bytes", help)
         return int(number)
 
-    def write(self, value: int) -> str:
-        return format_bytes(value)
+    def write(self, value: int | str) -> str:
+        return value if isinstance(value, str) else format_bytes(value)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,19 @@ class Choice:
 
     def write(self, value: str) -> str:
         return value
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The path of a folder, in quotes."""
+
+    def read(self, value: Value, sizes: Sizes) -> str:
+        if isinstance(value, Quoted) and value.value and "\0" not in value.value:
+            return value.value
+        raise wrong_value(value, "is not a folder", 'write its path in quotes: `"/scratch"`')
+
+    def write(self, value: str) -> str:
+        return f'"{value}"'
 
 
 @dataclass(frozen=True)

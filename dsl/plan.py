@@ -152,16 +152,18 @@ class Plan:
         check(statements, self.names.mesh)
         return replace(self, statements=statements)
 
-    def with_text(self, statement: s.Statement, text: str) -> Plan:
-        """This plan with another statement, which is read from `text`, in place of one of its own
-        and on the same line."""
+    def with_text(self, statement: s.Statement, *texts: str) -> Plan:
+        """This plan with other statements, each read from one of `texts`, in place of one of its
+        own and on the same line."""
         line = statement.span.line if statement.span is not None else 1
-        source = Source(self.source.name, "\n" * (line - 1) + text)
-        (tree,), _ = parse_plan(source)
-        found = Reader(source, self.names).read(tree)
-        return replace(
-            self, statements=tuple(found if x is statement else x for x in self.statements)
-        )
+        found: list[s.Statement] = []
+        for text in texts:
+            source = Source(self.source.name, "\n" * (line - 1) + text)
+            (tree,), _ = parse_plan(source)
+            found.append(Reader(source, self.names).read(tree))
+        place = next(i for i, each in enumerate(self.statements) if each is statement)
+        before, after = self.statements[:place], self.statements[place + 1 :]
+        return replace(self, statements=(*before, *found, *after))
 
     def error(
         self,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import sympy
 
-from meshwright.dsl.kinds import AxisName, ByteSize, Choice, Count, Flag, Kind, Ratio, Words
+from meshwright.dsl.kinds import AxisName, ByteSize, Choice, Count, Flag, Folder, Kind, Ratio, Words
 from meshwright.dsl.layouts import DimTemplate, LayoutTemplate
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.source import Span
@@ -235,6 +235,10 @@ class Zero(Spread):
     level: int
     every: str | None = option(Choice(("step", "microbatch")))
 
+    def when(self, *, pipelined: bool) -> str:
+        """When weights are gathered and gradients scattered, as the option is written."""
+        return f"every={self.every or ('step' if pipelined else 'microbatch')}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stages(Spread):
@@ -255,22 +259,34 @@ class Stages(Spread):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Targeted):
-    """`checkpoint SEL keep=[sdpa]`, or `checkpoint budget=40GiB`; the budget is in bytes."""
+    """`checkpoint SEL keep=[sdpa, "up.linear"]`, or `checkpoint budget=40GiB`.
+
+    Each call of a module is a region; with `segments`, all of them together are that many. The
+    budget is in bytes per rank, or `auto`: what the device has.
+    """
 
     verb = "checkpoint"
-    keep: tuple[str, ...] = option(Words(), ())
-    budget: int | None = option(ByteSize())
+    keep: tuple[str, ...] = option(Words(quoted=True), ())
+    segments: int | None = option(Count())
+    budget: int | str | None = option(ByteSize(auto=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Offload(Targeted):
-    """`offload optimizer`: `what` is kept in host memory; no target means all of it."""
+    """`offload activations blocks.* prefetch=20`: `what` is kept in host memory, or with `to=disk`
+    in files under `path`; no target means all of it.
+
+    `fraction` is that of the layers, `budget` the bytes that a rank may hold on its device, and
+    `prefetch` how many nodes before its use a value begins to come back.
+    """
 
     verb = "offload"
     what: str
     fraction: float | None = option(Ratio(0.0, 1.0))
     budget: int | None = option(ByteSize())
     prefetch: int | None = option(Count(0))
+    to: str = option(Choice(("host", "disk")), "host")
+    path: str | None = option(Folder())
 
 
 @dataclass(frozen=True, kw_only=True)

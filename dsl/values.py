@@ -114,8 +114,9 @@ def _as_number(digits: str, rest: str) -> str:
 
 
 def wrong_value(value: Value, what: str, help: str, code: str = "P111") -> PlanError:
-    """The error for a wrong value; `what` is the message after the value's text."""
-    return PlanError(code, f"{quoted(value.text)} {what}", spans=[value.span], help=help)
+    """The error for a wrong value; `what` is the message after the value as it is written."""
+    written = value.span.text or value.text
+    return PlanError(code, f"{quoted(written)} {what}", spans=[value.span], help=help)
 
 
 def unbound_name(name: str, span: Span, bound: Mapping[str, object]) -> PlanError:

@@ -3,6 +3,7 @@
 python examples/train_gpt.py                               every rank in this process
 meshwright run examples/train_gpt.py --processes 4         one process per rank, as with torchrun
 python examples/train_gpt.py --data my.txt --folder run    your text, and checkpoints in `run`
+python examples/train_gpt.py --plan examples/train_gpt_pipeline.plan    the same in a pipeline
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 import meshwright as mw
 
 TEXT = pydoc_data.topics.__file__  # Python's reference manual, which comes with it: 700 KB
+PLAN = Path(__file__).with_suffix(".plan")
 LENGTH, BATCH, WARM_UP = 64, 32, 20
 FIRST = os.environ.get("RANK", "0") == "0"  # whether this process is the one that prints
 
@@ -67,14 +69,17 @@ def batch(text: Tensor, number: int, rows: slice = slice(BATCH)) -> tuple[Tensor
 
 
 def main(
-    data: str = TEXT, steps: int = 200, folder: Path | None = None, every: int = 50
+    data: str = TEXT,
+    steps: int = 200,
+    folder: Path | None = None,
+    every: int = 50,
+    plan: Path = PLAN,
 ) -> list[float]:
     """Train up to step `steps`, evaluate and save every `every` steps, and return the losses."""
     text = torch.from_file(data, size=os.path.getsize(data), dtype=torch.uint8)  # memory-mapped
     training, held_out = text.tensor_split([len(text) * 9 // 10])
     torch.manual_seed(0)
-    plan = mw.Plan.load(Path(__file__).with_suffix(".plan"))
-    run = mw.compile(GPT(), plan, example=batch(text, 0)).launch(seed=0)
+    run = mw.compile(GPT(), mw.Plan.load(plan), example=batch(text, 0)).launch(seed=0)
     no_decay = {"params": ["**.bias", "**.ln*.weight"], "weight_decay": 0.0}
     optimizer = run.optimizer(torch.optim.AdamW, groups=[no_decay], lr=2e-3, weight_decay=0.1)
     warm_up = LinearLR(optimizer, 0.05, total_iters=WARM_UP)
@@ -116,4 +121,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--folder", type=Path, help="where checkpoints are, and go")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--plan", type=Path, default=PLAN, help="how it is spread over ranks")
     main(**vars(parser.parse_args()))

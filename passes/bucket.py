@@ -10,14 +10,16 @@ After:   bucket: f32[1040] partial(dp) = mesh::bucket(mm, sum_1)
 A bucket holds gradients of one stage with equal axes and element type, in the order in which the
 backward makes them, so that its reduction starts as soon as the last is there. Gradients that need
 no reduction are laid out in flat buffers too: every parameter's gradient is a view of one, for the
-whole run.
+whole run. Those that may leave the device do so layer by layer.
 Requires: a placed joint graph. Ensures: every `gradient:` output is an item of a bucket.
 Elsewhere: DDP's buckets, found there by hooks at run time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 
@@ -35,6 +37,7 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.compiler.graph.transfers import combines
 from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM, bucket_type
+from meshwright.passes.statements.draft import Draft
 
 BUCKET_BYTES = 25 << 20
 """The size in bytes at which a bucket is closed: large enough that latency does not matter."""
@@ -49,9 +52,18 @@ class _Bucket:
     num_bytes: int = 0
 
 
-def bucket(graph: Graph, *, limit: int = BUCKET_BYTES) -> Graph:
-    """The graph with every `gradient:` output taken from a bucket."""
-    buckets = _collect(graph, limit)
+def bucket(draft: Draft) -> Draft:
+    """`draft` with every `gradient:` output taken from a bucket."""
+    layers = {name: each.layer for name, each in draft.movable.items()}
+    return replace(draft, graph=bucketed(draft.graph, layers))
+
+
+def bucketed(
+    graph: Graph, layers: Mapping[str, str] = MappingProxyType({}), *, limit: int = BUCKET_BYTES
+) -> Graph:
+    """The graph with buckets; the gradients of a parameter in `layers` share theirs with those of
+    its layer alone."""
+    buckets = _collect(graph, layers, limit)
     if not buckets:
         return graph
     closing: dict[Node, list[_Bucket]] = {}
@@ -61,28 +73,28 @@ def bucket(graph: Graph, *, limit: int = BUCKET_BYTES) -> Graph:
         closing.setdefault(last, []).append(found)
     items: dict[Output, Node] = {}
 
-    def bucketed(builder: Builder, node: Node, mapping: dict[Node, Node]) -> Node:
+    def placed(builder: Builder, node: Node, mapping: dict[Node, Node]) -> Node:
         mapping[node] = builder.copy(node, mapping)
         for found in closing.get(node, ()):
             items.update(_emit(builder, found, mapping))
         return mapping[node]
 
-    return rewrite(graph, bucketed, output=lambda output, node: items.get(output, node))
+    return rewrite(graph, placed, output=lambda output, node: items.get(output, node))
 
 
-def _collect(graph: Graph, limit: int) -> list[_Bucket]:
+def _collect(graph: Graph, layers: Mapping[str, str], limit: int) -> list[_Bucket]:
     """The buckets, filled in the order of the backward."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     gradients = [
         (each, _pending(each.node, graph)) for each in graph.outputs_of(OutputKind.GRADIENT)
     ]
     gradients.sort(key=lambda item: order[item[1]])
-    open_buckets: dict[tuple[int, tuple[str, ...], torch.dtype], _Bucket] = {}
+    open_buckets: dict[tuple[int, tuple[str, ...], torch.dtype, str | None], _Bucket] = {}
     buckets: list[_Bucket] = []
     for gradient, before in gradients:
         after = gradient.node
         axes = after.kwargs["axes"] if after is not before else ()
-        key = (before.stage, axes, after.tensor.dtype)
+        key = (before.stage, axes, after.tensor.dtype, layers.get(gradient.name))
         found = open_buckets.get(key)
         if found is None or found.num_bytes >= limit:
             found = open_buckets[key] = _Bucket(axes, after.tensor.dtype)

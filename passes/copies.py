@@ -23,22 +23,13 @@ import torch
 
 from meshwright.compiler.graph.ir import TRANSFER, Builder, Node, Op, Phase, rewrite
 from meshwright.compiler.graph.transfers import collective_kind, combines
-from meshwright.compiler.schedules.tables import Table
 from meshwright.dsl.statements import Stages
-from meshwright.passes.statements.balance import table_of
+from meshwright.passes.schedule import pipeline_table
 from meshwright.passes.statements.draft import Draft
 
 aten = torch.ops.aten
 
 _COMBINED = {"sum": aten.add.Tensor, "max": aten.maximum.default, "min": aten.minimum.default}
-
-
-def pipeline_table(draft: Draft) -> Table | None:
-    """Which coordinate along the pipeline runs which stage, and when; None without a pipeline."""
-    for statement in draft.plan.of(Stages):
-        table = table_of(draft, statement)
-        return table if draft.captured.mode == "train" else table.evaluation
-    return None
 
 
 def copies(draft: Draft) -> Draft:
@@ -52,7 +43,8 @@ def copies(draft: Draft) -> Draft:
             "P501",
             "the schedule has every stage on two ranks, which takes a pipeline over one axis",
             statement.at("over"),
-            help=f"write `over {statement.over[0]}`",
+            help="make them one axis of the mesh: "
+            f"`{statement.over[0]}={draft.mesh.size(statement.over)}`",
         )
 
     def summed(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:

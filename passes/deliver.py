@@ -149,7 +149,7 @@ class _Deliverer:
     def _returned(self, value: Node, stage: int) -> Node:
         if value in self.free or value.stage == stage:
             return self._in(value, stage)
-        self.builder.phase = Phase.AFTER
+        self.builder.phase = Phase.RESULTS
         return self.builder.emit(
             TRANSFER,
             (self.mapping[value],),

@@ -23,21 +23,25 @@ from meshwright.compiler.layout.extents import padding_between
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check_all
-from meshwright.compiler.program import Stored
+from meshwright.compiler.program import Kept, Stored, Update
 from meshwright.compiler.public import Program, Runtime
+from meshwright.compiler.report import holding
+from meshwright.compiler.report.memory import memories
 from meshwright.compiler.schedules.links import graphs_of, links_of
-from meshwright.compiler.schedules.moves import whole
+from meshwright.compiler.schedules.moves import completed
 from meshwright.compiler.schedules.serial import same_on_every_rank
 from meshwright.compiler.schedules.tables import Table
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Stages
+from meshwright.dsl.statements import Checkpoint, Memory, Stages
 from meshwright.passes.attribute import attribute
 from meshwright.passes.bucket import bucket
+from meshwright.passes.budgets.joint import jointly
+from meshwright.passes.budgets.recompute import budget
 from meshwright.passes.contracts.allow import check_replication
 from meshwright.passes.contracts.expect import check_contracts
 from meshwright.passes.contracts.idle import check_axes
 from meshwright.passes.contracts.supported import check_supported
-from meshwright.passes.copies import copies, pipeline_table
+from meshwright.passes.copies import copies
 from meshwright.passes.deliver import deliver
 from meshwright.passes.differentiate import differentiate
 from meshwright.passes.fuse import fuse
@@ -50,13 +54,17 @@ from meshwright.passes.rewriting.lookups import lookups
 from meshwright.passes.rewriting.masks import masks
 from meshwright.passes.rewriting.normalise import normalise
 from meshwright.passes.rewriting.route import route
+from meshwright.passes.schedule import pipeline_table
 from meshwright.passes.separate import separate
 from meshwright.passes.statements.accumulate import accumulate
 from meshwright.passes.statements.balance import balance
+from meshwright.passes.statements.checkpoint import checkpoint
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
+from meshwright.passes.statements.elsewhere import keep_elsewhere, movable
 from meshwright.passes.statements.fragments import with_fragments
+from meshwright.passes.statements.offload import offload
 from meshwright.passes.statements.pad import pad
 from meshwright.passes.statements.pad_sequences import pad_sequences
 from meshwright.passes.statements.pins import pin_lines
@@ -84,10 +92,13 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     vocab,
     shard,
     zero,
+    movable,
     # What does not divide is padded.
     pad,
     sequence,
     pad_sequences,
+    # What the backward computes again.
+    checkpoint,
     # The stages of a pipeline.
     balance,
     stages,
@@ -102,14 +113,18 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     on_graph(part_axes),
     sum_first,
     widen,
-    on_graph(bucket),
+    bucket,
     attribute,
     on_graph(loop),
     copies,
     # Forward and backward are graphs of their own, in each stage.
     deliver,
+    budget,
     separate,
     fuse,
+    # Parameters, their gradients, and what waits for the backward leave the device.
+    keep_elsewhere,
+    offload,
 )
 """The passes that carry out a plan. The docstring of each says what it requires and ensures, and
 shows a graph before and after it; `check` checks every graph after every pass."""
@@ -205,27 +220,39 @@ def compile_captured(
     runtime: Runtime,
     variant_of: tuple[str, ...] | None = None,
     held: Mapping[str, tuple[int, ...]] | None = None,
+    kept: Mapping[str, Kept] | None = None,
+    quick: bool = False,
 ) -> Program:
     """Compile a captured model under `plan`; one capture serves any number of plans.
 
     For a variant of a program, for another mode or other inputs, `variant_of` are that program's
-    inputs, and `held` says which of its stages hold each tensor.
+    inputs, `held` says which of its stages hold each tensor, and `kept` where. With `quick`, no
+    time is spent on what the smallest budget would be.
     Raises `PlanError` and `LayoutError` as `meshwright.compile`.
     """
+    for memory in plan.of(Memory):
+        if source.captured.mode == "train":
+            return jointly(plan, partial(compile_captured, source, runtime=runtime))
+        plan = plan.with_text(memory)
     whole = with_fragments(plan, source.model)
     check_supported(whole)
-    draft = replace(_drafted(source, whole, variant_of), held=held or {})
+    price = _Price(source, runtime)
+    draft = _drafted(source, whole, variant_of)
+    draft = replace(draft, held=held or {}, kept=kept or {}, price=price, quick=quick)
     checked: set[Node] = set()
     with ALONE:
         for each in PASSES:
             draft = each(draft)
             check_all(draft.graphs, each.__name__, checked)
     inputs, recapture = source.captured.input_names, source.recapture
-    holders, chosen = {**draft.holders, **draft.held}, _with_stages(plan, draft.plan)
+    holders, chosen = {**draft.holders, **draft.held}, _as_chosen(plan, draft.plan)
+    kept_at = draft.kept  # a draft has the model
 
     def recompile(model: nn.Module, *, example: Any, mode: Mode) -> Program:
         again = recapture(model, example, mode=mode)
-        return compile_captured(again, chosen, runtime=runtime, variant_of=inputs, held=holders)
+        return compile_captured(
+            *(again, chosen), runtime=runtime, variant_of=inputs, held=holders, kept=kept_at
+        )
 
     program = _program(draft, source, runtime, recompile)
     if variant_of is None:
@@ -234,11 +261,41 @@ def compile_captured(
     return program
 
 
-def _with_stages(plan: Plan, carried_out: Plan) -> Plan:
-    """`plan` with the stages of the one that is carried out, so that they are chosen once."""
-    found = carried_out.of(Stages)
-    others = tuple(each for each in plan.statements if not isinstance(each, Stages))
+def _as_chosen(plan: Plan, carried_out: Plan) -> Plan:
+    """`plan` with the stages and regions of the one that is carried out, so that they are chosen
+    once."""
+    found = (*carried_out.of(Stages), *carried_out.of(Checkpoint))
+    others = (s for s in plan.statements if not isinstance(s, (Stages, Checkpoint)))
     return replace(plan, statements=(*others, *found))
+
+
+class _Price:
+    """What ranks need to hold, by their place along the pipeline, under drafts that differ in what
+    is computed again or kept elsewhere alone."""
+
+    def __init__(self, source: CapturedModel, runtime: Runtime) -> None:
+        self.source, self.runtime = source, runtime
+        self.updates: dict[frozenset[tuple[str, Kept]], Mapping[int, Update]] = {}
+        """What updates take, by where parameters are kept."""
+
+    def __call__(self, draft: Draft) -> dict[int, holding.Memory]:
+        for each in () if draft.stages else PASSES[PASSES.index(separate) :]:
+            draft = each(draft)
+        program = _program(draft, self.source, self.runtime, self._recompile)
+        kept = frozenset(draft.kept.items())
+        if kept not in self.updates:
+            self.updates[kept] = program.updates
+        by_name, mesh = memories(program, self.updates[kept]), program.mesh
+        found: dict[int, holding.Memory] = {}
+        for rank in program.different_ranks:
+            place = mesh.position(mesh.coords(rank), program.pipeline)
+            own = by_name[program.place(rank)]
+            if place not in found or own.peak > found[place].peak:
+                found[place] = own
+        return found
+
+    def _recompile(self, *_: object, **__: object) -> Program:
+        raise NotImplementedError("only what it holds is asked for")
 
 
 def _drafted(source: CapturedModel, plan: Plan, variant_of: tuple[str, ...] | None) -> Draft:
@@ -251,6 +308,7 @@ def _drafted(source: CapturedModel, plan: Plan, variant_of: tuple[str, ...] | No
         source.captured,
         replace(source.captured.graph, mesh=mesh),
         source.modules,
+        device=source.device,
         variant_of=variant_of,
         evaluation=lambda: source.evaluation,
     )
@@ -271,16 +329,18 @@ def _program(
         stages=draft.stages,
         table=same_on_every_rank(draft.stages, draft.mesh)
         if table is None
-        else whole(table, graphs_of(draft.stages), links_of(draft.stages)),
+        else completed(table, graphs_of(draft.stages), links_of(draft.stages)),
         parameters=_stored(draft, "parameter", captured.parameters, table),
         buffers=_stored(draft, "buffer", captured.buffers, table),
         movements=draft.movements,
         balance=draft.balance,
+        budgeted=draft.budgeted,
         device=source.device,
         model=source.model,
         recompile=recompile,
         initialise=partial(initialisation, device=source.device),
         runtime=runtime,
+        updated=runtime.updated,
     )
 
 
@@ -323,5 +383,6 @@ def _stored(
             tuple(filter(None, steps)) if node is not None else (),
             ", ".join(filter(None, map(pin_lines, pins))),
             _held_at(draft, name, table),
+            draft.kept.get(name, Kept()),
         )
     return found

@@ -219,6 +219,8 @@ def in_loop(node: Node, mesh: Mesh) -> bool:
 
 
 def _not_in_a_loop(node: Node, axis: str, what: str) -> LayoutError:
+    while node.op == TRANSFER:  # what the model computes is the value that is sent
+        node = node.args[0]
     return LayoutError(
         f"`{op_text(node.op)}` in {module_text(node.origin.module)} {what} the loop over `{axis}`",
         code="not-in-a-loop",

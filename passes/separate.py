@@ -8,18 +8,18 @@ After:   linear: f32[8, 64@tp]             = linear(x, up_weight, up_bias)
          relu: f32[8, 64@tp]               = saved(0)
          threshold_backward: f32[8, 64@tp] = threshold_backward(matmul, relu, 0)
 
-What a graph takes from an earlier one is saved, except views of parameters, which are taken again,
-and gathers of stored-split parameters and sequence-split activations, which are repeated from the
-shard. A value that two graphs take is saved for each, under two numbers, so that it is freed after
-the last. Each graph returns last what the next takes first. A stage takes the inputs that it uses,
-and each of its graphs but the forward those that this graph does.
+What a graph takes of an earlier one is saved or computed again (`needs.py` finds out which). A
+value that two graphs take is saved for each, under two numbers, so that it is freed after the last.
+Each graph returns last what the next takes first. What is computed again is so right before it is
+first taken. A stage takes the inputs that it uses, and each of its graphs but the forward those
+that this graph does.
 Requires: no node takes a value of a later phase. Ensures: each saved value is taken once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -27,48 +27,37 @@ import torch
 
 from meshwright.compiler.graph.aliasing import storage
 from meshwright.compiler.graph.ir import (
+    GETITEM,
     INPUT,
     SAVED,
     TRANSFER,
     Builder,
     Graph,
     InputKind,
-    MeshOp,
     Node,
     Output,
     OutputKind,
     Phase,
 )
-from meshwright.compiler.graph.transfers import collective_kind
 from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.stages import Stage
-from meshwright.passes.statements.draft import Draft
+from meshwright.passes.needs import Needs, Value, recasts
+from meshwright.passes.statements.checkpoint import Around, Regions
+from meshwright.passes.statements.draft import Call, Checkpointed, Draft
 from meshwright.passes.statements.sequence import gathers_again
 
 aten = torch.ops.aten
-
-_VIEWS = {
-    aten.view.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    MeshOp("vary"),
-}
 
 
 def separate(draft: Draft) -> Draft:
     """`draft` with the graphs of its stage; without gradients there is a forward alone."""
     found: list[Stage] = []
     num_saved = 0
-    weights = _weights_behind(draft.graph)
-    for number in range(draft.num_stages):
-        graph = _stage_graph(draft.graph, number) if draft.num_stages > 1 else draft.graph
-        phases, name = _phases(draft, graph), f"stage{number}"
-        regather = partial(_regathers, draft, weights)
-        graphs = separate_graph(graph, name, phases, regather=regather, num_saved=num_saved)
+    weights = weights_behind(draft.graph)
+    for number, graph in enumerate(stage_graphs(draft)):
+        needs = needs_of(draft, graph, draft.checkpoints, weights)
+        graphs = separate_graph(graph, f"stage{number}", needs, num_saved=num_saved)
         num_saved += sum(len(each.outputs_of(OutputKind.SAVED)) for each in graphs.values())
         if draft.num_stages > 1:
             graphs = {
@@ -77,6 +66,26 @@ def separate(draft: Draft) -> Draft:
             }
         found.append(Stage(number, graphs))
     return replace(draft, stages=tuple(found))
+
+
+def stage_graphs(draft: Draft) -> list[Graph]:
+    """The joint graph of each stage."""
+    if draft.num_stages == 1:
+        return [draft.graph]
+    return [_stage_graph(draft.graph, number) for number in range(draft.num_stages)]
+
+
+def needs_of(
+    draft: Draft,
+    graph: Graph,
+    checkpoints: Mapping[Call, Checkpointed],
+    weights: Mapping[str, Node] | None = None,
+) -> Needs:
+    """What the graphs of a stage take of earlier ones, under these regions; `weights` are those
+    behind transfers, which are found if they are not given."""
+    weights = weights_behind(draft.graph) if weights is None else weights
+    regathers = partial(_regathers, draft, weights)
+    return Needs(graph, _phases(draft, graph), regathers, Regions(checkpoints, graph))
 
 
 def _phases(draft: Draft, graph: Graph) -> list[Phase]:
@@ -148,7 +157,7 @@ def _sent(builder: Builder, transfer: Node, mapping: Mapping[Node, Node]) -> Nod
     )
 
 
-def _weights_behind(graph: Graph) -> dict[str, Node]:
+def weights_behind(graph: Graph) -> dict[str, Node]:
     """By name of a transfer: the input that it sends to another stage, as it is or in part."""
     found = {node.name: input_behind(node) for node in graph.nodes if node.op == TRANSFER}
     return {name: source for name, source in found.items() if source is not None}
@@ -156,30 +165,24 @@ def _weights_behind(graph: Graph) -> dict[str, Node]:
 
 def _regathers(draft: Draft, sent: Mapping[str, Node], node: Node) -> bool:
     """Whether a later graph gathers or casts a value again, from what is kept of it: under `zero 1`
-    and `zero 2` ranks keep the whole weights, and without `zero` those that are only cast. `sent`
-    has the weights of other stages."""
+    and `zero 2` ranks keep the whole weights, and without `zero` those that are only cast, unless
+    they are to be elsewhere. `sent` has the weights of other stages."""
     source = input_behind(node)
     if source is not None and source.args[0] == InputKind.RECEIVED:
         source = sent.get(source.args[1])
     if source is not None and source.of_model:
-        return draft.zero.get(str(source.args[1]), 0 if _recasts(node) else 3) == 3
+        if recasts(node) and source.args[1] in draft.movable:
+            return True
+        return draft.zero.get(str(source.args[1]), 0 if recasts(node) else 3) == 3
     return gathers_again(draft.regions, node)
 
 
 def separate_graph(
-    graph: Graph,
-    name: str,
-    phases: Sequence[Phase],
-    *,
-    regather: Callable[[Node], bool],
-    num_saved: int = 0,
+    graph: Graph, name: str, needs: Needs, *, num_saved: int = 0
 ) -> dict[Phase, Graph]:
-    """The graphs of a stage called `name` by phase, one for each of `phases`, in their order.
-
-    Nodes of a phase without a graph run in that of the phase before. `regather` says of a gathered
-    value whether it is gathered again rather than kept. Saved values are numbered from `num_saved`.
-    """
-    return _Separator(graph, name, phases, regather, num_saved).run()
+    """The graphs of a stage called `name` by phase, in their order, one for each of those that
+    `needs` knows. Saved values are numbered from `num_saved`."""
+    return _Separator(graph, name, needs, num_saved).run()
 
 
 class _Part:
@@ -188,105 +191,94 @@ class _Part:
     def __init__(self, builder: Builder, phase: Phase) -> None:
         builder.phase = phase
         self.builder, self.phase = builder, phase
-        self.mapping: dict[Node, Node] = {}
-        self.again: set[Node] = set()
-        """Values of earlier parts that this one computes again."""
-        self.saved: dict[Node, int] = {}
+        self.mapping: dict[Value, Node] = {}
+        self.saved: dict[Value, int] = {}
         """Values of earlier parts that are saved for this one, with their numbers."""
-        self.readers: Counter[Node] = Counter()
-        self.outputs: list[Output] = []
+        self.outputs: list[tuple[Output, Value]] = []
 
 
 class _Separator:
-    def __init__(
-        self,
-        graph: Graph,
-        name: str,
-        phases: Sequence[Phase],
-        regather: Callable[[Node], bool],
-        num_saved: int,
-    ) -> None:
-        self.graph, self.regather = graph, regather
-        builders = {phase: Builder(f"{name}.{phase.value}", graph.mesh) for phase in phases}
-        self.parts = [_Part(builder, phase) for phase, builder in builders.items()]
-        order = list(Phase)
-        runs_in = {
-            phase: ([p for p in self.parts if order.index(p.phase) <= place] or self.parts)[-1]
-            for place, phase in enumerate(order)
-        }
-        self.home = {node: runs_in[node.phase] for node in graph.nodes}
-        self.num_saved = num_saved
-        self._cheap: dict[Node, bool] = {}
+    def __init__(self, graph: Graph, name: str, needs: Needs, num_saved: int) -> None:
+        self.graph, self.needs = graph, needs
+        self.nodes = _with_items(graph)
+        builders = {phase: Builder(f"{name}.{phase.value}", graph.mesh) for phase in needs.phases}
+        self.parts = {phase: _Part(builder, phase) for phase, builder in builders.items()}
+        self.order = {node: place for place, node in enumerate(self.nodes)}
+        for part in self.parts.values():
+            for value in needs.saved[part.phase]:
+                part.saved[value] = num_saved
+                num_saved += 1
 
     def run(self) -> dict[Phase, Graph]:
-        for node in self.graph.nodes:
-            self._need_operands(self.home[node], node)
         for output in self.graph.outputs:
-            self.home[output.node].outputs.append(output)
-        for part in reversed(self.parts):
-            for node, number in reversed(part.saved.items()):
-                saved = Output(OutputKind.SAVED, str(number), node)
-                self.home[node].outputs.append(saved)
-        kept = Counter(storage(node) for part in self.parts for node in part.saved)
+            self.parts[self.needs.home[output.node]].outputs.append((output, (output.node, ())))
+        for part in reversed(self.parts.values()):
+            for value, number in reversed(part.saved.items()):
+                saved = Output(OutputKind.SAVED, str(number), value[0])
+                self.parts[self.needs.saved[part.phase][value]].outputs.append((saved, value))
+        kept = Counter(storage(node) for part in self.parts.values() for node, _ in part.saved)
         kept.update({storage(node) for node in self.graph.returned})
-        return {part.phase: self._emitted(part, kept) for part in self.parts}
-
-    def _need_operands(self, part: _Part, node: Node) -> None:
-        """Note what `part` has to take from earlier parts for `node`, or to compute again."""
-        for operand in dict.fromkeys(node.operands()):
-            part.readers[operand] += 1
-            at_hand = operand.held or operand in part.again or operand in part.saved
-            if at_hand or self.home[operand] is part:
-                continue
-            # Outside the loop there is no coordinate for which to compute a value again.
-            leaves = part.phase.once and not self.home[operand].phase.once
-            if self._again(operand) and not leaves:
-                part.again.add(operand)
-                self._need_operands(part, operand)
-            else:
-                part.saved[operand] = self.num_saved
-                self.num_saved += 1
-
-    def _again(self, node: Node) -> bool:
-        """Whether a later part computes a value again instead of having it saved."""
-        if node not in self._cheap:
-            self._cheap[node] = (
-                (self.regather(node) if _is_gather(node) or _recasts(node) else _is_weight(node))
-                or (node.op in _VIEWS and all(n.held or self._again(n) for n in node.operands()))
-                or node.op == MeshOp("vary")
-            )
-        return self._cheap[node]
+        return {phase: self._emitted(part, kept) for phase, part in self.parts.items()}
 
     def _emitted(self, part: _Part, kept: Mapping[Node, int]) -> Graph:
         """The graph of a part; `kept` counts how often each storage is saved or returned."""
-        for node in self.graph.nodes:
+        for node in self.nodes:
             if node.held:
-                part.mapping[node] = part.builder.copy(node, {}, phase=part.phase)
-        for node in self.graph.nodes:
-            if self.home[node] is part and not node.held:
-                for operand in node.operands():
-                    self._bring(part, operand)
+                part.mapping[node, ()] = part.builder.copy(node, {}, phase=part.phase)
+        for node in self.nodes:
+            if self.needs.home[node] is part.phase and not node.held:
+                self._bring(part, node)
                 over = self._overwrites(part, node, kept)
                 kwargs = {**node.kwargs, "overwrite": True} if over else None
-                part.mapping[node] = part.builder.copy(node, part.mapping, kwargs=kwargs)
-        return part.builder.graph(output.of(part.mapping[output.node]) for output in part.outputs)
+                part.mapping[node, ()] = part.builder.copy(
+                    node,
+                    lambda each: part.mapping[self.needs.value(part.phase, each)],
+                    kwargs=kwargs,
+                )
+        return part.builder.graph(output.of(part.mapping[value]) for output, value in part.outputs)
 
-    def _bring(self, part: _Part, node: Node) -> None:
-        """Make a value of an earlier part available: compute it again, or take it."""
-        if node in part.mapping:
-            return
-        if node in part.again:
-            for operand in node.operands():
-                self._bring(part, operand)
-            part.mapping[node] = part.builder.copy(node, part.mapping, phase=part.phase)
-            return
-        part.mapping[node] = part.builder.emit(
-            SAVED,
-            (part.saved[node],),
-            type=node.type,
-            layout=node.layout,
-            origin=node.origin,
-            name=node.name,
+    def _bring(self, part: _Part, reader: Node) -> None:
+        """Make available what a node takes of earlier parts: what is computed again is so in the
+        order of the forward."""
+        again: set[Value] = set()
+        pending = list(self.needs.operands(part.phase, reader))
+        while pending:
+            value = pending.pop()
+            if value in self.needs.again[part.phase] and not (
+                value in part.mapping or value in again
+            ):
+                again.add(value)
+                pending += self.needs.operands(part.phase, *value)
+        for node, around in sorted(again, key=self._place):
+            self._take(part, node, around)
+            self._repeat(part, node, around)
+        self._take(part, reader)
+
+    def _place(self, value: Value) -> tuple[int, int]:
+        return self.order[value[0]], len(value[1])
+
+    def _take(self, part: _Part, node: Node, around: Around | None = None) -> None:
+        """Take what is saved of the operands of a node."""
+        for value in self.needs.operands(part.phase, node, around):
+            if value in part.saved and value not in part.mapping:
+                saved = value[0]
+                part.mapping[value] = part.builder.emit(
+                    SAVED,
+                    (part.saved[value],),
+                    type=saved.type,
+                    layout=saved.layout,
+                    origin=saved.origin,
+                    name=saved.name,
+                )
+
+    def _repeat(self, part: _Part, node: Node, around: Around) -> None:
+        """Compute a value again; in a region, so that it can be told from the forward's."""
+        part.mapping[node, around] = part.builder.copy(
+            node,
+            lambda each: part.mapping[self.needs.value(part.phase, each, around)],
+            phase=part.phase,
+            origin=replace(node.origin, region=around[-1].name) if around else None,
+            name=f"{node.name}_again" if around else "",
         )
 
     def _overwrites(self, part: _Part, node: Node, kept: Mapping[Node, int]) -> bool:
@@ -295,29 +287,24 @@ class _Separator:
         if known is None or known.overwrites is None:
             return False
         operand = node.args[known.overwrites]
-        memory = storage(operand)
-        alone = part.readers[operand] == 1 and kept[memory] == 1
-        forward = self.home[operand].phase is Phase.FORWARD
-        return operand in part.saved and alone and forward and not memory.held
+        memory, value = storage(operand), self.needs.value(part.phase, operand)
+        alone = self.needs.readers[part.phase][value] == 1 and kept[memory] == 1
+        forward = self.needs.home[operand] is Phase.FORWARD
+        return value in part.saved and alone and forward and not memory.held
+
+
+def _with_items(graph: Graph) -> list[Node]:
+    """The nodes in order, items right behind what has them: the memory of multiple results is one
+    until the last of them is taken, and the backward has asked for some only at its own place."""
+    items: dict[Node, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == GETITEM:
+            items.setdefault(node.args[0], []).append(node)
+    own = (node for node in graph.nodes if node.op != GETITEM)
+    return [each for node in own for each in (node, *items.get(node, ()))]
 
 
 def _without_unused(graph: Graph) -> Graph:
     """The graph without inputs that it does not use."""
     used = graph.returned.union(*(node.operands() for node in graph.nodes))
     return replace(graph, nodes=tuple(n for n in graph.nodes if not n.held or n in used))
-
-
-def _is_gather(node: Node) -> bool:
-    kind = collective_kind(node.op)
-    return kind is not None and kind.gathers
-
-
-def _recasts(node: Node) -> bool:
-    """Whether a node brings a parameter or buffer to another element type."""
-    return node.op == aten._to_copy.default and _is_weight(node)
-
-
-def _is_weight(node: Node) -> bool:
-    """Whether a node brings a parameter or buffer to another layout."""
-    source = input_behind(node)
-    return source is not None and source is not node and source.of_model

@@ -12,36 +12,38 @@ Kept = Tensor | list[tuple[Tensor, Tensor]]
 
 
 class Bucket:
-    """A flat buffer that a step overwrites, and the parameters whose gradients it holds."""
+    """A flat buffer that a step overwrites, and the parameters whose gradients it holds, or its
+    `home` does."""
 
     def __init__(self, buffer: FlatBuffer, parameters: list[nn.Parameter]) -> None:
         self.buffer, self.parameters = buffer, parameters
+        self.home = buffer.home
 
     def keep(self) -> Kept:
         """Gradients to add to, safe from being overwritten: all as one buffer, or one by one."""
         held = [parameter.grad for parameter in self.parameters]
-        own = self.buffer.gradients
-        if not self.buffer.released and all(a is b for a, b in zip(held, own, strict=True)):
-            return self.buffer.flat.clone()
-        pairs = zip(self.buffer.views, held, strict=True)
+        own = self.home.gradients
+        if not self.home.released and all(a is b for a, b in zip(held, own, strict=True)):
+            return self.home.kept()
+        pairs = zip(self.home.views, held, strict=True)
         return [(view, gradient.clone()) for view, gradient in pairs if gradient is not None]
 
     def give(self, kept: Kept) -> None:
         """Add what was kept, and let the parameters have their gradients."""
         if isinstance(kept, Tensor):
-            self.buffer.flat.add_(kept)
+            self.home.flat.add_(kept)
             return
         for view, gradient in kept:
             view.add_(gradient)
-        for parameter, gradient in zip(self.parameters, self.buffer.gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, self.home.gradients, strict=True):
             parameter.grad = gradient
 
     def put_back(self, kept: Kept) -> None:
         """Let the buffer hold what it held at `keep`; gradients elsewhere were not touched."""
-        if self.buffer.released:
+        if self.home.released:
             return
         if isinstance(kept, Tensor):
-            self.buffer.flat.copy_(kept)
+            self.home.flat.copy_(kept)
             return
         for view, gradient in kept:
             view.copy_(gradient)
@@ -51,8 +53,9 @@ def owners_of(graph: Graph) -> dict[str, tuple[tuple[str, ...], Node]]:
     """By the name of a bucket: the parameters whose gradients it holds, in order, and its node."""
     names: dict[tuple[str, int], str] = {}
     for gradient in graph.outputs_of(OutputKind.GRADIENT):
-        source: Node = gradient.node.args[0]
-        bucket = source if source.op == MeshOp("bucket") else source.args[0]
+        bucket: Node = gradient.node.args[0]
+        while bucket.op != MeshOp("bucket"):
+            bucket = bucket.args[0]
         names[bucket.name, gradient.node.args[1]] = gradient.name
     return {
         node.name: (tuple(names[node.name, i] for i in range(len(node.args))), node)

@@ -7,8 +7,8 @@ or makes is sent and received where the schedule says so, and awaited where an a
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import COMBINE, Start, Wait, Wire
 from meshwright.compiler.public import Program
 from meshwright.compiler.schedules.actions import Action, Receive, Send, actions_of
+from meshwright.compiler.schedules.transfers import PassedKey
 from meshwright.compiler.stages import PASSED_AS, Joined, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.buckets import Bucket, Kept, owners_of
@@ -34,10 +35,6 @@ from meshwright.runtime.rank import RankProgram, RankState, Results
 Snapshot = tuple[tuple[int, int, bool], dict[str, Tensor]]
 """Where a rank stands: its random numbers, and the buffers that a step changes."""
 _RETURNED = (OutputKind.LOSS, OutputKind.OUTPUT, OutputKind.BUFFER)
-_Key = tuple[InputKind, str, int]
-"""A value of one stage for another: what it is to the stage that takes it, name and microbatch."""
-Passed = dict[_Key, Any]
-"""What other stages have sent."""
 
 
 class Executor:
@@ -66,16 +63,15 @@ class Executor:
             (stage, phase): self._linked(graph, named[graph.name], places, stage, phase)
             for (stage, phase), graph in graphs.items()
         }
+        self.taken = {i for each in self.graphs.values() for _, i in each.inputs.arguments}
+        """The places of the arguments that the graphs of this rank use."""
         own = {stage for stage, _ in graphs}
         self.loops = {s.number: self._loop(s) for s in program.stages if s.number in own}
         self.turns = self._turns()
         self.moves = self._moves(program)
-        sent, received = (self._moved(kind) for kind in (Send, Receive))
-        self.leaving = Counter(sent)
-        """How many other ranks take a value."""
-        self.staying = self._taken(program) - set(received)
-        """The values that this rank hands over to itself."""
-        self.settled = program.transfers.settled(state.rank)
+        transfers = program.transfers
+        self.leaving, self.staying = transfers.leaving(state.rank), transfers.staying(state.rank)
+        self.settled, self.ends = transfers.settled(state.rank), transfers.ends(state.rank)
         returned = [o for graph in graphs.values() for o in graph.outputs_of(*_RETURNED)]
         given = [(o.kind, o.name) for o in program.captured.graph.outputs]
         order = {name: place for place, name in enumerate(given)}
@@ -108,6 +104,7 @@ class Executor:
                 buffers,
                 state.loss_scale,
                 first=microbatch == run[0],
+                stores=state.stores,
             )
             for microbatch, turn in enumerate(turns[:1] if phase.once else turns)
         ]
@@ -158,6 +155,14 @@ class Executor:
             found[action] = _Turn(each, loop, action.kind, action.microbatch, first)
         return found
 
+    def given(self, node: Node) -> Any:
+        """What the code takes for a parameter, buffer or constant: the tensor, or what brings it to
+        the device."""
+        tensor, stored = self.tensor(node), self.state.stored.get(node.args)
+        if stored is None or not stored.kept.value.away:
+            return tensor
+        return self.state.stores.resident(stored.kept.value, tensor)
+
     def tensor(self, node: Node) -> Tensor:
         """What this rank holds of a parameter, buffer or constant, in the layout of `node`."""
         state, (kind, name) = self.state, node.args
@@ -192,40 +197,35 @@ class Executor:
             if not isinstance(entry, Action)
         }
 
-    def _moved(self, kind: type[Send] | type[Receive]) -> Iterator[_Key]:
-        """What this rank sends, or receives."""
-        for entry, moves in self.moves.items():
-            if isinstance(entry, kind):
-                yield from ((*move.key, entry.microbatch) for move in moves)
-
-    def _taken(self, program: Program) -> set[_Key]:
-        """What the actions of this rank take."""
-        return {
-            (*node.args, action.microbatch)
-            for action in actions_of(self.entries)
-            for node in program.stages[action.stage].received(action.kind)
-        }
-
-    def run(self, arguments: Sequence[Tensor]) -> RankProgram:
+    def run(self, arguments: Mapping[int, Tensor]) -> RankProgram:
         """One step: the entries of this rank in order, then what is still under way.
 
-        `arguments` are the local parts of the inputs, in the program's order. Returns `Results`, in
-        memory that no later step writes to; gradients are in the flat buffers. The step counts
-        once `commit` has been called; `undo` takes it back.
+        `arguments` are the local parts of the inputs that are `taken`, by their place in the
+        program's order. Returns `Results`, in memory that no later step writes to; gradients are in
+        the flat buffers. The step counts once `commit` has been called; `undo` takes it back.
         """
         self._kept = {}
+        self.state.follow_written()
         self.state.release_buffers()
         saved = {number: _Saved(loop) for number, loop in self.loops.items()}
         step = _Step(arguments, saved, self.returned.copy())
+        begun: dict[int, RankProgram] = {}
         for place, entry in enumerate(self.entries):
-            if isinstance(entry, Action):
-                yield from self._act(entry, step)
+            for earlier in self.ends.get(place, ()):
+                yield from begun.pop(earlier)
+            if isinstance(entry, Action) and entry.kind.once:
+                begun[place] = self.act(entry, step)
+                yield from _until_pause(begun[place])
+            elif isinstance(entry, Action):
+                yield from self.act(entry, step)
             elif isinstance(entry, Send):
                 step.sent[place] = yield from self._send(entry, step.leaving)
             else:
                 yield from self._receive(entry, step.passed)
             for arrived in self.settled.get(place, ()):
                 yield from _all_arrived(step.sent.pop(arrived))
+        for program in begun.values():
+            yield from program
         for output, value in step.results.items():
             if type(value) is Pending:
                 step.results[output] = yield from _arrived(value)
@@ -234,7 +234,7 @@ class Executor:
             yield from _all_arrived(sent)
         return step.results
 
-    def _act(self, action: Action, step: _Step) -> RankProgram:
+    def act(self, action: Action, step: _Step) -> RankProgram:
         """Run a graph: it takes what others have left for it, and leaves what others take."""
         turn, handed = self.turns[action], step.saved[action.stage]
         each, microbatch = turn.linked, turn.microbatch
@@ -263,7 +263,7 @@ class Executor:
             step.results[output] = values[place].clone() if lives_on else values[place]
 
     def _send(
-        self, entry: Send, leaving: dict[_Key, list[Any]]
+        self, entry: Send, leaving: dict[PassedKey, list[Any]]
     ) -> Generator[Any, Any, list[Pending]]:
         """Begin to send what an action has left for another rank."""
         begun = []
@@ -271,10 +271,10 @@ class Executor:
             value = leaving[*move.key, entry.microbatch].pop()
             if type(value) is Pending:
                 value = yield from _arrived(value)
-            begun.append(Pending((yield Start(move.wire, value))))
+            begun.append(Pending((yield Start(move.wire, move.checked(value)))))
         return begun
 
-    def _receive(self, entry: Receive, passed: Passed) -> RankProgram:
+    def _receive(self, entry: Receive, passed: dict[PassedKey, Any]) -> RankProgram:
         """Begin to receive what an action takes, in memory that is freed with its last use: as many
         buffers as values are in flight."""
         for move in self.moves[entry]:
@@ -299,8 +299,9 @@ class Executor:
         """Give the parameters their gradients, and take new values of buffers out of `results`."""
         kept, self._kept = self._kept, {}
         for bucket, gradients in kept.items():
+            bucket.buffer.settle()
             if self.scaled:
-                bucket.buffer.flat.mul_(1 / self.state.loss_scale.value)
+                bucket.home.flat.mul_(1 / self.state.loss_scale.value)
             bucket.give(gradients)
         for output in self.buffers:
             self.state.tensors["buffer", output.name].copy_(results.pop(output))
@@ -322,6 +323,16 @@ class _Move:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    def checked(self, value: Tensor) -> Tensor:
+        """`value` if it is what the other rank receives; Gloo would not notice that less comes."""
+        if value.shape != self.shape or value.dtype != self.dtype:
+            raise PassError(
+                f"`{self.key[1]}` is {value.dtype} {list(value.shape)}, and received as "
+                f"{self.dtype} {list(self.shape)}",
+                help="report this: it is a bug",
+            )
+        return value
+
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
@@ -339,11 +350,12 @@ class _Turn:
 class _Step:
     """What a step has computed so far; `saved` is by stage."""
 
-    arguments: Sequence[Tensor]
+    arguments: Mapping[int, Tensor]
     saved: Mapping[int, _Saved]
     results: dict[Output, Any]
-    passed: Passed = field(default_factory=dict)
-    leaving: dict[_Key, list[Any]] = field(default_factory=dict)
+    passed: dict[PassedKey, Any] = field(default_factory=dict)
+    """What stages have made for those of this rank, or begun to send it."""
+    leaving: dict[PassedKey, list[Any]] = field(default_factory=dict)
     """What is to be sent, as often as it is."""
     reductions: list[Pending] = field(default_factory=list)
     """What is under way into buckets."""
@@ -407,9 +419,19 @@ class _Saved:
                 total = self.once[number] = value.new_zeros((len(self.by_microbatch), *value.shape))
             total[microbatch].copy_(value)
         elif total is None:
+            # The next one is combined in place, and other graphs may take what was saved.
             self.once[number] = value.clone()
         else:
             COMBINE[joined.value.placed.reduction](total, value, out=total)
+
+
+def _until_pause(program: RankProgram) -> RankProgram:
+    """Run a program until it pauses, or to its end."""
+    with suppress(StopIteration):
+        asked = [next(program)]
+        while asked[0] is not None:
+            # Nothing is left here of what has been sent, nor of what has come.
+            asked.append(program.send((yield asked.pop())))
 
 
 def _arrived(pending: Pending) -> Generator[Any, Any, Tensor]:
@@ -466,20 +488,22 @@ class _Inputs:
         used = {n for node in graph.nodes for n in node.operands()}
         used |= graph.returned
         for i, node in enumerate(graph.inputs):
-            self.known.append(executor.tensor(node) if node.of_model and node in used else None)
+            self.known.append(executor.given(node) if node.of_model and node in used else None)
             if not node.held:
                 self.received.append((i, *node.args))
             elif not node.of_model:
                 self.arguments.append((i, places[node.args[1]]))
 
-    def of(self, arguments: Sequence[Tensor]) -> list[Any]:
+    def of(self, arguments: Mapping[int, Tensor]) -> list[Any]:
         """The inputs in order, without what other stages send."""
         tensors = self.known.copy()
         for place, argument in self.arguments:
             tensors[place] = arguments[argument]
         return tensors
 
-    def receive(self, tensors: list[Any], passed: Passed, microbatch: int) -> RankProgram:
+    def receive(
+        self, tensors: list[Any], passed: dict[PassedKey, Any], microbatch: int
+    ) -> RankProgram:
         """Take what stages have sent out of `passed`, and put it where it belongs."""
         for place, kind, name in self.received:
             value = passed.pop((kind, name, microbatch))

@@ -19,9 +19,9 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import WIRES, Start, Wait, Wire
 from meshwright.compiler.public import Program
 from meshwright.compiler.schedules.actions import Action
-from meshwright.compiler.schedules.routes import LOOPED
 from meshwright.compiler.schedules.simulate import Costs
 from meshwright.runtime.ambient import apart_from_caller
+from meshwright.runtime.errors import RunError
 from meshwright.runtime.executor import Executor
 from meshwright.runtime.inputs import Inputs
 from meshwright.runtime.rank import RankProgram, RankState
@@ -35,22 +35,25 @@ _MOST = 10
 """The most steps of one rank."""
 
 
-def measured(program: Program) -> Costs:
-    """The seconds that a rank of each stage computes for one microbatch, without communication.
-
-    Raises `RunError` where there is no device like the program's.
-    """
-    check_device(program.device)
+def measured(program: Program) -> Costs | None:
+    """The seconds that a rank of each stage computes for one microbatch, without communication;
+    None where there is no device like the program's."""
+    try:
+        check_device(program.device)
+    except RunError:
+        return None
     times: dict[tuple[Phase, int], list[float]] = {}
     with apart_from_caller(program.device.type):
         for coordinate in program.table.coordinates:
             for action, seconds in _of_rank(program, coordinate):
                 times.setdefault((action.kind, action.stage), []).append(seconds)
     stages = range(len(program.stages))
-    forward, backward, weight = (
-        [statistics.median(times.get((kind, stage), [0])) for stage in stages] for kind in LOOPED
+    return Costs.of_phases(
+        {
+            phase: [statistics.median(times.get((phase, stage), [0])) for stage in stages]
+            for phase in Phase
+        }
     )
-    return Costs(forward, backward, weight)
 
 
 def _of_rank(program: Program, coordinate: int) -> list[tuple[Action, float]]:
@@ -87,9 +90,9 @@ class _Timed(Executor):
         super().__init__(*args)
         self.times: list[tuple[Action, float]] = []
 
-    def _act(self, action: Action, step: Any) -> RankProgram:
+    def act(self, action: Action, step: Any) -> RankProgram:
         seconds, answer = 0.0, None
-        running: Generator[Any, Any, Any] = super()._act(action, step)
+        running: Generator[Any, Any, Any] = super().act(action, step)
         while True:
             begin = self._now()
             try:

@@ -23,13 +23,14 @@ from meshwright.runtime.checks.finite import FiniteCheck, read_check
 from meshwright.runtime.checks.same_inputs import InputCheck, read_interval
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes, rows_of
+from meshwright.runtime.optimizers.chunks import attach_updates
 from meshwright.runtime.optimizers.habits import refuse_habits
 from meshwright.runtime.optimizers.model_optimizers import notice_optimizers_of
 from meshwright.runtime.optimizers.norms import check_norms, clipped
 from meshwright.runtime.optimizers.optimizer import Groups, is_elementwise, make_optimizer
 from meshwright.runtime.optimizers.rounding import Widened
 from meshwright.runtime.programs import Linked, Programs, check_new_shapes
-from meshwright.runtime.rank import RankProgram, RankState, Results, Values
+from meshwright.runtime.rank import RankProgram, RankState, Results, Values, close_stores
 from meshwright.runtime.state.gather import gathered_all
 from meshwright.runtime.state.initial import begin, check_set
 from meshwright.runtime.state.start import check_seed, executable_digest
@@ -303,13 +304,14 @@ class Run:
         Classes with a `fused` kernel for the device use it, unless options say how to compute.
         Raises `RunError` for options that the class does not take, and for classes that look along
         a dim that is split (Muon, Adafactor), or at all tensors together (LBFGS) where this process
-        has more than one rank; classes that are not known to be elementwise are tried out first.
+        has more than one rank or the plan offloads any; classes that are not known to be
+        elementwise are tried out first.
         Raises `PlanError` for a selector that matches nothing.
         """
         widened = Widened(self.states, self.program)
         with apart_from_caller(self.program.device.type), widened:
             found = make_optimizer(self.program, self.named_parameters(), kind, groups, options)
-        widened.attach(found)
+        attach_updates(found, self.states, widened)
         refuse_habits(found, elementwise=is_elementwise(self.program, found))
         self._finite_check.attach(found)
         return found
@@ -389,10 +391,8 @@ class Run:
         in the whole model. Raises `RunError` for a norm that cannot be.
         """
         check_norms(max_norm, norm_type)
-        bounds = max_norm, float(norm_type)
-        norm: Tensor = self._run([clipped(state, self.program, *bounds) for state in self.states])[
-            0
-        ]
+        clips = [clipped(state, self.program, max_norm, float(norm_type)) for state in self.states]
+        norm: Tensor = self._run(clips)[0]
         self._finite_check.clipped(norm)
         return norm
 
@@ -509,6 +509,7 @@ class Run:
                 with contextlib.suppress(PeerError, DeadlockError):
                     self._input_check.settle()
         finally:
+            close_stores(self.states)
             self.transport.close()
 
     def __enter__(self) -> Self:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from meshwright.runtime.executor import Executor
-from meshwright.runtime.inputs import Sharder
+from meshwright.runtime.inputs import Sharder, check_dense
 from meshwright.runtime.rank import RankProgram, Results
 
 Ranks = Sequence[tuple[Executor, Sequence[Sharder]]]
@@ -42,5 +42,7 @@ def begun(
     executor: Executor, sharders: Sequence[Sharder], inputs: Sequence[Tensor], *, training: bool
 ) -> RankProgram:
     """One rank's part of a step of these global inputs, with random numbers of its own."""
+    for tensor in inputs:
+        check_dense(tensor)
     executor.state.random.begin(training=training)
-    return executor.run([own(tensor) for own, tensor in zip(sharders, inputs, strict=True)])
+    return executor.run({i: sharders[i](inputs[i]) for i in executor.taken})

@@ -46,15 +46,38 @@ def check_equal(
     model = model.to(dtype)
     count = steps * accumulate
     batches = [example() if callable(example) else example for _ in range(count)]
-    reference = copied(model)
     program = meshwright.compile(
         model, meshwright.Plan.parse(plan), example=batches[0], loss=loss, outputs=outputs
     )
+    check_trained(
+        program,
+        copied(model),
+        batches,
+        outputs=outputs,
+        loss=loss,
+        accumulate=accumulate,
+        update=update,
+        compare=Comparison(tolerance, floor),
+    )
+    return program
+
+
+def check_trained(
+    program: Program,
+    reference: nn.Module,
+    batches: Sequence[Example],
+    *,
+    outputs: Sequence[str] = (),
+    loss: Any = None,
+    accumulate: int = 1,
+    update: Update = ADAM,
+    compare: Comparison,
+) -> None:
+    """The same for a program of a model of which `reference` is a copy, a step for each batch."""
     run = program.launch()
     kind, settings = update
     optimizer = run.optimizer(kind, **settings)
     expected_optimizer = kind([p for p in reference.parameters() if p.requires_grad], **settings)
-    compare = Comparison(tolerance, floor)
     for number, batch in enumerate(batches):
         found = run.step(**batch) if isinstance(batch, dict) else run.step(*batch)
         results = found if isinstance(found, tuple) else (found,)
@@ -72,9 +95,8 @@ def check_equal(
     state = run.state_dict()
     assert set(state) == set(reference.state_dict())
     for name, value in reference.state_dict().items():
-        compare(f"{name} after {steps} steps", state[name], value)
+        compare(f"{name} after {len(batches) // accumulate} steps", state[name], value)
     compare.report()
-    return program
 
 
 def without_grouped(model: nn.Module) -> nn.Module:

@@ -57,6 +57,7 @@ FILES = {
     "a.plan": PLAN,
     "pipeline.plan": "mesh pp=2\ndata x, y\nstages at down over pp microbatches=2\n",
     "model.py": MODEL,
+    "opt.py": "from torch.optim import SGD\nclass Own(SGD): pass\n",
     "broken.py": "import not_installed_anywhere\n",
     "syntax.py": "x = = 1\n",
     "exits.py": "import sys\nsys.exit(2)\n",
@@ -69,6 +70,8 @@ line = " ".join([os.environ["RANK"], os.environ["WORLD_SIZE"], *sys.argv[1:]])
 os.write(1, f"{line}\\n".encode())  # in one call: the processes share the pipe
 sys.exit(int(sys.argv[-1]))
 """
+
+MEMORY = ["memory", "model.py:build", "a.plan"]
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -114,7 +117,22 @@ def test_check_reads_a_plan_and_compiles_a_model_under_it(
         ("timeline", ["timeline", "model.py:build", "a.plan"]),
         ("timeline_json", ["timeline", "model.py:build", "a.plan", "--json", "--mode=infer"]),
         ("schedule", ["schedule", "model.py:build", "pipeline.plan"]),
+        (
+            "schedule_asked",
+            ["schedule", "model.py:build", "pipeline.plan", "--schedule=zbv", "--ranks", "2"],
+        ),
         ("schedule_json", ["schedule", "model.py:build", "pipeline.plan", "--json"]),
+        ("memory", ["memory", "model.py:build", "a.plan"]),
+        (
+            "memory_optimizer",
+            ["memory", "model.py:build", "a.plan", "--optimizer", "SGD(lr=0.1, momentum=0.9)"],
+        ),
+        ("memory_places", ["memory", "model.py:build", "pipeline.plan", "--optimizer=SGD"]),
+        (
+            "memory_timeline",
+            ["memory", "model:build", "pipeline.plan", "--place", "pp=0", "--timeline"],
+        ),
+        ("memory_json", ["memory", "model.py:build", "a.plan", "--optimizer=opt.py:Own", "--json"]),
         ("explain", ["explain", "model.py:build", "a.plan", "down"]),
         ("check_json", ["check", "model.py:build", "a.plan", "--json"]),
         ("infer", ["graph", "model.py:build", "a.plan", "--mode=infer"]),
@@ -158,6 +176,14 @@ def test_fmt_prints_checks_and_writes_the_canonical_form(
         ("error_no_graph", 1, ["graph", "model.py:build", "a.plan", "--name=stage0.fwd"]),
         ("error_no_module_of_the_model", 1, ["graph", "model.py:build", "a.plan", "--module=u"]),
         ("error_nothing_to_explain", 1, ["explain", "model.py:build", "a.plan", "upp"]),
+        ("error_no_optimizer", 1, [*MEMORY, "--optimizer", "Adan"]),
+        ("error_no_optimizer_in_a_file", 1, [*MEMORY, "--optimizer", "opt.py:Lion"]),
+        ("error_no_optimizer_like_that", 1, [*MEMORY, "--optimizer", "model.py:Model"]),
+        ("error_no_option_of_an_optimizer", 1, [*MEMORY, "--optimizer", "SGD(momentums=1)"]),
+        ("error_no_place", 1, [*MEMORY, "--place", "pp=1"]),
+        ("usage_optimizer", 2, [*MEMORY, "--optimizer", "SGD(0.1)"]),
+        ("usage_optimizer_options", 2, [*MEMORY, "--optimizer", "SGD(lr=rate)"]),
+        ("usage_optimizer_without_value", 2, [*MEMORY, "--optimizer"]),
         ("error_no_script", 1, ["run", "other.py", "--processes", "2"]),
         ("error_no_script_near", 1, ["run", "scrip.py", "--processes", "2"]),
         ("error_script_is_a_folder", 1, ["run", "folder", "--processes", "2"]),

@@ -107,6 +107,35 @@ PLANS: Mapping[str, tuple[str, str | None]] = {
     ),
     "input-missing-from-data": ("mesh dp=2\ndata tokens over dp", "mesh dp=2\n" + DATA),
     "statement-without-a-pass": ("mesh dp=2\n" + DATA + "share blocks.*", "mesh dp=2\n" + DATA),
+    "checkpoint-of-a-list": (
+        "mesh dp=2\n" + DATA + "checkpoint blocks",
+        "mesh dp=2\n" + DATA + "checkpoint blocks.*",
+    ),
+    "checkpoint-keeps-nothing-known": (
+        "mesh dp=2\n" + DATA + "checkpoint blocks.* keep=[linear, atention]",
+        "mesh dp=2\n" + DATA + "checkpoint blocks.* keep=[linear, attention]",
+    ),
+    "checkpoint-keeps-a-module": (
+        "mesh dp=2\n" + DATA + "checkpoint blocks.* keep=zzz",
+        "mesh dp=2\n" + DATA + "checkpoint blocks.* keep=gelu",
+    ),
+    "checkpoint-in-too-many-segments": (
+        "mesh dp=2\n" + DATA + "checkpoint blocks.* segments=3",
+        "mesh dp=2\n" + DATA + "checkpoint blocks.* segments=2",
+    ),
+    "checkpoint-in-too-small-a-budget": (
+        "mesh dp=2\n" + DATA + "checkpoint budget=1KiB",
+        "mesh dp=2\n" + DATA + "checkpoint budget=1GiB",
+    ),
+    "memory-in-too-small-a-budget": (
+        "mesh dp=2\n" + DATA + "zero 3 over dp\naccumulate 2\noffload optimizer\n"
+        "memory budget=1KiB",
+        "mesh dp=2\n" + DATA + "memory budget=1GiB",
+    ),
+    "checkpoint-keeps-an-operator-nowhere": (
+        "mesh dp=2\n" + DATA + 'checkpoint blocks.* keep=["upp.linear"]',
+        "mesh dp=2\n" + DATA + 'checkpoint blocks.* keep=["up.linear"]',
+    ),
     "implicit-gather": (
         "mesh tp=2\ncolumns blocks.*.up over tp",
         "mesh tp=2\ncolumns blocks.*.up over tp\nallow replicate blocks.*.down",

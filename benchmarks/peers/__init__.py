@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +23,15 @@ class Peer:
 
     `step(tokens, targets)` takes the global batch and does forward, backward, optimizer and
     `zero_grad`. It returns the loss or, if `loss_is_local`, this rank's part of it, such as the
-    mean over its own rows: the loss is the mean over ranks.
+    mean over its own rows: the loss is the mean over ranks. `elsewhere` gives the tensors between
+    steps whose memory would be the host's if the device were another.
     """
 
     system: str
     feature: str
     step: Callable[[Tensor, Tensor], Tensor]
     loss_is_local: bool = False
+    elsewhere: Callable[[], Iterable[Tensor]] = tuple
 
     @property
     def name(self) -> str:

@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 import meshwright as mw
 from benchmarks.gpt import ADAMW, Size, make_batch, make_model
 from benchmarks.peers import Peer
+from benchmarks.peers.late import late
+from benchmarks.peers.saving import segments_of
 from benchmarks.stages import MICROBATCHES, VIRTUAL, Cut
 
 TENSOR = """
@@ -23,6 +25,18 @@ HEAD = {
     "vocab": "vocab wte, head over tp\n",
     "sequence": "vocab wte, head over tp\nsequence blocks.* over tp\n",
 }
+
+
+SAVING = {
+    "saved": "",
+    "blocks": "checkpoint blocks.*",
+    "segments": "checkpoint blocks.* segments={segments}",
+    "selective": "checkpoint blocks.* keep=[matmul, attention]",
+    "offload": "offload activations blocks.* prefetch=0",
+    "prefetch": "offload activations blocks.*",
+    "offloaded": "zero 3 over dp\noffload parameters\noffload optimizer",
+}
+"""How a step saves memory: the statements, by what `saving` calls them."""
 
 
 def plan_text(size: Size, mesh: DeviceMesh, feature: str, microbatches: int = 1) -> str:
@@ -54,17 +68,29 @@ def meshwright(
 ) -> Peer:
     text = plan_text(size, mesh, feature, microbatches)
     text += "precision bf16\n" if bf16 else ""
-    return _peer(size, text, feature, check_inputs)
+    return _peer(_compiled(size, text), "meshwright", feature, check_inputs)
 
 
-def pipeline(size: Size, mesh: DeviceMesh, cut: Cut) -> Peer:
+def pipeline(size: Size, mesh: DeviceMesh, cut: Cut, system: str = "meshwright") -> Peer:
+    """The system `late` sends gradients after the whole backward."""
     stages = f"stages at {', '.join(cut.names)} over pp microbatches={MICROBATCHES}"
     text = f"mesh pp={mesh.size()}\ndata tokens, targets\n{stages} schedule={cut.schedule}"
-    return _peer(size, f"{text} virtual={VIRTUAL[cut.schedule]}\n", cut.schedule)
+    program = _compiled(size, f"{text} virtual={VIRTUAL[cut.schedule]}\n")
+    return _peer(late(program) if system == "late" else program, system, cut.schedule)
 
 
-def _peer(size: Size, plan: str, feature: str, check_inputs: bool | int = True) -> Peer:
-    program = mw.compile(make_model(size), mw.Plan.parse(plan), example=make_batch(size))
+def saving(size: Size, mesh: DeviceMesh, how: str, budget: int | None = None) -> Peer:
+    """`how` is one of `SAVING`; `fits ...` computes again what a peak of `budget` bytes demands."""
+    statements = SAVING.get(how, f"checkpoint budget={(budget or 0) // 1024}KiB")
+    text = plan_text(size, mesh, "") + statements.format(segments=segments_of(size.layers))
+    return _peer(_compiled(size, text), "meshwright", how)
+
+
+def _compiled(size: Size, plan: str) -> mw.Program:
+    return mw.compile(make_model(size), mw.Plan.parse(plan), example=make_batch(size))
+
+
+def _peer(program: mw.Program, system: str, feature: str, check_inputs: bool | int = True) -> Peer:
     run = program.launch(check_inputs=check_inputs)
     optimizer = run.optimizer(torch.optim.AdamW, **ADAMW)
 
@@ -74,4 +100,4 @@ def _peer(size: Size, plan: str, feature: str, check_inputs: bool | int = True) 
         optimizer.zero_grad()
         return loss
 
-    return Peer("meshwright", feature, step)
+    return Peer(system, feature, step)

@@ -23,7 +23,7 @@ from meshwright.compiler.capture.exported.mutation import detach_out_of_place, f
 from meshwright.compiler.capture.exported.regions import inline_regions
 from meshwright.compiler.capture.exported.stops import stop_gradients
 from meshwright.compiler.capture.fakes import Fakes
-from meshwright.compiler.capture.foreign import only_capture_errors, quiet
+from meshwright.compiler.capture.foreign import only_capture_errors, quiet, sources_forgotten
 from meshwright.compiler.capture.inputs import InputSpec, input_spec, split_example
 from meshwright.compiler.capture.outputs import Loss, Mode, OutputKey, Wrapper
 from meshwright.compiler.capture.state import modules_in_training, put_back
@@ -146,6 +146,7 @@ def traced(
         stack.enter_context(values_in_python(once, known))
         stack.enter_context(capturing())
         stack.enter_context(quiet())
+        stack.enter_context(sources_forgotten())
         program = copy_context().run(torch.export.export, wrapper, tensors, strict=False)
     # Torch keeps the nodes of the last export, and so all of its graph, to warn of leaks in it.
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()

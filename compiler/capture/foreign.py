@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import linecache
 import logging
 import sys
 import warnings
@@ -128,6 +129,20 @@ def _translated(error: Exception) -> CaptureError:
 def _first_line(error: Exception) -> str:
     line = next((line for line in str(error).splitlines() if line.strip()), "no message")
     return one_line(line, 300)
+
+
+@contextmanager
+def sources_forgotten() -> Iterator[None]:
+    """Let go of the source files that are read meanwhile, for the stack of every operator: Python
+    keeps them for good, line by line, and reads them again where it needs them."""
+    known = set(linecache.cache)
+    try:
+        yield
+    finally:
+        for name, entry in list(linecache.cache.items()):
+            # What is not a file, such as a cell of a notebook, could not be read again.
+            if name not in known and len(entry) > 1 and entry[1] is not None:
+                linecache.cache.pop(name, None)
 
 
 @contextmanager

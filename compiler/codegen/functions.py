@@ -7,12 +7,16 @@ refuse: a rank's part need not be contiguous where the model's own tensor was.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from meshwright.compiler.graph.ir import MeshOp, Op
+from meshwright.compiler.codegen.linking import RankContext
+from meshwright.compiler.graph.ir import MeshOp, Node, Op
+from meshwright.compiler.kernels import products
+from meshwright.compiler.layout.mesh import Mesh
 
 aten = torch.ops.aten
 
@@ -105,3 +109,28 @@ FAST: dict[Op, tuple[str, Callable[..., Any]]] = {
         )
     },
 }  # fmt: skip
+
+LARGE: dict[Op, Callable[..., Any]] = {
+    aten.linear.default: products.linear,
+    aten.matmul.default: products.matmul,
+    aten.addmm.default: products.addmm,
+    aten.mm.default: products.mm,
+}
+"""Products that a rank may leave to oneDNN where they are large."""
+
+
+def is_large_product(node: Node, mesh: Mesh) -> bool:
+    """Whether a node is a product by one matrix, in float32, that is large on a rank."""
+    if node.op not in LARGE or node.kwargs or node.tensor.dtype != torch.float32:
+        return False
+    operands = [operand.placed.local_shape(mesh) for operand in node.operands()]
+    bias = operands.pop(0) if node.op == aten.addmm.default else ()
+    if len(operands[0]) < 2 or len(operands[1]) != 2 or len(bias) > 1:
+        return False
+    *rows, columns = node.placed.local_shape(mesh)
+    return products.is_large(math.prod(rows), operands[0][-1], columns) and bias in ((), (columns,))
+
+
+def large_product(op: Op) -> Callable[[RankContext], Callable[..., Any]]:
+    """What makes the function of a large product for a rank."""
+    return lambda context: LARGE[op] if products.is_faster(context.device) else FAST[op][1]

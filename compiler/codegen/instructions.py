@@ -165,6 +165,30 @@ class Wait:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """Begin to bring a value to host memory, to a file or to the device, which no other rank takes
+    part in; the handle keeps its operand until it has arrived."""
+
+    handle: Variable
+    source: Value
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Arrive:
+    """Wait for what is moved: from here on the target is there, and its operand is let go of."""
+
+    target: Variable
+    handle: Value
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Let the rank run other graphs while what has been started is under way."""
+
+
+@dataclass(frozen=True, slots=True)
 class Free:
     """Let go of variables, which frees the memory that nothing else holds."""
 
@@ -195,8 +219,8 @@ class Return:
 
 
 Instruction: TypeAlias = (
-    "Take | Item | Call | Copy | Allocate | Rearrange | Exchange | Start | Wait | Free | Save"
-    " | Return"
+    "Take | Item | Call | Copy | Allocate | Rearrange | Exchange | Start | Wait | Move | Arrive"
+    " | Pause | Free | Save | Return"
 )
 
 
@@ -228,16 +252,18 @@ def reads(instruction: Instruction) -> Iterator[Value]:
             yield from _values_in((args, *kwargs.values()))
         case Item(source=source) | Copy(source=source) | Rearrange(source=source):
             yield source
+        case Move(source=source):
+            yield source
         case Exchange(source=source) | Start(exchange=Exchange(source=source)):
             yield source
-        case Wait(handle=handle):
+        case Wait(handle=handle) | Arrive(handle=handle):
             yield handle
         case Save(values=values):
             yield from (value for _, value in values)
         case Return(results, reductions):
             for each in (*results, *reductions):
                 yield each.handle if isinstance(each, UnderWay) else each
-        case Take() | Free() | Allocate():
+        case Take() | Free() | Allocate() | Pause():
             pass
 
 
@@ -248,11 +274,11 @@ def target(instruction: Instruction) -> Value | None:
             return out
         case Take(target=found) | Item(target=found) | Call(target=found):
             return found
-        case Rearrange(target=found) | Exchange(target=found):
+        case Rearrange(target=found) | Exchange(target=found) | Arrive(target=found):
             return found
         case Wait(exchange=exchange):
             return exchange.target
-        case Start(handle=handle):
+        case Start(handle=handle) | Move(handle=handle):
             return handle
         case _:
             return None

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from meshwright.compiler.kernels.hashing import Coords, RandomIndex
 from meshwright.compiler.layout.factors import Dim, dim_axes
 from meshwright.compiler.layout.layout import Layout, block_map
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.composite import Kernel, composite_of
+from meshwright.compiler.placing.composite import Composite, Kernel, composite_of
 
 
 @dataclass(slots=True)
@@ -69,22 +69,69 @@ class LossScale:
     num_skipped: int = 0
 
 
+class Moving(Protocol):
+    """A value on its way: `wait` gives it, a tensor or one that is `Away`, and lets go of the one
+    that was moved."""
+
+    def wait(self) -> Any: ...
+
+
+class Away(Protocol):
+    """A tensor in host memory or in a file: `fetch` begins to bring it back."""
+
+    def fetch(self) -> Moving: ...
+
+
+Store: TypeAlias = Callable[[Tensor], Moving]
+"""Begins to bring a tensor to host memory, or to a file."""
+
+
+def _no_store(path: str | None) -> Store:
+    raise NotImplementedError
+
+
 class FlatBuffer:
     """The memory of a bucket on one rank: `flat`, its `views`, one of each shape, and the
     `gradients` that parameters are given, which are equal to the views.
 
     While it is `released` the tensors of a buffer are empty, and code that is linked to `flat` and
-    `views` has to `allocate` before it writes. Gradients that somebody keeps hold their memory.
+    `views` has to `allocate` before it writes. Gradients that somebody keeps hold their memory,
+    which `make` makes, given a number of elements, if it is not to be the device's.
     """
 
     def __init__(
-        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
+        self,
+        shapes: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        make: Callable[[int], Tensor] | None = None,
     ) -> None:
-        self.shapes, self.released = shapes, True
+        self.shapes, self.released, self._make = shapes, True, make
         self.flat, *self.views = (
             torch.empty(0, dtype=dtype, device=device) for _ in range(len(shapes) + 1)
         )
         self.gradients: list[Tensor] = []
+
+    @property
+    def home(self) -> FlatBuffer:
+        """The buffer in which the gradients stay."""
+        return self
+
+    def leave(self) -> Moving:
+        """Begin to bring the gradients to the buffer in which they stay, where that is another."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Wait until they are there."""
+
+    def kept(self) -> Tensor:
+        """A copy of the gradients, in memory like their own."""
+        copy = self._new(self.flat.numel())
+        copy.copy_(self.flat)
+        return copy
+
+    def _new(self, length: int) -> Tensor:
+        return self.flat.new_empty(length) if self._make is None else self._make(length)
 
     def allocate(self) -> None:
         """Have memory, if there is none; what it holds is undefined."""
@@ -92,7 +139,7 @@ class FlatBuffer:
             return
         self.released = False
         sizes = [math.prod(shape) for shape in self.shapes]
-        memory = self.flat.new_empty(sum(sizes))
+        memory = self._new(sum(sizes))
         parts = zip(memory.split_with_sizes(sizes), self.shapes, strict=True)
         self.gradients = [part.view(shape) for part, shape in parts]
         for tensor, part in zip((self.flat, *self.views), (memory, *self.gradients), strict=True):
@@ -118,6 +165,8 @@ class RankContext:
     scale: LossScale = field(default_factory=LossScale)
     first: bool = True
     """Whether this is the turn of a loop that the rank takes first."""
+    stores: Callable[[str | None], Store] = _no_store
+    """What moves tensors to host memory or, given a folder, to files there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +216,7 @@ class Binding:
 
 def bind(node: Node, context: RankContext) -> Kernel:
     """The function of its operands that runs a composite on one rank."""
-    known = composite_of(node.op)
-    assert known is not None, node.op
-    binding = Binding(
-        node, context.mesh, context.coords, context.random, context.device, context.scale
-    )
+    known, binding = _binding(node, context)
     kernel = known.bind(binding)
     taken = list(takewhile(lambda arg: arg is None or isinstance(arg, Node), node.args))
     if None not in taken:
@@ -182,3 +227,17 @@ def bind(node: Node, context: RankContext) -> Kernel:
         return kernel(*(None if arg is None else next(given) for arg in taken))
 
     return filled
+
+
+def bind_adding(node: Node, context: RankContext) -> Kernel:
+    """The function of a total and its operands that adds a composite to the total on one rank."""
+    known, binding = _binding(node, context)
+    return known.bind_adding(binding)
+
+
+def _binding(node: Node, context: RankContext) -> tuple[Composite, Binding]:
+    known = composite_of(node.op)
+    assert known is not None, node.op
+    return known, Binding(
+        node, context.mesh, context.coords, context.random, context.device, context.scale
+    )

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from meshwright.compiler.codegen.functions import FAST
+from meshwright.compiler.codegen.functions import FAST, is_large_product, large_product
 from meshwright.compiler.codegen.instructions import (
+    Arrive,
     BucketView,
     Call,
     Constant,
@@ -21,6 +22,7 @@ from meshwright.compiler.codegen.instructions import (
     Instruction,
     Instructions,
     Item,
+    Move,
     Operand,
     Rearrange,
     Return,
@@ -32,12 +34,20 @@ from meshwright.compiler.codegen.instructions import (
 from meshwright.compiler.codegen.linking import RankContext, bind
 from meshwright.compiler.codegen.local import local_args
 from meshwright.compiler.codegen.packing import Packing
-from meshwright.compiler.codegen.totals import add_product, add_to
+from meshwright.compiler.codegen.totals import (
+    add_composite,
+    add_large_product,
+    add_product,
+    add_to,
+    write_composite,
+)
 from meshwright.compiler.graph.aliasing import IDENTITIES, is_allocated
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
+    MOVES,
     SAVED,
+    WAIT,
     Arg,
     Graph,
     MeshOp,
@@ -71,6 +81,7 @@ _HANDLED = {"device", "layout", "pin_memory"}
 
 _ADD = Constant("_add_to", add_to)
 _ADD_PRODUCT = Constant("_add_product", add_product)
+_ADD_LARGE = Constant("_add_large_product", add_large_product)
 _DEVICE = Constant("_device", lambda context: context.device)
 
 
@@ -154,7 +165,11 @@ class _Lowering:
     def _fixed(self, stem: str, value: Any) -> Constant:
         """A constant that is the same on every rank and for every node."""
         name = f"_{stem}"
-        return self.constants.setdefault(name, Constant(name, lambda _: value))
+        return self._shared(name, lambda _: value)
+
+    def _shared(self, name: str, recipe: Callable[[RankContext], Any]) -> Constant:
+        """A constant for every node that has it under this name."""
+        return self.constants.setdefault(name, Constant(name, recipe))
 
     def _node(self, node: Node) -> None:
         op = node.op
@@ -167,6 +182,13 @@ class _Lowering:
                 self._unpack(node.args[0])
             source = self.values[node.args[0]]
             self.body.append(Item(self._variable(node), source, node.args[1], node))
+        elif op in MOVES:
+            source = self.values[node.args[0]]
+            self._keep_parts(node.args[0])
+            self.body.append(Move(self._variable(node), source, node))
+        elif op == WAIT:
+            handle = self.values[node.args[0]]
+            self.body.append(Arrive(self._variable(node), handle, node))
         elif op == MeshOp("bucket"):
             self.values[node] = BucketView(node.name)
         elif op == MeshOp("bucket_item"):
@@ -174,11 +196,32 @@ class _Lowering:
         elif collective_kind(op) is not None:
             self._collective(node)
         elif composite_of(op):
-            kernel = self._constant(op_stem(op), partial(bind, node))
-            operands = tuple(self.values[operand] for operand in node.operands())
-            self.body.append(Call(self._variable(node), kernel, operands, {}, node))
+            self._composite(node)
         else:
             self._torch(node)
+
+    def _composite(self, node: Node) -> None:
+        """A call of a composite, which adds to a total or writes into a bucket where it can."""
+        known, stem = composite_of(node.op), op_stem(node.op)
+        assert known is not None
+        operands = tuple(self.values[operand] for operand in node.operands())
+        out = self._own_slot(node) if known.adds else None
+        if self._adds_itself(node):
+            adder = self._constant(f"add_{stem}", partial(add_composite, node))
+            self._call_adding(node, adder, operands)
+        elif out:
+            self.values[node] = out
+            writer = self._constant(f"write_{stem}", partial(write_composite, node))
+            self.body.append(Call(None, writer, operands, {}, node, out))
+        else:
+            kernel = self._constant(stem, partial(bind, node))
+            self.body.append(Call(self._variable(node), kernel, operands, {}, node))
+
+    def _call_adding(self, node: Node, adder: Constant, operands: tuple[Operand, ...]) -> None:
+        """Have a call add to the only total of a node."""
+        (total,) = self.totals[node]
+        held = self.values[node] = self._take(node, total)
+        self.body.append(Call(None, adder, (held, *operands), {}, node))
 
     def _torch(self, node: Node) -> None:
         """A call of torch on local sizes, written into a bucket where that is all it is for."""
@@ -186,17 +229,11 @@ class _Lowering:
         results = node.layout if isinstance(node.layout, tuple) else (node.placed,)
         operands = [operand.placed for operand in node.operands()]
         args, kwargs = local_args(node.op, node.args, node.kwargs, operands, results, self.mesh)
-        (total,) = self.totals[node] if self._is_added_product(node) else (None,)
-        if total is not None:
-            held = self._take(node, total)
-            positional = (held, *(self._operand(arg) for arg in args))
-            self.body.append(Call(None, _ADD_PRODUCT, positional, {}, node))
-            self.values[node] = held
+        if self._adds_itself(node):
+            add = _ADD_LARGE if is_large_product(node, self.mesh) else _ADD_PRODUCT
+            self._call_adding(node, add, tuple(self._operand(arg) for arg in args))
             return
-        if node.op in FAST:
-            function = self._fixed(*FAST[node.op])
-        else:
-            function = self._fixed(str(node.op).replace(".", "_"), node.op)
+        function = self._function(node)
         given = {key: self._operand(v) for key, v in kwargs.items() if key not in _HANDLED}
         if any(argument.name == "device" for argument in node.op._schema.arguments) and (
             "device" in kwargs or not operands
@@ -208,6 +245,13 @@ class _Lowering:
             self.values[node] = out
         positional = tuple(self._operand(arg) for arg in args)
         self.body.append(Call(place, function, positional, given, node, out))
+
+    def _function(self, node: Node) -> Constant:
+        """What computes a node on a rank, by a name that all like it share."""
+        name, function = FAST.get(node.op, (str(node.op).replace(".", "_"), node.op))
+        if is_large_product(node, self.mesh):
+            return self._shared(f"_large_{name}", large_product(node.op))
+        return self._fixed(name, function)
 
     def _operand(self, arg: Arg) -> Operand:
         if isinstance(arg, Node):
@@ -229,11 +273,14 @@ class _Lowering:
         alone = len(places) == len(self.users[node]) == 1 and node not in self.returned
         return places[0] if alone else None
 
-    def _is_added_product(self, node: Node) -> bool:
-        """Whether a value is a matrix product that is for one total, and nothing else."""
+    def _adds_itself(self, node: Node) -> bool:
+        """Whether a value is for one total and nothing else, and its operator adds to that: matrix
+        products do, and some composites."""
+        known = composite_of(node.op)
         alone = len(self.totals.get(node, ())) == 1 and not self.users[node]
         saved = [each for each in self.graph.outputs if each.node is node]
-        return node.op == aten.mm.default and alone and len(saved) == 1
+        adds = known.adds if known else node.op == aten.mm.default
+        return adds and alone and len(saved) == 1
 
     def _is_cast_by_use(self, node: Node) -> bool:
         """Whether a cast can be left out: all that takes it copies or adds it to memory of its
@@ -254,13 +301,20 @@ class _Lowering:
     def _keep(self, node: Node) -> None:
         """Add a value to its totals and copy it to its places in buckets, unless it was computed
         there."""
-        if not self._is_added_product(node):
+        if not self._adds_itself(node):
             for number in self.totals.get(node, ()):
                 held = self._take(node, number)
                 self.body.append(Call(None, _ADD, (held, self.values[node]), {}, node))
         for slot in self.slots.get(node, ()):
             if self.values[node] != slot:
                 self.body.append(Copy(self.values[node], slot, node))
+
+    def _keep_parts(self, source: Node) -> None:
+        """Bring all of a bucket there that is to leave it."""
+        if source.op == MeshOp("bucket"):
+            for part in [each for each in self.late if each in source.args]:
+                del self.late[part]
+                self._keep(part)
 
     def _collective(self, node: Node) -> None:
         source: Node = node.args[0]
@@ -283,10 +337,7 @@ class _Lowering:
     def _exchange(self, node: Node, transfer: Transfer, wire: Wire) -> None:
         source: Node = node.args[0]
         given = self.values[source]
-        if isinstance(given, BucketView):
-            for part in [each for each in self.late if each in source.args]:
-                del self.late[part]
-                self._keep(part)
+        self._keep_parts(source)
         before, after = tuple(transfer.before), tuple(transfer.after)
         wire = replace(wire, index=self.num_wires)
         self.num_wires += 1

@@ -14,8 +14,9 @@ all else. The gather of a weight starts where the one before it would: with all 
 front, ranks would hold every weight whole. A gradient's bucket is used by the optimizer, after the
 backward: its reduction is returned under way. Of the reductions whose operand is not in a bucket,
 and lives until the wait, two are under way at most: the result of the first goes to where it is
-kept before the operand of the third is packed. All else keeps its order, and exchanges start in the
-same order on every rank.
+kept before the operand of the third is packed. In a pipeline, what a stage runs once starts all its
+exchanges, and pauses while the rank runs other stages. All else keeps its order, and exchanges
+start in the same order on every rank.
 Elsewhere: DDP's hooks, FSDP's prefetching, Inductor's reordering for compute and communication
 overlap.
 """
@@ -37,6 +38,7 @@ from meshwright.compiler.codegen.instructions import (
     Instruction,
     Instructions,
     Item,
+    Pause,
     Return,
     Save,
     Start,
@@ -55,9 +57,14 @@ MOST_UNDER_WAY = 2
 next gradient is computed."""
 
 
-def overlap(instructions: Instructions) -> Instructions:
-    """The same work with early starts and late waits, and each value freed after its last use."""
-    body = _Waits(_with_early_starts(instructions)).run()
+def overlap(instructions: Instructions, *, beside: bool = False) -> Instructions:
+    """The same work with early starts and late waits, and each value freed after its last use;
+    with `beside`, other graphs run between the starts and the waits."""
+    body = _with_early_starts(instructions)
+    if beside:
+        body = _with_pause(_Waits(_started_first(body), beside=True).run())
+    else:
+        body = _Waits(body).run()
     body = _with_allocations(body, instructions.buckets)
     return replace(instructions, body=tuple(_with_frees(body, instructions.inputs)))
 
@@ -156,11 +163,36 @@ def _early(body: Sequence[Instruction], given: Iterable[Variable]) -> list[int]:
     return found[::-1]
 
 
-class _Waits:
-    """Parts exchanges into starts and waits, and puts each wait before what reads the result."""
+def _started_first(body: Iterable[Instruction]) -> list[Instruction]:
+    """The instructions, with all that needs no exchange before what needs one."""
+    first: list[Instruction] = []
+    rest: list[Instruction] = []
+    late: set[Value | str] = set()
+    for each in body:
+        needs = map(_memory, reads(each))
+        waits = isinstance(each, (Save, Return)) or not late.isdisjoint(needs)
+        for made in (target(each), each.into if isinstance(each, Exchange) else None):
+            if made is not None and (waits or isinstance(each, Exchange)):
+                late.add(_memory(made))
+        (rest if waits else first).append(each)
+    return [*first, *rest]
 
-    def __init__(self, body: Sequence[Instruction]) -> None:
-        self.body = body
+
+def _with_pause(body: list[Instruction]) -> list[Instruction]:
+    """The instructions, with a pause before the first that waits."""
+    place = next((i for i, each in enumerate(body) if isinstance(each, Wait)), None)
+    return body if place is None else [*body[:place], Pause(), *body[place:]]
+
+
+class _Waits:
+    """Parts exchanges into starts and waits, and puts each wait before what reads the result.
+
+    Where other graphs run `beside`, nothing waits before it is read: there is always something to
+    overlap with, and no limit to what is under way.
+    """
+
+    def __init__(self, body: Sequence[Instruction], *, beside: bool = False) -> None:
+        self.body, self.beside = body, beside
         self.result: list[Instruction] = []
         self.waiting: dict[Value, Wait] = {}
         """What is under way, by where it ends."""
@@ -204,7 +236,8 @@ class _Waits:
             for place in self._under_way_in(value):
                 wait = self.waiting.pop(place)
                 last = self.result[-1] if self.result else None
-                if isinstance(last, Start) and last.exchange is wait.exchange:
+                alone = isinstance(last, Start) and last.exchange is wait.exchange
+                if alone and not self.beside:
                     self.result[-1] = wait.exchange
                 else:
                     self.result.append(wait)
@@ -219,7 +252,7 @@ class _Waits:
 
     def _limit(self, exchange: Exchange) -> None:
         """Wait for the first of the reductions under way that hold gradients, if there are many."""
-        if self._holds_gradient(exchange):
+        if not self.beside and self._holds_gradient(exchange):
             holding = [p for p, wait in self.waiting.items() if self._holds_gradient(wait.exchange)]
             for place in holding[: max(len(holding) + 1 - MOST_UNDER_WAY, 0)]:
                 self._settle(place)
@@ -256,7 +289,7 @@ class _Waits:
         times = Counter(found.results)
         results = [each if times[each] > 1 else self._under_way(each) for each in found.results]
         last = self.result[-1] if self.result else None
-        if isinstance(last, Start) and last.exchange.into:
+        if not self.beside and isinstance(last, Start) and last.exchange.into:
             # Nothing is left that this one could overlap with.
             self._need((last.exchange.into,))
         into = {p: w.exchange for p, w in self.waiting.items() if isinstance(p, BucketView)}

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from meshwright.compiler.codegen.instructions import (
     Allocate,
+    Arrive,
     BucketView,
     Call,
     Constant,
@@ -29,7 +30,9 @@ from meshwright.compiler.codegen.instructions import (
     Instruction,
     Instructions,
     Item,
+    Move,
     Operand,
+    Pause,
     Rearrange,
     Return,
     Save,
@@ -41,7 +44,7 @@ from meshwright.compiler.codegen.instructions import (
     Wait,
 )
 from meshwright.compiler.codegen.linking import RankContext
-from meshwright.compiler.graph.ir import Node
+from meshwright.compiler.graph.ir import TO_DEVICE, Node
 from meshwright.compiler.layout import wires
 from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, bound
 from meshwright.compiler.layout.wires import Wire
@@ -118,7 +121,7 @@ class _Printer:
             names = ", ".join(each.name for each in instructions.inputs)
             self._line(f"{names}, = _inputs")
         for each in instructions.body:
-            node = None if isinstance(each, (Free, Save, Return)) else each.node
+            node = None if isinstance(each, (Pause, Free, Save, Return)) else each.node
             for line in self._instruction(each):
                 self._line(line, node)
         if not any(isinstance(each, (Exchange, Start, Wait)) for each in instructions.body):
@@ -149,6 +152,12 @@ class _Printer:
                 return (f"{handle.name} = yield {self._text(_START)}({self._sent(exchange)})",)
             case Wait(handle, exchange):
                 return self._received(exchange, f"yield {self._text(_WAIT)}({handle.name})")
+            case Move(handle, source, node):
+                return (f"{handle.name} = {self._moved(source, node)}",)
+            case Arrive(target, handle):
+                return (f"{target.name} = {self._text(handle)}.wait()",)
+            case Pause():
+                return ("yield",)
             case Free(variables):
                 return (f"del {', '.join(variable.name for variable in variables)}",)
             case Save(values):
@@ -165,6 +174,18 @@ class _Printer:
             parts.append(f"out={self._text(call.out)}")
         text = f"{self._text(call.function)}({', '.join(parts)})"
         return text if call.target is None else f"{call.target.name} = {text}"
+
+    def _moved(self, source: Value, node: Node) -> str:
+        if node.op == TO_DEVICE:
+            return f"{self._text(source)}.fetch()"
+        if isinstance(source, BucketView):
+            name = source.bucket
+            leave = Constant(f"_leave_{name}", lambda context: context.buckets[name].leave)
+            return f"{self._text(leave)}()"
+        path = node.kwargs.get("path")
+        name = "_to_host" if path is None else f"_to_disk{len(self.constants)}_"
+        store = Constant(name, lambda context: context.stores(path))
+        return f"{self._text(store)}({self._text(source)})"
 
     def _sent(self, exchange: Exchange) -> str:
         wire = exchange.wire

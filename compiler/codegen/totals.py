@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from meshwright.compiler.codegen.linking import RankContext
+from meshwright.compiler.codegen.linking import RankContext, bind_adding
+from meshwright.compiler.graph.ir import Node
+from meshwright.compiler.kernels import products
 
 
 def add_to(context: RankContext) -> Callable[[Tensor, Tensor], Tensor]:
@@ -19,6 +21,29 @@ def add_to(context: RankContext) -> Callable[[Tensor, Tensor], Tensor]:
 def add_product(context: RankContext) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """`(total, a, b)` to the total, with the matrix product `a b` in it."""
     return _product if context.first else _add_product
+
+
+def add_large_product(context: RankContext) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The same as `add_product`, for a product that may be oneDNN's."""
+    if not products.is_faster(context.device):
+        return add_product(context)
+    return _large_product if context.first else products.add_mm
+
+
+def _large_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return products.mm(a, b, out=total)
+
+
+def add_composite(node: Node, context: RankContext) -> Callable[..., Tensor]:
+    """`(total, *operands)` to the total, with the composite's result in it."""
+    add = bind_adding(node, context)
+    return (lambda total, *operands: add(total.zero_(), *operands)) if context.first else add
+
+
+def write_composite(node: Node, context: RankContext) -> Callable[..., Tensor]:
+    """`(*operands, out=)` to `out`, with the composite's result in it."""
+    add = bind_adding(node, context)
+    return lambda *operands, out: add(out.zero_(), *operands)
 
 
 def _product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

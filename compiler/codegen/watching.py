@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from meshwright.compiler.codegen.instructions import (
+    Arrive,
     BucketView,
     Call,
     Constant,
@@ -21,6 +22,8 @@ from meshwright.compiler.codegen.instructions import (
     Free,
     Instruction,
     Instructions,
+    Move,
+    Pause,
     Return,
     Save,
     Start,
@@ -32,7 +35,7 @@ from meshwright.compiler.codegen.instructions import (
     target,
 )
 from meshwright.compiler.codegen.linking import RankContext
-from meshwright.compiler.graph.ir import INPUT, Node
+from meshwright.compiler.graph.ir import INPUT, SAVED, TO_DEVICE, Node
 
 Place: TypeAlias = tuple[int, int]
 """A graph, by its place in the list of a program, and a value in it, by its number."""
@@ -78,10 +81,15 @@ class Flow:
         self._saved: dict[tuple[int, int], list[Place]] = {}
         self._taken: list[tuple[tuple[int, int], Place]] = []
         self._passed: dict[tuple[str, str], list[Place]] = {}
+        self._away: set[Place] = set()
         for graph, instructions in enumerate(self.graphs):
             self._walk(graph, instructions)
         for number, place in self._taken:
             self.sources[place] = self._saved.get(number, [])
+        for place, found in self.sources.items():
+            # What is elsewhere when a graph takes it cannot be looked at there.
+            away = (before for each in found if each in self._away for before in self.sources[each])
+            self.sources[place] = [*found, *away]
         for place in self.received:
             if self.nodes[place].op == INPUT:
                 self.sources[place] = self._passed[self.nodes[place].args]
@@ -110,6 +118,12 @@ class Flow:
                             self.ends += found
                 case Start(handle, exchange):
                     made[handle] = made.get(exchange.source, [])
+                case Move(handle, source, node):
+                    made[handle] = made.get(source, [])
+                    if node.op == TO_DEVICE:
+                        self._away.update(p for p in made[handle] if self.nodes[p].op == SAVED)
+                case Arrive(target, handle):
+                    made[target] = made.get(handle, [])
                 case Take(variable, saved) if variable not in totals:
                     self._taken.append(((stage, saved), place))
             value = _seen(each, totals)
@@ -152,13 +166,14 @@ def _adds(each: Instruction) -> bool:
 
 
 def _seen(each: Instruction, totals: Mapping[Value, int]) -> Value | None:
-    """What an instruction gives a value that can be looked at: a handle has none yet, and a total
-    holds anything before the first value is added."""
+    """What an instruction gives a value that can be looked at: a handle has none yet, what has
+    moved was looked at before, and a total holds anything before the first value is added."""
     value = _made(each)
-    hidden = isinstance(each, Start) or (isinstance(each, Take) and value in totals)
+    moves = isinstance(each, (Start, Move, Arrive))
+    hidden = moves or (isinstance(each, Take) and value in totals)
     return None if hidden else value
 
 
 def _node(each: Instruction) -> Node:
-    assert not isinstance(each, (Free, Save, Return))
+    assert not isinstance(each, (Pause, Free, Save, Return))
     return each.node

@@ -57,6 +57,7 @@ class EmbeddingBackward(Composite):
     """`embedding_backward(grad, index, num_rows, padding_idx)`: the gradient of the table."""
 
     op = MeshOp("embedding_backward")
+    adds = True
 
     def rule(self, call: Call) -> Spec:
         """The rows may be split as a user of the result asks."""
@@ -73,5 +74,12 @@ class EmbeddingBackward(Composite):
             kernels.embedding_backward,
             num_rows=table.local_shape(binding.mesh)[0],
             offset=_offset(binding, table.dims[0]),
+            padding_idx=binding.node.args[3],
+        )
+
+    def bind_adding(self, binding: BindingContext) -> Kernel:
+        return partial(
+            kernels.add_embedding_backward,
+            offset=_offset(binding, binding.node.placed.dims[0]),
             padding_idx=binding.node.args[3],
         )

@@ -50,7 +50,10 @@ each step would cost more time than it saves space."""
 
 
 def is_allocated(bucket: Node, mesh: Mesh) -> bool:
-    """Whether a bucket gets memory where it is first written in a step."""
+    """Whether a bucket gets memory where it is first written in a step: also one whose gradients
+    leave the device."""
+    if bucket.kwargs.get("leaves"):
+        return True
     (size,) = bucket.placed.local_shape(mesh)
     return size * bucket.tensor.dtype.itemsize >= ALLOCATED_BYTES
 

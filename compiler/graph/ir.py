@@ -69,6 +69,8 @@ class Origin:
     turns autocast off."""
     stage: int = 0
     """The stage of a pipeline that computes it; of a parameter, the one that owns it."""
+    region: str = ""
+    """Of what the backward computes again: the region of a `checkpoint` statement."""
 
 
 Op: TypeAlias = "torch._ops.OpOverload | MeshOp"
@@ -80,8 +82,8 @@ NodeLayout: TypeAlias = "Layout | tuple[Layout | None, ...] | None"
 class Phase(Enum):
     """When a node runs. A schedule moves all nodes of one phase of a stage together.
 
-    Where the mesh has sequential axes, `BEFORE`, `SUM` and `AFTER` run once and the others for each
-    of their coordinates.
+    Where the mesh has sequential axes, `BEFORE`, `SUM`, `AFTER` and `RESULTS` run once and the
+    others for each of their coordinates.
     """
 
     COUNT = "count"
@@ -97,11 +99,19 @@ class Phase(Enum):
     """It sums up or joins what one copy of a stage has computed in the loop, for the other copy."""
     AFTER = "after"
     """It uses what was summed up or joined over the loop."""
+    RESULTS = "results"
+    """It takes what a step returns from the stages that compute it."""
 
     @property
     def once(self) -> bool:
         """Whether it runs once, and not for each coordinate of the sequential axes."""
-        return self in (Phase.BEFORE, Phase.SUM, Phase.AFTER)
+        return self in (Phase.BEFORE, Phase.SUM, Phase.AFTER, Phase.RESULTS)
+
+    @property
+    def backward(self) -> bool:
+        """Whether it belongs to the backward half of a step: it computes gradients, or joins and
+        uses what the loop has left."""
+        return self in (Phase.BACKWARD, Phase.WEIGHT, Phase.SUM, Phase.AFTER)
 
 
 class InputKind(StrEnum):
@@ -144,6 +154,16 @@ SAVED = MeshOp("saved")
 """A value that an earlier graph of the stage has saved; `args` is its number."""
 GETITEM = MeshOp("getitem")
 """One of the results of a node: `args` is `(node, index)`."""
+TO_HOST = MeshOp("to_host")
+"""Begins to bring a value to host memory; a `WAIT` ends it, and lets go of it on the device."""
+TO_DISK = MeshOp("to_disk")
+"""The same to a file in the folder `path`."""
+TO_DEVICE = MeshOp("to_device")
+"""Begins to bring a value back to the device; a `WAIT` ends it."""
+MOVES = (TO_HOST, TO_DISK, TO_DEVICE)
+"""What moves values of a rank, which no other takes part in."""
+WAIT = MeshOp("wait")
+"""A value that one of `MOVES` has brought to where it goes."""
 TRANSFER = MeshOp("transfer")
 """A value of another stage, sent to the node's own; until stages have graphs of their own."""
 
@@ -380,6 +400,7 @@ class Builder:
         type: NodeType = None,
         layout: NodeLayout = None,
         origin: Origin | None = None,
+        name: str = "",
         phase: Phase | None = None,
     ) -> Node:
         """Append `node` with its operands replaced by `mapping`, which must hold each of them.
@@ -399,7 +420,7 @@ class Builder:
             layout=layout or node.layout,
             origin=origin or node.origin,
             requires_grad=node.requires_grad,
-            name=node.name,
+            name=name or node.name,
             phase=phase or node.phase,
         )
 

@@ -11,7 +11,10 @@ import torch
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
+    MOVES,
+    SAVED,
     TRANSFER,
+    WAIT,
     Graph,
     MeshOp,
     Node,
@@ -36,6 +39,7 @@ _DTYPES = {
 }
 
 
+_PLAIN_OPS = (INPUT, SAVED, *MOVES, WAIT)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -70,7 +74,7 @@ def node_type_text(node: Node, graph: Graph, *, local: bool = False) -> str:
 
 def op_text(op: Op) -> str:
     """The operator as it is printed: torch's own without a prefix."""
-    plain = not isinstance(op, MeshOp) or op.name in COLLECTIVES or op.name in ("input", "saved")
+    plain = not isinstance(op, MeshOp) or op.name in COLLECTIVES or op in _PLAIN_OPS
     return op_stem(op) if plain else str(op)
 
 
@@ -117,6 +121,13 @@ def size_text(num_bytes: int) -> str:
             break
         size /= 1024
     return f"{size:.1f} {unit}" if unit != "B" and size < 100 else f"{size:.0f} {unit}"
+
+
+def size_written(size: int, *, up: bool = False) -> str:
+    """A size as a plan has it: to the byte or, rounded `up`, of three digits or more."""
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit = next((unit for unit, each in units.items() if up and size >= 100 * each), "B")
+    return f"{-(-size // units.get(unit, 1))}{unit}"
 
 
 _PLAIN = str.maketrans({"…": "...", "·": "*", "│": "|", "┌": "+", "└": "+"})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from meshwright.compiler.graph.ir import INPUT, TRANSFER, MeshOp, Node
+from meshwright.compiler.graph.ir import INPUT, TO_DEVICE, TRANSFER, WAIT, MeshOp, Node
 from meshwright.compiler.layout.collectives import COLLECTIVES
 
 aten = torch.ops.aten
@@ -16,8 +16,11 @@ aten = torch.ops.aten
 CUTS = frozenset({aten.slice.Tensor, aten.view.default, aten.cat.default})
 """Operators that cut off what storage adds to a weight."""
 _VARY = MeshOp("vary")
-USES = frozenset((*map(MeshOp, COLLECTIVES), aten._to_copy.default, TRANSFER)) - {_VARY}
-"""Operators that bring a weight to the layout, the type and the stage in which it is used."""
+USES = frozenset((*map(MeshOp, COLLECTIVES), aten._to_copy.default, TRANSFER, TO_DEVICE, WAIT)) - {
+    _VARY
+}
+"""Operators that bring a weight to the layout, the type, the stage and the device in which it is
+used."""
 
 
 def input_behind(node: Node) -> Node | None:

@@ -49,6 +49,23 @@ def embedding_backward(
     return result
 
 
+def add_embedding_backward(
+    total: Tensor, grad: Tensor, index: Tensor, *, offset: int = -1, padding_idx: int = -1
+) -> Tensor:
+    """`total[num_rows, d]`, with what `embedding_backward` gives added in place: of a large table
+    a batch reads few rows, and a gradient of its own would be mostly zeros.
+    """
+    local, skipped = _rows_here(index, total.shape[0], offset, padding_idx)
+    if skipped >= 0:
+        away = local == skipped
+        local, grad = local.masked_fill(away, 0), grad.masked_fill(away.unsqueeze(-1), 0)
+    rows, values = local.reshape(-1), grad.reshape(-1, grad.shape[-1])
+    if total.device.type == "cpu":
+        return total.index_add_(0, rows, values)
+    # The other adds up in no fixed order there.
+    return total.index_put_((rows,), values, accumulate=True)
+
+
 def _rows_here(index: Tensor, num_rows: int, offset: int, padding_idx: int) -> tuple[Tensor, int]:
     """Local row numbers, and the one number among them that gets no gradient (-1: none does).
 

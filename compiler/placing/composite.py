@@ -144,6 +144,8 @@ class Composite:
     overwrites: ClassVar[int | None] = None
     """The argument over which it may write its result: where nothing reads that afterwards, its
     node has the keyword `overwrite`."""
+    adds: ClassVar[bool] = False
+    """Whether it can add its result to a tensor that is there, by `bind_adding`."""
     rule: Callable[[Call], Spec | Iterable[Placement]]
     """Which splits its operands and results may have; a `Row` of the notation, or a method."""
 
@@ -168,6 +170,11 @@ class Composite:
         """Its kernel on one rank: a function of the arguments up to the first that is neither a
         tensor nor None."""
         raise PassError(f"`{self.op}` has no kernel", help="give its class a `bind`")
+
+    def bind_adding(self, binding: BindingContext) -> Kernel:
+        """Its kernel on one rank where its result is added to others: a function of their total and
+        of its operands, which are all tensors; it makes no tensor of the total's size."""
+        raise PassError(f"`{self.op}` does not add", help="give its class a `bind_adding`")
 
 
 COMPOSITES: dict[MeshOp, Composite] = {}

@@ -53,7 +53,8 @@ class Movement:
     node: Node
     forced: bool
     """Whether the plan left no other choice: it wrote the layout of another operand, which stays as
-    it is, or splits the sequence that this moves."""
+    it is, splits the sequence that this moves, or cuts the batch into microbatches that this takes
+    together."""
 
     @property
     def implicit(self) -> bool:
@@ -223,6 +224,7 @@ class Emitter:
                 forced is None
                 or bool(forced & set(collective.axes))
                 or self.planned(value, collective)
+                or self.mesh.sequential.issuperset(collective.axes)  # nothing moves
             )
             self.movements.append(Movement(value, user, collective, following, planned))
             node = have[collective.target] = following

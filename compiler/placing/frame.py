@@ -12,8 +12,10 @@ import torch
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
+    MOVES,
     SAVED,
     TRANSFER,
+    WAIT,
     Graph,
     MeshOp,
     Node,
@@ -61,7 +63,7 @@ def _item(node: Node, mesh: Mesh, saved: Saved) -> Typed:
     return source.type[index], source.layout[index]
 
 
-def _transfer(node: Node, mesh: Mesh, saved: Saved) -> Typed:
+def _moved(node: Node, mesh: Mesh, saved: Saved) -> Typed:
     source: Node = node.args[0]
     return source.type, source.layout
 
@@ -92,7 +94,7 @@ def _bucket_item(node: Node, mesh: Mesh, saved: Saved) -> Typed:
 
 
 FRAME: dict[Op, Callable[[Node, Mesh, Saved], Typed]] = {
-    INPUT: _input, GETITEM: _item, SAVED: _saved, TRANSFER: _transfer, BUCKET: _bucket,
-    BUCKET_ITEM: _bucket_item,
+    INPUT: _input, GETITEM: _item, SAVED: _saved, BUCKET: _bucket, BUCKET_ITEM: _bucket_item,
+    **dict.fromkeys((TRANSFER, *MOVES, WAIT), _moved),
 }  # fmt: skip
 """The type and the layout that such a node must have; None where it cannot have any."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+from weakref import ref
 
+import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,30 +18,34 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self.made: dict[int, tuple[ref[torch.UntypedStorage], int]] = {}
+        """By address: the storages that live, and their bytes."""
+        self.alive = self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = self.run(func, args, kwargs or {})
         given = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        # Before results are looked at: a new storage may have the address of one that is gone.
-        self.alive()
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and address(tensor) not in given | self.made.keys():
-                storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-                self.made[address(tensor)] = (reference, storage.nbytes())
-        self.peak = max(self.peak, self.alive())
+                self.made_by(func, tensor)
+        self.peak = max(self.peak, self.alive)
         return result
 
-    def alive(self) -> int:
-        """The bytes of the storages that still live."""
-        for key, (reference, _) in list(self.made.items()):
-            if reference.expired():  # type: ignore[no-untyped-call]
-                del self.made[key]
-        return sum(size for _, size in self.made.values())
+    def run(self, function: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """The result of an operator."""
+        return function(*args, **kwargs)
+
+    def made_by(self, function: Any, tensor: Tensor) -> None:
+        """Count a storage that an operator has made."""
+        key, storage = address(tensor), tensor.untyped_storage()
+        self.made[key] = ref(storage, partial(self._gone, key)), storage.nbytes()
+        self.alive += storage.nbytes()
+
+    def _gone(self, key: int, _: object) -> None:
+        _, num_bytes = self.made.pop(key)
+        self.alive -= num_bytes
 
 
 def address(tensor: Tensor) -> int:

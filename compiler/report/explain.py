@@ -11,8 +11,9 @@ from meshwright.compiler.graph.ir import INPUT, Node, Phase, TensorType
 from meshwright.compiler.graph.text import size_text, type_text
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Moved, collectives
+from meshwright.compiler.report.recompute import Recomputed, flops_text, recomputed_in
 from meshwright.compiler.report.shares import shares
-from meshwright.compiler.report.sheets import Column, Sheet
+from meshwright.compiler.report.sheet import Column, Sheet
 from meshwright.compiler.report.summary import statement_texts
 from meshwright.compiler.report.sums import Part, Sum, Sums, inside
 from meshwright.dsl.errors import PlanError, did_you_mean, plural, spelled
@@ -55,7 +56,8 @@ class Explanation:
     `collectives` those that `Moved` because of it, and `statements` maps places, such as
     `gpt.plan:6`, to the statements there. For a module that contains others, `whole` is the `Part`
     that sums them up, `sums` are its collectives with equal ones together, and `children` the
-    modules inside, the largest first. `stages` are those of a pipeline in which it is computed.
+    modules inside, the largest first. `stages` are those of a pipeline in which it is computed,
+    and `recomputed` is what the backward computes again of a module.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Explanation:
     sums: tuple[Sum, ...] = ()
     children: tuple[Part, ...] = ()
     stages: tuple[int, ...] = ()
+    recomputed: Recomputed | None = None
 
     def to_json(self) -> dict[str, object]:
         """The same as plain dictionaries and lists."""
@@ -90,6 +93,7 @@ class Explanation:
         for each in self.tensors:
             reason = self._why(each.plan_line) or "  no statement: whole"
             lines.append(f"  {each!s:<{width}}{reason}")
+        lines += self._again()
         if self.whole is not None:
             return "\n".join([*lines, *self._summed(self.whole)])
         for phase in ("forward", "backward"):
@@ -100,8 +104,13 @@ class Explanation:
             lines.append("  moves nothing")
         return "\n".join(lines)
 
+    def _again(self) -> Iterable[str]:
+        if (found := self.recomputed) is not None:
+            what = f"{plural(found.operators, 'operator')}, {flops_text(found.flops)} per rank"
+            yield f"  computed again in the backward: {what}{self._why(found.plan_line)}"
+
     def _summed(self, whole: Part) -> Iterable[str]:
-        from meshwright.compiler.report.show import sheet_text
+        from meshwright.compiler.report.tables import sheet_text
 
         sheets = (self._held_sheet(whole), self._sums_sheet(whole), _parts_sheet(self.children))
         for sheet in sheets:
@@ -120,7 +129,7 @@ class Explanation:
             ("parameters", whole.parameters),
             ("buffers", whole.buffers),
             ("gradients", whole.gradients),
-            ("optimizer, two moments", whole.optimizer),
+            ("optimizer, AdamW", whole.optimizer),
             ("saved for the backward", whole.saved),
         )
         kept = tuple((name, size_text(size)) for name, size in rows if size)
@@ -220,15 +229,17 @@ def _of_module(
     held = {own for key, own in names.items() if not path or key.startswith(f"{path}.")}
     moved, texts = _moved(program, held, path), statement_texts(program.plan)
     shown = (name or "the model", kind, tuple(direct.values()), moved, texts)
-    stages = _stages(
-        program,
-        lambda node: node.op != INPUT and inside(path, (each for each, _ in node.origin.modules)),
-    )
+
+    def within(node: Node) -> bool:
+        return node.op != INPUT and inside(path, (each for each, _ in node.origin.modules))
+
+    stages, again = _stages(program, within), recomputed_in(program, within)
     if next(module.children(), None) is None:
-        return Explanation(*shown, stages=stages)
+        return Explanation(*shown, stages=stages, recomputed=again)
     sums = Sums(program)
     whole = sums.of(path, type(module).__name__)
-    return Explanation(*shown, whole, sums.sums(path), sums.children(path, module), stages)
+    parts = sums.children(path, module)
+    return Explanation(*shown, whole, sums.sums(path), parts, stages, again)
 
 
 def _moved(program: Compiled, names: set[str], path: str | None = None) -> tuple[Moved, ...]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from meshwright.compiler.graph.aliasing import node_bytes
-from meshwright.compiler.graph.ir import Graph, Node, Phase
+from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.graph.text import node_type_text, size_text
 from meshwright.compiler.graph.transfers import (
     TransferKey,
@@ -145,9 +145,6 @@ class Comm:
         return [asdict(item) for item in self.moved]
 
 
-_BACKWARD = (Phase.BACKWARD, Phase.WEIGHT, Phase.SUM, Phase.AFTER)
-
-
 def ledger(program: Compiled) -> Comm:
     """Every collective of a step; a transfer that two nodes share counts once."""
     return Comm(tuple(item for _, item in collectives(program)))
@@ -165,7 +162,7 @@ def collectives(program: Compiled) -> Iterator[tuple[Node, Moved]]:
         sends = Counter(each.link for each in entries if isinstance(each, Send))
         for stage in program.stages:
             for phase, graph in stage.graphs.items():
-                half = "backward" if phase in _BACKWARD and program.trains else "forward"
+                half = "backward" if phase.backward and program.trains else "forward"
                 each = _Ledger(program, graph, half, place)
                 if times := runs[stage.number, phase]:
                     yield from each.collectives(stage.number, times)
@@ -190,16 +187,15 @@ class _Ledger:
                 continue
             if (key := transfer_key(node)) not in shared:
                 shared.add(key)
+                kind, axes = counted(node), node.kwargs["axes"]
                 size = _bytes(node, self.graph)
-                axes = node.kwargs["axes"]
-                made = self._moved(node, node.args, counted(node), axes, size, times)
-                yield node, replace(made, stages=(stage,))
+                yield node, self._moved(node, node.args, kind, axes, size, times, (stage,))
 
     def transfers(self, link: Link, times: int) -> Iterator[tuple[Node, Moved]]:
         for node in self.program.transfers.values[link]:
             axes, size = self.program.pipeline, node_bytes(node, self.graph)
-            made = self._moved(node, (node,), "transfer", axes, size, times)
-            yield node, replace(made, stages=(link.source, link.target))
+            ends = (link.source, link.target)
+            yield node, self._moved(node, (node,), "transfer", axes, size, times, ends)
 
     def _moved(
         self,
@@ -209,6 +205,7 @@ class _Ledger:
         axes: tuple[str, ...],
         size: int,
         times: int,
+        stages: tuple[int, ...],
     ) -> Moved:
         return Moved(
             self.half,
@@ -223,7 +220,7 @@ class _Ledger:
             times,
             len(operands),
             self.place,
-            (),
+            stages,
         )
 
 

@@ -2,90 +2,208 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
 from meshwright.compiler.codegen.instructions import Instructions
 from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import InputKind, OutputKind
-from meshwright.compiler.program import Compiled
+from meshwright.compiler.graph.text import op_text, type_text
+from meshwright.compiler.layout.wires import HALF_TYPES
+from meshwright.compiler.program import Compiled, Stored, Update
 from meshwright.compiler.report.counter import address
+from meshwright.compiler.report.holding import UPDATE, Alive, Memory, Moment
 from meshwright.compiler.report.storages import Walk
-from meshwright.compiler.schedules.actions import Action, Entry, Receive, Send
+from meshwright.compiler.report.tensors import Storage, Use
+from meshwright.compiler.report.uses import copies
+from meshwright.compiler.schedules.actions import Action, Entry, Receive, Send, actions_of
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes per rank of `parameters`, `buffers`, `gradients` and more.
-
-    `optimizer` is for two moments per parameter, as Adam keeps, in the type of its gradient; what
-    an update copies besides is not in it. `activations` are what the forward
-    saves for the backward. `peak` is the most alive at once in a step: all of these that are there
-    by then, the batch, and what operators use inside themselves, but not what a transport does.
-    """
-
-    parameters: int
-    buffers: int
-    gradients: int
-    optimizer: int
-    activations: int
-    peak: int
-
-    def to_json(self) -> dict[str, int]:
-        """The same as a plain dictionary."""
-        return asdict(self)
-
-
-def memories(program: Compiled) -> dict[str, Memory]:
+def memories(program: Compiled, updates: Mapping[int, Update] | None = None) -> dict[str, Memory]:
     """The memory of ranks that hold or run what others do not, by their coordinates (`pp=0`), of
-    the rank that needs most in a step at each; where all do the same there is one."""
+    the rank that needs most in a step at each; where all do the same there is one. `updates` are by
+    rank, by default those of AdamW."""
+    updates = program.updates if updates is None else updates
     found: dict[str, Memory] = {}
     for rank, walk in walks_by_rank(program).items():
-        each = _memory(program, program.mesh.coords(rank), walk)
+        each = _Rank(program, rank, walk, updates.get(rank)).memory()
         place = program.place(rank)
         if place not in found or each.peak > found[place].peak:
             found[place] = each
     return found
 
 
-def _memory(program: Compiled, coords: Mapping[str, int], walk: Walk) -> Memory:
-    mesh, held = program.mesh, [s for s in program.parameters.values() if s.held_by(coords)]
-    trained = [stored for stored in held if stored.requires_grad and program.trains]
-    parameters = sum(stored.local_bytes(mesh) for stored in held)
-    buffers = sum(s.local_bytes(mesh) for s in program.buffers.values() if s.held_by(coords))
-    types = _gradient_types(program)
-    gradients = sum(
-        replace(s, type=replace(s.type, dtype=types.get(s.name, s.type.dtype))).local_bytes(mesh)
-        for s in trained
-    )
-    forwards = [stage.forward for stage in program.stages]
-    batch = {
-        node.args: node_bytes(node, forward)
-        for forward in forwards
-        for node in forward.inputs
-        if node.args[0] == InputKind.ARGUMENT
-    }
-    # Each rank has all of a constant, and computes with its part.
-    constants = {
-        address(c): c.untyped_storage().nbytes() for c in program.captured.constants.values()
-    }
-    lasting = parameters + buffers + 3 * gradients + sum(constants.values())
-    return Memory(
-        parameters,
-        buffers,
-        gradients,
-        2 * gradients,
-        walk.most_saved,
-        lasting + sum(batch.values()) + _peak(walk),
-    )
+_TABLES = "tables of random numbers"
 
 
-def _peak(walk: Walk) -> int:
-    """The most bytes alive at once, without gradients for which there is memory before the step."""
-    return walk.peak - sum(storage.num_bytes for storage in walk.allocated.values())
+class _Rank:
+    """The memory of one rank: what outlives a step, and the walk and the update besides."""
+
+    def __init__(self, program: Compiled, rank: int, walk: Walk, update: Update | None) -> None:
+        self.program, self.walk = program, walk
+        self.update = update or Update("", {}, {})
+        self.coords = program.mesh.coords(rank)
+        actions = actions_of(program.entries[rank])
+        phases = dict.fromkeys((action.stage, action.kind) for action in actions)
+        self.graphs = [program.stages[stage].graphs[phase] for stage, phase in phases]
+        types = _gradient_types(program)
+        self.gradients = {
+            s.name: replace(s, type=replace(s.type, dtype=types[s.name]))
+            for s in self._held(program.parameters.values())
+            if s.name in types
+        }
+        away = self._away()
+        here = {name: s for name, s in self.gradients.items() if not s.kept.update.away}
+        self.away, self.gradients = away, here
+        self.allocated = sum(storage.num_bytes for storage in walk.allocated.values())
+
+    def memory(self) -> Memory:
+        """All figures."""
+        lasting = list(self._lasting())
+        sizes = {use: sum(a.bytes for a in lasting if a.use == use) for use in Use}
+        gradients = self._bytes(self.gradients.values())
+        in_step = [*lasting, *self._in_step(gradients)]
+        after = [*lasting, *self._after_step()]
+        first = [*(a for a in lasting if not _is_later(a)), *self._in_step(gradients, first=True)]
+        alive = max(in_step, after, first, key=_total)
+        parts = {use.value: sum(a.bytes for a in alive if a.use == use) for use in Use}
+        return Memory(
+            sizes[Use.PARAMETERS],
+            self._bytes(self._masters()),
+            sizes[Use.BUFFERS],
+            sizes[Use.CONSTANTS],
+            sizes[Use.BATCH],
+            gradients,
+            sizes[Use.OPTIMIZER],
+            self.walk.most_saved,
+            self.away["host"],
+            self.away["disk"],
+            _total(alive),
+            UPDATE if alive is after else self.walk.tally.peak_at(first=alive is first),
+            self.update.kind,
+            {use: size for use, size in parts.items() if size},
+            tuple(sorted((a for a in alive if a.bytes), key=lambda each: -each.bytes)),
+            tuple(self._timeline(_total(in_step) - self.walk.tally.peak, _total(after))),
+        )
+
+    def _masters(self) -> Iterator[Stored]:
+        """The parameters of more than 16 bits of which a step computes copies in 16."""
+        parameters = self.program.parameters
+        found = (item for stage in self.program.stages for item in copies(stage).items())
+        types = ((names, t) for node, names in found for t, _ in node.results if t is not None)
+        narrow = {name for names, type in types if type.dtype in HALF_TYPES for name in names}
+        return (s for name, s in parameters.items() if name in narrow and _is_wide(s))
+
+    def _away(self) -> Counter[str]:
+        """The most bytes that are kept elsewhere."""
+        found = Counter(self.walk.tally.most_away)
+        for each in self._held(self.program.parameters.values()):
+            value, update = each.kept.value, each.kept.update
+            size = each.local_bytes(self.program.mesh)
+            found[value.to if value.away else update.to] += size
+            if each.name in self.gradients:
+                found[update.to] += self._bytes([self.gradients[each.name]])
+            found[update.to] += self.update.state.get(each.name, 0)
+        return found
+
+    def _held(self, tensors: Iterable[Stored]) -> Iterator[Stored]:
+        return (stored for stored in tensors if stored.held_by(self.coords))
+
+    def _bytes(self, tensors: Iterable[Stored]) -> int:
+        return sum(stored.local_bytes(self.program.mesh) for stored in self._held(tensors))
+
+    def _lasting(self) -> Iterator[Alive]:
+        """What is there before a step, during it and in an update."""
+        program, forward = self.program, self.program.stages[0].forward
+        for use, tensors in (
+            (Use.PARAMETERS, program.parameters),
+            (Use.BUFFERS, program.buffers),
+        ):
+            for each in self._held(tensors.values()):
+                if each.kept.value.away:
+                    continue
+                text = type_text(each.type, each.layout, forward, local=True)
+                yield Alive(each.local_bytes(program.mesh), use.value, each.name, type=text)
+        # Each rank has all of a constant, and computes with its part.
+        constants = {address(c): (name, c) for name, c in program.captured.constants.items()}
+        for name, constant in constants.values():
+            yield Alive(constant.untyped_storage().nbytes(), Use.CONSTANTS.value, name)
+        yield Alive(self.walk.kept, Use.CONSTANTS.value, _TABLES)
+        # Of the inputs, a rank takes those that its own graphs use.
+        batch = {
+            node.args: (node, graph)
+            for graph in self.graphs
+            for node in graph.inputs
+            if node.args[0] == InputKind.ARGUMENT
+        }
+        for node, graph in batch.values():
+            text = type_text(node.tensor, node.placed, graph, local=True)
+            yield Alive(node_bytes(node, graph), Use.BATCH.value, str(node.args[1]), type=text)
+        for name, size in self.update.state.items():
+            if name and program.parameters[name].kept.update.away:
+                continue
+            yield Alive(size, Use.OPTIMIZER.value, name or self.update.kind)
+
+    def _in_step(self, gradients: int, *, first: bool = False) -> Iterator[Alive]:
+        """What is alive at the peak of a step besides."""
+        # The smaller buckets keep their memory from step to step.
+        yield Alive(gradients - self.allocated, Use.GRADIENTS.value, "gradients between steps")
+        changed = {o.name for graph in self.graphs for o in graph.outputs_of(OutputKind.BUFFER)}
+        for name in changed if self.program.trains else ():
+            size = self._bytes([self.program.buffers[name]])
+            yield Alive(size, Use.BUFFERS.value, f"{name}, as it was before the step")
+        if not first:
+            yield Alive(self.update.beside_steps, Use.TEMPORARIES.value, UPDATE)
+        for storage, use in self.walk.tally.at_peak(first=first).items():
+            yield self._node(storage, use)
+
+    def _after_step(self) -> Iterator[Alive]:
+        """What is alive after a step besides, while the parameters are updated."""
+        for each in self.gradients.values():
+            yield Alive(self._bytes([each]), Use.GRADIENTS.value, each.name)
+        yield Alive(self.walk.tally.alive - self.allocated, Use.VALUES.value, "results of the step")
+        for operator, size in self.update.temporaries.items():
+            yield Alive(size, Use.TEMPORARIES.value, f"{UPDATE}: {operator}")
+
+    def _node(self, storage: Storage, use: Use) -> Alive:
+        node = storage.node
+        if node is None:
+            return Alive(storage.num_bytes, use.value, "schedule")
+        texts = (
+            type_text(type, layout, self.program.stages[0].forward, local=True)
+            for type, layout in node.results
+            if type is not None and layout is not None
+        )
+        origin, op = node.origin, op_text(node.op)
+        return Alive(
+            *(storage.num_bytes, use.value, node.name, op, next(texts, "")),
+            *(origin.module, origin.source),
+        )
+
+    def _timeline(self, lasting: int, in_update: int) -> Iterator[Moment]:
+        """`lasting` is what is counted in a step besides the walk."""
+        for entry, node, most, alive in self.walk.tally.marks:
+            name = "" if node is None else node.name
+            yield Moment(str(entry), name, lasting + most, lasting + alive)
+        if self.program.trains:
+            size = sum(self.update.temporaries.values())
+            yield Moment(UPDATE, "", in_update, in_update - size)
+
+
+def _is_later(each: Alive) -> bool:
+    """Whether it is not there yet while the first step makes it, or before an update does."""
+    return each.use == Use.OPTIMIZER or each.name == _TABLES
+
+
+def _is_wide(stored: Stored) -> bool:
+    return stored.type.dtype not in HALF_TYPES
+
+
+def _total(alive: Iterable[Alive]) -> int:
+    return sum(each.bytes for each in alive)
 
 
 def _gradient_types(program: Compiled) -> dict[str, torch.dtype]:
@@ -102,40 +220,50 @@ def walks(program: Compiled) -> list[Walk]:
 
 
 def walks_by_rank(program: Compiled) -> dict[int, Walk]:
-    """The storages through a step, for the first rank of each set of those that run the same
-    actions and hold parts of the same tensors; they are one where the actions are."""
+    """The storages through a step, for each of the program's `different_ranks`; they are one where
+    the actions are."""
     walked: dict[tuple[Entry, ...], Walk] = {}
-    found: dict[tuple[Any, ...], int] = {}
     instructions = {each.name: each for each in program.instructions}
-    for rank, entries in program.entries.items():
-        found.setdefault((entries, program.place(rank)), rank)
+    for rank in program.different_ranks:
+        entries = program.entries[rank]
         if entries not in walked:
             walked[entries] = _walked(program, rank, instructions)
-    return {rank: walked[entries] for (entries, _), rank in found.items()}
+    return {rank: walked[program.entries[rank]] for rank in program.different_ranks}
 
 
 def _walked(program: Compiled, rank: int, instructions: Mapping[str, Instructions]) -> Walk:
     """The storages of a rank through its schedule."""
-    walk = Walk(program.stages, program.mesh.coords(rank), program.device)
-    transfers, settled = program.transfers, program.transfers.settled(rank)
-    received = set[Any]()
-    for entry in program.entries[rank]:
-        if not isinstance(entry, Action):
-            keys = [(*each.args, entry.microbatch) for each in transfers.values[entry.link]]
-            (walk.leaving if isinstance(entry, Send) else received).update(keys)
-        else:
-            taken = program.stages[entry.stage].received(entry.kind)
-            walk.staying.update((*each.args, entry.microbatch) for each in taken)
-    walk.staying -= received
+    transfers, coords = program.transfers, program.mesh.coords(rank)
+    leaving, staying = transfers.leaving(rank), transfers.staying(rank)
+    walk = Walk(program.stages, coords, program.device, leaving, staying)
+    settled, ends = transfers.settled(rank), transfers.ends(rank)
+    begun: dict[int, Iterator[None]] = {}
     for place, entry in enumerate(program.entries[rank]):
+        for earlier in ends.get(place, ()):
+            _finish(begun.pop(earlier))
+        walk.tally.entry = entry
         match entry:
             case Action():
                 graph = program.stages[entry.stage].graphs[entry.kind]
-                walk.run(graph, instructions[graph.name], entry)
+                running = walk.run(graph, instructions[graph.name], entry)
+                if entry.kind.once:
+                    begun[place] = running
+                    next(running, None)
+                else:
+                    _finish(running)
             case Send():
                 walk.send(place, transfers.values[entry.link], entry.microbatch)
             case Receive():
                 walk.receive(transfers.values[entry.link], entry.microbatch)
         for arrived in settled.get(place, ()):
             walk.arrived(arrived)
+    for running in begun.values():
+        _finish(running)
+    walk.end()
     return walk
+
+
+def _finish(running: Iterator[None]) -> None:
+    """Walk what is left of a graph."""
+    for _ in running:
+        pass

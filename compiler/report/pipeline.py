@@ -10,49 +10,33 @@ rank 1  ··· 1F0 1I0 1F1 1W0 1I1 1W1 ···
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from rich.console import Console, Group
 from rich.text import Text
 
-from meshwright.compiler.errors import CompilerError
 from meshwright.compiler.graph.ir import Phase
-from meshwright.compiler.report.show import WIDTH, plain, print_whole
+from meshwright.compiler.report.costs import Assumed
+from meshwright.compiler.report.tables import WIDTH, plain, print_whole
 from meshwright.compiler.schedules.actions import Action, Entry, Link, Send
 from meshwright.compiler.schedules.files import cell
-from meshwright.compiler.schedules.simulate import Costs, Simulation, Simulator, in_flight
+from meshwright.compiler.schedules.routes import LOOPED
+from meshwright.compiler.schedules.simulate import Simulation, Simulator, in_flight
 from meshwright.compiler.schedules.tables import B, F, Table, W
-from meshwright.dsl.errors import did_you_mean, plural, spelled
+from meshwright.dsl.errors import plural
 from meshwright.dsl.writing.html import html_text
 
 _STYLES = {F: "blue", B: "green", W: "yellow"}
 _LEGEND = """\
 0F1: forward, stage 0, microbatch 1; I, W: backward for inputs, weights; B: both
-C: count; before, sum, after: once, around all that; &: may overlap what follows
+C: count; before, sum, after, results: once; &: may overlap what follows
 >1: send to rank 1; <1: begin to receive from it"""
-_LETTERS = {Phase.COUNT: "C", Phase.BEFORE: "before", Phase.SUM: "sum", Phase.AFTER: "after"}
+_ONCE = (phase for phase in Phase if phase.once)
+_LETTERS = {Phase.COUNT: "C", **{phase: phase.value for phase in _ONCE}}
 _MOST = 12
 """The most columns per action, on average; of uneven costs the short ones lose their names then."""
-_LEAST = 1e-100
-"""The smallest cost that is not 0, so that no sum or share of costs is beyond floats."""
-CostsGiven = Mapping[str, float | Sequence[float]]
-"""Costs as users write them: by kind, one number for each stage or one for all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Assumed:
-    """What actions are assumed to cost, in which unit, and where that is known from."""
-
-    costs: Costs
-    source: str
-    seconds: bool = False
-
-    def text(self, time: float) -> str:
-        """A time as text."""
-        return f"{1000 * time:.3g} ms" if self.seconds else f"{time:g}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +44,7 @@ class PipelineSchedule:
     """The schedule of a pipeline: what each rank runs, sends and receives in a step, and when.
 
     It prints as text: the table, a timeline, and what they come to. Times are in seconds where
-    costs were measured, and in the unit of the given costs elsewhere.
+    costs were measured, in FLOPs where they were counted, and else in the unit of the given costs.
     """
 
     table: Table
@@ -69,7 +53,7 @@ class PipelineSchedule:
 
     @cached_property
     def simulation(self) -> Simulation:
-        """When each action of the loop over microbatches runs."""
+        """When each action runs."""
         return Simulator(self.table, self.links).run(self.assumed.costs)
 
     @property
@@ -129,11 +113,12 @@ class PipelineSchedule:
             "ranks": [[str(entry) for entry in row] for row in self.table.rows],
             "costs": {
                 "source": self.assumed.source,
-                "unit": "seconds" if self.assumed.seconds else None,
+                "unit": self.assumed.unit or None,
                 "forward": list(costs.forward),
                 "backward": list(costs.backward),
                 "weight": list(costs.weight),
                 "hop": costs.hop,
+                **{phase.value: list(each) for phase, each in costs.around.items()},
             },
             "times": [
                 [{"action": str(each.action), "start": each.start, "end": each.end} for each in row]
@@ -152,63 +137,27 @@ class PipelineSchedule:
         parts = [Text(f"{p}, {stages}, microbatches: {table.microbatches}", "bold")]
         parts += [Text(_LEGEND, "dim"), Text(), *_table_rows(table, width)]
         parts += [*_wrapped(list(_timeline(table, self.simulation)), width), Text()]
-        parts += [Text(line) for line in self._totals()]
+        parts += [
+            Text(line)
+            for text in self._totals()
+            for line in textwrap.wrap(text, width, subsequent_indent="    ")
+        ]
         return Group(*parts)
 
     def _totals(self) -> Iterator[str]:
-        spell = self.assumed.text
+        spell, costs = self.assumed.text, self.assumed.costs
         idle = f"{100 * self.bubble_fraction:.1f}%"
         times = f"step: {spell(self.step_time)}; longest of one rank: {spell(self.window)}"
         yield f"costs: {self.assumed.source}"
+        looped = zip(LOOPED, (costs.forward, costs.backward, costs.weight), strict=True)
+        for phase, each in (*looped, *costs.around.items()) if self.assumed.by_stage else ():
+            yield f"  {phase.value}, by stage: {', '.join(map(spell, each))}"
+        if costs.hop:
+            yield f"  hop: {spell(costs.hop)}"
         yield f"{times}; bubble: {idle}"
         counts = " ".join(map(str, self.activations))
         yield f"most activations at once (one stage, one microbatch), by rank: {counts}"
         yield f"messages per step: {self.num_messages}"
-
-
-def equal_costs(num_stages: int) -> Assumed:
-    """Every action costs one unit of time, and what is sent is there at once."""
-    return Assumed(Costs.equal(num_stages), "1 for every action")
-
-
-def given_costs(given: CostsGiven, num_stages: int) -> Assumed:
-    """Costs that a user gave. Raises `CompilerError` for costs that cannot be."""
-    example = '`costs={"forward": 1, "backward": 1, "weight": [1, 2], "hop": 0.1}`'
-    if not isinstance(given, Mapping):
-        raise CompilerError(f"`costs` is {spelled(given)}", help=f"write {example}")
-    kinds = ("forward", "backward", "weight", "hop")
-    for kind in given:
-        if kind not in kinds:
-            raise CompilerError(
-                f"`costs` has the unknown key {spelled(kind)}", help=did_you_mean(str(kind), kinds)
-            )
-    found: dict[str, list[float]] = {}
-    for kind in kinds:
-        if kind not in given and kind != "hop":
-            raise CompilerError(f"`costs` is missing `{kind}`", help=f"write {example}")
-        value: Any = given.get(kind, 0)
-        each: list[float] = (
-            list(value) if isinstance(value, (list, tuple)) and kind != "hop" else [value]
-        )
-        if not all(map(_is_cost, each)):
-            raise CompilerError(
-                f"`{kind}` in `costs` is {spelled(value)}",
-                help="give numbers that are at least 0, one for each stage or one for all",
-            )
-        if len(each) not in (1, num_stages):
-            raise CompilerError(
-                f"`{kind}` in `costs` has {plural(len(each), 'number')} "
-                f"for {plural(num_stages, 'stage')}",
-                help="give one number for each stage, or one for all",
-            )
-        found[kind] = each * num_stages if len(each) == 1 else each
-    (hop, *_) = found.pop("hop")
-    return Assumed(Costs(**found, hop=hop), "as given")
-
-
-def _is_cost(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and (value == 0 or _LEAST <= value <= 1 / _LEAST)  # type: ignore[operator]
 
 
 def _table_rows(table: Table, width: int) -> Iterator[Text]:
@@ -225,13 +174,13 @@ def _table_rows(table: Table, width: int) -> Iterator[Text]:
 def _cell(entry: Entry, table: Table) -> str:
     if not isinstance(entry, Action):
         return f"{'>' if isinstance(entry, Send) else '<'}{entry.peer}"
-    if entry.kind.once:
-        return f"{entry.stage}{_LETTERS[entry.kind]}"
     return _name(entry, table) + ("&" if entry in table.overlapped else "")
 
 
 def _name(action: Action, table: Table) -> str:
     """`0F1`; a backward that computes gradients of weights too is `0B1`."""
+    if action.kind.once:
+        return f"{action.stage}{_LETTERS[action.kind]}"
     weights = replace(action, kind=W)
     whole = action.kind is B and not any(weights in row for row in table.rows)
     return cell(action, "B" if whole else _LETTERS.get(action.kind, ""))
@@ -239,20 +188,23 @@ def _name(action: Action, table: Table) -> str:
 
 def _timeline(table: Table, simulation: Simulation) -> Iterator[Text]:
     """One row per rank, in which columns are time; a blank ends an action, if there is room."""
-    ran = [each for row in simulation.rows for each in row]
-    begin = min(each.start for each in ran)
+    rows = [[each for each in row if each.action.kind in LOOPED] for row in simulation.rows]
+    ran = [each for row in rows for each in row]
     shortest = min((each.end - each.start for each in ran if each.end > each.start), default=1)
     names = max(len(cell(each.action)) for each in ran)
-    longest = max(len(row) for row in simulation.rows)
+    longest = max(map(len, rows))
     scale = min((names + 1) / shortest, _MOST * longest / max(simulation.makespan, shortest))
     end = round(simulation.makespan * scale)
     for row in simulation.rows:
         text = Text()
-        for each in row:
-            start, stop = (round((time - begin) * scale) for time in (each.start, each.end))
+        for each in (each for each in row if each.end > each.start):
+            start, stop = (round(time * scale) for time in (each.start, each.end))
             text.append(_idle(text, start), "dim")
-            block = _name(each.action, table).ljust(stop - start - 1, "─") + " "
-            text.append(block[: stop - start], _STYLES[each.action.kind])
+            name = _name(each.action, table)
+            if each.action.kind not in LOOPED:
+                name = name[: max(0, stop - start - 1)]
+            block = name.ljust(stop - start - 1, "─") + " "
+            text.append(block[: stop - start], _STYLES.get(each.action.kind, "magenta"))
         text.append(_idle(text, end), "dim")
         yield text
 

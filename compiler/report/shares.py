@@ -10,7 +10,9 @@ from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
+    MOVES,
     SAVED,
+    WAIT,
     Graph,
     InputKind,
     MeshOp,
@@ -82,6 +84,13 @@ def _parameters_behind(value: Node) -> set[str]:
     return found
 
 
+def _stays(node: Node) -> Node:
+    """What is moved from where it stays, or the value itself."""
+    while node.op == WAIT or node.op in MOVES:
+        node = node.args[0]
+    return node
+
+
 def _note(found: Shares, node: Node, name: str, share: float) -> None:
     own = found.setdefault(node, {})
     own[name] = own.get(name, 0.0) + share
@@ -98,6 +107,7 @@ def _note_gradients(found: Shares, graph: Graph, ways: _Ways) -> None:
     """Note the collectives between where gradients are computed and where they are kept."""
     for gradient in graph.outputs_of(OutputKind.GRADIENT):
         flat, position = gradient.node.args
+        flat = _stays(flat)
         bucket = flat if flat.op == MeshOp("bucket") else flat.args[0]
         part, share = list(_operands(bucket, graph))[position]
         if flat is not bucket:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from meshwright.compiler.graph.text import size_text
+from meshwright.compiler.program import Budgeted
+from meshwright.compiler.report.holding import places_sheet
+from meshwright.compiler.report.recompute import Recomputed, flops_text
+from meshwright.compiler.report.sheet import Column, Sheet
 from meshwright.compiler.report.staging import Passed, Repeated
 from meshwright.compiler.report.summary import Gather, Held, PlanLine, Summary, Traffic
 from meshwright.dsl.errors import plural
@@ -18,78 +20,6 @@ _PATHS = 4
 """How many ways from stage to stage a row names before it only counts them."""
 _MOST_PLACES = 8
 """How many places the table of memory has a column for; of more, it has that which needs most."""
-_NARROWEST = 12
-"""The least width to which a column is narrowed."""
-_BREAKS = re.compile(r"(?<=\s)|(?<=,)(?!\s)|(?=\.)")
-"""Where a cell may be broken: after blanks and commas, and before a name's dots."""
-_WORDS = re.compile(r"(?<=\s)")
-_NAMES = re.compile(r"(?=\.)")
-_ITEMS = re.compile(r"(?<=, )")
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A heading, a style of rich's, and how cells are laid out."""
-
-    heading: str
-    style: str = ""
-    right: bool = False
-    fixed: bool = False
-    """Whether no cell is ever broken; those aligned to the right never are."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sheet:
-    """A table: rows, then rows that sum them up."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    totals: tuple[tuple[str, ...], ...] = ()
-
-    def widths(self, width: int) -> list[int]:
-        """The widths of the columns: the table fits `width` if its cells can be broken so far."""
-        every = [tuple(column.heading for column in self.columns), *self.rows, *self.totals]
-        natural = [max(map(len, cells)) for cells in zip(*every, strict=True)]
-        least = [
-            natural[i] if column.right or column.fixed else max(map(_narrowest, cells))
-            for i, (column, cells) in enumerate(
-                zip(self.columns, zip(*every, strict=True), strict=True)
-            )
-        ]
-        room = width - 2 * (len(natural) - 1)
-        found = list(natural)
-        while sum(found) > room:
-            widest = max(range(len(found)), key=lambda i: found[i] if found[i] > least[i] else 0)
-            if found[widest] <= least[widest]:
-                break
-            found[widest] -= 1
-        return found
-
-
-def _narrowest(cell: str) -> int:
-    pieces = [len(piece.rstrip()) for piece in _BREAKS.split(cell)]
-    return max(min(len(cell), _NARROWEST), pieces[0], *(2 + piece for piece in pieces[1:]), 0)
-
-
-def broken(cell: str, width: int) -> str:
-    """A cell in lines of at most `width` columns, the later ones indented.
-
-    A list is broken between its items, and an item only where it does not fit a line of its own.
-    """
-    lines = [""]
-    pieces = [cell]
-    for breaks in (_ITEMS, _WORDS, _NAMES, _BREAKS):
-        pieces = [
-            part
-            for piece in pieces
-            for part in ([piece] if len(piece.rstrip()) <= width - 2 else breaks.split(piece))
-        ]
-    for piece in pieces:
-        if lines[-1].strip() and len(lines[-1] + piece.rstrip()) > width:
-            lines.append("  ")
-        lines[-1] += piece
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def sheets(summary: Summary) -> tuple[Sheet, ...]:
@@ -100,6 +30,7 @@ def sheets(summary: Summary) -> tuple[Sheet, ...]:
         _traffic(summary),
         _passed(summary.passed),
         _repeated(summary.repeated),
+        _recomputed(summary.recomputed, summary.share_recomputed),
         _gathers(summary.gathers),
         _lines(summary.lines),
         _memory(summary),
@@ -132,7 +63,7 @@ def _passed(rows: Sequence[Passed]) -> Sheet:
     columns = (
         Column("", "dim"),
         Column("value", "cyan"),
-        Column("from stage to stage"),
+        Column("stages"),
         Column("", "dim", right=True),
         Column("each", right=True),
         Column("of"),
@@ -155,6 +86,28 @@ def _repeated(rows: Sequence[Repeated]) -> Sheet:
     columns = (Column("value", "cyan"), Column("in stages"), Column("of"))
     cells = tuple((row.type, _some(list(map(str, row.stages)), 8), row.module) for row in rows)
     return Sheet("computed again in each stage that takes it, and not sent", columns, cells)
+
+
+def _recomputed(rows: Sequence[Recomputed], share: float) -> Sheet:
+    columns = (
+        Column("regions"),
+        Column("", "dim", right=True),
+        Column("operators of each", right=True),
+        Column("operations per rank", right=True),
+        Column("plan", "dim"),
+    )
+    cells = tuple(
+        (
+            _where(row.regions),
+            f"x {row.count}" if row.count > 1 else "",
+            str(row.operators),
+            flops_text(row.flops),
+            _short(row.plan_line),
+        )
+        for row in rows
+    )
+    more = f"computed again in the backward of a step: {share:.1%} more operations per rank"
+    return Sheet(more, columns, cells)
 
 
 def _held(rows: Sequence[Held]) -> Sheet:
@@ -277,19 +230,8 @@ def _memory(summary: Summary) -> Sheet:
     places = dict(summary.memories)
     if not 1 < len(places) <= _MOST_PLACES:
         places = {"": summary.memory}
-    rows = (
-        ("parameters", "parameters"),
-        ("buffers", "buffers"),
-        ("gradients", "gradients"),
-        ("optimizer, two moments", "optimizer"),
-        ("saved for the backward", "activations"),
-        ("peak of a step", "peak"),
-    )
-    sizes = ((name, [getattr(each, key) for each in places.values()]) for name, key in rows)
-    kept = tuple((name, *map(size_text, found)) for name, found in sizes if any(found))
-    columns = (Column(place, "bold", right=True) for place in places)
     most = "memory per rank" + (", of the rank that needs most" if summary.memories else "")
-    return Sheet("memory per rank" if len(places) > 1 else most, (Column(""), *columns), kept)
+    return places_sheet(places, "memory per rank" if len(places) > 1 else most)
 
 
 def heading(summary: Summary) -> tuple[str, ...]:
@@ -298,11 +240,25 @@ def heading(summary: Summary) -> tuple[str, ...]:
     mode = {"train": "training", "infer": "inference", "eval": "evaluation"}[summary.mode]
     axes = ", ".join(f"{axis}={size}" for axis, size in summary.mesh)
     num_ranks = math.prod(size for _, size in summary.mesh)
-    lines = (
+    lines: tuple[str, ...] = (
         f"{summary.model} under {summary.plan}, compiled for {mode} on {summary.device}",
         f"mesh {axes}, {plural(num_ranks, 'rank')}",
     )
-    if (found := summary.balance) is None:
-        return lines
-    most = f"{found.imbalance:.2f} times the mean"
-    return (*lines, f"stages chosen by {found.by}: the rank that has most has {most}")
+    if (found := summary.balance) is not None:
+        most = f"{found.imbalance:.2f} times the mean"
+        lines = (*lines, f"stages chosen by {found.by}: the rank that has most has {most}")
+    if (chosen := summary.budgeted) is not None:
+        lines = (*lines, *_chosen(chosen))
+    return lines
+
+
+def _chosen(found: Budgeted) -> Iterator[str]:
+    """What a budget has led to."""
+    peak, budget = size_text(found.peak), size_text(found.budget)
+    yield f"chosen for a budget of {budget}, with which a rank needs at most {peak}"
+    if found.operations:
+        yield (
+            f"without regions it needs {size_text(found.without)}; at most {found.gap:.1%} of what "
+            "is computed again could be saved by others"
+        )
+    yield from found.statements

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from meshwright.compiler.graph.ir import INPUT, SAVED, Graph, InputKind, Node, OutputKind, Phase
+from meshwright.compiler.graph.ir import (
+    INPUT,
+    MOVES,
+    SAVED,
+    WAIT,
+    Graph,
+    InputKind,
+    Node,
+    OutputKind,
+    Phase,
+)
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.graph.text import node_type_text
 from meshwright.compiler.program import Compiled
@@ -18,7 +28,7 @@ from meshwright.dsl.statements import Stages
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StageRow:
     """A stage: `at` are the coordinates of its ranks, `modules` run in it, `num_parameters` counts
     the numbers of the parameters that it holds, and `saved` are the bytes per rank that it keeps of
     one microbatch for the backward."""
@@ -62,7 +72,7 @@ def schedule_text(program: Compiled) -> str:
     return ""
 
 
-def parts(program: Compiled) -> Iterator[Part]:
+def stage_rows(program: Compiled) -> Iterator[StageRow]:
     """The stages; nothing without a pipeline."""
     if not program.pipeline:
         return
@@ -75,7 +85,7 @@ def parts(program: Compiled) -> Iterator[Part]:
     for stage in program.stages:
         own = [path for path, stages in found.items() if path and stages == {stage.number}]
         whole = [path for path in own if path.rpartition(".")[0] not in own]
-        yield Part(
+        yield StageRow(
             stage.number,
             _places(program, stage.number),
             tuple(fold(whole, [name for name, _ in program.model.named_modules() if name])),
@@ -145,7 +155,12 @@ def repeated(program: Compiled) -> Iterator[Repeated]:
     found: dict[tuple[Any, ...], tuple[Node, Graph, list[int]]] = {}
     for stage in program.stages if program.pipeline else ():
         for node, graph in _taken(stage).items():
-            key = (node.op, replace(node.origin, stage=0), str(node.type), str(node.layout))
+            key = (
+                node.op,
+                replace(node.origin, stage=0, region=""),
+                str(node.type),
+                str(node.layout),
+            )
             known = found.setdefault(key, (node, graph, []))
             if stage.number not in known[2]:
                 known[2].append(stage.number)
@@ -182,6 +197,9 @@ def _free(stage: Stage) -> dict[Node, tuple[Node, Graph]]:
                 made = found.get(saved[str(node.args[0])])
                 if made is not None:
                     found[node] = made
+            elif node.op in (*MOVES, WAIT):
+                if node.args[0] in found:
+                    found[node] = found[node.args[0]]
             elif all(each in found or each in fixed for each in node.operands()):
                 found[node] = (node, graph)
         saved |= {output.name: output.node for output in graph.outputs_of(OutputKind.SAVED)}

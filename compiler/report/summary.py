@@ -11,21 +11,23 @@ from meshwright.compiler.graph.names import fold
 from meshwright.compiler.graph.text import op_text, type_text
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.placing.rules.lookup import has_rule
-from meshwright.compiler.program import Compiled, Stored
+from meshwright.compiler.program import Budgeted, Compiled, Stored
+from meshwright.compiler.report.holding import Memory
 from meshwright.compiler.report.ledger import Comm, Moved, ledger
-from meshwright.compiler.report.memory import Memory, memories
+from meshwright.compiler.report.memory import memories
+from meshwright.compiler.report.recompute import Recomputed, recomputed, share_recomputed
 from meshwright.compiler.report.staging import (
-    Part,
     Passed,
     Repeated,
-    parts,
+    StageRow,
     passed,
     repeated,
     schedule_text,
+    stage_rows,
 )
 from meshwright.compiler.schedules.balanced import Balance
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Statement
+from meshwright.dsl.statements import Accumulate, Stages, Statement, Zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +104,20 @@ class Summary:
     sent: tuple[tuple[str, int, int], ...]
     """By coordinates, where ranks run different stages: collectives, and the bytes sent."""
     schedule: str
-    stages: tuple[Part, ...]
+    stages: tuple[StageRow, ...]
     passed: tuple[Passed, ...]
     repeated: tuple[Repeated, ...]
+    recomputed: tuple[Recomputed, ...]
+    share_recomputed: float
+    """How many more operations a rank has in a step because of them, as a share of the others."""
     balance: Balance | None
+    budgeted: Budgeted | None
 
     def to_json(self) -> dict[str, object]:
         """Plain dictionaries and lists."""
         pairs = {"mesh": dict(self.mesh), "bytes_by_axis": dict(self.bytes_by_axis)}
-        places = {place: each.to_json() for place, each in self.memories}
-        return {**asdict(self), **pairs, "memories": places}
+        places = {place: each.figures() for place, each in self.memories}
+        return {**asdict(self), **pairs, "memory": self.memory.figures(), "memories": places}
 
 
 def summarise(program: Compiled, *, local: bool = False) -> Summary:
@@ -132,10 +138,13 @@ def summarise(program: Compiled, *, local: bool = False) -> Summary:
         tuple(places.items()) if len(places) > 1 else (),
         tuple((at, own.times(), own.total_bytes()) for at, own in comm.by_place().items() if at),
         schedule_text(program),
-        tuple(parts(program)),
+        tuple(stage_rows(program)),
         tuple(passed(program)),
         tuple(repeated(program)),
+        recomputed(program),
+        share_recomputed(program),
         program.balance,
+        program.budgeted,
     )
 
 
@@ -211,9 +220,10 @@ def _gathers(program: Compiled) -> Iterable[Gather]:
             source, target = str(movement.collective.source), str(movement.collective.target)
             key = (op_text(movement.user), source, target, has_rule(movement.user))
             groups.setdefault(key, []).append(movement)
+    mesh = next(iter(program.graphs().values())).mesh  # with the axis of microbatches
     for (op, source, target, known), found in groups.items():
         modules = _modules((m.node.origin.module for m in found), program)
-        size = sum(movement.sent_bytes(program.mesh) for movement in found)
+        size = sum(movement.sent_bytes(mesh) for movement in found)
         value = found[0].value.name
         yield Gather(op, value, source, target, modules, len(found), size, known)
 
@@ -231,8 +241,12 @@ def _lines(program: Compiled, comm: Comm) -> Iterable[PlanLine]:
 def statement_texts(plan: Plan) -> dict[str, str]:
     """The statement at each place, such as `gpt.plan:6`: the plan's own first."""
     found: dict[str, str] = {}
+    looped = any(each.microbatches for each in plan.of(Stages)) or bool(plan.of(Accumulate))
     for statement in plan.statements:
-        found.setdefault(statement.plan_line, _text(statement))
+        text = _text(statement)
+        if looped and isinstance(statement, Zero) and statement.every is None:
+            text += f" ({statement.when(pipelined=bool(plan.of(Stages)))})"
+        found.setdefault(statement.plan_line, text)
     found.pop("", None)
     return found
 

@@ -70,11 +70,17 @@ class Sums:
         self.moved = list(collectives(program))
         self.shares = shares(program)
         self.walks = walks_by_rank(program)
+        away = {s.name for s in program.parameters.values() if s.kept.update.away}
+        self.states = [
+            {name: size for name, size in update.state.items() if name not in away}
+            for update in program.updates.values()
+        ]
 
     def of(self, path: str, kind: str) -> Part:
         """The sums of one module and all inside it."""
         own = list(self._stored(path))
-        trained = [each for each in own if each.requires_grad and self.program.trains]
+        updated = [each for each in own if each.requires_grad and self.program.trains]
+        trained = [each for each in updated if not each.kept.update.away]
         buffers = self.program.buffers
         gradients, sums = self._held(trained), self.sums(path)
         return Part(
@@ -82,10 +88,10 @@ class Sums:
             kind,
             1,
             sum(math.prod(each.type.shape) for each in own),
-            self._held(own),
+            self._held(each for each in own if not each.kept.value.away),
             self._held(buffers[name] for name in _under(path, buffers)),
             gradients,
-            2 * gradients,
+            self._state([s.name for s in trained] if path else None),
             max(self._saved(walk, path) for walk in self.walks.values()),
             sum(each.count for each in sums if not path or each.phase != "gradients"),
             sum(each.bytes for each in sums),
@@ -98,6 +104,14 @@ class Sums:
             sum(each.local_bytes(mesh) for each in held if each.held_by(mesh.coords(rank)))
             for rank in self.walks
         )
+
+    def _state(self, names: Iterable[str] | None) -> int:
+        """The bytes that AdamW keeps of these parameters on a rank's device; with None, in all."""
+        sizes = (
+            sum(own.values()) if names is None else sum(own.get(name, 0) for name in names)
+            for own in self.states
+        )
+        return max(sizes, default=0)
 
     def _saved(self, walk: Walk, path: str) -> int:
         """The bytes that graphs save for later ones, of what a module computes."""

@@ -37,12 +37,12 @@ class Link:
 
     @property
     def backward(self) -> bool:
-        """Whether the values are made in or after the backward.
+        """Whether the values are made in the backward half of a step.
 
         Values of either half of a step have a channel of their own between two ranks, on which
         they come in the order in which they were sent.
         """
-        return self.source_phase in (Phase.BACKWARD, Phase.WEIGHT, Phase.SUM, Phase.AFTER)
+        return self.source_phase.backward
 
     def __str__(self) -> str:
         """`forward 0 -> forward 1`."""

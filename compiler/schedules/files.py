@@ -59,27 +59,37 @@ def loaded_table(statement: Stages, size: Size) -> Table:
     Raises `PlanError`: P113 for a file that cannot be read, and P307, with the line and the cell,
     for a table that cannot be carried out with so many ranks, stages and microbatches.
     """
-    path = statement.schedule.strip("\"'")
-    return read_table(Source(Path(path).name, read_file(path)), size, statement.at("schedule"))
+    path, named = statement.schedule.strip("\"'"), statement.at("schedule")
+    try:
+        text = read_file(path)
+    except PlanError as error:
+        help = error.help.replace("of the plan", "of the schedule, from the current folder on")
+        spans = [*error.spans, *filter(None, [named])]
+        raise PlanError("P113", error.message, spans=spans, help=help) from None
+    return read_table(Source(Path(path).name, text), size, named)
 
 
 def read_table(source: Source, size: Size, named: Span | None = None) -> Table:
     """The table in the text of a file, which is named at a place of the plan."""
-    rows = [list(_read_line(source, number)) for number in range(1, 1 + len(source.lines))]
+    rows = [list(_read_line(source, number, named)) for number in range(1, 1 + len(source.lines))]
     while rows and not rows[-1]:
         rows.pop()
     start = make_span(source, (1, 1), (1, 2))
     if len(rows) != size.coordinates:
+        if len(rows) > size.coordinates:
+            first = size.coordinates + 1
+            start = make_span(source, (first, 1), (first, 2))
         what = f"the file has {plural(len(rows), 'line')} for {plural(size.coordinates, 'rank')}"
         raise _wrong(what, [start, named], "write one line per rank, with what it runs in order")
     num_stages = size.coordinates * size.virtual
-    for each in (each for row in rows for each in row):
-        action, help = each.action, "correct the cell, or the numbers in the plan"
-        if action.stage >= num_stages:
-            raise _wrong(f"there are only {num_stages} stages", [each.span, named], help)
-        if action.microbatch >= size.microbatches:
-            what = f"there are only {size.microbatches} microbatches"
-            raise _wrong(what, [each.span, named], help)
+    every = [each for row in rows for each in row]
+    _check_range(every, "stage", num_stages, "another `virtual=`", named)
+    most = max((each.action.microbatch for each in every), default=0) + 1
+    _check_range(every, "microbatch", size.microbatches, f"`microbatches={most}`", named)
+    left = sorted({*range(num_stages)} - {each.action.stage for each in every})
+    if left:
+        what = f"no rank runs stage {left[0]}, and the plan has {plural(num_stages, 'stage')}"
+        raise _wrong(what, [start, named], "add it to a line, or write another `virtual=`")
     table = _table_of(rows, size.microbatches, num_stages)
     graphs = frozenset((stage, kind) for stage in range(num_stages) for kind in LOOPED)
     if fault := find_fault(table, graphs, chain(num_stages), sends=False):
@@ -97,6 +107,17 @@ def read_table(source: Source, size: Size, named: Span | None = None) -> Table:
     return table
 
 
+def _check_range(
+    every: Iterable[_Read], part: str, count: int, other: str, named: Span | None
+) -> None:
+    """Raises `PlanError` for a cell of a stage or microbatch that the plan does not have."""
+    for each in every:
+        number: int = getattr(each.action, part)
+        if number >= count:
+            what = f"{part} {number} is not there: the plan has {plural(count, part)}"
+            raise _wrong(what, [each.span, named], f"correct the cell, or write {other}")
+
+
 def _wrong(what: str, spans: Iterable[Span | None], help: str) -> PlanError:
     return PlanError("P307", what, spans=spans, help=help)
 
@@ -110,7 +131,7 @@ class _Read:
     overlapped: bool = False
 
 
-def _read_line(source: Source, number: int) -> Iterator[_Read]:
+def _read_line(source: Source, number: int, named: Span | None) -> Iterator[_Read]:
     column = 1
     for cell in source.line(number).split(","):
         text = cell.strip()
@@ -118,20 +139,20 @@ def _read_line(source: Source, number: int) -> Iterator[_Read]:
         span = make_span(source, (number, start), (number, start + len(text)))
         column += len(cell) + 1
         if pair := _PAIR.fullmatch(text):
-            forward, *backward = (a for part in pair.groups() for a in _actions(part, span))
+            forward, *backward = (a for part in pair.groups() for a in _actions(part, span, named))
             yield _Read(forward, span, overlapped=True)
             yield from (_Read(action, span) for action in backward)
         elif text:
-            yield from (_Read(action, span) for action in _actions(text, span))
+            yield from (_Read(action, span) for action in _actions(text, span, named))
 
 
-def _actions(text: str, span: Span) -> Iterator[Action]:
+def _actions(text: str, span: Span, named: Span | None) -> Iterator[Action]:
     found = _CELL.fullmatch(text)
     if found is None:
         help = "write a stage, `F`, `I`, `W` or `B`, and a microbatch: `0F3`"
         if "SEND" in text or "RECV" in text or "SHARD" in text or "REDUCE" in text:
             help = "leave it out: what ranks send, gather and reduce follows from what they run"
-        raise _wrong(f"cannot read {quoted(text)}", [span], help)
+        raise _wrong(f"cannot read {quoted(text)}", [span, named], help)
     stage, letter, microbatch = found.groups()
     yield from (Action(kind, int(stage), int(microbatch)) for kind in _KINDS[letter])
 

@@ -8,7 +8,7 @@ from meshwright.compiler.graph.ir import InputKind, Phase
 from meshwright.compiler.schedules.actions import Link
 from meshwright.compiler.stages import PASSED_AS, Stage
 
-Passed = tuple[InputKind, str]
+Taken = tuple[InputKind, str]
 """What a value is to the stage that takes it, and its name."""
 
 
@@ -17,16 +17,16 @@ def graphs_of(stages: Iterable[Stage]) -> frozenset[tuple[int, Phase]]:
     return frozenset((stage.number, phase) for stage in stages for phase in stage.graphs)
 
 
-def links_of(stages: Iterable[Stage]) -> dict[Link, tuple[Passed, ...]]:
+def links_of(stages: Iterable[Stage]) -> dict[Link, tuple[Taken, ...]]:
     """The links between stages, and the values that go along each, in the order in which they are
     returned."""
     stages = list(stages)
-    takers: dict[Passed, list[tuple[int, Phase]]] = {}
+    takers: dict[Taken, list[tuple[int, Phase]]] = {}
     for stage in stages:
         for phase in stage.graphs:
             for node in stage.received(phase):
                 takers.setdefault(tuple(node.args), []).append((stage.number, phase))
-    found: dict[Link, list[Passed]] = {}
+    found: dict[Link, list[Taken]] = {}
     for stage in stages:
         for phase in stage.graphs:
             for output in stage.sent(phase):

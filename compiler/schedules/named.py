@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from meshwright.compiler.schedules import tables
 from meshwright.compiler.schedules.files import loaded_table
 from meshwright.compiler.schedules.tables import Size, Table
-from meshwright.dsl.errors import PlanError
+from meshwright.dsl.errors import PlanError, plural
 from meshwright.dsl.statements import Stages
 
 Misfit = tuple[str, str, str]
@@ -42,9 +42,9 @@ def _few_or_odd(size: Size) -> Misfit | None:
         return "over", f"it needs an even number of ranks, not {p}", help
     if m >= 2 * p and (size.virtual == 2 or m % 2 == 0):
         return None
-    even = " and an even number" if size.virtual == 1 else ""
+    even = ", an even number" if size.virtual == 1 else ""
     least = max(2 * p, m + m % 2 * (2 - size.virtual))
-    why = f"over {p} ranks it needs at least {2 * p} of them{even}"
+    why = f"over {p} ranks it needs at least {2 * p}{even}"
     return "microbatches", why, f"write `microbatches={least}`"
 
 
@@ -71,11 +71,12 @@ def planned_table(statement: Stages, size: Size) -> Table:
         return loaded_table(statement, size)
     if misfit := schedule.misfit(size):
         part, why, help = misfit
-        what = f"{size.microbatches} microbatches" if part == "microbatches" else "the mesh"
+        count = plural(size.microbatches, "microbatch")
+        what = count if part == "microbatches" else "the mesh"
         raise PlanError(
             "P306",
             f"`{statement.schedule}` does not fit {what}: {why}",
-            spans=[statement.at(part)],
+            spans=[statement.at(part if part in statement.parts else "schedule")],
             help=help,
         )
     return schedule.fill(size)

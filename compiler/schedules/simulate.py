@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 from meshwright.compiler.graph.ir import Phase
@@ -19,14 +19,26 @@ class Costs:
 
     forward: Sequence[float]
     backward: Sequence[float]
-    """Of gradients for inputs."""
+    """Of gradients for inputs, and for weights too where one graph computes both."""
     weight: Sequence[float]
     hop: float = 0
+    around: Mapping[Phase, Sequence[float]] = field(default_factory=dict)
+    """Of what runs before and after the loop over microbatches, by phase; others cost nothing."""
 
     def of(self, action: Action) -> float:
-        """What an action of the loop costs."""
+        """What an action costs."""
+        if action.kind not in LOOPED:
+            costs = self.around.get(action.kind)
+            return costs[action.stage] if costs else 0
         kind = self.forward if action.kind is F else self.backward
         return (self.weight if action.kind is W else kind)[action.stage]
+
+    @classmethod
+    def of_phases(cls, costs: Mapping[Phase, Sequence[float]]) -> Costs:
+        """Those of all phases, of which some may have none."""
+        forward, backward, weight = (costs[phase] for phase in LOOPED)
+        around = {p: each for p, each in costs.items() if p not in LOOPED and any(each)}
+        return cls(forward, backward, weight, around=around)
 
     @classmethod
     def equal(cls, num_stages: int) -> Costs:
@@ -63,8 +75,10 @@ class Simulation:
 
     @property
     def window(self) -> float:
-        """The longest time from the first start to the last end of one coordinate."""
-        return max(row[-1].end - row[0].start for row in self.rows if row)
+        """The longest time from the first start to the last end of one coordinate; what costs
+        nothing neither starts nor ends it."""
+        rows = [[each for each in row if each.end > each.start] for row in self.rows]
+        return max((row[-1].end - row[0].start for row in rows if row), default=0)
 
     @property
     def busy(self) -> tuple[float, ...]:
@@ -147,7 +161,7 @@ class _Block:
 
 def _blocks(table: Table, coordinate: int, late: bool, fused: bool) -> Iterator[list[Action]]:
     """The actions that wait together and send together."""
-    left = [each for each in actions_of(table.rows[coordinate]) if each.kind in LOOPED]
+    left = list(actions_of(table.rows[coordinate]))
     while left:
         size = 3 if fused and left[0] in table.overlapped else 1
         if late and size == 1 and is_whole(left[:2]):

@@ -20,8 +20,8 @@ F, B, W = Phase.FORWARD, Phase.BACKWARD, Phase.WEIGHT
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Table:
-    """What each coordinate along the pipeline runs: in the loop over microbatches, and once it is
-    whole (`whole` in `moves.py`), before and after it too, with what is sent meanwhile."""
+    """What each coordinate along the pipeline runs: in the loop over microbatches and, once
+    `completed` of `moves.py` has added that, before and after it, with what is sent meanwhile."""
 
     microbatches: int
     holders: tuple[tuple[int, ...], ...]

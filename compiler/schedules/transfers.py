@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import TypeAlias
 
-from meshwright.compiler.graph.ir import Node
+from meshwright.compiler.graph.ir import InputKind, Node
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
-from meshwright.compiler.schedules.actions import Entries, Receive, Send
+from meshwright.compiler.schedules.actions import Entries, Receive, Send, actions_of
+from meshwright.compiler.schedules.beside import Ends, ends
 from meshwright.compiler.schedules.links import links_of
 from meshwright.compiler.schedules.settled import settled
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.errors import plural
+
+PassedKey: TypeAlias = tuple[InputKind, str, int]
+"""A value of one stage for another: what it is to the stage that takes it, its name, and its
+microbatch."""
 
 
 class Transfers:
@@ -29,7 +36,7 @@ class Transfers:
         axes: tuple[str, ...],
         first_wire: int,
     ) -> None:
-        self.entries, self.mesh, self.axes = entries, mesh, axes
+        self.stages, self.entries, self.mesh, self.axes = stages, entries, mesh, axes
         inputs = {
             node.args: node for s in stages for phase in s.graphs for node in s.received(phase)
         }
@@ -60,6 +67,25 @@ class Transfers:
             for node in self.values[entry.link]
         ]
 
+    def leaving(self, rank: int) -> Counter[PassedKey]:
+        """How many other ranks take each value that `rank` sends."""
+        return Counter(self._moved(rank, Send))
+
+    def staying(self, rank: int) -> set[PassedKey]:
+        """The values that `rank` hands over to itself."""
+        taken = {
+            (*node.args, action.microbatch)
+            for action in actions_of(self.entries[rank])
+            for node in self.stages[action.stage].received(action.kind)
+        }
+        return taken.difference(self._moved(rank, Receive))
+
+    def _moved(self, rank: int, kind: type[Send] | type[Receive]) -> Iterator[PassedKey]:
+        """The values that `rank` sends, or receives."""
+        for entry in self.entries[rank]:
+            if isinstance(entry, kind):
+                yield from ((*node.args, entry.microbatch) for node in self.values[entry.link])
+
     @property
     def every_wire(self) -> Iterator[Wire]:
         """The wires of a step, on all ranks, repeats included."""
@@ -73,6 +99,10 @@ class Transfers:
         then knows that they have arrived."""
         here = self.mesh.position(self.mesh.coords(rank), self.axes)
         return self._settled[here]
+
+    def ends(self, rank: int) -> Ends:
+        """When the actions in the schedule of `rank` end that go on beside others."""
+        return ends(self.entries[rank], self.values.keys())
 
     @cached_property
     def _settled(self) -> tuple[Mapping[int, tuple[int, ...]], ...]:

@@ -10,11 +10,14 @@ from meshwright.dsl.statements import (
     Accumulate,
     Allow,
     Axes,
+    Checkpoint,
     Columns,
     Data,
     Expect,
     Let,
+    Memory,
     MeshStatement,
+    Offload,
     Precision,
     Rows,
     Sequence,
@@ -27,7 +30,7 @@ from meshwright.dsl.statements import (
 
 CARRIED_OUT: tuple[type[Statement], ...] = (
     MeshStatement, Axes, Let, Precision, Accumulate, Data, Shard, Columns, Rows, Vocab, Sequence,
-    Zero, Stages, Expect, Allow,
+    Memory, Zero, Stages, Checkpoint, Offload, Expect, Allow,
 )  # fmt: skip
 
 
@@ -56,6 +59,8 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
     local = isinstance(statement, Allow) and statement.what == "local"
     if not local and isinstance(statement, CARRIED_OUT):
         return None
-    verb = f"allow {statement.what}" if isinstance(statement, Allow) else statement.verb
+    verb = statement.verb
+    if isinstance(statement, Allow):
+        verb = f"{verb} {statement.what}"
     known = ", ".join(f"`{each.verb}`" for each in CARRIED_OUT)
     return verb, "", f"remove the statement; what can be compiled today is {known}"

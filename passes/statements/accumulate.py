@@ -36,10 +36,11 @@ def accumulate(draft: Draft) -> Draft:
         return draft
     statement, count = found
     if not draft.plan.of(Data):
+        named = "accumulate" if isinstance(statement, Accumulate) else "microbatches="
         raise draft.plan.error(
             "P501",
-            f"`{statement.verb}` has no input to cut into microbatches",
-            statement,
+            f"`{named}` has no input to cut into microbatches",
+            [statement.at("microbatches")],
             help=f"write `data {', '.join(inputs_of(draft))}`, with the inputs that have a batch",
         )
     if count == 1:

@@ -4,9 +4,9 @@ Before:  stages 3 balance=flops over pp microbatches=8
 After:   stages at blocks.2, blocks.4 over pp microbatches=8
 
 Stages begin with modules, and where few bytes go over the cut: between the blocks of a transformer,
-not inside its attention (`_narrow`). What is computed and held there is
-measured on the graph of forward and backward that the plan makes without stages, on one rank, for
-one microbatch (`_Costs`); the cuts are the best of all (`Balancer`).
+not inside its attention (`_narrow`). What is computed and held there is measured on the graph of
+forward and backward that the plan makes without stages, on one rank, for one microbatch, with what
+the backward computes again (`_Costs`); the cuts are the best of all (`Balancer`).
 Requires: pins that divide. Ensures: a plan whose stages name modules.
 Elsewhere: the automatic partition of PipeDream, and that of torchgpipe.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 from meshwright.compiler.graph.aliasing import node_bytes, storage
@@ -31,9 +32,8 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.compiler.schedules.actions import actions_of
 from meshwright.compiler.schedules.balanced import Balance, Balancer
-from meshwright.compiler.schedules.named import planned_table
 from meshwright.compiler.schedules.simulate import in_flight
-from meshwright.compiler.schedules.tables import Size, Table
+from meshwright.compiler.schedules.tables import Table
 from meshwright.dsl.errors import plural
 from meshwright.dsl.statements import Stages
 from meshwright.dsl.suggest import selectors_of
@@ -41,9 +41,12 @@ from meshwright.dsl.writing.printer import cells
 from meshwright.passes.differentiate import differentiate
 from meshwright.passes.hoist import hoist
 from meshwright.passes.move_varies import move_varies
+from meshwright.passes.needs import Needs
 from meshwright.passes.partition import partition
-from meshwright.passes.statements.accumulate import microbatches
+from meshwright.passes.schedule import training_table
+from meshwright.passes.statements.checkpoint import Regions
 from meshwright.passes.statements.draft import Draft, on_graph
+from meshwright.passes.statements.sequence import gathers_again
 from meshwright.passes.statements.stages import Source, beginnings, sources, with_origins
 
 MEASURED = (partition, hoist, on_graph(move_varies), differentiate)
@@ -59,12 +62,8 @@ def balance(draft: Draft) -> Draft:
 
 
 def _balanced(draft: Draft, statement: Stages, count: int) -> Draft:
-    by, table, costs, places = (
-        statement.balance or "flops",
-        table_of(draft, statement),
-        _Costs(draft),
-        _places(draft),
-    )
+    by, table = statement.balance or "flops", training_table(draft, statement)
+    costs, places = _Costs(draft), _places(draft)
     if len(places) < count - 1:
         raise draft.plan.error(
             "P501",
@@ -97,13 +96,6 @@ def _text(statement: Stages, modules: Sequence[str]) -> str:
     parts = {key: span for key, span in statement.parts.items() if key not in ("count", "balance")}
     verb, _, *rest = cells(replace(statement, count=None, balance=None, parts=parts))
     return " ".join(filter(None, [verb, "at", named, *rest]))
-
-
-def table_of(draft: Draft, statement: Stages) -> Table:
-    """Which coordinate along the pipeline runs which stage, and when."""
-    found = microbatches(draft.plan)
-    size = Size(draft.mesh.size(statement.over), found[1] if found else 1, statement.virtual)
-    return planned_table(statement, size)
 
 
 def _places(draft: Draft) -> dict[int, str]:
@@ -192,8 +184,14 @@ class _Costs:
             if name in by_name:
                 places[node] = by_name[name]
                 self.work[by_name[name]] += flops(node, graph.mesh)
+        phases = (Phase.FORWARD, Phase.BACKWARD)
+        regather = partial(gathers_again, tagged.regions)
+        needs = Needs(graph, phases, regather, Regions(tagged.checkpoints, graph))
+        for node, around in needs.again[Phase.BACKWARD]:
+            if around and node in places:
+                self.work[places[node]] += flops(node, graph.mesh)
         self._hold(graph, by_name)
-        self._save(graph, places)
+        self._save(graph, needs, places)
 
     def _hold(self, graph: Graph, by_name: Mapping[str, int]) -> None:
         trained = {each.name: each.node for each in graph.outputs_of(OutputKind.GRADIENT)}
@@ -205,14 +203,15 @@ class _Costs:
                     size += 3 * size // own * other
                 self.held[by_name[node.origin.forward]] += size
 
-    def _save(self, graph: Graph, places: Mapping[Node, int]) -> None:
+    def _save(self, graph: Graph, needs: Needs, places: Mapping[Node, int]) -> None:
         """What the backward takes of the forward, once, where it is first taken."""
-        of = sources(graph)
+        of, backward = sources(graph), Phase.BACKWARD
         first: dict[Node, int] = {}
-        for node, place in places.items():
-            for operand in node.operands() if node.phase is not Phase.FORWARD else ():
-                kept = storage(operand)
-                saved = kept.phase is Phase.FORWARD and kept.op != INPUT
+        own = ((n, None) for n in graph.nodes if needs.home[n] is backward)
+        for node, around in (*own, *needs.again[backward]):
+            for value in needs.operands(backward, node, around) if node in places else ():
+                kept, place = storage(value[0]), places[node]
+                saved = value in needs.saved[backward] and kept.op != INPUT
                 if saved and of[kept] is Source.ACTIVATION:
                     first[kept] = min(place, first.get(kept, place))
         for node, place in first.items():
@@ -228,11 +227,11 @@ class _Costs:
             "memory": (self.held, self.saved),
         }[by]
         sums = [_sums(costs, ends) if costs else [0] * len(ends) for costs in (once, each)]
-        flying = [_in_flight(table, stage) for stage in range(len(table.holders))]
+        most = [max(flying(table, stage).values()) for stage in range(len(table.holders))]
 
         def cost(stage: int, first: int, last: int) -> int:
             once, each = (found[last] - found[first] for found in sums)
-            return once + flying[stage] * each
+            return once + most[stage] * each
 
         ranks = [
             [stage for stage, places in enumerate(table.holders) if rank in places]
@@ -246,10 +245,11 @@ def _sums(costs: Sequence[int], ends: Sequence[int]) -> list[int]:
     return [0, *accumulate(sum(costs[first:last]) for first, last in pairwise(ends))]
 
 
-def _in_flight(table: Table, stage: int) -> int:
-    """For how many microbatches a rank holds a stage's activations at once."""
+def flying(table: Table, stage: int) -> dict[int, int]:
+    """By the place of ranks that hold a stage: for how many microbatches they hold its activations
+    at once."""
     rows = tuple(
         tuple(action for action in actions_of(row) if action.stage == stage) for row in table.rows
     )
     own = replace(table, rows=rows)
-    return max(in_flight(own, place) for place in table.holders[stage])
+    return {place: in_flight(own, place) for place in table.holders[stage]}

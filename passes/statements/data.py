@@ -15,8 +15,10 @@ from collections.abc import Mapping
 
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.factors import cut
+from meshwright.dsl.errors import PlanError, plural
 from meshwright.dsl.layouts import format_axes
 from meshwright.dsl.statements import Data, Shard
+from meshwright.passes.statements.accumulate import microbatches
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.pins import pin, tensor_text
 from meshwright.passes.statements.targets import inputs_of
@@ -47,16 +49,29 @@ def _split(draft: Draft, node: Node, statement: Data) -> Draft:
         )
     size = shape[statement.dim]
     if size % parts:
-        lower = size - size % parts or parts
-        over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in axes)
-        raise draft.plan.error(
-            "P203",
-            f"cannot split a batch of {size} over {over}",
-            statement.at("over"),
-            subject=tensor_text(node),
-            help=f"use a batch of {lower} or {lower + parts}",
-        )
+        raise _uneven(draft, node, statement, size, parts)
     return pin(draft, node, {statement.dim: cut(size, *axes)}, statement)
+
+
+def _uneven(draft: Draft, node: Node, statement: Data, size: int, parts: int) -> PlanError:
+    """The error for a batch that the ranks and microbatches do not divide."""
+    over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
+    message = f"cannot split a batch of {size}" + (f" over {over}" if over else "")
+    lower = size - size % parts or parts
+    help = f"use a batch of {lower} or {lower + parts}"
+    places = [statement.at("over")]
+    found = microbatches(draft.plan) if draft.mesh.sequential else None
+    if found is not None and found[1] > 1:
+        cutting, count = found
+        message += f" {'times' if over else 'into'} {plural(count, 'microbatch')}"
+        places = [cutting.at("microbatches"), *(places if over else ())]
+        each, left = divmod(size, parts // count)
+        fit = [] if left else [n for n in range(1, each + 1) if each % n == 0]
+        near = [*[n for n in fit if n < count][-1:], *[n for n in fit if n > count][:1]]
+        if near:
+            *less, last = near
+            help += f", or {''.join(f'{n} or ' for n in less)}{plural(last, 'microbatch')}"
+    return draft.plan.error("P203", message, places, subject=tensor_text(node), help=help)
 
 
 def _check_complete(draft: Draft, arguments: Mapping[str, Node], found: Mapping[str, Data]) -> None:

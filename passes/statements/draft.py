@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from typing import TypeAlias
+
+import torch
 
 from meshwright.compiler.capture.capture import Captured
 from meshwright.compiler.graph.ir import Graph, Node
@@ -12,10 +15,12 @@ from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.program import Budgeted, Kept
+from meshwright.compiler.report.holding import Memory
 from meshwright.compiler.schedules.balanced import Balance
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Statement
+from meshwright.dsl.statements import Checkpoint, Offload, Statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,30 @@ class Region:
     """Whether what is gathered is saved for the backward instead of gathered again."""
 
 
+Call: TypeAlias = tuple[str, tuple[int, ...]]
+"""A call of a module: its path, and the numbers of this call and of those around it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpointed:
+    """A region that the backward computes again: one call of a module or, if it is `joined`,
+    several. `name` is a selector of its modules."""
+
+    name: str
+    statement: Checkpoint
+    joined: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Movable:
+    """A parameter that statements would have kept elsewhere: its `value` with all else, or only its
+    gradient and what an optimizer keeps of it, its `update`. The plan's `layer` has it."""
+
+    layer: str
+    value: Offload | None = None
+    update: Offload | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """The data that every pass takes and returns; none of them edits one in place."""
@@ -56,11 +85,26 @@ class Draft:
     zero: Mapping[str, int] = field(default_factory=dict)
     """By parameter that is stored split over ranks which use it whole: the level of `zero` that
     gathers it and scatters its gradient as often."""
+    movable: Mapping[str, Movable] = field(default_factory=dict)
+    """By parameter: what statements would have kept elsewhere."""
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    """By parameter of which something is kept elsewhere; of a variant, as the program has it."""
     values: Mapping[Node, Pin] = field(default_factory=dict)
     """Layouts of activations, by the node that computes them."""
     entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)
     """By the first node inside a module: layouts of the values that enter there."""
     regions: tuple[Region, ...] = ()
+    checkpoints: Mapping[Call, Checkpointed] = field(default_factory=dict)
+    """By call of a module: the region that it is, or is part of."""
+    budgeted: Budgeted | None = None
+    """What was chosen to be computed again, where the plan only has a budget."""
+    price: Callable[[Draft], Mapping[int, Memory]] | None = None
+    """What ranks need to hold, by their place along the pipeline, under a draft with its stages or
+    whose joint graph is about to be separated."""
+    device: torch.device | None = None
+    """That of the ranks."""
+    quick: bool = False
+    """Whether to give up early where a budget cannot be kept."""
     balance: Balance | None = None
     """What the stages were chosen by, where the plan only says how many there are."""
     num_stages: int = 1

@@ -3,13 +3,16 @@
 Before:  linear: f32[8, 64]   = linear(x, up_weight, up_bias)
          relu: f32[8, 64]     = relu(linear)
          linear_1: f32[8, 16] = linear(relu, down_weight, down_bias)
-After:   the same nodes; with `stages at down over pp`, `linear_1` and `down`'s weights are of stage
-         1, all others of stage 0
+After:   linear: f32[8, 64]   = linear(x, up_weight, up_bias)
+         relu: f32[8, 64]     = relu(linear)
+         transfer: f32[8, 64] = transfer(relu, to stage 1)
+         linear_1: f32[8, 16] = linear(transfer, down_weight, down_bias)
 
-A stage begins with the first node of the module that the plan names. Where a value belongs depends
-on what feeds it (`Source`): an activation is computed where it stands in the forward. What only
-parameters feed is computed in the first stage that uses it, which owns those parameters. What no
-parameter feeds has no stage of its own: each stage that uses it computes it.
+A stage begins with the first node of the module that the plan names: with `stages at down`, all
+before `down` is of stage 0. From that follow the transfers, which `partition` makes. Where a value
+belongs depends on what feeds it (`Source`): an activation is computed where it stands in the
+forward. What only parameters feed is computed in the first stage that uses it, which owns those
+parameters. What no parameter feeds has no stage of its own: each stage that uses it computes it.
 Requires: a graph in the order in which the model runs. Ensures: no activation takes one of a later
 stage.
 Elsewhere: the stages of torch.distributed.pipelining, which are modules.
@@ -38,6 +41,7 @@ from meshwright.dsl.selectors import Selector
 from meshwright.dsl.statements import Spread, Stages
 from meshwright.dsl.suggest import nothing_matches, selectors_of
 from meshwright.passes.statements.draft import Draft
+from meshwright.passes.statements.missing import runs
 from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.targets import evaluated, modules_of
 
@@ -317,12 +321,16 @@ class _Boundaries:
         if begun is None:
             if self.draft.variant_of is not None:
                 return None
-            elsewhere = evaluated(self.draft, module) is not None
-            when = "runs in eval mode alone" if elsewhere else "is never run"
+            if runs(self.graph, module):
+                when = "computes nothing that depends on both weights and inputs"
+            elif evaluated(self.draft, module) is not None:
+                when = "runs in eval mode alone"
+            else:
+                when = "is never run"
             raise self._error(
                 module,
                 f"no stage can begin at {module_text(module)}, which {when}",
-                "name a module that computes something in the forward",
+                "name a module that computes something from weights and inputs",
             )
         if len(begun.calls) > 1:
             raise self._error(

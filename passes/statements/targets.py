@@ -11,7 +11,8 @@ from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.missing import nothing_found, runs
 
 S = TypeVar("S", bound=Spread)
-T = TypeVar("T")
+T = TypeVar("T", bound=Targeted)
+F = TypeVar("F")
 
 
 def modules_of(draft: Draft, verb: type[Targeted] | None = None) -> list[str]:
@@ -33,13 +34,46 @@ def inputs_of(draft: Draft) -> list[str]:
     return list(dict.fromkeys([*draft.captured.input_names, *(draft.variant_of or ())]))
 
 
-Find: TypeAlias = Callable[[Graph], Mapping[str, Sequence[T]]]
+def of_parameters(
+    draft: Draft, verb: type[T], kept: Callable[[T], object], **fields: object
+) -> dict[str, T]:
+    """By parameter: the statement of the innermost module around it, or of its own name; `fields`
+    select among the statements of a verb.
+
+    Raises `PlanError` where two names of one have statements that differ in what `kept` says.
+    """
+    own = [s for s in draft.plan.of(verb) if all(getattr(s, f) == v for f, v in fields.items())]
+    everywhere = next((each for each in own if not each.targets), None)
+    aliases = draft.captured.aliases
+    names = [alias for alias, name in aliases.items() if name in draft.captured.parameters]
+    resolved = draft.plan.resolve(verb, [*modules_of(draft, verb), *names], **fields)
+    found: dict[str, T] = {}
+    for alias in names:
+        path = alias.split(".")
+        around = (".".join(path[:end]) for end in range(len(path), -1, -1))
+        named = [resolved[each] for each in around if each in resolved]
+        statement = next((each for each in named if each.targets), everywhere)
+        if statement is None:
+            continue
+        name = aliases[alias]
+        before = found.setdefault(name, statement)
+        if kept(before) != kept(statement):
+            raise draft.plan.error(
+                "P301",
+                f"two statements store `{name}` differently, which is also `{alias}`",
+                [before, statement],
+                help="give both names one statement",
+            )
+    return found
+
+
+Find: TypeAlias = Callable[[Graph], Mapping[str, Sequence[F]]]
 """Finds something in a graph, by module."""
 
 
 def of_modules(
-    find: Find[T], verb: type[S], draft: Draft, what: str
-) -> Iterator[tuple[S, Sequence[T]]]:
+    find: Find[F], verb: type[S], draft: Draft, what: str
+) -> Iterator[tuple[S, Sequence[F]]]:
     """For every module under a statement of `verb`: the statement, and what `find` finds there.
 
     Raises `PlanError` for a module where `find` finds nothing, unless the program is a variant or
@@ -55,7 +89,7 @@ def of_modules(
             raise nothing_found(draft, found, module, statement, what)
 
 
-def _has(find: Find[T], graph: Graph | None, module: str) -> bool:
+def _has(find: Find[F], graph: Graph | None, module: str) -> bool:
     return graph is not None and bool(find(graph).get(module))
 
 

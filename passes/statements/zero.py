@@ -33,7 +33,7 @@ from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.dsl.statements import Stages, Zero
 from meshwright.passes.statements.draft import Draft, Pin
-from meshwright.passes.statements.targets import modules_of
+from meshwright.passes.statements.targets import of_parameters
 
 
 def zero(draft: Draft) -> Draft:
@@ -41,38 +41,12 @@ def zero(draft: Draft) -> Draft:
     if not draft.plan.of(Zero):
         return draft
     parameters = {n.args[1]: n for n in draft.graph.inputs if n.args[0] == "parameter"}
-    for name, statement in _statements(draft).items():
+    for name, statement in of_parameters(draft, Zero, _kept).items():
         # What is not trained has no gradient and no state: only level 3 has something to split.
         trained = draft.captured.parameters[name].requires_grad
         if name in parameters and (trained or statement.level == 3):
             draft = _split(draft, parameters[name], statement)
     return draft
-
-
-def _statements(draft: Draft) -> dict[str, Zero]:
-    """By parameter: the statement of the innermost module around it, or of its own name."""
-    everywhere = next((each for each in draft.plan.of(Zero) if not each.targets), None)
-    aliases = draft.captured.aliases
-    names = [alias for alias, own in aliases.items() if own in draft.captured.parameters]
-    resolved = draft.plan.resolve(Zero, [*modules_of(draft, Zero), *names])
-    found: dict[str, Zero] = {}
-    for alias in names:
-        path = alias.split(".")
-        around = (".".join(path[:end]) for end in range(len(path), -1, -1))
-        named = [resolved[each] for each in around if each in resolved]
-        statement = next((each for each in named if each.targets), everywhere)
-        own = aliases[alias]
-        if statement is None:
-            continue
-        before = found.setdefault(own, statement)
-        if _kept(before) != _kept(statement):
-            raise draft.plan.error(
-                "P301",
-                f"two statements store `{own}` differently, which is also `{alias}`",
-                [before, statement],
-                help="give both names one statement",
-            )
-    return found
 
 
 def _kept(statement: Zero) -> tuple[object, ...]:
@@ -88,16 +62,12 @@ def _split(draft: Draft, node: Node, statement: Zero) -> Draft:
     if draft.mesh.size(over) == 1 or not shape:
         return draft
     way = min(_ways(used, over, draft.mesh), key=_cost)
+    once = statement.when(pipelined=bool(draft.plan.of(Stages))) == "every=step"
     return replace(
         draft,
         stored={**draft.stored, name: Pin(way.layout, (statement,))},
-        zero={**draft.zero, name: 1 if _once(draft, statement) else statement.level},
+        zero={**draft.zero, name: 1 if once else statement.level},
     )
-
-
-def _once(draft: Draft, statement: Zero) -> bool:
-    """Whether weights are gathered and gradients scattered once per step."""
-    return (statement.every or ("step" if draft.plan.of(Stages) else "microbatch")) == "step"
 
 
 @dataclass(frozen=True, slots=True)

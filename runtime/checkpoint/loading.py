@@ -132,7 +132,7 @@ class _Staged:
     def give(self) -> None:
         """Change what the rank holds; what could fail was done before."""
         for which, tensor in self.tensors.items():
-            self.state.tensors[which].copy_(tensor)
+            self.state.assign(which, tensor)
         self.state.unset.clear()
         self.state.random.seed = self.random["seed"]
         self.state.random.step = self.random["step"]

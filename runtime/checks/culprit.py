@@ -25,6 +25,7 @@ from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.layout.wires import Wire
 from meshwright.compiler.public import Program
 from meshwright.compiler.stages import PASSED_AS
+from meshwright.runtime.offloading.stores import Resident
 from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.world.agreement import told
 
@@ -95,6 +96,8 @@ class Watches:
 
 def _has_nan(value: Any) -> bool | None:
     """Whether a value has a NaN; None if all of it is finite."""
+    if isinstance(value, Resident):
+        value = value.tensor
     if isinstance(value, (tuple, list)):
         kinds = [kind for each in value if (kind := _has_nan(each)) is not None]
         return any(kinds) if kinds else None

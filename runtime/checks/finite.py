@@ -131,7 +131,7 @@ class FiniteCheck:
         losses = [step.loss for step in steps]
         if self._norm is not None and _all_finite([self._norm, *losses]):
             return True
-        return not self._run([_any_bad(state, losses) for state in self._states], ())[0]
+        return not self._run([any_bad(state, losses) for state in self._states], ())[0]
 
     def _overflowed(self, steps: Sequence[Step]) -> bool:
         """Whether an update is to be skipped; finite gradients whose sum is not finite are fine.
@@ -185,7 +185,7 @@ def _all_finite(numbers: Sequence[Tensor]) -> bool:
     return not flags or bool(torch.stack(flags).all())
 
 
-def _any_bad(state: RankState, losses: Sequence[Tensor]) -> RankProgram:
+def any_bad(state: RankState, losses: Sequence[Tensor]) -> RankProgram:
     """Whether a loss or the sum of the gradients in a buffer is not finite on any rank.
 
     Multiplied by zero, what is not finite becomes a NaN, which sums over ranks keep.

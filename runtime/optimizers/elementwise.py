@@ -69,17 +69,17 @@ def _values(
     for now in zip(*gradients, strict=True):
         for parameter, gradient in zip(parameters, now, strict=True):
             parameter.grad = gradient.clone()
-        _update(optimizer)
+        update(optimizer, lambda: torch.zeros(()))
         for parameter, own in zip(parameters, found, strict=True):
             own.append(parameter.detach().clone())
     return found
 
 
-def _update(optimizer: torch.optim.Optimizer) -> None:
-    """Make one step; classes that need a closure get one that leaves the gradients as they are."""
+def update(optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor]) -> None:
+    """Make one step; classes that need a closure get this one."""
     step: Callable[..., Any] = optimizer.step
     closures = [
-        lambda: torch.zeros(())
+        closure
         for parameter in inspect.signature(step).parameters.values()
         if parameter.default is parameter.empty
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD

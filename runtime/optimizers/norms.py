@@ -32,8 +32,13 @@ def check_norms(max_norm: float, norm_type: float) -> None:
 def clipped(state: RankState, program: Program, max_norm: float, p: float) -> RankProgram:
     """Scale all gradients to a `p`-norm of at most `max_norm`; returns the norm before."""
     total = yield from total_norm(state, program, p)
-    if gradients := [p.grad for p in state.parameters.values() if p.grad is not None]:
-        torch._foreach_mul_(gradients, (max_norm / (total + 1e-6)).clamp(max=1.0))
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for parameter in state.parameters.values():
+        if parameter.grad is not None:
+            by_device.setdefault(parameter.grad.device, []).append(parameter.grad)
+    for device, gradients in by_device.items():
+        torch._foreach_mul_(gradients, factor.to(device))
     return total
 
 
@@ -50,7 +55,7 @@ def total_norm(state: RankState, program: Program, p: float) -> RankProgram:
     ]
     # A rank that holds no gradient takes part too.
     none = torch.zeros((), dtype=torch.float64, device=state.device)
-    norms = torch.stack([none, *(_norm(gradient, p) for gradient, _ in held)])
+    norms = torch.stack([none, *(_norm(gradient, p).to(state.device) for gradient, _ in held)])
     if math.isinf(p):
         # Not every transport's maximum keeps a NaN.
         own = torch.stack([norms.nan_to_num(0.0, math.inf).amax(), norms.isnan().any().double()])

@@ -6,12 +6,13 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.program import Place
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import MeshwrightError, one_line
 from meshwright.dsl.selectors import Selector
@@ -29,7 +30,7 @@ _ELEMENTWISE = (
 _FUSED = {"Adagrad": ("cpu",), **dict.fromkeys(("Adam", "AdamW", "SGD"), ("cpu", "cuda"))}
 """Classes of torch that have a kernel for the whole update, by device: it makes no temporary
 tensors, where `foreach` makes some as large as the parameters, and is the fastest."""
-_HOW = ("differentiable", "foreach", "fused")
+HOW = ("differentiable", "foreach", "fused")
 """Options that say how an update is computed; where one is given, it stays as it is."""
 
 
@@ -84,17 +85,22 @@ def is_elementwise(program: Program, optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def fused_on(kind: object) -> tuple[str, ...]:
+    """The types of devices on which a class has a fused kernel."""
+    return next((_FUSED[name] for name in _FUSED if kind is getattr(torch.optim, name)), ())
+
+
 def _may_fuse(kind: object, listed: Groups, options: Mapping[str, Any]) -> bool:
     """Whether the class has a fused kernel for these parameters, and nobody has chosen another.
 
     In torch 2.11 to 2.13 those for the CPU are wrong in 16 bits: SGD's momentum is that of other
     memory.
     """
-    devices = next((_FUSED[name] for name in _FUSED if kind is getattr(torch.optim, name)), ())
+    devices = fused_on(kind)
     given = {*options, *(option for group in listed for option in group)}
     return (
         bool(devices)
-        and given.isdisjoint(_HOW)
+        and given.isdisjoint(HOW)
         and all(
             parameter.device.type in devices
             and parameter.is_floating_point()
@@ -120,25 +126,45 @@ def _check_elementwise(
         if layout.split_axes:
             split.setdefault(layout, name)
     for layout, name in split.items():
-        if not _tried(kind, name, partial(same_on_parts, make, layout, program.mesh)):
+        if not tried(
+            kind, f"a tensor like `{name}`", partial(same_on_parts, make, layout, program.mesh)
+        ):
             raise RunError(
                 f"`{_spell(kind)}` does not update elements one by one, and `{name}` is split",
                 where=(f"`{name}`: `{layout}` on `{program.mesh}`",),
                 help="use an elementwise optimizer such as AdamW or SGD",
             )
-    apart = next((each for each in program.parameters.values() if each.held_at), None)
+    _check_together(program, kind, make, names, copies, split=bool(split))
+
+
+def _check_together(
+    program: Program, kind: object, make: Make, names: Sequence[str], copies: int, *, split: bool
+) -> None:
+    """Raise `RunError` if the optimizer looks at all tensors together where none has them all: what
+    is `split` has been tried, but for what is updated in chunks."""
+    held = program.parameters
+    apart = next((each for each in held.values() if each.held_at), None)
+    away = next((held[name] for name in names if held[name].kept.update.away), None)
+    alone = split or (copies < 2 and apart is None)
     together = partial(same_with_copies, make, max(copies, 2))
-    if split or (copies < 2 and apart is None) or _tried(kind, names[0], together):
+    if (alone and away is None) or tried(kind, f"a tensor like `{names[0]}`", together):
         return
+    said = f"`{_spell(kind)}` looks at all tensors together"
+    if away is not None:
+        raise RunError(
+            f"{said}, and those that are offloaded are updated in chunks",
+            where=(f"`{away.name}`: kept in {_where(away.kept.update)}",),
+            help="use an elementwise optimizer such as AdamW or SGD, or remove "
+            "`offload optimizer` and `offload parameters`",
+        )
     if apart is not None:
         raise RunError(
-            f"`{_spell(kind)}` looks at all tensors together, and no rank holds all of them",
+            f"{said}, and no rank holds all of them",
             where=(f"`{apart.name}`: held at {apart.held_text} of `{program.mesh}`",),
             help="use an elementwise optimizer such as AdamW or SGD",
         )
     raise RunError(
-        f"`{_spell(kind)}` looks at all tensors together, and this process has those of "
-        f"{copies} ranks",
+        f"{said}, and this process has those of {copies} ranks",
         help="start one process per rank, or use an elementwise optimizer",
     )
 
@@ -152,22 +178,24 @@ def _make_group(
     return _make(kind, [{**group, "params": parameters}], options)
 
 
-_FAILURES = (
+FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError),
     ValueError,
 )
 
 
-def _tried(kind: object, name: str, same: Callable[[], bool]) -> bool:
-    """The result of a trial, `same`. Raises `RunError` for an optimizer that fails in it."""
+Found = TypeVar("Found")
+
+
+def tried(kind: object, what: str, trial: Callable[[], Found]) -> Found:
+    """The result of a trial on `what`. Raises `RunError` for an optimizer that fails in it."""
     try:
-        return same()
+        return trial()
     except MeshwrightError:
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         raise RunError(
-            f"`{_spell(kind)}` fails where it is tried out on a tensor like `{name}`: "
-            f"{one_line(str(error))}",
+            f"`{_spell(kind)}` fails where it is tried out on {what}: {one_line(str(error))}",
             help="use an optimizer that updates any tensor, such as AdamW or SGD",
         ) from error
 
@@ -178,10 +206,11 @@ def _make(
     """An optimizer of this class. Raises `RunError` for options that it does not take."""
     try:
         found = kind(parameters, **options)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise RunError(
             f"`{_spell(kind)}` cannot be made with these options: {one_line(str(error))}",
-            help=_OPTIONS_HELP,
+            help="pass other options, as in `run.optimizer(torch.optim.AdamW, lr=1e-3)`, or use a "
+            "class that takes parameters of every shape",
         ) from error
     if not isinstance(found, torch.optim.Optimizer):
         raise RunError(
@@ -205,6 +234,10 @@ def _warn_of_unread(optimizer: torch.optim.Optimizer) -> None:
             f"nothing by itself; its options are {known}",
             stacklevel=4,
         )
+
+
+def _where(place: Place) -> str:
+    return "host memory" if place.path is None else f"files of `{place.path}`"
 
 
 _OPTIONS_HELP = "pass a class and its options: `run.optimizer(torch.optim.AdamW, lr=1e-3)`"

@@ -10,7 +10,8 @@ rounded alike.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -43,9 +44,9 @@ class _Narrow:
     coords: tuple[Tensor, ...]
     number: int
 
-    def round(self, wide: Tensor, out: Tensor) -> None:
-        """Write `wide` to `out`, rounded stochastically."""
-        seed, update = self.state.random.seed, self.state.num_updates
+    def round(self, wide: Tensor, out: Tensor, *, counted: bool) -> None:
+        """Write `wide` to `out`, rounded stochastically; this update is `counted` or not yet."""
+        seed, update = self.state.random.seed, self.state.num_updates + (not counted)
         index = RandomIndex(seed, update, self.number, self.shape, self.coords)
         round_stochastically(wide, index, out)
 
@@ -67,6 +68,15 @@ class Widened:
             if parameter.requires_grad and update_dtype(program, parameter) != parameter.dtype
         ]
         self._before: list[tuple[_Narrow, Tensor, Tensor | None]] = []
+        self._counted = True
+        """Whether updates are counted before they are rounded."""
+
+    def among(self, parameters: Container[int]) -> Widened:
+        """The same of these parameters alone, given their ids, whose update is counted later."""
+        found = copy(self)
+        found._narrow = [each for each in self._narrow if id(each.parameter) in parameters]
+        found._before, found._counted = [], False
+        return found
 
     def __enter__(self) -> None:
         self._before = [(each, each.parameter.data, each.parameter.grad) for each in self._narrow]
@@ -79,7 +89,10 @@ class Widened:
             wide = each.parameter.data
             _set(each.parameter, data, gradient)
             if error is None and gradient is not None:
-                each.round(wide, data) if self._stochastic else data.copy_(wide)
+                if self._stochastic:
+                    each.round(wide, data, counted=self._counted)
+                else:
+                    data.copy_(wide)
 
     def attach(self, optimizer: Optimizer) -> None:
         """Let this optimizer step, and take over a state, in this context; closures run outside."""

@@ -19,6 +19,7 @@ _TYPES = sorted((each for each in vars(torch).values() if isinstance(each, torch
 def gathered(local: Tensor, stored: Stored, state: RankState) -> RankProgram:
     """The global tensor, without padding and in memory of its own, from the part of every rank."""
     own = local
+    local = local.to(state.device)
     whole = stored.layout.drop_split(stored.layout.split_axes, state.mesh)
     for collective in collectives(stored.layout, whole, state.mesh):
         transfer = collective.transfer(state.mesh)
@@ -70,4 +71,4 @@ def _handed(
     axes = tuple(axis for axis in state.mesh.names if axis in stored.held_at)
     first = {axis: places[0] for axis, places in stored.held_at.items()}
     root = state.mesh.position(first, axes)
-    return (yield Wire("broadcast", axes, root=root), local.contiguous())
+    return (yield Wire("broadcast", axes, root=root), local.to(state.device).contiguous())

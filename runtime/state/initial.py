@@ -73,6 +73,7 @@ def initialise(
     for (kind, name), held in state.tensors.items():
         if name in names and name not in state.unset:
             initial.fill(state.stored[kind, name], held, state.mesh, state.coords)
+            state.assigned((kind, name))
 
 
 def recorded(program: Program) -> Initialisation | RunError:

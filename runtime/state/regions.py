@@ -96,7 +96,7 @@ class InitialValues:
             out.zero_()
         for rows in _blocks(_sizes(within)):
             block = (within[0][rows], *within[1:]) if within else ()
-            value = self._value(self.nodes[stored.name], block).to(out.dtype)
+            value = self._value(self.nodes[stored.name], block).to(out.device, out.dtype)
             for dim in reversed(range(1, len(within))):
                 value = _spread(value, dim, places[dim], out.shape[dim])
             if within:

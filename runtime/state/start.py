@@ -79,7 +79,7 @@ def same_values(
             value = value.to(state.device, stored.type.dtype).contiguous()
             value = yield Wire("broadcast", state.mesh.names), value
             if stored.held_by(state.coords):
-                state.tensors[kind, stored.name].copy_(state.local(value, stored))
+                state.assign((kind, stored.name), state.local(value, stored))
 
 
 def same_constants(state: RankState, constants: Mapping[str, Tensor]) -> RankProgram:

@@ -46,7 +46,7 @@ def take_over(program: Program, state: RankState, given: Any, *, same: bool) -> 
     which = [(kind, stored) for kind, stored in stored_tensors(program) if stored.name in names]
     for kind, stored in which:
         if stored.held_by(state.coords):
-            state.tensors[kind, stored.name].copy_(state.local(values(stored), stored))
+            state.assign((kind, stored.name), state.local(values(stored), stored))
         state.unset.pop(stored.name, None)
     if not same:
         yield from same_values(state, which, values, mapped_names(program, given))

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -31,6 +31,8 @@ LIMIT = "MESHWRIGHT_RENDEZVOUS_SECONDS"
 _SECONDS, _AGENT_SECONDS, _QUIET_SECONDS = 600.0, 30.0, 30.0
 """Until a rank gives up those that have not come, until it gives up the launcher, which is there
 before them, and until it says whom it waits for."""
+_STAY_SECONDS = 5.0
+"""For which the rank that keeps the store stays at most, for others to read why it ends."""
 _TORCHRUN = "start the script with `torchrun`, which sets it"
 
 
@@ -249,7 +251,8 @@ def meet(store: Store, rank: int, num_ranks: int, limit: Limit, texts: dict[str,
 
     Raises `PeerError` that names those who have not come in time.
     """
-    missing = [peer for peer in range(num_ranks) if peer != rank]
+    peers = [peer for peer in range(num_ranks) if peer != rank]
+    missing = list(peers)
     last = list(texts)[-1]
     told: list[str] = []
 
@@ -272,39 +275,62 @@ def meet(store: Store, rank: int, num_ranks: int, limit: Limit, texts: dict[str,
         done = limit.patiently(work, waits_for)
     except RuntimeError as error:
         raise _lost_store(rank, str(error).partition("\n")[0]) from None
-    if not done or told:
-        _give_up(store, rank, missing, limit, told)
+    if done and not told:
+        return
+
+    def all_know() -> bool:
+        come = [peer for peer in peers if store.check([f"{last}/{peer}"])]
+        return all(store.check([f"gave up/{peer}"]) for peer in come)
+
+    _give_up(store, rank, missing, limit, told, all_know)
 
 
 def _give_up(
-    store: Store, rank: int, missing: Sequence[int], limit: Limit, told: Sequence[str]
-) -> None:
-    """Raise `PeerError`, and first tell the others, whose time may end later."""
+    store: Store,
+    rank: int,
+    missing: Sequence[int],
+    limit: Limit,
+    told: Sequence[str],
+    all_know: Callable[[], bool],
+) -> NoReturn:
+    """Raise `PeerError`, and first tell the others, whose time may end later; the rank that keeps
+    the store stays until `all_know`."""
     if told:
         problem, *names = told[0].split("|")
-        peers = [int(name) for name in names]
+        absent = [int(name) for name in names]
     else:
-        peers = list(missing)
-        problem = f"{verb(peers, 'has', 'have')} not come to `launch` within {limit.seconds:.0f} s"
-        text = "|".join([problem, *map(str, peers)])
-        with contextlib.suppress(RuntimeError):
-            _briefly(lambda: store.set("gave up", text))
-        if rank == host_rank():
-            time.sleep(0.6)
-    slow = "it only takes" if len(peers) == 1 else "they only take"
+        absent = list(missing)
+        problem = f"{verb(absent, 'has', 'have')} not come to `launch` within {limit.seconds:.0f} s"
+    text = "|".join([problem, *map(str, absent)])
+    keeps = rank == host_rank()
+
+    def tell() -> None:
+        store.set("gave up", text)
+        store.set(f"gave up/{rank}", "")
+        while keeps and not all_know():
+            time.sleep(0.02)
+
+    _briefly(tell, _STAY_SECONDS if keeps else 1.0)
+    slow = "it only takes" if len(absent) == 1 else "they only take"
     raise PeerError(
         problem,
         rank=rank,
-        peers=tuple(peers),
-        help=f"read the output of {spell_ranks(peers)}; where {slow} longer, raise "
+        peers=tuple(absent),
+        help=f"read the output of {spell_ranks(absent)}; where {slow} longer, raise "
         f"`{LIMIT}` on every rank",
     )
 
 
-def _briefly(work: Callable[[], Any]) -> None:
-    thread = threading.Thread(target=work, name="rendezvous", daemon=True)
+def _briefly(work: Callable[[], Any], seconds: float) -> None:
+    """Do `work` in a thread, which is abandoned after `seconds`."""
+
+    def target() -> None:
+        with contextlib.suppress(RuntimeError):
+            work()
+
+    thread = threading.Thread(target=target, name="rendezvous", daemon=True)
     thread.start()
-    thread.join(1.0)
+    thread.join(seconds)
 
 
 def _lost_store(rank: int, reason: str) -> PeerError:

@@ -10,8 +10,8 @@ from typing import Any
 
 from meshwright.commands import compiled, print_json, print_text
 from meshwright.compiler.graph.text import size_text
-from meshwright.compiler.report.sheets import Column, Sheet
-from meshwright.compiler.report.show import sheet_text
+from meshwright.compiler.report.sheet import Column, Sheet
+from meshwright.compiler.report.tables import sheet_text
 from meshwright.dsl.errors import plural
 from meshwright.runtime.checkpoint.exporting import export as export_to
 from meshwright.runtime.checkpoint.folder import is_unfinished, listed

@@ -243,6 +243,22 @@ _COMMANDS = {
         _BOTH,
         _COMPILED,
     ),
+    "memory": _Command(
+        "what ranks hold and need, what is alive at the peak, and when",
+        "MODEL PLAN",
+        _BOTH,
+        {
+            "--optimizer": {
+                "metavar": "CLASS",
+                "default": "AdamW",
+                "help": "that of the update: `AdamW` (the default), `SGD(momentum=0.9)`, or a "
+                "class of your own as `file.py:Class` or `package.module:Class`",
+            },
+            "--place": {"help": "of these ranks, such as `pp=0` (default: where most is needed)"},
+            "--timeline": {"action": "store_true", "help": "the bytes at each instruction"},
+            **_COMPILED,
+        },
+    ),
     "schedule": _Command(
         "what each rank of a pipeline runs and sends, and when",
         "MODEL PLAN",
@@ -250,7 +266,27 @@ _COMMANDS = {
         {
             "--simulate": {
                 "action": "store_true",
-                "help": "measure what stages cost on this machine (default: all the same)",
+                "help": "measure what stages cost on this machine, or count their FLOPs where it "
+                "has no such device (default: all the same)",
+            },
+            "--schedule": {
+                "metavar": "NAME",
+                "help": "another schedule than the plan's: a name, or a file such as `own.csv`",
+            },
+            "--ranks": {
+                "metavar": "N",
+                "type": whole_number("--ranks"),
+                "help": "as if the pipeline had N ranks, with the same work in all",
+            },
+            "--virtual": {
+                "metavar": "N",
+                "type": whole_number("--virtual"),
+                "help": "as if each rank had N stages",
+            },
+            "--microbatches": {
+                "metavar": "N",
+                "type": whole_number("--microbatches"),
+                "help": "as if a step had N microbatches, each as large as now",
             },
             **_COMPILED,
         },

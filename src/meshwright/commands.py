@@ -12,14 +12,16 @@ from meshwright.compiler.graph.data import graph_data
 from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.graph.text import size_text, spelt
 from meshwright.compiler.public import Program
+from meshwright.compiler.report.holding import moments_sheet, places_sheet
 from meshwright.compiler.report.listing import graph_text
 from meshwright.compiler.report.show import show_text
+from meshwright.compiler.report.tables import sheet_text
 from meshwright.compiler.report.timeline import timeline_data
 from meshwright.dsl.errors import did_you_mean, plural
 from meshwright.dsl.plan import Plan
 from meshwright.launcher.job import Job
 from meshwright.launcher.launch import launch as launch_processes
-from meshwright.models import CommandError, load_model
+from meshwright.models import CommandError, load_model, load_optimizer
 from meshwright.passes import driver
 from meshwright.runtime.machine import RUNTIME
 
@@ -52,7 +54,7 @@ def _checked(plan: Plan, program: Program | None) -> dict[str, object]:
         found["model"] = type(program.model).__name__
         found["counts"] = program.comm().counts()
         found["bytes_by_axis"] = program.comm().bytes_by_axis()
-        found["memory"] = program.memory().to_json()
+        found["memory"] = program.memory().figures()
     return found
 
 
@@ -105,15 +107,41 @@ def timeline(arguments: Namespace) -> int:
     """Print what each rank does in a step, in order."""
     program = compiled(arguments)
     if arguments.json:
-        print_json(timeline_data(program.instructions))
+        print_json(timeline_data(program))
     else:
         print_text(program.timeline())
     return 0
 
 
+def memory(arguments: Namespace) -> int:
+    """Print what ranks hold and need, and when."""
+    kind, options = load_optimizer(arguments.optimizer)
+    found = compiled(arguments).memories(kind, **options)
+    if arguments.json:
+        print_json({place: each.to_json() for place, each in found.items()})
+        return 0
+    place = arguments.place or max(found, key=lambda each: found[each].peak)
+    if place not in found:
+        known = (
+            did_you_mean(place, found) if len(found) > 1 else "leave out `--place`: all are alike"
+        )
+        raise CommandError(f"no rank is at `{place}`", help=known)
+    texts = [sheet_text(moments_sheet(found[place]))] if arguments.timeline else [str(found[place])]
+    if len(found) > 1:
+        texts = [sheet_text(places_sheet(found, "")), f"at {place}\n{texts[0]}"]
+    print_text("\n\n".join(texts))
+    return 0
+
+
 def schedule(arguments: Namespace) -> int:
     """Print what each rank of a pipeline runs and sends, and when."""
-    found = compiled(arguments).schedule(simulate=arguments.simulate)
+    found = compiled(arguments).schedule(
+        simulate=arguments.simulate,
+        schedule=arguments.schedule,
+        ranks=arguments.ranks,
+        virtual=arguments.virtual,
+        microbatches=arguments.microbatches,
+    )
     if arguments.json:
         print_json(found.to_json())
     elif sys.stdout.isatty():

@@ -1,7 +1,9 @@
-"""Find the model of a command: `path/to/file.py:function` or `package.module:function`."""
+"""Find what a command names: a model as `path/to/file.py:function` or `package.module:function`, an
+optimizer as `SGD(momentum=0.9)`."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import importlib.util
@@ -13,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from meshwright.compiler.errors import CompilerError
@@ -49,7 +52,7 @@ def load_model(spec: str) -> tuple[nn.Module, Any]:
             help="write `path/to/file.py:function` for the model",
         )
     with _user_code(where, "is imported"):
-        module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where)
+        module = _module(where)
     function = _function(module, name, where)
     with _user_code(spec, "is called"):
         returned = function()
@@ -65,6 +68,53 @@ def load_model(spec: str) -> tuple[nn.Module, Any]:
             help="return an `nn.Module`",
         )
     return model, example
+
+
+def load_optimizer(spec: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """An optimizer's class and options: `SGD(lr=0.1, momentum=0.9)` for one of torch's, or with
+    `path/to/file.py:Class` or `package.module:Class` before the options.
+
+    Raises `UsageError` for options of another form, and what `load_model` raises.
+    """
+    name, bracket, _ = spec.partition("(")
+    where, colon, kind = name.rpartition(":")
+    options = _options(spec) if bracket else {}
+    if not colon:
+        return _torch_optimizer(name.removeprefix("torch.optim.")), options
+    with _user_code(where, "is imported"):
+        module = _module(where)
+    return _function(module, kind, where, "class"), options
+
+
+def _torch_optimizer(name: str) -> Callable[..., Any]:
+    kinds = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    }
+    if name not in kinds:
+        raise CommandError(f"torch has no optimizer `{name}`", help=did_you_mean(name, kinds))
+    return kinds[name]
+
+
+def _options(spec: str) -> dict[str, Any]:
+    """What `SGD(lr=0.1, betas=(0.9, 0.95))` has in its brackets."""
+    try:
+        call = ast.parse(f"_({spec.partition('(')[2]}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name):
+            raise ValueError
+        return {_named(each): ast.literal_eval(each.value) for each in call.keywords}
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
+        raise UsageError(
+            f"`{spec}` is not an optimizer with its options",
+            help="write `SGD(lr=0.1, momentum=0.9)`, in quotes",
+        ) from None
+
+
+def _named(option: ast.keyword) -> str:
+    if option.arg is None:  # of **options
+        raise ValueError
+    return option.arg
 
 
 @contextlib.contextmanager
@@ -105,14 +155,20 @@ def _is_above(file: str) -> bool:
     return file in (__file__, importlib.__file__) or file.startswith("<frozen importlib")
 
 
-def _function(module: ModuleType, name: str, where: str) -> Callable[[], Any]:
+def _module(where: str) -> ModuleType:
+    return _from_file(Path(where)) if where.endswith(".py") else _from_package(where)
+
+
+def _function(
+    module: ModuleType, name: str, where: str, what: str = "function"
+) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if callable(found):
-        function: Callable[[], Any] = found
+        function: Callable[..., Any] = found
         return function
     own = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
     help = did_you_mean(name, own) if own else "write the path of a file that has one"
-    raise CommandError(f"`{where}` has no function `{name}`", help=help)
+    raise CommandError(f"`{where}` has no {what} `{name}`", help=help)
 
 
 def _from_file(path: Path) -> ModuleType:

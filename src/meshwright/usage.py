@@ -168,6 +168,8 @@ _EXAMPLES = {
     "--device": "cpu",
     "--name": "stage0.forward",
     "--module": "blocks.0",
+    "--optimizer": "AdamW",
+    "--place": "pp=0",
     "--logs": "logs",
     "--grace": f"{GRACE:g}",
     "--rendezvous": "HOST:29500",

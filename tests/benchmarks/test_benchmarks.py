@@ -91,11 +91,25 @@ def test_the_head_counts_where_stages_are_balanced(schedule: str, ranks: int) ->
 
 @pytest.mark.slow
 def test_peaks_of_memory_are_those_of_processes_of_their_own(tmp_path: Path) -> None:
-    found = run("benchmarks.memory", tmp_path, "--size", "tiny")
+    found = run("benchmarks.resident", tmp_path, "--size", "tiny")
     assert list(found) == ["tiny, dp=2", "tiny, tp=2"]
     for result in found.values():
         assert min(result["megabytes"].values()) > 100
         assert result["ratio"]["median"] < 1.5
+
+
+@pytest.mark.slow
+def test_what_saves_memory_computes_the_same_losses_and_stays_within_a_budget(
+    tmp_path: Path,
+) -> None:
+    others = "torch selective,torch offload"
+    own = "meshwright selective,meshwright offload,meshwright fits selective"
+    arguments = ("--size", "tiny", "--mesh", "dp=1", "--systems", f"{others},{own}")
+    found = run("benchmarks.memory", tmp_path, *arguments)["tiny, dp=1"]
+    assert max(found["loss_difference"].values()) < 5e-6
+    peaks = {entry["peer"]: entry["peak"] for entry in found["ratios"]}
+    assert len(peaks) == 3
+    assert peaks["meshwright fits selective"] <= 1
 
 
 @pytest.mark.slow

@@ -73,6 +73,7 @@ statement = st.one_of(
     st.builds("accumulate {}".format, number),
     st.builds("memory budget={}".format, size),
     st.builds("checkpoint {} keep={} budget={}".format, targets, words, size),
+    st.builds("checkpoint {} segments={}".format, targets, number),
     st.builds(
         "offload {} {} fraction=0.25 prefetch={}".format,
         one_of(["activations", "parameters", "optimizer"]),

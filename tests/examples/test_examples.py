@@ -42,6 +42,7 @@ def test_a_resumed_training_has_the_losses_of_one_that_was_not_stopped(tmp_path:
     assert saved.keys() == train.Classifier().state_dict().keys()
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_with_the_same_losses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,3 +62,9 @@ def test_an_interrupted_training_goes_on_with_the_same_losses(
         stopped.main(steps=6, folder=tmp_path, every=2)
     assert capsys.readouterr().out == ""
     assert train.main(steps=6, folder=tmp_path) == whole[4:]
+
+
+def test_the_same_training_runs_in_a_pipeline() -> None:
+    train = load("train_gpt")
+    plan = Path(train.__file__).with_name("train_gpt_pipeline.plan")
+    torch.testing.assert_close(train.main(steps=2, plan=plan), train.main(steps=2))

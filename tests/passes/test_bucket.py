@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from meshwright.compiler.graph.ir import OutputKind
 from meshwright.passes import bucket as passed
-from meshwright.passes.bucket import bucket
+from meshwright.passes.bucket import bucketed
 from tests.passes.examples import Mlp, rows
 from tests.passes.stages import check_documented, shown, stages
 
@@ -36,7 +36,7 @@ class Deep(nn.Module):
 
 def test_buckets_are_filled_in_the_order_of_the_backward_and_closed_when_full() -> None:
     joint = stages(Deep(), (torch.randn(8, 16),), "mesh dp=2\ndata x over dp\n")["lower"]
-    found = bucket(joint, limit=16 * 16 * 4 * 2)
+    found = bucketed(joint, limit=16 * 16 * 4 * 2)
     buckets = [node for node in found.nodes if node.op.name == "bucket"]  # type: ignore[union-attr]
     assert [node.tensor.shape[0] for node in buckets] == [528, 544, 16]
     labels = [o.label for o in found.outputs if o.node.args and o.node.args[0] in found.nodes]

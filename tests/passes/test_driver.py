@@ -46,7 +46,7 @@ def test_plans_tried_on_one_capture_give_the_programs_of_whole_compilations(
 
     monkeypatch.setattr(torch.export, "export", counting)
     captured = driver.capture(model, sequences())
-    runtime = Runtime(pytest.fail, pytest.fail)
+    runtime = Runtime(pytest.fail, pytest.fail, pytest.fail)
     found = [driver.compile_captured(captured, plan, runtime=runtime) for plan in plans]
     assert len(calls) == 1
     assert [program.digest for program in found] == expected

@@ -227,6 +227,24 @@ def test_a_statistic_of_activations_that_is_needed_whole_is_refused(
     assert f"in {module} depends" in str(error.value)
 
 
+class Scaled(nn.Module):
+    """A statistic of one stage that a later one takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        mean = h.mean()
+        return (self.b(h) * mean).square().mean()
+
+
+def test_a_statistic_that_another_stage_takes_is_named_where_it_is_computed() -> None:
+    with pytest.raises(LayoutError, match="`div` in the model depends on parameters"):
+        compiled(Scaled(), rows(), "mesh pp=2\ndata x\nstages at b over pp microbatches=2\n")
+
+
 def test_the_label_count_is_reduced_once_before_the_loop() -> None:
     program = compiled(Gpt(), tokens(), PLANS["data"])
     assert program.comm().counts() == {"all_reduce[dp]": 3}

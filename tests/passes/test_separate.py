@@ -12,7 +12,9 @@ from torch.nn import functional as F
 import meshwright
 from meshwright.compiler.graph.ir import Graph, OutputKind, Phase
 from meshwright.passes import separate as passed
+from meshwright.passes.needs import Needs
 from meshwright.passes.separate import separate_graph
+from meshwright.passes.statements.checkpoint import Regions
 from tests.passes.examples import Blocks, Mlp, rows, sequences
 from tests.passes.stages import check_documented, shown, stages
 
@@ -33,7 +35,8 @@ def popped(graph: Graph) -> list[str]:
 def test_the_docstring_shows_a_saved_value_before_and_after() -> None:
     joint = stages(Mlp(), rows(), "mesh tp=2\ncolumns up over tp\nrows down over tp\n")["bucket"]
     names = "linear", "relu", "threshold_backward"
-    parts = separate_graph(joint, "stage0", STEP, regather=lambda node: False)
+    needs = Needs(joint, STEP, lambda node: False, Regions({}, joint))
+    parts = separate_graph(joint, "stage0", needs)
     forward, backward = parts.values()
     check_documented(
         passed,

@@ -84,8 +84,17 @@ BESIDE = {
     "tensor": ("tp=2, ", TENSOR),
     "zero 2": ("dp=2, ", "zero 2 over dp\n"),
     "zero 3": ("dp=2, ", "zero 3 over dp\n"),
+    "checkpoint": ("", "checkpoint blocks.* keep=[norm]\n"),
 }
 """What a pipeline is combined with: the axes of the mesh before its own, and statements."""
+SCHEDULES = [
+    *((name, 1) for name in ("gpipe", "1f1b", "zb", "zbh2")),
+    *((name, 2) for name in ("gpipe", "interleaved", "zbv", "dualpipev")),
+    ("dualpipe", 1),
+]
+"""Every schedule, and how many stages a rank has."""
+Case = tuple[str, int, int, int, str]
+"""What `plan_of` takes."""
 
 
 def plan_of(schedule: str, virtual: int, stages: int, microbatches: int, beside: str) -> str:

@@ -28,9 +28,11 @@ from meshwright.compiler.public import Program
 from meshwright.compiler.schedules.actions import Action
 from meshwright.compiler.schedules.tables import Table
 from meshwright.compiler.stages import Stage
-from meshwright.passes.bucket import bucket
+from meshwright.passes.bucket import bucketed
 from meshwright.passes.lower import lower
+from meshwright.passes.needs import Needs
 from meshwright.passes.separate import separate_graph
+from meshwright.passes.statements.checkpoint import Regions
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Mlp, real, rows, tokens
 from tests.passes.stages import stages as passed
 
@@ -92,8 +94,9 @@ def _stage(graph: Graph, number: int, stage_of: dict[Node, int]) -> Graph:
 def stage(number: int, forward: Graph, phases: Sequence[Phase]) -> Stage:
     """A stage with its backward, in as many graphs as there are phases."""
     joint, _ = differentiate(forward)
-    joint = bucket(lower(joint))
-    parts = separate_graph(joint, f"stage{number}", phases, regather=lambda _: False)
+    joint = bucketed(lower(joint))
+    needs = Needs(joint, phases, lambda _: False, Regions({}, joint))
+    parts = separate_graph(joint, f"stage{number}", needs)
     return Stage(number, parts)
 
 

@@ -19,10 +19,11 @@ UNLAUNCHED = ("before launch", "in compile", "in launch")
 SECONDS_A_RANK = 2
 """To come to `launch`: longer than ranks that are well take on a busy machine."""
 NOT_COME = (
-    r"rank {c} has not come to `launch` within \d+ s",
-    r"rank \d cannot reach rank {c} at `.*` after \d+ s: Connection refused",
-    r"rank {c}, which keeps the store of the run, has ended before all ranks had come",
+    r"ranks? (\d(, | and ))*{c}(( and |, )\d)* ha(s|ve) not come to `launch` within \d+ s",
+    r"rank \d cannot reach rank 0 at `.*` after \d+ s: Connection refused",
+    r"rank 0, which keeps the store of the run, has ended before all ranks had come",
 )
+"""A rank that is slow may come when rank 0, whose own words are looked at too, has given up."""
 DIED = (
     r"rank {c} died",
     r"rank {c}, which keeps the store of the run, died",

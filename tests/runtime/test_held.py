@@ -235,10 +235,16 @@ def test_memory_is_that_of_what_each_rank_holds() -> None:
     for rank in (0, 4):
         state = pair(CASES[2])[1].states[rank]
         memory = found[f"pp={rank // 4}"]
-        assert memory.parameters == sum(p.nbytes for p in state.parameters.values())
-        assert memory.gradients == sum(
-            p.nbytes for p in state.parameters.values() if p.requires_grad
-        )
+        here = (n for n in state.parameters if not program.parameters[n].kept.value.away)
+        assert memory.parameters == sum(state.parameters[name].nbytes for name in here)
+        assert memory.gradients == 0  # of graphs that compute nothing
+    run = pair(CASES[2])[0]
+    run.step(*batch(0))
+    own, kept = run.states[0].parameters, run.program.parameters
+    gradients = [
+        p.grad for n, p in own.items() if p.grad is not None and not kept[n].kept.update.away
+    ]
+    assert run.program.memory().gradients == sum(grad.nbytes for grad in gradients) > 0
     assert program.memory() == max(found.values(), key=lambda each: each.peak)
     assert list(memories(whole("both"))) == [""]
     summary = summarise(program)

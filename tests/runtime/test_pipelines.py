@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from pathlib import Path
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -12,21 +12,24 @@ import torch
 from torch import Tensor, nn
 
 import meshwright as mw
-from meshwright.compiler.schedules.actions import Action
+from meshwright.compiler.errors import PassError
+from meshwright.compiler.layout.wires import Start, Wait
 from meshwright.runtime.errors import NonFiniteError, OperatorError
 from meshwright.runtime.executor import Executor
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, rows, tokens
+from tests.runtime.forked import Forked, Ranks
 from tests.runtime.pipelines import (
     PLAN,
+    Case,
     Deep,
     Looked,
     Results,
+    Tied,
     batch,
+    plan_of,
 )
-from tests.runtime.processes import finish, start
 
-PIPELINED = Path(__file__).with_name("pipelined.py")
-SECONDS = 120.0
+PIPELINED = "tests.runtime.pipeline_ranks"
 
 
 def compiled(model: nn.Module, example: Any, plan: str) -> mw.Program:
@@ -113,25 +116,38 @@ def test_values_of_any_layout_and_tied_weights_are_sent() -> None:
     torch.testing.assert_close(loss, model(*example).detach(), rtol=0, atol=1e-12)
 
 
+def observe(monkeypatch: pytest.MonkeyPatch, see: Callable[[Any, Any], None]) -> None:
+    """Have `see` called with each request of a rank to its transport, and the answer."""
+    walk = Executor.run
+
+    def observed(self: Executor, arguments: Any) -> Generator[Any, Any, Any]:
+        program, answer = walk(self, arguments), None
+        while True:
+            try:
+                request = program.send(answer)
+            except StopIteration as stop:
+                return stop.value
+            answer = yield request
+            see(request, answer)
+            del request
+
+    monkeypatch.setattr(Executor, "run", observed)
+
+
 def test_no_more_is_held_for_many_microbatches_than_for_few(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is sent is let go of as the schedule goes on, and what is received with its last use."""
     moved: list[weakref.ref[Tensor]] = []
     most = 0
-    act, send = Executor._act, Executor._send
 
-    def counted(self: Executor, action: Action, step: Any) -> Any:
+    def see(request: Any, answer: Any) -> None:
         nonlocal most
+        if isinstance(request, Start) and request.wire.kind == "transfer":
+            moved.append(weakref.ref(request.tensor))
         most = max(most, sum(each() is not None for each in moved))
-        return (yield from act(self, action, step))
 
-    def noted(self: Executor, entry: Any, leaving: Any) -> Any:
-        moved.extend(weakref.ref(leaving[*m.key, entry.microbatch][0]) for m in self.moves[entry])
-        return (yield from send(self, entry, leaving))
-
-    monkeypatch.setattr(Executor, "_act", counted)
-    monkeypatch.setattr(Executor, "_send", noted)
+    observe(monkeypatch, see)
     found = []
     for m in (4, 16):
         plan = f"mesh pp=2\ndata x\nstages at layers.4 over pp microbatches={m}\n"
@@ -141,7 +157,75 @@ def test_no_more_is_held_for_many_microbatches_than_for_few(
         most = 0
         run.step(x)
         found.append(most)
-    assert found[0] == found[1] <= 4, found
+    assert found[0] == found[1] <= 8, found
+
+
+@pytest.mark.parametrize(
+    "case", [("dualpipe", 1, 2, 4, "data"), ("zbv", 2, 4, 4, "zero 3"), ("1f1b", 1, 4, 4, "tensor")]
+)
+def test_all_that_is_started_is_waited_for_once_in_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, case: Case
+) -> None:
+    """A transport may lend memory until the wait, and refuses a second one. What a rank hands over
+    to itself is let go of, too."""
+    started: list[Any] = []
+    waited: list[Any] = []
+    steps: list[Any] = []
+    act = Executor.act
+
+    def noted(self: Executor, action: Any, step: Any) -> Any:
+        steps.append(step)
+        return (yield from act(self, action, step))
+
+    def see(request: Any, answer: Any) -> None:
+        if isinstance(request, Start):
+            started.append(answer)
+        elif isinstance(request, Wait):
+            waited.append(request.handle)
+
+    observe(monkeypatch, see)
+    monkeypatch.setattr(Executor, "act", noted)
+    example = tokens(12, 16, 4)
+    run = compiled(Tied(case[2]), example, plan_of(*case)).launch()
+    for method in (run.step, run.evaluate):
+        method(*example)
+        assert len(started) > 4
+        assert sorted(map(id, started)) == sorted(map(id, waited))
+        assert not any(step.passed or any(step.leaving.values()) for step in steps)
+
+
+def test_what_is_sent_has_the_size_and_the_type_in_which_it_is_received(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Gloo puts a message that is too short into the beginning of the buffer without a word."""
+    act = Executor.act
+
+    def cut(self: Executor, action: Any, step: Any) -> Any:
+        yield from act(self, action, step)
+        step.leaving.update(
+            {key: [each[:1] for each in left] for key, left in step.leaving.items()}
+        )
+
+    run = compiled(Deep().double(), rows(), PLAN.replace(", ids", "")).launch()
+    monkeypatch.setattr(Executor, "act", cut)
+    with pytest.raises(
+        PassError, match=r"is torch.float64 \[1, 16\], and received as torch.float64"
+    ):
+        run.step(*rows())
+
+
+def test_a_rank_takes_the_inputs_that_its_stages_use_and_all_are_checked() -> None:
+    """Labels are for the last stage alone: the other rank neither slices nor copies them."""
+    plan = f"mesh dp=2, pp=2\n{GPT_DATA}stages at blocks.1 over pp microbatches=2 schedule=1f1b\n"
+    ids, labels = tokens()
+    run = compiled(Gpt(), (ids, labels), plan).launch()
+    taken = [executor.taken for executor, _ in run._programs.launched.ranks]
+    assert taken == [{0}, {1}, {0}, {1}]
+    with pytest.raises(mw.RunError, match="on the meta device"):
+        run.step(ids, labels.to("meta"))
+    with pytest.raises(mw.RunError, match="on the meta device"):
+        run.step(ids.to("meta"), labels)
+    run.step(ids, labels)
 
 
 def test_a_step_of_a_pipeline_that_fails_did_not_happen() -> None:
@@ -184,8 +268,10 @@ def test_a_nan_is_found_on_the_rank_that_made_it(at: int, rank: int) -> None:
         optimizer.step()
 
 
-def test_processes_run_a_pipeline_as_the_virtual_mesh_does_and_end_when_one_fails() -> None:
-    source, target = finish(start(PIPELINED, 2, "copies", "same", "fails"), SECONDS)
+def test_processes_run_a_pipeline_as_the_virtual_mesh_does_and_end_when_one_fails(
+    forked: Forked,
+) -> None:
+    source, target = forked.outputs(PIPELINED, 2, "copies", "same", "fails")
     assert target.startswith(
         "copies\nsame\nOperatorError: `mesh::embedding` in `table` failed: index out"
     ), target
@@ -194,16 +280,19 @@ def test_processes_run_a_pipeline_as_the_virtual_mesh_does_and_end_when_one_fail
         assert "fails" in output.splitlines()
 
 
-def test_a_gradient_leaves_a_rank_before_it_computes_those_of_its_weights() -> None:
+def test_a_gradient_leaves_a_rank_before_it_computes_those_of_its_weights(
+    forked: Forked,
+) -> None:
     """By the order of what real ranks do, beside a table that sends after the whole backward."""
-    first, last = finish(start(PIPELINED, 2, "early"), SECONDS)
+    first, last = forked.outputs(PIPELINED, 2, "early")
     assert first == "early\n", first
     halves = "sends 0, weight 0, sends 1, weight 1, sends 2, weight 2, sends 3, weight 3"
     late = "weight 0, sends 0, weight 1, sends 1, weight 2, sends 2, weight 3, sends 3"
     assert last == f"{halves}\n{late}\nearly\n", last
 
 
-def test_a_rank_of_a_pipeline_that_is_killed_ends_the_others() -> None:
-    source, _ = finish(start(PIPELINED, 2, "killed"), SECONDS)
+def test_a_rank_of_a_pipeline_that_is_killed_ends_the_others(forked: Forked) -> None:
+    ((_, ended),) = forked.run(Ranks(PIPELINED, 2, ("killed",), gone=(1,)))
+    source = ended.outputs[0]
     assert source.startswith("PeerError: rank 1 died\n  rank 0 waits in `"), source
     assert "(transfer over `pp`, 1 to 0, backward)" in source

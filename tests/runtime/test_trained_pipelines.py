@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -11,15 +12,8 @@ import meshwright
 from tests.equivalence import check_equal
 from tests.models import Gpt, tokens
 from tests.runtime.forked import Forked
-from tests.runtime.pipelines import BESIDE, Tied, plan_of
+from tests.runtime.pipelines import BESIDE, SCHEDULES, Case, Tied, plan_of
 
-SCHEDULES = [
-    *((name, 1) for name in ("gpipe", "1f1b", "zb", "zbh2")),
-    *((name, 2) for name in ("gpipe", "interleaved", "zbv", "dualpipev")),
-    ("dualpipe", 1),
-]
-"""Every schedule, and how many stages a rank has."""
-Case = tuple[str, int, int, int, str]
 EVERY: list[Case] = [
     (*schedule, stages, microbatches, beside)
     for schedule, stages, microbatches, beside in itertools.product(
@@ -36,7 +30,12 @@ QUICK: list[Case] = [
     )
     for i in range(12)
 ]
-QUICK.append(("dualpipe", 1, 2, 4, "zero 2"))
+QUICK += [
+    ("dualpipe", 1, 2, 4, "zero 2"),
+    ("1f1b", 1, 4, 4, "checkpoint"),
+    ("zb", 1, 2, 4, "checkpoint"),
+    ("zbv", 2, 4, 4, "checkpoint"),
+]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,23 @@ def test_dropout_draws_in_stages_what_it_draws_in_one_process() -> None:
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_pipeline_of_processes_trains_as_the_model_does(forked: Forked, num_ranks: int) -> None:
-    outputs = forked.outputs("tests.runtime.trained_pipelines", num_ranks)
-    assert outputs == ["done\n"] * num_ranks
+@pytest.mark.parametrize(
+    ("name", "num_ranks"),
+    [("two", 2), ("four", 4), pytest.param("more", 4, marks=pytest.mark.slow)],
+)
+def test_pipelines_of_processes_train_as_the_model_does_and_send_what_their_programs_say(
+    forked: Forked, name: str, num_ranks: int
+) -> None:
+    """Every message from stage to stage is received, in the order and of the size in which it is
+    sent."""
+    outputs = forked.outputs("tests.runtime.trained_pipeline_ranks", num_ranks, name)
+    for every in zip(*map(json.loads, outputs), strict=True):
+        sent, received = {}, {}
+        for rank, moved in enumerate(every):
+            for label, (source, target), left, came in moved:
+                assert (left if rank == target else came) == []
+                if rank == source:
+                    sent[label, source, target] = left
+                else:
+                    received[label, source, target] = came
+        assert sent == received and len(sent) > 1

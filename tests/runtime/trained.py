@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -27,15 +28,18 @@ PLANS = {
     "zero 3 over two": "mesh a=2, b=2\ndata tokens, targets over (a, b)\n"
     "zero 3 over (a, b)\naccumulate 2\n",
     "some modules": f"mesh dp=4\n{GPT_DATA}accumulate 2\n"
-    "zero 3 blocks.* over dp\nzero 2 blocks.1.up over dp\nzero 1 wte over dp\n",
+    "zero 3 blocks.* over dp\nzero 2 blocks.1.up over dp\nzero 1 wte over dp\n"
+    "offload parameters blocks.*\noffload optimizer fraction=0.5\n",
     "tensor, zero 1": f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}zero 1 over dp\naccumulate 2\n",
     "all, zero 2": f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}{SEQUENCE}{VOCABULARY}"
-    "zero 2 over dp\naccumulate 4\n",
+    "zero 2 over dp\naccumulate 4\noffload activations\n",
     "all, zero 3": f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}{SEQUENCE}{VOCABULARY}zero 3 over dp\n",
     "all, zero over both": f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}{SEQUENCE}{VOCABULARY}"
-    "zero 2 over (dp, tp)\nzero 3 blocks.0 over dp\naccumulate 2\n",
+    "zero 2 over (dp, tp)\nzero 3 blocks.0 over dp\naccumulate 2\n"
+    f'offload activations blocks.* prefetch=5 to=disk path="{gettempdir()}"\n',
     "no data ranks": f"mesh tp=4\ndata tokens, targets\n{GPT_TENSOR}{SEQUENCE}{VOCABULARY}"
-    "zero 3 over tp\naccumulate 4\n",
+    "zero 3 over tp\naccumulate 4\n"
+    f'offload parameters prefetch=3 to=disk path="{gettempdir()}"\n',
     "tensor alone": f"mesh tp=4\ndata tokens, targets\n{GPT_TENSOR}{VOCABULARY}accumulate 2\n",
     "three axes": f"mesh pod=2, dp=2, tp=2\ndata tokens, targets over (pod, dp)\n{GPT_TENSOR}"
     f"{SEQUENCE}zero 2 over dp\naccumulate 2\n",

@@ -6,6 +6,7 @@ import collections
 import copy
 import functools
 import io
+import linecache
 import random
 from contextvars import ContextVar
 from typing import Any
@@ -119,3 +120,21 @@ def test_a_process_that_cannot_print_errors_compiles(
 ) -> None:
     monkeypatch.setattr("sys.stderr", stderr)
     assert capture(nn.Linear(4, 4), (torch.randn(2, 4),), loss=torch.sum)
+
+
+def test_source_files_that_are_read_for_stacks_are_not_kept() -> None:
+    cell = "<a cell>"
+    linecache.clearcache()
+    linecache.getline(__file__, 1)
+
+    class Reads(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            linecache.cache[cell] = (4, None, ["text"], cell)
+            return super().forward(x)
+
+    try:
+        capture(Reads(4, 4), (torch.ones(2, 4),), mode="infer")
+        assert {__file__, cell} <= linecache.cache.keys()
+        assert torch.nn.modules.module.__file__ not in linecache.cache
+    finally:
+        linecache.cache.pop(cell, None)

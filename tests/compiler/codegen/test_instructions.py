@@ -29,7 +29,7 @@ from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import everyone
 from meshwright.compiler.placing.frame import BUCKET, bucket_type
-from meshwright.passes import bucket
+from meshwright.passes.bucket import bucketed
 from meshwright.runtime.transports import virtual
 
 PLAN = meshwright.Plan.parse("mesh dp=2\ndata x over dp\n")
@@ -73,7 +73,7 @@ def test_modules_may_be_called_like_words_of_python(mesh: str) -> None:
 
 @pytest.fixture
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket.bucket, "__kwdefaults__", {"limit": 10_000})
+    monkeypatch.setitem(bucketed.__kwdefaults__, "limit", 10_000)
 
 
 def backward(program: meshwright.Program) -> tuple[Instruction, ...]:
@@ -225,3 +225,29 @@ def test_a_gradient_is_computed_in_its_bucket_where_nothing_else_takes_it(
     (product,) = (each for each in body if isinstance(each, Call) and each.node is gradient)
     copied = any(isinstance(each, Copy) for each in body)
     assert (product.out is None) == copied == (bool(also) or returned)
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(32, 4, padding_idx=3)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.table(index).square().sum()
+
+
+@pytest.mark.parametrize("plan", ["data index over dp\n", "data index over dp\naccumulate 2\n"])
+def test_the_gradient_of_a_table_is_added_up_where_it_is_kept(plan: str) -> None:
+    torch.manual_seed(0)
+    model, index = Lookup(), torch.randint(0, 8, (8, 3))
+    index[0] = torch.tensor([3, 5, 5])
+    program = meshwright.compile(model, meshwright.Plan.parse(f"mesh dp=2\n{plan}"), (index,))
+    assert "embedding_backward" in "".join(code.source for code in program.code)
+    for code in program.code:
+        assert not any("= _embedding_backward" in line for line in code.source.splitlines())
+    run = program.launch()
+    model(index).backward()
+    for number in (1, 2):
+        run.step(index)
+        expected = number * model.table.weight.grad
+        torch.testing.assert_close(run.gradients()["table.weight"], expected)

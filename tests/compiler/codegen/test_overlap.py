@@ -14,6 +14,7 @@ from meshwright.compiler.codegen.instructions import (
     Exchange,
     Free,
     Instruction,
+    Pause,
     Return,
     Start,
     Take,
@@ -36,6 +37,7 @@ from meshwright.compiler.graph.ir import (
 from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.passes import driver
+from meshwright.passes.bucket import bucketed
 from tests.compiler.layouts import split
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 from tests.passes.examples import Lm, Mlp, labelled, rows
@@ -192,3 +194,26 @@ def test_what_is_made_of_a_scatter_stays_behind_it_where_a_third_begins() -> Non
     outputs = (Output(OutputKind.OUTPUT, each.name, each) for each in (b, c, more))
     found = named(overlap(lowered(builder.graph(outputs))).body)
     assert found.index(product.name) < found.index(more.name)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        f"mesh dp=2, pp=2\n{GPT_DATA}precision bf16 reduce=bf16\n",
+        f"mesh dp=2, tp=2, pp=2\n{GPT_DATA}{GPT_TENSOR}",
+    ],
+)
+def test_what_a_stage_runs_once_starts_all_exchanges_before_it_pauses(
+    plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes of one, such as a cast, waits for it after the pause, and none starts there."""
+    monkeypatch.setitem(bucketed.__kwdefaults__, "limit", 1)
+    stages = "stages at blocks.1, blocks.2, blocks.3 over pp microbatches=4"
+    text = f"{plan}{stages} schedule=interleaved virtual=2\nzero 1 over dp\n"
+    program = meshwright.compile(Gpt(layers=4), meshwright.Plan.parse(text), tokens())
+    bodies = [each.body for each in program.instructions if Pause() in each.body]
+    assert len(bodies) > 2
+    for body in bodies:
+        place = body.index(Pause())
+        assert not any(isinstance(each, (Wait, Exchange)) for each in body[:place])
+        assert not any(isinstance(each, (Start, Exchange)) for each in body[place:])

@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshwright.compiler.kernels.embedding import embedding, embedding_backward
+from meshwright.compiler.kernels.embedding import (
+    add_embedding_backward,
+    embedding,
+    embedding_backward,
+)
 
 ROWS, WIDTH = 12, 5
 
@@ -74,3 +78,17 @@ def test_gradients_of_row_shards_concatenate_to_the_whole_gradient(
         options = {"num_rows": local, "offset": offset, "padding_idx": padding}
         found.append(embedding_backward(grad, index, **options))
     torch.testing.assert_close(torch.cat(found), expected)
+
+
+@pytest.mark.parametrize("padding", [-1, 4])
+@pytest.mark.parametrize("offset", [-1, 3])
+def test_a_gradient_is_added_to_a_total_as_it_is_made_alone(offset: int, padding: int) -> None:
+    _, index, grad = _example()
+    grad[2, 1] = torch.nan if offset == 3 else 1
+    index[2, 1] = 0
+    total = torch.randn(ROWS - max(offset, 0), WIDTH, dtype=torch.float64)
+    where = {"offset": offset, "padding_idx": padding}
+    expected = total + embedding_backward(grad, index, num_rows=len(total), **where)
+    found = add_embedding_backward(total, grad, index, **where)
+    assert found is total
+    torch.testing.assert_close(found, expected)

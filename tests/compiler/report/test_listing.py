@@ -141,8 +141,8 @@ class Skipping(Gpt):
 
 def test_blocks_that_are_wired_differently_print_whole() -> None:
     text = str(compiled(Skipping(layers=4)).graph("stage0.forward"))
-    assert "  … blocks.1: the same 27 nodes" in text
-    assert "  … blocks.3: the same 28 nodes" in text
+    assert "  … blocks.1: the same 32 nodes" in text
+    assert "  … blocks.3: the same 33 nodes" in text
 
 
 class Lagging(Gpt):
@@ -182,7 +182,7 @@ def test_a_layer_that_differs_prints_whole_wherever_it_is() -> None:
 
     assert "blocks.1 to blocks.2: the same" in odd(eps)
     assert "blocks.2 to blocks.3: the same" in odd(frozen)
-    assert "blocks.3: the same 27 nodes" in odd(wider)
+    assert "blocks.3: the same 32 nodes" in odd(wider)
     other = PLAN.replace("blocks.*.up over tp", "blocks.{0,1}.up over tp\nallow replicate blocks.*")
     text = str(
         compiled(Gpt(layers=4), other.replace("rows blocks.*.down over tp\n", "")).graph(
@@ -197,7 +197,7 @@ def test_copies_begin_where_a_module_does_if_that_folds_as_much() -> None:
     def first(model: Gpt) -> None:
         model.blocks[0].ln1.eps = 1e-3
 
-    before, _, after = odd(first).partition("  … blocks.2 to blocks.3: the same 27 nodes each")
+    before, _, after = odd(first).partition("  … blocks.2 to blocks.3: the same 32 nodes each")
     assert before.splitlines()[-1].endswith("# blocks.1")
     assert "# ln\n" in "\n".join(after.splitlines()[:5]) + "\n"
 

@@ -1,14 +1,13 @@
-"""Memory: what is predicted of a step is what a step needs, rank by rank, to the byte.
+"""Memory: what is predicted of a step and its update is what they need, rank by rank, to the byte.
 
-Measured is each storage that an operator of a rank makes on the virtual mesh, while it lives. What
-an exchange was lent, and the memory of its result, count from its start to its wait, as among
-processes: the virtual mesh makes the result when the last rank has started.
+Measured is what torch's allocator gives out while one rank trains, alone in this process.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,113 +18,37 @@ from torch.nn import functional as F
 import meshwright
 from meshwright.compiler.graph import aliasing
 from meshwright.compiler.graph.ir import INPUT, SAVED
-from meshwright.compiler.kernels import hashing
-from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.wires import Start, Wait
-from meshwright.compiler.report.counter import StorageCounter, address
 from meshwright.compiler.report.memory import walks
+from meshwright.passes.statements import offload
+from tests.alone import ADAMW, Train, measured
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 from tests.passes.test_loops import PLANS
 
 
-class RankCounter(StorageCounter):
-    """Counts storages by the rank that made them or received them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rank: int | None = None
-        self.owners: dict[int, int | None] = {}
-        self.peaks: dict[int, int] = {}
-        self.under_way: dict[Any, tuple[int, Tensor, int]] = {}
-        """By handle: the rank of an exchange, what it was lent, and the bytes of its result."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        self.alive()
-        before = set(self.made)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.owners.update(dict.fromkeys(self.made.keys() - before, self.rank))
-        self.note()
-        return result
-
-    def note(self) -> None:
-        """Compare what the rank that runs holds with the most that it held."""
-        if self.rank is not None:
-            self.alive()
-            held = sum(n for key, (_, n) in self.made.items() if self.owners[key] == self.rank)
-            held += sum(size for rank, _, size in self.under_way.values() if rank == self.rank)
-            self.peaks[self.rank] = max(held, self.peaks.get(self.rank, 0))
-
-    def run(
-        self, program: Generator[Any, Any, Any], rank: int, mesh: Mesh
-    ) -> Generator[Any, Any, Any]:
-        """The same program, known by its rank while it runs."""
-        answer: Any = None
-        while True:
-            self.rank = rank
-            try:
-                request, answer = program.send(answer), None
-            except StopIteration as stop:
-                return stop.value
-            finally:
-                self.rank = None
-            answer = yield request
-            if isinstance(request, Start):
-                self.under_way[answer] = (rank, request.tensor, result_bytes(request, mesh))
-            elif isinstance(request, Wait):
-                del self.under_way[request.handle]
-            if isinstance(answer, Tensor) and address(answer) in self.made:
-                self.owners[address(answer)] = rank
-            self.rank = rank
-            self.note()
-            del request
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offload what models of tests save, which is little."""
+    monkeypatch.setattr(offload, "SMALL_BYTES", 0)
 
 
-def result_bytes(start: Start, mesh: Mesh) -> int:
-    """The memory of a result of its own."""
-    num_bytes, size = start.tensor.nbytes, mesh.size(start.wire.axes)
-    if start.donate and start.wire.kind == "all_reduce":
-        return 0
-    sizes = {"all_gather": num_bytes * size, "reduce_scatter": num_bytes // size, "transfer": 0}
-    return sizes.get(start.wire.kind, num_bytes)
+SLOW = pytest.mark.slow
 
 
-def measured(program: meshwright.Program, example: Any) -> list[int]:
-    """The most bytes that each rank of the virtual mesh holds in its first step, which makes tables
-    of random numbers; without an optimizer's."""
-    run = program.launch(check_inputs=False)
-    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
-    hashing._cached_tables.cache_clear()
-    counter, transport = RankCounter(), run.transport.run
-    run.transport.run = lambda programs, names=(): transport(
-        [counter.run(each, rank, program.mesh) for rank, each in enumerate(programs)], names
-    )
-    with counter:
-        run.step(*args, **kwargs)
-    linked = run._programs.launched
-    inputs = linked.inputs.flatten(args, kwargs, "")
-    found = []
-    for rank, (state, (executor, sharders)) in enumerate(
-        zip(run.states, linked.ranks, strict=True)
-    ):
-        lasting_buffers = [state._buckets[key].flat for key in state._lasting]
-        held = [*state.tensors.values(), *lasting_buffers, *executor.constants.values()]
-        lasting = {address(tensor): tensor.untyped_storage().nbytes() for tensor in held}
-        batch = sum(own(each).nbytes for own, each in zip(sharders, inputs, strict=True))
-        found.append(sum(lasting.values()) + batch + counter.peaks[rank])
-    return found
-
-
-def check(model: nn.Module, plan: str, example: Any) -> None:
-    """The peak of each rank, and of those that hold parts of the same the highest."""
+def check(model: nn.Module, plan: str, example: Any, train: Train = ADAMW) -> None:
+    """The peak of each rank that does what others do not, and where multiple hold parts of the
+    same, the highest."""
     program = meshwright.compile(model.train(), meshwright.Plan.parse(plan), example)
-    found: dict[str, int] = {}
-    for rank, size in enumerate(measured(program, example)):
-        place = program.place(rank)
+    memories, found = program.memories(), dict[str, int]()
+    for rank in program.different_ranks:
+        place, size = program.place(rank), measured(program, example, rank, train)
         found[place] = max(size, found.get(place, 0))
-    memories = program.memories().items()
-    assert found == {place: each.peak - each.optimizer for place, each in memories}
+    assert found.keys() == memories.keys()
+    for place, each in memories.items():
+        # Every number that an operator is given may take 16 bytes.
+        assert found[place] <= each.peak <= 1.002 * found[place] + 16
+        assert each.peak == sum(each.parts.values()) == sum(one.bytes for one in each.alive)
+        # The first step, which makes tables of random numbers, is not in the timeline.
+        assert each.peak >= max(moment.most for moment in each.timeline)
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -147,12 +70,76 @@ def test_the_peak_of_a_gpt_is_the_one_that_is_measured(plan: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["data", "micro alone", "sequence"])
-@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("level", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_the_peak_of_microbatches_is_the_one_that_is_measured(name: str, level: int) -> None:
     zero = f"zero {level} over dp\n" if level and name != "micro alone" else ""
     check(Gpt(p=0.1), PLANS[name] + zero, tokens())
     if zero:
         check(Gpt(p=0.1), re.sub("accumulate.*\n", "", PLANS[name] + zero), tokens())
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("data", "checkpoint blocks.*"),
+        ("data", "zero 3 over dp\nprecision bf16\ncheckpoint blocks.* segments=1"),
+        ("micro alone", "checkpoint blocks.* keep=[linear]"),
+        ("sequence", "zero 2 over dp\ncheckpoint blocks.* segments=2 keep=[sdpa]"),
+        ("sequence", 'zero 3 over dp\ncheckpoint ""\ncheckpoint blocks.*, blocks.*.{qkv,up}'),
+        ("sequence", "zero 3 over dp\ncheckpoint blocks.* keep=[sdpa]\noffload activations"),
+    ],
+)
+@pytest.mark.parametrize("micro", [False, pytest.param(True, marks=SLOW)])
+def test_the_peak_of_what_is_computed_again_is_the_one_that_is_measured(
+    name: str, plan: str, micro: bool
+) -> None:
+    before = PLANS[name] if micro else re.sub("accumulate.*\n", "", PLANS[name])
+    check(Gpt(p=0.1), f"{before}{plan}\n", tokens())
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("options", ["blocks.*", 'prefetch=3 to=disk path="{}"'])
+def test_the_peak_of_what_is_kept_elsewhere_is_the_one_that_is_measured(
+    name: str, options: str, tmp_path: Path
+) -> None:
+    line = f"offload activations {options.format(tmp_path)}\n"
+    zero = "zero 3 over dp\n" if "dp" in PLANS[name] else ""
+    check(Gpt(p=0.1), PLANS[name] + zero + line, tokens())
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("data", "zero 3 over dp\noffload parameters\n"),
+        ("data", "offload parameters blocks.* fraction=0.5\noffload optimizer\n"),
+        ("sequence", 'zero 2 over dp\noffload parameters to=disk path="{}"\n'),
+        ("sequence", 'offload activations\noffload optimizer to=disk path="{}"\n'),
+    ],
+)
+def test_the_peak_of_a_training_elsewhere_is_the_one_that_is_measured(
+    name: str, lines: str, tmp_path: Path
+) -> None:
+    away = dict[str, int]()
+
+    def later(run: Any, step: Callable[[], Any]) -> None:
+        # In the first update, torch makes what the optimizer keeps before it is brought there.
+        optimizer = run.optimizer(torch.optim.AdamW, lr=1e-2)
+        run.step(*tokens())
+        for _ in range(2):
+            optimizer.step()
+            optimizer.zero_grad()
+            step()
+        stores = run.states[0].stores.by_path
+        away.update(("disk" if path else "host", s.slabs.peak) for path, s in stores.items())
+
+    model, plan = Gpt(p=0.1), PLANS[name] + lines.format(tmp_path)
+    program = meshwright.compile(model, meshwright.Plan.parse(plan), tokens())
+    memory, counts = program.memory(), 4 * len(list(model.parameters()))
+    # The counts of steps that an optimizer keeps are beside, in memory of the CPU.
+    found = measured(program, tokens(), 0, later) - counts
+    assert found <= memory.peak <= 1.005 * found + 16
+    for place, size in (("host", memory.host), ("disk", memory.disk)):
+        assert size - counts <= away.get(place, 0) <= size
 
 
 @pytest.mark.parametrize("name", ["data", "micro alone"])
@@ -238,7 +225,8 @@ def test_a_rank_holds_whole_only_what_the_level_leaves_whole(level: int, whole: 
     for depth in (8, 12):
         program = meshwright.compile(Stack(depth), plan, (x,))
         memory = program.memory()
-        found = torch.tensor([memory.peak - memory.optimizer, max(measured(program, (x,)))]) / block
+        sizes = torch.tensor([memory.peak, measured(program, (x,), 0, ADAMW)])
+        found = (sizes - memory.optimizer) / block
         assert memory.parameters == memory.gradients == depth * block / 4
         held.append(found)
         # Besides shards of weights, gradients and their sums: two weights, two gradients and what
@@ -318,7 +306,7 @@ def test_every_saved_value_is_free_after_the_backward() -> None:
     (walk,) = walks(program)
     loss = 2 * 4
     assert walk.most_saved == sum(walk.saved.values()) > 50_000
-    assert walk.alive <= 2 * loss
+    assert walk.tally.marks[-1].alive <= 2 * loss
     backward = list(program.graphs().values())[-1]
     taken = [node for node in backward.nodes if node.op == SAVED]
     assert len(taken) == len(walk.saved)
@@ -347,7 +335,8 @@ def blocks_in_use(layers: int, d: int, plan: str) -> tuple[float, float]:
     whole = "mesh dp=4\ndata x over dp\n" + plan
     memory = meshwright.compile(model, meshwright.Plan.parse(whole), torch.randn(8, d)).memory()
     size = sum(p.numel() for p in model.parameters()) * 4
-    assert 4 * memory.parameters == 4 * memory.gradients == 2 * memory.optimizer == size
+    assert 4 * memory.parameters == 4 * memory.gradients == size
+    assert 2 * memory.optimizer == pytest.approx(size, rel=0.01)
     lasting = memory.parameters + memory.gradients + memory.optimizer + memory.activations
     return memory.activations / size * layers, (memory.peak - lasting) / size * layers
 
@@ -389,22 +378,32 @@ STAGED = {
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("1f1b", f"mesh pp=2, dp=2\n{GPT_DATA}zero 2 over dp\n"),
+        pytest.param("1f1b", f"mesh pp=2, dp=2\n{GPT_DATA}zero 2 over dp\n", marks=SLOW),
         ("1f1b", f"mesh pp=2, dp=2\n{GPT_DATA}zero 3 over dp\n"),
         ("four", "mesh pp=4\ndata tokens, targets\n"),
-        ("four", f"mesh pp=4, tp=2\ndata tokens, targets\n{GPT_TENSOR}"),
+        pytest.param("four", f"mesh pp=4, tp=2\ndata tokens, targets\n{GPT_TENSOR}", marks=SLOW),
         ("gpipe", "mesh pp=2\ndata tokens, targets\n"),
-        ("dualpipe", "mesh pp=2\ndata tokens, targets\n"),
+        pytest.param("dualpipe", "mesh pp=2\ndata tokens, targets\n", marks=SLOW),
         ("whole batch", f"mesh pp=2, dp=2\n{GPT_DATA}"),
-        ("interleaved", f"mesh pp=2, dp=2\n{GPT_DATA}zero 1 over dp\n"),
-        ("zbv", f"mesh pp=2, tp=2\ndata tokens, targets\n{GPT_TENSOR}"),
+        pytest.param("interleaved", f"mesh pp=2, dp=2\n{GPT_DATA}zero 1 over dp\n", marks=SLOW),
+        ("interleaved", f"mesh pp=2, dp=2\n{GPT_DATA}precision bf16\nzero 3 over dp\n"),
+        ("dualpipe", f"mesh pp=2, dp=2\n{GPT_DATA}"),
+        pytest.param("zbv", f"mesh pp=2, tp=2\ndata tokens, targets\n{GPT_TENSOR}", marks=SLOW),
         ("zb", "mesh pp=2\ndata tokens, targets\nprecision bf16\n"),
+        ("1f1b", f"mesh pp=2, dp=2\n{GPT_DATA}zero 3 over dp\ncheckpoint blocks.*\n"),
+        ("zbv", f"mesh pp=2, tp=2\ndata tokens, targets\n{GPT_TENSOR}checkpoint blocks.*\n"),
+        ("dualpipe", "mesh pp=2\ndata tokens, targets\ncheckpoint blocks.* segments=2\n"),
+        ("zb", "mesh pp=2\ndata tokens, targets\noffload activations\n"),
+        ("dualpipe", "mesh pp=2\ndata tokens, targets\noffload activations blocks.*\n"),
+        ("interleaved", f"mesh pp=2, dp=2\n{GPT_DATA}zero 3 over dp\noffload activations\n"),
+        ("zbv", "mesh pp=2\ndata tokens, targets\ncheckpoint blocks.*\noffload activations\n"),
     ],
 )
 def test_the_peak_of_every_stage_is_the_one_that_is_measured(name: str, plan: str) -> None:
     check(Gpt(layers=4), f"{plan}{STAGED[name]}\n", tokens())
 
 
+@pytest.mark.slow
 def test_large_buckets_of_stages_have_memory_from_where_they_are_first_written(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -414,16 +413,24 @@ def test_large_buckets_of_stages_have_memory_from_where_they_are_first_written(
     check(Gpt(layers=4), plan, tokens())
 
 
-@pytest.mark.parametrize("zero", ["", "zero 2 over dp\n", "zero 3 over dp\n"])
-@pytest.mark.parametrize("name", ["1f1b", "zbv"])
-def test_memory_does_not_grow_with_the_number_of_microbatches(name: str, zero: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "zero", ["", pytest.param("zero 2 over dp\n", marks=SLOW), "zero 3 over dp\n"]
+)
+@pytest.mark.parametrize(
+    ("name", "taken"), [("1f1b", {"pp=0": 1, "pp=1": 1}), ("zbv", {"pp=0": 2, "pp=1": 0})]
+)
+def test_memory_does_not_grow_with_the_number_of_microbatches(
+    name: str, taken: dict[str, int], zero: str
+) -> None:
+    """Apart from the batch: `taken` says how many of the two inputs the ranks of a place take."""
     found: list[dict[str, tuple[int, int]]] = []
     for number in (4, 8, 16):
         example = torch.randint(48, (4 * number, 8)), torch.randint(48, (4 * number, 8))
         staged = STAGED[name].replace("=4", f"={number}")
         plan = meshwright.Plan.parse(f"mesh pp=2, dp=2\n{GPT_DATA}{staged}\n{zero}")
         memories = meshwright.compile(Gpt(layers=4), plan, example).memories()
-        batch = sum(each.nbytes for each in example) // 2
-        found.append({k: (each.activations, each.peak - batch) for k, each in memories.items()})
+        batch = {place: count * example[0].nbytes // 2 for place, count in taken.items()}
+        found.append({k: (each.activations, each.peak - batch[k]) for k, each in memories.items()})
     assert found[1] == found[2]
     assert name == "zbv" or found[0] == found[1]

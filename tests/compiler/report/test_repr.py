@@ -39,7 +39,8 @@ def parts(value: object) -> Iterator[tuple[str, object]]:
 
 def _called(method: Any) -> object:
     parameters = inspect.signature(method).parameters.values()
-    wanted = [p for p in parameters if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    wanted = [p for p in parameters if p.default is p.empty and p.kind not in variadic]
     try:
         return None if wanted else method()
     except mw.MeshwrightError:

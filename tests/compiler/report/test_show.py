@@ -20,7 +20,9 @@ import meshwright as mw
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.graph.text import size_text, spelt
 from meshwright.compiler.report.show import show, show_text
+from meshwright.compiler.report.timeline import timeline_data
 from meshwright.dsl.selectors import Selector
+from tests.models import GPT_DATA, Gpt, tokens
 
 PLAN = """\
 mesh     dp=2, tp=2
@@ -307,3 +309,19 @@ def test_explain_knows_every_name_of_what_has_two() -> None:
     assert "head.weight (tensor, the same as wte.weight)" in str(program().explain("head.weight"))
     with pytest.raises(mw.PlanError, match=r"write `head\.weight`"):
         program().explain("head.wieght")
+
+
+def test_a_pipeline_is_shown_with_its_stages_and_the_moves_of_its_timeline(
+    golden: Callable[[str, str], None],
+) -> None:
+    """Stages 1 and 2 are on one rank, and hand over; when `zero` gathers is the compiler's word."""
+    plan = mw.Plan.parse(
+        f"mesh dp=2, pp=2\n{GPT_DATA}zero 2 over dp\n"
+        "stages at blocks.0, blocks.1, ln over pp schedule=zbv virtual=2 microbatches=4\n"
+    )
+    found = mw.compile(Gpt(), plan, tokens(), device="cpu")
+    golden("show_stages", show_text(found))
+    moves = [line for line in found.timeline().splitlines() if "stage" in line]
+    golden("timeline_stages", "\n".join(moves))
+    data = timeline_data(found)
+    assert [each["stage"] for each in data["stage1.forward"] if "stage" in each] == [0, 2]

@@ -19,6 +19,7 @@ NEEDS = {
     Phase.BACKWARD: [Phase.FORWARD],
     Phase.WEIGHT: [Phase.BACKWARD],
     Phase.AFTER: [Phase.WEIGHT],
+    Phase.RESULTS: [Phase.AFTER],
 }
 """The phases of the same stage whose values a phase takes."""
 
@@ -85,7 +86,7 @@ class Paper:
         link, i = entry.link, entry.microbatch
         if isinstance(entry, Send):
             value = found(saved, Action(link.source_phase, link.source, i))
-            self.channels[c, entry.peer, link.backward].append(value)
+            self.channels[c, entry.peer, link.backward].append(f"{link}: {value}")
         else:
             if (link, i) in passed:
                 raise Wrong("received twice")

@@ -12,7 +12,7 @@ import pytest
 import meshwright as mw
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.ir import Graph, OutputKind, Phase
-from meshwright.compiler.schedules.actions import Entry, Receive, Send
+from meshwright.compiler.schedules.actions import Action, Entry, Receive, Send
 from meshwright.compiler.stages import Stage
 from tests.models import rows
 from tests.runtime.pipelines import Deep
@@ -110,6 +110,18 @@ def without(kind: OutputKind) -> tuple[Stage, ...]:
 def test_a_program_with_other_graphs_than_its_schedule_is_refused() -> None:
     with pytest.raises(PassError, match="is of nothing that goes there"):
         replace(program(), stages=without(OutputKind.SENT))
+    table, into = program().table, (1, Phase.FORWARD)
+    rows = (
+        tuple(
+            each
+            for each in row
+            if isinstance(each, Action) or (each.link.target, each.link.target_phase) != into
+        )
+        for row in table.rows
+    )
+    unsent = replace(table, rows=tuple(rows))
+    with pytest.raises(PassError, match=r"stage 1 takes `\w+`, which none sends"):
+        replace(program(), stages=without(OutputKind.SENT), table=unsent)
     with pytest.raises(PassError, match="on rank 1 of the pipeline has no graph"):
         replace(program(), stages=program().stages[:1])
 

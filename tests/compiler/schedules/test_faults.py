@@ -11,7 +11,7 @@ import pytest
 from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.schedules.actions import Action, Entry, Link
 from meshwright.compiler.schedules.faults import find_fault
-from meshwright.compiler.schedules.moves import whole
+from meshwright.compiler.schedules.moves import completed
 from meshwright.compiler.schedules.named import NAMED
 from meshwright.compiler.schedules.routes import chain
 from meshwright.compiler.schedules.tables import Size, Table
@@ -21,23 +21,24 @@ SIZES = {"interleaved": 2, "zbv": 2, "dualpipev": 2}
 
 
 def links_of(last: int) -> tuple[Link, ...]:
-    """Those of a chain, and of a weight that stage 0 owns and the last stage uses too."""
+    """Those of a chain, of a weight that stage 0 owns and the last stage uses too, and of the loss,
+    which every stage returns."""
     tied = (Link(0, Phase.BEFORE, last, Phase.BEFORE), Link(last, Phase.AFTER, 0, Phase.AFTER))
-    return (*chain(last + 1), *tied)
+    loss = (Link(last, Phase.AFTER, stage, Phase.RESULTS) for stage in range(last))
+    return (*chain(last + 1), *tied, *loss)
 
 
 def graphs_of(last: int) -> frozenset[tuple[int, Phase]]:
-    """Every stage has a forward and its gradients; the first and last also have what runs once."""
-    looped = (Phase.FORWARD, Phase.BACKWARD, Phase.WEIGHT)
-    every = {(stage, phase) for stage in range(last + 1) for phase in looped}
-    once = {(stage, phase) for stage in (0, last) for phase in (Phase.BEFORE, Phase.AFTER)}
-    return frozenset(every | once | {(last, Phase.COUNT)})
+    """Every stage has all but copies to sum up; the last alone counts, and has its own results."""
+    every = {(stage, phase) for stage in range(last + 1) for phase in Phase}
+    others = {(stage, Phase.COUNT) for stage in range(last)} | {(last, Phase.RESULTS)}
+    return frozenset(every - others - {(stage, Phase.SUM) for stage in range(last + 1)})
 
 
 def complete(name: str, p: int, m: int) -> Table:
     table = NAMED[name].fill(Size(p, m, SIZES.get(name, 1)))
     last = len(table.holders) - 1
-    return whole(table, graphs_of(last), links_of(last))
+    return completed(table, graphs_of(last), links_of(last))
 
 
 def refused(table: Table) -> str:
@@ -63,12 +64,12 @@ def test_every_schedule_runs_on_paper_and_is_accepted(name: str, p: int, m: int)
 
 
 def mutated(table: Table, rng: random.Random) -> tuple[str, Table]:
-    """A table with one entry dropped, swapped, repeated, elsewhere, or changed."""
+    """A table with one entry dropped, swapped, repeated, elsewhere, changed, or like another."""
     rows = [list(row) for row in table.rows]
     c, d = rng.randrange(len(rows)), rng.randrange(len(rows))
     i, j = rng.randrange(len(rows[c])), rng.randrange(len(rows[c]))
     entry: Entry = rows[c][i]
-    kind = rng.choice(["drop", "swap", "next", "repeat", "away", "peer", "microbatch"])
+    kind = rng.choice(["drop", "swap", "next", "repeat", "away", "peer", "microbatch", "like"])
     match kind:
         case "drop":
             del rows[c][i]
@@ -84,6 +85,8 @@ def mutated(table: Table, rng: random.Random) -> tuple[str, Table]:
             rows[d].insert(rng.randrange(len(rows[d]) + 1), entry)
         case "peer" if not isinstance(entry, Action):
             rows[c][i] = replace(entry, peer=rng.randrange(len(rows)))
+        case "like":
+            rows[c].insert(j, replace(entry, microbatch=rng.randrange(table.microbatches + 1)))
         case _:
             rows[c][i] = replace(entry, microbatch=rng.randrange(table.microbatches + 1))
     return kind, replace(table, rows=tuple(map(tuple, rows)))

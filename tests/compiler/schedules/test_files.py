@@ -38,8 +38,17 @@ def test_a_file_is_named_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "own.csv").write_text(OWN)
     table = planned_table(statement('schedule="own.csv"'), Size(2, 2))
     assert table_text(table) == "0F0,0F1,0B0,0B1\n1F0,1I0,1F1,1W0,1B1\n"
-    with pytest.raises(PlanError, match="P113"):
-        planned_table(statement('schedule="other.csv"'), Size(2, 2))
+
+
+@pytest.mark.parametrize("file", ["other.csv", "text.csv"])
+def test_a_file_that_cannot_be_read_is_named_with_its_place_in_the_plan(
+    file: str, golden: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.csv").write_bytes(b"0F0\xff")
+    with pytest.raises(PlanError, match="P113") as caught:
+        planned_table(statement(f'schedule="{file}"'), Size(2, 2))
+    golden(f"unreadable-{file}", str(caught.value))
 
 
 WRONG = {
@@ -56,6 +65,7 @@ WRONG = {
     "copies": "0F0,1F0,1B0,0B0,1F1,1B1\n0F1,0B1\n",
     "before": "0F0,1F0,0B0,1B0\n0F1,1F1,1B1,0B1\n",
     "empty": "",
+    "fewer-stages": "0F0,0B0\n0F1,0B1\n",
 }
 
 
@@ -82,6 +92,7 @@ MISFITS = {
     "interleaved-rounds-of-many": ("interleaved", Size(4, 13, 3)),
     "dualpipe-odd-ranks": ("dualpipe", Size(3, 8)),
     "dualpipe-few": ("dualpipe", Size(4, 6)),
+    "dualpipe-one": ("dualpipe", Size(2, 1)),
     "dualpipe-odd": ("dualpipe", Size(2, 5)),
     "dualpipev-few": ("dualpipev", Size(4, 7, 2)),
 }

@@ -23,6 +23,18 @@ def test_a_gradient_tells_that_the_activations_before_it_have_arrived() -> None:
     assert settled([first, second]) == ({5: (1,), 7: (3,)}, {})
 
 
+def test_one_value_tells_of_all_that_was_sent_before_it() -> None:
+    first = [
+        *(each for i in (0, 1) for each in (Action(F, 0, i), Send(DOWN, i, 1))),
+        *(Receive(UP, 1, 1), Action(B, 0, 1)),
+    ]
+    second = [
+        *(each for i in (0, 1) for each in (Receive(DOWN, i, 0), Action(F, 1, i))),
+        *(Action(B, 1, 1), Send(UP, 1, 0)),
+    ]
+    assert settled([first, second]) == ({5: (1, 3)}, {})
+
+
 def test_what_others_have_passed_on_tells_too() -> None:
     back = Link(2, F, 0, B)
     first = [Action(F, 0), Send(DOWN, 0, 1), Receive(back, 0, 2), Action(B, 0)]

@@ -147,3 +147,33 @@ def test_the_help_names_the_factors_that_a_fused_dim_is_made_of(
     followed = f"mesh tp=2\nshard qkv.weight [{dim}, d]\nshard qkv.bias [{dim}]\n"
     program = check_equal(Fused(view), lambda: (real(2, 8),), followed, steps=1)
     assert implicit_gathers(program) == []
+
+
+class Mirrored(nn.Module):
+    """One that takes the whole batch of an input for each of its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.up(x) - y.flip(0)).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("plan", "gathers"),
+    [
+        ("mesh dp=1\ndata x, y over dp\naccumulate 4\n", 0),
+        ("mesh dp=2\ndata x, y over dp\naccumulate 4\n", 1),
+    ],
+    ids=["microbatches", "and ranks"],
+)
+def test_what_all_microbatches_take_together_is_a_gather_only_between_ranks(
+    plan: str, gathers: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not gathers:
+        monkeypatch.setattr(allow, "LIMIT", 0)
+    program = check_equal(Mirrored(), (real(8, 16), real(8, 16)), plan)
+    assert len(implicit_gathers(program)) == gathers
+    program.show()
+    assert ("flip" in capsys.readouterr().out) == bool(gathers)

@@ -18,8 +18,12 @@ from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.statements import SCHEDULES
+from meshwright.passes.statements import stages
 from tests.equivalence import check_equal
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, Mlp, real, tokens
+from tests.passes import examples
+from tests.passes.stages import check_documented, shown
+from tests.passes.stages import stages as after_each_pass
 from tests.test_equivalence_huggingface import TOLERANCE, bert, gpt2, llama, masked_text, t5, text
 
 TWO = "stages at blocks.1 over pp microbatches=2\n"
@@ -34,6 +38,16 @@ def _seed() -> None:
 
 def compiled(model: nn.Module, example: Any, plan: str, **options: Any) -> Program:
     return meshwright.compile(model, meshwright.Plan.parse(plan), example=example, **options)
+
+
+def test_the_docstring_shows_a_cut_before_and_after() -> None:
+    plan, names = "mesh pp=2\n", ("linear", "relu", "linear_1")
+    example = (torch.randn(8, 16),)
+    whole, cut = (
+        after_each_pass(examples.Mlp(), example, each)["partition"]
+        for each in (plan, f"{plan}stages at down over pp\n")
+    )
+    check_documented(stages, shown(whole, *names), shown(cut, *names, "transfer"))
 
 
 def test_four_stages_train_a_tied_model_as_one_process_does() -> None:
@@ -93,12 +107,13 @@ def test_microbatches_may_come_in_any_order(
 
 class Skips(nn.Module):
     """A value used by three later stages, integers and booleans that cross, a weight of two stages,
-    a mask, and outputs of each stage."""
+    a mask, a buffer that an output alone takes, and outputs of each stage."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
         self.scale = nn.Parameter(torch.randn(8))
+        self.register_buffer("factor", torch.tensor(2.0))
 
     def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> dict[str, Tensor]:
         h = self.a(x) + self.scale
@@ -107,7 +122,7 @@ class Skips(nn.Module):
         z = self.d(torch.tanh(self.c(second)) * mask.unsqueeze(-1)) + h * self.scale
         z = z + torch.where(positive, h, second) + F.one_hot(i, 8) * y.unsqueeze(-1)
         loss = z.square().mean() + self.scale.square().mean()
-        return {"loss": loss, "second": second, "mask": mask * 2, "z": z, "i": i}
+        return {"loss": loss, "second": second, "mask": mask * self.factor, "z": z, "i": i}
 
 
 @pytest.mark.parametrize(
@@ -124,18 +139,21 @@ def test_values_are_relayed_from_stage_to_stage(plan: str) -> None:
 
 
 class Odd(nn.Module):
-    """Three layers, and a loss of what `kind` makes in the first stage, too."""
+    """Three layers, a weight that the first and the last scale with, and a loss of what `kind`
+    makes in the first stage, too."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind = kind
         self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.scale = nn.Parameter(torch.randn(8))
         self.register_buffer("kept", torch.zeros(8))
+        self.register_buffer("base", torch.rand(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
+        h = self.a(x) * self.scale
         early = getattr(self, self.kind)(h)
-        y = self.c(self.b(h))
+        y = self.c(self.b(h)) * self.scale
         return y.square().mean() + early.sum() * 0.1 + (early * 2).sum()
 
     def total(self, h: Tensor) -> Tensor:
@@ -147,8 +165,12 @@ class Odd(nn.Module):
     def buffer(self, h: Tensor) -> Tensor:
         return self.kept.copy_(self.a.bias.detach() * 2)
 
+    def decay(self, h: Tensor) -> Tensor:
+        self.kept.copy_(self.base * 2)
+        return self.a.weight.square()
 
-@pytest.mark.parametrize("kind", ["total", "empty", "buffer"])
+
+@pytest.mark.parametrize("kind", ["total", "empty", "buffer", "decay"])
 @pytest.mark.parametrize(
     "plan",
     [
@@ -157,26 +179,26 @@ class Odd(nn.Module):
     ],
     ids=["alone", "data"],
 )
-def test_cotangents_that_no_microbatch_changes_and_buffers_of_weights_are_where_they_belong(
+def test_gradients_that_no_microbatch_changes_and_buffers_of_weights_are_where_they_belong(
     plan: str, kind: str
 ) -> None:
     check_equal(Odd(kind), (real(8, 8),), plan)
 
 
 class Shared(nn.Module):
-    """Weights of three stages, some trained, some not, and one that is computed from another."""
+    """Weights of three stages, some trained, some not, and parts of what is computed from one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
         self.c.weight = self.a.weight
-        self.scale = nn.Parameter(torch.randn(8))
+        self.scale = nn.Parameter(torch.randn(2, 8))
         self.fixed = nn.Parameter(torch.randn(8, 8), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.tanh(self.scale)
-        h = torch.relu(self.b(self.a(x) * scale)) @ self.fixed
-        return (self.c(h) * scale @ self.fixed.t()).square().mean()
+        first, last = torch.tanh(self.scale).unbind()
+        h = torch.relu(self.b(self.a(x) * first)) @ self.fixed
+        return (self.c(h) * last @ self.fixed.t()).square().mean()
 
 
 def test_a_weight_of_multiple_stages_is_sent_once_a_step_and_so_is_its_gradient() -> None:
@@ -192,15 +214,18 @@ def test_a_weight_of_multiple_stages_is_sent_once_a_step_and_so_is_its_gradient(
 
 
 class Normed(nn.Module):
+    """In evaluation it has fewer modules, and takes a weight of the first stage in the last."""
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
         self.norm = nn.BatchNorm1d(8)
+        self.scale = nn.Parameter(torch.randn(8))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
-        h = self.norm(self.b(h)) if self.training else h
-        return self.c(h).square().mean()
+        h = self.norm(self.b(h * self.scale)) if self.training else h
+        return self.c(h * self.scale).square().mean()
 
 
 def test_evaluation_keeps_each_weight_where_training_has_it() -> None:
@@ -240,6 +265,8 @@ MISTAKES = {
     "stages-odd-batch": f"mesh pp=2\n{TWO.replace('2', '3')}data tokens, targets\n",
     "stages-small-batch": f"mesh pp=2\n{TWO.replace('es=2', 'es=16')}data tokens, targets\n",
     "stages-balance": "mesh pp=2\nstages at blocks.1 over pp balance=flops\n",
+    "stages-twice-over-two-axes": "mesh pa=2, pb=2\ndata tokens, targets\nstages at blocks.0.down, "
+    "blocks.1, blocks.1.down over (pa, pb) schedule=dualpipe microbatches=8\n",
     "stages-axis-split": "mesh pp=2\nstages at blocks.1 over pp\ncolumns blocks.*.up over pp\n",
 }
 
@@ -249,6 +276,24 @@ def test_mistakes_are_explained(name: str, golden: Callable[[str, str], None]) -
     with pytest.raises(PlanError) as caught:
         compiled(Gpt(), tokens(), MISTAKES[name])
     golden(name, str(caught.value))
+
+
+class Turned(Mlp):
+    """A table that a module computes from an input alone, as a model's rotary embedding does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rotary = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = self.rotary(x[0])
+        return super().forward(x * turned)
+
+
+def test_a_module_that_no_weight_feeds_begins_no_stage(golden: Callable[[str, str], None]) -> None:
+    with pytest.raises(PlanError) as caught:
+        compiled(Turned(), (real(8, 16),), "mesh pp=2\nstages at rotary over pp\n")
+    golden("stages-without-weights", str(caught.value))
 
 
 class Twice(nn.Module):

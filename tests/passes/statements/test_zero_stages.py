@@ -86,6 +86,27 @@ def test_what_is_gathered_and_scattered_once_per_step_does_not_grow_with_microba
 
 
 @pytest.mark.parametrize(
+    "plan",
+    [
+        f"{TWO}\nprecision bf16 reduce=bf16\nzero 2 over dp every=microbatch\n",
+        f"{REPLICAS} schedule=zb\nzero 3 over dp every=microbatch\n",
+        "mesh dp=2\ndata ids, targets over dp\naccumulate 2\nprecision bf16\nzero 2 over dp\n",
+    ],
+    ids=["pipeline", "replicas", "accumulate"],
+)
+def test_each_microbatch_scatters_every_gradient_that_ranks_keep_in_parts(plan: str) -> None:
+    """That of a tied weight, too, which has shares of several stages, and of another type."""
+    program = meshwright.compile(Words(), meshwright.Plan.parse(plan), words())
+    phases = {
+        phase
+        for stage in program.stages
+        for phase, graph in stage.graphs.items()
+        if any(str(node.op) == "mesh::reduce_scatter" for node in graph.nodes)
+    }
+    assert phases and not any(phase.once for phase in phases)
+
+
+@pytest.mark.parametrize(
     ("plan", "there", "back"),
     [
         (TWO, "f64[12, 8] varying(dp)", "f64[12, 8] partial(dp)"),

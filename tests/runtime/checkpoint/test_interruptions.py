@@ -64,6 +64,7 @@ def test_a_training_whose_ranks_are_killed_goes_on_to_the_bit(tmp_path: Path) ->
     assert right == count, line
 
 
+@pytest.mark.slow
 def test_ranks_that_meet_or_do_different_things_all_say_so_and_go_on(tmp_path: Path) -> None:
     lines = output("mishaps.py", tmp_path, seconds=300)
     assert lines[-1] == "statuses [0, 0]"

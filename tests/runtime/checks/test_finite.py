@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright as mw
+from meshwright.passes.statements import offload
 from meshwright.runtime.errors import NonFiniteError
 from tests.runtime.models import batch, make
 from tests.runtime.test_run import compiled
@@ -21,7 +22,13 @@ SHARDED = (
     "mesh dp=2, tp=2\ndata x, y over dp\ncolumns blocks.*.up over tp\n"
     "rows blocks.*.down over tp\nzero 3 over dp\naccumulate 2\n"
 )
+AWAY = f"{DATA}offload parameters\noffload activations\n"
 AXES = "mesh a=2, b=2\ndata x, y over (a, b)\nzero 2 over b\n"
+
+
+@pytest.fixture(autouse=True)
+def small_values_move_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALL_BYTES", 0)
 
 
 def overflow(h: Tensor) -> Tensor:
@@ -103,7 +110,9 @@ def stopped(run: mw.Run, x: Tensor, y: Tensor) -> NonFiniteError:
     return caught.value
 
 
-@pytest.mark.parametrize("plan", [DATA, SHARDED, AXES], ids=["data", "sharded", "axes"])
+@pytest.mark.parametrize(
+    "plan", [DATA, SHARDED, AXES, AWAY], ids=["data", "sharded", "axes", "away"]
+)
 @pytest.mark.parametrize(
     ("middle", "problem", "cause"),
     [
@@ -136,7 +145,7 @@ def test_nans_and_infinities_that_reach_no_gradient_stop_nothing(
         optimizer.step()
 
 
-@pytest.mark.parametrize(("plan", "rank"), [(DATA, 1), (SHARDED, 2), (AXES, 2)])
+@pytest.mark.parametrize(("plan", "rank"), [(DATA, 1), (SHARDED, 2), (AXES, 2), (AWAY, 1)])
 def test_an_input_and_a_parameter_that_have_it_already_are_named(plan: str, rank: int) -> None:
     run, (x, y) = program(torch.tanh, plan).launch(), example()
     x[5, 3] = torch.nan

@@ -432,7 +432,10 @@ def test_what_has_no_values_is_told_when_it_is_needed_and_a_load_gives_it(
 
     batch = TOKENS, TOKENS.flip(0)
     plan = mw.Plan.parse(PLANS["zero 3"])
-    real = mw.compile(Scaled().double(), plan, batch, device="cpu").launch()
+    model = Scaled().double()
+    with torch.no_grad():
+        model.init_weights()
+    real = mw.compile(model, plan, batch, device="cpu").launch()
     loss = real.step(*batch)
     real.save(tmp_path / "saved")
     program = words(PLANS["zero 3"], Scaled)

@@ -6,14 +6,16 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
+from torch._C._distributed_c10d import HashStore
 
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.runtime.errors import PeerError, RunError
 from meshwright.runtime.transports.process import ProcessMesh
 from meshwright.runtime.world import rendezvous
-from meshwright.runtime.world.rendezvous import under_torchrun
+from meshwright.runtime.world.rendezvous import Limit, meet, under_torchrun
 from tests.runtime.processes import free_port
 
 MESH = Mesh((("tp", 2),))
@@ -135,6 +137,29 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         "  help: read the output of rank 1; where it only takes longer, raise "
         "`MESHWRIGHT_RENDEZVOUS_SECONDS` on every rank"
     )
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_rank_that_keeps_the_store_stays_until_all_who_have_come_know_why(told: bool) -> None:
+    store, errors = HashStore(), list[PeerError]()
+    store.set("beat/1", "")
+    if told:
+        store.set("gave up", "rank 2 has not come to `launch` within 1 s|2")
+
+    def keep() -> None:
+        try:
+            meet(store, 0, 3, Limit(), {"beat": ""})
+        except PeerError as error:
+            errors.append(error)
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    store.wait(["gave up/0"], timedelta(seconds=60))
+    keeper.join(0.3)
+    assert keeper.is_alive()
+    store.set("gave up/1", "")
+    keeper.join(60)
+    assert [error.problem for error in errors] == ["rank 2 has not come to `launch` within 1 s"]
 
 
 def test_whom_a_rank_waits_for_is_said_before_the_limit(

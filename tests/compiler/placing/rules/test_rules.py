@@ -88,6 +88,7 @@ UNCHECKED = {
 """Kernels that trust their operands' shapes: wrong splits of them write outside of memory."""
 
 
+@pytest.mark.slow
 def test_no_rule_forbids_a_split_that_is_right_without_a_reason() -> None:
     torch.manual_seed(0)
     found = {}

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 import meshwright as mw
+from benchmarks.peers.late import late
 from meshwright.compiler.graph.ir import Phase
-from meshwright.compiler.schedules.actions import Action, Send
-from meshwright.compiler.schedules.tables import Table
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.executor import Executor
-from meshwright.runtime.transports import meshes
 from tests.runtime.pipelines import PLAN, Looked, batch
+from tests.runtime.same_run import rank_here, virtual
 
-RANK = int(os.environ["RANK"])
 
-
+@cache
 def compiled(schedule: str = "1f1b") -> mw.Program:
+    """The program of every rank; forked ranks have it already."""
     torch.manual_seed(0)
     plan = mw.Plan.parse(PLAN.replace("=4\n", f"=4 schedule={schedule}\n"))
     return mw.compile(Looked(), plan, batch())
@@ -32,9 +30,9 @@ def launched() -> mw.Run:
     return compiled().launch()
 
 
-def gradients(run: mw.Run, rank: int) -> dict[str, Any]:
-    """Those of a rank that is in this process."""
-    state = next(state for state in run.states if state.rank == rank)
+def gradients(run: mw.Run) -> dict[str, Any]:
+    """Those of this rank."""
+    state = next(state for state in run.states if state.rank == rank_here())
     return {name: p.grad.clone() for name, p in state.parameters.items() if p.grad is not None}
 
 
@@ -47,11 +45,10 @@ def copies(run: mw.Run) -> None:
 
 def same(run: mw.Run, program: mw.Program | None = None) -> None:
     """Two steps that add up give what they give on the virtual mesh."""
-    within, meshes.under_torchrun = meshes.under_torchrun, lambda: False
-    virtual = (program or compiled()).launch()
-    meshes.under_torchrun = within
-    losses = [(run.step(*batch()), virtual.step(*batch())) for _ in range(2)]
-    ours, theirs = gradients(run, RANK), gradients(virtual, RANK)
+    with virtual():
+        other = (program or compiled()).launch()
+    losses = [(run.step(*batch()), other.step(*batch())) for _ in range(2)]
+    ours, theirs = gradients(run), gradients(other)
     assert all(own.equal(other) for own, other in losses), losses
     assert ours
     assert ours.keys() == theirs.keys()
@@ -62,7 +59,7 @@ def early(run: mw.Run) -> None:
     """The order in which a rank sends gradients and computes those of weights, and the same where
     it sends them after the whole backward, which gives the same gradients."""
     events: list[str] = []
-    act, send = Executor._act, Executor._send
+    act, send = Executor.act, Executor._send
 
     def acts(self: Executor, action: Any, step: Any) -> Any:
         if action.kind is Phase.WEIGHT:
@@ -74,42 +71,28 @@ def early(run: mw.Run) -> None:
             events.append(f"sends {entry.microbatch}")
         return (yield from send(self, entry, leaving))
 
-    Executor._act, Executor._send = acts, sends  # type: ignore[method-assign]
+    Executor.act, Executor._send = acts, sends  # type: ignore[method-assign]
     program, found = compiled(), []
-    for table in (program.table, sent_late(program.table)):
-        with replace(program, table=table).launch() as own:
+    for each in (program, late(program)):
+        with each.launch() as own:
             own.step(*batch())
-            found.append(gradients(own, RANK))
-        if RANK:
+            found.append(gradients(own))
+        if rank_here():
             print(", ".join(events))
         events.clear()
     assert all(value.equal(found[1][name]) for name, value in found[0].items())
 
 
-def sent_late(table: Table) -> Table:
-    """The table in which gradients are sent after the weight gradients of the same backward."""
-    rows = []
-    for row in table.rows:
-        late = {
-            Action(Phase.WEIGHT, entry.link.source, entry.microbatch): entry
-            for entry in row
-            if isinstance(entry, Send) and entry.link.source_phase is Phase.BACKWARD
-        }
-        kept = [entry for entry in row if entry not in late.values()]
-        rows.append(tuple(e for entry in kept for e in (entry, late.get(entry)) if e is not None))
-    return replace(table, rows=tuple(rows))
-
-
 def fails(run: mw.Run) -> None:
     """An operator of the last stage fails on the third microbatch of the second step."""
     run.step(*batch())
-    before = gradients(run, RANK)
+    before = gradients(run)
     x, ids = batch()
     ids[-3] = 99
     try:
         run.step(x, ids)
     except RunError as error:
-        after = gradients(run, RANK)
+        after = gradients(run)
         assert before
         assert before.keys() == after.keys()
         assert all(before[name].equal(after[name]) for name in before)
@@ -118,18 +101,24 @@ def fails(run: mw.Run) -> None:
 
 def killed(run: mw.Run) -> None:
     """The last rank is killed after it has sent a gradient and received an activation."""
-    act = Executor._act
+    act = Executor.act
 
     def dies(self: Executor, action: Any, step: Any) -> Any:
-        if RANK and (action.kind, action.microbatch) == (Phase.FORWARD, 2):
+        if rank_here() and (action.kind, action.microbatch) == (Phase.FORWARD, 2):
             os.kill(os.getpid(), signal.SIGKILL)
         return act(self, action, step)
 
-    Executor._act = dies  # type: ignore[method-assign]
+    Executor.act = dies  # type: ignore[method-assign]
     try:
         run.step(*batch())
     except RunError as error:
         print(f"{type(error).__name__}: {error}")
+
+
+def warm_up() -> None:
+    """Compile what every rank runs."""
+    for schedule in ("1f1b", "dualpipe"):
+        compiled(schedule)
 
 
 def main(*names: str) -> None:
@@ -138,7 +127,3 @@ def main(*names: str) -> None:
         for name in names:
             {case.__name__: case for case in (copies, early, same, fails, killed)}[name](run)
             print(name, flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

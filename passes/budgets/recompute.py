@@ -1,0 +1,287 @@
+"""`checkpoint budget=40GiB`: choose what the backward computes again.
+
+Before:  checkpoint budget=40GiB
+After:   checkpoint blocks.[0:12] keep=["up.linear", attention]
+         checkpoint blocks.[12:20] keep=[linear]
+
+The blocks of the model may be regions, alone or some in a row, and each may keep some operators
+(`blocks.py`, `front.py`). What that saves, holds and computes again is counted on the step graph
+(`problem.py`), and the least to compute again is the optimum of an integer program (`choice.py`).
+What it comes to is then measured by the walk of the instructions that run, and the choice is made
+anew with what the walk has found besides, until it repeats itself.
+Requires: a joint graph that is about to be separated. Ensures: statements without a budget.
+Elsewhere: the two levels of torchtitan's graph trainer; Checkmate (Jain et al., 1910.02653).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from meshwright.compiler.graph.names import fold
+from meshwright.compiler.graph.text import size_text, size_written
+from meshwright.compiler.program import Budgeted
+from meshwright.compiler.report.holding import Memory
+from meshwright.compiler.schedules.tables import Table
+from meshwright.dsl.errors import PlanError
+from meshwright.dsl.statements import Checkpoint
+from meshwright.dsl.suggest import selectors_of
+from meshwright.dsl.writing.printer import cells
+from meshwright.passes.budgets.blocks import runs
+from meshwright.passes.budgets.choice import Counts, Place, Problem
+from meshwright.passes.budgets.problem import on_paper
+from meshwright.passes.schedule import pipeline_table
+from meshwright.passes.separate import stage_graphs
+from meshwright.passes.statements.balance import flying
+from meshwright.passes.statements.checkpoint import checkpoint, words_of
+from meshwright.passes.statements.draft import Draft
+from meshwright.passes.statements.targets import modules_of
+
+_MOST_TRIES = 8
+"""How often a choice is made anew with what the walk has found."""
+_MOST_PARTS = 3
+"""How many parts of what is held an error names."""
+_AUTO = Fraction(9, 10)
+"""The share of a device's memory that `auto` is: allocators and transports need some besides."""
+
+
+def budget(draft: Draft) -> Draft:
+    """`draft` with regions for its `checkpoint` statement that has a budget, if there is one."""
+    for statement in draft.plan.of(Checkpoint):
+        if statement.budget is not None:
+            if draft.captured.mode != "train" or draft.price is None:
+                return replace(draft, plan=draft.plan.with_text(statement))
+            return _Choice(draft, statement).made()
+    return draft
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A choice, and what it comes to by the walk."""
+
+    draft: Draft
+    statements: tuple[str, ...]
+    memory: Mapping[int, Memory]
+    cost: int
+
+    @property
+    def peak(self) -> int:
+        """Of the rank that needs most."""
+        return max(each.peak for each in self.memory.values())
+
+
+class BudgetError(PlanError):
+    """A budget that cannot be kept, and the bytes that are `needed`."""
+
+    def __init__(self, *args: Any, needed: int, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.needed = needed
+
+
+class _Choice:
+    """The choice for one statement."""
+
+    def __init__(self, draft: Draft, statement: Checkpoint) -> None:
+        assert draft.price is not None
+        self.draft, self.statement, self.price = draft, statement, draft.price
+        self.budget = _bytes(draft, statement)
+        graphs = stage_graphs(draft)
+        self.runs = runs(draft, graphs, _roots(draft, statement))
+        words = words_of(draft.captured.graph)
+        papers = [
+            on_paper(
+                *(draft, number, graph, [run for run in self.runs if run.stage == number]),
+                *(words, statement.keep),
+            )
+            for number, graph in enumerate(graphs)
+        ]
+        self.problem = Problem(
+            tuple(each for paper in papers for each in paper.options),
+            tuple(each for paper in papers for each in paper.gaps),
+            tuple(_places(pipeline_table(draft), len(graphs))),
+        )
+        self.tried: dict[tuple[str, ...], _Tried] = {}
+
+    def made(self) -> Draft:
+        """The draft with the regions that were chosen."""
+        without = self._try(None)
+        found, bound = without, 0
+        if without.peak > self.budget:
+            found, bound = self._fitting(without)
+        report = Budgeted(
+            *(self.budget, found.statements, found.peak, without.peak),
+            *(found.cost, min(bound, found.cost), len(self.tried)),
+        )
+        return replace(found.draft, budgeted=report)
+
+    def _fitting(self, without: _Tried) -> tuple[_Tried, int]:
+        """The cheapest of all tries that fit, and the bound."""
+        found, bound = self._search(self.budget, without)
+        if not any(each.peak <= self.budget for each in found) and self.draft.quick:
+            found += map(self._try, self._usual())
+            if (least := min(found, key=lambda each: each.peak)).peak > self.budget:
+                raise self._too_small(least)
+        if not any(each.peak <= self.budget for each in found):
+            # What needs the least memory does not depend on the budget: what an error names, fits.
+            found = [self._least(without)]
+            if found[0].peak > self.budget:
+                raise self._too_small(found[0])
+        else:
+            cheapest = min(each.cost for each in found if each.peak <= self.budget)
+            usual = (each for each in self._usual() if self.problem.cost(each) < cheapest)
+            found += map(self._try, usual)
+        fitting = [each for each in found if each.peak <= self.budget]
+        return min(fitting, key=lambda each: (each.cost, each.peak)), bound
+
+    def _search(self, budget: int, without: _Tried) -> tuple[list[_Tried], int]:
+        """The choices for a budget, each made with what the walk has found of the one before, and
+        the bound of the last."""
+        found: list[_Tried] = []
+        bound, problem = 0, self._adjusted(self.problem, None, without)
+        for _ in range(_MOST_TRIES):
+            chosen = problem.best(budget)
+            if chosen is None:
+                break
+            bound = chosen.bound
+            tried = self._try(chosen.counts)
+            if tried in found:
+                break
+            found.append(tried)
+            problem = self._adjusted(self.problem, chosen.counts, tried)
+        return found, bound
+
+    def _least(self, without: _Tried) -> _Tried:
+        """What needs the least memory: what does so on paper, with what the walk has found, every
+        module for itself, and what is found for ever smaller budgets."""
+        found = [without, *map(self._try, self._usual())]
+        problem = self._adjusted(self.problem, None, without)
+        for _ in range(_MOST_TRIES):
+            chosen = problem.least()
+            tried = self._try(chosen.counts)
+            if tried in found:
+                break
+            found.append(tried)
+            problem = self._adjusted(self.problem, chosen.counts, tried)
+        while True:
+            least = min(found, key=lambda each: (each.peak, each.cost))
+            more, _ = self._search(least.peak - 1, without)
+            if all(each.peak >= least.peak for each in more):
+                return least
+            found += more
+
+    def _usual(self) -> Iterator[Counts]:
+        """Every module for itself, and in as many segments as the root of their number."""
+        for root in (False, True):
+            counts = []
+            for each in self.problem.options:
+                length = math.isqrt(each.size) if root else 1
+                own = [0] * len(each.kinds)
+                for size, count in ((length, each.size // length), (1, each.size % length)):
+                    kinds = (i for i, kind in enumerate(each.kinds) if kind.length == size)
+                    fewest = min(kinds, key=lambda i: len(each.kinds[i].keep), default=None)
+                    if fewest is not None:
+                        own[fewest] += count
+                counts.append(tuple(own))
+            yield tuple(counts)
+
+    def _adjusted(self, problem: Problem, counts: Counts | None, tried: _Tried) -> Problem:
+        """The problem with places that hold besides what the walk has found besides."""
+        counts = self._nothing() if counts is None else counts
+        peaks = problem.peaks(counts)
+        places = (
+            replace(place, rest=tried.memory[number].peak - peak)
+            for number, (place, peak) in enumerate(zip(problem.places, peaks, strict=True))
+        )
+        return replace(problem, places=tuple(places))
+
+    def _nothing(self) -> Counts:
+        """Every run made of modules that compute as little again as they can."""
+        found = []
+        for each in self.problem.options:
+            plain = [i for i, kind in enumerate(each.kinds) if kind.modules == 1]
+            first = min(plain, key=lambda i: (each.kinds[i].cost, each.kinds[i].length))
+            found.append(tuple(each.size * (i == first) for i in range(len(each.kinds))))
+        return tuple(found)
+
+    def _try(self, counts: Counts | None) -> _Tried:
+        """What a choice comes to, measured once; that of nothing computes nothing again."""
+        texts = tuple(self._texts(counts)) if counts is not None else ()
+        if texts not in self.tried:
+            plan = self.draft.plan.with_text(self.statement, *texts)
+            before = replace(self.draft, plan=plan, graph=self.draft.captured.graph)
+            draft = replace(self.draft, plan=plan, checkpoints=checkpoint(before).checkpoints)
+            cost = 0 if counts is None else self.problem.cost(counts)
+            self.tried[texts] = _Tried(draft, texts, self.price(draft), cost)
+        return self.tried[texts]
+
+    def _texts(self, counts: Counts) -> Iterator[str]:
+        """The statements of a choice."""
+        for run, options, own in zip(self.runs, self.problem.options, counts, strict=True):
+            left = list(run.modules)
+            for kind, count in zip(options.kinds, own, strict=True):
+                modules, left = left[: count * kind.modules], left[count * kind.modules :]
+                if modules and kind.length:
+                    segments = count if kind.length > 1 else None
+                    yield _text(self.draft, modules, segments, kind.keep)
+
+    def _too_small(self, least: _Tried) -> BudgetError:
+        memory = max(least.memory.values(), key=lambda each: each.peak)
+        parts = sorted(memory.parts.items(), key=lambda each: -each[1])[:_MOST_PARTS]
+        held = ", ".join(f"{use} {size_text(size)}" for use, size in parts)
+        return BudgetError(
+            "P504",
+            f"the budget is {size_text(self.budget)}, and the least that a rank needs is "
+            f"{size_text(least.peak)}",
+            spans=[self.statement.at("budget")],
+            subject=f"it needs that in {memory.peak_at}, for {held}",
+            help=f"write `budget={size_written(least.peak, up=True)}` or more, or split more: "
+            "`zero 3`",
+            needed=least.peak,
+        )
+
+
+def _bytes(draft: Draft, statement: Checkpoint) -> int:
+    """The budget in bytes: for `auto`, of the device or, on the CPU, of this machine's memory,
+    which all ranks share."""
+    if isinstance(statement.budget, int):
+        return statement.budget
+    if draft.device is not None and draft.device.type == "cuda":
+        total = int(torch.cuda.get_device_properties(draft.device).total_memory)
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // draft.mesh.num_ranks
+    return int(total * _AUTO)
+
+
+def _roots(draft: Draft, statement: Checkpoint) -> list[str]:
+    """The modules that a statement leaves to choose among: those that others are not in."""
+    if not statement.targets:
+        return [""]
+    matched = {n for t in statement.targets for n in t.match(modules_of(draft, Checkpoint))}
+    return [name for name in draft.modules if name in matched] or [""]
+
+
+def _places(table: Table | None, num_stages: int) -> Iterator[Place]:
+    """The places along a pipeline."""
+    if table is None:
+        yield Place(dict.fromkeys(range(num_stages), 1), 0)
+        return
+    by_stage = [flying(table, stage) for stage in range(num_stages)]
+    for row in range(len(table.rows)):
+        held = {stage: own[row] for stage, own in enumerate(by_stage) if row in own}
+        yield Place(held, 0)
+
+
+def _text(draft: Draft, modules: list[str], segments: int | None, keep: tuple[str, ...]) -> str:
+    """A statement about modules."""
+    named = ", ".join(
+        selectors_of(own)[0] if len(own) == 1 else selector
+        for selector, own in fold(modules, draft.modules).items()
+    )
+    options = cells(Checkpoint(segments=segments, keep=keep))
+    return " ".join(filter(None, ["checkpoint", named, *options[1:]]))

@@ -1,0 +1,1 @@
+"""Values that leave the device: to host memory, and to files."""

@@ -1,0 +1,137 @@
+"""One rank of a program alone in this process, and every byte that it allocates while it trains.
+
+What torch's allocator gives out is counted, whoever asks for it: operators, what their kernels need
+inside, the optimizer. The other members of a group are taken to give what this rank gives.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.profiler import record_function
+
+import meshwright
+from meshwright.compiler.kernels import hashing
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.wires import Start, Wait, Wire
+from meshwright.compiler.report.counter import address
+from meshwright.compiler.report.scratch import allocations
+from meshwright.runtime import run as runs
+from meshwright.runtime.rank import RankProgram
+
+BEGIN = "a step begins"
+
+
+class Alone:
+    """A transport with one rank, in whose place the others answer at once."""
+
+    has_every_rank = False
+
+    def __init__(self, mesh: Mesh, rank: int) -> None:
+        self.mesh, self.ranks = mesh, (rank,)
+
+    def run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
+        """Drive the rank to its end."""
+        (program,) = programs
+        answer: Any = None
+        try:
+            while True:
+                request, answer = program.send(answer), None
+                if isinstance(request, Wait):
+                    answer, request.handle[:] = request.handle[0], []
+                elif isinstance(request, Start):
+                    lent = (request.wire, request.tensor, request.donate)
+                    answer = [self.answer(*lent), lent]  # which is kept until the wait
+                    del lent
+                else:
+                    answer = self.answer(*request)
+                del request
+        except StopIteration as stop:
+            return [stop.value]
+
+    def answer(self, wire: Wire, tensor: Tensor, donate: bool = False) -> Tensor:
+        """The result of a collective, in memory of its own where a process has it there."""
+        if wire.ends is not None:
+            place = self.mesh.group(self.ranks[0], wire.axes).index(self.ranks[0])
+            return tensor.zero_() if place == wire.ends[1] else tensor
+        size = self.mesh.size(wire.axes)
+        match wire.kind:
+            case "all_gather":
+                return tensor.expand(size, *tensor.shape).clone()
+            case "reduce_scatter":
+                return tensor[0].clone()
+            case "all_reduce" if donate:
+                return tensor
+        return tensor.clone()
+
+    def connect(self, wires: Iterable[Wire]) -> None:
+        """There is nobody to connect to."""
+
+    def check_same_program(self, digest: str) -> None:
+        """There is nobody to compare with."""
+
+    def close(self, error: BaseException | None = None) -> None:
+        """There is nothing to leave."""
+
+
+@contextmanager
+def alone(rank: int) -> Iterator[None]:
+    """Launch programs with one rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "transport_of", lambda mesh, device: Alone(mesh, rank))
+        yield
+
+
+Train = Callable[[Any, Callable[[], Any]], None]
+"""Makes an optimizer of a run, given it and what makes a step, and trains for a few updates."""
+
+
+def measured(program: meshwright.Program, example: Any, rank: int, train: Train) -> int:
+    """The most bytes that a rank holds from its first step on, with the batch and constants."""
+    args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
+    hashing._cached_tables.cache_clear()
+    gc.collect()  # what goes meanwhile would count
+    with alone(rank), allocations() as log:
+        run = program.launch(check_inputs=False)
+
+        def step() -> Any:
+            with record_function(BEGIN):
+                pass
+            return run.step(*args, **kwargs)
+
+        train(run, step)
+        executor, sharders = run._programs.launched.ranks[0]
+        inputs = run._programs.launched.inputs.flatten(args, kwargs, "")
+        batch = sum(sharders[i](inputs[i]).nbytes for i in executor.taken)
+        constants = {address(c): c.untyped_storage().nbytes() for c in executor.constants.values()}
+    held = peak = 0
+    begun = False
+    for name, size in log:
+        begun |= name == BEGIN
+        held += size
+        peak = max(peak, held) if begun else 0
+    return peak + batch + sum(constants.values())
+
+
+def train_with(kind: Any, *, clip: float | None = 1.0, updates: int = 2, **options: Any) -> Train:
+    """Updates of an optimizer of this class."""
+
+    def train(run: Any, step: Callable[[], Any]) -> None:
+        optimizer = run.optimizer(kind, **options)
+        for _ in range(updates):
+            step()
+            if clip is not None:
+                run.clip_grad_norm_(clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return train
+
+
+ADAMW = train_with(torch.optim.AdamW)

@@ -1,0 +1,194 @@
+"""Updates in chunks: what torch does in one step, hooks and counts included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import meshwright as mw
+from meshwright.runtime.offloading import disk
+from meshwright.runtime.optimizers import chunks
+
+DATA = "mesh dp=2\ndata x over dp\n"
+AWAY = "offload parameters first\noffload optimizer\n"
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh()).square().mean()
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk for each parameter."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
+
+
+def launched(plan: str) -> mw.Run:
+    torch.manual_seed(0)
+    run: mw.Run = mw.compile(Two(), mw.Plan.parse(DATA + plan), batch()).launch()
+    return run
+
+
+def batch() -> tuple[Tensor]:
+    return (torch.linspace(-1, 1, 128).view(4, 32),)
+
+
+def updated(run: mw.Run, optimizer: Optimizer, steps: int = 3) -> dict[str, Tensor]:
+    for _ in range(steps):
+        run.step(*batch())
+        optimizer.step()
+        optimizer.zero_grad()
+    return run.state_dict()
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return all(ours[name].equal(theirs[name]) for name in theirs)
+
+
+class Counting(Optimizer):
+    """Decays its rate by the number of updates, which it keeps in its groups."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "updates": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["updates"] += 1
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad, alpha=-group["lr"] / group["updates"])
+
+
+def test_what_an_optimizer_counts_in_its_groups_it_counts_once() -> None:
+    found = []
+    for plan in ("", AWAY):
+        with launched(plan) as run:
+            optimizer = run.optimizer(Counting, groups=[{"params": ["second.*"], "lr": 0.2}])
+            found.append(updated(run, optimizer))
+            assert [group["updates"] for group in optimizer.param_groups] == [3, 3]
+    assert equal(*found)
+
+
+def test_hooks_run_once_in_a_step_and_before_anything_is_updated() -> None:
+    def doubled(optimizer: Optimizer, *_: Any) -> None:
+        calls.append("before")
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(2)
+
+    found, calls = [], list[str]()
+    for plan in ("", AWAY):
+        with launched(plan) as run:
+            optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+            optimizer.register_step_pre_hook(doubled)
+            optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+            found.append(updated(run, optimizer))
+            assert [state.num_updates for state in run.states] == [3, 3]
+    assert equal(*found)
+    assert calls == ["before", "after"] * 6
+
+
+def test_a_closure_is_called_once_and_its_loss_returned() -> None:
+    found, losses = [], list[Tensor]()
+    for plan in ("", AWAY):
+        with launched(plan) as run:
+            optimizer = run.optimizer(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+            def closure(run: mw.Run = run, optimizer: Optimizer = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss: Tensor = run.step(*batch())
+                return loss
+
+            losses += [optimizer.step(closure) for _ in range(3)]
+            found.append(run.state_dict())
+            assert run.states[0].random.step == 3
+    assert equal(*found)
+    assert all(a.equal(b) for a, b in zip(losses[:3], losses[3:], strict=True))
+
+
+def test_gradients_may_be_others_than_those_of_the_step(tmp_path: Path) -> None:
+    found = []
+    for plan in ("", AWAY, f'offload parameters to=disk path="{tmp_path}"\n'):
+        with launched(plan) as run:
+            optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+            for _ in range(2):
+                run.step(*batch())
+                for parameter in run.parameters():
+                    assert parameter.grad is not None
+                    parameter.grad = parameter.grad.clone() * 3
+                optimizer.step()
+            found.append(run.state_dict())
+    assert equal(found[1], found[0]) and equal(found[2], found[0])
+
+
+def test_values_that_are_loaded_are_those_that_are_updated() -> None:
+    found = []
+    for plan in ("", AWAY):
+        with launched(plan) as run:
+            optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+            updated(run, optimizer, 1)
+            run.load_state_dict({n: torch.ones_like(t) for n, t in run.state_dict().items()})
+            found.append(updated(run, optimizer, 1))
+    assert equal(*found)
+
+
+def test_what_is_written_to_a_parameter_is_what_steps_take(tmp_path: Path) -> None:
+    found = []
+    for plan in ("", AWAY, f'offload optimizer to=disk path="{tmp_path}"\n'):
+        with launched(plan) as run, torch.no_grad():
+            for parameter in run.parameters():
+                parameter.mul_(0.5)
+            found.append(run.step(*batch()))
+    assert found[1].equal(found[0]) and found[2].equal(found[0])
+
+
+def test_the_state_of_an_optimizer_is_where_the_plan_says(tmp_path: Path) -> None:
+    with launched(f'offload optimizer to=disk path="{tmp_path}"\n') as run:
+        optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+        updated(run, optimizer, 1)
+        store = run.states[0].stores(str(tmp_path))
+        parameter = run.states[0].parameters["first.weight"]
+        assert store.has(parameter.data) and store.has(optimizer.state[parameter]["exp_avg"])
+        assert not store.has(run.states[0].tensors["parameter", "first.weight"])
+        kept = optimizer.state_dict()
+        optimizer.load_state_dict(kept)
+        updated(run, optimizer, 1)
+        assert store.has(optimizer.state[parameter]["exp_avg"])
+
+
+def test_files_that_cannot_be_read_stop_an_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with launched(f'offload parameters to=disk path="{tmp_path}"\n') as run:
+        optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+        run.step(*batch())
+        monkeypatch.setattr(disk.Mapping, "populate", broken)
+        with pytest.raises(mw.RunError, match=r"cannot read .*Input/output error") as caught:
+            optimizer.step()
+        assert "load a checkpoint" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS])
+def test_an_optimizer_that_looks_at_all_tensors_together_is_refused(
+    kind: Any, golden: Callable[[str, str], None]
+) -> None:
+    plan = mw.Plan.parse("mesh one=1\n" + AWAY)
+    with mw.compile(Two(), plan, batch()).launch() as run:
+        with pytest.raises(mw.RunError) as caught:
+            run.optimizer(kind, lr=0.1)
+        golden("chunks-of-lbfgs", str(caught.value))
