@@ -13,9 +13,11 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Self, cast
+from typing import BinaryIO, Self, TypeVar, cast
 
 from meshwright.runtime.checkpoint.files import (
     COPY_AGAIN,
@@ -46,6 +48,7 @@ _NAME_ONE = f"name a folder that `save` wrote into, or one with a `{MANIFEST}`"
 _FILE = re.compile(f"{_SHARD.pattern}|{re.escape(MANIFEST)}")
 _OURS = re.compile(f"{_CHECKPOINT.pattern}|{_FILE.pattern}")
 _ATTEMPTS, _PAUSE = 100, 0.01
+T = TypeVar("T")
 
 
 def folder_of(path: object) -> Path:
@@ -211,6 +214,11 @@ def _heads(folder: Path) -> tuple[list[tuple[Head, Path]], RunError | None]:
 
     Raises `OSError` for a folder that cannot be listed.
     """
+    found, problem = _seen(folder, partial(_heads_listed, folder), lambda seen: any(seen))
+    return sorted(found, key=lambda each: (each[0].number, each[1].name)), problem
+
+
+def _heads_listed(folder: Path) -> tuple[list[tuple[Head, Path]], RunError | None]:
     found, problem = [], None
     for path in _subfolders(folder):
         try:
@@ -219,7 +227,28 @@ def _heads(folder: Path) -> tuple[list[tuple[Head, Path]], RunError | None]:
             # It may have been removed since it was listed.
             if os.path.lexists(path):
                 problem = error
-    return sorted(found, key=lambda each: (each[0].number, each[1].name)), problem
+    return found, problem
+
+
+def _seen(folder: Path, look: Callable[[], T], is_something: Callable[[T], bool]) -> T:
+    """What `look` finds in a folder; nothing only where nobody renamed meanwhile.
+
+    What gets its name after the listing has passed there, and what loses it before its head is
+    read, are not seen: with many savers that can be all there is. Raises `OSError`.
+    """
+    check_name(folder)
+    for _ in range(_ATTEMPTS):
+        before = _stamp(folder)
+        found = look()
+        if is_something(found) or _stamp(folder) == before:
+            break
+        time.sleep(_PAUSE)
+    return found
+
+
+def _stamp(folder: Path) -> tuple[int, frozenset[str]]:
+    """Changes with every rename: of the time alone, several could be in one tick of the clock."""
+    return os.stat(folder).st_mtime_ns, frozenset(os.listdir(folder))
 
 
 class OpenSave:
@@ -331,14 +360,17 @@ def current_path(folder: Path) -> Path:
 def has_none(folder: Path) -> bool:
     """Whether there is no checkpoint at all, whole or damaged, in or below a folder."""
     try:
-        check_name(folder)
-        return not any(_OURS.fullmatch(name) for name in os.listdir(folder))
+        return not _seen(folder, partial(_has_ours, folder), bool)
     except FileNotFoundError as error:
         if os.path.islink(folder):
             raise cannot("read", folder, error, "mount or make what it links to") from None
         return True
     except OSError as error:
         raise cannot("read", folder, error, COPY_AGAIN) from None
+
+
+def _has_ours(folder: Path) -> bool:
+    return any(_OURS.fullmatch(name) for name in os.listdir(folder))
 
 
 def renamed(folder: Path) -> list[Path]:
@@ -357,7 +389,6 @@ def renamed(folder: Path) -> list[Path]:
 
 def _subfolders(folder: Path) -> list[Path]:
     """The folders named as checkpoints are. Raises `OSError`."""
-    check_name(folder)
     return [Path(entry) for entry in os.scandir(folder) if _CHECKPOINT.fullmatch(entry.name)]
 
 

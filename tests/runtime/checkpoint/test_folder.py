@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -440,3 +441,38 @@ def test_locks_are_shared_or_held_alone_and_end_with_the_file(tmp_path: Path) ->
     os.close(read)
     os.close(write)
     assert try_lock(read, shared=True) is None
+
+
+def listing(
+    meanwhile: Callable[[], object], *, shows: bool
+) -> Callable[..., Iterator[os.DirEntry[str]]]:
+    """A listing whose first call has others rename meanwhile, and `shows` what was there before."""
+    real, calls = os.scandir, count()
+
+    def scandir(path: Path) -> Iterator[os.DirEntry[str]]:
+        if next(calls) > 0:
+            return real(path)
+        entries = list(real(path))
+        meanwhile()
+        return iter(entries if shows else [])
+
+    return scandir
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_a_listing_that_sees_only_what_vanishes_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shows: bool
+) -> None:
+    save(tmp_path, 1)
+    monkeypatch.setattr(os, "scandir", listing(lambda: save(tmp_path, 2), shows=shows))
+    assert [path.name for _, path in checkpoints(tmp_path)] == ["step-2"]
+
+
+def test_a_save_whose_listing_sees_only_what_vanishes_is_still_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    new = begun(tmp_path)
+    monkeypatch.setattr(os, "scandir", listing(lambda: save(tmp_path, 2), shows=True))
+    commit(new, 3)
+    assert value(tmp_path) == 3
