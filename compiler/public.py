@@ -25,10 +25,10 @@ from meshwright.compiler.report.costs import (
     spread,
 )
 from meshwright.compiler.report.explain import Explanation, explain
-from meshwright.compiler.report.holding import Memory
 from meshwright.compiler.report.ledger import Comm, ledger
 from meshwright.compiler.report.listing import GraphText
-from meshwright.compiler.report.memory import memories
+from meshwright.compiler.report.memory.holding import Memory
+from meshwright.compiler.report.memory.prediction import memories
 from meshwright.compiler.report.summary import summarise
 from meshwright.compiler.report.timeline import timeline
 from meshwright.compiler.schedules.asked import other_table

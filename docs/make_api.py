@@ -26,7 +26,8 @@ from docs.generated import write_or_check
 from meshwright.compiler import errors, program
 from meshwright.compiler.graph import ir
 from meshwright.compiler.layout import mesh
-from meshwright.compiler.report import explain, holding, ledger, listing, pipeline, recompute, sums
+from meshwright.compiler.report import explain, ledger, listing, pipeline, recompute, sums
+from meshwright.compiler.report.memory import holding
 from meshwright.dsl import PlanBuilder
 from meshwright.runtime import errors as run_errors
 

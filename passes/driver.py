@@ -25,8 +25,8 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.check import check_all
 from meshwright.compiler.program import Kept, Stored, Update
 from meshwright.compiler.public import Program, Runtime
-from meshwright.compiler.report import holding
-from meshwright.compiler.report.memory import memories
+from meshwright.compiler.report.memory import holding
+from meshwright.compiler.report.memory.prediction import memories
 from meshwright.compiler.schedules.links import graphs_of, links_of
 from meshwright.compiler.schedules.moves import completed
 from meshwright.compiler.schedules.serial import same_on_every_rank

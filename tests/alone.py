@@ -20,8 +20,8 @@ import meshwright
 from meshwright.compiler.kernels import hashing
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Start, Wait, Wire
-from meshwright.compiler.report.counter import address
-from meshwright.compiler.report.scratch import allocations
+from meshwright.compiler.report.memory.counter import address
+from meshwright.compiler.report.memory.scratch import allocations
 from meshwright.runtime import run as runs
 from meshwright.runtime.rank import RankProgram
 

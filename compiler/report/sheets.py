@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from meshwright.compiler.graph.text import size_text
 from meshwright.compiler.program import Budgeted
-from meshwright.compiler.report.holding import places_sheet
+from meshwright.compiler.report.memory.holding import places_sheet
 from meshwright.compiler.report.recompute import Recomputed, flops_text
 from meshwright.compiler.report.sheet import Column, Sheet
 from meshwright.compiler.report.staging import Passed, Repeated

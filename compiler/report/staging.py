@@ -22,7 +22,7 @@ from meshwright.compiler.graph.names import fold
 from meshwright.compiler.graph.text import node_type_text
 from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.ledger import Moved, ledger
-from meshwright.compiler.report.memory import walks
+from meshwright.compiler.report.memory.prediction import walks
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.statements import Stages
 

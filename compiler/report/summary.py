@@ -12,9 +12,9 @@ from meshwright.compiler.graph.text import op_text, type_text
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.placing.rules.lookup import has_rule
 from meshwright.compiler.program import Budgeted, Compiled, Stored
-from meshwright.compiler.report.holding import Memory
 from meshwright.compiler.report.ledger import Comm, Moved, ledger
-from meshwright.compiler.report.memory import memories
+from meshwright.compiler.report.memory.holding import Memory
+from meshwright.compiler.report.memory.prediction import memories
 from meshwright.compiler.report.recompute import Recomputed, recomputed, share_recomputed
 from meshwright.compiler.report.staging import (
     Passed,

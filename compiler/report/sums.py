@@ -13,9 +13,9 @@ from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.program import Compiled, Stored
 from meshwright.compiler.report.ledger import Moved, collectives
-from meshwright.compiler.report.memory import walks_by_rank
+from meshwright.compiler.report.memory.prediction import walks_by_rank
+from meshwright.compiler.report.memory.storages import Walk
 from meshwright.compiler.report.shares import shares
-from meshwright.compiler.report.storages import Walk
 
 _Alike: TypeAlias = tuple[str, str, tuple[str, ...], str]
 """The phase, kind, axes and line of the plan that collectives have in common."""

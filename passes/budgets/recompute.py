@@ -27,7 +27,7 @@ import torch
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.graph.text import size_text, size_written
 from meshwright.compiler.program import Budgeted
-from meshwright.compiler.report.holding import Memory
+from meshwright.compiler.report.memory.holding import Memory
 from meshwright.compiler.schedules.tables import Table
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.statements import Checkpoint

@@ -16,7 +16,7 @@ from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
 from meshwright.compiler.program import Budgeted, Kept
-from meshwright.compiler.report.holding import Memory
+from meshwright.compiler.report.memory.holding import Memory
 from meshwright.compiler.schedules.balanced import Balance
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan

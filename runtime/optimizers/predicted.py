@@ -25,8 +25,8 @@ from meshwright.compiler.codegen.linking import FlatBuffer, RandomState
 from meshwright.compiler.graph.types import Fakes
 from meshwright.compiler.program import Update
 from meshwright.compiler.public import Program
-from meshwright.compiler.report.counter import StorageCounter, address
-from meshwright.compiler.report.scratch import KernelCounter
+from meshwright.compiler.report.memory.counter import StorageCounter, address
+from meshwright.compiler.report.memory.scratch import KernelCounter
 from meshwright.compiler.schedules.actions import actions_of
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.buckets import owners_of

@@ -12,8 +12,8 @@ from meshwright.compiler.graph.data import graph_data
 from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.graph.text import size_text, spelt
 from meshwright.compiler.public import Program
-from meshwright.compiler.report.holding import moments_sheet, places_sheet
 from meshwright.compiler.report.listing import graph_text
+from meshwright.compiler.report.memory.holding import moments_sheet, places_sheet
 from meshwright.compiler.report.show import show_text
 from meshwright.compiler.report.tables import sheet_text
 from meshwright.compiler.report.timeline import timeline_data

@@ -15,7 +15,7 @@ from torch import nn
 
 import meshwright as mw
 from meshwright.compiler.errors import PassError
-from meshwright.compiler.report.memory import memories
+from meshwright.compiler.report.memory.prediction import memories
 from meshwright.compiler.report.summary import summarise
 from meshwright.runtime.optimizers.optimizer import make_optimizer
 from tests.runtime.checkpoint.test_plans import contents, same

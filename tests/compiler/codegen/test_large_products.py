@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from meshwright.compiler.kernels import products
-from tests.compiler.report.test_memory import check
+from tests.compiler.report.memory.test_peaks import check
 from tests.equivalence import check_equal
 
 

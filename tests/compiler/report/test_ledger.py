@@ -16,7 +16,7 @@ from meshwright.compiler.layout.wires import Start, bytes_sent
 from meshwright.compiler.public import Program
 from meshwright.compiler.report.summary import summarise
 from meshwright.dsl.errors import PlanError
-from tests.compiler.report.test_memory import STAGED
+from tests.compiler.report.memory.test_peaks import STAGED
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, real, tokens
 
 FOUR = f"mesh pp=4\ndata tokens, targets\n{STAGED['four']}\n"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import meshwright
 from meshwright.compiler.public import Program
-from meshwright.compiler.report.memory import memories
+from meshwright.compiler.report.memory.prediction import memories
 from meshwright.compiler.report.show import show_text
 from meshwright.dsl.errors import PlanError
 from tests.equivalence import check_equal

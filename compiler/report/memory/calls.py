@@ -21,9 +21,9 @@ from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.graph.transfers import is_collective
 from meshwright.compiler.graph.types import Fakes
 from meshwright.compiler.placing.composite import composite_of
-from meshwright.compiler.report.counter import address
-from meshwright.compiler.report.scratch import KernelCounter
-from meshwright.compiler.report.tensors import Local, Storage, Use, contiguous, leaves
+from meshwright.compiler.report.memory.counter import address
+from meshwright.compiler.report.memory.scratch import KernelCounter
+from meshwright.compiler.report.memory.tensors import Local, Storage, Use, contiguous, leaves
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,10 +38,10 @@ from meshwright.compiler.codegen.linking import RandomState, RankContext
 from meshwright.compiler.graph.aliasing import is_allocated
 from meshwright.compiler.graph.ir import TO_DISK, TO_HOST, Graph, MeshOp, Node, Op, OutputKind
 from meshwright.compiler.layout.local_ops import LocalOp, apply_all
-from meshwright.compiler.report.calls import Calling, Calls, function_key
-from meshwright.compiler.report.saved import Saved
-from meshwright.compiler.report.tally import Tally
-from meshwright.compiler.report.tensors import (
+from meshwright.compiler.report.memory.calls import Calling, Calls, function_key
+from meshwright.compiler.report.memory.saved import Saved
+from meshwright.compiler.report.memory.tally import Tally
+from meshwright.compiler.report.memory.tensors import (
     Held,
     Local,
     Storage,
@@ -51,7 +51,7 @@ from meshwright.compiler.report.tensors import (
     leaves,
     moved,
 )
-from meshwright.compiler.report.uses import uses
+from meshwright.compiler.report.memory.uses import uses
 from meshwright.compiler.schedules.actions import Action
 from meshwright.compiler.schedules.transfers import PassedKey
 from meshwright.compiler.stages import PASSED_AS, Stage

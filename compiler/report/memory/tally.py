@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import NamedTuple, TypeAlias
 
 from meshwright.compiler.graph.ir import Node
-from meshwright.compiler.report.tensors import Held, Storage, Use, leaves
+from meshwright.compiler.report.memory.tensors import Held, Storage, Use, leaves
 from meshwright.compiler.schedules.actions import Entry
 
 _Place: TypeAlias = "tuple[int, int, Entry | None, Node | None]"

@@ -18,7 +18,7 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
 )
 from meshwright.compiler.layout.collectives import COLLECTIVES
-from meshwright.compiler.report.tensors import Use
+from meshwright.compiler.report.memory.tensors import Use
 from meshwright.compiler.stages import Stage
 
 aten = torch.ops.aten

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.compiler.graph.ir import Node
-from meshwright.compiler.report.tensors import Held, Local, Storage, Use, contiguous, fresh
+from meshwright.compiler.report.memory.tensors import Held, Local, Storage, Use, contiguous, fresh
 from meshwright.compiler.schedules.actions import Action
 from meshwright.compiler.stages import Joined, Stage
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import meshwright
 from meshwright.compiler.graph import aliasing
 from meshwright.compiler.graph.ir import INPUT, SAVED
-from meshwright.compiler.report.memory import walks
+from meshwright.compiler.report.memory.prediction import walks
 from meshwright.passes.statements import offload
 from tests.alone import ADAMW, Train, measured
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._profiler import _ExperimentalConfig
 
 from meshwright.compiler.graph.aliasing import is_view
-from meshwright.compiler.report.counter import StorageCounter
+from meshwright.compiler.report.memory.counter import StorageCounter
 
 _autograd: Any = torch.autograd  # whose stubs leave out its profiler
 _MOST_BYTES = 1 << 24

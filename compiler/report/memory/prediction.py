@@ -14,11 +14,11 @@ from meshwright.compiler.graph.ir import InputKind, OutputKind
 from meshwright.compiler.graph.text import op_text, type_text
 from meshwright.compiler.layout.wires import HALF_TYPES
 from meshwright.compiler.program import Compiled, Stored, Update
-from meshwright.compiler.report.counter import address
-from meshwright.compiler.report.holding import UPDATE, Alive, Memory, Moment
-from meshwright.compiler.report.storages import Walk
-from meshwright.compiler.report.tensors import Storage, Use
-from meshwright.compiler.report.uses import copies
+from meshwright.compiler.report.memory.counter import address
+from meshwright.compiler.report.memory.holding import UPDATE, Alive, Memory, Moment
+from meshwright.compiler.report.memory.storages import Walk
+from meshwright.compiler.report.memory.tensors import Storage, Use
+from meshwright.compiler.report.memory.uses import copies
 from meshwright.compiler.schedules.actions import Action, Entry, Receive, Send, actions_of
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import meshwright
 from meshwright import RunError
 from tests.alone import ADAMW, Train, measured, train_with
-from tests.compiler.report.test_memory import STAGED, Convolutions, Deep
+from tests.compiler.report.memory.test_peaks import STAGED, Convolutions, Deep
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 
 
