@@ -62,9 +62,9 @@ from meshwright.passes.statements.checkpoint import checkpoint
 from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
-from meshwright.passes.statements.elsewhere import keep_elsewhere, movable
 from meshwright.passes.statements.fragments import with_fragments
-from meshwright.passes.statements.offload import offload
+from meshwright.passes.statements.offloading.activations import offload
+from meshwright.passes.statements.offloading.parameters import keep_elsewhere, movable
 from meshwright.passes.statements.pad import pad
 from meshwright.passes.statements.pad_sequences import pad_sequences
 from meshwright.passes.statements.pins import pin_lines

@@ -50,8 +50,8 @@ from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM
 from meshwright.compiler.program import Kept, Place
 from meshwright.dsl.statements import Offload
-from meshwright.passes.statements import offload
 from meshwright.passes.statements.draft import Draft, Movable
+from meshwright.passes.statements.offloading import activations
 from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.targets import of_parameters
 
@@ -74,7 +74,7 @@ def movable(draft: Draft) -> Draft:
     for name, parameter in draft.captured.parameters.items():
         trained = parameter.requires_grad and draft.captured.mode == "train"
         each = Movable(_layer(name), values.get(name), updates.get(name) if trained else None)
-        large = TensorType.of(parameter).num_bytes >= max(offload.SMALL_BYTES, 1)
+        large = TensorType.of(parameter).num_bytes >= max(activations.SMALL_BYTES, 1)
         if large and (each.value or each.update):
             found[name] = each
     return replace(draft, movable=found)
@@ -118,7 +118,7 @@ def keep_elsewhere(draft: Draft) -> Draft:
         return _moved(draft, choice.kept(counts))
 
     statements = {s for each in draft.movable.values() for s in (each.value, each.update) if s}
-    return tried(offload.fewest(draft, statements, choice.most, tried))
+    return tried(activations.fewest(draft, statements, choice.most, tried))
 
 
 class _Choice:
@@ -240,7 +240,7 @@ class _Mover:
         phase: Phase,
     ) -> None:
         self.movable, self.kept, self.graph = movable, kept, graph
-        self.computed = offload.Uses(graph)
+        self.computed = activations.Uses(graph)
         self.order = {node: place for place, node in enumerate(graph.nodes)}
         self.users = graph.users()
         self.of: dict[Node, Node] = {}
@@ -249,7 +249,7 @@ class _Mover:
             if node.op == INPUT and node.args[0] == InputKind.PARAMETER:
                 if kept.get(node.args[1], Kept()).value.away:
                     self.of[node] = node
-            elif offload.is_part(node) and next(node.operands()) in self.of:
+            elif activations.is_part(node) and next(node.operands()) in self.of:
                 self.of[node] = self.of[next(node.operands())]
         self.visits = {
             node: tuple(self._visits(node)) for node, own in self.of.items() if node is own
@@ -290,7 +290,7 @@ class _Mover:
                 moving[each] = self._leave(each)
             for each in gone.get(place, ()):
                 name = f"{each.value.name}_on_{each.place.to}"
-                self.mapping[each.value] = offload.emit(self.builder, WAIT, moving[each], name)
+                self.mapping[each.value] = activations.emit(self.builder, WAIT, moving[each], name)
         for node in items:
             self.mapping[node] = self.builder.copy(node, self.mapping)
         return self.builder.graph(each.of(self._operand(each.node)) for each in self.graph.outputs)
@@ -318,7 +318,9 @@ class _Mover:
         for node, own in self.of.items():
             if own is source:
                 self.mapping.pop(node, None)
-        self.mapping[source] = offload.emit(self.builder, WAIT, moving, f"{source.name}_on_device")
+        self.mapping[source] = activations.emit(
+            self.builder, WAIT, moving, f"{source.name}_on_device"
+        )
 
     def _join(self, departure: _Departure) -> None:
         for node in departure.chain:
@@ -387,7 +389,7 @@ class _Mover:
         while pending:
             node = pending.pop()
             alone = all(user in found for user in self.users[node])
-            if node is value or (alone and (node.op in _JOINING or offload.is_part(node))):
+            if node is value or (alone and (node.op in _JOINING or activations.is_part(node))):
                 found[node] = None
                 pending += [each for each in node.operands() if each not in found]
         return tuple(sorted(found, key=self.order.__getitem__))
