@@ -276,17 +276,21 @@ class Compiled:
             found.setdefault((entries, self.place(rank)), rank)
         return tuple(found.values())
 
+    @property
+    def imagined_on(self) -> torch.device:
+        """The device of the fake tensors on which calls and updates are tried out: torch makes them
+        for any GPU of CUDA without one, and has the CPU in place of other devices."""
+        return self.device if self.device.type in ("cpu", "cuda") else torch.device("cpu")
+
     @cached_property
     def updates(self) -> dict[int, Update]:
-        """What AdamW takes on each of `different_ranks`."""
-        return self.updates_of(torch.optim.AdamW, (), {})
+        """What AdamW takes on each of `different_ranks`; nothing where none is trained."""
+        return self.updates_of(torch.optim.AdamW, (), {}) if self.trains else {}
 
     def updates_of(
         self, kind: object, groups: Sequence[object], options: Mapping[str, object]
     ) -> dict[int, Update]:
-        """What an optimizer takes on each of `different_ranks`; nothing where none is trained."""
-        if not self.trains:
-            return {}
+        """What an optimizer takes on each of `different_ranks`."""
         updated = self.updated
         return {rank: updated(self, rank, kind, groups, options) for rank in self.different_ranks}
 

@@ -74,6 +74,7 @@ MACHINERY: Mapping[type, tuple[str, ...]] = {
         "captured", "stages", "table", "pipeline", "entries", "transfers", "apart", "movements",
         "recompile", "initialise", "runtime", "code", "inputs", "trains", "scaled", "instructions",
         "with_model", "with_structure", "updated", "updates", "updates_of", "different_ranks",
+        "imagined_on",
     ),
     program.Stored: (
         "held_at", "held_by", "num_holders", "paddings", "padded", "unpadded", "plan_line",

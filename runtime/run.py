@@ -84,7 +84,6 @@ class Run:
         values = values_of(program, state_dict)
         for _, stored in stored_tensors(program):
             values(stored)
-        check_device(program.device)
         self.transport = transport_of(program.mesh, program.device)
         self.transport.check_same_program(executable_digest(program))
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
@@ -535,6 +534,7 @@ _LIKE_EXAMPLE = 'pass inputs like the example\'s, or launch with `new_shapes="co
 
 def launch(program: Program, **options: Any) -> Run:
     """Start a run of `program`; see `Run`."""
+    check_device(program.device)
     with apart_from_caller(program.device.type):
         return Run(program, **options)
 

@@ -251,7 +251,14 @@ def _bytes(draft: Draft, statement: Checkpoint) -> int:
     which all ranks share."""
     if isinstance(statement.budget, int):
         return statement.budget
-    if draft.device is not None and draft.device.type == "cuda":
+    if draft.device is not None and draft.device.type != "cpu":
+        if draft.device.type != "cuda" or not torch.cuda.is_available():
+            raise draft.plan.error(
+                "P501",
+                f"`budget=auto` is the memory of a `{draft.device.type}` device, and none is here",
+                statement.at("budget"),
+                help="write how much it has: `budget=40GiB`",
+            )
         total = int(torch.cuda.get_device_properties(draft.device).total_memory)
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // draft.mesh.num_ranks

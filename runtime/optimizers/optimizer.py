@@ -42,6 +42,11 @@ def make_optimizer(
     options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
     """The optimizer that `Run.optimizer` returns, over the local shards `parameters`."""
+    if program.mode != "train":
+        raise RunError(
+            f"the program was compiled with `mode={program.mode!r}`: no optimizer updates it",
+            help="compile it with `mode='train'`",
+        )
     if not callable(kind):
         raise RunError(f"the optimizer is a `{type(kind).__name__}`", help=_OPTIONS_HELP)
     held = list(parameters)

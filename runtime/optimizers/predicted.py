@@ -64,7 +64,7 @@ def predicted_update(
     Raises what `Run.optimizer` raises.
     """
     fakes = Fakes()
-    with apart_from_caller(program.device.type):
+    with apart_from_caller(program.imagined_on.type):
         state = _Imagined(program, rank, fakes)
         with StorageCounter() as indices:
             widened = Widened([state], program)
@@ -90,8 +90,8 @@ class _Imagined(RankState):
 
     def __init__(self, program: Program, rank: int, fakes: Fakes) -> None:
         # Where there is no such device its kernels take as much on another.
-        there = program.device.type != "cuda" or torch.cuda.is_available()
-        self.device = program.device if there else torch.device("cpu")
+        there = program.imagined_on.type != "cuda" or torch.cuda.is_available()
+        self.device = program.imagined_on if there else torch.device("cpu")
         self.mesh, self.rank = program.mesh, rank
         self.coords = program.mesh.coords(rank)
         self.random, self.num_updates = RandomState(), 0

@@ -52,8 +52,13 @@ def transport_of(mesh: Mesh, device: torch.device) -> Transport:
 
 def check_device(device: torch.device) -> None:
     """Raise `RunError` where there is no such device here, or fewer of them than processes."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return
+    if device.type != "cuda":
+        raise RunError(
+            f"the program is compiled for `{device}`, and a run computes on `cpu` or `cuda`",
+            help='compile with `device="cpu"` or `"cuda"`; `memory()` needs no device',
+        )
     found, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0")) + 1
     if found < wanted:
         raise RunError(

@@ -65,8 +65,9 @@ class Memory:
     `alive` has the same in detail, the largest first, and `timeline` the bytes at each instruction.
 
     Not counted: what the caller keeps (earlier losses, gradients that were not set to None before
-    a step), and what a transport holds; Gloo's is at most 64 MiB per group of ranks. On the CPU the
-    memory that kernels need inside themselves counts, elsewhere it does not.
+    a step), and what a transport holds; Gloo's is at most 64 MiB per group of ranks. The memory
+    that kernels need inside themselves counts on the CPU; on a GPU it does not. For a device of
+    another type, `in_place_of`, values and kernels are those of the CPU.
     """
 
     parameters: int
@@ -85,6 +86,7 @@ class Memory:
     parts: Mapping[str, int]
     alive: tuple[Alive, ...]
     timeline: tuple[Moment, ...]
+    in_place_of: str = ""
 
     def __str__(self) -> str:
         from meshwright.compiler.report.tables import sheet_text  # takes rich, which few runs need
@@ -107,6 +109,7 @@ class Memory:
         away = (("in host memory", self.host), ("in files", self.disk))
         found += [f"{size_text(size)} {where}" for where, size in away if size]
         found += [f"updated by {self.updated_by}"] if self.updated_by else []
+        found += [f"as on a CPU in place of `{self.in_place_of}`"] if self.in_place_of else []
         return "; ".join(found)
 
     def to_json(self) -> dict[str, object]:

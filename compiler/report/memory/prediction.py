@@ -62,7 +62,7 @@ class _Rank:
 
     def memory(self) -> Memory:
         """All figures."""
-        lasting = list(self._lasting())
+        program, lasting = self.program, list(self._lasting())
         sizes = {use: sum(a.bytes for a in lasting if a.use == use) for use in Use}
         gradients = self._bytes(self.gradients.values())
         in_step = [*lasting, *self._in_step(gradients)]
@@ -87,6 +87,7 @@ class _Rank:
             {use: size for use, size in parts.items() if size},
             tuple(sorted((a for a in alive if a.bytes), key=lambda each: -each.bytes)),
             tuple(self._timeline(_total(in_step) - self.walk.tally.peak, _total(after))),
+            "" if program.imagined_on == program.device else program.device.type,
         )
 
     def _masters(self) -> Iterator[Stored]:
@@ -235,7 +236,7 @@ def _walked(program: Compiled, rank: int, instructions: Mapping[str, Instruction
     """The storages of a rank through its schedule."""
     transfers, coords = program.transfers, program.mesh.coords(rank)
     leaving, staying = transfers.leaving(rank), transfers.staying(rank)
-    walk = Walk(program.stages, coords, program.device, leaving, staying)
+    walk = Walk(program.stages, coords, program.imagined_on, leaving, staying)
     settled, ends = transfers.settled(rank), transfers.ends(rank)
     begun: dict[int, Iterator[None]] = {}
     for place, entry in enumerate(program.entries[rank]):

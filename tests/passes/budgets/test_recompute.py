@@ -142,6 +142,12 @@ def test_auto_is_what_the_device_has() -> None:
     assert "auto" in str(meshwright.Plan.parse("mesh dp=2\ncheckpoint budget=auto\n"))
 
 
+def test_auto_needs_a_device_that_is_here() -> None:
+    plan = meshwright.Plan.parse(BASES["data"] + "checkpoint budget=auto\n")
+    with pytest.raises(meshwright.PlanError, match="the memory of a `meta` device, and none is"):
+        meshwright.compile(MODEL, plan, BATCH, device="meta")
+
+
 def layers(depth: int, statement: str = "") -> Program:
     batch = tuple(torch.randint(48, (64, 8)) for _ in range(2))
     return compiled(f"mesh dp=1\n{GPT_DATA}{statement}", Gpt(layers=depth, d=32), batch)

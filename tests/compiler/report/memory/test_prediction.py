@@ -7,6 +7,7 @@ at most 3% above.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -309,6 +310,34 @@ def test_an_update_on_a_gpu_is_fused_or_of_lists_as_torch_has_it_there() -> None
     ):
         temporaries = program.updates_of(kind, (), options)[0].temporaries
         assert least <= sum(temporaries.values()) <= 1.3 * least + 300
+
+
+@pytest.mark.parametrize("lines", ["", "offload optimizer\n"])
+def test_for_a_device_that_is_no_gpu_memory_is_that_of_the_cpu(lines: str) -> None:
+    model, plan = Weights(), meshwright.Plan.parse("mesh dp=2\n" + ROWS + lines)
+    here = meshwright.compile(model, plan, rows(), device="cpu").memory()
+    for name in ("meta", "xla"):
+        program = meshwright.compile(model, plan, rows(), device=name)
+        there = program.memory()
+        assert here.in_place_of == "" and there.in_place_of == name
+        assert replace(there, in_place_of="") == here
+        assert f"as on a CPU in place of `{name}`" in str(there)
+        with pytest.raises(RunError, match=f"for `{name}`, and a run computes on `cpu` or `cuda`"):
+            program.launch()
+
+
+def test_a_program_that_no_optimizer_updates_refuses_one() -> None:
+    plan = meshwright.Plan.parse("mesh dp=2\n" + ROWS)
+    program = meshwright.compile(Weights(), plan, rows(), mode="infer")
+    assert program.memory().optimizer == 0
+    for options in ({"kind": torch.optim.SGD}, {"groups": [{"params": "**"}]}, {"lr": 0.1}):
+        with pytest.raises(RunError, match="with `mode='infer'`: no optimizer updates it"):
+            program.memory(**options)
+    with program.launch() as run, pytest.raises(RunError, match="no optimizer updates it"):
+        run.optimizer(torch.optim.SGD)
+    frozen = meshwright.compile(Weights().requires_grad_(False), plan, rows())
+    with pytest.raises(RunError, match="no parameter asks for a gradient"):
+        frozen.memory(torch.optim.SGD)
 
 
 def test_numbers_that_an_optimizer_only_counts_with_take_no_further_updates(
