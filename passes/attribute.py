@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from meshwright.compiler.graph.aliasing import IDENTITIES, is_view
+from meshwright.compiler.graph.aliasing import has_no_memory
 from meshwright.compiler.graph.ir import INPUT, Builder, Node, Phase, rewrite
 from meshwright.compiler.graph.transfers import collective_kind, is_collective
 from meshwright.dsl.statements import Spread
@@ -123,7 +123,7 @@ class _Lines:
 
 def _keeps(node: Node) -> bool:
     """Whether a weight is the same weight after this node."""
-    return is_collective(node) or node.op in IDENTITIES or is_view(node.op)
+    return is_collective(node) or has_no_memory(node.op)
 
 
 def _axes_used(node: Node) -> Iterable[str]:

@@ -19,7 +19,7 @@ from typing import TypeAlias
 
 import torch
 
-from meshwright.compiler.graph.aliasing import IDENTITIES, is_view, node_bytes
+from meshwright.compiler.graph.aliasing import has_no_memory, node_bytes
 from meshwright.compiler.graph.ir import GETITEM, Graph, MeshOp, Node, Phase
 from meshwright.compiler.graph.transfers import collective_kind, moves
 from meshwright.compiler.graph.weights import input_behind
@@ -177,7 +177,7 @@ def _common(first: Around, second: Around) -> Around:
 
 def _is_view(user: Node, node: Node) -> bool:
     """Whether a node is a view of the value that it takes: to save either is to save the other."""
-    return (user.op in IDENTITIES or is_view(user.op)) and next(user.operands()) is node
+    return has_no_memory(user.op) and next(user.operands()) is node
 
 
 def _is_mostly_saved(results: list[Node], levels: Mapping[Node, Around], graph: Graph) -> bool:

@@ -35,6 +35,26 @@ def is_view(op: Op) -> bool:
     )
 
 
+def has_no_memory(op: Op) -> bool:
+    """Whether the result has no memory of its own, but that of the first operand or a part of it:
+    a view, or what does nothing."""
+    return op in IDENTITIES or is_view(op)
+
+
+def is_part(node: Node) -> bool:
+    """Whether a value has no memory of its own: of multiple results, one of an operator whose
+    results have none."""
+    return has_no_memory(node.args[0].op if node.op == GETITEM else node.op)
+
+
+def memory_of(node: Node) -> Node:
+    """The node whose memory a value is in: of multiple results that have memory, each has its
+    own, where `storage` has one for all of them."""
+    while is_part(node):
+        node = next(node.operands())
+    return node
+
+
 def node_bytes(node: Node, graph: Graph) -> int:
     """The bytes that one rank holds of all results of a node."""
     return sum(
@@ -59,7 +79,8 @@ def is_allocated(bucket: Node, mesh: Mesh) -> bool:
 
 
 def storage(node: Node) -> Node:
-    """The node whose memory a view shares; itself for any other."""
-    while node.op in IDENTITIES or node.op == GETITEM or is_view(node.op):
+    """The node whose memory a view shares; itself for any other. All results of an operator are in
+    that of the operator."""
+    while node.op == GETITEM or has_no_memory(node.op):
         node = next(node.operands())
     return node

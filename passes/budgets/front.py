@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from meshwright.compiler.graph.aliasing import memory_of
 from meshwright.compiler.graph.ir import Node
 from meshwright.passes.budgets.integer import IntegerProgram
-from meshwright.passes.budgets.windows import Priced, Window, memory_of
+from meshwright.passes.budgets.windows import Priced, Window
 
 _MOST = 24
 """About how many choices are looked at for a region."""

@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from meshwright.compiler.graph.aliasing import IDENTITIES, is_view, node_bytes
+from meshwright.compiler.graph.aliasing import memory_of, node_bytes
 from meshwright.compiler.graph.flops import flops
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, MeshOp, Node, OutputKind, Phase
 from meshwright.passes.needs import Needs
@@ -30,16 +30,6 @@ class Priced:
     saved: int
     peak: int
     cost: int
-
-
-def memory_of(node: Node) -> Node:
-    """The node whose memory a value is in: one result of many has its own."""
-    while node.op in IDENTITIES or is_view(node.op) or node.op == GETITEM:
-        source = next(node.operands())
-        if node.op == GETITEM and not (source.op in IDENTITIES or is_view(source.op)):
-            break
-        node = source
-    return node
 
 
 class Later:

@@ -32,9 +32,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
-from meshwright.compiler.graph.aliasing import IDENTITIES, is_view, node_bytes
+from meshwright.compiler.graph.aliasing import memory_of, node_bytes
 from meshwright.compiler.graph.ir import (
-    GETITEM,
     INPUT,
     SAVED,
     TO_DEVICE,
@@ -244,7 +243,7 @@ class _Offloader:
         by_base: dict[Node, list[Output]] = {}
         staying: set[Node] = set()
         for output in self.forward.outputs:
-            base = _base(output.node)
+            base = memory_of(output.node)
             saved = output.kind is OutputKind.SAVED
             phase, taken = self.takers[output.name] if saved else (None, None)
             if phase in _BACKWARD and taken not in returned:
@@ -278,7 +277,7 @@ class _Offloader:
 
     def _pays(self, value: _Value) -> bool:
         """Whether a value would be gone for a while."""
-        if not self.adjacent or self.gone[_base(value.base)] < self.end:
+        if not self.adjacent or self.gone[memory_of(value.base)] < self.end:
             return True
         phases = {self.takers[output.name][0] for output in value.saved}
         if Phase.WEIGHT in phases:
@@ -290,7 +289,7 @@ class _Offloader:
         leaving: dict[int, list[_Value]] = {}
         arriving: dict[int, list[_Value]] = {}
         for value in values:
-            base = _base(value.base)
+            base = memory_of(value.base)
             leaving.setdefault(self.last[base], []).append(value)
             arriving.setdefault(self.gone[base], []).append(value)
         builder = Builder(self.forward.name, self.forward.mesh)
@@ -450,7 +449,7 @@ def _last_uses(graph: Graph) -> dict[Node, int]:
     found: dict[Node, int] = {}
     for place, node in enumerate(graph.nodes):
         for each in (node, *node.operands()):
-            found[_base(each)] = place
+            found[memory_of(each)] = place
     return found
 
 
@@ -463,20 +462,6 @@ def _takers(stage: Stage) -> dict[str, tuple[Phase, Node]]:
         for node in graph.nodes
         if node.op == SAVED
     }
-
-
-def is_part(node: Node) -> bool:
-    """Whether a node is a view, or the part of one, and has no memory of its own."""
-    if node.op == GETITEM:
-        return is_view(node.args[0].op)
-    return node.op in IDENTITIES or is_view(node.op)
-
-
-def _base(node: Node) -> Node:
-    """What has the memory that a node is a view of; of multiple results, each has its own."""
-    while is_part(node):
-        node = next(node.operands())
-    return node
 
 
 def _views(base: Node, node: Node) -> list[Node]:

@@ -31,6 +31,7 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
+from meshwright.compiler.graph.aliasing import is_part
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
@@ -249,7 +250,7 @@ class _Mover:
             if node.op == INPUT and node.args[0] == InputKind.PARAMETER:
                 if kept.get(node.args[1], Kept()).value.away:
                     self.of[node] = node
-            elif activations.is_part(node) and next(node.operands()) in self.of:
+            elif is_part(node) and next(node.operands()) in self.of:
                 self.of[node] = self.of[next(node.operands())]
         self.visits = {
             node: tuple(self._visits(node)) for node, own in self.of.items() if node is own
@@ -389,7 +390,7 @@ class _Mover:
         while pending:
             node = pending.pop()
             alone = all(user in found for user in self.users[node])
-            if node is value or (alone and (node.op in _JOINING or activations.is_part(node))):
+            if node is value or (alone and (node.op in _JOINING or is_part(node))):
                 found[node] = None
                 pending += [each for each in node.operands() if each not in found]
         return tuple(sorted(found, key=self.order.__getitem__))
