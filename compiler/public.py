@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -13,10 +14,13 @@ from torch import nn
 
 from meshwright.compiler.capture.aliases import named_tensors
 from meshwright.compiler.capture.initialisation import Initialisation
+from meshwright.compiler.costs.cluster import Cluster
+from meshwright.compiler.costs.volume import check_convention
 from meshwright.compiler.errors import CompilerError
 from meshwright.compiler.graph.text import size_text
 from meshwright.compiler.program import Compiled, Update
-from meshwright.compiler.report.costs import (
+from meshwright.compiler.report.assumed import (
+    Assumed,
     CostsGiven,
     counted_costs,
     equal_costs,
@@ -24,6 +28,7 @@ from meshwright.compiler.report.costs import (
     measured_costs,
     spread,
 )
+from meshwright.compiler.report.cost.step import StepTime, modelled_costs, step_time
 from meshwright.compiler.report.explain import Explanation, explain
 from meshwright.compiler.report.ledger import Comm, ledger
 from meshwright.compiler.report.listing import GraphText
@@ -164,6 +169,25 @@ class Program(Compiled):
     def _memories(self) -> dict[str, Memory]:
         return memories(self)
 
+    def cost(self, cluster: str | Path | Cluster, *, convention: str = "pipelined") -> StepTime:
+        """How long a step takes on a cluster, by a model: it prints as tables.
+
+        `cluster` is the path of a TOML file, the name of a description that comes with Meshwright
+        (`8xh100`, `4xv100`, `laptop`) or a `Cluster`. An operator takes as long as its
+        floating-point operations or the bytes that it reads and writes, whichever is more; a
+        collective takes the latency of the slowest link that it spans, and what a rank sends over
+        that link's bandwidth. What overlaps is as in `timeline`, and a pipeline is simulated.
+
+        `convention` says how much collectives send: `pipelined`, as `comm` counts, `ring`, in which
+        broadcasts and reductions to one rank pass whole messages from rank to rank, or `tree`, in
+        which these and all-reduces go down a binomial tree.
+
+        Raises `CompilerError` for a description that cannot be, or that lacks what the program
+        needs.
+        """
+        check_convention(convention)
+        return step_time(self, _cluster(cluster), convention)
+
     def timeline(self) -> str:
         """The text of what each rank does in a step, in order, with a bar beside what runs while a
         collective is under way. In a pipeline: by graph, with what it receives and sends."""
@@ -173,6 +197,7 @@ class Program(Compiled):
         self,
         *,
         simulate: bool = False,
+        cluster: str | Path | Cluster | None = None,
         costs: CostsGiven | None = None,
         schedule: str | None = None,
         ranks: int | None = None,
@@ -188,11 +213,12 @@ class Program(Compiled):
         - `simulate`: measure what the graphs of each stage cost on this machine, in a few steps of
           one rank per stage on inputs of the example's types, without what ranks send. Where there
           is no device like the program's, count their floating-point operations instead.
+        - `cluster`: what they take on this cluster, with what ranks send; see `cost`.
         - `costs`: those of `"forward"`, `"backward"` (for inputs) and `"weight"`, each one number
           for every stage or a list of one per stage, in any unit; and, 0 by default, of `"hop"`,
           the time from a send to its arrival, and of what runs around the loop over microbatches,
-          `"count"`, `"before"`, `"sum"`, `"after"` and `"results"`. With `simulate`, in place of
-          those found.
+          `"count"`, `"before"`, `"sum"`, `"after"` and `"results"`. With `simulate` or `cluster`,
+          in place of those found.
 
         Ask what another schedule would come to with `schedule` (a name, or the path of a file),
         `ranks` of the pipeline, `virtual` stages on each, or `microbatches` of the same size. What
@@ -208,13 +234,18 @@ class Program(Compiled):
         if any(each is not None for each in asked):
             table, links = other_table(table, next(iter(self.plan.of(Stages)), None), *asked)
         num_stages = len(table.holders)
-        if simulate:
-            times = self.runtime.measure(self)
-            found = measured_costs(times) if times else counted_costs(self.stages)
-            assumed = spread(found, num_stages)
+        if simulate or cluster is not None:
+            assumed = spread(self._assumed(cluster), num_stages)
         if costs is not None:
             assumed = given_costs(costs, num_stages, assumed)
         return pipeline.PipelineSchedule(table, links, assumed or equal_costs(num_stages))
+
+    def _assumed(self, cluster: str | Path | Cluster | None) -> Assumed:
+        """What actions cost on a cluster, or on this machine."""
+        if cluster is not None:
+            return modelled_costs(self, _cluster(cluster))
+        times = self.runtime.measure(self)
+        return measured_costs(times) if times else counted_costs(self.stages)
 
     def show(self, *, local: bool = False) -> None:
         """Print the mesh, layouts, collectives, bytes and memory as tables.
@@ -278,3 +309,7 @@ class Program(Compiled):
             check_inputs=check_inputs,
             check_finite=check_finite,
         )
+
+
+def _cluster(given: str | Path | Cluster) -> Cluster:
+    return given if isinstance(given, Cluster) else Cluster.load(given)

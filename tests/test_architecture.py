@@ -24,6 +24,7 @@ FLOORS = (
     {"errors", "kernels"},
     {"layout"},
     {"graph"},
+    {"costs"},
     {"placing", "stages"},
     {"composites", "schedules"},
     {"autodiff", "codegen"},

@@ -57,8 +57,13 @@ def memory_of(node: Node) -> Node:
 
 def node_bytes(node: Node, graph: Graph) -> int:
     """The bytes that one rank holds of all results of a node."""
+    return local_bytes(node, graph.mesh)
+
+
+def local_bytes(node: Node, mesh: Mesh) -> int:
+    """The bytes that one rank of `mesh` holds of all results of a node."""
     return sum(
-        math.prod(layout.local_shape(graph.mesh)) * type.dtype.itemsize
+        math.prod(layout.local_shape(mesh)) * type.dtype.itemsize
         for type, layout in node.results
         if type is not None and layout is not None
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -97,15 +96,15 @@ class WireKind:
     per member: its operand or, where operands are `divided`, its entry for `place` of [n, ...]. The
     result is new memory; or one of `given`, where the kind `forwards`; or the member's own operand,
     where that is no longer needed (`out`) or the kind is a transfer. `sent` is the share of an
-    operand that a member, of a transfer the source, sends in a group of n under the
-    bandwidth-optimal algorithm. `needs(wire, place, n)` are the members whose operands count at
-    `place`, all by default. Where results are `alike`, every member gets the same. `options` are
-    the fields of `Wire` that it reads.
+    operand that a member, of a transfer the source, sends in a group of n (a `Fraction`, or a
+    symbol) under the bandwidth-optimal algorithm. `needs(wire, place, n)` are the members whose
+    operands count at `place`, all by default. Where results are `alike`, every member gets the
+    same. `options` are the fields of `Wire` that it reads.
     """
 
     name: str
     receive: Receive
-    sent: Callable[[Wire, int], Fraction]
+    sent: Callable[[Wire, Any], Any]
     needs: Callable[[Wire, int, int], tuple[int, ...]] | None = None
     divided: bool = False
     alike: bool = False
@@ -186,21 +185,21 @@ def _transferred(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | 
     return given[1].copy_(given[0]) if place else given[0]
 
 
-def _once(wire: Wire, n: int) -> Fraction:
-    return Fraction(n - 1, n)
+def _once(wire: Wire, n: Any) -> Any:
+    return (n - 1) / n
 
 
 _ROWS = (
     WireKind(
-        "all_reduce", _reduced, lambda _, n: Fraction(2 * (n - 1), n), alike=True,
+        "all_reduce", _reduced, lambda _, n: 2 * (n - 1) / n, alike=True,
         options=("reduce",),
     ),
-    WireKind("all_gather", _stacked, lambda _, n: Fraction(n - 1), alike=True),
+    WireKind("all_gather", _stacked, lambda _, n: n - 1, alike=True),
     WireKind("reduce_scatter", _reduced, _once, divided=True, options=("reduce",)),
     WireKind("all_to_all", _stacked, _once, divided=True),
     # To the member `shift` places after, cyclically.
     WireKind(
-        "permute", _shifted, lambda wire, n: Fraction(bool(wire.shift % n)),
+        "permute", _shifted, lambda wire, n: int(wire.shift % n != 0),
         needs=lambda wire, place, n: ((place - wire.shift) % n,), forwards=True,
         options=("shift",),
     ),
@@ -217,7 +216,7 @@ _ROWS = (
     # From the first of two ends to the second, which gives a contiguous buffer to receive into.
     # Each end gets back what it gave.
     WireKind(
-        "transfer", _transferred, lambda *_: Fraction(1),
+        "transfer", _transferred, lambda *_: 1,
         needs=lambda wire, place, n: (0,) if place else (), options=("ends", "channel"),
     ),
 )  # fmt: skip
@@ -261,9 +260,3 @@ def everyone(wire: Wire, operands: Sequence[Tensor], donated: Sequence[bool] = (
         return [kind.receive(wire, place, parts, None) for place, parts in given]
     results = [kind.receive(wire, place, operands, None) for place in range(size)]
     return [result.clone() for result in results] if kind.forwards else results
-
-
-def bytes_sent(wire: Wire, local_numel_in: int, itemsize: int, mesh: Mesh) -> int:
-    """The bytes that one rank, of a transfer the source, sends for its operand, under the
-    bandwidth-optimal algorithm."""
-    return int(WIRES[wire.kind].sent(wire, mesh.size(wire.axes)) * local_numel_in * itemsize)

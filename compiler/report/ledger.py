@@ -5,11 +5,11 @@ What one stage of a pipeline sends another is a collective of the kind `transfer
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from meshwright.compiler.costs.prices import sent_bytes
 from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.graph.text import node_type_text, size_text
@@ -18,9 +18,7 @@ from meshwright.compiler.graph.transfers import (
     counted,
     moves,
     transfer_key,
-    transfers_of,
 )
-from meshwright.compiler.layout.wires import bytes_sent
 from meshwright.compiler.program import Compiled
 from meshwright.compiler.schedules.actions import Action, Link, Send
 from meshwright.dsl.errors import plural
@@ -188,7 +186,7 @@ class _Ledger:
             if (key := transfer_key(node)) not in shared:
                 shared.add(key)
                 kind, axes = counted(node), node.kwargs["axes"]
-                size = _bytes(node, self.graph)
+                size = sent_bytes(node, self.graph.mesh)
                 yield node, self._moved(node, node.args, kind, axes, size, times, (stage,))
 
     def transfers(self, link: Link, times: int) -> Iterator[tuple[Node, Moved]]:
@@ -222,17 +220,3 @@ class _Ledger:
             self.place,
             stages,
         )
-
-
-def _bytes(node: Node, graph: Graph) -> int:
-    """What a rank sends for a collective."""
-    wires = [each.wire for each in transfers_of(node, graph.mesh)]
-    return sum(
-        bytes_sent(wire, _numel(source, graph), source.tensor.dtype.itemsize, graph.mesh)
-        for source, wire in zip(node.args, wires, strict=True)
-        if wire is not None
-    )
-
-
-def _numel(node: Node, graph: Graph) -> int:
-    return math.prod(node.placed.local_shape(graph.mesh))

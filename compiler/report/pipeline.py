@@ -18,7 +18,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from meshwright.compiler.graph.ir import Phase
-from meshwright.compiler.report.costs import Assumed
+from meshwright.compiler.report.assumed import Assumed
 from meshwright.compiler.report.tables import WIDTH, plain, print_whole
 from meshwright.compiler.schedules.actions import Action, Entry, Link, Send
 from meshwright.compiler.schedules.files import cell

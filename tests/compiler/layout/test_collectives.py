@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from meshwright.compiler.costs.volume import bytes_sent
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.collectives import (
     COLLECTIVES,
@@ -18,7 +19,7 @@ from meshwright.compiler.layout.factors import Factor, whole
 from meshwright.compiler.layout.layout import Layout, block_map, replicated, shard
 from meshwright.compiler.layout.local_ops import Permute, Reshape, Select
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.wires import WIRES, Start, Wait, Wire, bytes_sent
+from meshwright.compiler.layout.wires import WIRES, Start, Wait, Wire
 from meshwright.dsl.statements import COUNTED
 from tests.compiler.layouts import product, split, unshard
 from tests.compiler.spellings import OBLONG, SQUARE, dims, distinct, states

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import meshwright
+from meshwright.compiler.costs.volume import bytes_sent
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.wires import Start, bytes_sent
+from meshwright.compiler.layout.wires import Start
 from meshwright.compiler.public import Program
 from meshwright.compiler.report.summary import summarise
 from meshwright.dsl.errors import PlanError

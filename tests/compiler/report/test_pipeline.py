@@ -16,7 +16,7 @@ from rich.console import Console
 import meshwright as mw
 from meshwright.compiler.errors import CompilerError
 from meshwright.compiler.graph.ir import Phase
-from meshwright.compiler.report.costs import (
+from meshwright.compiler.report.assumed import (
     Assumed,
     counted_costs,
     equal_costs,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from meshwright.compiler.costs.volume import bytes_sent
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.wires import Start, Wait, Wire, bytes_sent
+from meshwright.compiler.layout.wires import Start, Wait, Wire
 from meshwright.runtime.errors import DeadlockError, MismatchError, spell_wire
 from meshwright.runtime.transports.virtual import run_virtual
 from tests.runtime.processes import finish, start

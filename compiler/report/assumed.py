@@ -65,12 +65,13 @@ def measured_costs(costs: Costs) -> Assumed:
 
 def counted_costs(stages: Sequence[Stage]) -> Assumed:
     """The floating-point operations of each graph, on one rank, for one microbatch."""
-    by_phase = {phase: [_operations(stage, phase) for stage in stages] for phase in Phase}
+    by_phase = {phase: [operations(stage, phase) for stage in stages] for phase in Phase}
     source = "counted: products, attention and convolutions of one rank, without what ranks send"
     return Assumed(Costs.of_phases(by_phase), source, "FLOPs")
 
 
-def _operations(stage: Stage, phase: Phase) -> int:
+def operations(stage: Stage, phase: Phase) -> int:
+    """The floating-point operations of one rank in one run of a graph; 0 where there is none."""
     graph = stage.graphs.get(phase)
     return sum(flops(node, graph.mesh) for node in graph.nodes) if graph else 0
 

@@ -1,0 +1,1 @@
+"""What computing and sending take: a cluster's description, and prices by it."""
