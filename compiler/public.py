@@ -182,7 +182,7 @@ class Program(Compiled):
         broadcasts and reductions to one rank pass whole messages from rank to rank, or `tree`, in
         which these and all-reduces go down a binomial tree.
 
-        Raises `CompilerError` for a description that cannot be, or that lacks what the program
+        Raises `CompilerError` for a wrong description, and for one that lacks what the program
         needs.
         """
         check_convention(convention)

@@ -170,6 +170,7 @@ RAISED: Mapping[tuple[str, str], Callable[[], object] | Callable[[pytest.MonkeyP
     ("Plan.load", "PlanError"): lambda: mw.Plan.load("no such file"),
     ("Program.graph", "KeyError"): lambda: program().graph("stage1.forward"),
     ("Program.explain", "PlanError"): lambda: program().explain("u"),
+    ("Program.cost", "CompilerError"): lambda: program().cost("no such cluster"),
     ("Program.schedule", "CompilerError"): lambda: program().schedule(costs={"forward": 1}),
     ("Program.schedule", "PlanError"): lambda: program().schedule(ranks=0),
     ("Program.launch", "RunError"): lambda: program().launch(new_shapes="all"),
