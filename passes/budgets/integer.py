@@ -13,6 +13,8 @@ Terms: TypeAlias = Mapping[int, float]
 _MOST_NODES, _GAP = 2_000, 2e-3
 """Where the search for something better ends: after so many nodes, or so close to the bound. A
 limit in seconds would let ranks decide apart."""
+TOLERANCE = 1e-6
+"""By how much HiGHS lets a sum be outside of what it is held between."""
 
 
 @dataclass(frozen=True, slots=True)

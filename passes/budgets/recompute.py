@@ -123,21 +123,25 @@ class _Choice:
     def _fitting(self, without: _Tried) -> tuple[_Tried, int]:
         """The cheapest of all tries that fit, and the bound."""
         found, bound = self._search(self.budget, without)
-        if not any(each.peak <= self.budget for each in found) and self.draft.quick:
+        if not self._fits() and self.draft.quick:
             found += map(self._try, self._usual())
-            if (least := min(found, key=lambda each: each.peak)).peak > self.budget:
-                raise self._too_small(least)
-        if not any(each.peak <= self.budget for each in found):
+            if not self._fits():
+                raise self._too_small(min(found, key=lambda each: each.peak))
+        if not self._fits():
             # What needs the least memory does not depend on the budget: what an error names, fits.
-            found = [self._least(without)]
-            if found[0].peak > self.budget:
-                raise self._too_small(found[0])
+            least = self._least(without)
+            if least.peak > self.budget:
+                raise self._too_small(least)
         else:
-            cheapest = min(each.cost for each in found if each.peak <= self.budget)
-            usual = (each for each in self._usual() if self.problem.cost(each) < cheapest)
-            found += map(self._try, usual)
-        fitting = [each for each in found if each.peak <= self.budget]
-        return min(fitting, key=lambda each: (each.cost, each.peak)), bound
+            cheapest = min(each.cost for each in self._fits())
+            for usual in self._usual():
+                if self.problem.cost(usual) < cheapest:
+                    self._try(usual)
+        return min(self._fits(), key=lambda each: (each.cost, each.peak)), bound
+
+    def _fits(self) -> list[_Tried]:
+        """What has been tried and needs no more than the budget."""
+        return [each for each in self.tried.values() if each.peak <= self.budget]
 
     def _search(self, budget: int, without: _Tried) -> tuple[list[_Tried], int]:
         """The choices for a budget, each made with what the walk has found of the one before, and

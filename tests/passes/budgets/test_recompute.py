@@ -205,5 +205,16 @@ def test_the_integer_program_finds_the_least_of_all_choices(budget: int) -> None
     assert (least <= budget) == (expected is not None)
 
 
+def test_a_byte_less_than_a_choice_needs_is_another_choice() -> None:
+    size = 1 << 36  # in whose millionth part HiGHS sees no difference
+    kinds = (Kind(0, (), size, size, 0), Kind(1, ("a",), size // 2, size // 2, 5))
+    problem = Problem((Options(0, 4, kinds, 0),), (), (Place({0: 1}, 0),))
+    for saved in range(4):
+        counts = ((4 - saved, saved),)
+        budget = problem.peaks(counts)[0]
+        assert problem.best(budget).counts == counts  # type: ignore[union-attr]
+        assert problem.best(budget - 1).counts == ((3 - saved, saved + 1),)  # type: ignore[union-attr]
+
+
 def test_a_kind_that_another_beats_is_no_choice() -> None:
     assert [kind.keep for kind in KINDS] == [(), ("a",), ("b",), ()]
