@@ -15,7 +15,7 @@ from meshwright.compiler.graph.aliasing import memory_of, node_bytes
 from meshwright.compiler.graph.flops import flops
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, MeshOp, Node, OutputKind, Phase
 from meshwright.passes.needs import Needs
-from meshwright.passes.statements.checkpoint import keep_words
+from meshwright.passes.statements.checkpoint import keep_names, keep_words
 from meshwright.passes.statements.draft import Checkpointed
 
 _ELSEWHERE = (MeshOp("bucket"), MeshOp("bucket_item"), INPUT)
@@ -207,8 +207,12 @@ class Window:
         return found
 
     def kept(self, names: Collection[str]) -> set[Node]:
-        """The values behind names of groups."""
-        return {node for name in names for node in self.groups.get(name, ())}
+        """The values that these words name after `keep=`, which may be those of groups."""
+        return {
+            node
+            for node in self.again
+            if any(keep_names(word, node.args[0] if node.op == GETITEM else node) for word in names)
+        }
 
     def priced(self, names: Collection[str]) -> Priced:
         """The region, if the values of these groups are kept."""

@@ -233,10 +233,10 @@ class Regions:
         """Whether the innermost region around a node saves what operators like it compute, or like
         it in its module."""
         around = self.around.get(node, ())
-        return bool(around) and any(_names(word, node) for word in around[-1].statement.keep)
+        return bool(around) and any(keep_names(word, node) for word in around[-1].statement.keep)
 
 
-def _names(word: str, node: Node) -> bool:
+def keep_names(word: str, node: Node) -> bool:
     """Whether a word after `keep=` names a node."""
     path, _, operator = word.rpartition(".")
     if path and not _ends(node.origin.module, path):

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import meshwright
+from meshwright.compiler.graph.flops import flops
+from meshwright.compiler.graph.ir import GETITEM
 from meshwright.compiler.public import Program
 from meshwright.compiler.report.recompute import recomputed, share_recomputed
 from meshwright.compiler.report.sheets import heading
 from meshwright.compiler.report.summary import summarise
 from meshwright.dsl.errors import PlanError
+from meshwright.dsl.statements import Checkpoint
+from meshwright.dsl.writing.printer import cells
+from meshwright.passes.budgets import recompute
 from meshwright.passes.budgets.choice import Gap, Kind, Options, Place, Problem, ordered
+from meshwright.passes.budgets.problem import OnPaper, on_paper
+from meshwright.passes.budgets.windows import memory_of
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 
 MODEL, BATCH = Gpt(p=0.2, layers=4), tokens()
@@ -146,6 +154,56 @@ def test_auto_needs_a_device_that_is_here() -> None:
     plan = meshwright.Plan.parse(BASES["data"] + "checkpoint budget=auto\n")
     with pytest.raises(meshwright.PlanError, match="the memory of a `meta` device, and none is"):
         meshwright.compile(MODEL, plan, BATCH, device="meta")
+
+
+class Dropped(nn.Module):
+    """A layer with two modules of a kind, the last of which leads out of it."""
+
+    def __init__(self, d: int = 16) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
+        self.first, self.last = nn.Dropout(0.1), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.down(self.first(self.up(x).tanh())))
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Dropped() for _ in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).square().mean()
+
+
+def operations(program: Program) -> int:
+    """The operations of what is computed again, of what is no product one for each element."""
+    return sum(
+        flops(node, graph.mesh) or math.prod(node.layout.local_shape(graph.mesh))
+        for graph in program.graphs().values()
+        for node in graph.nodes
+        if node.origin.region and node.op != GETITEM and memory_of(node) is node
+    )
+
+
+def test_regions_compute_again_what_they_do_on_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Kind] = []
+
+    def noting(*args: Any) -> OnPaper:
+        paper = on_paper(*args)
+        found.extend(paper.options[0].kinds)
+        return paper
+
+    monkeypatch.setattr(recompute, "on_paper", noting)
+    model, batch, plan = Stack(), (torch.randn(64, 16),), "mesh dp=1\ndata x over dp\n"
+    compiled(f"{plan}checkpoint budget=1GiB\n", model, batch)
+    assert (2, ("dropout", "tanh")) in {(kind.length, kind.keep) for kind in found}
+    for kind in found:
+        if kind.length == 2:
+            options = cells(Checkpoint(segments=1, keep=kind.keep))[1:]
+            lines = f"checkpoint layers.[1:{1 + kind.length}] {' '.join(options)}\n"
+            assert operations(compiled(plan + lines, model, batch)) == kind.cost, lines
 
 
 def layers(depth: int, statement: str = "") -> Program:

@@ -75,6 +75,39 @@ def test_a_value_that_is_fetched_before_it_is_written_waits(
     store.close()
 
 
+def test_a_tensor_in_a_file_is_read_once_what_it_is_to_hold_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, write, go_on = DiskStore(str(tmp_path), CPU, 0), os.pwrite, Event()
+    home, value = store.hold((1000,), torch.float32), torch.randn(1000)
+
+    def wait_and_write(*args: Any) -> int:
+        go_on.wait()
+        return write(*args)
+
+    monkeypatch.setattr(os, "pwrite", wait_and_write)
+    leaving = store.carry(value, home)
+    back = store.bring(home)
+    store.ahead(home)
+    populated = store._mapping(home).come  # type: ignore[union-attr]
+    time.sleep(0.1)  # in which it could be read
+    assert not populated.done()
+    go_on.set()
+    store.wait(home)
+    assert home.equal(value) and back.wait().equal(value) and leaving.wait() is home
+    store.close()
+
+
+@pytest.mark.parametrize("to", ["host", "disk"])
+def test_a_part_of_a_tensor_that_stays_is_brought_as_a_part(to: str, tmp_path: Path) -> None:
+    store = Stores(CPU, 0)(None if to == "host" else str(tmp_path))
+    home = store.hold((70, 90), torch.float32).copy_(TENSORS["a matrix"])
+    assert store.has(home) and store.has(home[3:]) and not store.has(TENSORS["a matrix"])
+    for part in (home[3:], home[:3], home.t(), home[:, 1:5]):
+        back = store.bring(part).wait()
+        assert back.equal(part) and back.data_ptr() != part.data_ptr()
+
+
 @pytest.mark.parametrize("to", ["host", "disk"])
 def test_what_has_moved_is_let_go_of_on_both_sides(to: str, tmp_path: Path) -> None:
     store = Stores(CPU, 0)(None if to == "host" else str(tmp_path))

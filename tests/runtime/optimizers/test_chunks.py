@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,75 @@ def test_what_an_optimizer_counts_in_its_groups_it_counts_once() -> None:
     assert equal(*found)
 
 
+def test_an_update_without_gradients_counts_in_groups_too() -> None:
+    for plan in ("", AWAY):
+        with launched(plan) as run:
+            optimizer = run.optimizer(Counting)
+            updated(run, optimizer, 2)
+            optimizer.step()
+            assert [group["updates"] for group in optimizer.param_groups] == [3]
+
+
+def test_a_chunk_is_updated_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: list[int] = []
+
+    class Noting(Counting):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            updates.append(sum(p.nbytes for group in self.param_groups for p in group["params"]))
+            super().step(closure)
+
+    large, small = 32 * 32 * 4, 32 * 4
+    with launched("offload parameters\n") as run:
+        optimizer = run.optimizer(Noting)
+        updates.clear()
+        for full in (large, large + 1):
+            monkeypatch.setattr(chunks, "CHUNK_BYTES", full)
+            updated(run, optimizer, 1)
+        optimizer.step()
+    # First what is on the device, then the chunks of two ranks that have gradients.
+    stay = [4 * small]
+    assert updates == [*stay, *4 * [large], *stay, *2 * [2 * large], *stay]
+
+
+def resident(folder: Path) -> int:
+    """The bytes of files in a folder that this process has mapped and that are in memory."""
+    size, within = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            within = str(folder) in line
+        elif within and line.startswith("Rss:"):
+            size += int(line.split()[1]) << 10
+    return size
+
+
+@pytest.mark.parametrize("line", ["", "offload optimizer\n"])
+def test_files_are_read_a_chunk_ahead_and_are_not_in_memory_afterwards(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, update, ahead = list[str](), chunks._Chunks._of, chunks._Chunks._ahead
+
+    def noting(self: Any, chunk: Any, *args: Any, **options: Any) -> None:
+        update(self, chunk, *args, **options)
+        order.append("updated" if resident(tmp_path) else "nothing in files is")
+
+    def noting_ahead(self: Any, chunk: Any) -> None:
+        order.append("read")
+        ahead(self, chunk)
+
+    monkeypatch.setattr(chunks._Chunks, "_of", noting)
+    monkeypatch.setattr(chunks._Chunks, "_ahead", noting_ahead)
+    with launched(f'offload parameters *.weight to=disk path="{tmp_path}"\n{line}') as run:
+        optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+        run.step(*batch())
+        order.clear()
+        optimizer.step()
+        for state in run.states:
+            state.stores(str(tmp_path))._threads.shutdown(wait=True)  # type: ignore[union-attr]
+        assert not resident(tmp_path)
+    assert order == ["read", order[1], *3 * ["read", "updated"], "updated"]
+
+
 def test_hooks_run_once_in_a_step_and_before_anything_is_updated() -> None:
     def doubled(optimizer: Optimizer, *_: Any) -> None:
         calls.append("before")
@@ -109,9 +179,11 @@ def test_a_closure_is_called_once_and_its_loss_returned() -> None:
             def closure(run: mw.Run = run, optimizer: Optimizer = optimizer) -> Tensor:
                 optimizer.zero_grad()
                 loss: Tensor = run.step(*batch())
+                assert torch.is_grad_enabled()
                 return loss
 
-            losses += [optimizer.step(closure) for _ in range(3)]
+            with torch.no_grad():
+                losses += [optimizer.step(closure) for _ in range(3)]
             found.append(run.state_dict())
             assert run.states[0].random.step == 3
     assert equal(*found)
@@ -181,6 +253,22 @@ def test_files_that_cannot_be_read_stop_an_update(
         with pytest.raises(mw.RunError, match=r"cannot read .*Input/output error") as caught:
             optimizer.step()
         assert "load a checkpoint" in "".join(caught.value.__notes__)
+
+
+def test_files_that_cannot_be_written_stop_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with launched(f'offload parameters to=disk path="{tmp_path}"\n') as run:
+        optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
+        run.step(*batch())
+        with monkeypatch.context() as patched:
+            patched.setattr(disk.Mapping, "flush", full)
+            optimizer.step()
+            with pytest.raises(mw.RunError, match=r"cannot write .*No space left"):
+                run.step(*batch())
 
 
 @pytest.mark.parametrize("kind", [torch.optim.LBFGS])
