@@ -33,8 +33,6 @@ CHUNK = 8 << 20
 """The bytes that are read or written at once: the size of a staging buffer."""
 NUM_THREADS = 4
 """The most reads and writes of a rank at once."""
-
-
 _POPULATE_READ = 22
 """Linux's `MADV_POPULATE_READ`, for which Python has no name yet."""
 
