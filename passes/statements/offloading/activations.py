@@ -25,49 +25,41 @@ Elsewhere: torch's ao::offload, Megatron's and TransformerEngine's offloading, M
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
 
 from meshwright.compiler.graph.aliasing import memory_of, node_bytes
 from meshwright.compiler.graph.ir import (
-    INPUT,
     SAVED,
     TO_DEVICE,
-    TO_DISK,
-    TO_HOST,
     WAIT,
     Builder,
     Graph,
     Node,
-    Op,
     Output,
     OutputKind,
     Phase,
     TensorType,
 )
-from meshwright.compiler.graph.text import size_text, size_written
 from meshwright.compiler.placing.rules.factories import makes_zeros
+from meshwright.compiler.program import Place
 from meshwright.compiler.schedules.actions import actions_of
 from meshwright.compiler.schedules.tables import Table
 from meshwright.compiler.stages import Stage
-from meshwright.dsl.errors import either, plural
+from meshwright.dsl.errors import either
 from meshwright.dsl.statements import Offload
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.schedule import pipeline_table
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.missing import runs
+from meshwright.passes.statements.offloading import amount
+from meshwright.passes.statements.offloading.moving import Uses, by_place, emit, is_listed, leave
 from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.targets import evaluated, modules_of
 
-SMALL_BYTES = 4096
-"""The bytes on a rank below which a value stays: moving it costs more than its memory is worth."""
 _BACKWARD = (Phase.BACKWARD, Phase.WEIGHT)
-_LAYERS = 8
-"""How many layers a model without lists of modules is taken to have."""
 
 Layer: TypeAlias = tuple[str, tuple[int, ...]]
 """A call of a module: its path, and the numbers of this call and of those around it."""
@@ -95,7 +87,7 @@ def offload(draft: Draft) -> Draft:
         return replace(draft, stages=moved)
 
     most = {each.stage.number: len(each.budgeted) for each in stages}
-    return tried(fewest(draft, statements, most, tried))
+    return tried(amount.fewest(draft, statements, most, tried))
 
 
 def _statements(draft: Draft) -> list[Offload]:
@@ -129,60 +121,6 @@ def _adjacent(table: Table | None, stage: int) -> bool:
             if forward and second != replace(first, kind=Phase.BACKWARD):
                 return False
     return True
-
-
-def fewest(
-    draft: Draft,
-    statements: Iterable[Offload],
-    most: Mapping[int, int],
-    tried: Callable[[Mapping[int, int]], Draft],
-) -> dict[int, int]:
-    """How many layers of each stage are offloaded of those that a budget is for, which are `most`:
-    the fewest with which each rank that runs it needs no more.
-
-    Raises `PlanError` where all of them are too few.
-    """
-    budgets = {each.budget: each for each in statements if each.budget is not None}
-    if not budgets:
-        return {}
-    budget, statement = min(budgets.items())
-    if len(budgets) > 1:
-        raise draft.plan.error(
-            "P301", "two budgets are for the same device", budgets.values(), help="keep one of them"
-        )
-    low, high = dict.fromkeys(most, 0), dict(most)
-    while low != high:
-        middle = {number: (low[number] + high[number]) // 2 for number in low}
-        peaks = _peaks(tried(middle))
-        for number, count in middle.items():
-            if peaks[number] <= budget:
-                high[number] = count
-            elif low[number] < high[number]:
-                low[number] = count + 1
-    needed = max(_peaks(tried(high)).values())
-    if needed > budget:
-        raise draft.plan.error(
-            "P501",
-            f"a rank needs {size_text(needed)} with the {statement.what} of "
-            f"{plural(sum(high.values()), 'layer')} offloaded, and the budget is "
-            f"{size_text(budget)}",
-            statement.at("budget"),
-            help=f"write `budget={size_written(needed, up=True)}` or more, select more modules, or "
-            "add `checkpoint` or `zero`",
-        )
-    return high
-
-
-def _peaks(draft: Draft) -> dict[int, int]:
-    """By stage: the bytes that a rank needs which runs it."""
-    assert draft.price is not None
-    memories, table = draft.price(draft), pipeline_table(draft)
-    return {
-        each.number: max(
-            memories[place].peak for place in (table.holders[each.number] if table else [0])
-        )
-        for each in draft.stages
-    }
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,10 +162,8 @@ class _Offloader:
         """The stage with what its statements say moved, of a budget's layers the first `count`."""
         chosen = set(self.budgeted[:count])
         for statement in dict.fromkeys(value.statement for value in self.values):
-            if statement.budget is None:
-                own = _layers(v for v in self.values if v.statement is statement)
-                share = 1.0 if statement.fraction is None else statement.fraction
-                chosen.update(own[: math.ceil(share * len(own) - 1e-9)])  # 0.55 * 20 is above 11
+            own = _layers(v for v in self.values if v.statement is statement)
+            chosen.update(own[: amount.share(statement, len(own))])
         values = [value for value in self.values if (value.statement, value.layer) in chosen]
         if not values:
             return self.stage
@@ -260,7 +196,7 @@ class _Offloader:
                 continue
             views = (node for output in outputs for node in _views(moved, output.node))
             alone = all(len(list(node.operands())) == 1 for node in views)
-            if alone and node_bytes(moved, self.forward) >= SMALL_BYTES:
+            if alone and node_bytes(moved, self.forward) >= amount.SMALL_BYTES:
                 yield _Value(moved, tuple(outputs), statement, layer)
 
     def _said(self, base: Node) -> tuple[Offload | None, Layer]:
@@ -284,14 +220,10 @@ class _Offloader:
             return True
         return any(each.start > 0 for each in self._coming(Phase.BACKWARD, [value]))
 
-    def _without(self, values: Iterable[_Value]) -> Graph:
+    def _without(self, values: Sequence[_Value]) -> Graph:
         """The forward, with these values on their way from their last use on."""
-        leaving: dict[int, list[_Value]] = {}
-        arriving: dict[int, list[_Value]] = {}
-        for value in values:
-            base = memory_of(value.base)
-            leaving.setdefault(self.last[base], []).append(value)
-            arriving.setdefault(self.gone[base], []).append(value)
+        leaving = by_place((self.last[memory_of(value.base)], value) for value in values)
+        arriving = by_place((self.gone[memory_of(value.base)], value) for value in values)
         builder = Builder(self.forward.name, self.forward.mesh)
         mapping: dict[Node, Node] = {}
         moving: dict[_Value, Node] = {}
@@ -336,31 +268,6 @@ class _Offloader:
         return found
 
 
-class Uses:
-    """Where a graph computes, and first takes what is saved for it.
-
-    `places` are those of all but inputs and saved values, and `first` says which of them takes a
-    saved value first. `layer` is how many of them a layer has on average: a member of a list, if
-    the model has lists.
-    """
-
-    def __init__(self, graph: Graph) -> None:
-        self.places: list[int] = []
-        self.first: dict[Node, int] = {}
-        layers: Counter[str] = Counter()
-        for place, node in enumerate(graph.nodes):
-            if node.op in (INPUT, SAVED):
-                continue
-            for operand in node.operands():
-                self.first.setdefault(operand, len(self.places))
-            self.places.append(place)
-            listed = (path for path, _ in node.origin.modules if is_listed(path))
-            layers[next(listed, "")] += 1
-        others = layers.pop("", 0)
-        count = len(layers) or _LAYERS
-        self.layer = -(-(layers.total() or others) // count)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Coming:
     """A value that a graph takes: the number under which it is saved, what stands for it there,
@@ -384,11 +291,8 @@ def _with_arrivals(graph: Graph, phase: Phase, values: Sequence[_Coming]) -> Gra
     mapping: dict[Node, Node] = {}
     moving: dict[_Coming, Node] = {}
     replaced = {node for each in values for node in each.taken}
-    begins: dict[int, list[_Coming]] = {}
-    arrives: dict[int, list[_Coming]] = {}
-    for each in values:
-        begins.setdefault(each.begins, []).append(each)
-        arrives.setdefault(each.arrives, []).append(each)
+    begins = by_place((each.begins, each) for each in values)
+    arrives = by_place((each.arrives, each) for each in values)
     for place, node in enumerate(graph.nodes):
         for each in begins.get(place, ()):
             base = each.value.base
@@ -407,25 +311,11 @@ def _with_arrivals(graph: Graph, phase: Phase, values: Sequence[_Coming]) -> Gra
     return builder.graph(output.of(mapping[output.node]) for output in graph.outputs)
 
 
-def _leave(builder: Builder, value: _Value, node: Node) -> Node:
+def _leave(builder: Builder, value: _Value, stands: Node) -> Node:
     """Begin to bring a value to where its statement says."""
-    statement, name = value.statement, f"{value.base.name}_to_{value.statement.to}"
-    line = replace(node.origin, plan_line=statement.plan_line)
-    path = {"path": statement.path} if statement.path is not None else {}
-    op = TO_HOST if statement.path is None else TO_DISK
-    return builder.emit(
-        op, (node,), path, type=node.type, layout=node.layout, origin=line, name=name
-    )
-
-
-def emit(
-    builder: Builder, op: Op, operand: Node | int, name: str, *, like: Node | None = None
-) -> Node:
-    like = like if like is not None else operand  # type: ignore[assignment]
-    assert like is not None
-    return builder.emit(
-        op, (operand,), type=like.type, layout=like.layout, origin=like.origin, name=name
-    )
+    statement = value.statement
+    origin = replace(stands.origin, plan_line=statement.plan_line)
+    return leave(builder, value.base, stands, Place(statement.to, statement.path), origin)
 
 
 def _layer(node: Node, depth: int) -> Layer:
@@ -438,10 +328,6 @@ def _layer(node: Node, depth: int) -> Layer:
 def _layers(values: Iterable[_Value]) -> list[tuple[Offload, Layer]]:
     """The layers of values, in the order of the forward."""
     return list(dict.fromkeys((value.statement, value.layer) for value in values))
-
-
-def is_listed(path: str) -> bool:
-    return path.rpartition(".")[2].isdigit()
 
 
 def _last_uses(graph: Graph) -> dict[Node, int]:

@@ -24,10 +24,9 @@ Elsewhere: M6-10T (2110.03888), ZeRO-Offload (2101.06840), ZeRO-Infinity (2104.0
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import torch
 
@@ -36,8 +35,6 @@ from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
     TO_DEVICE,
-    TO_DISK,
-    TO_HOST,
     WAIT,
     Builder,
     Graph,
@@ -52,11 +49,11 @@ from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM
 from meshwright.compiler.program import Kept, Place
 from meshwright.dsl.statements import Offload
 from meshwright.passes.statements.draft import Draft, Movable
-from meshwright.passes.statements.offloading import activations
+from meshwright.passes.statements.offloading import amount
+from meshwright.passes.statements.offloading.moving import Uses, by_place, emit, leave
 from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.targets import of_parameters
 
-T = TypeVar("T")
 _Layer: TypeAlias = tuple[Offload, str]
 _JOINING = (BUCKET, GETITEM, torch.ops.aten._to_copy.default)
 """What brings gradients together."""
@@ -75,7 +72,7 @@ def movable(draft: Draft) -> Draft:
     for name, parameter in draft.captured.parameters.items():
         trained = parameter.requires_grad and draft.captured.mode == "train"
         each = Movable(_layer(name), values.get(name), updates.get(name) if trained else None)
-        large = TensorType.of(parameter).num_bytes >= max(activations.SMALL_BYTES, 1)
+        large = TensorType.of(parameter).num_bytes >= max(amount.SMALL_BYTES, 1)
         if large and (each.value or each.update):
             found[name] = each
     return replace(draft, movable=found)
@@ -119,7 +116,7 @@ def keep_elsewhere(draft: Draft) -> Draft:
         return _moved(draft, choice.kept(counts))
 
     statements = {s for each in draft.movable.values() for s in (each.value, each.update) if s}
-    return tried(activations.fewest(draft, statements, choice.most, tried))
+    return tried(amount.fewest(draft, statements, choice.most, tried))
 
 
 class _Choice:
@@ -144,10 +141,10 @@ class _Choice:
         values, updates = set[_Layer](), set[_Layer]()
         for statement in dict.fromkeys(each for each, _ in self.values):
             own = [each for each in self.values if each[0] is statement]
-            values.update(_spread(own, _share(statement, own)))
+            values.update(_spread(own, amount.share(statement, len(own))))
         for statement in dict.fromkeys(each for each, _ in self.updates):
             own = [each for each in self.updates if each[0] is statement]
-            updates.update(_last(own, _share(statement, own)))
+            updates.update(_last(own, amount.share(statement, len(own))))
         for number, count in counts.items():
             # An optimizer's state is not taken in a step: it goes first.
             last, spread = self.by_stage[number]
@@ -165,14 +162,6 @@ class _Choice:
 def _layers(found: Iterable[tuple[Offload | None, str]]) -> list[_Layer]:
     """The layers of statements, in the order of the model."""
     return list(dict.fromkeys((statement, layer) for statement, layer in found if statement))
-
-
-def _share(statement: Offload, layers: Sequence[_Layer]) -> int:
-    """How many of its layers a statement takes, but for those of a budget."""
-    if statement.budget is not None:
-        return 0
-    share = 1.0 if statement.fraction is None else statement.fraction
-    return math.ceil(share * len(layers) - 1e-9)  # 0.7 * 10 is above 7
 
 
 def _spread(layers: Sequence[_Layer], count: int) -> list[_Layer]:
@@ -241,7 +230,7 @@ class _Mover:
         phase: Phase,
     ) -> None:
         self.movable, self.kept, self.graph = movable, kept, graph
-        self.computed = activations.Uses(graph)
+        self.computed = Uses(graph)
         self.order = {node: place for place, node in enumerate(graph.nodes)}
         self.users = graph.users()
         self.of: dict[Node, Node] = {}
@@ -266,11 +255,11 @@ class _Mover:
         """The graph with all of it moved."""
         if not self.departures and not any(self.visits.values()):
             return self.graph
-        begins = _by_place((v.begins, (n, v)) for n, each in self.visits.items() for v in each)
-        arrives = _by_place((v.arrives, (n, v)) for n, each in self.visits.items() for v in each)
-        joins = _by_place((each.joins, each) for each in self.departures)
-        leaves = _by_place((each.leaves, each) for each in self.departures)
-        gone = _by_place((each.gone, each) for each in self.departures)
+        begins = by_place((v.begins, (n, v)) for n, each in self.visits.items() for v in each)
+        arrives = by_place((v.arrives, (n, v)) for n, each in self.visits.items() for v in each)
+        joins = by_place((each.joins, each) for each in self.departures)
+        leaves = by_place((each.leaves, each) for each in self.departures)
+        gone = by_place((each.gone, each) for each in self.departures)
         early = {node for each in self.departures for node in each.chain}
         late = {each.value for each in self.departures}
         moving: dict[object, Node] = {}
@@ -291,7 +280,7 @@ class _Mover:
                 moving[each] = self._leave(each)
             for each in gone.get(place, ()):
                 name = f"{each.value.name}_on_{each.place.to}"
-                self.mapping[each.value] = activations.emit(self.builder, WAIT, moving[each], name)
+                self.mapping[each.value] = emit(self.builder, WAIT, moving[each], name)
         for node in items:
             self.mapping[node] = self.builder.copy(node, self.mapping)
         return self.builder.graph(each.of(self._operand(each.node)) for each in self.graph.outputs)
@@ -319,9 +308,7 @@ class _Mover:
         for node, own in self.of.items():
             if own is source:
                 self.mapping.pop(node, None)
-        self.mapping[source] = activations.emit(
-            self.builder, WAIT, moving, f"{source.name}_on_device"
-        )
+        self.mapping[source] = emit(self.builder, WAIT, moving, f"{source.name}_on_device")
 
     def _join(self, departure: _Departure) -> None:
         for node in departure.chain:
@@ -329,16 +316,8 @@ class _Mover:
             self.mapping[node] = self.builder.copy(node, self._operand, kwargs=kwargs)
 
     def _leave(self, departure: _Departure) -> Node:
-        value, place = departure.value, departure.place
-        return self.builder.emit(
-            TO_HOST if place.path is None else TO_DISK,
-            (self.mapping[value],),
-            {} if place.path is None else {"path": place.path},
-            type=value.type,
-            layout=value.layout,
-            origin=value.origin,
-            name=f"{value.name}_to_{place.to}",
-        )
+        value = departure.value
+        return leave(self.builder, value, self.mapping[value], departure.place, value.origin)
 
     def _visits(self, source: Node) -> Iterator[_Visit]:
         """The times that a parameter is on the device, in order."""
@@ -394,10 +373,3 @@ class _Mover:
                 found[node] = None
                 pending += [each for each in node.operands() if each not in found]
         return tuple(sorted(found, key=self.order.__getitem__))
-
-
-def _by_place(found: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
-    by_place: dict[int, list[T]] = {}
-    for place, each in found:
-        by_place.setdefault(place, []).append(each)
-    return by_place

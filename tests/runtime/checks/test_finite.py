@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright as mw
-from meshwright.passes.statements.offloading import activations
+from meshwright.passes.statements.offloading import amount
 from meshwright.runtime.errors import NonFiniteError
 from tests.runtime.models import batch, make
 from tests.runtime.test_run import compiled
@@ -28,7 +28,7 @@ AXES = "mesh a=2, b=2\ndata x, y over (a, b)\nzero 2 over b\n"
 
 @pytest.fixture(autouse=True)
 def small_values_move_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "SMALL_BYTES", 0)
+    monkeypatch.setattr(amount, "SMALL_BYTES", 0)
 
 
 def overflow(h: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import meshwright
 from meshwright.compiler.graph import aliasing
 from meshwright.compiler.graph.ir import INPUT, SAVED
 from meshwright.compiler.report.memory.prediction import walks
-from meshwright.passes.statements.offloading import activations
+from meshwright.passes.statements.offloading import amount
 from tests.alone import ADAMW, Train, measured
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 from tests.passes.test_loops import PLANS
@@ -28,7 +28,7 @@ from tests.passes.test_loops import PLANS
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offload what models of tests save, which is little."""
-    monkeypatch.setattr(activations, "SMALL_BYTES", 0)
+    monkeypatch.setattr(amount, "SMALL_BYTES", 0)
 
 
 SLOW = pytest.mark.slow

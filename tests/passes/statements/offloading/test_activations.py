@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import meshwright
 from meshwright.compiler.graph.ir import INPUT, MOVES, SAVED, WAIT, Graph, Node, Phase
 from meshwright.dsl.errors import PlanError
-from meshwright.passes.statements.offloading import activations
+from meshwright.passes.statements.offloading import activations, amount
 from meshwright.runtime.offloading import slabs
 from tests.equivalence import check_equal
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
@@ -46,7 +46,7 @@ OPTIONS = [
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offload what models of tests save, which is little, in slabs that are small as well."""
-    monkeypatch.setattr(activations, "SMALL_BYTES", 0)
+    monkeypatch.setattr(amount, "SMALL_BYTES", 0)
     monkeypatch.setattr(slabs, "SLAB", 1 << 16)
 
 
@@ -284,7 +284,7 @@ def test_a_mistake_has_its_golden_text(name: str, golden: Golden) -> None:
 
 
 def test_small_values_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "SMALL_BYTES", 1 << 20)
+    monkeypatch.setattr(amount, "SMALL_BYTES", 1 << 20)
     program = compiled(Gpt(layers=2), DATA + "offload activations\n", tokens())
     assert not moves(program.stages[0].forward)
     assert program.memory().host == 0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import meshwright
 from meshwright.compiler.graph.ir import TO_DEVICE, WAIT, Phase
 from meshwright.dsl.errors import PlanError
-from meshwright.passes.statements.offloading import activations, parameters
+from meshwright.passes.statements.offloading import amount, parameters
 from meshwright.runtime.offloading import slabs
 from meshwright.runtime.optimizers import chunks
 from tests.alone import measured
@@ -47,7 +47,7 @@ LINES = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offload what models of tests hold, which is little, in slabs and chunks that are small."""
-    monkeypatch.setattr(activations, "SMALL_BYTES", 0)
+    monkeypatch.setattr(amount, "SMALL_BYTES", 0)
     monkeypatch.setattr(slabs, "SLAB", 1 << 16)
     monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 12)
 
@@ -94,7 +94,7 @@ def without(name: str) -> dict[str, Tensor]:
 def test_the_docstring_shows_a_parameter_and_its_gradient_before_and_after(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(activations, "SMALL_BYTES", 1024)
+    monkeypatch.setattr(amount, "SMALL_BYTES", 1024)
     plan = "mesh dp=1\ndata x over dp\n"
     before, after = (
         compiled(Mlp(), plan + each, rows()).graphs() for each in ("", "offload parameters up\n")
@@ -279,7 +279,7 @@ def test_a_mistake_has_its_golden_text(name: str, golden: Golden) -> None:
 
 
 def test_small_parameters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(activations, "SMALL_BYTES", 4096)
+    monkeypatch.setattr(amount, "SMALL_BYTES", 4096)
     kept = compiled(Gpt(), DATA + "offload parameters\n", tokens()).parameters
     assert {s.kept.value.away for name, s in kept.items() if "ln" in name} == {False}
     assert kept["blocks.0.up.weight"].kept.value.away
