@@ -78,10 +78,7 @@ def measure(args: argparse.Namespace, argv: list[str], mesh: str, size: str) -> 
 
 def table(title: str, found: dict[str, Any]) -> str:
     """The results of one mesh and size as text."""
-    parts = [report.table(title, found["time"])]
-    if "memory" in found:
-        parts.append(resident.ratios_table(f"{title}, peak MB of a process", found["memory"]))
-    return "\n".join(parts)
+    return resident.tables(title, [report.table(title, found["time"])], found)
 
 
 def main(argv: list[str]) -> None:

@@ -112,6 +112,13 @@ def ratios_table(title: str, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tables(title: str, times: Sequence[str], found: dict[str, Any]) -> str:
+    """Tables of times and, where it was measured, that of what `result` gives."""
+    memory = found.get("memory")
+    more = [ratios_table(f"{title}, peak MB of a process", memory)] if memory else []
+    return "\n".join((*times, *more))
+
+
 def table(title: str, found: dict[str, Any]) -> str:
     """The result as text."""
     shown = ", ".join(f"{name} {size} MB" for name, size in found["megabytes"].items())

@@ -84,14 +84,12 @@ def measure(
 
 def table(title: str, found: dict[str, dict[str, Any]]) -> str:
     """The results of one mesh and size as text."""
-    parts = [
+    times = [
         report.table(f"{title}, {variant}", each)
         for variant, each in found.items()
         if variant != "memory"
     ]
-    if "memory" in found:
-        parts.append(resident.ratios_table(f"{title}, peak MB of a process", found["memory"]))
-    return "\n".join(parts)
+    return resident.tables(title, times, found)
 
 
 def main(argv: list[str]) -> None:
