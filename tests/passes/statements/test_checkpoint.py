@@ -17,7 +17,7 @@ from meshwright.compiler.public import Program
 from meshwright.passes.statements import checkpoint as passed
 from tests.equivalence import check_equal
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, rows, tokens
-from tests.passes.examples import Body, sequences
+from tests.passes.examples import Blocks, sequences
 from tests.passes.stages import check_documented, shown
 
 MODEL, BATCH, OTHER = Gpt(p=0.2, layers=4), tokens(), tokens(batch=4)
@@ -96,14 +96,6 @@ def products(program: Program) -> Counter[str]:
 
 
 def test_the_docstring_shows_what_is_computed_again() -> None:
-    class Blocks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.block = Body()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.block(x).sum()
-
     graphs = compiled("mesh tp=1\ncheckpoint block\n", Blocks(), sequences()).graphs()
     before = compiled("mesh tp=1\n", Blocks(), sequences()).graphs()
     names = "linear", "relu"

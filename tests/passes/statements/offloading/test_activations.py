@@ -19,39 +19,20 @@ import meshwright
 from meshwright.compiler.graph.ir import INPUT, MOVES, SAVED, WAIT, Graph, Node, Phase
 from meshwright.dsl.errors import PlanError
 from meshwright.passes.statements.offloading import activations, amount
-from meshwright.runtime.offloading import slabs
 from tests.equivalence import check_equal
-from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
+from tests.models import Gpt, tokens
 from tests.passes.examples import Mlp, rows
 from tests.passes.stages import check_documented, shown
+from tests.passes.statements.offloading.trainings import DATA, PLANS, check_same, compiled
 from tests.runtime.pipelines import SCHEDULES, Deep, Tied, plan_of
 
 Golden = Callable[[str, str], None]
-DATA = "mesh dp=2\n" + GPT_DATA
-PLANS = {
-    "data": DATA,
-    "zero 3 in bfloat16": DATA + "zero 3 over dp\nprecision bf16\naccumulate 2\n",
-    "all": "mesh dp=2, tp=2\n" + GPT_DATA + GPT_TENSOR + "vocab wte, head over tp\n"
-    "sequence blocks.* over tp\nzero 2 over dp\naccumulate 2\n",
-    "half": "mesh tp=2\ndata tokens, targets\naccumulate 4\nprecision fp16\n" + GPT_TENSOR,
-}
 OPTIONS = [
     "blocks.*",
     "fraction=0.4 prefetch=0",
     "to=disk path={}",
     "\ncheckpoint blocks.* segments=2 keep=[sdpa]",
 ]
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offload what models of tests save, which is little, in slabs that are small as well."""
-    monkeypatch.setattr(amount, "SMALL_BYTES", 0)
-    monkeypatch.setattr(slabs, "SLAB", 1 << 16)
-
-
-def compiled(model: nn.Module, plan: str, example: Any) -> meshwright.Program:
-    return meshwright.compile(model, meshwright.Plan.parse(plan, "test.plan"), example)
 
 
 def trained(model: nn.Module, plan: str, example: Any) -> dict[str, Tensor]:
@@ -75,12 +56,6 @@ def trained(model: nn.Module, plan: str, example: Any) -> dict[str, Tensor]:
             memories = program.memories().values()
             assert held[place] == max(getattr(each, place) for each in memories)
     return found
-
-
-def check_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    different = [name for name in found if not found[name].equal(wanted[name])]
-    assert not different, different
 
 
 @cache

@@ -13,26 +13,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import meshwright
 from meshwright.compiler.graph.ir import TO_DEVICE, WAIT, Phase
 from meshwright.dsl.errors import PlanError
 from meshwright.passes.statements.offloading import amount, parameters
-from meshwright.runtime.offloading import slabs
-from meshwright.runtime.optimizers import chunks
 from tests.alone import measured
-from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
+from tests.models import Gpt, tokens
 from tests.passes.examples import Mlp, rows
 from tests.passes.stages import check_documented, shown
+from tests.passes.statements.offloading import trainings
+from tests.passes.statements.offloading.trainings import DATA, check_same, compiled
 from tests.runtime.pipelines import SCHEDULES, Tied, plan_of
 
 Golden = Callable[[str, str], None]
-DATA = "mesh dp=2\n" + GPT_DATA
 PLANS = {
-    "data": DATA,
+    **trainings.PLANS,
     "zero 3 in bfloat16": DATA + "zero 3 over dp\nprecision bf16 master=bf16\naccumulate 2\n",
-    "all": "mesh dp=2, tp=2\n" + GPT_DATA + GPT_TENSOR + "vocab wte, head over tp\n"
-    "sequence blocks.* over tp\nzero 2 over dp\naccumulate 2\n",
-    "half": "mesh tp=2\ndata tokens, targets\naccumulate 4\nprecision fp16\n" + GPT_TENSOR,
     "zero 1": DATA + "zero 1 over dp\nprecision bf16\ncheckpoint blocks.*\noffload activations\n",
 }
 LINES = {
@@ -42,18 +37,6 @@ LINES = {
     "disk": 'offload parameters to=disk path="{0}"\n',
     "both": 'offload parameters blocks.*\noffload optimizer to=disk path="{0}"\n',
 }
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Offload what models of tests hold, which is little, in slabs and chunks that are small."""
-    monkeypatch.setattr(amount, "SMALL_BYTES", 0)
-    monkeypatch.setattr(slabs, "SLAB", 1 << 16)
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 12)
-
-
-def compiled(model: nn.Module, plan: str, example: Any) -> meshwright.Program:
-    return meshwright.compile(model, meshwright.Plan.parse(plan, "test.plan"), example)
 
 
 def trained(model: nn.Module, plan: str, example: Any) -> dict[str, Tensor]:
@@ -77,12 +60,6 @@ def trained(model: nn.Module, plan: str, example: Any) -> dict[str, Tensor]:
         run.check(optimizer)
         found |= run.state_dict()
     return found
-
-
-def check_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    different = [name for name in found if not found[name].equal(wanted[name])]
-    assert not different, different
 
 
 @cache
