@@ -65,8 +65,8 @@ from meshwright.passes.statements.draft import Draft, on_graph
 from meshwright.passes.statements.fragments import with_fragments
 from meshwright.passes.statements.offloading.activations import offload
 from meshwright.passes.statements.offloading.parameters import keep_elsewhere, movable
-from meshwright.passes.statements.pad import pad
-from meshwright.passes.statements.pad_sequences import pad_sequences
+from meshwright.passes.statements.padding.sequences import pad_sequences
+from meshwright.passes.statements.padding.vocabularies import pad
 from meshwright.passes.statements.pins import pin_lines
 from meshwright.passes.statements.precision import precision
 from meshwright.passes.statements.rows import rows

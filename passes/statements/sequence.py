@@ -14,7 +14,7 @@ After:   slice: f32[8, 16@tp, 16]               = slice(x, tp)
 
 What enters a region is split, and sums that row-parallel linears leave pending are scattered
 instead of reduced; gathers before column-parallel linears follow from the layouts, and so do their
-adjoints. A sequence that does not divide is padded (`pad_sequences.py`).
+adjoints. A sequence that does not divide is padded (`padding/sequences.py`).
 Requires: a normalised graph. Ensures: the regions that the partitioner reads.
 Elsewhere: Megatron's sequence parallelism (Korthikanti et al., 2205.05198).
 """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright
-from meshwright.passes.statements import pad
+from meshwright.passes.statements.padding import vocabularies
 from tests.equivalence import check_equal, implicit_gathers
 from tests.passes.examples import Lm, labelled
 from tests.passes.stages import check_documented, shown, stages
@@ -21,7 +21,7 @@ PLAN = "mesh tp=2\nvocab wte, head over tp\n"
 def test_the_docstring_shows_a_head_before_and_after() -> None:
     found = stages(Lm(97), labelled(97), PLAN)
     names = "head_weight", "linear", "cross_entropy"
-    check_documented(pad, shown(found["normalise"], *names), shown(found["pad"], *names))
+    check_documented(vocabularies, shown(found["normalise"], *names), shown(found["pad"], *names))
 
 
 def test_a_vocabulary_that_divides_is_left_alone() -> None:

@@ -29,7 +29,7 @@ from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.extents import Extent
 from meshwright.compiler.placing.rules.notation import Call, Spec
 from meshwright.passes.statements.draft import Draft
-from meshwright.passes.statements.padder import Padder, treats_apart
+from meshwright.passes.statements.padding.padder import Padder, treats_apart
 from meshwright.passes.statements.sequences import entered_activations
 
 

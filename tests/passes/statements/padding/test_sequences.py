@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright
-from meshwright.passes.statements import pad_sequences
+from meshwright.passes.statements.padding import sequences as passed
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, real
 from tests.passes.examples import Blocks, Body
@@ -23,7 +23,7 @@ def test_the_docstring_shows_a_region_before_and_after() -> None:
     found = stages(Blocks(), (torch.randn(8, 17, 16),), "mesh tp=2\n" + LINEARS)
     names = "getitem", "linear_1", "add", "sum"
     check_documented(
-        pad_sequences,
+        passed,
         shown(found["sequence"], *names),
         shown(found["pad_sequences"], *names, "extend", "slice"),
     )

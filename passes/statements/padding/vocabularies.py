@@ -35,7 +35,7 @@ from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.placing.rules.notation import Call, Spec
 from meshwright.compiler.placing.rules.pointwise import POINTWISE, is_pointwise
 from meshwright.passes.statements.draft import Draft, input_key
-from meshwright.passes.statements.padder import Padder, resized, treats_apart
+from meshwright.passes.statements.padding.padder import Padder, resized, treats_apart
 
 _POINTS = (-8.0, -1.5, -1.0, -0.5, 0.0, 0.25, 1.0, 2.5, 8.0)
 """Values that pad entries may have; most are zero."""
