@@ -16,6 +16,7 @@ from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.offloading.gradients import Leaving
+from meshwright.runtime.offloading.parameters import HostParameter
 from meshwright.runtime.offloading.stores import Stores
 
 RankProgram = Generator[Any, Any, Any]
@@ -59,7 +60,8 @@ class RankState:
             local = self._hold("parameter", stored, values)
             if local is not None:
                 home = self._homes[name] = self._home(stored, local)
-                parameter = nn.Parameter(home, requires_grad=stored.requires_grad)
+                kind = nn.Parameter if home is local else HostParameter
+                parameter = kind(home, requires_grad=stored.requires_grad)
                 parameter.grad_dtype = None  # gradients of bfloat16 may be float32
                 self.parameters[name] = parameter
                 self.follow(name)
@@ -116,7 +118,9 @@ class RankState:
             self._followed[name] = self.parameters[name]._version
 
     def follow_written(self) -> None:
-        """Let the device have the values of parameters that somebody has written elsewhere."""
+        """Let steps take the values that somebody has written to parameters, or assigned to their
+        `data`, and let the device have them."""
+        self._take_assigned()
         for name, version in self._followed.items():
             if self.parameters[name]._version != version:
                 self.follow(name)
@@ -141,9 +145,12 @@ class RankState:
         return part.to(device, stored.type.dtype).clone(memory_format=torch.contiguous_format)
 
     def updated(self) -> None:
-        """Count an update; what an optimizer assigned to the `data` of a parameter is written into
-        the tensor that steps take."""
+        """Count an update, and take what an optimizer assigned to the `data` of parameters."""
         self.num_updates += 1
+        self._take_assigned()
+
+    def _take_assigned(self) -> None:
+        """Write what was assigned to the `data` of a parameter into the tensor that steps take."""
         for name, parameter in self.parameters.items():
             home = self._homes[name]
             # While 16 bits are updated in float32, another tensor stands in for the parameter.

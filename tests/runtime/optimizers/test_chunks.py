@@ -216,14 +216,45 @@ def test_values_that_are_loaded_are_those_that_are_updated() -> None:
     assert equal(*found)
 
 
-def test_what_is_written_to_a_parameter_is_what_steps_take(tmp_path: Path) -> None:
-    found = []
-    for plan in ("", AWAY, f'offload optimizer to=disk path="{tmp_path}"\n'):
-        with launched(plan) as run, torch.no_grad():
+def multiplied(parameter: nn.Parameter) -> None:
+    with torch.no_grad():
+        parameter.mul_(0.5)
+
+
+def multiplied_data(parameter: nn.Parameter) -> None:
+    parameter.data.mul_(0.5)
+
+
+def assigned_data(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.data * 0.5
+
+
+@pytest.mark.parametrize("write", [multiplied, multiplied_data, assigned_data])
+def test_what_is_written_to_a_parameter_is_what_steps_take_and_updates_begin_from(
+    write: Callable[[nn.Parameter], None], tmp_path: Path
+) -> None:
+    disk, found = f'offload optimizer to=disk path="{tmp_path}"\n', []
+    for plan in ("", AWAY, disk):
+        with launched(plan) as run:
+            optimizer = run.optimizer(torch.optim.SGD, lr=0.1)
+            updated(run, optimizer, 1)
+            whole = run.state_dict()
             for parameter in run.parameters():
-                parameter.mul_(0.5)
-            found.append(run.step(*batch()))
-    assert found[1].equal(found[0]) and found[2].equal(found[0])
+                write(parameter)
+            found.append({**run.state_dict(), "loss": run.step(*batch())})
+            assert equal(found[-1], {name: each * 0.5 for name, each in whole.items()})
+            optimizer.step()
+            found[-1] |= {f"{name} later": each for name, each in run.state_dict().items()}
+    assert equal(found[1], found[0]) and equal(found[2], found[0])
+
+
+def test_data_that_is_held_is_still_followed_when_it_is_written_later() -> None:
+    with launched(AWAY) as run:
+        held = [parameter.data for parameter in run.parameters()]
+        run.step(*batch())
+        for data in held:
+            data.zero_()
+        assert run.step(*batch()) == 0
 
 
 def test_the_state_of_an_optimizer_is_where_the_plan_says(tmp_path: Path) -> None:
