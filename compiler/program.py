@@ -48,6 +48,11 @@ class Place:
         return self.to != "device"
 
 
+STAGING_BYTES = 32 << 20
+"""The most host memory through which a rank's values pass on their way to the files of a folder and
+back."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """Where ranks keep a parameter: its `value`, and with `update` its gradient and what an
@@ -124,13 +129,16 @@ class Update:
 
     `state` is by parameter; `""` is what it keeps of none. Besides that, parameters and gradients,
     `temporaries` are what is alive at the peak of an update, by the operator that made it, and
-    `beside_steps` is the most of it while a closure runs a step.
+    `beside_steps` is the most of it while a closure runs a step. `elsewhere` is the most that the
+    CPU has at once while it updates what is kept away from the device: what the optimizer keeps in
+    host memory, and what it makes meanwhile, in the first update too.
     """
 
     kind: str
     state: Mapping[str, int] = field(repr=False)
     temporaries: Mapping[str, int] = field(repr=False)
     beside_steps: int = 0
+    elsewhere: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,9 @@
 """One rank of a program alone in this process, and every byte that it allocates while it trains.
 
 What torch's allocator gives out is counted, whoever asks for it: operators, what their kernels need
-inside, the optimizer. The other members of a group are taken to give what this rank gives.
+inside, the optimizer. What it gives out while the CPU updates what is kept elsewhere is memory of
+the host, as are the blocks of stores. The other members of a group are taken to give what this rank
+gives.
 """
 
 from __future__ import annotations
@@ -23,9 +25,12 @@ from meshwright.compiler.layout.wires import Start, Wait, Wire
 from meshwright.compiler.report.memory.counter import address
 from meshwright.compiler.report.memory.scratch import allocations
 from meshwright.runtime import run as runs
+from meshwright.runtime.offloading.slabs import Block, Slabs
+from meshwright.runtime.optimizers.chunks import _Chunks
 from meshwright.runtime.rank import RankProgram
 
 BEGIN = "a step begins"
+PLACES = ("device", "host")
 
 
 class Alone:
@@ -94,15 +99,21 @@ Train = Callable[[Any, Callable[[], Any]], None]
 
 def measured(program: meshwright.Program, example: Any, rank: int, train: Train) -> int:
     """The most bytes that a rank holds from its first step on, with the batch and constants."""
+    return measured_by_place(program, example, rank, train)["device"]
+
+
+def measured_by_place(
+    program: meshwright.Program, example: Any, rank: int, train: Train
+) -> dict[str, int]:
+    """The same, with those in host memory and in files."""
     args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
     hashing._cached_tables.cache_clear()
     gc.collect()  # what goes meanwhile would count
-    with alone(rank), allocations() as log:
+    with alone(rank), _marked(), allocations() as log:
         run = program.launch(check_inputs=False)
 
         def step() -> Any:
-            with record_function(BEGIN):
-                pass
+            _mark(BEGIN)
             return run.step(*args, **kwargs)
 
         train(run, step)
@@ -110,13 +121,61 @@ def measured(program: meshwright.Program, example: Any, rank: int, train: Train)
         inputs = run._programs.launched.inputs.flatten(args, kwargs, "")
         batch = sum(sharders[i](inputs[i]).nbytes for i in executor.taken)
         constants = {address(c): c.untyped_storage().nbytes() for c in executor.constants.values()}
-    held = peak = 0
-    begun = False
+        # Blocks of files are given back by the threads that write them, which the log leaves out.
+        stores = executor.state.stores.by_path.items()
+        in_files = sum(store.slabs.peak for path, store in stores if path is not None)
+    peak = _peaks(log)
+    peak["device"] += batch + sum(constants.values())
+    return {**peak, "disk": in_files}
+
+
+def _peaks(log: Iterable[tuple[str, int]]) -> dict[str, int]:
+    """By place: the most bytes there from the first step on."""
+    held, peak = dict.fromkeys(PLACES, 0), dict.fromkeys(PLACES, 0)
+    begun, place = False, "device"
     for name, size in log:
         begun |= name == BEGIN
-        held += size
-        peak = max(peak, held) if begun else 0
-    return peak + batch + sum(constants.values())
+        word, _, number = name.partition(" ")
+        if word in PLACES and not number:
+            place = word
+        elif word in PLACES:
+            held[word] += int(number)
+        held[place] += size
+        peak = {each: max(held[each], peak[each]) if begun else 0 for each in PLACES}
+    return peak
+
+
+def _mark(name: str) -> None:
+    with record_function(name):
+        pass
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    """Note in the log whose memory is given out, and what stores take and give back."""
+    update, take, free = _Chunks._update, Slabs.take, Block.__del__
+
+    def updated(*args: Any) -> None:
+        _mark("host")
+        update(*args)
+        _mark("device")
+
+    def taken(slabs: Slabs[Any], size: int) -> Block[Any]:
+        block = take(slabs, size)
+        if isinstance(block.slab, Tensor):
+            _mark(f"host {size}")
+        return block
+
+    def freed(block: Block[Any]) -> None:
+        if isinstance(block.slab, Tensor):
+            _mark(f"host {-block.size}")
+        free(block)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Chunks, "_update", updated)
+        patch.setattr(Slabs, "take", taken)
+        patch.setattr(Block, "__del__", freed)
+        yield
 
 
 def train_with(kind: Any, *, clip: float | None = 1.0, updates: int = 2, **options: Any) -> Train:

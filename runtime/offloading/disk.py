@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.graph.text import size_text
+from meshwright.compiler.program import STAGING_BYTES
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.offloading.memory import bytes_of, flat_of, held, host_bytes, raw
 from meshwright.runtime.offloading.slabs import ALIGNMENT, Block, Slabs
 
-CHUNK = 8 << 20
-"""The bytes that are read or written at once: the size of a staging buffer."""
 NUM_THREADS = 4
 """The most reads and writes of a rank at once."""
+CHUNK = STAGING_BYTES // NUM_THREADS
+"""The bytes that are read or written at once: the size of a staging buffer."""
 _POPULATE_READ = 22
 """Linux's `MADV_POPULATE_READ`, for which Python has no name yet."""
 
@@ -199,7 +200,7 @@ class DiskStore:
         flags = fcntl.fcntl(number, fcntl.F_GETFL)
         try:
             fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_DIRECT)
-            os.pwrite(number, raw(self._staging[:ALIGNMENT]), 0)
+            os.pwrite(number, raw(host_bytes(ALIGNMENT, pinned=False)), 0)
         except OSError:
             fcntl.fcntl(number, fcntl.F_SETFL, flags)
 

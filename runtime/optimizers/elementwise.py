@@ -80,7 +80,7 @@ def update(optimizer: torch.optim.Optimizer, closure: Callable[[], Tensor]) -> N
     step: Callable[..., Any] = optimizer.step
     closures = [
         closure
-        for parameter in inspect.signature(step).parameters.values()
+        for parameter in list(inspect.signature(type(optimizer).step).parameters.values())[1:]
         if parameter.default is parameter.empty
         and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]

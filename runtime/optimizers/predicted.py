@@ -8,30 +8,29 @@ one: an optimizer may ask for theirs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
-from meshwright.compiler.codegen.linking import FlatBuffer, RandomState
 from meshwright.compiler.graph.types import Fakes
 from meshwright.compiler.program import Update
 from meshwright.compiler.public import Program
 from meshwright.compiler.report.memory.counter import StorageCounter, address
 from meshwright.compiler.report.memory.scratch import KernelCounter
-from meshwright.compiler.schedules.actions import actions_of
 from meshwright.runtime.ambient import apart_from_caller
-from meshwright.runtime.buckets import owners_of
 from meshwright.runtime.checks.finite import any_bad
+from meshwright.runtime.optimizers.chunks import attach_updates
 from meshwright.runtime.optimizers.elementwise import update
+from meshwright.runtime.optimizers.imagined import Imagined
 from meshwright.runtime.optimizers.norms import clipped
 from meshwright.runtime.optimizers.optimizer import (
     FAILURES,
@@ -42,7 +41,7 @@ from meshwright.runtime.optimizers.optimizer import (
     tried,
 )
 from meshwright.runtime.optimizers.rounding import Widened
-from meshwright.runtime.rank import RankProgram, RankState
+from meshwright.runtime.rank import RankProgram
 
 aten = torch.ops.aten
 
@@ -65,7 +64,7 @@ def predicted_update(
     """
     fakes = Fakes()
     with apart_from_caller(program.imagined_on.type):
-        state = _Imagined(program, rank, fakes)
+        state = Imagined(program, rank, fakes)
         with StorageCounter() as indices:
             widened = Widened([state], program)
         with widened:
@@ -78,68 +77,38 @@ def predicted_update(
         )
         update = _updated(program, state, optimizer, _UpdateCounter(fakes))
         if state.away:
-            state.bring_gradients()
-            widened.attach(optimizer)
-            kept = _updated(program, state, optimizer, _UpdateCounter(fakes)).state
-            update = replace(update, state={**kept, "": update.state[""]})
+            with widened:
+                optimizer = make_optimizer(program, held, kind, groups, options)
+            if program.device.type == "cuda":
+                _choose_as_on_gpu(optimizer, lists=False)
+            update = _with_those_elsewhere(update, program, state, optimizer, widened, fakes)
         return replace(update, state={**update.state, "": update.state[""] + indices.alive})
 
 
-class _Imagined(RankState):
-    """A rank whose parameters and gradients are fake."""
-
-    def __init__(self, program: Program, rank: int, fakes: Fakes) -> None:
-        # Where there is no such device its kernels take as much on another.
-        there = program.imagined_on.type != "cuda" or torch.cuda.is_available()
-        self.device = program.imagined_on if there else torch.device("cpu")
-        self.mesh, self.rank = program.mesh, rank
-        self.coords = program.mesh.coords(rank)
-        self.random, self.num_updates = RandomState(), 0
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.flats: list[Tensor] = []
-        self.away: dict[str, Tensor] = {}
-        """The gradients that are not on the device."""
-        with fakes:
-            for name, stored in program.parameters.items():
-                if stored.held_by(self.coords):
-                    shape, dtype = stored.layout.local_shape(self.mesh), stored.type.dtype
-                    local = torch.empty(shape, dtype=dtype, device=self.device)
-                    self.parameters[name] = nn.Parameter(local, requires_grad=stored.requires_grad)
-                    self.parameters[name].grad_dtype = None
-            entries = {(a.stage, a.kind) for a in actions_of(program.entries[rank])}
-            for stage, phase in entries:
-                buckets = owners_of(program.stages[stage].graphs[phase]).values()
-                for owners, node in buckets:
-                    shapes = [part.placed.local_shape(self.mesh) for part in node.args]
-                    buffer = FlatBuffer(shapes, node.tensor.dtype, self.device)
-                    self._give(owners, buffer, away=bool(node.kwargs.get("leaves")))
-
-    def _give(self, owners: Iterable[str], buffer: FlatBuffer, *, away: bool) -> None:
-        buffer.allocate()
-        gradients = dict(zip(owners, buffer.gradients, strict=True))
-        if away:
-            self.away.update(gradients)
-            return
-        self.flats.append(buffer.flat)
-        for owner, gradient in gradients.items():
-            self.parameters[owner].grad = gradient
-
-    def bring_gradients(self) -> None:
-        """Let every parameter have its gradient."""
-        for owner, gradient in self.away.items():
-            self.parameters[owner].grad = gradient
-
-    def flat_gradients(self) -> list[Tensor]:
-        return self.flats
+def _with_those_elsewhere(
+    update: Update,
+    program: Program,
+    state: Imagined,
+    optimizer: Optimizer,
+    widened: Widened,
+    fakes: Fakes,
+) -> Update:
+    """What an update takes, with that of the parameters which the CPU updates in chunks."""
+    counter = _UpdateCounter(fakes)
+    state.go_elsewhere(counter.kept_in)
+    attach_updates(optimizer, [state], widened)
+    found = _updated(program, state, optimizer, counter)
+    kept = {name: size for name, size in found.state.items() if name in state.away}
+    return replace(update, state={**update.state, **kept}, elsewhere=counter.peak_with_scratch())
 
 
-def _choose_as_on_gpu(optimizer: Optimizer) -> None:
-    """Let groups be updated as on a GPU, where torch chooses lists of tensors. It does not for
-    fakes, which may be on the CPU besides."""
+def _choose_as_on_gpu(optimizer: Optimizer, *, lists: bool = True) -> None:
+    """Let groups be updated as with parameters on a GPU, where torch chooses `lists` of tensors. It
+    does not for fakes, which may be on the CPU besides."""
     for group in optimizer.param_groups:
         if group.get("fused") and "cuda" not in fused_on(type(optimizer)):
             group["fused"] = None
-        if group.get("foreach", False) is None and not any(group.get(how) for how in HOW):
+        if lists and group.get("foreach", False) is None and not any(group.get(how) for how in HOW):
             group["foreach"] = True
 
 
@@ -157,6 +126,14 @@ class _UpdateCounter(KernelCounter):  # type: ignore[no-untyped-call]
         self.called = self.asked = False
         """Whether an update has called the closure, and looked at a number."""
         self._random: Random | None = None
+        self._in_file = False
+
+    @contextmanager
+    def kept_in(self, file: bool) -> Iterator[None]:
+        """Leave out what is made meanwhile, if it stands for a part of a file."""
+        self._in_file = file
+        yield
+        self._in_file = False
 
     def vary(self) -> None:
         """Let numbers have either sign from here on."""
@@ -175,6 +152,8 @@ class _UpdateCounter(KernelCounter):  # type: ignore[no-untyped-call]
         return found if large else function(*args, **kwargs)
 
     def made_by(self, function: Any, tensor: Tensor) -> None:
+        if self._in_file:
+            return
         super().made_by(function, tensor)
         self._made_by[address(tensor)] = function._schema.name
         if self.alive > self.peak:
@@ -207,7 +186,7 @@ class _UpdateCounter(KernelCounter):  # type: ignore[no-untyped-call]
 
 
 def _updated(
-    program: Program, state: _Imagined, optimizer: Optimizer, counter: _UpdateCounter
+    program: Program, state: Imagined, optimizer: Optimizer, counter: _UpdateCounter
 ) -> Update:
     """Update until the state does not grow any more; then, where updates call the closure and look
     at numbers, with others: what a line search keeps depends on them."""

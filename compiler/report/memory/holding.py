@@ -56,7 +56,8 @@ class Memory:
     and what the `optimizer` keeps outlive a step; `batch` is the rank's rows of the inputs.
     `masters` are those of the parameters in float32 of which a step computes copies in 16 bits.
     `activations` are the most that graphs save for later ones. `host` and `disk` are the most that
-    `offload` keeps in host memory and in files, where the CPU updates it in chunks; all other
+    `offload` keeps in host memory and in files, where the CPU updates it in chunks: with what it
+    makes of a chunk, and staging buffers of files, but without the system's cache. All other
     figures are of the device.
 
     `peak` is the most alive at once from the beginning of a step to the end of the update by an

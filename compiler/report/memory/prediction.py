@@ -10,10 +10,10 @@ import torch
 
 from meshwright.compiler.codegen.instructions import Instructions
 from meshwright.compiler.graph.aliasing import node_bytes
-from meshwright.compiler.graph.ir import InputKind, OutputKind
+from meshwright.compiler.graph.ir import TO_DISK, InputKind, OutputKind
 from meshwright.compiler.graph.text import op_text, type_text
 from meshwright.compiler.layout.wires import HALF_TYPES
-from meshwright.compiler.program import Compiled, Stored, Update
+from meshwright.compiler.program import STAGING_BYTES, Compiled, Stored, Update
 from meshwright.compiler.report.memory.counter import address
 from meshwright.compiler.report.memory.holding import UPDATE, Alive, Memory, Moment
 from meshwright.compiler.report.memory.storages import Walk
@@ -99,16 +99,26 @@ class _Rank:
         return (s for name, s in parameters.items() if name in narrow and _is_wide(s))
 
     def _away(self) -> Counter[str]:
-        """The most bytes that are kept elsewhere."""
-        found = Counter(self.walk.tally.most_away)
+        """The most bytes that are kept elsewhere, in a step or in an update."""
+        found, state = Counter[str](), Counter[str]()
         for each in self._held(self.program.parameters.values()):
             value, update = each.kept.value, each.kept.update
             size = each.local_bytes(self.program.mesh)
             found[value.to if value.away else update.to] += size
             if each.name in self.gradients:
                 found[update.to] += self._bytes([self.gradients[each.name]])
-            found[update.to] += self.update.state.get(each.name, 0)
-        return found
+            state[update.to] += self.update.state.get(each.name, 0)
+        saved = self.walk.tally.most_away
+        in_update = {"host": self.update.elsewhere, "disk": state["disk"]}
+        staging = Counter(host=STAGING_BYTES * len(self._folders()))
+        return found + staging + ((state + saved) | Counter(in_update))
+
+    def _folders(self) -> set[str]:
+        """The folders in which this rank has files."""
+        kept = (each.kept for each in self._held(self.program.parameters.values()))
+        places = {place.path for each in kept for place in (each.value, each.update)}
+        nodes = (node for graph in self.graphs for node in graph.nodes if node.op == TO_DISK)
+        return {path for path in {*places, *(node.kwargs["path"] for node in nodes)} if path}
 
     def _held(self, tensors: Iterable[Stored]) -> Iterator[Stored]:
         return (stored for stored in tensors if stored.held_by(self.coords))
