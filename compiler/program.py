@@ -130,8 +130,7 @@ class Update:
     `state` is by parameter; `""` is what it keeps of none. Besides that, parameters and gradients,
     `temporaries` are what is alive at the peak of an update, by the operator that made it, and
     `beside_steps` is the most of it while a closure runs a step. `elsewhere` is the most that the
-    CPU has at once while it updates what is kept away from the device: what the optimizer keeps in
-    host memory, and what it makes meanwhile, in the first update too.
+    CPU makes besides while it updates what is kept away from the device, in the first update too.
     """
 
     kind: str

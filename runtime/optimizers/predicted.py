@@ -96,10 +96,12 @@ def _with_those_elsewhere(
     """What an update takes, with that of the parameters which the CPU updates in chunks."""
     counter = _UpdateCounter(fakes)
     state.go_elsewhere(counter.kept_in)
-    attach_updates(optimizer, [state], widened)
+    with fakes:  # an optimizer may have made its state with itself
+        attach_updates(optimizer, [state], widened)
     found = _updated(program, state, optimizer, counter)
     kept = {name: size for name, size in found.state.items() if name in state.away}
-    return replace(update, state={**update.state, **kept}, elsewhere=counter.peak_with_scratch())
+    most = counter.peak_with_scratch() - counter.alive
+    return replace(update, state={**update.state, **kept}, elsewhere=most)
 
 
 def _choose_as_on_gpu(optimizer: Optimizer, *, lists: bool = True) -> None:

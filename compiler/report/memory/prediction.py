@@ -100,18 +100,15 @@ class _Rank:
 
     def _away(self) -> Counter[str]:
         """The most bytes that are kept elsewhere, in a step or in an update."""
-        found, state = Counter[str](), Counter[str]()
+        found = Counter[str](host=STAGING_BYTES * len(self._folders()))
         for each in self._held(self.program.parameters.values()):
             value, update = each.kept.value, each.kept.update
             size = each.local_bytes(self.program.mesh)
             found[value.to if value.away else update.to] += size
             if each.name in self.gradients:
                 found[update.to] += self._bytes([self.gradients[each.name]])
-            state[update.to] += self.update.state.get(each.name, 0)
-        saved = self.walk.tally.most_away
-        in_update = {"host": self.update.elsewhere, "disk": state["disk"]}
-        staging = Counter(host=STAGING_BYTES * len(self._folders()))
-        return found + staging + ((state + saved) | Counter(in_update))
+            found[update.to] += self.update.state.get(each.name, 0)
+        return found + (self.walk.tally.most_away | Counter(host=self.update.elsewhere))
 
     def _folders(self) -> set[str]:
         """The folders in which this rank has files."""
