@@ -168,7 +168,7 @@ class _Chunks:
         if away.parameter.grad is not None:
             yield away.place, away.parameter.grad
         for value in self.optimizer.state.get(away.parameter, {}).values():
-            if _is_large(value, away.parameter):
+            if is_large(value):
                 yield away.place, value
 
     def _adopt(self, away: _Away) -> None:
@@ -176,10 +176,10 @@ class _Chunks:
         kept = self.optimizer.state.get(away.parameter, {})
         store = away.state.stores(away.place.path)
         for key, value in kept.items():
-            if _is_large(value, away.parameter) and not store.has(value):
+            if is_large(value) and not store.has(value):
                 kept[key] = store.hold(value.shape, value.dtype).copy_(value)
 
 
-def _is_large(value: Any, parameter: Tensor) -> bool:
-    """Whether what an optimizer keeps is a tensor like the parameter, and not a count."""
+def is_large(value: Any) -> bool:
+    """Whether what an optimizer keeps is a tensor of more than one number, and not a count."""
     return isinstance(value, Tensor) and bool(value.dim()) and value.numel() > 1

@@ -28,7 +28,7 @@ from meshwright.compiler.report.memory.counter import StorageCounter, address
 from meshwright.compiler.report.memory.scratch import KernelCounter
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checks.finite import any_bad
-from meshwright.runtime.optimizers.chunks import attach_updates
+from meshwright.runtime.optimizers.chunks import attach_updates, is_large
 from meshwright.runtime.optimizers.elementwise import update
 from meshwright.runtime.optimizers.imagined import Imagined
 from meshwright.runtime.optimizers.norms import clipped
@@ -100,8 +100,20 @@ def _with_those_elsewhere(
         attach_updates(optimizer, [state], widened)
     found = _updated(program, state, optimizer, counter)
     kept = {name: size for name, size in found.state.items() if name in state.away}
-    most = counter.peak_with_scratch() - counter.alive
+    most = counter.peak_with_scratch() - counter.alive + _beside_files(state, optimizer)
     return replace(update, state={**update.state, **kept}, elsewhere=most)
+
+
+def _beside_files(state: Imagined, optimizer: Optimizer) -> int:
+    """The bytes of single numbers, such as counts of updates, that an optimizer keeps in memory of
+    what is updated in files."""
+    return sum(
+        value.nbytes
+        for name in state.away
+        if state.stored["parameter", name].kept.update.to == "disk"
+        for value in tree_leaves(optimizer.state.get(state.parameters[name], {}))
+        if isinstance(value, Tensor) and not is_large(value)
+    )
 
 
 def _choose_as_on_gpu(optimizer: Optimizer, *, lists: bool = True) -> None:
