@@ -117,6 +117,7 @@ class RankState:
             held.copy_(home, non_blocking=True)
             self._followed[name] = self.parameters[name]._version
 
+    @torch.no_grad()
     def follow_written(self) -> None:
         """Let steps take the values that somebody has written to parameters, or assigned to their
         `data`, and let the device have them."""

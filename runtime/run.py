@@ -346,16 +346,9 @@ class Run:
 
     def _everything(self) -> dict[str, Tensor]:
         check_set(self.program, self.states[0].unset)
-        self._follow_written()
         kinds = {stored.name: kind for kind, stored in stored_tensors(self.program)}
         stored = [stored for _, stored in stored_tensors(self.program)]
         return self._gather(stored, lambda state, s: state.tensors[kinds[s.name], s.name])
-
-    def _follow_written(self) -> None:
-        """Take over what the caller has written to parameters since the last step."""
-        with torch.no_grad():
-            for state in self.states:
-                state.follow_written()
 
     def _gather(
         self, stored: Sequence[Stored], value: Callable[[RankState, Stored], Tensor | None]
@@ -418,7 +411,6 @@ class Run:
         if optimizer is not None:
             check_owner(self.states, optimizer)
         self._check_usable(self.program.mode)
-        self._follow_written()
         results = self._results or [{} for _ in self.states]
         with apart_from_caller(self.program.device.type):
             programs = [
@@ -457,7 +449,6 @@ class Run:
         here or where a call waits for an earlier save; the run can go on.
         """
         check_set(self.program, self.states[0].unset)
-        self._follow_written()
         self._saves.save(path, optimizer, extra=extra, keep=keep, wait=wait)
 
     def wait_saved(self) -> None:

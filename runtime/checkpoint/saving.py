@@ -244,6 +244,7 @@ class _Saving:
         """What a rank is to write, as it is now; `options` and `types` are of the optimizer on all
         ranks. Raises `RunError` for what cannot be saved."""
         program, optimizer = self.program, self.optimizer
+        state.follow_written()
         entries = [
             Entry.of(stored, state.held(kind, stored)) for kind, stored in stored_tensors(program)
         ]

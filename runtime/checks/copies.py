@@ -79,6 +79,7 @@ def held(
 ) -> list[Held]:
     """All that this rank holds, in the same order on every rank that holds the same."""
     found: list[Held] = []
+    state.follow_written()
     for key, tensor in state.tensors.items():
         found += _blocks(f"`{key[1]}`", tensor, state.stored[key], program)
     for name, parameter in state.parameters.items():

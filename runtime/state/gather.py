@@ -39,6 +39,7 @@ def gathered_all(
 ) -> RankProgram:
     """The global tensors by name, gathered one after the other; `value` gives the part of one that
     a rank holds, or None where none of those that hold it has any."""
+    state.follow_written()
     parts = [value(state, each) if each.held_by(state.coords) else None for each in listed]
     types = [None if part is None else part.dtype for part in parts]
     if len(state.holders) > 1:
