@@ -58,6 +58,8 @@ class _Measured:
 
     def __init__(self, draft: Draft, graph: Graph, runs: Sequence[Run], words: set[str]) -> None:
         self.draft, self.graph, self.words = draft, graph, words
+        # Of a stage without runs nothing else is known.
+        self.later = Later(graph, needs_of(draft, graph, draft.checkpoints), ())
         calls: dict[Call, None] = {}
         for node in graph.nodes:
             if node.phase is Phase.FORWARD and node.op != INPUT:

@@ -135,6 +135,15 @@ def test_a_selector_limits_what_may_be_computed_again_and_statements_hold() -> N
     assert "blocks.0" in again
 
 
+def test_where_statements_leave_nothing_to_choose_the_budget_is_kept_without_or_not() -> None:
+    every = BASES["data"] + "checkpoint blocks.*\ncheckpoint budget={}B\n"
+    program = compiled(every.format(1 << 30))
+    assert statements(program) == ""
+    with pytest.raises(PlanError, match="the least that a rank needs") as caught:
+        compiled(every.format(peak(program) - 1))
+    assert caught.value.code == "P504" and caught.value.needed == peak(program)  # type: ignore[attr-defined]
+
+
 def test_a_model_without_repeated_blocks_is_one_region() -> None:
     model = Gpt(layers=1)
     whole = peak(compiled(BASES["data"], model))

@@ -3,6 +3,7 @@ training is the same."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
@@ -137,6 +138,48 @@ def test_a_parameter_is_on_the_device_around_its_uses_and_not_between() -> None:
             if node.op == WAIT and node.args[0] in begun:
                 assert place - begun[node.args[0]] < 40
                 assert any(node in each.operands() for each in graph.nodes[place : place + 12])
+
+
+class Twice(nn.Module):
+    """A weight that two layers in a row have, and that leaves the model as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.again, self.down = (nn.Linear(16, 16) for _ in range(3))
+        self.again.weight = self.up.weight
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.down(self.again(self.up(x)).tanh())
+        return {"loss": y.square().mean(), "weight": self.up.weight.t(), "bias": self.down.bias}
+
+
+def test_a_parameter_comes_once_for_uses_in_a_row_and_once_more_to_be_a_result() -> None:
+    example, results = (torch.randn(8, 16),), list[list[Tensor]]()
+    model = Twice()
+    for line in ("", "offload parameters\n"):
+        plan = meshwright.Plan.parse("mesh dp=2\ndata x over dp\n" + line)
+        program = meshwright.compile(model, plan, example, outputs=["weight", "bias"])
+        with program.launch(seed=0) as run:
+            results.append([*run.step(*example), *run.gradients().values()])
+    assert all(map(torch.equal, *results))
+    forward = program.stages[0].forward
+    comes = Counter(node.args[0].args[1] for node in forward.nodes if node.op == TO_DEVICE)
+    assert comes["up.weight"] == comes["down.bias"] == 2
+    assert comes["down.weight"] == comes["up.bias"] == 1
+
+
+def test_a_part_that_is_gathered_has_come_a_layer_ahead_of_the_gather() -> None:
+    plan = DATA + "zero 3 over dp\noffload parameters blocks.* prefetch=0\n"
+    forward = compiled(Gpt(layers=4), plan, tokens()).stages[0].forward
+    users, places = forward.users(), {node: place for place, node in enumerate(forward.nodes)}
+    ahead = [
+        places[gather] - places[node]
+        for node in forward.nodes
+        if node.op == WAIT and node.name.startswith("blocks_3")
+        for gather in users[node]
+    ]
+    layer = sum(any(path == "blocks.2" for path, _ in node.origin.modules) for node in places)
+    assert ahead and min(ahead) > layer // 2
 
 
 @pytest.mark.parametrize("what", ["parameters", "optimizer"])
