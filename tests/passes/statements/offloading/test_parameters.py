@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import meshwright
 from meshwright.compiler.graph.ir import TO_DEVICE, WAIT, Phase
 from meshwright.dsl.errors import PlanError
 from meshwright.passes.statements.offloading import amount, parameters
