@@ -85,10 +85,10 @@ def test_what_an_optimizer_counts_in_its_groups_it_counts_once() -> None:
 def test_an_update_without_gradients_counts_in_groups_too() -> None:
     for plan in ("", AWAY):
         with launched(plan) as run:
-            optimizer = run.optimizer(Counting)
+            optimizer = run.optimizer(Counting, groups=[{"params": ["*.weight"]}])
             updated(run, optimizer, 2)
             optimizer.step()
-            assert [group["updates"] for group in optimizer.param_groups] == [3]
+            assert [group["updates"] for group in optimizer.param_groups] == [3, 3]
 
 
 def test_a_chunk_is_updated_when_it_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
