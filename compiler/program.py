@@ -142,13 +142,15 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class Budgeted:
-    """What the backward computes again so that a rank stays within a budget of bytes.
+    """What the backward computes again, and what else is chosen, so that a rank stays within a
+    budget of bytes.
 
     `statements` say it as a plan does. With them `peak` is the most bytes that a rank needs, and
-    `without` what it would need if nothing were computed again. `operations` are those that are
-    computed again in one microbatch (of what is no product, one for each element), `bound` is how
-    many there must be at least, as far as that is known on paper, and `tries` how many choices
-    were measured.
+    `without` what it would need if nothing were computed again or offloaded. `operations` are those
+    that this costs in one microbatch: what is computed again (of what is no product, one for each
+    element), and what could be computed while the device waits for activations that are elsewhere.
+    `bound` is how many there must be at least, as far as that is known on paper, and `tries` how
+    many choices were measured.
     """
 
     budget: int

@@ -32,7 +32,7 @@ from meshwright.compiler.schedules.moves import completed
 from meshwright.compiler.schedules.serial import same_on_every_rank
 from meshwright.compiler.schedules.tables import Table
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Checkpoint, Memory, Stages
+from meshwright.dsl.statements import Checkpoint, Memory, Offload, Stages
 from meshwright.passes.attribute import attribute
 from meshwright.passes.bucket import bucket
 from meshwright.passes.budgets.joint import jointly
@@ -262,10 +262,11 @@ def compile_captured(
 
 
 def _as_chosen(plan: Plan, carried_out: Plan) -> Plan:
-    """`plan` with the stages and regions of the one that is carried out, so that they are chosen
-    once."""
-    found = (*carried_out.of(Stages), *carried_out.of(Checkpoint))
-    others = (s for s in plan.statements if not isinstance(s, (Stages, Checkpoint)))
+    """`plan` with the stages, regions and offloading of the one that is carried out, so that they
+    are chosen once."""
+    chosen = (Stages, Checkpoint, Offload)
+    found = (s for s in carried_out.statements if isinstance(s, chosen))
+    others = (s for s in plan.statements if not isinstance(s, chosen))
     return replace(plan, statements=(*others, *found))
 
 

@@ -259,6 +259,6 @@ def _chosen(found: Budgeted) -> Iterator[str]:
     if found.operations:
         yield (
             f"without regions it needs {size_text(found.without)}; at most {found.gap:.1%} of what "
-            "is computed again could be saved by others"
+            "they cost could be saved by others"
         )
     yield from found.statements

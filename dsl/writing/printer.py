@@ -26,7 +26,7 @@ class Line:
 def cells(statement: s.Statement) -> list[str]:
     """The cells of a statement: verb, subject, place and the rest."""
     subject, place = _SUBJECTS.get(type(statement), _targets)(statement), ""
-    options = _options(statement)
+    options = options_text(statement)
     if isinstance(statement, s.Shard):
         place = f"{s.ARROWS[statement.of]} {statement.layout}".lstrip()
     elif isinstance(statement, s.Spread) and statement.over:
@@ -37,7 +37,7 @@ def cells(statement: s.Statement) -> list[str]:
     return found if subject else [statement.verb, *found[2:]]
 
 
-def _options(statement: s.Statement) -> str:
+def options_text(statement: s.Statement) -> str:
     """Every option that was written or is not at its default, in the order of the fields."""
     return " ".join(
         f"{each.name}={_spelt(statement, each.name, each.metadata['kind'].write(value))}"

@@ -19,14 +19,16 @@ from meshwright.passes.budgets.integer import TOLERANCE, IntegerProgram, Solutio
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A kind of region: so many modules in one (0 for one module that is no region), the words
-    after its `keep=`, the bytes that it saves, those while its backward runs, and what it computes
-    again."""
+    after its `keep=`, the bytes that it saves, those while its backward runs, and the operations
+    that it costs: what it computes again or, if what it saves is `away` meanwhile, could compute
+    while it waits for that."""
 
     length: int
     keep: tuple[str, ...]
     saved: int
     peak: int
     cost: int
+    away: bool = False
 
     @property
     def modules(self) -> int:
@@ -185,12 +187,17 @@ class Problem:
 
 def ordered(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
     """Kinds without those that another is better than, those first whose backward holds most above
-    what they save. A module that keeps the least stays: it may hold less than it does on paper."""
-    plain = min((k for k in kinds if k.length == 1), key=lambda k: len(k.keep), default=None)
+    what they save. A module that keeps the least stays, on the device and away: it may hold less
+    than it does on paper."""
+    plain = [
+        min((k for k in kinds if (k.length, k.away) == (1, away)), key=lambda k: len(k.keep))
+        for away in {k.away for k in kinds if k.length == 1}
+    ]
     best = [
         kind
         for i, kind in enumerate(kinds)
-        if kind is plain or not any(_is_better(other, kind, j < i) for j, other in enumerate(kinds))
+        if any(kind is each for each in plain)
+        or not any(_is_better(other, kind, j < i) for j, other in enumerate(kinds))
     ]
     return tuple(sorted(best, key=lambda each: (each.saved - each.peak, each.cost, each.length)))
 

@@ -6,8 +6,8 @@ figures grow by the same with each module.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 
 from meshwright.compiler.graph.ir import INPUT, Graph, Phase
@@ -27,6 +27,15 @@ _MOST_JOINED = 4
 
 
 @dataclass(frozen=True)
+class Away:
+    """What may be away while the backward is not there yet: what these modules save, in host memory
+    or in files of the folder `path`."""
+
+    modules: frozenset[str]
+    path: str | None
+
+
+@dataclass(frozen=True)
 class OnPaper:
     """The runs of a stage with the kinds of regions that they may be, and what is between."""
 
@@ -41,10 +50,12 @@ def on_paper(
     runs: Sequence[Run],
     words: set[str],
     keep: tuple[str, ...],
+    away: Away | None = None,
 ) -> OnPaper:
-    """The runs of one stage, where `keep` are words that all regions have."""
-    measured = _Measured(draft, graph, runs, words)
-    kinds = [tuple(_kinds(measured, run, keep)) for run in runs]
+    """The runs of one stage, where `keep` are words that all regions have; with `away`, what the
+    regions save may be elsewhere."""
+    measured = _Measured(draft, graph, runs, words, away)
+    kinds = [tuple(_with_away(_kinds(measured, run, keep), run, away)) for run in runs]
     bases, gaps = _bases(measured.later, runs, [own[0] for own in kinds])
     options = (
         Options(stage, len(run.modules), ordered(own), base)
@@ -56,8 +67,16 @@ def on_paper(
 class _Measured:
     """The windows of a stage: of one module for each form, and of two and three in a row."""
 
-    def __init__(self, draft: Draft, graph: Graph, runs: Sequence[Run], words: set[str]) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        graph: Graph,
+        runs: Sequence[Run],
+        words: set[str],
+        away: Away | None,
+    ) -> None:
         self.draft, self.graph, self.words = draft, graph, words
+        self.path = away.path if away is not None else None
         # Of a stage without runs nothing else is known.
         self.later = Later(graph, needs_of(draft, graph, draft.checkpoints), ())
         calls: dict[Call, None] = {}
@@ -88,18 +107,32 @@ class _Measured:
             needs = needs_of(self.draft, self.graph, checkpoints)
             self.later = Later(self.graph, needs, list(regions.values()))
             for form, region in regions.items():
-                self.windows[form, length] = Window(self.later, region, self.words)
+                self.windows[form, length] = Window(self.later, region, self.words, self.path)
 
 
-def _kinds(measured: _Measured, run: Run, keep: tuple[str, ...]) -> Iterator[Kind]:
-    """What the regions of a run may be."""
+def _with_away(
+    kinds: Iterable[tuple[int, tuple[str, ...], Priced]], run: Run, away: Away | None
+) -> Iterator[Kind]:
+    """These kinds, and where it may be, each with what it saves elsewhere."""
+    may = away is not None and away.modules.issuperset(run.modules)
+    for length, keep, each in kinds:
+        yield Kind(length, keep, each.saved, each.peak, each.cost)
+        if may and each.large:
+            # While a region's backward runs, what the one before it saves is on its way back.
+            saved, peak, cost = each.saved - each.large, each.peak + each.large, each.cost
+            yield Kind(length, keep, saved, peak, cost + each.exposed, away=True)
+
+
+def _kinds(
+    measured: _Measured, run: Run, keep: tuple[str, ...]
+) -> Iterator[tuple[int, tuple[str, ...], Priced]]:
+    """What the regions of a run may be: the modules in each (0 for one that is no region), and what
+    each keeps and comes to."""
     window = measured.windows[run.form, 1]
-    whole = _times(window.whole(), run.times)
-    yield Kind(0, (), whole.saved, whole.peak, 0)
+    yield 0, (), _times(window.whole(), run.times)
     found = [*front(window, keep), Choice(keep, window.priced(keep))]
     for choice in found:
-        each = _times(choice.priced, run.times)
-        yield Kind(1, choice.keep, each.saved, each.peak, each.cost)
+        yield 1, choice.keep, _times(choice.priced, run.times)
     if run.times > 1:
         return
     spread = range(0, len(found), max(len(found) // (_MOST_JOINED - 1), 1))
@@ -110,14 +143,17 @@ def _kinds(measured: _Measured, run: Run, keep: tuple[str, ...]) -> Iterator[Kin
             for length in range(2, min(_MEASURED, len(run.modules)) + 1)
         ]
         for length in range(2, len(run.modules) + 1):
-            each = _extended(priced, length - 2)
-            yield Kind(length, names, each.saved, each.peak, each.cost)
+            yield length, names, _extended(priced, length - 2)
 
 
 def _times(priced: Priced, times: int) -> Priced:
     """A module that runs multiple times, each of which is a region."""
     return Priced(
-        priced.saved * times, priced.peak + (times - 1) * priced.saved, priced.cost * times
+        priced.saved * times,
+        priced.peak + (times - 1) * priced.saved,
+        priced.cost * times,
+        priced.large * times,
+        priced.exposed * times,
     )
 
 
@@ -127,11 +163,7 @@ def _extended(priced: Sequence[Priced], place: int) -> Priced:
         return priced[place]
     one, two = priced[-2:]
     more = place - len(priced) + 1
-    return Priced(
-        two.saved + more * (two.saved - one.saved),
-        two.peak + more * (two.peak - one.peak),
-        two.cost + more * (two.cost - one.cost),
-    )
+    return Priced(*(b + more * (b - a) for a, b in zip(astuple(one), astuple(two), strict=True)))
 
 
 def _bases(

@@ -9,6 +9,8 @@ The blocks of the model may be regions, alone or some in a row, and each may kee
 (`problem.py`), and the least to compute again is the optimum of an integer program (`choice.py`).
 What it comes to is then measured by the walk of the instructions that run, and the choice is made
 anew with what the walk has found besides, until it repeats itself.
+With `offload activations budget=40GiB` beside it, what a block saves may also be elsewhere until
+its backward, which costs as much as the device waits for it, at the rates of `rates.py`.
 Requires: a joint graph that is about to be separated. Ensures: statements without a budget.
 Elsewhere: the two levels of torchtitan's graph trainer; Checkmate (Jain et al., 1910.02653).
 """
@@ -17,25 +19,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
 
+from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.graph.text import size_text, size_written
 from meshwright.compiler.program import Budgeted
-from meshwright.compiler.report.memory.holding import Memory
+from meshwright.compiler.report.memory.holding import UPDATE, Memory
 from meshwright.compiler.schedules.tables import Table
 from meshwright.dsl.errors import PlanError
-from meshwright.dsl.statements import Checkpoint
+from meshwright.dsl.statements import Checkpoint, Offload
 from meshwright.dsl.suggest import selectors_of
-from meshwright.dsl.writing.printer import cells
-from meshwright.passes.budgets.blocks import runs
-from meshwright.passes.budgets.choice import Counts, Place, Problem
-from meshwright.passes.budgets.problem import on_paper
+from meshwright.dsl.writing.printer import options_text
+from meshwright.passes.budgets.blocks import Run, runs
+from meshwright.passes.budgets.choice import Counts, Options, Place, Problem
+from meshwright.passes.budgets.problem import Away, on_paper
+from meshwright.passes.budgets.windows import within
 from meshwright.passes.schedule import pipeline_table
 from meshwright.passes.separate import stage_graphs
 from meshwright.passes.statements.balance import flying
@@ -57,8 +63,14 @@ def budget(draft: Draft) -> Draft:
         if statement.budget is not None:
             if draft.captured.mode != "train" or draft.price is None:
                 return replace(draft, plan=draft.plan.with_text(statement))
-            return _Choice(draft, statement).made()
+            return _Choice(draft, statement, _offloading(draft)).made()
     return draft
+
+
+def _offloading(draft: Draft) -> Offload | None:
+    """The statement that has activations elsewhere as far as a budget demands, if there is one."""
+    own = [each for each in draft.plan.of(Offload) if each.what == "activations"]
+    return own[0] if len(own) == 1 and own[0].budget is not None else None
 
 
 @dataclass(frozen=True)
@@ -77,36 +89,53 @@ class _Tried:
 
 
 class BudgetError(PlanError):
-    """A budget that cannot be kept, and the bytes that are `needed`."""
+    """A budget that cannot be kept, the bytes that are `needed`, the `memory` of the rank that
+    needs them, and those that it needs at `least`, whatever is chosen, as far as that is known."""
 
-    def __init__(self, *args: Any, needed: int, **options: Any) -> None:
+    def __init__(self, *args: Any, needed: int, least: int, memory: Memory, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.needed = needed
+        self.needed, self.least, self.memory = needed, least, memory
 
 
 class _Choice:
-    """The choice for one statement."""
+    """The choice for one statement, and for one about activations that are elsewhere meanwhile."""
 
-    def __init__(self, draft: Draft, statement: Checkpoint) -> None:
+    def __init__(self, draft: Draft, statement: Checkpoint, offloading: Offload | None) -> None:
         assert draft.price is not None
         self.draft, self.statement, self.price = draft, statement, draft.price
+        self.offloading = offloading
         self.budget = _bytes(draft, statement)
-        graphs = stage_graphs(draft)
-        self.runs = runs(draft, graphs, _roots(draft, statement))
-        words = words_of(draft.captured.graph)
+        if offloading is not None and offloading.budget is not None:
+            self.budget = min(self.budget, offloading.budget)
+        self.tried: dict[tuple[str, ...], _Tried] = {}
+
+    @cached_property
+    def graphs(self) -> list[Graph]:
+        """The joint graph of each stage."""
+        return stage_graphs(self.draft)
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The blocks of the model."""
+        return runs(self.draft, self.graphs, _roots(self.draft, self.statement))
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The choice on paper."""
+        words = words_of(self.draft.captured.graph)
+        away = _away(self.draft, self.offloading) if self.offloading is not None else None
         papers = [
             on_paper(
-                *(draft, number, graph, [run for run in self.runs if run.stage == number]),
-                *(words, statement.keep),
+                *(self.draft, number, graph, [run for run in self.runs if run.stage == number]),
+                *(words, self.statement.keep, away),
             )
-            for number, graph in enumerate(graphs)
+            for number, graph in enumerate(self.graphs)
         ]
-        self.problem = Problem(
+        return Problem(
             tuple(each for paper in papers for each in paper.options),
             tuple(each for paper in papers for each in paper.gaps),
-            tuple(_places(pipeline_table(draft), len(graphs))),
+            tuple(_places(pipeline_table(self.draft), len(self.graphs))),
         )
-        self.tried: dict[tuple[str, ...], _Tried] = {}
 
     def made(self) -> Draft:
         """The draft with the regions that were chosen."""
@@ -122,6 +151,8 @@ class _Choice:
 
     def _fitting(self, without: _Tried) -> tuple[_Tried, int]:
         """The cheapest of all tries that fit, and the bound."""
+        if self.draft.quick and any(_after(each) > self.budget for each in without.memory.values()):
+            raise self._too_small(without, _after)
         found, bound = self._search(self.budget, without)
         if not self._fits() and self.draft.quick:
             found += map(self._try, self._usual())
@@ -180,16 +211,16 @@ class _Choice:
             found += more
 
     def _usual(self) -> Iterator[Counts]:
-        """Every module for itself, and in as many segments as the root of their number."""
-        for root in (False, True):
+        """Every module for itself, and in as many segments as the root of their number: with what
+        they save on the device and, where it may be, elsewhere."""
+        kinds = {kind.away for each in self.problem.options for kind in each.kinds}
+        for away, root in product(sorted(kinds), (False, True)):
             counts = []
             for each in self.problem.options:
                 length = math.isqrt(each.size) if root else 1
                 own = [0] * len(each.kinds)
                 for size, count in ((length, each.size // length), (1, each.size % length)):
-                    kinds = (i for i, kind in enumerate(each.kinds) if kind.length == size)
-                    fewest = min(kinds, key=lambda i: len(each.kinds[i].keep), default=None)
-                    if fewest is not None:
+                    if (fewest := _fewest(each, size, away)) is not None:
                         own[fewest] += count
                 counts.append(tuple(own))
             yield tuple(counts)
@@ -208,7 +239,7 @@ class _Choice:
         """Every run made of modules that compute as little again as they can."""
         found = []
         for each in self.problem.options:
-            plain = [i for i, kind in enumerate(each.kinds) if kind.modules == 1]
+            plain = [i for i, k in enumerate(each.kinds) if k.modules == 1 and not k.away]
             first = min(plain, key=lambda i: (each.kinds[i].cost, each.kinds[i].length))
             found.append(tuple(each.size * (i == first) for i in range(len(each.kinds))))
         return tuple(found)
@@ -218,6 +249,8 @@ class _Choice:
         texts = tuple(self._texts(counts)) if counts is not None else ()
         if texts not in self.tried:
             plan = self.draft.plan.with_text(self.statement, *texts)
+            if self.offloading is not None:
+                plan = plan.with_text(self.offloading)
             before = replace(self.draft, plan=plan, graph=self.draft.captured.graph)
             draft = replace(self.draft, plan=plan, checkpoints=checkpoint(before).checkpoints)
             cost = 0 if counts is None else self.problem.cost(counts)
@@ -226,16 +259,24 @@ class _Choice:
 
     def _texts(self, counts: Counts) -> Iterator[str]:
         """The statements of a choice."""
+        away: list[str] = []
         for run, options, own in zip(self.runs, self.problem.options, counts, strict=True):
             left = list(run.modules)
             for kind, count in zip(options.kinds, own, strict=True):
                 modules, left = left[: count * kind.modules], left[count * kind.modules :]
+                away += modules if kind.away else []
                 if modules and kind.length:
                     segments = count if kind.length > 1 else None
-                    yield _text(self.draft, modules, segments, kind.keep)
+                    said = Checkpoint(segments=segments, keep=kind.keep)
+                    yield _text(self.draft, said, modules)
+        if away and self.offloading is not None:
+            yield _text(self.draft, replace(self.offloading, targets=(), budget=None), away)
 
-    def _too_small(self, least: _Tried) -> BudgetError:
-        memory = max(least.memory.values(), key=lambda each: each.peak)
+    def _too_small(
+        self, least: _Tried, known: Callable[[Memory], int] = lambda memory: memory.peak
+    ) -> BudgetError:
+        """The error, where `known` says what a rank needs whatever is chosen."""
+        memory = max(least.memory.values(), key=known)
         parts = sorted(memory.parts.items(), key=lambda each: -each[1])[:_MOST_PARTS]
         held = ", ".join(f"{use} {size_text(size)}" for use, size in parts)
         return BudgetError(
@@ -247,6 +288,8 @@ class _Choice:
             help=f"write `budget={size_written(least.peak, up=True)}` or more, or split more: "
             "`zero 3`",
             needed=least.peak,
+            least=known(memory),
+            memory=memory,
         )
 
 
@@ -288,11 +331,35 @@ def _places(table: Table | None, num_stages: int) -> Iterator[Place]:
         yield Place(held, 0)
 
 
-def _text(draft: Draft, modules: list[str], segments: int | None, keep: tuple[str, ...]) -> str:
-    """A statement about modules."""
+def _text(draft: Draft, statement: Checkpoint | Offload, modules: list[str]) -> str:
+    """A statement without targets, about these modules."""
     named = ", ".join(
         selectors_of(own)[0] if len(own) == 1 else selector
         for selector, own in fold(modules, draft.modules).items()
     )
-    options = cells(Checkpoint(segments=segments, keep=keep))
-    return " ".join(filter(None, ["checkpoint", named, *options[1:]]))
+    verb = statement.verb
+    if isinstance(statement, Offload):
+        verb = f"{verb} {statement.what}"
+    return " ".join(filter(None, [verb, named, options_text(statement)]))
+
+
+def _away(draft: Draft, statement: Offload) -> Away:
+    """What may be elsewhere: what modules save that a statement names, or all."""
+    names = ["", *draft.modules]
+    matched = [set(target.match(names)) for target in statement.targets]
+    around = set().union(*matched) if matched else {""}
+    inside = (name for name in names if any(within(name, each) for each in around))
+    return Away(frozenset(inside), statement.path)
+
+
+def _fewest(options: Options, length: int, away: bool) -> int | None:
+    """The kind of regions of so many modules that keeps the fewest operators."""
+    kinds = [
+        i for i, kind in enumerate(options.kinds) if (kind.length, kind.away) == (length, away)
+    ]
+    return min(kinds, key=lambda i: len(options.kinds[i].keep), default=None)
+
+
+def _after(memory: Memory) -> int:
+    """The bytes in the update, which do not depend on what is saved for the backward."""
+    return next((each.most for each in reversed(memory.timeline) if each.entry == UPDATE), 0)

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from meshwright.compiler.graph.aliasing import memory_of, node_bytes
 from meshwright.compiler.graph.flops import flops
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, MeshOp, Node, OutputKind, Phase
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.passes.budgets.rates import moving
 from meshwright.passes.needs import Needs
 from meshwright.passes.statements.checkpoint import keep_names, keep_words
 from meshwright.passes.statements.draft import Checkpointed
+from meshwright.passes.statements.offloading.amount import SMALL_BYTES
 
 _ELSEWHERE = (MeshOp("bucket"), MeshOp("bucket_item"), INPUT)
 """Operators whose results lie in memory that outlives a step."""
@@ -25,11 +28,24 @@ _ELSEWHERE = (MeshOp("bucket"), MeshOp("bucket_item"), INPUT)
 @dataclass(frozen=True, slots=True)
 class Priced:
     """A region under one choice of what is kept: bytes `saved` for the backward, the `peak` of
-    bytes while its own backward runs, these included, and what it computes again."""
+    bytes while its own backward runs, these included, and what it computes again. Of what is saved,
+    `large` bytes can be elsewhere meanwhile; both ways take `exposed` operations more than what the
+    region computes."""
 
     saved: int
     peak: int
     cost: int
+    large: int
+    exposed: int
+
+
+def operations(node: Node, mesh: Mesh) -> int:
+    """The operations that a node takes: those of its products, or one for each element."""
+    if node.op == GETITEM or memory_of(node) is not node:
+        return 0
+    _, layout = next(node.results)
+    shape = () if layout is None else layout.local_shape(mesh)
+    return flops(node, mesh) or math.prod(shape)
 
 
 class Later:
@@ -92,12 +108,8 @@ class Later:
         return self._sizes[node]
 
     def cost(self, node: Node) -> int:
-        """The operations that a node takes: those of its products, or one for each element."""
-        if node.op == GETITEM or memory_of(node) is not node:
-            return 0
-        _, layout = next(node.results)
-        shape = () if layout is None else layout.local_shape(self.graph.mesh)
-        return flops(node, self.graph.mesh) or math.prod(shape)
+        """The operations that a node takes."""
+        return operations(node, self.graph.mesh)
 
     def steps(self, nodes: Sequence[Node], again: Collection[Node]) -> list[Node]:
         """Some nodes, each after what is computed again for it."""
@@ -159,8 +171,14 @@ class Window:
     operator of a module where the region has it in several.
     """
 
-    def __init__(self, later: Later, region: Checkpointed, words: Collection[str]) -> None:
-        self.later = later
+    def __init__(
+        self,
+        later: Later,
+        region: Checkpointed,
+        words: Collection[str],
+        path: str | None = None,
+    ) -> None:
+        self.later, self.path = later, path
         needs = later.needs
         self.again = {
             node: None
@@ -175,6 +193,8 @@ class Window:
         ]
         self.first, self.last = (places[0], places[-1] + 1) if places else (0, 0)
         self.nodes = later.nodes[self.first : self.last]
+        self.forward = sum(map(later.cost, inside))
+        self.backward = sum(map(later.cost, self.nodes))
         elsewhere = {
             memory_of(taken)
             for node in (*later.nodes[: self.first], *later.nodes[self.last :])
@@ -227,10 +247,16 @@ class Window:
         made = set(later.steps(self.nodes, again)).difference(self.nodes)
         taken = {memory_of(t) for n in (*self.nodes, *made) for t in later.takes(n)}
         saved = (taken & self.own.keys()) - made
+        sizes = [later.size(memory) for memory in saved]
+        large = sum(size for size in sizes if size >= SMALL_BYTES)
+        cost, moves = sum(map(later.cost, made)), moving(large, self.path)
+        beside = (self.forward, self.backward + cost)
         return Priced(
-            sum(map(later.size, saved)),
+            sum(sizes),
             max(later.alive(self.nodes, again, saved), default=0),
-            sum(map(later.cost, made)),
+            cost,
+            large,
+            sum(max(moves - computed, 0) for computed in beside),
         )
 
 
