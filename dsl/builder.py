@@ -90,9 +90,7 @@ class PlanBuilder:
 
         `factors` is what follows `as`, for a fused output: `"(3 heads hd)"`.
         """
-        text = _text("`factors`", factors, 'write them as text: `factors="(3 heads hd)"`')
-        place = f"over {_axes(over)}"
-        return self._add("columns", _listed(targets), place, f"as {text}" if text else "")
+        return self._fused("columns", targets, over, factors)
 
     def rows(self, *targets: str, over: AxisNames) -> Self:
         """Split the input features of these linears, and reduce their outputs."""
@@ -113,9 +111,14 @@ class PlanBuilder:
         """Split the sequence of attention; `method` is `"ring"` or `"ulysses"`."""
         return self._spread("context", targets, over, method=method)
 
-    def summa(self, *targets: str, over: AxisNames, depth: str | None = None) -> Self:
-        """Use tensor parallelism over two axes; `depth` is the third axis of 2.5-D."""
-        return self._spread("summa", targets, over, depth=depth)
+    def summa(
+        self, *targets: str, over: AxisNames, factors: str = "", depth: str | None = None
+    ) -> Self:
+        """Multiply in blocks over two axes; `depth` is the third axis of 2.5-D.
+
+        `factors` is as in `columns`.
+        """
+        return self._fused("summa", targets, over, factors, depth=depth)
 
     def experts(self, *targets: str, over: AxisNames, **options: Option) -> Self:
         """Place experts on different ranks; `options` are `count`, `route`, `top` and so on."""
@@ -194,6 +197,18 @@ class PlanBuilder:
         self, verb: str, targets: Iterable[str], over: AxisNames, **options: Option
     ) -> Self:
         return self._add(verb, _listed(targets), f"over {_axes(over)}", _options(options))
+
+    def _fused(
+        self,
+        verb: str,
+        targets: Iterable[str],
+        over: AxisNames,
+        factors: str,
+        **options: Option,
+    ) -> Self:
+        text = _text("`factors`", factors, 'write them as text: `factors="(3 heads hd)"`')
+        place = f"over {_axes(over)} {f'as {text}' if text else ''}".rstrip()
+        return self._add(verb, _listed(targets), place, _options(options))
 
     def _add(self, *parts: str) -> Self:
         line = " ".join(filter(None, parts))

@@ -19,7 +19,7 @@ from typing import TypeAlias
 from meshwright.dsl.errors import PlanError, either, plural
 from meshwright.dsl.layouts import DimTemplate, FactorTemplate, LayoutTemplate, SegmentTemplate
 from meshwright.dsl.source import Span
-from meshwright.dsl.statements import Columns
+from meshwright.dsl.statements import Fused
 
 Factor: TypeAlias = tuple[int, tuple[str, ...]]
 """A size and the axes that split it, major first."""
@@ -45,17 +45,18 @@ def solve(
 
 
 def solve_columns(
-    columns: Columns, shape: Sequence[int], dim: int, mesh: Mapping[str, int], tensor: str = ""
+    fused: Fused, shape: Sequence[int], dim: int, mesh: Mapping[str, int], tensor: str = ""
 ) -> Dim:
-    """The factors of a column-parallel linear's output features: `dim` of a weight of this shape.
+    """The factors of a linear's output features: `dim` of a weight of this shape, which `columns`
+    splits over its axes, and `summa` over the last of them.
 
     The first named factor of every segment of `as` is split; without `as`, the whole dim.
     """
-    whole = FactorTemplate(None, "output features", span=columns.at("over"))
-    factors = columns.factors or DimTemplate(((whole,),), columns.at("over"))
+    whole = FactorTemplate(None, "output features", span=fused.at("over"))
+    factors = fused.factors or DimTemplate(((whole,),), fused.at("over"))
     dims = [DimTemplate(((FactorTemplate(size),),)) for size in shape]
-    dims[dim] = factors.split_first_named(columns.over)
-    return solve(LayoutTemplate(tuple(dims), span=columns.span), shape, mesh, tensor)[dim]
+    dims[dim] = factors.split_first_named(fused.split)
+    return solve(LayoutTemplate(tuple(dims), span=fused.span), shape, mesh, tensor)[dim]
 
 
 @dataclass(slots=True)

@@ -162,11 +162,22 @@ class Shard(Targeted):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Columns(Spread):
-    """`columns SEL over tp as (3 heads hd)`; `factors` names those of a fused output."""
+class Fused(Spread):
+    """A statement that may name the `factors` of a fused output: `as (3 heads hd)`."""
+
+    factors: DimTemplate | None = None
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        """The axes that split output features."""
+        return self.over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns(Fused):
+    """`columns SEL over tp as (3 heads hd)`: linears with split output features."""
 
     verb = "columns"
-    factors: DimTemplate | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,11 +214,16 @@ class Context(Spread):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summa(Spread):
-    """`summa SEL over (row, col)`; `depth` names the third axis of 2.5-D."""
+class Summa(Fused):
+    """`summa SEL over (row, col)`: both matrices of each product in blocks over two axes; `depth`
+    names the third axis of 2.5-D."""
 
     verb = "summa"
     depth: str | None = option(AxisName())
+
+    @property
+    def split(self) -> tuple[str, ...]:
+        return self.over[-1:]
 
 
 @dataclass(frozen=True, kw_only=True)

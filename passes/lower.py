@@ -56,14 +56,21 @@ class Lowering:
         return self.emitter.reshard(value, layout, self.node.origin)
 
     def collective(
-        self, kind: str, value: Node, layout: Layout, axes: tuple[str, ...], **options: Arg
+        self,
+        kind: str,
+        value: Node,
+        layout: Layout,
+        axes: tuple[str, ...],
+        *,
+        type: NodeType = None,
+        **options: Arg,
     ) -> Node:
         """Emit one collective of this kind, which leaves `value` in `layout`."""
         return self.emitter.builder.emit(
             MeshOp(kind),
             (value,),
             {"axes": axes, **options},
-            type=value.type,
+            type=type or value.type,
             layout=layout,
             origin=self.node.origin,
         )

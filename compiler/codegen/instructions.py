@@ -125,7 +125,7 @@ class Exchange:
 
     The operand goes through the steps `before`, what arrives through those `after`; with `donate`
     the transport may overwrite what it is given. With `into` the result ends there, and `target` is
-    a name for it.
+    a name for it. It does not start before what it `follows` is computed, which it does not read.
     """
 
     target: Variable
@@ -136,6 +136,7 @@ class Exchange:
     donate: bool
     into: BucketView | None
     node: Node
+    follows: Value | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -344,7 +344,8 @@ class _Lowering:
         found = self._variable(node)
         donate = self._may_overwrite(source)
         into = given if isinstance(given, BucketView) else self._own_slot(node)
-        self.body.append(Exchange(found, wire, given, before, after, donate, into, node))
+        follows = self.values[node.kwargs["after"]] if "after" in node.kwargs else None
+        self.body.append(Exchange(found, wire, given, before, after, donate, into, node, follows))
         if into is not None:
             self.values[node] = into
         else:

@@ -74,7 +74,11 @@ def _with_early_starts(instructions: Instructions) -> list[Instruction]:
     body, inputs = instructions.body, instructions.inputs
     weights = {v for v, node in inputs.items() if node.args[0] == InputKind.PARAMETER}
     made = _made_of(body, weights)
-    gathers = [i for i, each in _exchanges(body) if each.source in weights or each.source in made]
+    gathers = [
+        i
+        for i, each in _exchanges(body)
+        if (each.source in weights or each.source in made) and each.follows is None
+    ]
     following = dict(pairwise(gathers))
     makers = _makers(body)
     followers: dict[int, list[int]] = {}
@@ -125,12 +129,13 @@ def _exchanges(body: Sequence[Instruction]) -> Iterator[tuple[int, Exchange]]:
 
 
 def _makers(body: Sequence[Instruction]) -> dict[int, list[int]]:
-    """By exchange: what makes its operand; of a whole bucket, what makes each part."""
+    """By exchange: what makes its operand, of a whole bucket each part, and what it follows."""
     made_in: dict[Value | str, list[int]] = {}
     found: dict[int, list[int]] = {}
     for i, each in enumerate(body):
         if isinstance(each, Exchange):
-            found[i] = list(made_in.get(_memory(each.source), ()))
+            needed = (each.source, *([each.follows] if each.follows else []))
+            found[i] = [j for value in needed for j in made_in.get(_memory(value), ())]
         made = _ends(each) if isinstance(each, Exchange) else target(each)
         if made is not None:
             made_in.setdefault(_memory(made), []).append(i)
@@ -157,7 +162,8 @@ def _early(body: Sequence[Instruction], given: Iterable[Variable]) -> list[int]:
     found: list[int] = []
     for i, each in reversed(list(enumerate(body))):
         made = target(each)
-        if made in ready and (isinstance(each, Exchange) or made in wanted):
+        exchanged = isinstance(each, Exchange) and (each.follows is None or each.follows in ready)
+        if made in ready and (exchanged or made in wanted):
             wanted.update(reads(each))
             found.append(i)
     return found[::-1]

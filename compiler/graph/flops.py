@@ -39,7 +39,8 @@ def flops(node: Node, mesh: Mesh) -> int:
     shapes = [layout and layout.local_shape(mesh) for _, layout in node.results]
     args = map_nodes(node.args, lambda operand: _local_shape(operand, mesh))
     if formula := _FORMULAS.get(node.op):
-        return formula(shapes[0], *args)
+        over = mesh.size(node.args[_SUMMED[node.op]]) if node.op in _SUMMED else 1
+        return over * formula(shapes[0], *args)
     out = tuple(shapes) if isinstance(node.type, tuple) else shapes[0]
     return int(flop_counter.flop_registry[packet](*args, **node.kwargs, out_val=out))
 
@@ -51,6 +52,15 @@ def _local_shape(node: Node, mesh: Mesh) -> Shape:
 def _product(out: Shape, first: Shape, *rest: Any) -> int:
     """Each element of the result sums over the last dim of the first operand."""
     return 2 * math.prod(out) * first[-1]
+
+
+def _transposed(out: Shape, first: Shape, *rest: Any) -> int:
+    """Each element of the result sums over all dims but the last of the first operand."""
+    return 2 * math.prod(out) * math.prod(first[:-1])
+
+
+def _panel(out: Shape, first: Shape, second: Shape, form: str) -> int:
+    return (_transposed if form == "tn" else _product)(out, first)
 
 
 def _vector(out: Shape, matrix: Shape, *rest: Any) -> int:
@@ -126,6 +136,16 @@ _FORMULAS: Mapping[Op, Formula] = {
     ),
     MeshOp("attention"): _attention,
     MeshOp("attention_backward"): _attention_backward,
+    MeshOp("summa"): _product,
+    MeshOp("summa_transposed"): _product,
+    MeshOp("summa_sum"): _transposed,
+    MeshOp("panel_product"): _panel,
+    MeshOp("add_panel_product"): lambda out, total, *rest: _panel(out, *rest),
     MeshOp("grouped_mm"): _product,
     MeshOp("grouped_mm_weight"): lambda out, x, grad, *rest: 2 * math.prod(grad) * x[-1],
 }  # fmt: skip
+
+_SUMMED: Mapping[Op, int] = {
+    MeshOp("summa"): 4, MeshOp("summa_transposed"): 4, MeshOp("summa_sum"): 3
+}  # fmt: skip
+"""Operators that sum over all coordinates of an axis: the argument that names it."""

@@ -32,12 +32,13 @@ def is_collective(node: Node) -> bool:
 
 def transfers_of(node: Node, mesh: Mesh) -> tuple[Transfer, ...]:
     """What each rank does for a collective, for each of its operands: one, or those sent together.
+    A keyword `after` says when it starts and is none of them.
 
     Along sequential axes there is no wire: the result is at hand after the loop. Raises LayoutError
     where the collective does not lead from an operand's layout to its result's.
     """
     assert isinstance(node.op, MeshOp)
-    options = {key: value for key, value in node.kwargs.items() if key != "axes"}
+    options = {key: value for key, value in node.kwargs.items() if key not in ("axes", "after")}
     axes = node.kwargs["axes"]
     found = tuple(
         plan_transfer(node.op.name, axes, source.placed, target, mesh, **options)

@@ -77,9 +77,17 @@ class LoweringContext(Protocol):
         """`value` in another layout, by as many collectives as that takes."""
 
     def collective(
-        self, kind: str, value: Node, layout: Layout, axes: tuple[str, ...], **options: Arg
+        self,
+        kind: str,
+        value: Node,
+        layout: Layout,
+        axes: tuple[str, ...],
+        *,
+        type: NodeType = None,
+        **options: Arg,
     ) -> Node:
-        """Emit one collective of this kind, which leaves `value` in `layout`."""
+        """Emit one collective of this kind, which leaves `value` in `layout`; `type` is given where
+        it changes. With the option `after`, a node, it starts once that is computed."""
 
 
 class LossFactor(Protocol):

@@ -24,6 +24,7 @@ from meshwright.dsl.source import Span, token_span, tree_span
 from meshwright.dsl.values import Value, Word, evaluate
 
 _S = TypeVar("_S", bound=s.Statement)
+_F = TypeVar("_F", bound=s.Fused)
 _Parts: TypeAlias = list[Any]  # in the order of the grammar's rule; None for what is left out
 _Group: TypeAlias = tuple[Token, AxisList]
 
@@ -96,12 +97,18 @@ class Reader(LayoutReader):
         )
 
     def columns(self, meta: Meta, parts: _Parts) -> s.Columns:
+        return self._fused(s.Columns, meta, parts)
+
+    def summa(self, meta: Meta, parts: _Parts) -> s.Summa:
+        return self._fused(s.Summa, meta, parts)
+
+    def _fused(self, kind: type[_F], meta: Meta, parts: _Parts) -> _F:
         factors = next((part for part in parts if isinstance(part, DimTemplate)), None)
         rest = [part for part in parts if not isinstance(part, DimTemplate)]
         places = {} if factors is None else {"as": factors.span}
         if factors is not None:
             _check_names_a_factor(factors)
-        return self._make(s.Columns, meta, rest, factors=factors, places=places)
+        return self._make(kind, meta, rest, factors=factors, places=places)
 
     def zero(self, meta: Meta, parts: _Parts) -> s.Zero:
         level, *rest = parts

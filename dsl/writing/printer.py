@@ -31,8 +31,8 @@ def cells(statement: s.Statement) -> list[str]:
         place = f"{s.ARROWS[statement.of]} {statement.layout}".lstrip()
     elif isinstance(statement, s.Spread) and statement.over:
         place = f"over {_spelt(statement, 'over', format_axes(statement.over))}"
-    if isinstance(statement, s.Columns) and statement.factors is not None:
-        options = f"as {_composite(statement)}"
+    if isinstance(statement, s.Fused) and statement.factors is not None:
+        options = f"as {_composite(statement)} {options}".rstrip()
     found = [statement.verb, subject, place or options, options if place else ""]
     return found if subject else [statement.verb, *found[2:]]
 
@@ -74,8 +74,8 @@ def _spelt(statement: s.Statement, part: str, canonical: str) -> str:
     return statement.spelling.get(part) or canonical
 
 
-def _composite(columns: s.Columns) -> str:
-    text = str(columns.factors)
+def _composite(statement: s.Fused) -> str:
+    text = str(statement.factors)
     return text if text.startswith("(") else f"({text})"
 
 

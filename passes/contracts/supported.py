@@ -24,13 +24,14 @@ from meshwright.dsl.statements import (
     Shard,
     Stages,
     Statement,
+    Summa,
     Vocab,
     Zero,
 )
 
 CARRIED_OUT: tuple[type[Statement], ...] = (
-    MeshStatement, Axes, Let, Precision, Accumulate, Data, Shard, Columns, Rows, Vocab, Sequence,
-    Memory, Zero, Stages, Checkpoint, Offload, Expect, Allow,
+    MeshStatement, Axes, Let, Precision, Accumulate, Data, Shard, Columns, Rows, Vocab, Summa,
+    Sequence,     Memory, Zero, Stages, Checkpoint, Offload, Expect, Allow,
 )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def computed_weights(graph: Graph) -> dict[str, tuple[Linear, tuple[Node, ...]]]
     parametrized linear, and these parameters."""
     found: dict[str, tuple[Linear, tuple[Node, ...]]] = {}
     for node in graph.nodes:
-        product = _product(node)
+        product = product_of(node)
         if product is None or product.weight.op == INPUT or node.origin.module in found:
             continue
         if sources := _sources(product.weight):
@@ -100,7 +100,7 @@ def linears(graph: Graph) -> dict[str, list[Linear]]:
     found: dict[str, list[Linear]] = {}
     users = graph.users()
     for node in graph.nodes:
-        linear = _of_parameter(_product(node))
+        linear = of_parameter(product_of(node))
         if linear is not None and linear not in found.setdefault(node.origin.module, []):
             found[node.origin.module].append(_with_added_bias(linear, node, users))
     return {module: each for module, each in found.items() if each}
@@ -110,12 +110,12 @@ def tables(graph: Graph) -> dict[str, list[Linear]]:
     """The lookup tables of every module that looks something up itself."""
     found: dict[str, list[Linear]] = {}
     for node in graph.nodes:
-        if node.op == Embedding.op and (table := _of_parameter(Linear(node.args[0], 0, 1))):
+        if node.op == Embedding.op and (table := of_parameter(Linear(node.args[0], 0, 1))):
             found.setdefault(node.origin.module, []).append(table)
     return found
 
 
-def _product(node: Node) -> Linear | None:
+def product_of(node: Node) -> Linear | None:
     """The product that a node is, whatever its weight is computed from."""
     if node.op in (aten.mm.default, aten.matmul.default):
         weight = node.args[1]
@@ -134,7 +134,7 @@ def _product(node: Node) -> Linear | None:
     return Linear(weight, 1 - inputs, inputs, biases)
 
 
-def _of_parameter(product: Linear | None) -> Linear | None:
+def of_parameter(product: Linear | None) -> Linear | None:
     """The product with the parameter behind its weight, and the dims as they are there; None if the
     weight is not a parameter that is cast or has its dims in another order."""
     if product is None:

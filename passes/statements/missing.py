@@ -9,7 +9,7 @@ from meshwright.compiler.graph.ir import INPUT, Graph, Node
 from meshwright.compiler.graph.text import op_text
 from meshwright.dsl.errors import PlanError, either
 from meshwright.dsl.layouts import DimTemplate, FactorTemplate, format_axes
-from meshwright.dsl.statements import Columns, Rows, Spread, Vocab
+from meshwright.dsl.statements import Fused, Rows, Spread, Vocab
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.linears import computed_weights, tables
@@ -169,7 +169,7 @@ def _selector(name: str, module: str, statement: Spread) -> str:
 def _layout(statement: Spread, rank: int) -> str:
     dim = 1 if isinstance(statement, Rows) else 0
     dims = [DimTemplate(((FactorTemplate(None, letter),),)) for letter in _LETTERS[:rank]]
-    factors = statement.factors if isinstance(statement, Columns) else None
+    factors = statement.factors if isinstance(statement, Fused) else None
     split = (factors or dims[dim]).split_first_named(statement.over)
     return f"[{', '.join(str(split if i == dim else each) for i, each in enumerate(dims))}]"
 

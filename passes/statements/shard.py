@@ -3,8 +3,8 @@
 Before:  up_weight: f32[64, 16] = input(parameter up.weight)
 After:   up_weight: f32[64@tp, 16] = input(parameter up.weight)
 
-A `shard` of a parameter takes the place of what `columns`, `rows` and `vocab` said of it. `->
-LAYOUT` is a module's output, `<- LAYOUT` its input; `meshwright.layout(x, "...")` in a forward
+A `shard` of a parameter takes the place of what `columns`, `rows`, `vocab` and `summa` said of it.
+`-> LAYOUT` is a module's output, `<- LAYOUT` its input; `meshwright.layout(x, "...")` in a forward
 marks one value.
 Requires: names of tensors or modules. Ensures: what they and the marks name is pinned.
 Elsewhere: JAX's with_sharding_constraint, DTensor's distribute_tensor.
@@ -19,7 +19,7 @@ from meshwright.compiler.graph.ir import INPUT, Node, TensorType
 from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.layouts import LayoutTemplate
-from meshwright.dsl.statements import Columns, Rows, Shard, Statement, Vocab
+from meshwright.dsl.statements import Columns, Rows, Shard, Statement, Summa, Vocab
 from meshwright.passes.statements.draft import Draft, Pin, input_key
 from meshwright.passes.statements.pins import (
     contradiction,
@@ -75,7 +75,7 @@ def _before(draft: Draft, name: str) -> tuple[Statement, ...]:
     """The statements that a `shard` refines."""
     pin = draft.inputs.get(name)
     statements = pin.statements if pin else ()
-    return tuple(s for s in statements if isinstance(s, (Columns, Rows, Vocab)))
+    return tuple(s for s in statements if isinstance(s, (Columns, Rows, Vocab, Summa)))
 
 
 def _layout(draft: Draft, template: LayoutTemplate, shape: tuple[int, ...], what: str) -> Layout:

@@ -23,16 +23,13 @@ Elsewhere: ZeRO (Rajbhandari et al., 1910.02054), FSDP2's fully_shard.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from meshwright.compiler.graph.ir import Node
-from meshwright.compiler.layout.factors import Factor, Segment, local_size
-from meshwright.compiler.layout.layout import Layout, replicated
-from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.layout import replicated
 from meshwright.dsl.statements import Stages, Zero
 from meshwright.passes.statements.draft import Draft, Pin
+from meshwright.passes.statements.stored import split_further
 from meshwright.passes.statements.targets import of_parameters
 
 
@@ -58,45 +55,15 @@ def _split(draft: Draft, node: Node, statement: Zero) -> Draft:
     name, shape = node.args[1], node.tensor.shape
     pin = draft.inputs.get(name)
     used = pin.layout if pin else replicated(shape)
-    over = tuple(axis for axis in statement.over if axis not in used.split_axes)
+    stored = draft.stored[name].layout.split_axes if name in draft.stored else ()
+    over = (*stored, *statement.over)
+    over = tuple(axis for axis in dict.fromkeys(over) if axis not in used.split_axes)
     if draft.mesh.size(over) == 1 or not shape:
         return draft
-    way = min(_ways(used, over, draft.mesh), key=_cost)
+    layout = split_further(used, over, draft.mesh)
     once = statement.when(pipelined=bool(draft.plan.of(Stages))) == "every=step"
     return replace(
         draft,
-        stored={**draft.stored, name: Pin(way.layout, (statement,))},
+        stored={**draft.stored, name: Pin(layout, (statement,))},
         zero={**draft.zero, name: 1 if once else statement.level},
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Way:
-    """A layout in which a parameter may be stored: `added` are the entries that storage adds, and
-    `moved` whether what is gathered has to be rearranged in memory."""
-
-    layout: Layout
-    dim: int
-    added: int
-    moved: bool
-
-
-def _cost(way: _Way) -> tuple[int, bool, int]:
-    return way.added, way.moved, way.dim
-
-
-def _ways(used: Layout, axes: tuple[str, ...], mesh: Mesh) -> Iterator[_Way]:
-    """The ways to split what a rank uses further: along the last factor of a dim's segments."""
-    local = used.local_shape(mesh)
-    for i, dim in enumerate(used.dims):
-        split = tuple(_split_further(segment, axes, mesh) for segment in dim)
-        layout = used.with_dims((*used.dims[:i], split, *used.dims[i + 1 :]))
-        before = math.prod(local[:i]) * local_size((dim[0][:-1],), mesh)
-        moved = before > 1 or len(dim) > 1
-        yield _Way(layout, i, math.prod(layout.shape) - math.prod(used.shape), moved)
-
-
-def _split_further(segment: Segment, axes: tuple[str, ...], mesh: Mesh) -> Segment:
-    (*major, minor) = segment
-    parts = mesh.size((*minor.axes, *axes))
-    return (*major, Factor(-(-minor.size // parts) * parts, (*minor.axes, *axes)))

@@ -1,0 +1,99 @@
+"""Layouts of what a grid of ranks, two axes of the mesh, holds in blocks: rows over one axis, and
+columns over the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.layout.factors import Dim, Factor, cut, dim_axes
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.placing.rules.notation import Call, Operand, Placement, Spec
+from meshwright.compiler.placing.rules.placements import vary_operands, without_axes
+
+Dims = tuple[Dim, ...]
+
+
+def over(dim: Dim, axis: str) -> Dim:
+    """The dim, if that axis alone cuts it; else in equal blocks over it."""
+    size = Layout((dim,)).shape[0]
+    return dim if dim_axes(dim) == (axis,) else cut(size, axis)
+
+
+def renamed(dim: Dim, old: str, new: str) -> Dim:
+    """The dim with one axis in place of another."""
+    return tuple(
+        tuple(
+            Factor(each.size, tuple(new if axis == old else axis for axis in each.axes))
+            for each in segment
+        )
+        for segment in dim
+    )
+
+
+def rows_over(dims: Iterable[Dim], axes: Sequence[str], col: str, mesh: Mesh) -> Dims:
+    """The leading dims of activations, whole over `col` and split over each of `axes`: where one
+    cuts none of them, it cuts the first that divides further. Raises LayoutError without any."""
+    found = [without_axes(dim, frozenset({col})) for dim in dims]
+    for axis in axes:
+        if any(axis in dim_axes(dim) for dim in found):
+            continue
+        place = next((i for i, dim in enumerate(found) if _divides(dim, axis, mesh)), None)
+        if place is None:
+            raise LayoutError(
+                f"none of the leading dims of `{Layout(tuple(found))}` divides over `{axis}`",
+                code="does-not-divide",
+                help="have a batch that the ranks divide",
+            )
+        ((major, *minor),) = found[place]
+        found[place] = ((Factor(major.size, (*major.axes, axis)), *minor),)
+    return tuple(found)
+
+
+def _divides(dim: Dim, axis: str, mesh: Mesh) -> bool:
+    (major, *_), *more = dim
+    return not more and major.size % mesh.size((*major.axes, axis)) == 0
+
+
+def placement(call: Call, dims: Sequence[Dims], result: Dims, grid: Iterable[str]) -> Placement:
+    """The placement with these dims of operands and result.
+
+    What splits operands and not the result is summed over, which leaves it pending; the axes of the
+    `grid` are summed over by the operator itself. Sums that are pending in one operand stay so.
+    """
+    cutting = {axis for own in dims for dim in own for axis in dim_axes(dim)}
+    pending = _pending(call, cutting)
+    layouts = [
+        Layout(
+            own,
+            tuple((axis, "sum") for axis in pending.get(i, ())),
+            tuple(axis for axis in operand.layout.varying if axis not in _axes(own)),
+        )
+        for i, (operand, own) in enumerate(zip(call.operands, dims, strict=True))
+    ]
+    operands = vary_operands(layouts, call, Spec((), ()), frozenset(cutting))
+    sums = {
+        *cutting.difference(_axes(result), grid),
+        *(a for each in pending.values() for a in each),
+    }
+    varying = {a for each in operands for a in each.varying}.difference(_axes(result), sums)
+    partial = tuple((axis, "sum") for axis in sorted(sums))
+    return Placement(operands, (Layout(result, partial, tuple(sorted(varying))),))
+
+
+def _axes(dims: Dims) -> set[str]:
+    return {axis for dim in dims for axis in dim_axes(dim)}
+
+
+def _pending(call: Call, used: set[str]) -> dict[int, tuple[str, ...]]:
+    """The axes of the pending sums that may stay so: those of one operand, in which the operator is
+    linear."""
+    for i, operand in enumerate(call.operands):
+        if axes := tuple(a for a in _sums(operand) if a not in used):
+            return {i: axes} if operand.keep_partial else {}
+    return {}
+
+
+def _sums(operand: Operand) -> Iterable[str]:
+    return (axis for axis, kind in operand.layout.partial if kind == "sum")

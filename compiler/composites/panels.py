@@ -1,0 +1,244 @@
+"""The steps of what two axes compute together: panels are broadcast to them, or sums are reduced to
+where they are kept, one step ahead of the products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, TensorType
+from meshwright.compiler.kernels import panels as kernels
+from meshwright.compiler.kernels import products
+from meshwright.compiler.layout.factors import Dim, cut, whole
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.placing.composite import (
+    BindingContext,
+    Composite,
+    Kernel,
+    LoweringContext,
+    composite,
+)
+from meshwright.compiler.placing.rules.notation import Call, Placement, Row, Spec
+
+Fetch: TypeAlias = Callable[[int, "Node | None"], tuple[Node, ...]]
+"""Emits what a step needs; its broadcasts begin once another node is computed."""
+Multiply: TypeAlias = Callable[..., Node]
+"""Emits what a step computes, from its number and what was fetched."""
+
+
+class Panels:
+    """Emits the steps over these axes. There are as many as the least common multiple of their
+    sizes, so that a panel is always in one block."""
+
+    def __init__(self, context: LoweringContext, *axes: str) -> None:
+        self.context = context
+        self.steps = math.lcm(*map(context.mesh.size, axes))
+
+    def added(self, fetch: Fetch, first: Multiply, add: Multiply) -> Node:
+        """The sum of what all steps compute: `first(step, *fetched)`, and then `add(step, total,
+        *fetched)`."""
+        total: list[Node] = []
+
+        def compute(step: int, *fetched: Node) -> Node:
+            total.append(add(step, total[-1], *fetched) if total else first(step, *fetched))
+            return total[-1]
+
+        self._run(fetch, compute)
+        return total[-1]
+
+    def reduced(self, fetch: Fetch, multiply: Multiply, dim: int, axis: str) -> Node:
+        """What all steps compute, each summed over `axis` where its part of the result is kept:
+        blocks of `dim`. While a sum is under way, the next step computes."""
+        under_way: list[Node] = []
+        total: list[Node] = []
+
+        def put(step: int) -> None:
+            total.append(self._put(total[-1] if total else None, under_way.pop(), dim, axis, step))
+
+        def compute(step: int, *fetched: Node) -> Node:
+            part = multiply(step, *fetched)
+            reduced = self._reduce(part, dim, axis, step)
+            if under_way:
+                put(step - 1)
+            under_way.append(reduced)
+            return part
+
+        self._run(fetch, compute)
+        put(self.steps - 1)
+        return total[-1]
+
+    def _run(self, fetch: Fetch, compute: Multiply) -> None:
+        """Compute each step, with what the next one needs on its way."""
+        fetched: tuple[Node, ...] = fetch(0, None)
+        before: Node | None = None
+        for step in range(self.steps):
+            following = fetch(step + 1, before) if step + 1 < self.steps else ()
+            before = compute(step, *fetched)
+            fetched = following
+
+    def broadcast(self, value: Node, dim: int, axis: str, step: int, after: Node | None) -> Node:
+        """The panel of a step, from the coordinate of `axis` that has it, to all others."""
+        root, place = divmod(step, self._parts(axis))
+        part, parts = value, self._parts(axis)
+        if parts > 1:
+            part = self.context.call(BlockPart.op, value, dim, place, parts, axis)
+        size = part.tensor.shape[dim] // self.context.mesh.size(axis)
+        layout = with_dim(part.placed, dim, whole(size)).add_varying((axis,))
+        return self._moved("broadcast", part, dim, layout, axis, root, after)
+
+    def _reduce(self, part: Node, dim: int, axis: str, step: int) -> Node:
+        """The sum over `axis`, at the coordinate that keeps it; zeros elsewhere."""
+        size = part.tensor.shape[dim] * self.context.mesh.size(axis)
+        layout = with_dim(part.placed.drop_partial((axis,)), dim, cut(size, axis))
+        return self._moved("reduce", part, dim, layout, axis, step // self._parts(axis))
+
+    def _moved(
+        self,
+        kind: str,
+        value: Node,
+        dim: int,
+        layout: Layout,
+        axis: str,
+        root: int,
+        after: Node | None = None,
+    ) -> Node:
+        type = TensorType(layout.shape, value.tensor.dtype)
+        order = {} if after is None else {"after": after}
+        layout = layout.canonical(self.context.mesh)
+        return self.context.collective(kind, value, layout, (axis,), type=type, root=root, **order)
+
+    def _put(self, total: Node | None, block: Node, dim: int, axis: str, step: int) -> Node:
+        """`total` with what a step has left in its place."""
+        parts = self._parts(axis)
+        if parts == 1 and total is None:
+            return block
+        return self.context.call(PutBlock.op, total, block, dim, step, parts, axis)
+
+    def _parts(self, axis: str) -> int:
+        """The number of panels in a block over `axis`."""
+        return self.steps // self.context.mesh.size(axis)
+
+
+def with_dim(layout: Layout, place: int, dim: Dim) -> Layout:
+    return layout.with_dims((*layout.dims[:place], dim, *layout.dims[place + 1 :]))
+
+
+_FORMS = {
+    "nn": "... k, k n -> ... n",
+    "nt": "... k, n k -> ... n",
+    "tn": "... m, ... n -> m n",
+}
+
+
+def _large(binding: BindingContext, a: int, b: int) -> bool:
+    """Whether the product of two operands is large on a rank."""
+    if binding.operand(a).tensor.dtype != torch.float32 or not products.is_faster(binding.device):
+        return False
+    form = binding.node.args[-1]
+    *rows, last = binding.operand(a).placed.local_shape(binding.mesh)
+    columns = binding.node.placed.local_shape(binding.mesh)[-1]
+    sizes = (last, math.prod(rows)) if form == "tn" else (math.prod(rows), last)
+    return products.is_large(*sizes, columns)
+
+
+@composite
+class PanelProduct(Composite):
+    """`panel_product(a, b, form)`; see `kernels.factors`."""
+
+    op = MeshOp("panel_product")
+    is_fresh = True
+
+    def rule(self, call: Call) -> Spec:
+        return Row(_FORMS[call.args[-1]], linear=((0,), (1,)))(call)
+
+    def result_type(self, a: TensorType, b: TensorType, form: str) -> NodeType:
+        columns = b.shape[0 if form == "nt" else -1]
+        leading = a.shape[-1:] if form == "tn" else a.shape[:-1]
+        return TensorType((*leading, columns), a.dtype)
+
+    def bind(self, binding: BindingContext) -> Kernel:
+        form = binding.node.args[-1]
+        return partial(kernels.product, form=form, large=_large(binding, 0, 1))
+
+
+@composite
+class AddPanelProduct(Composite):
+    """`add_panel_product(total, a, b, form)` adds a product to `total`, in its memory: nothing else
+    may read that."""
+
+    op = MeshOp("add_panel_product")
+    is_fresh = True
+
+    def rule(self, call: Call) -> Spec:
+        left, right = _FORMS[call.args[-1]].split("->")
+        return Row(f"{right}, {left} -> {right}", linear=((0, 1), (0, 2)))(call)
+
+    def bind(self, binding: BindingContext) -> Kernel:
+        form = binding.node.args[-1]
+        return partial(kernels.add_product, form=form, large=_large(binding, 1, 2))
+
+
+@composite
+class BlockPart(Composite):
+    """`block_part(value, dim, place, parts, axis)`: one of equal parts of each rank's block."""
+
+    op = MeshOp("block_part")
+
+    def rule(self, call: Call) -> Iterable[Placement]:
+        (value,) = call.operands
+        dim, _, parts, axis = call.args[1:]
+        size = value.type.shape[dim]
+        source = with_dim(value.layout, dim, cut(size, axis))
+        return (Placement((source,), (with_dim(source, dim, cut(size // parts, axis)),)),)
+
+    def result_type(self, value: TensorType, dim: int, *rest: Arg) -> NodeType:
+        shape = (*value.shape[:dim], value.shape[dim] // rest[1], *value.shape[dim + 1 :])
+        return TensorType(shape, value.dtype)
+
+    def bind(self, binding: BindingContext) -> Kernel:
+        dim, place, parts, _ = binding.node.args[1:]
+
+        def part(value: Tensor) -> Tensor:
+            size = value.shape[dim] // parts
+            return value.narrow(dim, place * size, size)
+
+        return part
+
+
+@composite
+class PutBlock(Composite):
+    """`put_block(total, block, dim, step, parts, axis)` writes the block of a step over its part of
+    `total`, on the coordinate of `axis` that has it; with no total yet, over zeros."""
+
+    op = MeshOp("put_block")
+
+    def rule(self, call: Call) -> Iterable[Placement]:
+        *totals, block = call.operands
+        dim, _, parts, axis = call.args[2:]
+        size = block.type.shape[dim]
+        source = with_dim(block.layout, dim, cut(size, axis))
+        result = with_dim(source, dim, cut(size * parts, axis))
+        return (Placement((*(result for _ in totals), source), (result,)),)
+
+    def result_type(self, total: TensorType | None, block: TensorType, *rest: Arg) -> NodeType:
+        dim, _, parts, _ = rest
+        shape = (*block.shape[:dim], block.shape[dim] * parts, *block.shape[dim + 1 :])
+        return TensorType(shape, block.dtype)
+
+    def bind(self, binding: BindingContext) -> Kernel:
+        dim, step, parts, axis = binding.node.args[2:]
+        root, place = divmod(step, parts)
+        own = binding.coords.get(axis, 0) == root
+        shape = binding.node.placed.local_shape(binding.mesh)
+
+        def put(total: Tensor | None, block: Tensor) -> Tensor:
+            if total is None:
+                total = block.new_zeros(shape)
+            return kernels.put_block(total, block, dim, place) if own else total
+
+        return put

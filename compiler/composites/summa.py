@@ -1,0 +1,181 @@
+"""Products of matrices in blocks over two axes: SUMMA, one panel of each matrix at a time.
+
+Before:  summa: f32[8@row, 32@col] = mesh::summa(x, up_weight, True, (row,), col)
+After:   broadcast: f32[8@row, 8] varying(col)    = broadcast(x, col, root=0)
+         broadcast_1: f32[32@col, 8] varying(row) = broadcast(up_weight, row, root=0)
+         broadcast_2: f32[8@row, 8] varying(col)  = broadcast(x, col, root=1)
+         broadcast_3: f32[32@col, 8] varying(row) = broadcast(up_weight, row, root=1)
+         panel_product: f32[8@row, 32@col]        = mesh::panel_product(broadcast,
+             broadcast_1, nt)
+         add_panel_product: f32[8@row, 32@col]    = mesh::add_panel_product(panel_product,
+             broadcast_2, broadcast_3, nt)
+
+The rank at (i, j) holds the block (i, j) of a matrix `B[k@row, n@col]`, and of what is multiplied
+by it: activations `[..., k]` have rows over `row` and features over `col`. Three products are
+closed under differentiation: `A B`, `A B^T` and `A^T B`. In each step one block column or row of an
+operand is broadcast, or one of the result is reduced. While a step multiplies, the broadcasts of
+the next are under way, and no others: a rank holds two panels of each operand at most.
+Elsewhere: SUMMA (van de Geijn and Watts, 1997); Optimus (2104.05343), Tesseract (2105.14500).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from meshwright.compiler.composites.grid import Dims, over, placement, renamed, rows_over
+from meshwright.compiler.composites.panels import (
+    AddPanelProduct,
+    Multiply,
+    PanelProduct,
+    Panels,
+)
+from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, TensorType
+from meshwright.compiler.layout.factors import Dim, cut
+from meshwright.compiler.placing.composite import (
+    AdjointContext,
+    Composite,
+    Cotangents,
+    LoweringContext,
+    composite,
+)
+from meshwright.compiler.placing.rules.notation import Call, Placement
+
+
+def _matrix(rows: Dim, columns: Dim, is_transposed: bool) -> Dims:
+    """The dims of a matrix as it is stored."""
+    return (columns, rows) if is_transposed else (rows, columns)
+
+
+def _grid(call: Call) -> tuple[Dim, Dim]:
+    """The dims of the matrix that is the second operand: rows in equal blocks over the last of the
+    `rows`, and columns over `col`."""
+    matrix, (is_transposed, (*_, row), col) = call.operands[1], call.args[2:]
+    rows, columns = (1, 0) if is_transposed else (0, 1)
+    return cut(matrix.type.shape[rows], row), over(matrix.layout.dims[columns], col)
+
+
+@composite
+class Summa(Composite):
+    """`summa(x[..., k], B[k, n], is_transposed, rows, col) -> [..., n]`: `A B`.
+
+    A matrix `[k@row, n@col]` is stored so or, `is_transposed`, as `[n@col, k@row]`. The axes `rows`
+    split the leading dims of activations; the last of them is `row`.
+    """
+
+    op = MeshOp("summa")
+
+    def rule(self, call: Call) -> Iterable[Placement]:
+        (x, _), (is_transposed, rows, col) = call.operands, call.args[2:]
+        inner, columns = _grid(call)
+        leading = rows_over(x.layout.dims[:-1], rows, col, call.mesh)
+        given = (*leading, renamed(inner, rows[-1], col)), _matrix(inner, columns, is_transposed)
+        return (placement(call, given, (*leading, columns), (rows[-1], col)),)
+
+    def result_type(self, x: TensorType, matrix: TensorType, *rest: Arg) -> NodeType:
+        return TensorType((*x.shape[:-1], matrix.shape[0 if rest[0] else 1]), x.dtype)
+
+    def adjoint(self, context: AdjointContext) -> Cotangents:
+        (x, matrix), options = context.operands, context.node.args[2:]
+        dx = db = None
+        if x.requires_grad:
+            dx = context.call(SummaTransposed.op, context.grad, matrix, *options)
+        if matrix.requires_grad:
+            db = context.call(SummaSum.op, x, context.grad, *options)
+        return dx, db
+
+    def lower(self, context: LoweringContext) -> Node:
+        x, matrix, is_transposed, (*_, row), col = context.args
+        last = len(x.tensor.shape) - 1
+        inner, form = (1, "nt") if is_transposed else (0, "nn")
+        panels = Panels(context, row, col)
+
+        def fetch(step: int, after: Node | None) -> tuple[Node, ...]:
+            a = panels.broadcast(x, last, col, step, after)
+            return a, panels.broadcast(matrix, inner, row, step, after)
+
+        return panels.added(
+            fetch,
+            _multiply(context, form),
+            lambda _, *given: context.call(AddPanelProduct.op, *given, form),
+        )
+
+
+@composite
+class SummaTransposed(Composite):
+    """`summa_transposed(x[..., n], B[k, n], is_transposed, rows, col) -> [..., k]`: `A B^T`."""
+
+    op = MeshOp("summa_transposed")
+
+    def rule(self, call: Call) -> Iterable[Placement]:
+        (x, _), (is_transposed, rows, col) = call.operands, call.args[2:]
+        result, inner = _grid(call)
+        leading = rows_over(x.layout.dims[:-1], rows, col, call.mesh)
+        given = (*leading, inner), _matrix(result, inner, is_transposed)
+        found = (*leading, renamed(result, rows[-1], col))
+        return (placement(call, given, found, (rows[-1], col)),)
+
+    def result_type(self, x: TensorType, matrix: TensorType, *rest: Arg) -> NodeType:
+        return TensorType((*x.shape[:-1], matrix.shape[1 if rest[0] else 0]), x.dtype)
+
+    def adjoint(self, context: AdjointContext) -> Cotangents:
+        (x, matrix), options = context.operands, context.node.args[2:]
+        dx = db = None
+        if x.requires_grad:
+            dx = context.call(Summa.op, context.grad, matrix, *options)
+        if matrix.requires_grad:
+            db = context.call(SummaSum.op, context.grad, x, *options)
+        return dx, db
+
+    def lower(self, context: LoweringContext) -> Node:
+        x, matrix, is_transposed, (*_, row), col = context.args
+        result, form = (1, "nn") if is_transposed else (0, "nt")
+        panels = Panels(context, row, col)
+
+        def fetch(step: int, after: Node | None) -> tuple[Node, ...]:
+            return x, panels.broadcast(matrix, result, row, step, after)
+
+        return panels.reduced(fetch, _multiply(context, form), len(x.tensor.shape) - 1, col)
+
+
+@composite
+class SummaSum(Composite):
+    """`summa_sum(x[..., k], y[..., n], is_transposed, rows, col) -> B[k, n]`: `A^T B`, a sum over
+    all leading dims."""
+
+    op = MeshOp("summa_sum")
+
+    def rule(self, call: Call) -> Iterable[Placement]:
+        (x, y), (is_transposed, rows, col) = call.operands, call.args[2:]
+        leading = rows_over(x.layout.dims[:-1], rows, col, call.mesh)
+        inner, columns = cut(x.type.shape[-1], col), over(y.layout.dims[-1], col)
+        given = (*leading, inner), (*leading, columns)
+        found = _matrix(renamed(inner, col, rows[-1]), columns, is_transposed)
+        return (placement(call, given, found, (rows[-1], col)),)
+
+    def result_type(self, x: TensorType, y: TensorType, *rest: Arg) -> NodeType:
+        shape = (x.shape[-1], y.shape[-1])
+        return TensorType(shape[::-1] if rest[0] else shape, x.dtype)
+
+    def adjoint(self, context: AdjointContext) -> Cotangents:
+        (x, y), options = context.operands, context.node.args[2:]
+        dx = dy = None
+        if x.requires_grad:
+            dx = context.call(SummaTransposed.op, y, context.grad, *options)
+        if y.requires_grad:
+            dy = context.call(Summa.op, x, context.grad, *options)
+        return dx, dy
+
+    def lower(self, context: LoweringContext) -> Node:
+        x, y, is_transposed, (*_, row), col = context.args
+        last = len(x.tensor.shape) - 1
+        panels = Panels(context, row, col)
+
+        def fetch(step: int, after: Node | None) -> tuple[Node, ...]:
+            panel = panels.broadcast(x, last, col, step, after)
+            return (y, panel) if is_transposed else (panel, y)
+
+        return panels.reduced(fetch, _multiply(context, "tn"), 1 if is_transposed else 0, row)
+
+
+def _multiply(context: LoweringContext, form: str) -> Multiply:
+    return lambda _, *given: context.call(PanelProduct.op, *given, form)
