@@ -3,6 +3,7 @@
 What a graph takes of an earlier one is saved, except views of parameters, which are taken again,
 and gathers of stored-split parameters and sequence-split activations, which are repeated from the
 shard. Inside a region of a `checkpoint` statement, what nothing outside takes is computed again.
+Of what moves there, steps of a product in blocks are repeated with it, and nothing else.
 
 Regions may be nested. The level of a value is the innermost region that it and all that takes it
 in the forward are in. The backward computes it again once for that level. To compute what leaves an
@@ -164,7 +165,7 @@ class Needs:
                 cheap = self._is_cheap(node)
                 if cheap and all(n.held or n in of_weights for n in node.operands()):
                     of_weights.add(node)
-                elif self.regions.keeps(node) or (moves(node) and not cheap):
+                elif self.regions.keeps(node) or (moves(node) and not (cheap or _is_step(node))):
                     found.add(node)
         return found | of_weights
 
@@ -191,6 +192,12 @@ def _is_mostly_saved(results: list[Node], levels: Mapping[Node, Around], graph: 
 def _is_gather(node: Node) -> bool:
     kind = collective_kind(node.op)
     return kind is not None and kind.gathers
+
+
+def _is_step(node: Node) -> bool:
+    """Whether a collective is a step of a composite, which is computed again as a whole."""
+    kind = collective_kind(node.op)
+    return kind is not None and kind.has_root
 
 
 def recasts(node: Node) -> bool:

@@ -16,8 +16,9 @@ from meshwright.compiler.layout.factors import Dim
 from meshwright.compiler.layout.mesh import Mesh
 
 Cuts: TypeAlias = tuple[tuple[Dim, ...], ...]
-TransferKey: TypeAlias = tuple[tuple[Arg, ...], str, tuple[tuple[str, Arg], ...], Cuts]
-"""The operands, the kind, its axes and options, and how the results are cut."""
+TransferKey: TypeAlias = "Node | tuple[tuple[Arg, ...], str, tuple[tuple[str, Arg], ...], Cuts]"
+"""The operands, the kind, its axes and options, and how the results are cut; or the node, if it
+shares its transfer with none."""
 
 
 def collective_kind(op: Op) -> CollectiveKind | None:
@@ -63,7 +64,13 @@ def counted(node: Node) -> str:
 
 
 def transfer_key(node: Node) -> TransferKey:
-    """What two collectives that share one transfer have in common."""
+    """What two collectives that share one transfer have in common.
+
+    Those with a root share none: a result that waited for another use would be in memory meanwhile.
+    """
+    kind = collective_kind(node.op)
+    if kind is not None and kind.has_root:
+        return node
     cuts = tuple(layout.dims for layout in node.layouts)
     return (node.args, counted(node), tuple(sorted(node.kwargs.items())), cuts)
 

@@ -64,6 +64,12 @@ class CollectiveKind:
         return self.moves and self.source == "split" and self.target != "split"
 
     @property
+    def has_root(self) -> bool:
+        """Whether it leads from or to one coordinate: a step of a composite, not a change of
+        layout."""
+        return "one" in (self.source, self.target)
+
+    @property
     def combines(self) -> bool:
         """Whether it gives each rank one value made of those of all ranks."""
         whole = self.target in ("replicated", "varying")
