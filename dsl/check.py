@@ -172,9 +172,13 @@ def _check_checkpoint(checkpoint: s.Checkpoint) -> None:
 
 
 def _check_summa(summa: s.Summa) -> None:
-    if len(summa.over) != 2:
-        help = "write `over (row, col)` with two axes of the mesh"
-        raise _missing(summa, f"`summa` needs two axes, not {len(summa.over)}", help, "over")
+    if len(summa.over) not in (2, 3):
+        help = "write `over (row, col)` with two axes of the mesh, or `over (x, y, z)` with three"
+        message = f"`summa` needs two axes or three, not {len(summa.over)}"
+        raise _missing(summa, message, help, "over")
+    if summa.depth is not None and len(summa.over) == 3:
+        help = "write `over (row, col) depth=axis`, or leave `depth` out"
+        raise _missing(summa, "`depth` goes with two axes", help, "depth")
     if summa.depth in summa.over:
         raise axis_twice(str(summa.depth), [summa.at("depth"), summa.at("over")])
 

@@ -136,10 +136,15 @@ class Plan:
         return solve(layout, shape, dict(self.mesh), tensor)
 
     def columns_dim(
-        self, fused: s.Fused, shape: Sequence[int], dim: int = 0, tensor: str = ""
+        self,
+        fused: s.Fused,
+        shape: Sequence[int],
+        dim: int = 0,
+        tensor: str = "",
+        over: tuple[str, ...] = (),
     ) -> Dim:
         """The factors of a linear's split output features; see `solve_columns`."""
-        return solve_columns(fused, shape, dim, dict(self.mesh), tensor)
+        return solve_columns(fused, shape, dim, dict(self.mesh), tensor, over)
 
     def merged(self, paths: Iterable[str], text: str, name: str = "__plan__") -> Plan:
         """This plan with the fragment `text` from the class of the modules at `paths`.

@@ -45,17 +45,22 @@ def solve(
 
 
 def solve_columns(
-    fused: Fused, shape: Sequence[int], dim: int, mesh: Mapping[str, int], tensor: str = ""
+    fused: Fused,
+    shape: Sequence[int],
+    dim: int,
+    mesh: Mapping[str, int],
+    tensor: str = "",
+    over: tuple[str, ...] = (),
 ) -> Dim:
-    """The factors of a linear's output features: `dim` of a weight of this shape, which `columns`
-    splits over its axes, and `summa` over the last of them.
+    """The factors of a linear's output features: `dim` of a weight of this shape, split over those
+    of the statement's axes that are given in `over`, or else all of them.
 
     The first named factor of every segment of `as` is split; without `as`, the whole dim.
     """
     whole = FactorTemplate(None, "output features", span=fused.at("over"))
     factors = fused.factors or DimTemplate(((whole,),), fused.at("over"))
     dims = [DimTemplate(((FactorTemplate(size),),)) for size in shape]
-    dims[dim] = factors.split_first_named(fused.split)
+    dims[dim] = factors.split_first_named(over or fused.over)
     return solve(LayoutTemplate(tuple(dims), span=fused.span), shape, mesh, tensor)[dim]
 
 

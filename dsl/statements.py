@@ -167,11 +167,6 @@ class Fused(Spread):
 
     factors: DimTemplate | None = None
 
-    @property
-    def split(self) -> tuple[str, ...]:
-        """The axes that split output features."""
-        return self.over
-
 
 @dataclass(frozen=True, kw_only=True)
 class Columns(Fused):
@@ -220,10 +215,6 @@ class Summa(Fused):
 
     verb = "summa"
     depth: str | None = option(AxisName())
-
-    @property
-    def split(self) -> tuple[str, ...]:
-        return self.over[-1:]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ from meshwright.passes.statements.rows import rows
 from meshwright.passes.statements.sequence import sequence
 from meshwright.passes.statements.shard import shard
 from meshwright.passes.statements.stages import stages
-from meshwright.passes.statements.summa import grid_products, store_once, summa
+from meshwright.passes.statements.summa import block_products, store_once, summa
 from meshwright.passes.statements.vocab import vocab
 from meshwright.passes.statements.zero import zero
 from meshwright.passes.widen import widen
@@ -100,7 +100,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     pad,
     sequence,
     pad_sequences,
-    grid_products,
+    block_products,
     # What the backward computes again.
     checkpoint,
     # The stages of a pipeline.

@@ -22,76 +22,59 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from meshwright.compiler.composites.grid import Dims, over, placement, renamed, rows_over
+from meshwright.compiler.composites.block_products import (
+    BlockProduct,
+    BlockSum,
+    TransposedBlockProduct,
+    matrix,
+)
+from meshwright.compiler.composites.grid import over, placement, renamed, rows_over
 from meshwright.compiler.composites.panels import (
     AddPanelProduct,
     Multiply,
     PanelProduct,
     Panels,
 )
-from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, TensorType
+from meshwright.compiler.graph.ir import MeshOp, Node
 from meshwright.compiler.layout.factors import Dim, cut
-from meshwright.compiler.placing.composite import (
-    AdjointContext,
-    Composite,
-    Cotangents,
-    LoweringContext,
-    composite,
-)
+from meshwright.compiler.placing.composite import LoweringContext, composite
 from meshwright.compiler.placing.rules.notation import Call, Placement
-
-
-def _matrix(rows: Dim, columns: Dim, is_transposed: bool) -> Dims:
-    """The dims of a matrix as it is stored."""
-    return (columns, rows) if is_transposed else (rows, columns)
 
 
 def _grid(call: Call) -> tuple[Dim, Dim]:
     """The dims of the matrix that is the second operand: rows in equal blocks over the last of the
     `rows`, and columns over `col`."""
-    matrix, (is_transposed, (*_, row), col) = call.operands[1], call.args[2:]
+    found, (is_transposed, (*_, row), col) = call.operands[1], call.args[2:]
     rows, columns = (1, 0) if is_transposed else (0, 1)
-    return cut(matrix.type.shape[rows], row), over(matrix.layout.dims[columns], col)
+    return cut(found.type.shape[rows], row), over(found.layout.dims[columns], col)
+
+
+_OPS = MeshOp("summa"), MeshOp("summa_transposed"), MeshOp("summa_sum")
 
 
 @composite
-class Summa(Composite):
-    """`summa(x[..., k], B[k, n], is_transposed, rows, col) -> [..., n]`: `A B`.
+class Summa(BlockProduct):
+    """`summa(x[..., k], B[k, n], is_transposed, rows, col) -> [..., n]`; the axes `rows` split the
+    leading dims of activations, and the last of them is `row`."""
 
-    A matrix `[k@row, n@col]` is stored so or, `is_transposed`, as `[n@col, k@row]`. The axes `rows`
-    split the leading dims of activations; the last of them is `row`.
-    """
-
-    op = MeshOp("summa")
+    op, ops = _OPS[0], _OPS
 
     def rule(self, call: Call) -> Iterable[Placement]:
         (x, _), (is_transposed, rows, col) = call.operands, call.args[2:]
         inner, columns = _grid(call)
         leading = rows_over(x.layout.dims[:-1], rows, col, call.mesh)
-        given = (*leading, renamed(inner, rows[-1], col)), _matrix(inner, columns, is_transposed)
+        given = (*leading, renamed(inner, rows[-1], col)), matrix(inner, columns, is_transposed)
         return (placement(call, given, (*leading, columns), (rows[-1], col)),)
 
-    def result_type(self, x: TensorType, matrix: TensorType, *rest: Arg) -> NodeType:
-        return TensorType((*x.shape[:-1], matrix.shape[0 if rest[0] else 1]), x.dtype)
-
-    def adjoint(self, context: AdjointContext) -> Cotangents:
-        (x, matrix), options = context.operands, context.node.args[2:]
-        dx = db = None
-        if x.requires_grad:
-            dx = context.call(SummaTransposed.op, context.grad, matrix, *options)
-        if matrix.requires_grad:
-            db = context.call(SummaSum.op, x, context.grad, *options)
-        return dx, db
-
     def lower(self, context: LoweringContext) -> Node:
-        x, matrix, is_transposed, (*_, row), col = context.args
+        x, weight, is_transposed, (*_, row), col = context.args
         last = len(x.tensor.shape) - 1
         inner, form = (1, "nt") if is_transposed else (0, "nn")
         panels = Panels(context, row, col)
 
         def fetch(step: int, after: Node | None) -> tuple[Node, ...]:
             a = panels.broadcast(x, last, col, step, after)
-            return a, panels.broadcast(matrix, inner, row, step, after)
+            return a, panels.broadcast(weight, inner, row, step, after)
 
         return panels.added(
             fetch,
@@ -101,69 +84,43 @@ class Summa(Composite):
 
 
 @composite
-class SummaTransposed(Composite):
-    """`summa_transposed(x[..., n], B[k, n], is_transposed, rows, col) -> [..., k]`: `A B^T`."""
+class SummaTransposed(TransposedBlockProduct):
+    """`summa_transposed(x[..., n], B[k, n], is_transposed, rows, col) -> [..., k]`."""
 
-    op = MeshOp("summa_transposed")
+    op, ops = _OPS[1], _OPS
 
     def rule(self, call: Call) -> Iterable[Placement]:
         (x, _), (is_transposed, rows, col) = call.operands, call.args[2:]
         result, inner = _grid(call)
         leading = rows_over(x.layout.dims[:-1], rows, col, call.mesh)
-        given = (*leading, inner), _matrix(result, inner, is_transposed)
+        given = (*leading, inner), matrix(result, inner, is_transposed)
         found = (*leading, renamed(result, rows[-1], col))
         return (placement(call, given, found, (rows[-1], col)),)
 
-    def result_type(self, x: TensorType, matrix: TensorType, *rest: Arg) -> NodeType:
-        return TensorType((*x.shape[:-1], matrix.shape[1 if rest[0] else 0]), x.dtype)
-
-    def adjoint(self, context: AdjointContext) -> Cotangents:
-        (x, matrix), options = context.operands, context.node.args[2:]
-        dx = db = None
-        if x.requires_grad:
-            dx = context.call(Summa.op, context.grad, matrix, *options)
-        if matrix.requires_grad:
-            db = context.call(SummaSum.op, context.grad, x, *options)
-        return dx, db
-
     def lower(self, context: LoweringContext) -> Node:
-        x, matrix, is_transposed, (*_, row), col = context.args
+        x, weight, is_transposed, (*_, row), col = context.args
         result, form = (1, "nn") if is_transposed else (0, "nt")
         panels = Panels(context, row, col)
 
         def fetch(step: int, after: Node | None) -> tuple[Node, ...]:
-            return x, panels.broadcast(matrix, result, row, step, after)
+            return x, panels.broadcast(weight, result, row, step, after)
 
         return panels.reduced(fetch, _multiply(context, form), len(x.tensor.shape) - 1, col)
 
 
 @composite
-class SummaSum(Composite):
-    """`summa_sum(x[..., k], y[..., n], is_transposed, rows, col) -> B[k, n]`: `A^T B`, a sum over
-    all leading dims."""
+class SummaSum(BlockSum):
+    """`summa_sum(x[..., k], y[..., n], is_transposed, rows, col) -> B[k, n]`."""
 
-    op = MeshOp("summa_sum")
+    op, ops = _OPS[2], _OPS
 
     def rule(self, call: Call) -> Iterable[Placement]:
         (x, y), (is_transposed, rows, col) = call.operands, call.args[2:]
         leading = rows_over(x.layout.dims[:-1], rows, col, call.mesh)
         inner, columns = cut(x.type.shape[-1], col), over(y.layout.dims[-1], col)
         given = (*leading, inner), (*leading, columns)
-        found = _matrix(renamed(inner, col, rows[-1]), columns, is_transposed)
+        found = matrix(renamed(inner, col, rows[-1]), columns, is_transposed)
         return (placement(call, given, found, (rows[-1], col)),)
-
-    def result_type(self, x: TensorType, y: TensorType, *rest: Arg) -> NodeType:
-        shape = (x.shape[-1], y.shape[-1])
-        return TensorType(shape[::-1] if rest[0] else shape, x.dtype)
-
-    def adjoint(self, context: AdjointContext) -> Cotangents:
-        (x, y), options = context.operands, context.node.args[2:]
-        dx = dy = None
-        if x.requires_grad:
-            dx = context.call(SummaTransposed.op, y, context.grad, *options)
-        if y.requires_grad:
-            dy = context.call(Summa.op, x, context.grad, *options)
-        return dx, dy
 
     def lower(self, context: LoweringContext) -> Node:
         x, y, is_transposed, (*_, row), col = context.args

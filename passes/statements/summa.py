@@ -1,36 +1,42 @@
-"""Split both matrices of every product in blocks over two axes.
+"""Split both matrices of every product in blocks over two axes, or over three.
 
 Before:  up_weight: f32[32, 16] = input(parameter up.weight)
          up_bias: f32[32]       = input(parameter up.bias)
          linear: f32[8, 32]     = linear(x, up_weight, up_bias)
 After:   up_weight: f32[32@col, 16@row] = input(parameter up.weight)
          up_bias: f32[32@(col, row)]    = input(parameter up.bias)
-         slice: f32[8@row, 16@col]      = slice(x, (row, col))
+         slice: f32[8@row, 16@col]      = slice(x, row, col)
          summa: f32[8@row, 32@col]      = mesh::summa(slice, up_weight, True, (row,), col)
-         all_gather: f32[32@col] varying(row) = all_gather(up_bias, row)
-         add: f32[8@row, 32@col]        = add(summa, all_gather)
+         all_gather_replicated: f32[32@col]
+                                        = all_gather_replicated(up_bias, row)
+         vary: f32[32@col] varying(row) = vary(all_gather_replicated, row)
+         add: f32[8@row, 32@col]        = add(summa, vary)
 
 `summa` lays out the parameters of linears, lookup tables and norms inside the modules that it
-names; `grid_products` puts products and lookups in blocks in the place of those of the model. All
-else follows from layouts: activations keep rows over the first axis and features over the second,
-attention has its heads over that. A table that is also an output head is multiplied as it is,
-`[v@row, d@col]`. What has one dim, and a table of positions, is stored once: split over both axes,
-and gathered over the first. With `depth=`, the 2.5-D form, activations have rows over that axis
-too, and weights are the same along it.
+names; `block_products` puts products and lookups in blocks in the place of the model's. All else
+follows from layouts: activations have rows over the first axis and features over the second, and
+attention has its heads there. A table that is an output head too is multiplied as it is. What
+operators use whole along an axis, such as a bias, is stored split over that as well. With `depth=`,
+the 2.5-D form, activations have rows over that axis too, and weights are the same along it.
+
+Over three axes weights are `[n@y, k@z]`, stored split over x as well, and activations `[m@(x, y),
+k@z]`. Each product leaves `[m@(x, z), n@y]`, so the last two axes then change places.
 Requires: modules with a product. Ensures: their parameters are pinned; products are composites.
-Elsewhere: Optimus (Xu et al., 2104.05343); Tesseract (Wang et al., 2105.14500).
+Elsewhere: Optimus (Xu et al., 2104.05343); Tesseract (Wang et al., 2105.14500); Bian et al.,
+2105.14450.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
 from meshwright.compiler.composites.embedding import Embedding
 from meshwright.compiler.composites.norm import Norm
+from meshwright.compiler.composites.product_3d import Product3d
 from meshwright.compiler.composites.summa import Summa, SummaTransposed
 from meshwright.compiler.composites.summa_embedding import SummaEmbedding
 from meshwright.compiler.graph.ir import INPUT, Arg, Builder, Node, map_nodes, rewrite
@@ -55,27 +61,43 @@ from meshwright.passes.statements.targets import modules_of
 
 aten = torch.ops.aten
 
-Found = Iterator[tuple[dsl.Summa, Node]]
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.unflatten.int}
+_THROUGH = _VIEWS | {
+    aten._to_copy.default, aten.transpose.int, aten.permute.default, aten.clone.default
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """The axes that split, at one product, the `inner` dim of the matrix, its `columns`, the
+    `features` of what is multiplied, and the `rows` of a table."""
+
+    inner: str
+    columns: str
+    features: str
+    rows: str
+
+
+def _grid(statement: dsl.Summa, turned: bool = False) -> _Grid:
+    if len(statement.over) == 2:
+        row, col = statement.over
+        return _Grid(row, col, col, row)
+    _, y, z = statement.over
+    if turned:
+        y, z = z, y
+    return _Grid(z, y, z, y)
 
 
 def summa(draft: Draft) -> Draft:
     """Pin the parameters of products, lookups and norms under `summa` statements."""
     if not draft.plan.of(dsl.Summa):
         return draft
-    tables = {table.weight for _, table in _lookups(draft)}
-    found: set[dsl.Summa] = set()
-    for statement, node in _covered(draft):
-        pinned = draft
-        if product := of_parameter(product_of(node)):
-            if product.weight not in tables and not is_convolution(node.op):
-                pinned = _linear(draft, product, statement)
-        elif node.op == Embedding.op and (table := of_parameter(Linear(node.args[0], 0, 1))):
-            pinned = _table(draft, table, statement, is_vocabulary=table.weight in tables)
-        elif node.op == Norm.op and not _is_part(node.args[0]):
-            pinned = _vectors(draft, node.args[1:3], statement)
-        if pinned is not draft:
+    covered, found = _Covered(draft), set[dsl.Summa]()
+    for node, statement in covered.statements.items():
+        after = _pinned_for(draft, node, statement, covered)
+        if after is not draft:
             found.add(statement)
-        draft = pinned
+        draft = after
     for statement in draft.plan.of(dsl.Summa):
         if statement not in found and draft.variant_of is None:
             raise _nothing(draft, statement)
@@ -83,87 +105,119 @@ def summa(draft: Draft) -> Draft:
 
 
 def store_once(draft: Draft) -> Draft:
-    """Store what operators use whole along the first axis of a `summa` split over that, too."""
+    """Store what operators use whole along some axes of a `summa` split over those, too."""
     stored, levels = dict(draft.stored), dict(draft.zero)
     for name, found in draft.inputs.items():
-        statement = next((s for s in found.statements if isinstance(s, dsl.Summa)), None)
-        if statement is None or statement.over[0] in found.layout.split_axes:
-            continue
-        layout = split_further(found.layout, statement.over[:1], draft.mesh)
-        stored[name], levels[name] = Pin(layout, (statement,)), 3
+        statement = _statement(found)
+        over = statement.over if statement else ()
+        rest = tuple(axis for axis in over if axis not in found.layout.split_axes)
+        if statement is not None and draft.mesh.size(rest) > 1:
+            layout = split_further(found.layout, rest, draft.mesh)
+            stored[name], levels[name] = Pin(layout, (statement,)), 3
     return replace(draft, stored=stored, zero=levels)
 
 
-def grid_products(draft: Draft) -> Draft:
+def block_products(draft: Draft) -> Draft:
     """Put products and lookups in blocks in the place of those whose parameters are pinned so."""
     if not draft.plan.of(dsl.Summa):
         return draft
-    covered = {node: statement for statement, node in _covered(draft)}
+    covered = _Covered(draft)
 
     def replaced(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
-        if node not in covered:
+        statement = covered.statements.get(node)
+        weight = _multiplied(node) or _looked_up(node)
+        own = draft.inputs.get(input_key(weight.weight)) if weight else None
+        if statement is None or weight is None or own is None or _statement(own) is None:
             return None
-        return _in_blocks(draft, builder, node, mapping, covered[node])
+        args = map_nodes(node.args, mapping.__getitem__)
+        if node.op == Embedding.op:
+            return _lookup(builder, node, args, own, statement)
+        axes = _product_axes(statement, covered.turned(_left(node)))
+        return _product(builder, node, args, own, axes)
 
     return replace(draft, graph=rewrite(draft.graph, replaced))
 
 
-def _covered(draft: Draft) -> Found:
+class _Covered:
     """The nodes inside modules that a statement names, with that of the innermost."""
-    resolved = draft.plan.resolve(dsl.Summa, modules_of(draft, dsl.Summa))
-    for node in draft.graph.nodes:
-        paths = (path for path, _ in reversed(node.origin.modules))
-        statement = next((resolved[path] for path in paths if path in resolved), None)
-        statement = statement or resolved.get("")
-        if statement is not None:
-            yield statement, node
+
+    def __init__(self, draft: Draft) -> None:
+        resolved = draft.plan.resolve(dsl.Summa, modules_of(draft, dsl.Summa))
+        self.statements: dict[Node, dsl.Summa] = {}
+        self.tables: set[Node] = set()
+        """The tables that inputs of the program are looked up in: vocabularies, not positions."""
+        self._turned: dict[Node, bool] = {}
+        given: set[Node] = set()
+        for node in draft.graph.nodes:
+            around = (path for path, _ in reversed(node.origin.modules))
+            path = next((path for path in around if path in resolved), "")
+            if path in resolved:
+                self.statements[node] = resolved[path]
+            if (node.op == INPUT and not node.of_model) or given.intersection(node.operands()):
+                given.add(node)
+            table = _looked_up(node)
+            if table is not None and node in self.statements and node.args[1] in given:
+                self.tables.add(table.weight)
+            self._turn(node)
+
+    def turned(self, node: Node) -> bool:
+        """Whether the last two of three axes have changed places in activations."""
+        return self._turned.get(node, False)
+
+    def _turn(self, node: Node) -> None:
+        known = [self._turned[each] for each in node.operands() if each in self._turned]
+        statement = self.statements.get(node)
+        if statement is not None and len(statement.over) == 3 and _multiplied(node):
+            self._turned[node] = not self.turned(_left(node))
+        elif known:
+            self._turned[node] = known[0]
 
 
-def _lookups(draft: Draft) -> Iterator[tuple[dsl.Summa, Linear]]:
-    """The tables that inputs of the program are looked up in: vocabularies, not positions."""
-    given: set[Node] = set()
-    for node in draft.graph.nodes:
-        argument = node.op == INPUT and not node.of_model
-        if argument or any(operand in given for operand in node.operands()):
-            given.add(node)
-    for statement, node in _covered(draft):
-        table = of_parameter(Linear(node.args[0], 0, 1)) if node.op == Embedding.op else None
-        if table is not None and node.args[1] in given:
-            yield statement, table
+def _pinned_for(draft: Draft, node: Node, statement: dsl.Summa, covered: _Covered) -> Draft:
+    """`draft` with the parameters pinned that a node uses."""
+    if product := _multiplied(node):
+        if product.weight in covered.tables:
+            return draft
+        return _linear(draft, product, statement, _grid(statement, covered.turned(_left(node))))
+    if table := _looked_up(node):
+        return _table(draft, table, statement, table.weight in covered.tables)
+    if node.op == Norm.op and not _is_part(node.args[0]):
+        return _vectors(draft, node, statement, _grid(statement, covered.turned(node)).features)
+    return draft
 
 
-def _linear(draft: Draft, product: Linear, statement: dsl.Summa) -> Draft:
-    """Pin `[n@col, k@row]`, and biases `[n@col]`."""
-    weight, (row, _) = product.weight, statement.over
-    shape, text = weight.tensor.shape, tensor_text(weight, shape=False)
-    columns = to_dim(draft.plan.columns_dim(statement, shape, product.features, text))
-    inner = _blocks(draft, weight, product.inputs, row, statement, "input features")
+def _linear(draft: Draft, product: Linear, statement: dsl.Summa, grid: _Grid) -> Draft:
+    """Pin a matrix over two axes, `[n@col, k@row]`, and biases, `[n@col]`."""
+    weight, shape = product.weight, product.weight.tensor.shape
+    text, over = tensor_text(weight, shape=False), (grid.columns,)
+    columns = to_dim(draft.plan.columns_dim(statement, shape, product.features, text, over))
+    inner = _blocks(draft, weight, product.inputs, grid.inner, statement, "input features")
     draft = pin(draft, weight, {product.features: columns, product.inputs: inner}, statement)
     for bias in product.biases:
         draft = pin(draft, bias, {0: columns}, statement)
     return draft
 
 
-def _table(draft: Draft, table: Linear, statement: dsl.Summa, *, is_vocabulary: bool) -> Draft:
+def _table(draft: Draft, table: Linear, statement: dsl.Summa, is_vocabulary: bool) -> Draft:
     """Pin `[v@row, d@col]`, padded where it does not divide; of positions, `[v, d@col]`."""
-    weight, (row, col) = table.weight, statement.over
-    width = _blocks(draft, weight, 1, col, statement, "features")
+    weight, grid = table.weight, _grid(statement)
+    width = _blocks(draft, weight, 1, grid.features, statement, "features")
     if not is_vocabulary:
         return pin(draft, weight, {1: width}, statement)
-    key, steps = input_key(weight), _steps(draft, statement)
+    steps = _steps(draft, statement, grid.rows)
     size = -(-weight.tensor.shape[0] // steps) * steps
-    layout = Layout((cut(size, row), width))
+    layout, key = Layout((cut(size, grid.rows), width)), input_key(weight)
     before = draft.inputs.get(key)
     if before is not None and not before.layout.equals(layout, draft.mesh):
         raise contradiction(draft, weight, before.statements, statement)
     return with_pin(draft, key, Pin(layout, (statement,)))
 
 
-def _vectors(draft: Draft, nodes: Iterable[object], statement: dsl.Summa) -> Draft:
+def _vectors(draft: Draft, norm: Node, statement: dsl.Summa, axis: str) -> Draft:
     """Pin the weight and the bias of a norm: `[n@col]`."""
-    for node in nodes:
+    for node in norm.args[1:3]:
         if isinstance(node, Node) and node.op == INPUT and node.of_model:
-            dim = _blocks(draft, node, 0, statement.over[1], statement, "features")
+            dim = _blocks(draft, node, 0, axis, statement, "features")
             draft = pin(draft, node, {0: dim}, statement)
     return draft
 
@@ -172,21 +226,26 @@ def _blocks(
     draft: Draft, weight: Node, dim: int, axis: str, statement: dsl.Summa, what: str
 ) -> Dim:
     """A dim in blocks over an axis, each of which can be cut into panels."""
-    size, steps = weight.tensor.shape[dim], _steps(draft, statement)
+    size, steps = weight.tensor.shape[dim], _steps(draft, statement, axis)
     if size % steps == 0:
         return cut(size, axis)
-    sizes = ", ".join(f"{name}={draft.mesh.size(name)}" for name in statement.over)
+    over = statement.over if len(statement.over) == 2 else (axis,)
+    sizes = ", ".join(f"{name}={draft.mesh.size(name)}" for name in over)
     raise draft.plan.error(
         "P203",
         f"cannot split {size} {what} over {sizes}",
         statement.at("over"),
         subject=tensor_text(weight),
-        help=f"use axes whose least common multiple, {steps} here, divides {size}",
+        help=f"use sizes of axes whose least common multiple divides {size}"
+        if len(over) > 1
+        else f"use a size of the axis that divides {size}",
     )
 
 
-def _steps(draft: Draft, statement: dsl.Summa) -> int:
-    return math.lcm(*map(draft.mesh.size, statement.over))
+def _steps(draft: Draft, statement: dsl.Summa, axis: str) -> int:
+    """The number of equal parts that a dim over an axis is cut into."""
+    over = statement.over if len(statement.over) == 2 else (axis,)
+    return math.lcm(*map(draft.mesh.size, over))
 
 
 def _is_part(x: Node) -> bool:
@@ -199,62 +258,66 @@ def _is_part(x: Node) -> bool:
     return False
 
 
-_VIEWS = {aten.view.default, aten._unsafe_view.default, aten.unflatten.int}
-_THROUGH = _VIEWS | {
-    aten._to_copy.default, aten.transpose.int, aten.permute.default, aten.clone.default
-}  # fmt: skip
+def _multiplied(node: Node) -> Linear | None:
+    """The matrix that rows are multiplied by, if it is a parameter."""
+    product = None if is_convolution(node.op) else product_of(node)
+    rows = product is not None and len(_left(node).tensor.shape) > 1
+    return of_parameter(product) if rows else None
 
 
-def _in_blocks(
-    draft: Draft,
-    builder: Builder,
-    node: Node,
-    mapping: Mapping[Node, Node],
-    statement: dsl.Summa,
+def _looked_up(node: Node) -> Linear | None:
+    """The table of a lookup, if it is a parameter."""
+    return of_parameter(Linear(node.args[0], 0, 1)) if node.op == Embedding.op else None
+
+
+def _left(node: Node) -> Node:
+    """What a product multiplies by its matrix."""
+    found: Node = node.args[1 if node.op == aten.addmm.default else 0]
+    return found
+
+
+def _statement(found: Pin) -> dsl.Summa | None:
+    return next((each for each in found.statements if isinstance(each, dsl.Summa)), None)
+
+
+def _product_axes(statement: dsl.Summa, turned: bool) -> tuple[Arg, ...]:
+    """The last arguments of the composite that multiplies."""
+    if len(statement.over) == 2:
+        row, col = statement.over
+        return (*([statement.depth] if statement.depth else []), row), col
+    grid = _grid(statement, turned)
+    return statement.over[0], grid.columns, grid.inner
+
+
+def _lookup(
+    builder: Builder, node: Node, args: tuple[Arg, ...], own: Pin, statement: dsl.Summa
 ) -> Node | None:
-    """What takes the place of a node; None for what stays as it is."""
-    (row, col), depth = statement.over, statement.depth
-    rows = (*([depth] if depth else []), row)
-    args = map_nodes(node.args, mapping.__getitem__)
-    if node.op == Embedding.op:
-        pinned = _pinned(draft, of_parameter(Linear(node.args[0], 0, 1)))
-        if pinned is None or row not in pinned.layout.split_axes:
-            return None
-        table, index, padding_idx, *known = args
-        num_rows = known[0] if known else table.tensor.shape[0]
-        given = (table, index, padding_idx, num_rows, rows, col)
-        return emit_for(node, builder, SummaEmbedding.op, given, name=node.name)
-    product = product_of(node)
-    pinned = _pinned(draft, of_parameter(product))
-    if product is None or pinned is None or is_convolution(node.op):
+    """A lookup in a table over two axes; None for one whose rows are whole, and in the 3-D form."""
+    if len(statement.over) == 3 or _grid(statement).rows not in own.layout.split_axes:
         return None
-    bias, x, weight = _operands(node, args)
-    if len(x.tensor.shape) < 2:
-        return None
-    parameter = of_parameter(product)
-    assert parameter is not None
-    split = dim_axes(pinned.layout.dims[parameter.features])
-    op, is_transposed = (
-        (SummaTransposed.op, product.features == 1)
-        if split == (row,)
-        else (Summa.op, product.features == 0)
-    )
-    found = emit_for(node, builder, op, (x, weight, is_transposed, rows, col))
-    return emit_for(node, builder, aten.add.Tensor, (found, bias)) if bias else found
+    table, index, padding_idx, *known = args
+    num_rows = known[0] if known else table.tensor.shape[0]
+    given = (table, index, padding_idx, num_rows, *_product_axes(statement, False))
+    return emit_for(node, builder, SummaEmbedding.op, given, name=node.name)
 
 
-def _operands(node: Node, args: tuple[Arg, ...]) -> tuple[Node | None, Node, Node]:
-    """The bias of a product, what is multiplied, and the weight."""
-    if node.op == aten.addmm.default:
-        return args[0], args[1], args[2]
+def _product(
+    builder: Builder, node: Node, args: tuple[Arg, ...], own: Pin, axes: tuple[Arg, ...]
+) -> Node:
+    """A product in blocks, and a bias after it."""
+    product, parameter = product_of(node), _multiplied(node)
+    assert product is not None and parameter is not None
     x, weight, bias = (*args, None)[:3]
-    return bias, x, weight
-
-
-def _pinned(draft: Draft, found: Linear | None) -> Pin | None:
-    """How a statement `summa` has laid out a weight."""
-    own = draft.inputs.get(input_key(found.weight)) if found else None
-    return own if own and any(isinstance(s, dsl.Summa) for s in own.statements) else None
+    if node.op == aten.addmm.default:
+        bias, x, weight = args
+    op, is_transposed = Product3d.op, product.features == 0
+    if len(axes) == 2:
+        op = Summa.op
+        if axes[1] not in dim_axes(own.layout.dims[parameter.features]):
+            # A table, which has rows where other weights have columns.
+            op, is_transposed = SummaTransposed.op, not is_transposed
+    found = emit_for(node, builder, op, (x, weight, is_transposed, *axes))
+    return emit_for(node, builder, aten.add.Tensor, (found, bias)) if bias is not None else found
 
 
 def _nothing(draft: Draft, statement: dsl.Summa) -> PlanError:
