@@ -1,10 +1,10 @@
 """Products of matrices in blocks over three axes, by gathers and one scattered sum.
 
-Before:  product_3d: f32[8@(x, z), 32@y]       = mesh::product_3d(a, b, True, x, y, z)
-After:   all_gather_replicated: f32[8@x, 16@z] = all_gather_replicated(a, y)
-         panel_product: f32[8@x, 32@y] partial(z)
-                                               = mesh::panel_product(all_gather_replicated, b, nt)
-         reduce_scatter: f32[8@(x, z), 32@y]   = reduce_scatter(panel_product, z)
+Before:  product_3d: f32[8@(x, z), 32@y] = mesh::product_3d(slice, vary, True, x, y, z)
+After:   all_gather_replicated_1: f32[8@x, 16@z]  = all_gather_replicated(slice, y)
+         panel_product: f32[8@x, 32@y] partial(z) =
+             mesh::panel_product(all_gather_replicated_1, vary, nt)
+         reduce_scatter: f32[8@(x, z), 32@y]      = reduce_scatter(panel_product, z)
 
 Activations `[m@(x, y), k@z]` are gathered over y, and multiplied by `[k@z, n@y]`, which is the same
 along x; the sum over z leaves `[m@(x, z), n@y]`. So y and z change places from one product to the

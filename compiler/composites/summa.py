@@ -1,9 +1,9 @@
 """Products of matrices in blocks over two axes: SUMMA, one panel of each matrix at a time.
 
-Before:  summa: f32[8@row, 32@col] = mesh::summa(x, up_weight, True, (row,), col)
-After:   broadcast: f32[8@row, 8] varying(col)    = broadcast(x, col, root=0)
+Before:  summa: f32[8@row, 32@col] = mesh::summa(slice, up_weight, True, [row], col)
+After:   broadcast: f32[8@row, 8] varying(col)    = broadcast(slice, col, root=0)
          broadcast_1: f32[32@col, 8] varying(row) = broadcast(up_weight, row, root=0)
-         broadcast_2: f32[8@row, 8] varying(col)  = broadcast(x, col, root=1)
+         broadcast_2: f32[8@row, 8] varying(col)  = broadcast(slice, col, root=1)
          broadcast_3: f32[32@col, 8] varying(row) = broadcast(up_weight, row, root=1)
          panel_product: f32[8@row, 32@col]        = mesh::panel_product(broadcast,
              broadcast_1, nt)

@@ -1,12 +1,12 @@
 """Lookups in a table of which each rank of a grid holds a block: `[v@row, d@col]`.
 
-Before:  summa_embedding: f32[8@row, 16@col] = mesh::summa_embedding(wte_weight, tokens, -1, 48,
-             (row,), col)
-After:   broadcast: f32[24, 16@col] varying(row)   = broadcast(wte_weight, row, root=0)
-         broadcast_1: f32[24, 16@col] varying(row) = broadcast(wte_weight, row, root=1)
-         block_lookup: f32[8@row, 16@col]          = mesh::block_lookup(broadcast, tokens, 0, 48)
-         add_block_lookup: f32[8@row, 16@col]      = mesh::add_block_lookup(block_lookup,
-             broadcast_1, tokens, 24, 48)
+Before:  embedding: f32[8@row, 8, 32@col] = mesh::summa_embedding(wte_weight, slice, -1,
+             48, [row], col)
+After:   broadcast: f32[24, 32@col] varying(row)   = broadcast(wte_weight, row, root=0)
+         broadcast_1: f32[24, 32@col] varying(row) = broadcast(wte_weight, row, root=1)
+         block_lookup: f32[8@row, 8, 32@col]       = mesh::block_lookup(broadcast, slice, 0, 48)
+         add_block_lookup: f32[8@row, 8, 32@col]   = mesh::add_block_lookup(block_lookup,
+             broadcast_1, slice, 24, 48)
 
 Blocks of rows are broadcast one after the other, and each rank looks up its own tokens in them; the
 gradient of each block is reduced to where it is kept.

@@ -6,14 +6,15 @@ Before:  up_weight: f32[32, 16] = input(parameter up.weight)
 After:   up_weight: f32[32@col, 16@row] = input(parameter up.weight)
          up_bias: f32[32@(col, row)]    = input(parameter up.bias)
          slice: f32[8@row, 16@col]      = slice(x, row, col)
-         summa: f32[8@row, 32@col]      = mesh::summa(slice, up_weight, True, (row,), col)
+         summa: f32[8@row, 32@col]      = mesh::summa(slice, up_weight, True, [row], col)
          all_gather_replicated: f32[32@col]
                                         = all_gather_replicated(up_bias, row)
          vary: f32[32@col] varying(row) = vary(all_gather_replicated, row)
          add: f32[8@row, 32@col]        = add(summa, vary)
 
 `summa` lays out the parameters of linears, lookup tables and norms inside the modules that it
-names; `block_products` puts products and lookups in blocks in the place of the model's. All else
+names, but not what `columns`, `rows` or `vocab` lay out; `block_products` puts products and lookups
+in blocks in the place of the model's. All else
 follows from layouts: activations have rows over the first axis and features over the second, and
 attention has its heads there. A table that is an output head too is multiplied as it is. What
 operators use whole along an axis, such as a bias, is stored split over that as well. With `depth=`,
@@ -40,6 +41,7 @@ from meshwright.compiler.composites.product_3d import Product3d
 from meshwright.compiler.composites.summa import Summa, SummaTransposed
 from meshwright.compiler.composites.summa_embedding import SummaEmbedding
 from meshwright.compiler.graph.ir import INPUT, Arg, Builder, Node, map_nodes, rewrite
+from meshwright.compiler.graph.text import node_type_text
 from meshwright.compiler.layout.factors import Dim, cut, dim_axes
 from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl import statements as dsl
@@ -55,7 +57,14 @@ from meshwright.passes.statements.linears import (
     product_of,
     tables,
 )
-from meshwright.passes.statements.pins import contradiction, pin, tensor_text, to_dim, with_pin
+from meshwright.passes.statements.pins import (
+    contradiction,
+    module_text,
+    pin,
+    tensor_text,
+    to_dim,
+    with_pin,
+)
 from meshwright.passes.statements.stored import split_further
 from meshwright.passes.statements.targets import modules_of
 
@@ -132,8 +141,12 @@ def block_products(draft: Draft) -> Draft:
         args = map_nodes(node.args, mapping.__getitem__)
         if node.op == Embedding.op:
             return _lookup(builder, node, args, own, statement)
-        axes = _product_axes(statement, covered.turned(_left(node)))
-        return _product(builder, node, args, own, axes)
+        turned = covered.turned(_left(node))
+        form = _form(weight, own, _grid(statement, turned))
+        if form is None:
+            return None
+        _check_rows(draft, node, statement)
+        return _product(builder, node, args, form, _product_axes(statement, turned))
 
     return replace(draft, graph=rewrite(draft.graph, replaced))
 
@@ -143,6 +156,8 @@ class _Covered:
 
     def __init__(self, draft: Draft) -> None:
         resolved = draft.plan.resolve(dsl.Summa, modules_of(draft, dsl.Summa))
+        self.others = {name for name, own in draft.inputs.items() if _statement(own) is None}
+        """What other statements lay out."""
         self.statements: dict[Node, dsl.Summa] = {}
         self.tables: set[Node] = set()
         """The tables that inputs of the program are looked up in: vocabularies, not positions."""
@@ -175,6 +190,9 @@ class _Covered:
 
 def _pinned_for(draft: Draft, node: Node, statement: dsl.Summa, covered: _Covered) -> Draft:
     """`draft` with the parameters pinned that a node uses."""
+    weight = _multiplied(node) or _looked_up(node)
+    if weight and input_key(weight.weight) in covered.others:
+        return draft
     if product := _multiplied(node):
         if product.weight in covered.tables:
             return draft
@@ -289,6 +307,24 @@ def _product_axes(statement: dsl.Summa, turned: bool) -> tuple[Arg, ...]:
     return statement.over[0], grid.columns, grid.inner
 
 
+def _check_rows(draft: Draft, node: Node, statement: dsl.Summa) -> None:
+    """Raises `PlanError` where the rows of what is multiplied cannot be split."""
+    axes = [*statement.over[: -1 if len(statement.over) == 2 else 2], statement.depth]
+    over = {axis: draft.mesh.size(axis) for axis in axes if axis}
+    *leading, _ = _left(node).tensor.shape
+    if any(size % math.prod(over.values()) == 0 for size in leading):
+        return
+    sizes = ", ".join(f"{axis}={size}" for axis, size in over.items())
+    found = node_type_text(_left(node), draft.graph)
+    raise draft.plan.error(
+        "P203",
+        f"cannot split {' x '.join(map(str, leading))} rows over {sizes}",
+        statement.at("over"),
+        subject=f"what {module_text(node.origin.module)} multiplies: {found}",
+        help="use a batch that the axes divide, or smaller axes",
+    )
+
+
 def _lookup(
     builder: Builder, node: Node, args: tuple[Arg, ...], own: Pin, statement: dsl.Summa
 ) -> Node | None:
@@ -301,21 +337,30 @@ def _lookup(
     return emit_for(node, builder, SummaEmbedding.op, given, name=node.name)
 
 
+def _form(weight: Linear, own: Pin, grid: _Grid) -> str | None:
+    """Whether a parameter is laid out as a `matrix` or, with rows where that has columns, as a
+    `table`; None if a `shard` gives it another layout."""
+    dims = (own.layout.dims[dim] for dim in (weight.features, weight.inputs))
+    axes = tuple(map(dim_axes, dims))
+    if axes == ((grid.columns,), (grid.inner,)):
+        return "matrix"
+    return "table" if axes == ((grid.rows,), (grid.features,)) else None
+
+
 def _product(
-    builder: Builder, node: Node, args: tuple[Arg, ...], own: Pin, axes: tuple[Arg, ...]
+    builder: Builder, node: Node, args: tuple[Arg, ...], form: str, axes: tuple[Arg, ...]
 ) -> Node:
     """A product in blocks, and a bias after it."""
-    product, parameter = product_of(node), _multiplied(node)
-    assert product is not None and parameter is not None
+    product = product_of(node)
+    assert product is not None
     x, weight, bias = (*args, None)[:3]
     if node.op == aten.addmm.default:
         bias, x, weight = args
     op, is_transposed = Product3d.op, product.features == 0
-    if len(axes) == 2:
+    if form == "table":
+        op, is_transposed = SummaTransposed.op, not is_transposed
+    elif len(axes) == 2:
         op = Summa.op
-        if axes[1] not in dim_axes(own.layout.dims[parameter.features]):
-            # A table, which has rows where other weights have columns.
-            op, is_transposed = SummaTransposed.op, not is_transposed
     found = emit_for(node, builder, op, (x, weight, is_transposed, *axes))
     return emit_for(node, builder, aten.add.Tensor, (found, bias)) if bias is not None else found
 

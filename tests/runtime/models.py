@@ -63,6 +63,7 @@ PLANS = {
     "data": "mesh dp=2\n" + _DATA,
     "tensor": "mesh tp=2\n" + _MLP + "vocab wte, head over tp\n",
     "both": "mesh dp=2, tp=2\n" + _DATA + _MLP + "vocab wte, head over tp\n",
+    "blocks": "mesh row=2, col=2\nsumma ** over (row, col)\n",
     "sequence": "mesh tp=2\n" + _MLP + "sequence blocks.* over tp\n",
     "zero": "mesh dp=2, tp=2\n" + _DATA + _MLP + "zero 3 over dp\naccumulate 2\n"
     "offload parameters blocks.*.up\noffload optimizer\n",
