@@ -55,6 +55,7 @@ vocab head over model
 sequence blocks.[0:6] over col
 context **.attn over row method=ulysses
 summa blocks.* over (row, col) depth=pp
+summa blocks.*.attn over (row, col) as (3 heads hd) depth=pp
 experts blocks.*.mlp over row count=8 route=switch top=2 capacity=1.25 balance=bias
 experts moe over row dropless=true
 zero 3 blocks.* over row
