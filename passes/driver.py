@@ -60,6 +60,7 @@ from meshwright.passes.statements.accumulate import accumulate
 from meshwright.passes.statements.balance import balance
 from meshwright.passes.statements.checkpoint import checkpoint
 from meshwright.passes.statements.columns import columns
+from meshwright.passes.statements.context import context
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
 from meshwright.passes.statements.fragments import with_fragments
@@ -101,6 +102,8 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     sequence,
     pad_sequences,
     block_products,
+    # Attention over split sequences.
+    context,
     # What the backward computes again.
     checkpoint,
     # The stages of a pipeline.

@@ -26,6 +26,7 @@ from meshwright.compiler.graph.ir import (
     Graph,
     MeshOp,
     Node,
+    NodeLayout,
     NodeType,
     Op,
     map_nodes,
@@ -33,7 +34,7 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.composite import composite_of
+from meshwright.compiler.placing.composite import Lowered, composite_of
 from meshwright.compiler.placing.emit import Emitter
 
 
@@ -47,9 +48,17 @@ class Lowering:
     def mesh(self) -> Mesh:
         return self.emitter.mesh
 
-    def call(self, op: Op, *args: Arg, type: NodeType = None) -> Node:
+    def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
         """Emit a step, placed by its rule."""
-        return self.emitter.call(op, args, origin=self.node.origin, type=type)
+        return self.emitter.call(op, args, kwargs, origin=self.node.origin, type=type)
+
+    def items(self, source: Node) -> list[Node | None]:
+        """The results of a step that has multiple."""
+        assert isinstance(source.type, tuple), source.name
+        return [
+            type and self.emitter.item(source, i, self.node.origin)
+            for i, type in enumerate(source.type)
+        ]
 
     def reshard(self, value: Node, layout: Layout) -> Node:
         """`value` in another layout, by as many collectives as that takes."""
@@ -81,28 +90,43 @@ def lower(graph: Graph) -> Graph:
     # Nothing is differentiated again.
     emitter = Emitter(Builder(graph.name, graph.mesh), backward=True)
 
+    results: dict[Node, tuple[Node | None, ...]] = {}
+
     def lowered(builder: Builder, node: Node, mapping: dict[Node, Node]) -> Node | None:
+        if node.op == GETITEM and node.args[0] in results:
+            return results[node.args[0]][node.args[1]]
         if returned := _returned(node):
             return mapping[returned]
-        return _steps(emitter, node, map_nodes(node.args, mapping.__getitem__))
+        found = _steps(emitter, node, map_nodes(node.args, mapping.__getitem__))
+        if isinstance(found, tuple):
+            results[node] = found
+            return next(filter(None, found))  # only its items are used
+        return found
 
     return rewrite(graph, lowered, builder=emitter.builder)
 
 
-def _steps(emitter: Emitter, node: Node, args: tuple[Arg, ...]) -> Node | None:
-    """The node that replaces a composite whose special dim is split; None for any other node."""
+def _steps(emitter: Emitter, node: Node, args: tuple[Arg, ...]) -> Lowered:
+    """What replaces a composite whose special dim is split; None for any other node."""
     known = composite_of(node.op)
     if known is None:
         return None
     emitter.builder.phase = node.phase
     found = known.lower(Lowering(emitter, node, args))
-    if found is not None and (found.type, found.layout) != (node.type, node.layout):
+    if found is not None and _form(found) != (node.type, node.layout):
         raise PassError(
-            f"`{node.op}` is lowered to {found.type} as {found.layout}",
+            f"`{node.op}` is lowered to {_form(found)}",
             culprit=f"{node.name}: {node.type} as {node.layout}",
             help="report this: a lowering keeps types and layouts",
         )
     return found
+
+
+def _form(found: Node | tuple[Node | None, ...]) -> tuple[NodeType, NodeLayout]:
+    """The types and layouts of results."""
+    if isinstance(found, Node):
+        return found.type, found.layout
+    return tuple(x and x.tensor for x in found), tuple(x and x.placed for x in found)
 
 
 def _returned(node: Node) -> Node | None:

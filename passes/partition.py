@@ -27,6 +27,7 @@ import torch
 
 from meshwright.compiler.autodiff.decompositions import DECOMPOSITIONS, decompose
 from meshwright.compiler.composites.attention import Attention
+from meshwright.compiler.composites.ring_attention import RingAttention
 from meshwright.compiler.graph.fragment import FragmentCall
 from meshwright.compiler.graph.ir import (
     GETITEM,
@@ -47,8 +48,16 @@ from meshwright.compiler.layout.extents import Padding, padding_between
 from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.placing.emit import Emitter, is_floating
-from meshwright.dsl.statements import Stages
+from meshwright.dsl.statements import Context, Stages
 from meshwright.passes.rewriting.recognise import repeated_heads
+from meshwright.passes.statements.contexts import (
+    HEADS,
+    TOKENS,
+    Contexts,
+    in_ring,
+    repeats,
+    uneven_heads,
+)
 from meshwright.passes.statements.draft import Draft, Pin, input_key
 from meshwright.passes.statements.linears import contracted_dim, is_convolution
 from meshwright.passes.statements.pins import pin_lines
@@ -95,6 +104,7 @@ class _Partitioner:
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
         self.emitter.planned = self.sequences.moves
+        self.contexts = Contexts(draft.graph, draft.attending, draft.mesh)
 
     def run(self) -> Draft:
         for node in self.graph.nodes:
@@ -124,6 +134,11 @@ class _Partitioner:
         for value, pin in self.draft.entering.get(node, ()):
             new = self._to(self.mapping[value], pin.layout, node, pin_lines(pin))
             self.mapping[value] = new
+        for value, statement in self.contexts.entries.get(node, ()):
+            layout = self.contexts.split(self.mapping[value].placed, 1, statement.over)
+            if layout is not None:
+                line = statement.plan_line
+                self.mapping[value] = self._to(self.mapping[value], layout, node, line)
         for value, flow in self.sequences.entries.get(node, ()):
             layout = self.sequences.split(self.mapping[value], flow)
             if layout is not None:
@@ -150,7 +165,7 @@ class _Partitioner:
             return self.mapping[node.args[0]]
         return (
             self._biased(node)
-            or self._grouped(node)
+            or self._attention(node)
             or self._in_pieces(node)
             or self._call(node, node.op, node.args)
         )
@@ -206,50 +221,85 @@ class _Partitioner:
             requires_grad=like.requires_grad,
         )
 
-    def _grouped(self, node: Node) -> Node | None:
-        """Attention on repeated heads of keys and values takes them as they were before.
-
-        Where there are fewer of them than ranks, each rank repeats them all and takes its own.
-        """
+    def _attention(self, node: Node) -> Node | None:
+        """Attention, where it is split along the sequence as a statement says."""
         if node.op != Attention.op:
             return None
-        q, k, v, *rest = node.args
-        keys, values = repeated_heads(k), repeated_heads(v)
-        if keys is None or values is None or keys.tensor.shape[1] != values.tensor.shape[1]:
-            return None
+        statement = self.contexts.around(node)
+        if statement is not None and statement.method == "ulysses":
+            return self._by_head(node, statement)
+        op, args = node.op, node.args
+        if statement is not None:
+            op, args = RingAttention.op, in_ring(node, statement)
+        return self._call(node, op, self._grouped(node, op, args))
+
+    def _grouped(self, node: Node, op: Op, args: tuple[Arg, ...]) -> tuple[Arg, ...]:
+        """The arguments of attention, of which keys and values are those that a model repeats.
+
+        Where there are fewer heads of them than ranks, each rank repeats them all and takes its
+        own.
+        """
+        q, k, v, *rest = args
+        keys, values = _single_heads(node)
         grouped = (q, keys, values, *rest)
-        least = self._moved(node, grouped)
-        if least == 0.0:
-            return self._call(node, node.op, grouped)
+        if (keys, values) == (k, v) or (least := self._moved(node, op, grouped)) == 0.0:
+            return grouped
         axes = dim_axes(self.mapping[q].placed.dims[1])
-        repeated = [
-            self._repeated(node, self.mapping[single], x, axes)
-            for single, x in ((keys, k), (values, v))
-        ]
-        args = (q, *repeated, *rest)
-        return self._call(node, node.op, args if self._moved(node, args) < least else grouped)
+        args = (q, k, v, *rest)
+        held = [self.mapping[x].placed.state(axis) for x in (keys, values) for axis in axes]
+        if axes and set(held) == {"replicated"}:
+            count = k.tensor.shape[HEADS]
+            own = (self._repeated(node, self.mapping[x], count, axes) for x in (keys, values))
+            args = (q, *own, *rest)
+        return args if self._moved(node, op, args) < least else grouped
 
-    def _repeated(self, node: Node, heads: Node, x: Node, axes: tuple[str, ...]) -> Node:
-        """`heads` repeated to the shape of `x` by each rank, if every rank has them whole."""
-        layout = heads.placed
-        if not axes or any(layout.state(axis) != "replicated" for axis in axes):
-            return self.mapping[x]
-        if heads.requires_grad:
-            heads = self.emitter.reshard(heads, layout.add_varying(axes), node.origin)
+    def _by_head(self, node: Node, statement: Context) -> Node:
+        """Attention that is split by head over the axes over which its operands are split along the
+        sequence."""
+        line, over = statement.plan_line, statement.over
+        q, *rest = node.args[:1] + _single_heads(node)
+        q = self.mapping[q]
+        by_head = self.contexts.split(q.placed, HEADS, over)
+        if by_head is None:
+            raise uneven_heads(self.draft, node, q.placed, statement)
+        axes = dim_axes(by_head.dims[HEADS])
+        operands = [self._to(q, by_head, node, line)]
+        for x in rest:
+            groups, ranks = x.tensor.shape[HEADS], self.draft.mesh.size(axes)
+            x = self._repeated(node, self.mapping[x], groups * repeats(groups, ranks), axes)
+            layout = self.contexts.split(x.placed, HEADS, axes)
+            assert layout is not None, x.name
+            operands.append(self._to(x, layout, node, line))
+        new = self._call(node, node.op, (*operands, *node.args[3:]))
+        out, lse = (self.emitter.item(new, i, node.origin) for i in range(2))
+        by_token = self.contexts.split(out.placed, TOKENS, over)
+        assert by_token is not None, out.name
+        self.results[node] = [self._to(out, by_token, node, line), lse]
+        return new
+
+    def _repeated(self, node: Node, heads: Node, count: int, axes: tuple[str, ...]) -> Node:
+        """`heads` repeated to `count` by each rank, in a row; they become varying over those of
+        `axes` over which every rank has them."""
         b, groups, *rest = heads.tensor.shape
-        shape = (b, groups, x.tensor.shape[1] // groups, *rest)
+        if groups == count:
+            return heads
+        layout = heads.placed
+        same = [axis for axis in axes if layout.state(axis) == "replicated"]
+        if heads.requires_grad and same:
+            heads = self.emitter.reshard(heads, layout.add_varying(same), node.origin)
         single = self._added(node, aten.unsqueeze.default, (heads, 2), heads)
-        expanded = self._added(node, aten.expand.default, (single, shape), heads)
-        return self._added(node, aten.view.default, (expanded, x.tensor.shape), heads)
+        repeated = (b, groups, count // groups, *rest)
+        expanded = self._added(node, aten.expand.default, (single, repeated), heads)
+        return self._added(node, aten.view.default, (expanded, (b, count, *rest)), heads)
 
-    def _moved(self, node: Node, args: tuple[Arg, ...]) -> float:
-        """The bytes that placing `node` on these arguments moves."""
+    def _moved(self, node: Node, op: Op, args: tuple[Arg, ...]) -> float:
+        """The bytes that placing `op` on these arguments, for `node`, moves."""
         args, kwargs, proposals = self._arguments(node, args)
-        return self.emitter.moved_bytes(node.op, args, kwargs, node.type, proposals)
+        return self.emitter.moved_bytes(op, args, kwargs, node.type, proposals)
 
     def _in_pieces(self, node: Node) -> Node | None:
         """Place an operator that would gather as the operators that it is made of."""
-        if node.op not in DECOMPOSITIONS or self._moved(node, node.args) == 0.0:
+        if node.op not in DECOMPOSITIONS or self._moved(node, node.op, node.args) == 0.0:
             return None
         values = [self.mapping[n] for n in call_operands(node.args, node.kwargs)]
         operands = tuple(n.tensor for n in values)
@@ -406,6 +456,15 @@ class _Partitioner:
         pads = [each for more in reversed(list(added)) for each in (0, more)]
         args = (value, pads)
         return self.emitter.call(aten.constant_pad_nd.default, args, origin=value.origin)
+
+
+def _single_heads(node: Node) -> tuple[Node, Node]:
+    """The keys and values of attention as they are before a model repeats them."""
+    k, v = node.args[1:3]
+    keys, values = repeated_heads(k), repeated_heads(v)
+    if keys is None or values is None or keys.tensor.shape[1] != values.tensor.shape[1]:
+        return k, v
+    return keys, values
 
 
 def _bias_apart(node: Node) -> tuple[Op, tuple[Arg, ...], Node, int] | None:

@@ -33,11 +33,14 @@ from meshwright.compiler.placing.rules.notation import (
     Letters,
     Spec,
     broadcast_letters,
+    present_terms,
 )
 
-_QUERY, _KEY, _VALUE = ("b", "h", "s", "d"), ("b", "g", "t", "d"), ("b", "g", "t", "e")
-_OUT, _LSE, _BIAS = ("b", "h", "s", "e"), ("b", "h", "s"), ("b", "h", "s", "t")
-_WHOLE = frozenset("stde")
+QUERY, KEY, VALUE = ("b", "h", "s", "d"), ("b", "g", "t", "d"), ("b", "g", "t", "e")
+OUT, LSE, BIAS = ("b", "h", "s", "e"), ("b", "h", "s"), ("b", "h", "s", "t")
+COLUMNS = ("b", "h", "s", "u")
+"""A bias of all keys, of which others are split."""
+_WHOLE = frozenset("stude")
 
 
 @composite
@@ -48,7 +51,7 @@ class Attention(Composite):
     number = 7
 
     def rule(self, call: Call) -> Spec:
-        return _spec(call, (_QUERY, _KEY, _VALUE, _BIAS), (_OUT, _LSE), query=0, bias=3)
+        return attention_spec(call, (QUERY, KEY, VALUE, BIAS), (OUT, LSE), query=0, bias=3)
 
     def result_type(self, q: TensorType, k: TensorType, v: TensorType, *rest: Arg) -> NodeType:
         out = TensorType((*q.shape[:-1], v.shape[-1]), q.dtype)
@@ -79,9 +82,9 @@ class AttentionBackward(Composite):
     number = 10
 
     def rule(self, call: Call) -> Spec:
-        operands = (_OUT, _QUERY, _KEY, _VALUE, _OUT, _LSE, _BIAS)
-        results = (_QUERY, _KEY, _VALUE, _BIAS)
-        return _spec(call, operands, results, query=1, bias=6, linear=FIRST)
+        operands = (OUT, QUERY, KEY, VALUE, OUT, LSE, BIAS)
+        results = (QUERY, KEY, VALUE, BIAS)
+        return attention_spec(call, operands, results, query=1, bias=6, linear=FIRST)
 
     def result_type(self, grad: TensorType, *rest: Arg) -> NodeType:
         q, k, v, _, _, bias = rest[:6]
@@ -105,7 +108,7 @@ def _options(binding: BindingContext, first: int, q: Node, k: Node) -> Callable[
     return lambda: {**fixed, "index": index()}
 
 
-def _spec(
+def attention_spec(
     call: Call,
     terms: tuple[Letters, ...],
     results: tuple[Letters, ...],
@@ -113,15 +116,24 @@ def _spec(
     query: int,
     bias: int,
     linear: tuple[Group, ...] = (),
+    over: tuple[str, ...] = (),
 ) -> Spec:
-    shapes = [operand.type.shape for operand in call.operands]
-    sizes = {**dict(zip(_QUERY, shapes[query], strict=True)), "t": shapes[query + 1][2]}
-    if len(call.operands) > bias:
-        trailing = _BIAS[len(_BIAS) - len(shapes[bias]) :]
-        bias_letters = broadcast_letters(trailing, call.operands[bias].type, sizes)
-        terms = (*terms[:bias], bias_letters)
-        results = tuple(bias_letters if letters is _BIAS else letters for letters in results)
-    heads, groups = shapes[query][1], shapes[query + 1][1]
+    """The rule of attention whose operands and results have these letters.
+
+    `query` and `bias` are the numbers of their terms, as are those of the `linear` groups; keys come
+    after queries. `over` are the axes
+    over which queries and keys are split, each along its sequence; then the columns of a bias, `u`,
+    are whole.
+    """
+    present = present_terms(call)
+    types = {term: operand.type for term, operand in zip(present, call.operands, strict=True)}
+    (_, heads, length, _), (_, groups, keys, _) = types[query].shape, types[query + 1].shape
+    if bias in types:
+        sizes = dict(zip(QUERY, types[query].shape, strict=True)) | {"t": keys, "u": keys}
+        trailing = terms[bias][len(terms[bias]) - len(types[bias].shape) :]
+        letters = broadcast_letters(trailing, types[bias], sizes)
+        results = tuple(letters if each is terms[bias] else each for each in results)
+        terms = (*terms[:bias], letters, *terms[bias + 1 :])
     if heads == groups:
         terms, results = (
             tuple(tuple("h" if x == "g" else x for x in letters) for letters in side)
@@ -131,14 +143,22 @@ def _spec(
         None if type is None else letters
         for letters, type in zip(results, call.results, strict=True)
     )
-    spec = Spec(terms[: len(call.operands)], kept, whole=_WHOLE, linear=linear)
+    along = {"s": cut(length, *over), "t": cut(keys, *over)} if over else {}
+    spec = Spec(
+        tuple(terms[term] for term in present),
+        kept,
+        whole=_WHOLE - along.keys(),
+        linear=tuple(frozenset(map(present.index, group)) for group in linear),
+        derived=frozenset(along),
+        bind=(lambda dims: along) if along else None,
+    )
     if heads == groups:
         return spec
     return replace(
         spec,
-        derived=frozenset("g"),
-        bind=partial(_bind, groups, call.mesh),
-        offers={"h": _offered(call, heads, query)},
+        derived=spec.derived | {"g"},
+        bind=lambda dims: {**along, **_bind(groups, call.mesh, dims)},
+        offers={"h": _offered(call, heads, present.index(query))},
     )
 
 

@@ -49,6 +49,33 @@ def attention(
     return out.reshape(shape), lse
 
 
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    index: RandomIndex | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `attention`, of some of the keys that rows see: `lse[b, h, s]` is -inf for a row that sees
+    none of these. `attention_backward` takes the output and logarithm over all keys."""
+    out, lse = attention(
+        q, k, v, bias, is_causal=is_causal, scale=scale, dropout_p=dropout_p, index=index
+    )
+    lse = lse[..., : q.shape[2]]
+    if bias is None:
+        return out, lse
+    seen = bias if bias.dtype == torch.bool else bias != -torch.inf
+    if is_causal:
+        square = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        seen = seen & square.tril_()
+    blind = ~seen.any(-1)
+    return out.masked_fill(blind.unsqueeze(-1), 0), lse.masked_fill(blind, -torch.inf)
+
+
 def attention_backward(
     grad_out: Tensor,
     q: Tensor,

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from meshwright.compiler.kernels.hashing import RandomIndex
 
+_ALIGNED_ROWS = 32
+"""The memory-efficient kernel keeps logarithms for a multiple of this many rows."""
+
 # Queries, keys, values and bias; the last is None where it was not asked for.
 AttentionGrads = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -176,7 +179,7 @@ def _efficient_backward(
         _every_head(v, q),
         _aligned_bias(bias, q, k),
         _dense(out),
-        lse,
+        F.pad(lse, (0, -lse.shape[-1] % _ALIGNED_ROWS), value=torch.inf),
         unused,
         unused,
         0.0,

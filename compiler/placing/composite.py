@@ -38,6 +38,8 @@ from meshwright.compiler.placing.rules.notation import Call, Placement, Spec
 
 Cotangents: TypeAlias = "Sequence[Node | None]"
 """One for each operand, in the order of `Node.operands()`; `None` where there is none."""
+Lowered: TypeAlias = "Node | tuple[Node | None, ...] | None"
+"""What stands for a call that was lowered: a node with all its results, or each of them."""
 Kernel: TypeAlias = Callable[..., Any]
 """A function of one rank's tensors."""
 
@@ -70,8 +72,11 @@ class LoweringContext(Protocol):
     def mesh(self) -> Mesh:
         """The axes over which operands may be split."""
 
-    def call(self, op: Op, *args: Arg, type: NodeType = None) -> Node:
+    def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
         """Emit a step, placed by its rule; `type` is given where it depends on the mesh."""
+
+    def items(self, source: Node) -> list[Node | None]:
+        """The results of a step that has multiple."""
 
     def reshard(self, value: Node, layout: Layout) -> Node:
         """`value` in another layout, by as many collectives as that takes."""
@@ -170,8 +175,9 @@ class Composite:
         """Emit its backward."""
         raise PassError(f"`{self.op}` has no adjoint", help="give its class an `adjoint`")
 
-    def lower(self, context: LoweringContext) -> Node | None:
-        """Emit steps and collectives in its place; None where each rank can run it as it is."""
+    def lower(self, context: LoweringContext) -> Lowered:
+        """Emit steps and collectives in its place, and return the last step or, of multiple
+        results, each; None where each rank can run it as it is."""
         return None
 
     def bind(self, binding: BindingContext) -> Kernel:

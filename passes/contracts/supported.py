@@ -12,6 +12,7 @@ from meshwright.dsl.statements import (
     Axes,
     Checkpoint,
     Columns,
+    Context,
     Data,
     Expect,
     Let,
@@ -31,7 +32,7 @@ from meshwright.dsl.statements import (
 
 CARRIED_OUT: tuple[type[Statement], ...] = (
     MeshStatement, Axes, Let, Precision, Accumulate, Data, Shard, Columns, Rows, Vocab, Summa,
-    Sequence,     Memory, Zero, Stages, Checkpoint, Offload, Expect, Allow,
+    Sequence, Context, Memory, Zero, Stages, Checkpoint, Offload, Expect, Allow,
 )  # fmt: skip
 
 

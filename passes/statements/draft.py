@@ -20,7 +20,7 @@ from meshwright.compiler.report.memory.holding import Memory
 from meshwright.compiler.schedules.balanced import Balance
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Checkpoint, Offload, Statement
+from meshwright.dsl.statements import Checkpoint, Context, Offload, Statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,14 @@ class Region:
     statement: Statement
     keep_gathered: bool = False
     """Whether what is gathered is saved for the backward instead of gathered again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attending:
+    """Modules whose attention works on sequences that are split over the statement's axes."""
+
+    modules: frozenset[str]
+    statement: Context
 
 
 Call: TypeAlias = tuple[str, tuple[int, ...]]
@@ -94,6 +102,7 @@ class Draft:
     entering: Mapping[Node, tuple[tuple[Node, Pin], ...]] = field(default_factory=dict)
     """By the first node inside a module: layouts of the values that enter there."""
     regions: tuple[Region, ...] = ()
+    attending: tuple[Attending, ...] = ()
     checkpoints: Mapping[Call, Checkpointed] = field(default_factory=dict)
     """By call of a module: the region that it is, or is part of."""
     budgeted: Budgeted | None = None

@@ -16,7 +16,7 @@ from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.regroup import reshape
 from meshwright.compiler.layout.reshard import Collective
-from meshwright.passes.statements.draft import Region
+from meshwright.passes.statements.draft import Attending, Region
 from meshwright.passes.statements.targets import entered
 
 
@@ -175,7 +175,7 @@ def _nested(inner: Region, outer: Region) -> bool:
     )
 
 
-def depth(node: Node, region: Region) -> int:
+def depth(node: Node, region: Region | Attending) -> int:
     """The depth in the model of the innermost module of a region around a node; -1 if none is."""
     places = (i for i, (path, _) in enumerate(node.origin.modules) if path in region.modules)
     return max(places, default=-1)

@@ -1,0 +1,81 @@
+"""Split sequences over ranks, attention included.
+
+Before:  add: f32[8, 8, 24]                         = add(embedding, embedding_1)
+         attention: (f32[8, 4, 8, 6], f32[8, 4, 8]) = mesh::attention(unbind_0, unbind_1, unbind_2,
+             None, True, None, 0.0, 0)
+After:   add: f32[8, 8@cp, 24]                      = add(embedding, embedding_1)
+
+What enters a module is split along the sequence and stays so, since every operator but attention
+treats the tokens of a sequence apart: positions and targets follow. `contexts.py` says what becomes
+of attention.
+Requires: a normalised graph. Ensures: the modules that the partitioner reads, whose sequences
+divide.
+Elsewhere: Ring Attention (2310.01889), DeepSpeed Ulysses (2309.14509).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from meshwright.compiler.composites.attention import Attention
+from meshwright.compiler.graph.ir import Graph, Node
+from meshwright.compiler.graph.text import node_type_text
+from meshwright.dsl.statements import Context
+from meshwright.passes.statements.contexts import Contexts
+from meshwright.passes.statements.draft import Attending, Draft
+from meshwright.passes.statements.targets import modules_of, of_modules
+
+
+def context(draft: Draft) -> Draft:
+    """Note the modules of each `context` statement.
+
+    Raises `PlanError` for a module without attention, and for sequences that do not divide.
+    """
+    for _ in of_modules(_attention, Context, draft, "attention"):
+        pass  # each module has some
+    by_statement: dict[int, tuple[Context, set[str]]] = {}
+    for module, statement in draft.plan.resolve(Context, modules_of(draft, Context)).items():
+        by_statement.setdefault(id(statement), (statement, set()))[1].add(module)
+    attending = tuple(
+        Attending(frozenset(modules), statement) for statement, modules in by_statement.values()
+    )
+    _check_lengths(draft, Contexts(draft.graph, attending, draft.mesh))
+    return replace(draft, attending=attending)
+
+
+def _attention(graph: Graph) -> dict[str, list[Node]]:
+    """The attention that runs in each module or inside of it."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        for module, _ in node.origin.modules if node.op == Attention.op else ():
+            found.setdefault(module, []).append(node)
+    return found
+
+
+def _check_lengths(draft: Draft, contexts: Contexts) -> None:
+    """Raises `PlanError` for a sequence that the ranks do not divide, where it enters or where
+    attention is."""
+    entering = (
+        (value, 1, statement)
+        for entries in contexts.entries.values()
+        for value, statement in entries
+    )
+    attended = (
+        (operand, 2, statement)
+        for node in draft.graph.nodes
+        if (statement := contexts.around(node)) is not None
+        for operand in node.args[:2]
+    )
+    for value, dim, statement in (*entering, *attended):
+        size, ranks = value.tensor.shape[dim], draft.mesh.size(statement.over)
+        if size % ranks:
+            over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
+            lower = size - size % ranks
+            lengths = " or ".join(str(n) for n in (lower, lower + ranks) if n)
+            raise draft.plan.error(
+                "P203",
+                f"cannot split a sequence of {size} over {over}",
+                statement.at("over"),
+                subject=f"{value.name}: {node_type_text(value, draft.graph)}",
+                help=f"use sequences of {lengths}",
+            )

@@ -1,0 +1,110 @@
+"""Attention over sequences that are split: where they are, and in which layouts attention runs.
+
+Ulysses: queries, keys and values are split by head for attention, and its result by token again.
+
+Before:  attention: (f32[8, 4, 8, 6], ...) = mesh::attention(q, k, v, None, True, None, 0.0, 0)
+         getitem: f32[8, 4, 8, 6]          = attention[0]
+After:   all_to_all: f32[8, 4@cp, 8, 6]       = all_to_all(q, cp)
+         attention: (f32[8, 4@cp, 8, 6], ...) = mesh::attention(all_to_all, all_to_all_1,
+             all_to_all_2, None, True, None, 0.0, 0)
+         getitem: f32[8, 4@cp, 8, 6]          = attention[0]
+         all_to_all_3: f32[8, 4, 8@cp, 6]     = all_to_all(getitem, cp)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+from meshwright.compiler.composites.attention import Attention
+from meshwright.compiler.composites.ring_attention import Ring
+from meshwright.compiler.graph.ir import Arg, Graph, Node
+from meshwright.compiler.layout.factors import Factor, dim_axes
+from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.mesh import Mesh
+from meshwright.dsl.errors import PlanError
+from meshwright.dsl.statements import Context
+from meshwright.passes.statements.draft import Attending, Draft
+from meshwright.passes.statements.sequences import depth, entered_activations
+
+HEADS, TOKENS = 1, 2
+"""The dims of what attention takes and gives."""
+
+
+class Contexts:
+    """The split sequences of a graph: `entries` maps a module's first node to the values that
+    enter with it, each beside the statement that splits it along dim 1."""
+
+    def __init__(self, graph: Graph, attending: tuple[Attending, ...], mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.attending = tuple(a for a in attending if mesh.size(a.statement.over) > 1)
+        self.entries: dict[Node, list[tuple[Node, Context]]] = {}
+        for each in self.attending:
+            for node, value in _entered(graph, each.modules):
+                self.entries.setdefault(node, []).append((value, each.statement))
+
+    def around(self, node: Node) -> Context | None:
+        """The statement of the innermost module around attention; None where there is none."""
+        if node.op != Attention.op or not self.attending:
+            return None
+        innermost = max(self.attending, key=partial(depth, node))
+        return innermost.statement if depth(node, innermost) >= 0 else None
+
+    def split(self, layout: Layout, dim: int, axes: tuple[str, ...]) -> Layout | None:
+        """`layout` with `dim` split over `axes`, inside of what splits it already, and no other
+        dim; None where that cuts up what a rank holds of the dim."""
+        if set(axes) <= set(dim_axes(layout.dims[dim])):
+            return layout
+        layout = layout.drop_partial(axes).drop_varying(axes).drop_split(axes, self.mesh)
+        if len(layout.dims[dim]) > 1 or len(layout.dims[dim][0]) > 1:
+            return None
+        ((factor,),) = layout.dims[dim]
+        if factor.size % self.mesh.size((*factor.axes, *axes)):
+            return None
+        own = ((Factor(factor.size, (*factor.axes, *axes)),),)
+        dims = (*layout.dims[:dim], own, *layout.dims[dim + 1 :])
+        return layout.with_dims(dims).canonical(self.mesh)
+
+
+def in_ring(node: Node, statement: Context) -> tuple[Arg, ...]:
+    """The arguments of ring attention in place of those of attention."""
+    *operands, is_causal, scale, dropout_p, op_id = node.args
+    return (*operands, op_id, Ring(is_causal, scale, dropout_p, statement.over))
+
+
+def repeats(groups: int, ranks: int) -> int:
+    """How often each head of keys and values is repeated so that `ranks` divide them; a number of
+    queries' heads that both divide is a multiple of theirs again."""
+    return ranks // math.gcd(groups, ranks)
+
+
+def uneven_heads(draft: Draft, node: Node, q: Layout, statement: Context) -> PlanError:
+    """The error for heads that the ranks do not divide; `q` is the layout of the queries."""
+    heads, axes = q.shape[HEADS], (*dim_axes(q.dims[HEADS]), *statement.over)
+    over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in dict.fromkeys(axes))
+    before = draft.mesh.size([axis for axis in axes if axis not in statement.over])
+    fits = [n for n in range(2, heads + 1) if heads % (before * n) == 0]
+    fewer = f", or split the sequence over {' or '.join(map(str, fits))} ranks" if fits else ""
+    return draft.plan.error(
+        "P203",
+        f"cannot split {heads} heads over {over}",
+        [statement.at("method") or statement.at("over")],
+        subject=f"{node.origin.module}: attention of {heads} heads",
+        help=f"write `method=ring`, which splits no heads{fewer}",
+    )
+
+
+def _entered(graph: Graph, modules: frozenset[str]) -> Iterator[tuple[Node, Node]]:
+    """The first node inside each module that takes an activation from outside, and this one; where
+    none enters a module, those of the modules inside that are around attention."""
+    found = entered_activations(graph, modules)
+    others = modules - set(found)
+    inner = {
+        path
+        for node in graph.nodes
+        if node.op == Attention.op and others.intersection(p for p, _ in node.origin.modules)
+        for path, _ in node.origin.modules
+    }
+    yield from found.values()
+    yield from entered_activations(graph, frozenset(inner - modules)).values()
