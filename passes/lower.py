@@ -55,8 +55,9 @@ class Lowering:
     def items(self, source: Node) -> list[Node | None]:
         """The results of a step that has multiple."""
         assert isinstance(source.type, tuple), source.name
+        origin = self.node.origin
         return [
-            type and self.emitter.item(source, i, self.node.origin)
+            None if type is None else self.emitter.item(source, i, origin)
             for i, type in enumerate(source.type)
         ]
 
@@ -126,7 +127,8 @@ def _form(found: Node | tuple[Node | None, ...]) -> tuple[NodeType, NodeLayout]:
     """The types and layouts of results."""
     if isinstance(found, Node):
         return found.type, found.layout
-    return tuple(x and x.tensor for x in found), tuple(x and x.placed for x in found)
+    present = [(None, None) if x is None else (x.tensor, x.placed) for x in found]
+    return tuple(type for type, _ in present), tuple(layout for _, layout in present)
 
 
 def _returned(node: Node) -> Node | None:

@@ -230,7 +230,7 @@ class _Partitioner:
             return self._by_head(node, statement)
         op, args = node.op, node.args
         if statement is not None:
-            op, args = RingAttention.op, in_ring(node, statement)
+            op, args = RingAttention.op, in_ring(node, statement, self.draft.mesh)
         return self._call(node, op, self._grouped(node, op, args))
 
     def _grouped(self, node: Node, op: Op, args: tuple[Arg, ...]) -> tuple[Arg, ...]:

@@ -120,10 +120,9 @@ def attention_spec(
 ) -> Spec:
     """The rule of attention whose operands and results have these letters.
 
-    `query` and `bias` are the numbers of their terms, as are those of the `linear` groups; keys come
-    after queries. `over` are the axes
-    over which queries and keys are split, each along its sequence; then the columns of a bias, `u`,
-    are whole.
+    `query`, `bias` and those in `linear` groups are numbers of terms; keys come after queries.
+    `over` are the axes over which queries and keys are split, each along its sequence; then the
+    columns of a bias, `u`, are whole.
     """
     present = present_terms(call)
     types = {term: operand.type for term, operand in zip(present, call.operands, strict=True)}

@@ -18,8 +18,8 @@ Elsewhere: Ring Attention (Liu et al., 2310.01889).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -53,25 +53,32 @@ _OPERANDS = (QUERY, KEY, VALUE, COLUMNS)
 _BACKWARD = (OUT, QUERY, KEY, VALUE, OUT, LSE, COLUMNS)
 
 
-@dataclass(frozen=True, slots=True)
-class Ring:
-    """The options of attention, and the `axes` round which its keys and values go."""
+class Ring(NamedTuple):
+    """The last arguments of these operators: the options of attention, the `axes` round which keys
+    and values go, and how many `blocks` of them there are."""
 
     is_causal: bool
     scale: float | None
     dropout_p: float
+    op_id: int
     axes: tuple[str, ...]
+    blocks: int
+
+    @classmethod
+    def of(cls, args: tuple[Arg, ...], num_operands: int) -> Ring:
+        """The options that follow the operands."""
+        return cls(*args[num_operands : num_operands + len(cls._fields)])
 
 
 @composite
 class RingAttention(Composite):
-    """`ring_attention(q, k, v, bias, op_id, ring) -> (out, lse)`."""
+    """`ring_attention(q, k, v, bias, *ring) -> (out, lse)`."""
 
     op = MeshOp("ring_attention")
-    number = 4
+    number = 7
 
     def rule(self, call: Call) -> Spec:
-        over = call.args[5].axes
+        over = Ring.of(call.args, 4).axes
         return attention_spec(call, _OPERANDS, (OUT, LSE), query=0, bias=3, over=over)
 
     def result_type(self, q: TensorType, k: TensorType, v: TensorType, *rest: Arg) -> NodeType:
@@ -90,28 +97,28 @@ class RingAttention(Composite):
         return grads[: len(context.operands)]
 
     def lower(self, context: LoweringContext) -> Node | None:
-        q, k, v, bias, op_id, ring = context.args
-        out = lse = step = None
-        count = context.mesh.size(ring.axes)
-        for number in range(count):
-            if number:
-                k, v = (_moved_on(context, x, ring) for x in (k, v))
-                out, lse = context.items(step)
-            last = number == count - 1
-            step = context.call(RingStep.op, q, k, v, bias, out, lse, op_id, ring, number, last)
-        return step
+        q, k, v, bias, *rest = context.args
+        ring = Ring(*rest)
+        out: Node | None = None
+        lse: Node | None = None
+        for number in range(ring.blocks - 1):
+            following = [_moved_on(context, x, ring) for x in (k, v)]
+            step = context.call(RingStep.op, q, k, v, bias, out, lse, *ring, number, False)
+            out, lse = context.items(step)
+            k, v = following
+        return context.call(RingStep.op, q, k, v, bias, out, lse, *ring, ring.blocks - 1, True)
 
 
 @composite
 class RingAttentionBackward(Composite):
-    """`ring_attention_backward(grad, q, k, v, out, lse, bias, op_id, ring, wants_bias)` gives the
+    """`ring_attention_backward(grad, q, k, v, out, lse, bias, *ring, wants_bias)` gives the
     gradients of q, k, v and the bias."""
 
     op = MeshOp("ring_attention_backward")
-    number = 7
+    number = 10
 
     def rule(self, call: Call) -> Spec:
-        over, results = call.args[8].axes, (QUERY, KEY, VALUE, COLUMNS)
+        over, results = Ring.of(call.args, 7).axes, (QUERY, KEY, VALUE, COLUMNS)
         return attention_spec(call, _BACKWARD, results, query=1, bias=6, linear=FIRST, over=over)
 
     def result_type(self, grad: TensorType, *rest: Arg) -> NodeType:
@@ -119,30 +126,35 @@ class RingAttentionBackward(Composite):
         return (q, k, v, bias if rest[-1] else None)
 
     def lower(self, context: LoweringContext) -> Lowered:
-        grad, q, k, v, out, lse, bias, op_id, ring, wants_bias = context.args
-        dq = dk = dv = dbias = None
-        for number in range(context.mesh.size(ring.axes)):
-            if number:
-                k, v, dk, dv = (_moved_on(context, x, ring) for x in (k, v, dk, dv))
+        grad, q, k, v, out, lse, bias, *rest, wants_bias = context.args
+        ring = Ring(*rest)
+        dq: Node | None = None
+        sums: list[Node | None] = [None, None, None]
+        for number in range(ring.blocks):
+            sums[:2] = [_moved_on(context, x, ring) for x in sums[:2]]
+            last = number == ring.blocks - 1
+            following = (k, v) if last else [_moved_on(context, x, ring) for x in (k, v)]
             operands = (grad, q, k, v, out, lse, bias, dq)
-            step = context.call(RingStepBackward.op, *operands, op_id, ring, number, wants_bias)
+            step = context.call(RingStepBackward.op, *operands, *ring, number, wants_bias)
             dq, *own = context.items(step)
-            dk, dv, dbias = map(partial(_sum, context), (dk, dv, dbias), own)
+            sums = list(map(partial(_sum, context), sums, own))
+            k, v = following
+        dk, dv, dbias = sums
         dk, dv = (_moved_on(context, x, ring) for x in (dk, dv))
-        found = zip((dq, dk, dv, dbias), context.node.type, strict=True)
-        return tuple(x and _cast(context, x, type.dtype) for x, type in found)
+        grads = zip((dq, dk, dv, dbias), (q, k, v, bias), strict=True)
+        return tuple(dx and _cast(context, dx, x.tensor.dtype) for dx, x in grads)
 
 
 @composite
 class RingStep(Composite):
-    """`ring_step(q, k, v, bias, out, lse, op_id, ring, step, last) -> (out, lse)`: what the blocks
+    """`ring_step(q, k, v, bias, out, lse, *ring, step, last) -> (out, lse)`: what the blocks
     of the steps so far give, this one included."""
 
     op = MeshOp("ring_step")
-    number = 6
+    number = 9
 
     def rule(self, call: Call) -> Spec:
-        terms, over = (*_OPERANDS, OUT, LSE), call.args[7].axes
+        terms, over = (*_OPERANDS, OUT, LSE), Ring.of(call.args, 6).axes
         return attention_spec(call, terms, (OUT, LSE), query=0, bias=3, over=over)
 
     def result_type(self, q: TensorType, k: TensorType, v: TensorType, *rest: Arg) -> NodeType:
@@ -151,19 +163,20 @@ class RingStep(Composite):
         return (out, TensorType(q.shape[:-1], kind))
 
     def bind(self, binding: BindingContext) -> Kernel:
-        block = _block(binding, 0, *binding.node.args[6:9])
-        step = partial(kernels.ring_forward, last=binding.node.args[9])
+        *_, number, last = binding.node.args
+        block = _block(binding, 0, Ring.of(binding.node.args, 6), number)
+        step = partial(kernels.ring_forward, last=last)
         return lambda *tensors: step(*tensors, block=block())
 
 
 @composite
 class RingStepBackward(Composite):
-    """`ring_step_backward(grad, q, k, v, out, lse, bias, dq, op_id, ring, step, wants_bias)` gives
-    the gradient of q over the steps so far, and what this one adds to those of the block's keys and
+    """`ring_step_backward(grad, q, k, v, out, lse, bias, dq, *ring, step, wants_bias)` gives the
+    gradient of q over the steps so far, and what this one adds to those of the block's keys and
     values and of the bias: `(dq, dk, dv, dbias)`."""
 
     op = MeshOp("ring_step_backward")
-    number = 8
+    number = 11
 
     def rule(self, call: Call) -> Spec:
         terms, results = (*_BACKWARD, QUERY), (QUERY, KEY, VALUE, COLUMNS)
@@ -175,7 +188,7 @@ class RingStepBackward(Composite):
             query=1,
             bias=6,
             linear=FIRST if first else (frozenset({0, 7}),),
-            over=call.args[9].axes,
+            over=Ring.of(call.args, 8).axes,
         )
 
     def result_type(self, grad: TensorType, *rest: Arg) -> NodeType:
@@ -185,14 +198,15 @@ class RingStepBackward(Composite):
         return tuple(found)
 
     def bind(self, binding: BindingContext) -> Kernel:
-        block = _block(binding, 1, *binding.node.args[8:11])
-        step = partial(kernels.ring_backward, need_bias_grad=binding.node.args[11])
+        *_, number, wants_bias = binding.node.args
+        block = _block(binding, 1, Ring.of(binding.node.args, 8), number)
+        step = partial(kernels.ring_backward, need_bias_grad=wants_bias)
         return lambda *tensors: step(*tensors, block=block())
 
 
-def _moved_on(context: LoweringContext, x: Node, ring: Ring) -> Node:
+def _moved_on(context: LoweringContext, x: Node | None, ring: Ring) -> Node | None:
     """What the rank before has, on each rank."""
-    return context.collective("permute", x, x.placed, ring.axes, shift=1)
+    return x and context.collective("permute", x, x.placed, ring.axes, shift=1)
 
 
 def _sum(context: LoweringContext, total: Node | None, own: Node | None) -> Node | None:
@@ -206,7 +220,7 @@ def _cast(context: LoweringContext, x: Node, dtype: torch.dtype) -> Node:
 
 
 def _block(
-    binding: BindingContext, query: int, op_id: int, ring: Ring, step: int
+    binding: BindingContext, query: int, ring: Ring, step: int
 ) -> Callable[[], kernels.Block]:
     """The block of a step on this rank, for each time that the step runs."""
     q, k = binding.operand(query), binding.operand(query + 1)
@@ -221,5 +235,5 @@ def _block(
         return lambda: fixed
     shape = (*q.tensor.shape[:3], k.tensor.shape[2])
     coords = (*binding.coordinates(q.placed.dims[:3]), columns.start)
-    index = binding.index(op_id, shape, coords)
+    index = binding.index(ring.op_id, shape, coords)
     return lambda: block(index())

@@ -110,6 +110,17 @@ def _attention_backward(out: Shape, grad: Shape, q: Shape, k: Shape, v: Shape, *
     return _SDPA_BACKWARD(grad, q, (k[0], heads, *k[2:]), (v[0], heads, *v[2:]))
 
 
+def _ring(formula: Formula, num_operands: int) -> Formula:
+    """Every block of keys, of which a rank has one at a time; their number is the last of the six
+    options behind the operands."""
+
+    def every(out: Shape, *args: Any) -> int:
+        blocks: int = args[num_operands + 5]
+        return blocks * formula(out, *args)
+
+    return every
+
+
 _FORMULAS: Mapping[Op, Formula] = {
     aten.linear.default: _product,
     aten.matmul.default: _product,
@@ -144,6 +155,10 @@ _FORMULAS: Mapping[Op, Formula] = {
     MeshOp("product_3d_sum"): _transposed,
     MeshOp("panel_product"): _panel,
     MeshOp("add_panel_product"): lambda out, total, *rest: _panel(out, *rest),
+    MeshOp("ring_attention"): _ring(_attention, 4),
+    MeshOp("ring_attention_backward"): _ring(_attention_backward, 7),
+    MeshOp("ring_step"): _attention,
+    MeshOp("ring_step_backward"): _attention_backward,
     MeshOp("grouped_mm"): _product,
     MeshOp("grouped_mm_weight"): lambda out, x, grad, *rest: 2 * math.prod(grad) * x[-1],
 }  # fmt: skip

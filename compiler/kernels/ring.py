@@ -8,7 +8,6 @@ Elsewhere: online softmax (Milakov and Gimelshein, 1805.02867), Ring Attention (
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -73,8 +72,9 @@ def ring_forward(
         out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=kind)
         lse = q.new_full(q.shape[:-1], -torch.inf, dtype=kind)
     for tile in block.tiles:
+        tile_q, tile_k, tile_v = _tile(tile, q, k, v)
         found = block_attention(
-            *_tile(tile, q, k, v),
+            *(tile_q, tile_k, tile_v),
             _bias_tile(bias, block, tile),
             is_causal=tile.is_causal,
             scale=block.scale,
@@ -111,7 +111,7 @@ def ring_backward(
         here = (..., tile.rows, slice(None))
         there = (..., tile.keys, slice(None))
         tile_q, tile_k, tile_v = _tile(tile, q, k, v)
-        grads = attention_backward(
+        own_dq, own_dk, own_dv, own_dbias = attention_backward(
             *(grad[here], tile_q, tile_k, tile_v, out[here], lse[..., tile.rows]),
             _bias_tile(bias, block, tile),
             is_causal=tile.is_causal,
@@ -120,15 +120,16 @@ def ring_backward(
             index=block.indexed(tile),
             need_bias_grad=need_bias_grad,
         )
-        for total, place, part in zip((dq, dk, dv), (here, there, there), grads, strict=False):
-            total[place] += part
-        part, place = grads[3], _bias_tile(dbias, block, tile)
-        if part is not None and place is not None:
-            place += part
+        dq[here] += own_dq
+        dk[there] += own_dk
+        dv[there] += own_dv
+        seen = _bias_tile(dbias, block, tile)
+        if seen is not None and own_dbias is not None:
+            seen += own_dbias
     return dq, dk, dv, dbias
 
 
-def _tile(tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> Iterable[Tensor]:
+def _tile(tile: Tile, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, keys = (..., tile.rows, slice(None)), (..., tile.keys, slice(None))
     return q[rows], k[keys], v[keys]
 

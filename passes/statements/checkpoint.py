@@ -26,6 +26,7 @@ from itertools import accumulate, pairwise
 from typing import TypeAlias
 
 from meshwright.compiler.composites.norm import NormFinish
+from meshwright.compiler.composites.ring_attention import RingStep
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, Node, Op, Phase, op_stem
 from meshwright.compiler.graph.names import fold
 from meshwright.dsl.errors import PlanError, either, nearest, plural
@@ -40,7 +41,7 @@ Around: TypeAlias = tuple[Checkpointed, ...]
 """The regions around a node, the outermost first."""
 
 _SYNONYMS = {"sdpa": "attention"}
-_LOWERED: dict[Op, str] = {NormFinish.op: "norm"}
+_LOWERED: dict[Op, str] = {NormFinish.op: "norm", RingStep.op: "attention"}
 """The families of operators that others have become before `separate` looks for them."""
 
 

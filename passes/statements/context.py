@@ -21,7 +21,7 @@ from meshwright.compiler.composites.attention import Attention
 from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.graph.text import node_type_text
 from meshwright.dsl.statements import Context
-from meshwright.passes.statements.contexts import Contexts
+from meshwright.passes.statements.contexts import TOKENS, Contexts
 from meshwright.passes.statements.draft import Attending, Draft
 from meshwright.passes.statements.targets import modules_of, of_modules
 
@@ -39,7 +39,12 @@ def context(draft: Draft) -> Draft:
     attending = tuple(
         Attending(frozenset(modules), statement) for statement, modules in by_statement.values()
     )
-    _check_lengths(draft, Contexts(draft.graph, attending, draft.mesh))
+    contexts = Contexts(draft.graph, attending, draft.mesh)
+    _check_lengths(draft, contexts)
+    for node in draft.graph.nodes:
+        statement = contexts.around(node)
+        if statement is not None and statement.method == "ring":
+            _check_causal(draft, node, statement)
     return replace(draft, attending=attending)
 
 
@@ -61,7 +66,7 @@ def _check_lengths(draft: Draft, contexts: Contexts) -> None:
         for value, statement in entries
     )
     attended = (
-        (operand, 2, statement)
+        (operand, TOKENS, statement)
         for node in draft.graph.nodes
         if (statement := contexts.around(node)) is not None
         for operand in node.args[:2]
@@ -79,3 +84,17 @@ def _check_lengths(draft: Draft, contexts: Contexts) -> None:
                 subject=f"{value.name}: {node_type_text(value, draft.graph)}",
                 help=f"use sequences of {lengths}",
             )
+
+
+def _check_causal(draft: Draft, node: Node, statement: Context) -> None:
+    """Raises `PlanError` where ranks do not have the keys of the positions of their queries."""
+    q, k, *_ = node.args
+    length, keys = q.tensor.shape[TOKENS], k.tensor.shape[TOKENS]
+    if node.args[4] and length != keys:
+        raise draft.plan.error(
+            "P501",
+            f"causal attention of {length} queries to {keys} keys cannot go round a ring",
+            statement,
+            subject=f"{node.origin.module}: {node_type_text(node, draft.graph)}",
+            help="write `method=ulysses`",
+        )

@@ -20,13 +20,13 @@ from functools import partial
 from meshwright.compiler.composites.attention import Attention
 from meshwright.compiler.composites.ring_attention import Ring
 from meshwright.compiler.graph.ir import Arg, Graph, Node
-from meshwright.compiler.layout.factors import Factor, dim_axes
+from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.statements import Context
 from meshwright.passes.statements.draft import Attending, Draft
-from meshwright.passes.statements.sequences import depth, entered_activations
+from meshwright.passes.statements.sequences import cut_inside, depth, entered_activations
 
 HEADS, TOKENS = 1, 2
 """The dims of what attention takes and gives."""
@@ -53,24 +53,18 @@ class Contexts:
 
     def split(self, layout: Layout, dim: int, axes: tuple[str, ...]) -> Layout | None:
         """`layout` with `dim` split over `axes`, inside of what splits it already, and no other
-        dim; None where that cuts up what a rank holds of the dim."""
+        dim; None where that is not possible."""
         if set(axes) <= set(dim_axes(layout.dims[dim])):
             return layout
         layout = layout.drop_partial(axes).drop_varying(axes).drop_split(axes, self.mesh)
-        if len(layout.dims[dim]) > 1 or len(layout.dims[dim][0]) > 1:
-            return None
-        ((factor,),) = layout.dims[dim]
-        if factor.size % self.mesh.size((*factor.axes, *axes)):
-            return None
-        own = ((Factor(factor.size, (*factor.axes, *axes)),),)
-        dims = (*layout.dims[:dim], own, *layout.dims[dim + 1 :])
-        return layout.with_dims(dims).canonical(self.mesh)
+        return cut_inside(layout, dim, axes, self.mesh)
 
 
-def in_ring(node: Node, statement: Context) -> tuple[Arg, ...]:
+def in_ring(node: Node, statement: Context, mesh: Mesh) -> tuple[Arg, ...]:
     """The arguments of ring attention in place of those of attention."""
     *operands, is_causal, scale, dropout_p, op_id = node.args
-    return (*operands, op_id, Ring(is_causal, scale, dropout_p, statement.over))
+    over = statement.over
+    return (*operands, *Ring(is_causal, scale, dropout_p, op_id, over, mesh.size(over)))
 
 
 def repeats(groups: int, ranks: int) -> int:

@@ -141,10 +141,7 @@ class Sequences:
         # A value from another region is no longer split over that region's axes.
         left = [axis for axis in dim_axes(layout.dims[1]) if axis in self._axes]
         layout = layout.drop_partial(axes).drop_varying(axes).drop_split((*axes, *left), self.mesh)
-        if dim_axes(layout.dims[1]):
-            return None
-        dims = (layout.dims[0], cut(layout.shape[1], *axes), *layout.dims[2:])
-        return layout.with_dims(dims).canonical(self.mesh)
+        return cut_inside(layout, 1, axes, self.mesh)
 
     def proposals(self, operands: Iterable[Node]) -> Mapping[Node, Layout]:
         """The layouts with the sequence split, of operands with a sum pending over its axes."""
@@ -157,6 +154,18 @@ class Sequences:
                     if layout is not None and set(layout.split_axes) & pending:
                         found.setdefault(value, layout)
         return found
+
+
+def cut_inside(layout: Layout, dim: int, axes: tuple[str, ...], mesh: Mesh) -> Layout | None:
+    """`layout` with `dim` split over `axes` too, inside of the axes that split it already; None
+    where ranks hold no equal parts of consecutive entries then."""
+    if len(layout.dims[dim]) > 1 or len(layout.dims[dim][0]) > 1:
+        return None
+    ((factor,),) = layout.dims[dim]
+    if factor.size % mesh.size((*factor.axes, *axes)):
+        return None
+    own = cut(factor.size, *factor.axes, *axes)
+    return layout.with_dims((*layout.dims[:dim], own, *layout.dims[dim + 1 :])).canonical(mesh)
 
 
 def _strangeness(node: Node, flow: Flow) -> tuple[bool, bool]:
