@@ -26,8 +26,6 @@ from functools import partial
 import torch
 
 from meshwright.compiler.autodiff.decompositions import DECOMPOSITIONS, decompose
-from meshwright.compiler.composites.attention import Attention
-from meshwright.compiler.composites.ring_attention import RingAttention
 from meshwright.compiler.graph.fragment import FragmentCall
 from meshwright.compiler.graph.ir import (
     GETITEM,
@@ -51,10 +49,10 @@ from meshwright.compiler.placing.emit import Emitter, is_floating
 from meshwright.dsl.statements import Context, Stages
 from meshwright.passes.rewriting.recognise import repeated_heads
 from meshwright.passes.statements.contexts import (
+    ATTENTION,
     HEADS,
     TOKENS,
     Contexts,
-    in_ring,
     repeats,
     uneven_heads,
 )
@@ -223,26 +221,23 @@ class _Partitioner:
 
     def _attention(self, node: Node) -> Node | None:
         """Attention, where it is split along the sequence as a statement says."""
-        if node.op != Attention.op:
+        if node.op not in ATTENTION:
             return None
         statement = self.contexts.around(node)
         if statement is not None and statement.method == "ulysses":
             return self._by_head(node, statement)
-        op, args = node.op, node.args
-        if statement is not None:
-            op, args = RingAttention.op, in_ring(node, statement, self.draft.mesh)
-        return self._call(node, op, self._grouped(node, op, args))
+        return self._call(node, node.op, self._grouped(node))
 
-    def _grouped(self, node: Node, op: Op, args: tuple[Arg, ...]) -> tuple[Arg, ...]:
+    def _grouped(self, node: Node) -> tuple[Arg, ...]:
         """The arguments of attention, of which keys and values are those that a model repeats.
 
         Where there are fewer heads of them than ranks, each rank repeats them all and takes its
         own.
         """
-        q, k, v, *rest = args
+        q, k, v, *rest = node.args
         keys, values = _single_heads(node)
         grouped = (q, keys, values, *rest)
-        if (keys, values) == (k, v) or (least := self._moved(node, op, grouped)) == 0.0:
+        if (keys, values) == (k, v) or (least := self._moved(node, grouped)) == 0.0:
             return grouped
         axes = dim_axes(self.mapping[q].placed.dims[1])
         args = (q, k, v, *rest)
@@ -251,7 +246,7 @@ class _Partitioner:
             count = k.tensor.shape[HEADS]
             own = (self._repeated(node, self.mapping[x], count, axes) for x in (keys, values))
             args = (q, *own, *rest)
-        return args if self._moved(node, op, args) < least else grouped
+        return args if self._moved(node, args) < least else grouped
 
     def _by_head(self, node: Node, statement: Context) -> Node:
         """Attention that is split by head over the axes over which its operands are split along the
@@ -292,14 +287,14 @@ class _Partitioner:
         expanded = self._added(node, aten.expand.default, (single, repeated), heads)
         return self._added(node, aten.view.default, (expanded, (b, count, *rest)), heads)
 
-    def _moved(self, node: Node, op: Op, args: tuple[Arg, ...]) -> float:
-        """The bytes that placing `op` on these arguments, for `node`, moves."""
+    def _moved(self, node: Node, args: tuple[Arg, ...]) -> float:
+        """The bytes that placing `node` on these arguments moves."""
         args, kwargs, proposals = self._arguments(node, args)
-        return self.emitter.moved_bytes(op, args, kwargs, node.type, proposals)
+        return self.emitter.moved_bytes(node.op, args, kwargs, node.type, proposals)
 
     def _in_pieces(self, node: Node) -> Node | None:
         """Place an operator that would gather as the operators that it is made of."""
-        if node.op not in DECOMPOSITIONS or self._moved(node, node.op, node.args) == 0.0:
+        if node.op not in DECOMPOSITIONS or self._moved(node, node.args) == 0.0:
             return None
         values = [self.mapping[n] for n in call_operands(node.args, node.kwargs)]
         operands = tuple(n.tensor for n in values)

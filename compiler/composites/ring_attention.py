@@ -3,12 +3,14 @@
 `ring_attention` and its backward are lowered to one step for each block of keys, and the exchanges
 that bring the block of the next step meanwhile:
 
-Before:  ring_attention: (f32[8, 4, 8@cp, 6], ...) = mesh::ring_attention(q, k, v, None, ...)
-After:   ring_step: (f32[8, 4, 8@cp, 6], ...)   = mesh::ring_step(q, k, v, None, None, None, ...)
-         permute: f32[8, 4, 8@cp, 6]            = permute(k, cp, shift=1)
-         permute_1: f32[8, 4, 8@cp, 6]          = permute(v, cp, shift=1)
-         ring_step_1: (f32[8, 4, 8@cp, 6], ...) = mesh::ring_step(q, permute, permute_1, None,
-             getitem, getitem_1, ...)
+Before:  attention: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp]) = mesh::ring_attention(unbind_0, unbind_1,
+             unbind_2, None, True, None, 0.0, 0, [cp], 2)
+After:   permute_1: f32[8, 4, 8@cp, 6]                      = permute(unbind_1, cp, shift=1)
+         permute_2: f32[8, 4, 8@cp, 6]                      = permute(unbind_2, cp, shift=1)
+         ring_step: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp])   = mesh::ring_step(unbind_0, unbind_1,
+             unbind_2, None, None, None, True, None, 0.0, 0, [cp], 2, 0, False)
+         ring_step_1: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp]) = mesh::ring_step(unbind_0, permute_1,
+             permute_2, None, getitem_1, getitem_2, True, None, 0.0, 0, [cp], 2, 1, True)
 
 At step t a rank works on the block of the rank t places before it. The gradients of a block's keys
 and values go round behind it, each rank adding its own, and one more exchange takes them home.

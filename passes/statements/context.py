@@ -3,11 +3,13 @@
 Before:  add: f32[8, 8, 24]                         = add(embedding, embedding_1)
          attention: (f32[8, 4, 8, 6], f32[8, 4, 8]) = mesh::attention(unbind_0, unbind_1, unbind_2,
              None, True, None, 0.0, 0)
-After:   add: f32[8, 8@cp, 24]                      = add(embedding, embedding_1)
+After:   add: f32[8, 8@cp, 24]                            = add(embedding, embedding_1)
+         attention: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp]) = mesh::ring_attention(unbind_0, unbind_1,
+             unbind_2, None, True, None, 0.0, 0, [cp], 2)
 
 What enters a module is split along the sequence and stays so, since every operator but attention
-treats the tokens of a sequence apart: positions and targets follow. `contexts.py` says what becomes
-of attention.
+treats the tokens of a sequence apart: positions and targets follow. Attention is an operator that
+sends keys and values round (`method=ring`), or is split by head (`contexts.py`).
 Requires: a normalised graph. Ensures: the modules that the partitioner reads, whose sequences
 divide.
 Elsewhere: Ring Attention (2310.01889), DeepSpeed Ulysses (2309.14509).
@@ -18,7 +20,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from meshwright.compiler.composites.attention import Attention
-from meshwright.compiler.graph.ir import Graph, Node
+from meshwright.compiler.composites.ring_attention import Ring, RingAttention
+from meshwright.compiler.graph.ir import Builder, Graph, Node, map_nodes, rewrite
 from meshwright.compiler.graph.text import node_type_text
 from meshwright.dsl.statements import Context
 from meshwright.passes.statements.contexts import TOKENS, Contexts
@@ -40,12 +43,10 @@ def context(draft: Draft) -> Draft:
         Attending(frozenset(modules), statement) for statement, modules in by_statement.values()
     )
     contexts = Contexts(draft.graph, attending, draft.mesh)
+    if not contexts.attending:
+        return draft
     _check_lengths(draft, contexts)
-    for node in draft.graph.nodes:
-        statement = contexts.around(node)
-        if statement is not None and statement.method == "ring":
-            _check_causal(draft, node, statement)
-    return replace(draft, attending=attending)
+    return replace(in_rings(draft, contexts), attending=attending)
 
 
 def _attention(graph: Graph) -> dict[str, list[Node]]:
@@ -55,6 +56,38 @@ def _attention(graph: Graph) -> dict[str, list[Node]]:
         for module, _ in node.origin.modules if node.op == Attention.op else ():
             found.setdefault(module, []).append(node)
     return found
+
+
+def in_rings(draft: Draft, contexts: Contexts) -> Draft:
+    """`draft` with the attention that goes round a ring as an operator of its own."""
+    mesh, mapping = draft.mesh, dict[Node, Node]()
+
+    def ring(builder: Builder, node: Node, news: dict[Node, Node]) -> Node:
+        statement = contexts.around(node)
+        if statement is None or statement.method != "ring":
+            mapping[node] = builder.copy(node, news)
+        else:
+            _check_causal(draft, node, statement)
+            *operands, is_causal, scale, dropout_p, op_id = map_nodes(node.args, news.__getitem__)
+            over = statement.over
+            options = Ring(is_causal, scale, dropout_p, op_id, over, mesh.size(over))
+            mapping[node] = builder.emit(
+                RingAttention.op,
+                (*operands, *options),
+                type=node.type,
+                origin=node.origin,
+                requires_grad=node.requires_grad,
+                name=node.name,
+            )
+        return mapping[node]
+
+    graph = rewrite(draft.graph, ring)
+    entering = {
+        mapping[node]: tuple((mapping[value], pin) for value, pin in found)
+        for node, found in draft.entering.items()
+    }
+    values = {mapping[node]: pin for node, pin in draft.values.items()}
+    return replace(draft, graph=graph, values=values, entering=entering)
 
 
 def _check_lengths(draft: Draft, contexts: Contexts) -> None:

@@ -2,13 +2,16 @@
 
 Ulysses: queries, keys and values are split by head for attention, and its result by token again.
 
-Before:  attention: (f32[8, 4, 8, 6], ...) = mesh::attention(q, k, v, None, True, None, 0.0, 0)
-         getitem: f32[8, 4, 8, 6]          = attention[0]
-After:   all_to_all: f32[8, 4@cp, 8, 6]       = all_to_all(q, cp)
-         attention: (f32[8, 4@cp, 8, 6], ...) = mesh::attention(all_to_all, all_to_all_1,
-             all_to_all_2, None, True, None, 0.0, 0)
-         getitem: f32[8, 4@cp, 8, 6]          = attention[0]
-         all_to_all_3: f32[8, 4, 8@cp, 6]     = all_to_all(getitem, cp)
+Before:  attention: (f32[8, 4, 8, 6], f32[8, 4, 8]) = mesh::attention(unbind_0, unbind_1, unbind_2,
+             None, True, None, 0.0, 0)
+         getitem_1: f32[8, 4, 8, 6]                 = attention[0]
+After:   all_to_all: f32[8, 4@cp, 8, 6]                   = all_to_all(unbind_0, cp)
+         attention: (f32[8, 4@cp, 8, 6], f32[8, 4@cp, 8]) = mesh::attention(all_to_all,
+             all_to_all_1, all_to_all_2, None, True, None, 0.0, 0)
+         getitem_1: f32[8, 4@cp, 8, 6]                    = attention[0]
+         all_to_all_3: f32[8, 4, 8@cp, 6]                 = all_to_all(getitem_1, cp)
+
+Requires and ensures: what `context.py` and the partitioner ask of them.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from collections.abc import Iterator
 from functools import partial
 
 from meshwright.compiler.composites.attention import Attention
-from meshwright.compiler.composites.ring_attention import Ring
-from meshwright.compiler.graph.ir import Arg, Graph, Node
+from meshwright.compiler.composites.ring_attention import RingAttention
+from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
@@ -28,6 +31,7 @@ from meshwright.dsl.statements import Context
 from meshwright.passes.statements.draft import Attending, Draft
 from meshwright.passes.statements.sequences import cut_inside, depth, entered_activations
 
+ATTENTION = (Attention.op, RingAttention.op)
 HEADS, TOKENS = 1, 2
 """The dims of what attention takes and gives."""
 
@@ -45,7 +49,8 @@ class Contexts:
                 self.entries.setdefault(node, []).append((value, each.statement))
 
     def around(self, node: Node) -> Context | None:
-        """The statement of the innermost module around attention; None where there is none."""
+        """The statement of the innermost module around attention that is not in a ring yet; None
+        where there is none."""
         if node.op != Attention.op or not self.attending:
             return None
         innermost = max(self.attending, key=partial(depth, node))
@@ -58,13 +63,6 @@ class Contexts:
             return layout
         layout = layout.drop_partial(axes).drop_varying(axes).drop_split(axes, self.mesh)
         return cut_inside(layout, dim, axes, self.mesh)
-
-
-def in_ring(node: Node, statement: Context, mesh: Mesh) -> tuple[Arg, ...]:
-    """The arguments of ring attention in place of those of attention."""
-    *operands, is_causal, scale, dropout_p, op_id = node.args
-    over = statement.over
-    return (*operands, *Ring(is_causal, scale, dropout_p, op_id, over, mesh.size(over)))
 
 
 def repeats(groups: int, ranks: int) -> int:
@@ -97,7 +95,7 @@ def _entered(graph: Graph, modules: frozenset[str]) -> Iterator[tuple[Node, Node
     inner = {
         path
         for node in graph.nodes
-        if node.op == Attention.op and others.intersection(p for p, _ in node.origin.modules)
+        if node.op in ATTENTION and others.intersection(p for p, _ in node.origin.modules)
         for path, _ in node.origin.modules
     }
     yield from found.values()

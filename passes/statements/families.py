@@ -19,6 +19,7 @@ from meshwright.compiler.composites.embedding import Embedding
 from meshwright.compiler.composites.extend import Extend
 from meshwright.compiler.composites.grouped import GroupedMM, GroupedMMWeight
 from meshwright.compiler.composites.norm import Norm
+from meshwright.compiler.composites.ring_attention import RingAttention
 from meshwright.compiler.graph.aliasing import is_view
 from meshwright.compiler.graph.ir import GETITEM, Op
 from meshwright.compiler.placing.rules.pointwise import UNTAGGED, is_pointwise
@@ -48,6 +49,7 @@ PRODUCTS: dict[Op, str] = {
         "matmul",
     ),
     Attention.op: "attention",
+    RingAttention.op: "attention",
     Embedding.op: "embedding",
 }  # fmt: skip
 """The operators that compute in the compute type, besides convolutions, by family."""

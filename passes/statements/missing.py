@@ -9,7 +9,7 @@ from meshwright.compiler.graph.ir import INPUT, Graph, Node
 from meshwright.compiler.graph.text import op_text
 from meshwright.dsl.errors import PlanError, either
 from meshwright.dsl.layouts import DimTemplate, FactorTemplate, format_axes
-from meshwright.dsl.statements import Fused, Rows, Spread, Vocab
+from meshwright.dsl.statements import Context, Fused, Rows, Spread, Vocab
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.linears import computed_weights, tables
@@ -31,7 +31,8 @@ def nothing_found(
 ) -> PlanError:
     """The error for a statement about `module`, which is not among those `found` to have `what`."""
     found = list(found)
-    reason = (
+    reason = _no_attention(module, found) if isinstance(statement, Context) else None
+    reason = reason or (
         _used_elsewhere(draft, found, module, statement)
         or _computed(draft, module, statement)
         or _other_operator(draft, module, statement)
@@ -41,6 +42,14 @@ def nothing_found(
     return draft.plan.error(
         "P501", f"`{statement.verb}` needs {what}, and {reason.why}", statement, help=reason.help
     )
+
+
+def _no_attention(module: str, found: Sequence[str]) -> Reason:
+    """Whatever else the module runs. `F.scaled_dot_product_attention` is what is split."""
+    why = f"{module_text(module)} does not call `scaled_dot_product_attention`"
+    if found:
+        return Reason(why, _such_as(module, [name for name in found if name] or found))
+    return Reason(why, "call it in the model, where its products and softmax are spelled out")
 
 
 def _such_as(module: str, found: Sequence[str]) -> str:

@@ -1,0 +1,161 @@
+"""The pass `context`: sequences are split over ranks, attention included."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import meshwright
+from meshwright import PlanError
+from meshwright.compiler.composites import ring_attention
+from meshwright.passes.statements import context, contexts
+from tests.equivalence import implicit_gathers
+from tests.models import GPT_TENSOR, Gpt, tokens
+from tests.passes.stages import check_documented, shown, stages
+
+BATCH, LENGTH, HEADS, GROUPS, WIDTH = 4, 16, 8, 2, 6
+METHODS = "ring", "ulysses"
+
+
+def context_of(method: str, ranks: int, selector: str = "blocks.*") -> str:
+    return f"mesh cp={ranks}\ncontext {selector} over cp method={method}\n"
+
+
+def test_the_docstring_shows_what_enters_before_and_after() -> None:
+    found = stages(Gpt(), tokens(), context_of("ring", 2))
+    names = "add", "attention"
+    check_documented(context, shown(found["normalise"], *names), shown(found["hoist"], *names))
+
+
+def test_the_docstring_shows_a_ring_before_and_after_it_is_lowered() -> None:
+    found = stages(Gpt(), tokens(), context_of("ring", 2))
+    steps = "permute_1", "permute_2", "ring_step", "ring_step_1"
+    check_documented(
+        ring_attention, shown(found["hoist"], "attention"), shown(found["lower"], *steps)
+    )
+
+
+def test_the_docstring_shows_attention_by_head_before_and_after() -> None:
+    found = stages(Gpt(), tokens(), context_of("ulysses", 2))
+    names = "attention", "getitem_1"
+    moves = "all_to_all", "all_to_all_3"
+    check_documented(
+        contexts, shown(found["normalise"], *names), shown(found["partition"], *names, *moves)
+    )
+
+
+class Grouped(nn.Module):
+    """A layer of attention with fewer heads of keys than of queries."""
+
+    def __init__(self, groups: int = GROUPS) -> None:
+        super().__init__()
+        self.sizes = (HEADS, groups, groups)
+        self.qkv = nn.Linear(WIDTH, sum(self.sizes) * WIDTH)
+        self.out = nn.Linear(HEADS * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2).split(self.sizes, 1)
+        y = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self, groups: int = GROUPS) -> None:
+        super().__init__()
+        self.wte, self.attn = nn.Embedding(32, WIDTH), Grouped(groups)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.attn(self.wte(tokens)).square().mean()
+
+
+def example(length: int = LENGTH) -> tuple[Tensor]:
+    return (torch.randint(0, 32, (BATCH, length)),)
+
+
+def compiled(
+    model: nn.Module, plan: str, batch: tuple[Tensor, ...] | None = None
+) -> meshwright.Program:
+    return meshwright.compile(model, meshwright.Plan.parse(plan), batch or example())
+
+
+def sent(program: meshwright.Program) -> dict[str, float]:
+    """Elements of float32 that a rank sends for attention, by phase."""
+    found = Counter[str]()
+    for each in program.comm().moved:
+        if each.kind != "all_reduce":
+            found[each.phase] += each.bytes * each.times // 4
+    return dict(found)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_a_ring_sends_what_the_formulas_say(ranks: int) -> None:
+    program = compiled(Model(), context_of("ring", ranks, "attn"))
+    block = 2 * BATCH * LENGTH // ranks * GROUPS * WIDTH
+    assert sent(program) == {"forward": (ranks - 1) * block, "backward": (2 * ranks - 1) * block}
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ulysses_sends_what_the_formulas_say(ranks: int) -> None:
+    program = compiled(Model(), context_of("ulysses", ranks, "attn"))
+    heads = 2 * HEADS + 2 * max(GROUPS, ranks)
+    each = (ranks - 1) * BATCH * LENGTH // ranks * heads * WIDTH // ranks
+    assert sent(program) == {"forward": each, "backward": each}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_rank_holds_of_activations_falls_with_the_number_of_ranks(method: str) -> None:
+    def held(ranks: int) -> int:
+        program = compiled(Gpt(layers=4), context_of(method, ranks), tokens(batch=16))
+        return program.memory().activations
+
+    whole = compiled(Gpt(layers=4), "mesh x=1\n", tokens(batch=16)).memory().activations
+    for ranks in (2, 4):
+        assert held(ranks) == pytest.approx(whole / ranks, rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("selector", ["blocks.*", '""', "blocks.0, blocks.1"])
+def test_no_activation_is_gathered(method: str, selector: str) -> None:
+    program = compiled(Gpt(), context_of(method, 2, selector), tokens())
+    assert implicit_gathers(program) == []
+    kinds = {each.kind for each in program.comm().moved}
+    assert kinds == {"all_reduce", "permute" if method == "ring" else "all_to_all"}
+
+
+def test_the_next_block_arrives_while_one_is_computed_and_no_third_is_there() -> None:
+    code = compiled(Gpt(layers=1), context_of("ring", 4), tokens()).code[0].source
+    # What starts and is awaited, between the steps.
+    lines = re.findall(r"(_ring_step|yield _Start|yield _Wait|yield)", code[: code.index("_gelu")])
+    short = {"_ring_step": "C", "yield _Start": "s", "yield _Wait": "w", "yield": "x"}
+    assert "".join(short[line] for line in lines) == "ssCwswsCwswsCwwC"
+
+
+def test_sequence_parallelism_splits_what_each_rank_has_of_a_sequence() -> None:
+    plan = context_of("ring", 2).replace("cp=2", "cp=2, tp=2") + GPT_TENSOR
+    program = compiled(Gpt(layers=1), plan + "sequence blocks.* over tp\n", tokens())
+    (add,) = [n for n in program.stages[0].forward.nodes if n.name == "add_1"]
+    assert str(add.layout) == "[8, 8@(cp, tp), 24]"
+
+
+def refused(plan: str, model: nn.Module, batch: tuple[Tensor, ...]) -> str:
+    with pytest.raises(PlanError) as caught:
+        compiled(model, plan, batch)
+    return str(caught.value)
+
+
+REFUSED: dict[str, tuple[str, nn.Module, tuple[Tensor, ...]]] = {
+    "context-length": (context_of("ring", 3), Gpt(), tokens()),
+    "context-heads": (context_of("ulysses", 8), Gpt(), tokens()),
+    "context-no-attention": (context_of("ring", 2, "blocks.*.up"), Gpt(), tokens()),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_split_is_refused(name: str, golden: Callable[[str, str], None]) -> None:
+    golden(name, refused(*REFUSED[name]))
