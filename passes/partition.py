@@ -100,7 +100,7 @@ class _Partitioner:
         self.brought: set[tuple[Node, int]] = set()
         """Those that are in the layout in which they are used, and in which stage."""
         self.users = draft.graph.users()
-        self.sequences = Sequences(draft.graph, draft.regions, draft.mesh)
+        self.sequences = Sequences(draft.graph, draft.regions, draft.attending, draft.mesh)
         self.emitter.planned = self.sequences.moves
         self.contexts = Contexts(draft.graph, draft.attending, draft.mesh)
 

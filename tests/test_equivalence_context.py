@@ -119,8 +119,8 @@ def test_dropout_inside_attention_draws_the_numbers_of_one_device(method: str, p
     torch.manual_seed(0)
     model = Attending(groups=4, is_causal=True, dropout_p=0.3).double()
     found = []
-    for text in ("mesh x=1\n", plan + LAYERS.format(method)):
-        program = meshwright.compile(model, meshwright.Plan.parse(text), batch())
+    for lines in ("mesh x=1\n", plan + LAYERS.format(method)):
+        program = meshwright.compile(model, meshwright.Plan.parse(lines), batch())
         run = program.launch(seed=3)
         torch.manual_seed(1)
         loss = run.step(*batch())

@@ -27,6 +27,13 @@ class Flow:
     region: Region
     batch: int
     length: int
+    outer: tuple[str, ...] = ()
+    """The axes of `context` over which the sequence is split too, outside of the region's."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All axes over which the sequence is split in the region."""
+        return (*self.outer, *self.region.axes)
 
     def leads(self, shape: tuple[int, ...]) -> bool:
         """Whether a value of this shape begins with the batch and the sequence, apart or as one."""
@@ -40,19 +47,33 @@ class Sequences:
     is made before any region. It does not follow from its size, which regions may share.
     """
 
-    def __init__(self, graph: Graph, regions: tuple[Region, ...], mesh: Mesh) -> None:
-        self.mesh = mesh
+    def __init__(
+        self,
+        graph: Graph,
+        regions: tuple[Region, ...],
+        attending: tuple[Attending, ...],
+        mesh: Mesh,
+    ) -> None:
+        self.mesh, self.attending = mesh, attending
         self.entries: dict[Node, tuple[tuple[Node, Flow], ...]] = {}
         self._flows: dict[Node, tuple[Flow, ...]] = {}
         """The sequences that a node works on, that of its result first."""
         self._here: tuple[Flow, ...] = ()
         self._axes = {axis for region in regions for axis in region.axes}
-        self._make, self._nested = cache(Flow), cache(_nested)
+        self._make, self._nested = cache(self._flow), cache(_nested)
         for region in regions:
             for node, value in entered_activations(graph, region.modules).values():
                 self._enter(node, value, self._make(region, *value.tensor.shape[:2]))
         if regions:
             self._follow(graph, regions)
+
+    def _flow(self, region: Region, batch: int, length: int) -> Flow:
+        around = (
+            each.statement.over
+            for each in self.attending
+            if region.modules & each.modules or _nested(region, each) or _nested(each, region)
+        )
+        return Flow(region, batch, length, next(around, ()))
 
     def _enter(self, node: Node, value: Node, flow: Flow) -> None:
         """Note that `value` enters a region with `node`; of multiple, the innermost counts."""
@@ -93,7 +114,7 @@ class Sequences:
 
     def split(self, value: Node, flow: Flow) -> Layout | None:
         """The layout of `value` with its sequence split; None if it has none to split."""
-        shape, layout, axes = value.tensor.shape, value.placed, flow.region.axes
+        shape, layout, axes = value.tensor.shape, value.placed, flow.axes
         if shape[:2] == (flow.batch, flow.length):
             return self._cut(layout, axes)
         if not flow.leads(shape):
@@ -112,7 +133,8 @@ class Sequences:
         split = move.source if set(move.axes) <= set(move.source.split_axes) else move.target
         moved = [split.dims[i] for i in dims if i is not None]
         for flow in self._here:
-            if not set(move.axes) <= set(flow.region.axes):
+            asked = flow.region.axes if move.row.moves else flow.axes
+            if not set(move.axes) <= set(asked):
                 continue
             apart = _sequence_dims(shape, flow.length) if shape[:1] == (flow.batch,) else set()
             if dims & apart or any(self._is_flat(dim, flow) for dim in moved):
@@ -133,7 +155,7 @@ class Sequences:
                 found = reshape(layout, shape, self.mesh)
             except LayoutError:
                 continue
-            if any(axis in dim_axes(found.dims[place]) for axis in flow.region.axes):
+            if any(axis in dim_axes(found.dims[place]) for axis in flow.axes):
                 return True
         return False
 
@@ -174,7 +196,7 @@ def _strangeness(node: Node, flow: Flow) -> tuple[bool, bool]:
     return not flow.leads(shape), depth(node, flow.region) < 0
 
 
-def _nested(inner: Region, outer: Region) -> bool:
+def _nested(inner: Region | Attending, outer: Region | Attending) -> bool:
     """Whether a module of one region is inside a module of another."""
     return any(
         path[:end] in outer.modules
