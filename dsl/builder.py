@@ -108,7 +108,7 @@ class PlanBuilder:
         return self._spread("sequence", targets, over, keep=keep)
 
     def context(self, *targets: str, over: AxisNames, method: str | None = None) -> Self:
-        """Split the sequence of attention; `method` is `"ring"` or `"ulysses"`."""
+        """Split sequences, attention included; `method` is `"ring"` or `"ulysses"`."""
         return self._spread("context", targets, over, method=method)
 
     def summa(

@@ -134,10 +134,7 @@ def attention_spec(
         results = tuple(letters if each is terms[bias] else each for each in results)
         terms = (*terms[:bias], letters, *terms[bias + 1 :])
     if heads == groups:
-        terms, results = (
-            tuple(tuple("h" if x == "g" else x for x in letters) for letters in side)
-            for side in (terms, results)
-        )
+        terms, results = _with_one_letter(terms), _with_one_letter(results)
     kept = tuple(
         None if type is None else letters
         for letters, type in zip(results, call.results, strict=True)
@@ -159,6 +156,11 @@ def attention_spec(
         bind=lambda dims: {**along, **_bind(groups, call.mesh, dims)},
         offers={"h": _offered(call, heads, present.index(query))},
     )
+
+
+def _with_one_letter(side: tuple[Letters, ...]) -> tuple[Letters, ...]:
+    """The letters where heads of keys are those of queries."""
+    return tuple(tuple("h" if x == "g" else x for x in letters) for letters in side)
 
 
 def _bind(groups: int, mesh: Mesh, dims: Dims) -> Dims:

@@ -8,10 +8,11 @@ A composite is differentiated whole, by an adjoint written by hand; the values t
 names are what is saved. Where its work is split over ranks it is lowered afterwards, to steps
 (composites too) and the collectives between them, which may stand in a loop:
 
-- Ring attention: the rule lets queries, keys and values be split along the sequence together; the
-  adjoint calls a backward on the output and its log-sum-exp; `lower` emits, for each rank of the
-  axis, a step on the block at hand and a `permute` of keys and values to the next rank, and last a
-  step that merges the partial results. The backward goes round with the gradients of its blocks.
+- Ring attention (`composites/ring_attention.py`): the rule has queries, keys and values split along
+  the sequence together; the adjoint calls a backward on the output and its log-sum-exp; `lower`
+  emits, for each rank of the axis, a step on the block at hand, which merges its result with those
+  before it, and a `permute` of keys and values to the next rank. The backward goes round with the
+  gradients of its blocks.
 - SUMMA: the rule yields one `Placement`, both matrices split over rows and columns of the mesh; the
   adjoint is the same composite on transposed operands; `lower` emits for each panel two broadcasts
   and a step that adds one product to the sum so far.
