@@ -16,8 +16,7 @@ backward: its reduction is returned under way. Of the reductions whose operand i
 and lives until the wait, two are under way at most: the result of the first goes to where it is
 kept before the operand of the third is packed. In a pipeline, what a stage runs once starts all its
 exchanges, and pauses while the rank runs other stages. All else keeps its order, and exchanges
-start in the same order on every rank. What goes round a ring moves on where the graph says so, and
-not as soon as it is there: ranks would hold every block of it.
+start in the same order on every rank.
 Elsewhere: DDP's hooks, FSDP's prefetching, Inductor's reordering for compute and communication
 overlap.
 """
@@ -84,7 +83,7 @@ def _with_early_starts(instructions: Instructions) -> list[Instruction]:
     makers = _makers(body)
     followers: dict[int, list[int]] = {}
     for exchange, before in makers.items():
-        for i in () if _goes_round(body, exchange, before) else before:
+        for i in before:
             followers.setdefault(i, []).append(exchange)
     order: dict[int, None] = {}
 
@@ -141,14 +140,6 @@ def _makers(body: Sequence[Instruction]) -> dict[int, list[int]]:
         if made is not None:
             made_in.setdefault(_memory(made), []).append(i)
     return found
-
-
-def _goes_round(body: Sequence[Instruction], exchange: int, makers: Sequence[int]) -> bool:
-    """Whether an exchange passes on what one like it has brought."""
-    own = body[exchange]
-    assert isinstance(own, Exchange)
-    before = (each for each in map(body.__getitem__, makers) if isinstance(each, Exchange))
-    return any(each.wire.kind == own.wire.kind == "permute" for each in before)
 
 
 def _memory(value: Value) -> Value | str:

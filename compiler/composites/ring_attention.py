@@ -104,7 +104,7 @@ class RingAttention(Composite):
         out: Node | None = None
         lse: Node | None = None
         for number in range(ring.blocks - 1):
-            following = [_moved_on(context, x, ring) for x in (k, v)]
+            following = [_moved_on(context, x, ring, after=out) for x in (k, v)]
             step = context.call(RingStep.op, q, k, v, bias, out, lse, *ring, number, False)
             out, lse = context.items(step)
             k, v = following
@@ -135,12 +135,12 @@ class RingAttentionBackward(Composite):
         for number in range(ring.blocks):
             sums[:2] = [_moved_on(context, x, ring) for x in sums[:2]]
             last = number == ring.blocks - 1
-            following = (k, v) if last else [_moved_on(context, x, ring) for x in (k, v)]
+            following = [] if last else [_moved_on(context, x, ring, after=dq) for x in (k, v)]
             operands = (grad, q, k, v, out, lse, bias, dq)
             step = context.call(RingStepBackward.op, *operands, *ring, number, wants_bias)
             dq, *own = context.items(step)
             sums = list(map(partial(_sum, context), sums, own))
-            k, v = following
+            k, v = following or (k, v)
         dk, dv, dbias = sums
         dk, dv = (_moved_on(context, x, ring) for x in (dk, dv))
         grads = zip((dq, dk, dv, dbias), (q, k, v, bias), strict=True)
@@ -206,9 +206,13 @@ class RingStepBackward(Composite):
         return lambda *tensors: step(*tensors, block=block())
 
 
-def _moved_on(context: LoweringContext, x: Node | None, ring: Ring) -> Node | None:
-    """What the rank before has, on each rank."""
-    return x and context.collective("permute", x, x.placed, ring.axes, shift=1)
+def _moved_on(
+    context: LoweringContext, x: Node | None, ring: Ring, after: Node | None = None
+) -> Node | None:
+    """What the rank before has, on each rank: sent once the step `after` is over, so that no more
+    than two blocks are there."""
+    options: dict[str, Arg] = {} if after is None else {"after": after}
+    return x and context.collective("permute", x, x.placed, ring.axes, shift=1, **options)
 
 
 def _sum(context: LoweringContext, total: Node | None, own: Node | None) -> Node | None:
