@@ -46,6 +46,7 @@ wheel: $(READY)  ## dist/*.whl, from the sources alone
 
 bench: $(READY)  ## beside DTensor, FSDP2, DDP, torch's pipelines and hand-written code: see benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.tensor_parallel
+	$(BIN)/python -m benchmarks.tensor_2d
 	$(BIN)/python -m benchmarks.data_parallel
 	$(BIN)/python -m benchmarks.zero
 	$(BIN)/python -m benchmarks.pipeline

@@ -26,6 +26,17 @@ HEAD = {
     "sequence": "vocab wte, head over tp\nsequence blocks.* over tp\n",
 }
 
+TENSOR_FORMS = {
+    "columns": "mesh tp=4\n" + TENSOR + HEAD["vocab"],
+    "sequence": "mesh tp=4\n" + TENSOR + HEAD["sequence"],
+    "summa": """
+mesh  row=2, col=2
+let   heads = {heads}
+summa ** over (row, col)
+summa blocks.*.qkv over (row, col) as (heads 3 hd)
+""",
+}
+"""Plans of four ranks that split every product, by what `in_form` calls them."""
 
 SAVING = {
     "saved": "",
@@ -84,6 +95,15 @@ def saving(size: Size, mesh: DeviceMesh, how: str, budget: int | None = None) ->
     statements = SAVING.get(how, f"checkpoint budget={(budget or 0) // 1024}KiB")
     text = plan_text(size, mesh, "") + statements.format(segments=segments_of(size.layers))
     return _peer(_compiled(size, text), "meshwright", how)
+
+
+def in_form(size: Size, form: str) -> Peer:
+    """`form` is one of `TENSOR_FORMS`."""
+    return _peer(program_in(size, form), "meshwright", form)
+
+
+def program_in(size: Size, form: str) -> mw.Program:
+    return _compiled(size, TENSOR_FORMS[form].format(heads=size.heads))
 
 
 def _compiled(size: Size, plan: str) -> mw.Program:
