@@ -62,10 +62,9 @@ class Panels:
 
         def compute(step: int, *fetched: Node) -> Node:
             part = multiply(step, *fetched)
-            reduced = self._reduce(part, dim, axis, step)
             if under_way:
-                put(step - 1)
-            under_way.append(reduced)
+                put(step - 1)  # before the next begins, which holds its operand
+            under_way.append(self._reduce(part, dim, axis, step))
             return part
 
         self._run(fetch, compute)
@@ -114,10 +113,7 @@ class Panels:
 
     def _put(self, total: Node | None, block: Node, dim: int, axis: str, step: int) -> Node:
         """`total` with what a step has left in its place."""
-        parts = self._parts(axis)
-        if parts == 1 and total is None:
-            return block
-        return self.context.call(PutBlock.op, total, block, dim, step, parts, axis)
+        return self.context.call(PutBlock.op, total, block, dim, step, self._parts(axis), axis)
 
     def _parts(self, axis: str) -> int:
         """The number of panels in a block over `axis`."""
@@ -213,7 +209,8 @@ class BlockPart(Composite):
 @composite
 class PutBlock(Composite):
     """`put_block(total, block, dim, step, parts, axis)` writes the block of a step over its part of
-    `total`, on the coordinate of `axis` that has it; with no total yet, over zeros."""
+    `total`, on the coordinate of `axis` that has it; with no total yet, over zeros. Where there is
+    one part, the first block is the total from there on."""
 
     op = MeshOp("put_block")
 
@@ -237,6 +234,8 @@ class PutBlock(Composite):
         shape = binding.node.placed.local_shape(binding.mesh)
 
         def put(total: Tensor | None, block: Tensor) -> Tensor:
+            if total is None and parts == 1:
+                return block
             if total is None:
                 total = block.new_zeros(shape)
             return kernels.put_block(total, block, dim, place) if own else total

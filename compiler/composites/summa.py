@@ -128,7 +128,8 @@ class SummaSum(BlockSum):
         panels = Panels(context, row, col)
 
         def fetch(step: int, after: Node | None) -> tuple[Node, ...]:
-            panel = panels.broadcast(x, last, col, step, after)
+            # Activations can be there long before the cotangents.
+            panel = panels.broadcast(x, last, col, step, after or y)
             return (y, panel) if is_transposed else (panel, y)
 
         return panels.reduced(fetch, _multiply(context, "tn"), 1 if is_transposed else 0, row)

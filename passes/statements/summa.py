@@ -155,7 +155,9 @@ class _Covered:
     """The nodes inside modules that a statement names, with that of the innermost."""
 
     def __init__(self, draft: Draft) -> None:
-        resolved = draft.plan.resolve(dsl.Summa, modules_of(draft, dsl.Summa))
+        # What the root calls itself is inside of it, too: `**` names it.
+        names = dict.fromkeys(["", *modules_of(draft, dsl.Summa)])
+        resolved = draft.plan.resolve(dsl.Summa, names.keys())
         self.others = {name for name, own in draft.inputs.items() if _statement(own) is None}
         """What other statements lay out."""
         self.statements: dict[Node, dsl.Summa] = {}

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import meshwright
 from meshwright import PlanError
@@ -220,6 +221,15 @@ def test_no_more_than_two_panels_of_an_operand_are_held() -> None:
             )
         most = max(most, alive)
     assert (most, alive) == (4, 0)
+
+
+def test_what_the_model_itself_multiplies_is_in_blocks_under_two_stars() -> None:
+    class Bare(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(super().forward(x) * x, self.up.weight).square().sum()
+
+    program = check_equal(Bare(), rows(), GRID, steps=1)
+    assert str(program.graph("stage0.forward")).count("mesh::add_panel_product") == 3
 
 
 def test_evaluation_runs_in_blocks() -> None:
