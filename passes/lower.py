@@ -61,9 +61,10 @@ class Lowering:
             for i, type in enumerate(source.type)
         ]
 
-    def reshard(self, value: Node, layout: Layout) -> Node:
-        """`value` in another layout, by as many collectives as that takes."""
-        return self.emitter.reshard(value, layout, self.node.origin)
+    def reshard(self, value: Node, layout: Layout, *, anew: bool = False) -> Node:
+        """`value` in another layout, by as many collectives as that takes; `anew`, also where it is
+        there in that layout: a backward that takes it then saves `value` as it was."""
+        return self.emitter.reshard(value, layout, self.node.origin, anew=anew)
 
     def collective(
         self,

@@ -108,4 +108,5 @@ class Product3dSum(BlockSum):
 
 
 def _gathered(context: LoweringContext, value: Node, axis: str) -> Node:
-    return context.reshard(value, value.placed.drop_split((axis,), context.mesh))
+    """The value, gathered for one product: what the backward gathers again is not saved."""
+    return context.reshard(value, value.placed.drop_split((axis,), context.mesh), anew=True)

@@ -71,6 +71,8 @@ class Origin:
     """The stage of a pipeline that computes it; of a parameter, the one that owns it."""
     region: str = ""
     """Of what the backward computes again: the region of a `checkpoint` statement."""
+    replaced: Op | None = None
+    """The operator of the model that a statement has put others in the place of."""
 
 
 Op: TypeAlias = "torch._ops.OpOverload | MeshOp"

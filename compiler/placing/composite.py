@@ -79,8 +79,9 @@ class LoweringContext(Protocol):
     def items(self, source: Node) -> list[Node | None]:
         """The results of a step that has multiple."""
 
-    def reshard(self, value: Node, layout: Layout) -> Node:
-        """`value` in another layout, by as many collectives as that takes."""
+    def reshard(self, value: Node, layout: Layout, *, anew: bool = False) -> Node:
+        """`value` in another layout, by as many collectives as that takes; `anew`, also where it is
+        there in that layout: a backward that takes it then saves `value` as it was."""
 
     def collective(
         self,

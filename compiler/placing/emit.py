@@ -202,13 +202,16 @@ class Emitter:
         *,
         user: Op = MeshOp("output"),
         forced: frozenset[str] | None = None,
+        anew: bool = False,
     ) -> Node:
-        """`value` in the layout `target`, by explicit collectives, each emitted once per value.
+        """`value` in the layout `target`, by explicit collectives, each emitted once per value
+        unless it is to be made `anew`.
 
         `forced` are the axes over which the plan left no choice; by default every one.
         """
         target = target.canonical(self.mesh)
-        have = self._have.setdefault(value, {value.placed: value})
+        known = {value.placed: value}
+        have = known if anew else self._have.setdefault(value, known)
         if target in have:
             return have[target]
         if is_filled(value) and not target.partial and not target.varying:

@@ -213,7 +213,7 @@ class Window:
         named: dict[str, dict[str, set[Node]]] = {}
         for node in self.again:
             maker = node.args[0] if node.op == GETITEM else node
-            word = next((each for each in keep_words(maker.op) if each in words), "")
+            word = next((each for each in keep_words(maker) if each in words), "")
             if word and self.later.size(node):
                 path = next((m for m in modules if within(maker.origin.module, m)), "")
                 inner = maker.origin.module[len(path) :].strip(".")

@@ -17,6 +17,7 @@ from meshwright.compiler.graph.ir import (
     Node,
     NodeType,
     Op,
+    Origin,
     TensorType,
     map_nodes,
     nodes_in,
@@ -89,9 +90,10 @@ def emit_for(
     *,
     type: NodeType = None,
     name: str = "",
+    origin: Origin | None = None,
 ) -> Node:
-    """Emit a call that does a part of what `node` does: it has its origin, and a gradient if the
-    node and an operand do."""
+    """Emit a call that does a part of what `node` does: it has its origin, unless another is given,
+    and a gradient if the node and an operand do."""
     kwargs = kwargs or {}
     type = type or result_type(op, args, kwargs)
     types = type if isinstance(type, tuple) else (type,)
@@ -100,7 +102,7 @@ def emit_for(
         args,
         kwargs,
         type=type,
-        origin=node.origin,
+        origin=origin or node.origin,
         requires_grad=node.requires_grad
         and any(each is not None and each.differentiable for each in types)
         and any(operand.requires_grad for operand in nodes_in((args, *kwargs.values()))),

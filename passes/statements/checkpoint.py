@@ -29,6 +29,7 @@ from meshwright.compiler.composites.norm import NormFinish
 from meshwright.compiler.composites.ring_attention import RingStep
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, Node, Op, Phase, op_stem
 from meshwright.compiler.graph.names import fold
+from meshwright.compiler.graph.transfers import is_collective
 from meshwright.dsl.errors import PlanError, either, nearest, plural
 from meshwright.dsl.statements import Checkpoint
 from meshwright.dsl.suggest import selectors_of
@@ -143,7 +144,7 @@ def _check(draft: Draft, calls: Iterable[Call]) -> None:
 
 def words_of(graph: Graph) -> set[str]:
     """The words that `keep=` takes for the operators of a graph, and for families."""
-    return {*NARROWED, *(word for node in graph.nodes for word in keep_words(node.op))}
+    return {*NARROWED, *(word for node in graph.nodes for word in keep_words(node))}
 
 
 def _ends(name: str, path: str) -> bool:
@@ -184,12 +185,15 @@ def _nowhere(draft: Draft, statement: Checkpoint, word: str) -> PlanError:
     )
 
 
-def keep_words(op: Op) -> Iterator[str]:
-    """The words after `keep=` that name an operator."""
-    found = family(op) or _LOWERED.get(op)
-    yield op_stem(op)
-    if found is not None:
-        yield found
+def keep_words(node: Node) -> Iterator[str]:
+    """The words after `keep=` that name an operator: its own, and those of one that it does a part
+    of. What ranks send each other for that is not computed, so not kept."""
+    replaced = None if is_collective(node) else node.origin.replaced
+    for op in (node.op, replaced):
+        if op is not None:
+            yield op_stem(op)
+            if found := family(op) or _LOWERED.get(op):
+                yield found
 
 
 class Regions:
@@ -242,4 +246,4 @@ def keep_names(word: str, node: Node) -> bool:
     path, _, operator = word.rpartition(".")
     if path and not _ends(node.origin.module, path):
         return False
-    return _SYNONYMS.get(operator, operator) in keep_words(node.op)
+    return _SYNONYMS.get(operator, operator) in keep_words(node)

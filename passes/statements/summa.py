@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -40,7 +41,7 @@ from meshwright.compiler.composites.norm import Norm
 from meshwright.compiler.composites.product_3d import Product3d
 from meshwright.compiler.composites.summa import Summa, SummaTransposed
 from meshwright.compiler.composites.summa_embedding import SummaEmbedding
-from meshwright.compiler.graph.ir import INPUT, Arg, Builder, Node, map_nodes, rewrite
+from meshwright.compiler.graph.ir import INPUT, Arg, Builder, Node, Origin, map_nodes, rewrite
 from meshwright.compiler.graph.text import node_type_text
 from meshwright.compiler.layout.factors import Dim, cut, dim_axes
 from meshwright.compiler.layout.layout import Layout
@@ -336,7 +337,8 @@ def _lookup(
     table, index, padding_idx, *known = args
     num_rows = known[0] if known else table.tensor.shape[0]
     given = (table, index, padding_idx, num_rows, *_product_axes(statement, False))
-    return emit_for(node, builder, SummaEmbedding.op, given, name=node.name)
+    origin = _in_place_of(node)
+    return emit_for(node, builder, SummaEmbedding.op, given, name=node.name, origin=origin)
 
 
 def _form(weight: Linear, own: Pin, grid: _Grid) -> str | None:
@@ -363,8 +365,13 @@ def _product(
         op, is_transposed = SummaTransposed.op, not is_transposed
     elif len(axes) == 2:
         op = Summa.op
-    found = emit_for(node, builder, op, (x, weight, is_transposed, *axes))
-    return emit_for(node, builder, aten.add.Tensor, (found, bias)) if bias is not None else found
+    emit = partial(emit_for, node, builder, origin=_in_place_of(node))
+    found = emit(op, (x, weight, is_transposed, *axes))
+    return emit(aten.add.Tensor, (found, bias)) if bias is not None else found
+
+
+def _in_place_of(node: Node) -> Origin:
+    return replace(node.origin, replaced=node.op)
 
 
 def _nothing(draft: Draft, statement: dsl.Summa) -> PlanError:

@@ -19,6 +19,8 @@ from meshwright.compiler.codegen.overlap import overlap
 from meshwright.compiler.composites import product_3d as product_3d_module
 from meshwright.compiler.composites import summa as summa_module
 from meshwright.compiler.composites import summa_embedding as embedding_module
+from meshwright.compiler.graph.ir import OutputKind, Phase
+from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.public import Program
 from meshwright.passes.statements import summa
 from tests.equivalence import check_equal
@@ -91,6 +93,13 @@ def test_a_gpt_trains_in_blocks_as_on_one_device(row: int, col: int) -> None:
     model = Gpt(vocab=47, d=2 * heads * (1 if 3 in (row, col) else 2), heads=heads)
     batch = 12 if 3 in (row, col) else 8
     check_equal(model, lambda: tokens(47, batch), gpt_plan(row, col), steps=2)
+
+
+@pytest.mark.parametrize(("row", "col"), [(2, 4), (3, 2), (4, 1)])
+def test_a_grid_need_not_be_square(row: int, col: int) -> None:
+    """Panels and sums are then parts of blocks, of the side that is shorter."""
+    plan = f"mesh row={row}, col={col}\nsumma ** over (row, col)\n"
+    check_equal(Mlp(12, 24), lambda: rows(12, 12), plan, steps=1)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +212,29 @@ def test_a_region_saves_what_enters_its_blocks_alone() -> None:
     names = [each.node.name for each in program.stages[0].forward.outputs if each.kind == "saved"]
     assert not [name for name in names if name.startswith("broadcast")]
     assert program.memory().activations < plain.memory().activations / 3
+
+
+@pytest.mark.parametrize(
+    ("word", "products"), [("linear", 0), ("matmul", 0), ('"up.linear"', 4), ("embedding", 6)]
+)
+def test_words_after_keep_name_operators_of_the_model(word: str, products: int) -> None:
+    """The backward computes `qkv`, `proj` and `up` of two blocks again, each in two steps."""
+    program = compiled(Gpt(), gpt_plan(2, 2, f"checkpoint blocks.* keep=[{word}]\n"), tokens())
+    nodes = program.stages[0].graphs[Phase.BACKWARD].nodes
+    again = [each for each in nodes if each.origin.region and "panel_product" in each.name]
+    assert len(again) == 2 * products
+
+
+def test_an_operator_of_no_product_is_not_kept() -> None:
+    plan = gpt_plan(2, 2, "checkpoint blocks.* keep=[addmm]\n")
+    with pytest.raises(PlanError, match="`keep=addmm` matches nothing"):
+        compiled(Gpt(), plan, tokens())
+
+
+def test_a_cube_saves_what_it_has_not_gathered_yet() -> None:
+    program = compiled(Gpt(), "mesh x=2, y=2, z=2\n" + CUBE, tokens())
+    saved = program.stages[0].forward.outputs_of(OutputKind.SAVED)
+    assert not [each.node.name for each in saved if moves(each.node)]
 
 
 def test_no_more_than_two_panels_of_an_operand_are_held() -> None:
