@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from meshwright.compiler.report.assumed import (
     measured_costs,
     spread,
 )
+from meshwright.compiler.report.cost.cost import Cost, cost
 from meshwright.compiler.report.cost.step import StepTime, modelled_costs, step_time
 from meshwright.compiler.report.explain import Explanation, explain
 from meshwright.compiler.report.ledger import Comm, ledger
@@ -169,22 +170,47 @@ class Program(Compiled):
     def _memories(self) -> dict[str, Memory]:
         return memories(self)
 
-    def cost(self, cluster: str | Path | Cluster, *, convention: str = "pipelined") -> StepTime:
-        """How long a step takes on a cluster, by a model: it prints as tables.
+    @overload
+    def cost(
+        self,
+        cluster: None = None,
+        *,
+        names: Mapping[str, str | int] | None = None,
+        convention: str = "pipelined",
+    ) -> Cost: ...
 
-        `cluster` is the path of a TOML file, the name of a description that comes with Meshwright
-        (`8xh100`, `4xv100`, `laptop`) or a `Cluster`. An operator takes as long as its
-        floating-point operations or the bytes that it reads and writes, whichever is more; a
-        collective takes the latency of the slowest link that it spans, and what a rank sends over
-        that link's bandwidth. What overlaps is as in `timeline`, and a pipeline is simulated.
+    @overload
+    def cost(self, cluster: str | Path | Cluster, *, convention: str = "pipelined") -> StepTime: ...
 
-        `convention` says how much collectives send: `pipelined`, as `comm` counts, `ring`, in which
-        broadcasts and reductions to one rank pass whole messages from rank to rank, or `tree`, in
-        which these and all-reduces go down a binomial tree.
+    def cost(
+        self,
+        cluster: str | Path | Cluster | None = None,
+        *,
+        names: Mapping[str, str | int] | None = None,
+        convention: str = "pipelined",
+    ) -> Cost | StepTime:
+        """What a step costs: without a cluster, formulas of what a rank sends, computes and holds;
+        with one, the time of a step by a model. Both print as tables.
 
-        Raises `CompilerError` for a wrong description, and for one that lacks what the program
-        needs.
+        - `names`: layouts that name the dims of inputs and parameters, in addition to those of the
+          plan: `{"wte": "[v, h]", "blocks.*.up": "[(4 h), h]", "blocks.*.proj": "[h, h]"}`; and
+          numbers of names, as `let` gives them: `{"heads": 4}`. The batch is `b` and the sequence
+          `s` unless they are named, and the number of equal blocks is `layers`. Sizes that are
+          equal by chance stay apart, and those without a name stay numbers.
+        - `convention`: how much collectives send: `pipelined`, as `comm` counts; `ring`, in which
+          broadcasts and reductions to one rank pass whole messages from rank to rank; or `tree`, in
+          which these and all-reduces go down a binomial tree, in `log2` rounds.
+        - `cluster`: the path of a TOML file, the name of a description that comes with Meshwright
+          (`8xh100`, `4xv100`, `laptop`) or a `Cluster`. An operator takes as long as its
+          operations or the bytes that it reads and writes, whichever is more; a collective takes
+          the latency of the slowest link that it spans, and what a rank sends over that link's
+          bandwidth. What overlaps is as in `timeline`, and a pipeline is simulated.
+
+        Raises `CompilerError` for a wrong name, convention or description, or one that lacks what
+        the program needs, and `PlanError` for a layout that does not fit.
         """
+        if cluster is None:
+            return cost(self, names, convention)
         check_convention(convention)
         return step_time(self, _cluster(cluster), convention)
 

@@ -8,8 +8,8 @@ Elsewhere: torch.utils.flop_counter, which counts what runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch.utils import flop_counter
@@ -20,6 +20,7 @@ from meshwright.compiler.layout.mesh import Mesh
 aten = torch.ops.aten
 
 Shape: TypeAlias = tuple[int, ...]
+Shapes: TypeAlias = "tuple[Shape | None, ...]"
 Formula: TypeAlias = Callable[..., int]
 """From the shape of the first result and the arguments, with shapes in place of tensors."""
 
@@ -27,26 +28,51 @@ _SDPA: Formula = flop_counter.sdpa_flop_count
 _SDPA_BACKWARD: Formula = flop_counter.sdpa_backward_flop_count
 
 
-def flops(node: Node, mesh: Mesh) -> int:
+class Measures(Protocol):
+    """The sizes that operations are counted by: those of `LocalSizes`, or others."""
+
+    def shapes(self, node: Node) -> Shapes:
+        """The shape of a rank's part of each result of a node; None for what is not a tensor."""
+
+    def ranks(self, axes: Iterable[str]) -> int:
+        """The number of ranks along axes."""
+
+
+class LocalSizes:
+    """What a rank of `mesh` holds, and how many ranks there are."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def shapes(self, node: Node) -> Shapes:
+        """The shape of a rank's part of each result of a node; None for what is not a tensor."""
+        layouts = (layout for _, layout in node.results)
+        return tuple(layout.local_shape(self.mesh) if layout else None for layout in layouts)
+
+    def ranks(self, axes: Iterable[str]) -> int:
+        """The number of ranks along axes."""
+        return self.mesh.size(axes)
+
+
+def flops(node: Node, mesh: Mesh, sizes: Measures | None = None) -> int:
     """The operations of a placed node on one rank, in one turn of each loop.
 
     They are 0 for an operator that has no formula: what is computed element by element is not
-    counted.
+    counted. Sizes are those of `mesh`, or what `sizes` gives in their place.
     """
     packet = getattr(node.op, "overloadpacket", None)
     if node.op not in _FORMULAS and packet not in flop_counter.flop_registry:
         return 0
-    shapes = [layout and layout.local_shape(mesh) for _, layout in node.results]
-    args = map_nodes(node.args, lambda operand: _local_shape(operand, mesh))
+    sizes = sizes or LocalSizes(mesh)
+    found = sizes.shapes(node)
+    args = map_nodes(node.args, lambda operand: sizes.shapes(operand)[0])
     if formula := _FORMULAS.get(node.op):
-        over = mesh.size(node.args[_SUMMED[node.op]]) if node.op in _SUMMED else 1
-        return over * formula(shapes[0], *args)
-    out = tuple(shapes) if isinstance(node.type, tuple) else shapes[0]
-    return int(flop_counter.flop_registry[packet](*args, **node.kwargs, out_val=out))
-
-
-def _local_shape(node: Node, mesh: Mesh) -> Shape:
-    return node.placed.local_shape(mesh)
+        assert found[0] is not None
+        over = sizes.ranks(node.args[_SUMMED[node.op]]) if node.op in _SUMMED else 1
+        return over * formula(found[0], *args)
+    out = found if isinstance(node.type, tuple) else found[0]
+    counted: int = flop_counter.flop_registry[packet](*args, **node.kwargs, out_val=out)
+    return counted
 
 
 def _product(out: Shape, first: Shape, *rest: Any) -> int:

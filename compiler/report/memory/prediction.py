@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 
 from meshwright.compiler.codegen.instructions import Instructions
-from meshwright.compiler.graph.aliasing import node_bytes
-from meshwright.compiler.graph.ir import TO_DISK, InputKind, OutputKind
+from meshwright.compiler.graph.aliasing import local_bytes
+from meshwright.compiler.graph.ir import TO_DISK, InputKind, Node, OutputKind
 from meshwright.compiler.graph.text import op_text, type_text
+from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import HALF_TYPES
 from meshwright.compiler.program import STAGING_BYTES, Compiled, Stored, Update
 from meshwright.compiler.report.memory.counter import address
@@ -22,14 +23,40 @@ from meshwright.compiler.report.memory.uses import copies
 from meshwright.compiler.schedules.actions import Action, Entry, Receive, Send, actions_of
 
 
-def memories(program: Compiled, updates: Mapping[int, Update] | None = None) -> dict[str, Memory]:
+class Sizes:
+    """The bytes that one rank of `mesh` holds: as numbers, where a subclass knows no better."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+
+    def storage(self, storage: Storage) -> int:
+        """Of the memory behind a value."""
+        return storage.num_bytes
+
+    def stored(self, stored: Stored) -> int:
+        """Of a parameter or a buffer, or of the gradient of one."""
+        return stored.local_bytes(self.mesh)
+
+    def value(self, node: Node) -> int:
+        """Of an input."""
+        return local_bytes(node, self.mesh)
+
+    def state(self, stored: Stored | None, size: int) -> int:
+        """Of what an optimizer keeps of a parameter, or of none."""
+        return size
+
+
+def memories(
+    program: Compiled, updates: Mapping[int, Update] | None = None, sizes: Sizes | None = None
+) -> dict[str, Memory]:
     """The memory of ranks that hold or run what others do not, by their coordinates (`pp=0`), of
     the rank that needs most in a step at each; where all do the same there is one. `updates` are by
     rank, by default those of AdamW."""
+    sizes = sizes or Sizes(program.stages[0].forward.mesh)
     updates = program.updates if updates is None else updates
     found: dict[str, Memory] = {}
     for rank, walk in walks_by_rank(program).items():
-        each = _Rank(program, rank, walk, updates.get(rank)).memory()
+        each = _Rank(program, rank, walk, updates.get(rank), sizes).memory()
         place = program.place(rank)
         if place not in found or each.peak > found[place].peak:
             found[place] = each
@@ -42,8 +69,10 @@ _TABLES = "tables of random numbers"
 class _Rank:
     """The memory of one rank: what outlives a step, and the walk and the update besides."""
 
-    def __init__(self, program: Compiled, rank: int, walk: Walk, update: Update | None) -> None:
-        self.program, self.walk = program, walk
+    def __init__(
+        self, program: Compiled, rank: int, walk: Walk, update: Update | None, sizes: Sizes
+    ) -> None:
+        self.program, self.walk, self.sizes = program, walk, sizes
         self.update = update or Update("", {}, {})
         self.coords = program.mesh.coords(rank)
         actions = actions_of(program.entries[rank])
@@ -58,7 +87,7 @@ class _Rank:
         away = self._away()
         here = {name: s for name, s in self.gradients.items() if not s.kept.update.away}
         self.away, self.gradients = away, here
-        self.allocated = sum(storage.num_bytes for storage in walk.allocated.values())
+        self.allocated = sum(map(sizes.storage, walk.allocated.values()))
 
     def memory(self) -> Memory:
         """All figures."""
@@ -78,7 +107,7 @@ class _Rank:
             batch=sizes[Use.BATCH],
             gradients=gradients,
             optimizer=sizes[Use.OPTIMIZER],
-            activations=self.walk.most_saved,
+            activations=sum(map(self.sizes.storage, self.walk.saved_at_most)),
             host=self.away["host"],
             disk=self.away["disk"],
             peak=_total(alive),
@@ -86,7 +115,9 @@ class _Rank:
             updated_by=self.update.kind,
             parts={use: size for use, size in parts.items() if size},
             alive=tuple(sorted((a for a in alive if a.bytes), key=lambda each: -each.bytes)),
-            timeline=tuple(self._timeline(_total(in_step) - self.walk.tally.peak, _total(after))),
+            timeline=tuple(
+                self._timeline(int(_total(in_step)) - self.walk.tally.peak, int(_total(after)))
+            ),
             in_place_of="" if program.imagined_on == program.device else program.device.type,
         )
 
@@ -121,7 +152,7 @@ class _Rank:
         return (stored for stored in tensors if stored.held_by(self.coords))
 
     def _bytes(self, tensors: Iterable[Stored]) -> int:
-        return sum(stored.local_bytes(self.program.mesh) for stored in self._held(tensors))
+        return sum(map(self.sizes.stored, self._held(tensors)))
 
     def _lasting(self) -> Iterator[Alive]:
         """What is there before a step, during it and in an update."""
@@ -134,7 +165,7 @@ class _Rank:
                 if each.kept.value.away:
                     continue
                 text = type_text(each.type, each.layout, forward, local=True)
-                yield Alive(each.local_bytes(program.mesh), use.value, each.name, type=text)
+                yield Alive(self.sizes.stored(each), use.value, each.name, type=text)
         # Each rank has all of a constant, and computes with its part.
         constants = {address(c): (name, c) for name, c in program.captured.constants.items()}
         for name, constant in constants.values():
@@ -149,10 +180,11 @@ class _Rank:
         }
         for node, graph in batch.values():
             text = type_text(node.tensor, node.placed, graph, local=True)
-            yield Alive(node_bytes(node, graph), Use.BATCH.value, str(node.args[1]), type=text)
+            yield Alive(self.sizes.value(node), Use.BATCH.value, str(node.args[1]), type=text)
         for name, size in self.update.state.items():
             if name and program.parameters[name].kept.update.away:
                 continue
+            size = self.sizes.state(program.parameters[name] if name else None, size)
             yield Alive(size, Use.OPTIMIZER.value, name or self.update.kind)
 
     def _in_step(self, gradients: int, *, first: bool = False) -> Iterator[Alive]:
@@ -172,14 +204,15 @@ class _Rank:
         """What is alive after a step besides, while the parameters are updated."""
         for each in self.gradients.values():
             yield Alive(self._bytes([each]), Use.GRADIENTS.value, each.name)
-        yield Alive(self.walk.tally.alive - self.allocated, Use.VALUES.value, "results of the step")
+        results = sum(map(self.sizes.storage, self.walk.tally.left())) - self.allocated
+        yield Alive(results, Use.VALUES.value, "results of the step")
         for operator, size in self.update.temporaries.items():
             yield Alive(size, Use.TEMPORARIES.value, f"{UPDATE}: {operator}")
 
     def _node(self, storage: Storage, use: Use) -> Alive:
-        node = storage.node
+        node, size = storage.node, self.sizes.storage(storage)
         if node is None:
-            return Alive(storage.num_bytes, use.value, "schedule")
+            return Alive(size, use.value, "schedule")
         texts = (
             type_text(type, layout, self.program.stages[0].forward, local=True)
             for type, layout in node.results
@@ -187,7 +220,7 @@ class _Rank:
         )
         origin, op = node.origin, op_text(node.op)
         return Alive(
-            *(storage.num_bytes, use.value, node.name, op, next(texts, "")),
+            *(size, use.value, node.name, op, next(texts, "")),
             *(origin.module, origin.source),
         )
 

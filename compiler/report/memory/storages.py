@@ -98,6 +98,8 @@ class Walk:
         self.coords, self.device = coords, device
         self._mesh = stages[0].forward.mesh
         self.tally, self.most_saved = Tally(), 0
+        self.saved_at_most: tuple[Storage, ...] = ()
+        """The memory of what is saved where that is most."""
         self.saved: dict[Node, int] = {}
         self.allocated: dict[tuple[int, str], Storage] = {}
         self._leaving_buckets: dict[tuple[int, str], Local] = {}
@@ -324,8 +326,10 @@ class Walk:
 
     def _count_saved(self) -> None:
         kept = {leaf.storage for stage in self._stages for leaf in leaves(stage.held())}
-        size = sum(storage.num_bytes for storage in kept if storage.place == "device")
-        self.most_saved = max(self.most_saved, size)
+        here = [storage for storage in kept if storage.place == "device"]
+        size = sum(storage.num_bytes for storage in here)
+        if size > self.most_saved:
+            self.most_saved, self.saved_at_most = size, tuple(here)
 
     def _return(self, returned: Return) -> None:
         """What is returned is kept to the end of the step, or until another stage takes it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple, TypeAlias
 
 from meshwright.compiler.graph.ir import Node
@@ -105,9 +105,13 @@ class Tally:
         end, inside, _, node = self._first if first else self._top
         return {**self._alive_at(end), Storage(inside, node): Use.TEMPORARIES}
 
+    def left(self) -> Iterable[Storage]:
+        """What is alive now."""
+        return self._alive_at(len(self._log))
+
     def end(self, left: Collection[Storage]) -> None:
         """Let go of everything but what is left."""
-        for storage in self._alive_at(len(self._log)).keys() - left:
+        for storage in set(self.left()) - set(left):
             self._add(storage, -storage.num_bytes)
 
     def _alive_at(self, end: int) -> dict[Storage, Use]:
