@@ -189,8 +189,8 @@ class Program(Compiled):
         names: Mapping[str, str | int] | None = None,
         convention: str = "pipelined",
     ) -> Cost | StepTime:
-        """What a step costs: without a cluster, formulas of what a rank sends, computes and holds;
-        with one, the time of a step by a model. Both print as tables.
+        """Say what a step costs: without a cluster, as formulas of what a rank sends, computes and
+        holds; with one, as the time of a step by a model. Both print as tables.
 
         - `names`: layouts that name the dims of inputs and parameters, in addition to those of the
           plan: `{"wte": "[v, h]", "blocks.*.up": "[(4 h), h]", "blocks.*.proj": "[h, h]"}`; and

@@ -24,9 +24,12 @@ from typing import Any, NamedTuple, TypeVar
 import meshwright as mw
 from docs.generated import write_or_check
 from meshwright.compiler import errors, program
+from meshwright.compiler.costs import cluster
 from meshwright.compiler.graph import ir
 from meshwright.compiler.layout import mesh
 from meshwright.compiler.report import explain, ledger, listing, pipeline, recompute, sums
+from meshwright.compiler.report.cost import cost as formulas
+from meshwright.compiler.report.cost import step
 from meshwright.compiler.report.memory import holding
 from meshwright.dsl import PlanBuilder
 from meshwright.runtime import errors as run_errors
@@ -87,6 +90,7 @@ MACHINERY: Mapping[type, tuple[str, ...]] = {
     pipeline.PipelineSchedule: ("table", "links", "assumed", "simulation"),
     ir.Graph: ("users",),
     ir.Node: ("tensor", "placed", "held", "of_model", "operands", "requires_grad"),
+    cluster.Cluster: ("link", "spans_nodes", "rate"),
     mw.PlanError: ("about",),
 }  # fmt: skip
 """Members for passes and the runtime, which the page leaves out."""
@@ -190,6 +194,12 @@ forward all_reduce ('tp',) 256 <plan>:5
             sums.Sum,
             recompute.Recomputed,
             pipeline.PipelineSchedule,
+            formulas.Cost,
+            formulas.Formula,
+            step.StepTime,
+            step.GraphTime,
+            cluster.Cluster,
+            cluster.Link,
         ),
     ),
     Section(

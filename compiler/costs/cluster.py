@@ -51,14 +51,14 @@ class ClusterError(CompilerError):
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What joins devices: the seconds before anything moves, and the bytes per second that each
-    device sends."""
+    """A link of devices: `latency` are the seconds before anything moves, and `bandwidth` the
+    bytes per second that each device sends."""
 
     latency: float
     bandwidth: float
 
     def seconds(self, num_bytes: float) -> float:
-        """How long one message takes."""
+        """How long a message of `num_bytes` takes."""
         return self.latency + num_bytes / self.bandwidth
 
 
@@ -66,11 +66,12 @@ class Link:
 class Cluster:
     """A cluster: what one device computes, and what joins devices, nodes and hosts.
 
-    `rates` are floating-point operations per second by element type, `memory` is in bytes and
-    `bandwidth` in bytes per second, `overhead` the seconds that an operator takes besides. `node`
-    joins the `devices` of a node; `network` joins nodes, and `host` a device and its host, where
-    there is one. `axes` has the link that an axis spans (`node` or `network`), where ranks do not
-    fill one node after another.
+    `name` is what texts call it and `device` the type of its devices, as for `compile`. `rates` are
+    floating-point operations per second by element type, `memory` is in bytes and `bandwidth` in
+    bytes per second, `overhead` the seconds that an operator takes besides. `node` joins the
+    `devices` of a node; `network` joins nodes, and `host` a device and its host, where there is
+    one. `axes` has the link that an axis spans (`node` or `network`), where ranks do not fill one
+    node after another.
     """
 
     name: str
@@ -85,11 +86,12 @@ class Cluster:
     host: Link | None = None
     axes: Mapping[str, str] = field(default_factory=dict)
 
-    @classmethod
-    def load(cls, source: str | Path) -> Cluster:
-        """The cluster of a file or, by name, one that comes with the package (`8xh100`).
+    @staticmethod
+    def load(source: str | Path) -> Cluster:
+        """The cluster of a TOML file at the path `source` or, by name, one that comes with the
+        package (`8xh100`).
 
-        Raises `ClusterError` for a file that cannot be read or a description that cannot be.
+        Raises `CompilerError` for a file that cannot be read and a description that is wrong.
         """
         path = Path(source)
         if path.suffix != ".toml":
@@ -101,11 +103,14 @@ class Cluster:
             raise ClusterError(
                 f"cannot read the cluster `{source}`: {why}", help="check the path of the file"
             ) from None
-        return cls.parse(text, str(source))
+        return Cluster.parse(text, str(source))
 
-    @classmethod
-    def parse(cls, text: str, name: str = "cluster") -> Cluster:
-        """The cluster that a description says. Raises `ClusterError`."""
+    @staticmethod
+    def parse(text: str, name: str = "cluster") -> Cluster:
+        """The cluster that a description says: `text` is TOML, and `name` what errors call it.
+
+        Raises `CompilerError` for a description that is wrong.
+        """
         try:
             data = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:

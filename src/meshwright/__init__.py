@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meshwright.compiler.costs.cluster import Cluster
 from meshwright.compiler.errors import CaptureError, LayoutError, PassError
 from meshwright.compiler.graph.annotate import layout
 from meshwright.compiler.graph.custom import custom
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "Cluster",
     "LayoutError",
     "MeshwrightError",
     "PassError",

@@ -17,7 +17,7 @@ from meshwright import ckpt, commands
 from meshwright.dsl.errors import MeshwrightError, PlanError, did_you_mean, nearest
 from meshwright.launcher.job import GRACE
 from meshwright.models import ModelError, UsageError
-from meshwright.usage import assign, is_model, job, missing_value, one_of, whole_number
+from meshwright.usage import assign, is_model, job, missing_value, names, one_of, whole_number
 
 _ABOUT = "Compile a PyTorch model and a plan into what each device of a mesh runs."
 
@@ -181,6 +181,8 @@ def _arguments(name: str, words: Sequence[str]) -> Namespace:
         arguments.plans = given
         return arguments
     wanted = list(command.words)
+    if name == "calibrate" and not given:
+        wanted, arguments.file = [], None
     if name == "ckpt reshard":
         arguments.mode, arguments.device = "train", "cpu"
         if arguments.parts:
@@ -216,6 +218,13 @@ _COMPILED: _Options = {
     },
     "--device": {"help": "the device type to compile for (default: this machine's)"},
     **_JSON,
+}
+_CLUSTER: _Options = {
+    "--cluster": {
+        "metavar": "FILE",
+        "help": "the time that it takes on this cluster: a TOML file, or `8xh100`, `4xv100` or "
+        "`laptop`",
+    }
 }
 _LOCAL: _Options = {"--local": {"action": "store_true", "help": "the shapes that one rank holds"}}
 _COMMANDS = {
@@ -259,6 +268,25 @@ _COMMANDS = {
             **_COMPILED,
         },
     ),
+    "cost": _Command(
+        "what a step sends, computes and holds, as formulas, or its time on a cluster",
+        "MODEL PLAN [--cluster FILE]",
+        _BOTH,
+        {
+            **_CLUSTER,
+            "--names": {
+                "type": names,
+                "help": "layouts that name sizes, and numbers of names: "
+                '`"wte=[v, h]; blocks.*.up=[f, h]; heads=4"`',
+            },
+            "--convention": {
+                "type": one_of("--convention", ("pipelined", "ring", "tree")),
+                "default": "pipelined",
+                "help": "how much collectives send: pipelined (the default), ring or tree",
+            },
+            **_COMPILED,
+        },
+    ),
     "schedule": _Command(
         "what each rank of a pipeline runs and sends, and when",
         "MODEL PLAN",
@@ -269,6 +297,7 @@ _COMMANDS = {
                 "help": "measure what stages cost on this machine, or count their FLOPs where it "
                 "has no such device (default: all the same)",
             },
+            **_CLUSTER,
             "--schedule": {
                 "metavar": "NAME",
                 "help": "another schedule than the plan's: a name, or a file such as `own.csv`",
@@ -332,6 +361,12 @@ _COMMANDS = {
             "--rendezvous": {"metavar": "HOST:PORT", "help": "where ranks meet, on node 0"},
         },
         "These options may stand anywhere; what follows `--` is the script's alone.",
+    ),
+    "calibrate": _Command(
+        "measure this machine, and describe it as a cluster",
+        "[FILE]",
+        {"FILE": "a new TOML file to write it to (default: print it)"},
+        {"--device": {"help": "the device type to measure (default: this machine's)"}},
     ),
     "ckpt ls": _Command(
         "list the checkpoints of a folder, the newest first",

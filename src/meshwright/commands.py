@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from meshwright.compiler.graph.data import graph_data
 from meshwright.compiler.graph.ir import Graph
 from meshwright.compiler.graph.text import size_text, spelt
 from meshwright.compiler.public import Program
+from meshwright.compiler.report.cost.cost import Cost
+from meshwright.compiler.report.cost.step import StepTime
 from meshwright.compiler.report.listing import graph_text
 from meshwright.compiler.report.memory.holding import moments_sheet, places_sheet
 from meshwright.compiler.report.show import show_text
@@ -21,7 +26,7 @@ from meshwright.dsl.errors import did_you_mean, plural
 from meshwright.dsl.plan import Plan
 from meshwright.launcher.job import Job
 from meshwright.launcher.launch import launch as launch_processes
-from meshwright.models import CommandError, load_model, load_optimizer
+from meshwright.models import CommandError, UsageError, load_model, load_optimizer
 from meshwright.passes import driver
 from meshwright.runtime.machine import RUNTIME
 
@@ -133,6 +138,48 @@ def memory(arguments: Namespace) -> int:
     return 0
 
 
+def cost(arguments: Namespace) -> int:
+    """Print what a step costs: formulas or, on a cluster, its time."""
+    names, cluster = arguments.names, arguments.cluster
+    if names and cluster:
+        raise UsageError(
+            "`--names` and `--cluster` exclude each other",
+            help="write `--names` for formulas, or `--cluster` for the time of a step",
+        )
+    program = compiled(arguments)
+    found: Cost | StepTime = (
+        program.cost(cluster, convention=arguments.convention)
+        if cluster
+        else program.cost(names=names, convention=arguments.convention)
+    )
+    if arguments.json:
+        print_json(found.to_json())
+    else:
+        print_text(str(found))
+    return 0
+
+
+def calibrate(arguments: Namespace) -> int:
+    """Measure this machine in two processes, and print or write its description."""
+    path = Path(arguments.file) if arguments.file else None
+    if path is not None and path.suffix != ".toml":
+        raise UsageError(f"`{path}` is not a TOML file", help=f"write `{path}.toml`")
+    if path is not None and path.exists():
+        raise CommandError(f"there is a file `{path}` already", help="name a new file")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "cluster.toml"
+        job = Job(("-m", "meshwright.calibrate", device, str(found)), 2)
+        if code := launch_processes(job):
+            return code
+        text = found.read_text(encoding="utf-8")
+    if path is not None:
+        _write(path, text)
+        text = f"{path}: written\n"
+    print_text(text.rstrip("\n"))
+    return 0
+
+
 def schedule(arguments: Namespace) -> int:
     """Print what each rank of a pipeline runs and sends, and when."""
     found = compiled(arguments).schedule(
@@ -141,6 +188,7 @@ def schedule(arguments: Namespace) -> int:
         ranks=arguments.ranks,
         virtual=arguments.virtual,
         microbatches=arguments.microbatches,
+        cluster=arguments.cluster,
     )
     if arguments.json:
         print_json(found.to_json())

@@ -132,6 +132,20 @@ def one_of(option: str, choices: Sequence[str]) -> Callable[[str], str]:
     return read
 
 
+def names(text: str) -> dict[str, str | int]:
+    """The names that `--names` gives: layouts by tensor, and numbers."""
+    found: dict[str, str | int] = {}
+    for each in filter(None, map(str.strip, text.split(";"))):
+        what, equals, value = (part.strip() for part in each.partition("="))
+        if not (what and equals and value):
+            raise UsageError(
+                f"`{each}` in `--names` names nothing",
+                help='write `--names "wte=[v, h]; blocks.*.up=[f, h]; heads=4"`',
+            )
+        found[what] = int(value) if value.isdecimal() else value
+    return found
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import meshwright as mw
 from docs.make_api import COMMAND, MACHINERY, PAGE, Entry, attributes, entries, members, page
 from examples import gpt
+from meshwright.compiler.costs.cluster import Cluster
 from meshwright.passes.contracts import allow
 from meshwright.runtime.checkpoint import saving
 from tests.docs.pages import ROOT, blocks
@@ -171,6 +172,10 @@ RAISED: Mapping[tuple[str, str], Callable[[], object] | Callable[[pytest.MonkeyP
     ("Program.graph", "KeyError"): lambda: program().graph("stage1.forward"),
     ("Program.explain", "PlanError"): lambda: program().explain("u"),
     ("Program.cost", "CompilerError"): lambda: program().cost("no such cluster"),
+    ("Program.cost", "PlanError"): lambda: program().cost(names={"x": "[b"}),
+    ("Cost.memory", "CompilerError"): lambda: program().cost().memory("all"),
+    ("Cluster.load", "CompilerError"): lambda: Cluster.load("no such cluster"),
+    ("Cluster.parse", "CompilerError"): lambda: Cluster.parse("[device]"),
     ("Program.schedule", "CompilerError"): lambda: program().schedule(costs={"forward": 1}),
     ("Program.schedule", "PlanError"): lambda: program().schedule(ranks=0),
     ("Program.launch", "RunError"): lambda: program().launch(new_shapes="all"),

@@ -30,7 +30,7 @@ from meshwright.compiler.graph.aliasing import is_view
 
 @dataclass(frozen=True, slots=True)
 class GraphTime:
-    """How long one run of a graph takes, in seconds.
+    """How long one run of a graph takes: `seconds`.
 
     `computing` is what its operators take, and `waiting` what it waits for messages besides. Those
     that are still under way at its end take `left` more. `sending` is how long the links carry its

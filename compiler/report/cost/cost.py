@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, repr=False)
 class Cost:
-    """What one rank sends, computes and holds in a step, as formulas: it prints as tables.
+    """The formulas of what one rank sends, computes and holds in a step. It prints as tables.
 
     The names in formulas are sizes (`b`, `s`, `layers`, and those of layouts) and axes of the mesh;
     `values` are their numbers in what was compiled. A size without a name is a number, and so is
@@ -49,7 +49,8 @@ class Cost:
         self, *, phase: str = "", axes: str = "", module: str = "", place: str | None = None
     ) -> Formula:
         """The bytes that a rank sends: of one `phase`, `forward` or `backward`, over some `axes`,
-        such as `dp, tp`, of the `module` `blocks.*.up` and those inside it; by default all."""
+        such as `dp, tp`, of the `module` `blocks.*.up` and those inside it, at one `place`; by
+        default all."""
 
         def of(own: Sent) -> Named:
             return total(
@@ -62,7 +63,8 @@ class Cost:
 
     def flops(self, *, phase: str = "", module: str = "", place: str | None = None) -> Formula:
         """The floating-point operations of a rank: of one `phase`, `forward` or `backward`, and of
-        a `module`, as in `sent`; by default all. Products, attention and convolutions count."""
+        a `module`, at a `place`, as in `sent`; by default all. Products, attention and convolutions
+        count."""
 
         def of(own: Computed) -> Named:
             return total(
@@ -74,8 +76,9 @@ class Cost:
         return self._most(("flops", phase, module), self._computed, of, place)
 
     def memory(self, part: str = "peak", *, place: str | None = None) -> Formula:
-        """The bytes that a rank holds: the `part` is `parameters`, `gradients`, `optimizer`, saved
-        `activations`, or the `peak` of a step, which is where it is for the compiled sizes.
+        """The bytes that a rank holds, at one `place`: the `part` is `parameters`, `gradients`,
+        `optimizer`, saved `activations`, or the `peak` of a step, which is where it is for the
+        compiled sizes.
 
         Raises `CompilerError` for any other part.
         """

@@ -26,7 +26,7 @@ _BUSY = ("computing", "waiting")
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """How long a step takes on a cluster, by a model: seconds of the rank that takes longest.
+    """How long a step takes on a `cluster`, by a model: seconds of the rank that takes longest.
 
     `seconds` is the whole. Of these the rank computes for `computing`, waits for messages for
     `waiting`, has nothing to do in the pipeline for `idle`, waits at the end of the step for
@@ -52,7 +52,7 @@ class StepTime:
 
     @property
     def fits(self) -> bool:
-        """Whether a device has as much memory as the rank needs."""
+        """True if a device has as much memory as the rank needs."""
         return self.peak <= self.memory
 
     @property
