@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -52,12 +52,12 @@ class Cost:
         such as `dp, tp`, of the `module` `blocks.*.up` and those inside it, at one `place`; by
         default all."""
 
-        def of(own: Sent) -> Named:
-            return total(
-                size
-                for (half, over, path), size in own.items()
-                if phase in ("", half) and axes in ("", over) and _within(path, module)
-            )
+        def of(own: Sent) -> list[Named]:
+            found: dict[str, list[Named]] = {}
+            for (half, over, path), size in own.items():
+                if phase in ("", half) and axes in ("", over) and _within(path, module):
+                    found.setdefault(over, []).append(size)
+            return [*map(total, found.values())]
 
         return self._most(("sent", phase, axes, module), self._sent, of, place)
 
@@ -66,12 +66,10 @@ class Cost:
         a `module`, at a `place`, as in `sent`; by default all. Products, attention and convolutions
         count."""
 
-        def of(own: Computed) -> Named:
-            return total(
-                size
-                for (half, path), size in own.items()
-                if phase in ("", half) and _within(path, module)
-            )
+        def of(own: Computed) -> list[Named]:
+            found = own.items()
+            kept = (n for (half, path), n in found if phase in ("", half) and _within(path, module))
+            return [total(kept)]
 
         return self._most(("flops", phase, module), self._computed, of, place)
 
@@ -84,21 +82,21 @@ class Cost:
         """
         if part not in PARTS:
             raise CompilerError(f"no part of memory is `{part}`", help=did_you_mean(part, PARTS))
-        return self._most((part,), self._held, lambda own: total([getattr(own, part)]), place)
+        return self._most((part,), self._held, lambda own: [total([getattr(own, part)])], place)
 
     def _most(
         self,
         key: tuple[object, ...],
         places: Mapping[str, _T],
-        of: Callable[[_T], Named],
+        of: Callable[[_T], Sequence[Named]],
         place: str | None,
     ) -> Formula:
-        """The formula of a number, of the place that has most or of one."""
+        """The formula of a sum of numbers, of the place that has most or of one."""
         if place is not None and place not in places:
             raise CompilerError(f"no rank is at `{place}`", help=did_you_mean(place, places))
         if (*key, place) not in self._known:
             numbers = {each: of(own) for each, own in places.items() if place in (None, each)}
-            at = max(numbers, key=lambda each: numbers[each])
+            at = max(numbers, key=lambda each: sum(map(int, numbers[each])))
             self._known[*key, place] = self._formulas.formula(numbers[at], at)
         return self._known[*key, place]
 
@@ -149,13 +147,13 @@ class Cost:
         for phase, axes, module in self._sent[place]:
             own = self._sent[place][phase, axes, module]
             key = "sent only", phase, axes, module
-            found = self._most(key, {place: own}, lambda number: number, place)
+            found = self._most(key, {place: own}, lambda number: [number], place)
             yield (phase, axes, module), found
 
     def _flops_rows(self, place: str) -> Iterator[tuple[tuple[str, str], Formula]]:
         for (phase, module), own in self._computed[place].items():
             key = "flops only", phase, module
-            yield (phase, module), self._most(key, {place: own}, lambda number: number, place)
+            yield (phase, module), self._most(key, {place: own}, lambda number: [number], place)
 
     def _sent_sheet(self, place: str) -> Sheet:
         rows = [(*key, size_text(each.number), str(each)) for key, each in self._sent_rows(place)]

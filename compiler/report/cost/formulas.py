@@ -124,10 +124,11 @@ class Formulas:
         """The memory of ranks by place; its numbers have formulas."""
         return memories(self.program, None, self.sizes)
 
-    def formula(self, number: int, place: str) -> Formula:
-        """The formula of a number, for the ranks at a place: equal blocks are counted once, times
-        their number."""
-        return Formula(self._simple(self._folded(number, place)), int(number))
+    def formula(self, numbers: Sequence[int], place: str) -> Formula:
+        """The formula of a sum, for the ranks at a place: each number is simplified by itself, and
+        equal blocks are counted once, times their number."""
+        parts = (self._simple(self._folded(number, place)) for number in numbers)
+        return Formula(sympy.Add(*parts), sum(map(int, numbers)))
 
     def _folded(self, number: int, place: str) -> sympy.Expr:
         blocks: dict[tuple[str, sympy.Expr], dict[int, Fraction]] = {}
@@ -138,21 +139,20 @@ class Formulas:
             else:
                 blocks.setdefault((mark[0], expr), {})[mark[1]] = each
         for (name, expr), by_index in blocks.items():
-            present = self._present(place, name)
-            counts = [by_index.get(i, Fraction(0)) for i in present]
-            usual = _usual(counts)
-            rest = sum(counts, Fraction(0)) - usual * len(counts)
+            # A block of another stage may have left something here.
+            counts = [by_index.get(i, Fraction(0)) for i in self._present(place, name)]
+            usual = _usual(counts) if counts else Fraction(0)
+            rest = sum(by_index.values(), Fraction(0)) - usual * len(counts)
             count = _rational(usual) * self._count(name, len(counts)) + _rational(rest)
             found.append(count * expr)
         return sympy.Add(*found)
 
     def _present(self, place: str, name: str) -> list[int]:
-        """The blocks of a list that ranks at a place compute."""
+        """The blocks of a list of which ranks at a place hold parameters."""
         if place not in self._blocks:
-            graphs = (graph for _, graph, _ in self._runs(self.ranks[place]))
-            paths = {node.origin.module for graph in graphs for node in graph.nodes}
-            marks = {mark for path in paths if (mark := self.sizes.mark(path))}
-            self._blocks[place] = sorted(marks)
+            coords = self.program.mesh.coords(self.ranks[place])
+            held = (each for each in self.program.parameters.values() if each.held_by(coords))
+            self._blocks[place] = sorted({m for each in held if (m := self.sizes.mark(each.name))})
         return [index for own, index in self._blocks[place] if own == name]
 
     def _count(self, name: str, count: int) -> sympy.Expr:

@@ -110,9 +110,9 @@ class Names:
     def _of_shards(self, plan: Plan, source: Source) -> list[Place]:
         """What layouts of inputs and parameters, or of the modules of these, name."""
         tensors = {name: shape for (_, name), shape in self.trace.inputs.items()}
-        modules = {n.removesuffix(".weight") for n in tensors if n.endswith(".weight")}
+        modules = [n.removesuffix(".weight") for n in tensors if n.endswith(".weight")]
         names = list(dict.fromkeys([*modules, *tensors, *dict(self.program.model.named_modules())]))
-        found: list[Place] = []
+        waiting: list[tuple[str, Dim, DimTemplate]] = []
         resolved = plan.resolve(Shard, names, of="tensor") if plan.of(Shard) else {}
         for name, statement in resolved.items():
             if name not in tensors and name not in modules:
@@ -120,9 +120,18 @@ class Names:
             name = name if name in tensors else f"{name}.weight"
             shape, dims = tensors[name], statement.layout.dims
             plan.dims(statement.layout, [size_of(expanded(dim)) for dim in shape], name)
-            for dim, template in _pairs(shape, dims):
-                found += self._in_dim(dim, template, source, name)
+            waiting += [(name, dim, template) for dim, template in _pairs(shape, dims)]
+        found: list[Place] = []
+        while waiting:
+            # First those whose sizes are known, which may be those of others.
+            name, dim, template = min(waiting, key=lambda each: len(self._unknown(each[2])) > 1)
+            waiting.remove((name, dim, template))
+            found += self._in_dim(dim, template, source, name)
         return found
+
+    def _unknown(self, template: DimTemplate) -> list[FactorTemplate]:
+        """The factors of a dim whose sizes are not known."""
+        return [each for each in template.factors if not (each.size or each.name in self._sizes)]
 
     def _in_dim(
         self, dim: Dim, template: DimTemplate, source: Source, tensor: str
@@ -131,8 +140,7 @@ class Names:
         if len(template.segments) != 1:
             return
         (factors,) = template.segments
-        unknown = [each for each in factors if not (each.size or each.name in self._sizes)]
-        if source is Source.PLAN and len(unknown) > 1:
+        if source is Source.PLAN and len(self._unknown(template)) > 1:
             return
         sizes = self._factor_sizes(size_of(expanded(dim)), factors, tensor)
         parts = [new(size) for size in sizes]
