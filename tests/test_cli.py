@@ -57,6 +57,7 @@ FILES = {
     "a.plan": PLAN,
     "pipeline.plan": "mesh pp=2\ndata x, y\nstages at down over pp microbatches=2\n",
     "model.py": MODEL,
+    "there.toml": "",
     "opt.py": "from torch.optim import SGD\nclass Own(SGD): pass\n",
     "broken.py": "import not_installed_anywhere\n",
     "syntax.py": "x = = 1\n",
@@ -71,6 +72,7 @@ os.write(1, f"{line}\\n".encode())  # in one call: the processes share the pipe
 sys.exit(int(sys.argv[-1]))
 """
 
+COST = ["cost", "model.py:build", "a.plan"]
 MEMORY = ["memory", "model.py:build", "a.plan"]
 
 Run = Callable[..., tuple[int, str, str]]
@@ -133,12 +135,21 @@ def test_check_reads_a_plan_and_compiles_a_model_under_it(
             ["memory", "model:build", "pipeline.plan", "--place", "pp=0", "--timeline"],
         ),
         ("memory_json", ["memory", "model.py:build", "a.plan", "--optimizer=opt.py:Own", "--json"]),
+        ("cost", ["cost", "model.py:build", "a.plan", "--names", "up=[f, h]", "--device=cpu"]),
+        ("cost_json", ["cost", "model.py:build", "a.plan", "--json", "--convention=tree"]),
+        ("cost_cluster", ["cost", "model:build", "a.plan", "--cluster=laptop", "--device=cpu"]),
+        (
+            "schedule_cluster",
+            ["schedule", "model:build", "pipeline.plan", "--cluster=laptop", "--device=cpu"],
+        ),
         ("explain", ["explain", "model.py:build", "a.plan", "down"]),
         ("check_json", ["check", "model.py:build", "a.plan", "--json"]),
         ("infer", ["graph", "model.py:build", "a.plan", "--mode=infer"]),
         ("help", ["help"]),
         ("help_run", ["help", "run"]),
         ("help_explain", ["explain", "model.py:build", "--help"]),
+        ("help_cost", ["help", "cost"]),
+        ("help_calibrate", ["help", "calibrate"]),
     ],
 )
 def test_a_command_prints_its_golden_text(
@@ -184,6 +195,14 @@ def test_fmt_prints_checks_and_writes_the_canonical_form(
         ("usage_optimizer", 2, [*MEMORY, "--optimizer", "SGD(0.1)"]),
         ("usage_optimizer_options", 2, [*MEMORY, "--optimizer", "SGD(lr=rate)"]),
         ("usage_optimizer_without_value", 2, [*MEMORY, "--optimizer"]),
+        ("error_no_cluster", 1, [*COST, "--cluster", "9xh100"]),
+        ("error_cluster_of_other_devices", 1, [*COST, "--cluster=8xh100", "--device=cpu"]),
+        ("error_file_for_a_cluster", 1, ["calibrate", "there.toml"]),
+        ("usage_names", 2, [*COST, "--names", "wte"]),
+        ("usage_names_and_cluster", 2, [*COST, "--names", "h=8", "--cluster=laptop"]),
+        ("usage_convention", 2, [*COST, "--convention=star"]),
+        ("usage_calibrate", 2, ["calibrate", "own"]),
+        ("usage_calibrate_two", 2, ["calibrate", "own.toml", "two.toml"]),
         ("error_no_script", 1, ["run", "other.py", "--processes", "2"]),
         ("error_no_script_near", 1, ["run", "scrip.py", "--processes", "2"]),
         ("error_script_is_a_folder", 1, ["run", "folder", "--processes", "2"]),
@@ -348,6 +367,18 @@ def test_a_plan_that_cannot_be_written_is_said_in_words(
     monkeypatch.setattr(Path, "write_text", refuse)
     code, _, err = run("fmt", "--write", "a.plan")
     assert (code, err.partition("\n")[0]) == (1, "cannot write `a.plan`: Read-only file system")
+
+
+@pytest.mark.slow
+def test_what_calibrate_writes_is_a_cluster(run: Run) -> None:
+    assert run("calibrate", "own.toml", "--device=cpu") == (0, "own.toml: written\n", "")
+    found = meshwright.Cluster.load("own.toml")
+    assert found.device == "cpu"
+    assert found.rates["float32"] > 1e8
+    assert 0 < found.node.latency < 1
+    assert found.node.bandwidth > 1e6
+    if found.devices >= 4:
+        assert run(*COST, "--cluster=own.toml", "--device=cpu")[0] == 0
 
 
 def test_the_demo_ends_in_the_largest_difference(run: Run) -> None:

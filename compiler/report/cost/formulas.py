@@ -60,6 +60,8 @@ class Formulas:
         self.sizes = NamedSizes(program, trace, self.names)
         self.mesh = self.sizes.mesh
         self._blocks: dict[str, list[Mark]] = {}
+        self._called = _block_names(self.sizes.blocks, self.names.values)
+        self.names.values |= {self._called[name]: n for name, n in self.sizes.blocks.items()}
         self.ranks: dict[str, int] = {}
         """The first rank at each place along a pipeline."""
         for rank in range(program.mesh.num_ranks):
@@ -161,14 +163,18 @@ class Formulas:
         ranks = self.mesh.size(axes)
         if count * ranks != blocks[name]:
             return sympy.Integer(count)
-        called = "layers" if len(blocks) == 1 else name.replace(".", "_")
-        self.names.values[called] = blocks[name]
-        return symbol(called) / axes_product(axes, self.mesh).expr
+        return symbol(self._called[name]) / axes_product(axes, self.mesh).expr
 
     def _simple(self, expr: sympy.Expr) -> sympy.Expr:
         expr = sympy.expand(expr)
         few = len(sympy.Add.make_args(expr)) <= _MOST_FACTORED
         return sympy.factor(expr) if few else sympy.factor_terms(expr)
+
+
+def _block_names(blocks: Mapping[str, int], taken: Mapping[str, int]) -> dict[str, str]:
+    """What the numbers of blocks are called: `layers`, if there is one list, else like the lists."""
+    alone = len(blocks) == 1 and "layers" not in taken
+    return {name: "layers" if alone else f"num_{name.replace('.', '_')}" for name in blocks}
 
 
 def _usual(counts: Sequence[Fraction]) -> Fraction:

@@ -118,6 +118,12 @@ class StepTime:
         return Sheet("", tuple(Column(head, right=bool(head)) for head in heads), rows)
 
 
+def _difference(whole: float, part: float) -> float:
+    """What is left of a sum, which is not exactly 0 where nothing is."""
+    left = whole - part
+    return left if left > 1e-9 * whole else 0.0
+
+
 def seconds_text(seconds: float) -> str:
     """`1.5 s`, `20 ms`, `3.25 us`."""
     if not seconds:
@@ -207,7 +213,7 @@ class _Step:
             simulation.makespan + tail + update,
             computing,
             waiting,
-            max(0.0, simulation.makespan - computing - waiting),
+            _difference(simulation.makespan, computing + waiting),
             tail,
             update,
             dict(sorted(sending.items())),
