@@ -25,6 +25,8 @@ class Atom:
     """Where it has no name: the dims that it is the sum of, and what is added."""
     axes: tuple[str, ...] = ()
     """Where it is the number of ranks along these."""
+    block: tuple[Dim, tuple[str, ...]] | None = field(default=None, repr=False)
+    """Where it has no name: the dim of which it is a block, one for each rank along axes."""
 
 
 Dim: TypeAlias = "tuple[Atom, ...]"
@@ -39,6 +41,17 @@ def new(size: int) -> Dim:
 def summed(size: int, dims: Sequence[Dim], plus: int) -> Dim:
     """A dim that is the sum of others and a number."""
     return () if size == 1 else (Atom(size, sums=tuple(dims), plus=plus),)
+
+
+def block(size: int, dim: Dim, axes: tuple[str, ...]) -> Dim:
+    """A dim that is what each rank along axes holds of another."""
+    return () if size == 1 else (Atom(size, block=(dim, axes)),)
+
+
+def joined(size: int, dim: Dim, axes: tuple[str, ...]) -> Dim:
+    """A dim of which another is a block; one of its own where that is not known."""
+    found = (atom.block for atom in expanded(dim) if atom.block is not None)
+    return next((whole for whole, over in found if over == axes), new(size))
 
 
 def expanded(dim: Iterable[Atom]) -> Dim:
@@ -86,7 +99,7 @@ def unify(a: Dim, b: Dim) -> None:
 
 
 def _join(x: Atom, y: Atom) -> None:
-    keeps = bool(y.axes or y.sums) and not (x.axes or x.sums)
+    keeps = bool(y.axes or y.sums or y.block) and not (x.axes or x.sums or x.block)
     (x if keeps else y).parts = (y if keeps else x,)
 
 

@@ -108,7 +108,7 @@ class Formulas:
         for phase, graph, times in self._runs(rank):
             half = "backward" if phase.backward and self.program.trains else "forward"
             for node in graph.nodes:
-                if count := flops(node, self.mesh, self.sizes.shapes):
+                if count := flops(node, self.mesh, self.sizes):
                     path = node.origin.module
                     size = total([count]).at(self.sizes.mark(path)) * self._times(times)
                     key = half, starred(path)
@@ -172,7 +172,7 @@ class Formulas:
 
 
 def _block_names(blocks: Mapping[str, int], taken: Mapping[str, int]) -> dict[str, str]:
-    """What the numbers of blocks are called: `layers`, if there is one list, else like the lists."""
+    """The names of how many blocks lists have: `layers`, if there is one, else like the lists."""
     alone = len(blocks) == 1 and "layers" not in taken
     return {name: "layers" if alone else f"num_{name.replace('.', '_')}" for name in blocks}
 

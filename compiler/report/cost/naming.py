@@ -222,6 +222,9 @@ class Names:
             return self.named[atom]
         if atom.axes:
             return sympy.Mul(*map(symbol, atom.axes))
+        if atom.block is not None:
+            dim, axes = atom.block
+            return self.dim(dim) / sympy.Mul(*map(symbol, axes))
         if atom.sums:
             return sympy.Add(*map(self.dim, atom.sums), atom.plus)
         return sympy.Integer(atom.size)

@@ -53,6 +53,10 @@ class NamedSizes(Sizes):
             )
         return self._of_node[node]
 
+    def ranks(self, axes: Iterable[str]) -> Named:
+        """The number of ranks along axes."""
+        return axes_product(axes, self.mesh)
+
     def value(self, node: Node) -> Named:
         """Of a node that is one tensor; of a bucket, part by part."""
         itemsize = node.tensor.dtype.itemsize

@@ -29,7 +29,16 @@ from meshwright.compiler.placing.rules.notation import Call, Operand, Spec, dim_
 from meshwright.compiler.placing.rules.slices import slice_bounds
 from meshwright.compiler.placing.rules.views import RESHAPES
 from meshwright.compiler.program import Compiled
-from meshwright.compiler.report.cost.dims import Dim, expanded, new, size_of, summed, unify
+from meshwright.compiler.report.cost.dims import (
+    Dim,
+    block,
+    expanded,
+    joined,
+    new,
+    size_of,
+    summed,
+    unify,
+)
 from meshwright.compiler.stages import PASSED_AS
 
 aten = torch.ops.aten
@@ -97,10 +106,21 @@ class Trace:
             yield _fresh(node.tensor)
         elif node.op == BUCKET_ITEM:
             yield self.of(_part(node, saved))
-        elif node.op in FRAME or is_collective(node):
-            yield from map(self.of, node.args[: len(node.layouts)])
+        elif is_collective(node):
+            for source, (type, _) in zip(node.args, node.results, strict=False):
+                yield self._moved(source, type, node.kwargs["axes"]) if type else None
+        elif node.op in FRAME:
+            yield self.of(node.args[0])
         else:
             yield from self._called(node, mesh)
+
+    def _moved(self, source: Node, type: TensorType, axes: tuple[str, ...]) -> Shape:
+        """What a collective leaves: the same dims, or those of one rank's block."""
+        dims = zip(self.of(source), source.tensor.shape, type.shape, strict=True)
+        return tuple(
+            dim if old == size else (block if size < old else joined)(size, dim, axes)
+            for dim, old, size in dims
+        )
 
     def _given(self, node: Node) -> Shape:
         kind, name = node.args[:2]
