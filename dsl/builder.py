@@ -107,9 +107,16 @@ class PlanBuilder:
         """
         return self._spread("sequence", targets, over, keep=keep)
 
-    def context(self, *targets: str, over: AxisNames, method: str | None = None) -> Self:
-        """Split sequences, attention included; `method` is `"ring"` or `"ulysses"`."""
-        return self._spread("context", targets, over, method=method)
+    def context(
+        self,
+        *targets: str,
+        over: AxisNames,
+        method: str | None = None,
+        order: str | None = None,
+    ) -> Self:
+        """Split sequences, attention included; `method` is `"ring"` or `"ulysses"`, and the `order`
+        of a ring `"contiguous"` or `"zigzag"`."""
+        return self._spread("context", targets, over, method=method, order=order)
 
     def summa(
         self, *targets: str, over: AxisNames, factors: str = "", depth: str | None = None

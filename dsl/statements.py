@@ -202,10 +202,14 @@ class Sequence(Spread):
 
 @dataclass(frozen=True, kw_only=True)
 class Context(Spread):
-    """`context SEL over cp method=ring`: attention over a split sequence."""
+    """`context SEL over cp method=ring`: attention over a split sequence.
+
+    `order` is that of a sequence over the ranks of a ring; `None` takes zigzag where that is right.
+    """
 
     verb = "context"
     method: str = option(Choice(("ring", "ulysses")), "ring")
+    order: str | None = option(Choice(("contiguous", "zigzag")))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,14 @@
 that bring the block of the next step meanwhile:
 
 Before:  attention: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp]) = mesh::ring_attention(unbind_0, unbind_1,
-             unbind_2, None, True, None, 0.0, 0, [cp], 2)
+             unbind_2, None, True, None, 0.0, 0, [cp], 2, contiguous)
 After:   permute_1: f32[8, 4, 8@cp, 6]                      = permute(unbind_1, cp, shift=1)
          permute_2: f32[8, 4, 8@cp, 6]                      = permute(unbind_2, cp, shift=1)
          ring_step: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp])   = mesh::ring_step(unbind_0, unbind_1,
-             unbind_2, None, None, None, True, None, 0.0, 0, [cp], 2, 0, False)
+             unbind_2, None, None, None, True, None, 0.0, 0, [cp], 2, contiguous, 0, False)
          ring_step_1: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp]) = mesh::ring_step(unbind_0, permute_1,
-             permute_2, None, getitem_1, getitem_2, True, None, 0.0, 0, [cp], 2, 1, True)
+             permute_2, None, getitem_1, getitem_2, True, None, 0.0, 0, [cp], 2, contiguous, 1,
+             True)
 
 At step t a rank works on the block of the rank t places before it. The gradients of a block's keys
 and values go round behind it, each rank adding its own, and one more exchange takes them home.
@@ -57,7 +58,8 @@ _BACKWARD = (OUT, QUERY, KEY, VALUE, OUT, LSE, COLUMNS)
 
 class Ring(NamedTuple):
     """The last arguments of these operators: the options of attention, the `axes` round which keys
-    and values go, and how many `blocks` of them there are."""
+    and values go, how many `blocks` of them there are, and the `order` of the sequence: `zigzag` or
+    `contiguous` (see `kernels/ring.py`)."""
 
     is_causal: bool
     scale: float | None
@@ -65,6 +67,7 @@ class Ring(NamedTuple):
     op_id: int
     axes: tuple[str, ...]
     blocks: int
+    order: str
 
     @classmethod
     def of(cls, args: tuple[Arg, ...], num_operands: int) -> Ring:
@@ -230,16 +233,16 @@ def _block(
 ) -> Callable[[], kernels.Block]:
     """The block of a step on this rank, for each time that the step runs."""
     q, k = binding.operand(query), binding.operand(query + 1)
-    ranks, here = binding.mesh.size(ring.axes), binding.mesh.position(binding.coords, ring.axes)
-    there = (here - step) % ranks
-    length, keys = (x.tensor.shape[2] // ranks for x in (q, k))
-    tiles = kernels.tiles(here, there, length, keys, is_causal=ring.is_causal)
-    columns = slice(there * keys, (there + 1) * keys)
+    here = binding.mesh.position(binding.coords, ring.axes)
+    there = (here - step) % ring.blocks
+    own, sent = (kernels.Part(x.tensor.shape[2], ring.blocks, ring.order) for x in (q, k))
+    columns = sent.stored(there)
+    tiles = kernels.tiles(own, here, there) if ring.is_causal else kernels.all_of(own, sent)
     block = partial(kernels.Block, tiles, columns, ring.scale, ring.dropout_p)
     if not ring.dropout_p:
         fixed = block(None)
         return lambda: fixed
     shape = (*q.tensor.shape[:3], k.tensor.shape[2])
-    coords = (*binding.coordinates(q.placed.dims[:3]), columns.start)
-    index = binding.index(ring.op_id, shape, coords)
+    outer = binding.coordinates(q.placed.dims[:2])
+    index = binding.index(ring.op_id, shape, (*outer, own.positions(here), sent.positions(there)))
     return lambda: block(index())

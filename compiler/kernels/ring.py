@@ -15,7 +15,7 @@ from torch import Tensor
 
 from meshwright.compiler.kernels.attention import attention_backward, block_attention
 from meshwright.compiler.kernels.blocks import accumulation_dtype
-from meshwright.compiler.kernels.hashing import RandomIndex
+from meshwright.compiler.kernels.hashing import Coords, RandomIndex
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,49 @@ class Block:
         return index.narrow(3, keys.start, keys.stop - keys.start)
 
 
-def tiles(here: int, there: int, length: int, keys: int, *, is_causal: bool) -> tuple[Tile, ...]:
-    """What the queries of rank `here`, of this `length`, see of the `keys` of rank `there`."""
-    whole = Tile(slice(0, length), slice(0, keys), is_causal=is_causal and here == there)
-    return (whole,) if not is_causal or there <= here else ()
+@dataclass(frozen=True)
+class Part:
+    """How a sequence of this length lies over `ranks`: in one part each or, in zigzag, in 2n parts
+    of which rank r of n has the parts r and 2n - 1 - r, so that all see as many keys before them.
+    """
+
+    length: int
+    ranks: int
+    order: str = "contiguous"
+
+    @property
+    def own(self) -> int:
+        """The number of positions of each rank."""
+        return self.length // self.ranks
+
+    def stored(self, rank: int) -> slice:
+        """What a rank has of the sequence as it is stored."""
+        return slice(rank * self.own, (rank + 1) * self.own)
+
+    def positions(self, rank: int) -> Coords:
+        """The positions in the sequence of what a rank has."""
+        if self.order == "contiguous":
+            return rank * self.own
+        half = self.own // 2
+        starts = (rank * half, (2 * self.ranks - 1 - rank) * half)
+        return torch.cat([torch.arange(start, start + half) for start in starts])
+
+
+def all_of(queries: Part, keys: Part) -> tuple[Tile, ...]:
+    """All queries of a rank see all keys of a block."""
+    return (Tile(slice(0, queries.own), slice(0, keys.own)),)
+
+
+def tiles(part: Part, here: int, there: int) -> tuple[Tile, ...]:
+    """Which keys of rank `there` the queries of rank `here` see where attention is causal."""
+    whole = slice(0, part.own)
+    if here == there:
+        return (Tile(whole, whole, is_causal=True),)
+    if part.order == "zigzag":
+        half = part.own // 2
+        early, late = slice(0, half), slice(half, part.own)
+        return (Tile(whole, early),) if there < here else (Tile(late, whole),)
+    return (Tile(whole, whole),) if there < here else ()
 
 
 def ring_forward(

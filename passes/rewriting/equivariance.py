@@ -23,7 +23,7 @@ _RESHAPES = {
     aten.squeeze.default,
 }  # fmt: skip
 
-_IN_ANY_ORDER: set[Op] = {
+IN_ANY_ORDER: set[Op] = {
     aten.sum.default, aten.sum.dim_IntList, aten.amax.default, aten.amin.default,
     aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims,
     aten.histc.default, aten.mm.default, aten.bmm.default, aten.matmul.default,
@@ -50,7 +50,7 @@ def carried(node: Node, dims: Mapping[int, int], mesh: Mesh) -> tuple[int | None
     results: list[int | None] = []
     for term in found[1].results:
         places = [i for i, name in enumerate(term or ()) if name == letter]
-        if len(places) > 1 or (not places and node.op not in _IN_ANY_ORDER):
+        if len(places) > 1 or (not places and node.op not in IN_ANY_ORDER):
             return None
         results.append(places[0] if places else None)
     return tuple(results)

@@ -17,16 +17,19 @@ Elsewhere: Ring Attention (2310.01889), DeepSpeed Ulysses (2309.14509).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from meshwright.compiler.composites.attention import Attention
 from meshwright.compiler.composites.ring_attention import Ring, RingAttention
 from meshwright.compiler.graph.ir import Builder, Graph, Node, map_nodes, rewrite
-from meshwright.compiler.graph.text import node_type_text
+from meshwright.compiler.graph.text import node_type_text, op_text
 from meshwright.dsl.statements import Context
 from meshwright.passes.statements.contexts import TOKENS, Contexts
 from meshwright.passes.statements.draft import Attending, Draft
+from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.targets import modules_of, of_modules
+from meshwright.passes.statements.zigzag import zigzag
 
 
 def context(draft: Draft) -> Draft:
@@ -46,7 +49,10 @@ def context(draft: Draft) -> Draft:
     if not contexts.attending:
         return draft
     _check_lengths(draft, contexts)
-    return replace(in_rings(draft, contexts), attending=attending)
+    draft = replace(_in_rings(draft, contexts), attending=attending)
+    for each in contexts.attending:
+        draft = _balanced(draft, each.statement)
+    return draft
 
 
 def _attention(graph: Graph) -> dict[str, list[Node]]:
@@ -58,7 +64,7 @@ def _attention(graph: Graph) -> dict[str, list[Node]]:
     return found
 
 
-def in_rings(draft: Draft, contexts: Contexts) -> Draft:
+def _in_rings(draft: Draft, contexts: Contexts) -> Draft:
     """`draft` with the attention that goes round a ring as an operator of its own."""
     mesh, mapping = draft.mesh, dict[Node, Node]()
 
@@ -70,7 +76,7 @@ def in_rings(draft: Draft, contexts: Contexts) -> Draft:
             _check_causal(draft, node, statement)
             *operands, is_causal, scale, dropout_p, op_id = map_nodes(node.args, news.__getitem__)
             over = statement.over
-            options = Ring(is_causal, scale, dropout_p, op_id, over, mesh.size(over))
+            options = Ring(is_causal, scale, dropout_p, op_id, over, mesh.size(over), "contiguous")
             mapping[node] = builder.emit(
                 RingAttention.op,
                 (*operands, *options),
@@ -81,13 +87,57 @@ def in_rings(draft: Draft, contexts: Contexts) -> Draft:
             )
         return mapping[node]
 
-    graph = rewrite(draft.graph, ring)
+    return _on(draft, rewrite(draft.graph, ring), mapping)
+
+
+def _on(draft: Draft, graph: Graph, mapping: Mapping[Node, Node]) -> Draft:
+    """`draft` with a graph whose nodes stand for those of its own."""
     entering = {
         mapping[node]: tuple((mapping[value], pin) for value, pin in found)
         for node, found in draft.entering.items()
+        if mapping.keys() >= {node, *(value for value, _ in found)}
     }
-    values = {mapping[node]: pin for node, pin in draft.values.items()}
+    values = {mapping[node]: pin for node, pin in draft.values.items() if node in mapping}
     return replace(draft, graph=graph, values=values, entering=entering)
+
+
+def _balanced(draft: Draft, statement: Context) -> Draft:
+    """`draft` with the sequences of a statement in zigzag order, where that balances causal
+    attention and changes nothing else.
+
+    Raises `PlanError` where it does not and the statement asks for it.
+    """
+    if statement.method != "ring" or statement.order == "contiguous":
+        return draft
+    ranks = draft.mesh.size(statement.over)
+    contexts = Contexts(draft.graph, draft.attending, draft.mesh)
+    rings = [node for node in draft.graph.nodes if contexts.statement_of(node) is statement]
+    lengths = {node.args[i].tensor.shape[TOKENS] for node in rings for i in range(2)}
+    asked = statement.order == "zigzag"
+    if not asked and not any(Ring.of(node.args, 4).is_causal for node in rings):
+        return draft
+    length = min(lengths)
+    if len(lengths) > 1 or length % (2 * ranks):
+        help = f"use sequences of one length that {2 * ranks} divides"
+        return _contiguous(draft, statement, f"ranks have no two equal parts of {length}", help)
+    found = zigzag(draft.graph, rings, length, ranks)
+    if found.culprit is None:
+        return _on(draft, found.graph, found.mapping)
+    culprit = found.culprit
+    why = f"`{op_text(culprit.op)}` in {module_text(culprit.origin.module)} depends on the order"
+    return _contiguous(draft, statement, why, "")
+
+
+def _contiguous(draft: Draft, statement: Context, why: str, help: str) -> Draft:
+    """`draft` as it is, unless the statement asks for zigzag order."""
+    if statement.order != "zigzag":
+        return draft
+    raise draft.plan.error(
+        "P501",
+        f"the sequence cannot be in zigzag order: {why}",
+        statement.at("order"),
+        help=f"{help}, or write `order=contiguous`" if help else "write `order=contiguous`",
+    )
 
 
 def _check_lengths(draft: Draft, contexts: Contexts) -> None:

@@ -49,9 +49,12 @@ class Contexts:
                 self.entries.setdefault(node, []).append((value, each.statement))
 
     def around(self, node: Node) -> Context | None:
-        """The statement of the innermost module around attention that is not in a ring yet; None
-        where there is none."""
-        if node.op != Attention.op or not self.attending:
+        """The statement of attention that is not in a ring yet; None where there is none."""
+        return self.statement_of(node) if node.op == Attention.op else None
+
+    def statement_of(self, node: Node) -> Context | None:
+        """The statement of the innermost module around attention; None where there is none."""
+        if node.op not in ATTENTION or not self.attending:
             return None
         innermost = max(self.attending, key=partial(depth, node))
         return innermost.statement if depth(node, innermost) >= 0 else None

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from meshwright.compiler.kernels.attention import attention, attention_backward
 from meshwright.compiler.kernels.hashing import RandomIndex
-from meshwright.compiler.kernels.ring import Block, ring_backward, ring_forward, tiles
+from meshwright.compiler.kernels.ring import (
+    Block,
+    Part,
+    all_of,
+    ring_backward,
+    ring_forward,
+    tiles,
+)
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 4, 16, 8
 
@@ -108,7 +115,8 @@ class Ring:
         length, index = self.length, self.options.get("index")
         if index is not None:
             index = index.narrow(2, here * length, length).narrow(3, there * length, length)
-        found = tiles(here, there, length, length, is_causal=self.is_causal)
+        part = Part(LENGTH, self.ranks)
+        found = tiles(part, here, there) if self.is_causal else all_of(part, part)
         columns = slice(there * length, (there + 1) * length)
         scale, dropout_p = self.options.get("scale"), self.options.get("dropout_p", 0.0)
         return Block(found, columns, scale, dropout_p, index)
