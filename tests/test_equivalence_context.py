@@ -14,7 +14,7 @@ from tests.equivalence import check_equal, implicit_gathers
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, real, tokens
 from tests.test_equivalence_huggingface import TOLERANCE, gpt2, llama, text
 
-METHODS = "ring", "ulysses"
+METHODS = "ring", "ring order=contiguous", "ulysses"
 BLOCKS = "context blocks.* over cp method={}\n"
 
 PLANS = {

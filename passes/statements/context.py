@@ -5,7 +5,7 @@ Before:  add: f32[8, 8, 24]                         = add(embedding, embedding_1
              None, True, None, 0.0, 0)
 After:   add: f32[8, 8@cp, 24]                            = add(embedding, embedding_1)
          attention: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp]) = mesh::ring_attention(unbind_0, unbind_1,
-             unbind_2, None, True, None, 0.0, 0, [cp], 2)
+             unbind_2, None, True, None, 0.0, 0, [cp], 2, contiguous)
 
 What enters a module is split along the sequence and stays so, since every operator but attention
 treats the tokens of a sequence apart: positions and targets follow. Attention is an operator that

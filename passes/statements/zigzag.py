@@ -3,7 +3,7 @@
 Before:  embedding: f32[8, 8, 24]                   = mesh::embedding(wte_weight, tokens, -1)
          attention: (f32[8, 4, 8, 6], f32[8, 4, 8]) = mesh::ring_attention(unbind_0, unbind_1,
              unbind_2, None, True, None, 0.0, 0, [cp], 2, contiguous)
-After:   index_select: i64[8, 8]                    = index_select(tokens, 1, view)
+After:   index_select: i64[8, 8]                    = index_select(tokens, 1, zigzag_8)
          embedding: f32[8, 8, 24]                   = mesh::embedding(wte_weight, index_select, -1)
          attention: (f32[8, 4, 8, 6], f32[8, 4, 8]) = mesh::ring_attention(unbind_0, unbind_1,
              unbind_2, None, True, None, 0.0, 0, [cp], 2, zigzag)
@@ -19,10 +19,8 @@ Elsewhere: zigzag ring attention (zhuzilin/ring-flash-attention), Megatron-LM's 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 
@@ -39,21 +37,13 @@ from meshwright.compiler.graph.ir import (
     rewrite,
 )
 from meshwright.compiler.graph.slots import call_operands
-from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.placing.rules.factories import filled_with
-from meshwright.compiler.placing.rules.notation import Letters, Spec
-from meshwright.compiler.placing.rules.views import RESHAPES
-from meshwright.passes.rewriting.equivariance import IN_ANY_ORDER, spec_of
 from meshwright.passes.rewriting.rewriter import emit_for
+from meshwright.passes.statements.orders import Places, through
 
 aten = torch.ops.aten
 
-Places: TypeAlias = "Mapping[int, int]"
-"""The dims of a value that have a sequence in another order, and how many elements are outside of
-it in the dim: it may be merged with the batch."""
 _NONE: Places = {}
-_SPREAD: tuple[Op, ...] = (aten.expand.default, aten.expand_copy.default, aten.broadcast_to.default)
-"""Operators whose results have dims along which they are the same."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ class _Zigzag:
         self.own: dict[Node, tuple[Places, ...]] = {}
         """That order, of each result."""
         self.others: dict[tuple[Node, frozenset[tuple[int, int]]], Node] = {}
-        self.calls: dict[tuple[Node, tuple[frozenset[tuple[int, int]], ...]], Node] = {}
+        self.calls: dict[tuple[Node, tuple[frozenset[tuple[int, int]] | None, ...]], Node] = {}
         self.constants: dict[bool, Node] = {}
         self.fed: set[Node] = set()
         """What depends on the inputs of a step."""
@@ -103,7 +93,8 @@ class _Zigzag:
 
         def named(builder: Builder, node: Node, news: Mapping[Node, Node]) -> Node:
             source = sources.get(node, node)
-            new = builder.copy(node, news, name=source.name)
+            same = source.op == node.op
+            new = builder.copy(node, news, name=source.name if same else "")
             mapping.setdefault(source, new)
             return new
 
@@ -117,18 +108,16 @@ class _Zigzag:
             return self.builder.copy(node, self.built), (self.own[node.args[0]][node.args[1]],)
         operands = call_operands(node.args, node.kwargs)
         given = [self.own[each][0] for each in operands]
-        found = self._through(node, given, {}) if any(given) else None
-        if found is None:
-            results = len(node.type) if isinstance(node.type, tuple) else 1
-            wanted, places = [_NONE] * len(operands), (_NONE,) * results
-            if any(given):
-                self.culprit = self.culprit or node
-        else:
-            wanted, places = found
-        return self._copied(node, wanted), places
+        found = through(node, given, {}, self.length, self.graph.mesh) if any(given) else None
+        if found is not None:
+            return self._copied(node, found[0]), found[1]
+        if any(given):
+            self.culprit = self.culprit or node
+        results = len(node.type) if isinstance(node.type, tuple) else 1
+        return self._copied(node, [_NONE] * len(operands)), (_NONE,) * results
 
     def _ring(self, node: Node) -> Node:
-        wanted: list[Places] = []
+        wanted: list[Places | None] = []
         for operand in node.operands():
             shape = operand.tensor.shape
             bias = len(wanted) == 3
@@ -138,20 +127,23 @@ class _Zigzag:
         ring = Ring.of(node.args, 4)._replace(order="zigzag")
         return self.builder.copy(node, {}, args=(*operands[:4], *ring))
 
-    def _copied(self, node: Node, wanted: Sequence[Places]) -> Node:
+    def _copied(self, node: Node, wanted: Sequence[Places | None]) -> Node:
         """The node on its operands, each with its sequence in this order; made once."""
-        key = node, tuple(frozenset(places.items()) for places in wanted)
+        key = node, tuple(each if each is None else frozenset(each.items()) for each in wanted)
         if key not in self.calls:
             args, kwargs = self._brought(node, wanted)
             self.calls[key] = self.builder.copy(node, {}, args=args, kwargs=kwargs)
         return self.calls[key]
 
     def _brought(
-        self, node: Node, wanted: Sequence[Places]
+        self, node: Node, wanted: Sequence[Places | None]
     ) -> tuple[tuple[Arg, ...], dict[str, Arg]]:
         """The arguments of a node, with its operands in this order."""
         operands = call_operands(node.args, node.kwargs)
-        given = iter([self._ordered(*pair) for pair in zip(operands, wanted, strict=True)])
+        pairs = zip(operands, wanted, strict=True)
+        given = iter(
+            [self.built[x] if places is None else self._ordered(x, places) for x, places in pairs]
+        )
         args = map_nodes(node.args, lambda _: next(given))
         names = sorted(node.kwargs)
         return args, {name: map_nodes(node.kwargs[name], lambda _: next(given)) for name in names}
@@ -170,7 +162,11 @@ class _Zigzag:
         """A tensor in another order than that in which it is computed."""
         item = node.op == GETITEM
         call, index = node.args if item else (node, 0)
-        found = None if own or node.op == INPUT else self._through(call, None, {index: places})
+        found = (
+            None
+            if own or node.op == INPUT
+            else through(call, None, {index: places}, self.length, self.graph.mesh)
+        )
         if found is not None:
             new = self._copied(call, found[0])
             return self.builder.copy(node, {}, args=(new, index)) if item else new
@@ -209,7 +205,7 @@ class _Zigzag:
     def _parts(self, node: Node, back: bool) -> Node:
         def call(op: Op, *args: Arg) -> Node:
             kwargs = {"dtype": torch.int64} if op == aten.arange.default else {}
-            return emit_for(node, self.builder, op, args, kwargs)
+            return emit_for(node, self.builder, op, args, kwargs, name="zigzag")
 
         ranks, half = self.ranks, self.length // (2 * self.ranks)
         count = call(aten.arange.default, ranks)
@@ -226,92 +222,3 @@ class _Zigzag:
             call(aten.add.Tensor, starts, call(aten.arange.default, half)),
             (self.length,),
         )
-
-    def _through(
-        self, node: Node, given: Sequence[Places] | None, results: Mapping[int, Places]
-    ) -> tuple[list[Places], tuple[Places, ...]] | None:
-        """The order of all operands and results, from that which operands or results have; None if
-        the operator does not treat the elements of these sequences each by itself."""
-        if node.op in RESHAPES:
-            return self._reshaped(node, given, results)
-        known = composite_of(node.op)
-        if known is not None and known.number is not None and node.args[known.number]:
-            return None  # its random numbers depend on the order
-        found = spec_of(node, self.graph.mesh)
-        if found is None:
-            return None
-        spec = found[1]
-        operands = given if given is not None else [_NONE] * len(spec.operands)
-        terms = [(spec.results[i], places) for i, places in results.items()]
-        terms += [
-            pair
-            for i, pair in enumerate(zip(spec.operands, operands, strict=True))
-            if i not in spec.ignored
-        ]
-        marks = _marks(spec, terms)
-        if marks is None or not all(_is_known(node, spec, letter) for letter in marks):
-            return None
-        wanted = [
-            self.own[operand][0] if i in spec.ignored else _places(term, marks)
-            for i, (term, operand) in enumerate(
-                zip(spec.operands, call_operands(node.args, node.kwargs), strict=True)
-            )
-        ]
-        return wanted, tuple(_places(term or (), marks) for term in spec.results)
-
-    def _reshaped(
-        self, node: Node, given: Sequence[Places] | None, results: Mapping[int, Places]
-    ) -> tuple[list[Places], tuple[Places, ...]] | None:
-        (operand,) = node.operands()
-        shapes = operand.tensor.shape, node.tensor.shape
-        known = given[0] if given is not None else results[0]
-        source, target = shapes if given is not None else shapes[::-1]
-        found: dict[int, int] = {}
-        for dim, outer in known.items():
-            before = math.prod(source[:dim]) * outer
-            place = _holding(target, before, self.length)
-            if place is None:
-                return None
-            found[place[0]] = place[1]
-        return ([known], (found,)) if given is not None else ([found], (known,))
-
-
-def _marks(spec: Spec, terms: Iterable[tuple[Letters | None, Places]]) -> dict[str, int] | None:
-    """The letters of sequences, each with what is outside of it; None if an operator does not treat
-    their elements each by itself."""
-    marks: dict[str, int] = {}
-    for term, places in terms:
-        for dim, outer in places.items():
-            letter = term[dim] if term else ""
-            if not letter or marks.setdefault(letter, outer) != outer:
-                return None
-    mixed = spec.whole | spec.inner | spec.derived | spec.consecutive
-    return None if mixed & marks.keys() else marks
-
-
-def _is_known(node: Node, spec: Spec, letter: str) -> bool:
-    """Whether the elements along a letter are those of operands, in the same order in each result
-    or summed up in any."""
-    taken = [term for term in spec.operands if letter in term]
-    given = [term for term in spec.results if term is not None]
-    if any(term.count(letter) > 1 for term in (*taken, *given)):
-        return False
-    if not taken and node.op not in _SPREAD:
-        return False
-    return node.op in IN_ANY_ORDER or all(letter in term for term in given)
-
-
-def _places(term: Letters, marks: Mapping[str, int]) -> Places:
-    return {dim: marks[letter] for dim, letter in enumerate(term) if letter in marks}
-
-
-def _holding(shape: Sequence[int], before: int, length: int) -> tuple[int, int] | None:
-    """The dim that holds a sequence whole, of which an element stands behind `before` others in
-    the order of the dims, and how many of these are in that dim."""
-    outside = 1
-    for dim, size in enumerate(shape):
-        inside = outside * size
-        if before % outside == 0 and before * length <= inside and inside % (before * length) == 0:
-            return dim, before // outside
-        outside = inside
-    return None

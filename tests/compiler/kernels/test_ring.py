@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,11 +47,12 @@ class Ring:
         bias: Tensor | None,
         ranks: int,
         is_causal: bool,
+        order: str = "contiguous",
         **options: Any,
     ) -> None:
         self.q, self.k, self.v, self.grad = operands
         self.bias, self.ranks, self.is_causal, self.options = bias, ranks, is_causal, options
-        self.length = LENGTH // ranks
+        self.length, self.part = LENGTH // ranks, Part(LENGTH, ranks, order)
 
     def run(self) -> list[Tensor]:
         """Output and gradients, as `_whole` gives them."""
@@ -112,12 +114,12 @@ class Ring:
         return self.bias if whole or self.bias is None else self._own(self.bias, rank)
 
     def _block(self, here: int, there: int) -> Block:
-        length, index = self.length, self.options.get("index")
+        part, index = self.part, self.options.get("index")
         if index is not None:
-            index = index.narrow(2, here * length, length).narrow(3, there * length, length)
-        part = Part(LENGTH, self.ranks)
+            positions = part.positions(here), part.positions(there)
+            index = replace(index, coords=(0, 0, *positions))
         found = tiles(part, here, there) if self.is_causal else all_of(part, part)
-        columns = slice(there * length, (there + 1) * length)
+        columns = part.stored(there)
         scale, dropout_p = self.options.get("scale"), self.options.get("dropout_p", 0.0)
         return Block(found, columns, scale, dropout_p, index)
 
@@ -170,6 +172,24 @@ def test_a_learned_bias_has_the_gradient_of_every_block(shape: tuple[int, ...]) 
 def test_each_pair_of_query_and_key_is_dropped_or_kept_as_over_all_keys() -> None:
     index = RandomIndex(0, 3, 5, (BATCH, HEADS, LENGTH, LENGTH), (0, 0, 0, 0))
     check(_operands(2), None, 4, is_causal=True, dropout_p=0.3, index=index)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_zigzag_order_gives_what_the_sequence_gives_in_its_own(
+    ranks: int, dropout_p: float
+) -> None:
+    part = Part(LENGTH, ranks, "zigzag")
+    order = torch.cat([torch.as_tensor(part.positions(rank)) for rank in range(ranks)])
+    assert order.sort().values.tolist() == list(range(LENGTH))
+    index = RandomIndex(0, 3, 5, (BATCH, HEADS, LENGTH, LENGTH), (0, 0, 0, 0))
+    options: dict[str, Any] = {"is_causal": True}
+    options |= {"dropout_p": dropout_p, "index": index} if dropout_p else {}
+    operands = _operands(2)
+    expected = _whole(*operands, None, **options)
+    found = Ring([x[:, :, order] for x in operands], None, ranks, order="zigzag", **options).run()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs[:, :, order], rtol=1e-11, atol=1e-11)
 
 
 def test_half_types_are_rounded_once() -> None:

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 import meshwright
 from meshwright import PlanError
 from meshwright.compiler.composites import ring_attention
-from meshwright.passes.statements import context, contexts
+from meshwright.compiler.composites.ring_attention import RingAttention
+from meshwright.compiler.kernels.ring import Part, Tile, tiles
+from meshwright.passes.statements import context, contexts, zigzag
 from tests.equivalence import implicit_gathers
 from tests.models import GPT_TENSOR, Gpt, tokens
 from tests.passes.stages import check_documented, shown, stages
@@ -28,13 +30,13 @@ def context_of(method: str, ranks: int, selector: str = "blocks.*") -> str:
 
 
 def test_the_docstring_shows_what_enters_before_and_after() -> None:
-    found = stages(Gpt(), tokens(), context_of("ring", 2))
+    found = stages(Gpt(), tokens(), context_of("ring order=contiguous", 2))
     names = "add", "attention"
     check_documented(context, shown(found["normalise"], *names), shown(found["hoist"], *names))
 
 
 def test_the_docstring_shows_a_ring_before_and_after_it_is_lowered() -> None:
-    found = stages(Gpt(), tokens(), context_of("ring", 2))
+    found = stages(Gpt(), tokens(), context_of("ring order=contiguous", 2))
     steps = "permute_1", "permute_2", "ring_step", "ring_step_1"
     check_documented(
         ring_attention, shown(found["hoist"], "attention"), shown(found["lower"], *steps)
@@ -48,6 +50,13 @@ def test_the_docstring_shows_attention_by_head_before_and_after() -> None:
     check_documented(
         contexts, shown(found["normalise"], *names), shown(found["partition"], *names, *moves)
     )
+
+
+def test_the_docstring_shows_zigzag_order_before_and_after() -> None:
+    before = stages(Gpt(), tokens(), context_of("ring order=contiguous", 2))["context"]
+    after = stages(Gpt(), tokens(), context_of("ring", 2))["context"]
+    names = "embedding", "attention"
+    check_documented(zigzag, shown(before, *names), shown(after, "index_select", *names))
 
 
 class Grouped(nn.Module):
@@ -149,9 +158,46 @@ def refused(plan: str, model: nn.Module, batch: tuple[Tensor, ...]) -> str:
     return str(caught.value)
 
 
+class Last(Gpt):
+    """It looks at the last token."""
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(tokens, targets) + self.blocks[0](self.wte(tokens))[:, -1].mean()
+
+
+ORDERS: dict[str, tuple[nn.Module, int, str]] = {
+    "parts": (Gpt(), 4, "zigzag"),
+    "too few tokens": (Gpt(), 8, "contiguous"),
+    "the last token": (Last(), 4, "contiguous"),
+    "dropout": (Gpt(p=0.1), 4, "contiguous"),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_causal_ring_is_in_zigzag_order_where_nothing_else_depends_on_it(name: str) -> None:
+    model, ranks, order = ORDERS[name]
+    graph = stages(model, tokens(), context_of("ring", ranks))["context"]
+    rings = [node for node in graph.nodes if node.op == RingAttention.op]
+    assert {node.args[-1] for node in rings} == {order}
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_every_rank_works_as_much_in_every_step_of_a_zigzag_ring(ranks: int) -> None:
+    def pairs(tile: Tile) -> int:
+        rows, keys = (each.stop - each.start for each in (tile.rows, tile.keys))
+        return rows * (rows + 1) // 2 if tile.is_causal else rows * keys
+
+    part = Part(16 * ranks, ranks, "zigzag")
+    for step in range(ranks):
+        work = {sum(map(pairs, tiles(part, here, (here - step) % ranks))) for here in range(ranks)}
+        assert len(work) == 1
+
+
 REFUSED: dict[str, tuple[str, nn.Module, tuple[Tensor, ...]]] = {
     "context-length": (context_of("ring", 3), Gpt(), tokens()),
     "context-heads": (context_of("ulysses", 8), Gpt(), tokens()),
+    "context-zigzag-length": (context_of("ring order=zigzag", 8), Gpt(), tokens()),
+    "context-zigzag-dropout": (context_of("ring order=zigzag", 2), Gpt(p=0.1), tokens()),
     "context-no-attention": (context_of("ring", 2, "blocks.*.up"), Gpt(), tokens()),
 }
 
