@@ -30,16 +30,32 @@ PLANS = {
     "stages": "mesh dp=2, pp=2, cp=2\n" + GPT_DATA + BLOCKS
     + "stages at blocks.1 over pp microbatches=2\nzero 2 over dp\n",
     "two axes": "mesh a=2, b=2\n" + BLOCKS.replace("cp", "(a, b)"),
-    "attention alone": "mesh cp=2\ncontext \"\" over cp method={}\n",
+    "the whole model": "mesh cp=2\ncontext \"\" over cp method={}\n",
 }  # fmt: skip
 
 
+def check_gpt(name: str, method: str, steps: int = 3) -> None:
+    torch.manual_seed(0)
+    program = check_equal(Gpt(), tokens, PLANS[name].format(method), steps=steps)
+    assert implicit_gathers(program) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("alone", "ring"), ("sequence and vocab", "ring"), ("stages", "ring order=contiguous"),
+        ("columns and rows", "ulysses"), ("keep", "ring"), ("the whole model", "ulysses"),
+    ],
+)  # fmt: skip
+def test_a_gpt_trains_as_on_one_device(name: str, method: str) -> None:
+    check_gpt(name, method)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", PLANS)
-def test_a_gpt_trains_as_on_one_device(name: str, method: str) -> None:
-    torch.manual_seed(0)
-    program = check_equal(Gpt(), tokens, PLANS[name].format(method))
-    assert implicit_gathers(program) == []
+def test_a_gpt_trains_as_on_one_device_under_every_plan(name: str, method: str) -> None:
+    check_gpt(name, method)
 
 
 class Attend(nn.Module):
@@ -101,16 +117,34 @@ ATTENTION: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ATTENTION)
-def test_every_kind_of_attention_equals_that_of_one_device(
-    name: str, method: str, ranks: int
-) -> None:
+def check_attention(name: str, method: str, ranks: int) -> None:
     torch.manual_seed(0)
     plan = f"mesh cp={ranks}\n" + LAYERS.format(method)
     program = check_equal(Attending(**ATTENTION[name]), batch, plan)
     assert implicit_gathers(program) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("grouped", "ring"),
+        ("window", "ring order=zigzag"),
+        ("learned", "ring"),
+        ("one head of keys", "ulysses"),
+    ],
+)
+def test_attention_equals_that_of_one_device(name: str, method: str) -> None:
+    check_attention(name, method, ranks=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("method", [*METHODS, "ring order=zigzag"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_every_kind_of_attention_equals_that_of_one_device(
+    name: str, method: str, ranks: int
+) -> None:
+    check_attention(name, method, ranks)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -197,8 +231,7 @@ def test_llama_trains_as_on_one_device_with_masks_and_split_heads(
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_gpt2_trains_as_on_one_device(method: str, ranks: int) -> None:
-    if method == "ulysses" and ranks == 8:
-        pytest.skip("four heads")
+    ranks = min(ranks, 4) if method == "ulysses" else ranks  # it has four heads
     torch.manual_seed(0)
     plan = f"mesh cp={ranks}\ncontext transformer.h.* over cp method={method}\n"
     program = check_equal(gpt2(), lambda: text(masked=True), plan, tolerance=TOLERANCE)
