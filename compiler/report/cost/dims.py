@@ -48,10 +48,10 @@ def block(size: int, dim: Dim, axes: tuple[str, ...]) -> Dim:
     return () if size == 1 else (Atom(size, block=(dim, axes)),)
 
 
-def joined(size: int, dim: Dim, axes: tuple[str, ...]) -> Dim:
-    """A dim of which another is a block; one of its own where that is not known."""
-    found = (atom.block for atom in expanded(dim) if atom.block is not None)
-    return next((whole for whole, over in found if over == axes), new(size))
+def joined(size: int, dim: Dim) -> Dim:
+    """A dim of `size` of which another is a block; one of its own where that is not known."""
+    wholes = (atom.block[0] for atom in expanded(dim) if atom.block is not None)
+    return next((whole for whole in wholes if size_of(whole) == size), new(size))
 
 
 def expanded(dim: Iterable[Atom]) -> Dim:

@@ -19,6 +19,7 @@ from meshwright.compiler.program import Compiled
 from meshwright.compiler.report.cost.named import Mark, Named, terms_of, total
 from meshwright.compiler.report.cost.naming import Names, Naming, symbol
 from meshwright.compiler.report.cost.sizes import NamedSizes, axes_product
+from meshwright.compiler.report.cost.steps import unrolled
 from meshwright.compiler.report.cost.trace import Trace
 from meshwright.compiler.report.ledger import Moved, collectives
 from meshwright.compiler.report.memory.holding import Memory
@@ -59,6 +60,8 @@ class Formulas:
         self.names = Names(program, trace, names)
         self.sizes = NamedSizes(program, trace, self.names)
         self.mesh = self.sizes.mesh
+        graphs = program.graphs().values()
+        self._steps = {node: axes for graph in graphs for node, axes in unrolled(graph).items()}
         self._blocks: dict[str, list[Mark]] = {}
         self._called = _block_names(self.sizes.blocks, self.names.values)
         self.names.values |= {self._called[name]: n for name, n in self.sizes.blocks.items()}
@@ -90,8 +93,16 @@ class Formulas:
                 formula = share_sent(wire, axes_product(wire.axes, self.mesh).expr, self.convention)
                 share = Fraction(share_sent(wire, ranks, self.convention))
                 path = source.origin.module or node.origin.module
-                size = total([self.sizes.value(source)]).at(self.sizes.mark(path))
-                yield path, size.share(formula, share)
+                size = self.sizes.value(source).at(self.sizes.mark(path))
+                yield path, self._step(node, size.share(formula, share))
+
+    def _step(self, node: Node, size: Named) -> Named:
+        """What one step of an unrolled loop takes: its part of what all take."""
+        axes = self._steps.get(node)
+        if axes is None:
+            return size
+        ranks = axes_product(axes, self.mesh)
+        return size.share(ranks.expr / int(ranks), Fraction(1))
 
     def _times(self, times: int) -> int:
         """How often a graph runs: once for each turn of the loop, or so often."""
@@ -110,7 +121,8 @@ class Formulas:
             for node in graph.nodes:
                 if count := flops(node, self.mesh, self.sizes):
                     path = node.origin.module
-                    size = total([count]).at(self.sizes.mark(path)) * self._times(times)
+                    size = self._step(node, total([count]).at(self.sizes.mark(path)))
+                    size = size * self._times(times)
                     key = half, starred(path)
                     found[key] = total((found.get(key, 0), size))
         return found

@@ -117,10 +117,11 @@ class Trace:
     def _moved(self, source: Node, type: TensorType, axes: tuple[str, ...]) -> Shape:
         """What a collective leaves: the same dims, or those of one rank's block."""
         dims = zip(self.of(source), source.tensor.shape, type.shape, strict=True)
-        return tuple(
-            dim if old == size else (block if size < old else joined)(size, dim, axes)
-            for dim, old, size in dims
-        )
+        found: list[Dim] = []
+        for dim, old, size in dims:
+            part = block(size, dim, axes) if size < old else joined(size, dim)
+            found.append(dim if old == size else part)
+        return tuple(found)
 
     def _given(self, node: Node) -> Shape:
         kind, name = node.args[:2]
