@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Hashable
 
 from meshwright.compiler.graph.ir import Graph, MeshOp, Node
-from meshwright.compiler.graph.transfers import moves
+from meshwright.compiler.graph.transfers import is_collective, moves
 
 
 def unrolled(graph: Graph) -> dict[Node, tuple[str, ...]]:
@@ -22,9 +22,10 @@ def unrolled(graph: Graph) -> dict[Node, tuple[str, ...]]:
         counts = roots[loop]
         if len(counts) == graph.mesh.size(axes) and len(set(counts.values())) == 1:
             found[node] = axes
+    given = {node: axes for node, axes in found.items() if node.op == MeshOp("broadcast")}
     for node in graph.nodes:
-        steps = (found[each] for each in node.operands() if each in found)
-        if isinstance(node.op, MeshOp) and node not in rooted and (axes := next(steps, ())):
+        steps = (given[each] for each in node.operands() if each in given)
+        if not is_collective(node) and (axes := next(steps, ())):
             found[node] = axes
     return found
 

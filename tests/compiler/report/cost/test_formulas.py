@@ -184,6 +184,46 @@ def test_names_follow_through_halves_shifts_and_grouped_heads() -> None:
     assert cost.memory("activations").at(sizes) == larger.memory().activations
 
 
+GRID = """mesh row={q}, col={q}
+data tokens, targets over row
+summa ** over (row, col)
+summa blocks.*.qkv over (row, col) as (3 heads hd)
+"""
+
+
+def on_a_grid(q: int, sizes: Mapping[str, int]) -> mw.Program:
+    torch.manual_seed(0)
+    model = Gpt(sizes["v"], sizes["h"], sizes["heads"], layers=sizes["layers"])
+    tokens = torch.zeros(sizes["b"], sizes["s"], dtype=torch.long)
+    return mw.compile(model, mw.Plan.parse(GRID.format(q=q)), (tokens, tokens), device="cpu")
+
+
+@pytest.mark.slow
+def test_products_in_blocks_have_as_many_steps_as_there_are_ranks() -> None:
+    names = {**NAMES, "blocks.*.up": "[(4 h), h]", "heads": 4}
+    cost = on_a_grid(2, {**SMALL, "layers": 3}).cost(names=names)
+    larger = on_a_grid(4, {**LARGE, "heads": 4})
+    sizes, memory = {**values({**LARGE, "heads": 4}), "row": 4, "col": 4}, larger.memory()
+    own = larger.cost(names={**names, "heads": 4}).sent(module="blocks.*")
+    assert cost.sent(module="blocks.*").at(sizes) == own.number
+    assert cost.flops().at(sizes) == computed(larger, "")
+    for part in PARTS[:-1]:
+        assert cost.memory(part).at(sizes) == getattr(memory, part), part
+
+
+def test_a_linear_in_blocks_sends_what_its_rounds_of_broadcasts_do() -> None:
+    """Of weights of S elements pipelined ((q-1)/q^2) S by the ranks of a column, by trees
+    (log2 q / q) S (Optimus, arXiv 2104.05343)."""
+    program = on_a_grid(2, SMALL)
+    names = {**NAMES, "blocks.*.up": "[(4 h), h]", "heads": 4}
+    h, layers, row, col = symbols("h layers row col")
+    up = {"phase": "forward", "axes": "row", "module": "blocks.*.up"}
+    weights = 4 * 4 * h**2 * layers / col
+    for convention, share in (("pipelined", (row - 1) / row), ("tree", log2(row))):
+        found = program.cost(names=names, convention=convention).sent(**up).expr
+        assert sympy.simplify(found - weights * share) == 0
+
+
 WRONG = {
     "two-sizes": {"wte": "[v, h]", "blocks.*.up": "[h, h]"},
     "axis": {"wte": "[v, tp]"},
