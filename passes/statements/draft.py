@@ -149,6 +149,22 @@ def on_graph(function: Callable[[Graph], Graph]) -> Callable[[Draft], Draft]:
     return run
 
 
+def with_graph(
+    draft: Draft, graph: Graph, mapping: Mapping[Node, Node], first: Mapping[Node, Node]
+) -> Draft:
+    """`draft` with another graph and the layouts of activations in it: `mapping` has what stands
+    for each node of the old one, and `first` the first of the nodes that compute that."""
+    return replace(
+        draft,
+        graph=graph,
+        values={mapping[node]: pin for node, pin in draft.values.items()},
+        entering={
+            first[node]: tuple((mapping[value], pin) for value, pin in pins)
+            for node, pins in draft.entering.items()
+        },
+    )
+
+
 def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:
     """The inputs of `graph` that the plan laid out or, where they are stored in another layout, the
     nodes that bring them to the plan's."""

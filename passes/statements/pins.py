@@ -74,15 +74,18 @@ def _merge(old: Dim, new: Dim, draft: Draft, node: Node, before: Pin, statement:
 def contradiction(
     draft: Draft, node: Node, before: Sequence[Statement], statement: Statement
 ) -> PlanError:
-    """The error for two statements that lay out one tensor differently."""
+    """The error for two statements, or two uses under one, that lay out one tensor differently."""
     names = [alias for alias, own in draft.captured.aliases.items() if own == node.args[1]]
     tied = f" (one tensor with {', '.join(f'`{n}`' for n in names)})" if len(names) > 1 else ""
+    same = before[-1] is statement
     return draft.plan.error(
         "P301",
-        f"two statements lay out `{node.args[1]}` differently",
-        [before[-1], statement],
+        f"{'two uses' if same else 'two statements'} lay out `{node.args[1]}` differently",
+        statement if same else [before[-1], statement],
         subject=f"{tensor_text(node)}{tied}",
-        help="keep one of them, or write the whole layout with `shard`",
+        help="name modules of which one alone uses it"
+        if same
+        else "keep one of them, or write the whole layout with `shard`",
     )
 
 

@@ -40,7 +40,7 @@ from meshwright.dsl.errors import either, plural
 from meshwright.dsl.selectors import Selector
 from meshwright.dsl.statements import Spread, Stages
 from meshwright.dsl.suggest import nothing_matches, selectors_of
-from meshwright.passes.statements.draft import Draft
+from meshwright.passes.statements.draft import Draft, with_graph
 from meshwright.passes.statements.missing import runs
 from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.targets import evaluated, modules_of
@@ -101,15 +101,8 @@ def with_origins(draft: Draft, origin: Callable[[Node], Origin]) -> Draft:
     mapping: dict[Node, Node] = {}
     for node in draft.graph.nodes:
         mapping[node] = builder.copy(node, mapping, origin=origin(node))
-    return replace(
-        draft,
-        graph=builder.graph(each.of(mapping[each.node]) for each in draft.graph.outputs),
-        values={mapping[node]: pin for node, pin in draft.values.items()},
-        entering={
-            mapping[node]: tuple((mapping[value], pin) for value, pin in pins)
-            for node, pins in draft.entering.items()
-        },
-    )
+    graph = builder.graph(each.of(mapping[each.node]) for each in draft.graph.outputs)
+    return with_graph(draft, graph, mapping, mapping)
 
 
 @dataclass(slots=True)

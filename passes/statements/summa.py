@@ -41,7 +41,7 @@ from meshwright.compiler.composites.norm import Norm
 from meshwright.compiler.composites.product_3d import Product3d
 from meshwright.compiler.composites.summa import Summa, SummaTransposed
 from meshwright.compiler.composites.summa_embedding import SummaEmbedding
-from meshwright.compiler.graph.ir import INPUT, Arg, Builder, Node, Origin, map_nodes, rewrite
+from meshwright.compiler.graph.ir import INPUT, Arg, Builder, Node, Origin, map_nodes
 from meshwright.compiler.graph.text import node_type_text
 from meshwright.compiler.layout.factors import Dim, cut, dim_axes
 from meshwright.compiler.layout.layout import Layout
@@ -49,7 +49,7 @@ from meshwright.dsl import statements as dsl
 from meshwright.dsl.errors import PlanError, either
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.rewriting.rewriter import emit_for
-from meshwright.passes.statements.draft import Draft, Pin, input_key
+from meshwright.passes.statements.draft import Draft, Pin, input_key, with_graph
 from meshwright.passes.statements.linears import (
     Linear,
     is_convolution,
@@ -132,24 +132,35 @@ def block_products(draft: Draft) -> Draft:
     if not draft.plan.of(dsl.Summa):
         return draft
     covered = _Covered(draft)
+    builder = Builder(draft.graph.name, draft.graph.mesh)
+    mapping, first = dict[Node, Node](), dict[Node, Node]()
+    for node in draft.graph.nodes:
+        place = len(builder.nodes)
+        found = _in_blocks(draft, covered, builder, node, mapping)
+        mapping[node] = found or builder.copy(node, mapping)
+        first[node] = builder.nodes[place]
+    graph = builder.graph(each.of(mapping[each.node]) for each in draft.graph.outputs)
+    return with_graph(draft, graph, mapping, first)
 
-    def replaced(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
-        statement = covered.statements.get(node)
-        weight = _multiplied(node) or _looked_up(node)
-        own = draft.inputs.get(input_key(weight.weight)) if weight else None
-        if statement is None or weight is None or own is None or _statement(own) is None:
-            return None
-        args = map_nodes(node.args, mapping.__getitem__)
-        if node.op == Embedding.op:
-            return _lookup(builder, node, args, own, statement)
-        turned = covered.turned(_left(node))
-        form = _form(weight, own, _grid(statement, turned))
-        if form is None:
-            return None
-        _check_rows(draft, node, statement)
-        return _product(builder, node, args, form, _product_axes(statement, turned))
 
-    return replace(draft, graph=rewrite(draft.graph, replaced))
+def _in_blocks(
+    draft: Draft, covered: _Covered, builder: Builder, node: Node, mapping: Mapping[Node, Node]
+) -> Node | None:
+    """A product or lookup in blocks, if a parameter of the node is laid out so."""
+    statement = covered.statements.get(node)
+    weight = _multiplied(node) or _looked_up(node)
+    own = draft.inputs.get(input_key(weight.weight)) if weight else None
+    if statement is None or weight is None or own is None or _statement(own) is None:
+        return None
+    args = map_nodes(node.args, mapping.__getitem__)
+    if node.op == Embedding.op:
+        return _lookup(builder, node, args, own, statement)
+    turned = covered.turned(_left(node))
+    form = _form(weight, own, _grid(statement, turned))
+    if form is None:
+        return None
+    _check_rows(draft, node, statement)
+    return _product(builder, node, args, form, _product_axes(statement, turned))
 
 
 class _Covered:

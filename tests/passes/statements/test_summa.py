@@ -145,6 +145,65 @@ def test_other_statements_hold_inside_of_it() -> None:
     assert layouts["blocks.0.proj.weight"] == "[24@row, 24@col]"
 
 
+def test_layouts_of_activations_hold_inside_of_it() -> None:
+    """Also of what enters a linear that is replaced by more than one node."""
+    plan = "shard blocks.*.up -> [b@(row, col), s, f]\nshard blocks.*.down <- [b@row, s, f]\n"
+    program = check_equal(Gpt(), tokens, gpt_plan(2, 2, plan + "allow replicate **\n"), steps=1)
+    nodes = program.stages[0].forward.nodes
+    gelu = [str(node.layout) for node in nodes if node.op == torch.ops.aten.gelu.default]
+    assert gelu == ["[8@(row, col), 8, 96]"] * 2
+    lines = [node.origin.plan_line for node in nodes if node.origin.module == "blocks.0.down"]
+    assert [line for line in lines if line.endswith(":5")]
+
+
+def pair(vocab: int, **options: int) -> nn.Module:
+    return nn.Sequential(nn.Embedding(vocab, 8, **options), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("row", [2, 4])
+def test_a_row_of_padding_is_not_trained(row: int) -> None:
+    plan = f"mesh row={row}, col=2\nsumma ** over (row, col)\n"
+    program = check_equal(
+        pair(13, padding_idx=9),
+        lambda: (torch.randint(8, 11, (8, 6)),),
+        plan,
+        loss=lambda y: y.square().mean(),
+        steps=1,
+    )
+    assert program.parameters["0.weight"].layout.shape[0] > 13
+
+
+@pytest.mark.parametrize("row", [1, 2])
+def test_an_index_beyond_the_table_is_an_error(row: int) -> None:
+    """It would be a row that is padding, or of no rank."""
+    plan = meshwright.Plan.parse(f"mesh row={row}, col=2\nsumma ** over (row, col)\n")
+    good, bad = torch.randint(0, 13, (8, 6)), torch.full((8, 6), 13)
+    run = meshwright.compile(pair(13), plan, (good,), loss=lambda y: y.square().mean()).launch()
+    with pytest.raises(RuntimeError, match="index out of range: the table has 13 rows"):
+        run.step(bad)
+
+
+class Tied(nn.Module):
+    """One weight for two linears, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.tanh(self.a(x))).square().mean()
+
+
+def test_a_weight_that_is_used_twice_changes_no_places(golden: Callable[[str, str], None]) -> None:
+    plan = "mesh x=2, y=2, z=2\nsumma ** over (x, y, z)\n"
+    with pytest.raises(PlanError) as caught:
+        compiled(Tied(), plan, rows())
+    golden("summa-tied", str(caught.value))
+    check_equal(Tied(), rows, plan.replace("**", "a") + "allow replicate **\n", steps=1)
+    check_equal(Tied(), rows, GRID, steps=1)
+
+
 def llama() -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
