@@ -219,12 +219,18 @@ def _pinned_for(draft: Draft, node: Node, statement: dsl.Summa, covered: _Covere
 
 
 def _linear(draft: Draft, product: Linear, statement: dsl.Summa, grid: _Grid) -> Draft:
-    """Pin a matrix over two axes, `[n@col, k@row]`, and biases, `[n@col]`."""
+    """Pin a matrix over two axes, `[n@col, k@row]`, and biases, `[n@col]`; one that is multiplied as
+    `[k, n]` elsewhere may have rows where this has columns."""
     weight, shape = product.weight, product.weight.tensor.shape
     text, over = tensor_text(weight, shape=False), (grid.columns,)
     columns = to_dim(draft.plan.columns_dim(statement, shape, product.features, text, over))
-    inner = _blocks(draft, weight, product.inputs, grid.inner, statement, "input features")
-    draft = pin(draft, weight, {product.features: columns, product.inputs: inner}, statement)
+    key = input_key(weight)
+    own = draft.inputs.get(key)
+    if own is not None and _form(product, own, grid):
+        draft = with_pin(draft, key, Pin(own.layout, (*own.statements, statement)))
+    else:
+        inner = _blocks(draft, weight, product.inputs, grid.inner, statement, "input features")
+        draft = pin(draft, weight, {product.features: columns, product.inputs: inner}, statement)
     for bias in product.biases:
         draft = pin(draft, bias, {0: columns}, statement)
     return draft

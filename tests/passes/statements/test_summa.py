@@ -183,6 +183,29 @@ def test_an_index_beyond_the_table_is_an_error(row: int) -> None:
         run.step(bad)
 
 
+class Matrices(nn.Module):
+    """Matrices `[k, n]`, the last of them read as `[n, k]` too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(real(16, 32)), nn.Parameter(real(32, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(torch.tanh(x @ self.a) @ self.b)
+        return (x @ self.b.t()).square().mean()
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        'mesh row=2, col=2\nsumma "" over (row, col)\n',
+        'mesh x=2, y=2, z=2\nsumma "" over (x, y, z)\n',
+    ],
+)
+def test_a_matrix_may_be_stored_either_way(plan: str) -> None:
+    check_equal(Matrices(), rows, plan, steps=1)
+
+
 class Tied(nn.Module):
     """One weight for two linears, one after the other."""
 
@@ -201,7 +224,8 @@ def test_a_weight_that_is_used_twice_changes_no_places(golden: Callable[[str, st
         compiled(Tied(), plan, rows())
     golden("summa-tied", str(caught.value))
     check_equal(Tied(), rows, plan.replace("**", "a") + "allow replicate **\n", steps=1)
-    check_equal(Tied(), rows, GRID, steps=1)
+    each = GRID.replace("**", "a") + "summa b over (row, col)\n"
+    check_equal(Tied(), rows, each, steps=1)
 
 
 def llama() -> nn.Module:
