@@ -219,8 +219,8 @@ def _pinned_for(draft: Draft, node: Node, statement: dsl.Summa, covered: _Covere
 
 
 def _linear(draft: Draft, product: Linear, statement: dsl.Summa, grid: _Grid) -> Draft:
-    """Pin a matrix over two axes, `[n@col, k@row]`, and biases, `[n@col]`; one that is multiplied as
-    `[k, n]` elsewhere may have rows where this has columns."""
+    """Pin a matrix over two axes, `[n@col, k@row]`, and biases, `[n@col]`; one that is multiplied
+    as `[k, n]` elsewhere may have rows where this has columns."""
     weight, shape = product.weight, product.weight.tensor.shape
     text, over = tensor_text(weight, shape=False), (grid.columns,)
     columns = to_dim(draft.plan.columns_dim(statement, shape, product.features, text, over))
