@@ -231,3 +231,20 @@ def attention_backward_sample(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | No
     out, lse = attention(q, k, v, bias, *options)
     args = (torch.randn_like(out), q, k, v, out, lse, bias, *options, bias is not None)
     return Sample(MeshOp("attention_backward"), args, {}, attention_backward, gradients=False)
+
+
+def panel_product(a: Tensor, b: Tensor, form: str) -> Tensor:
+    if form == "tn":
+        return a.flatten(0, -2).t() @ b.flatten(0, -2)
+    return a @ (b if form == "nn" else b.t())
+
+
+def block_lookup(block: Tensor, index: Tensor, offset: int, num_rows: int) -> Tensor:
+    return block[index - offset]
+
+
+def block_lookup_backward(
+    grad: Tensor, index: Tensor, size: int, offset: int, padding_idx: int
+) -> Tensor:
+    zeros = grad.new_zeros((size, grad.shape[-1]))
+    return zeros.index_add(0, index.flatten() - offset, grad.flatten(0, -2))

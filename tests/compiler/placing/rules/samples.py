@@ -652,6 +652,11 @@ ROUTING = [
     mesh("grouped_mm", f(4, 6), f(4, 6, 2), n(5, 4, 2)),
     mesh("grouped_mm_weight", f(4, 6), f(4, 2, 2), n(4, 4, 2), 4),
     mesh("grouped_mm", f(4, 2, 6), f(4, 6, 2), n(5, 4, 2)),
+    mesh("panel_product", f(2, 4, 6), f(6, 4), "nn", gradients=False),
+    mesh("panel_product", f(2, 4, 6), f(4, 6), "nt", gradients=False),
+    mesh("panel_product", f(2, 4, 6), f(2, 4, 4), "tn", gradients=False),
+    mesh("block_lookup", f(4, 6), n(4, 2, 4), 0, 4, gradients=False),
+    mesh("block_lookup_backward", f(2, 4, 6), n(4, 2, 4), 4, 0, -1, gradients=False),
     mesh("grouped_mm_weight", f(4, 2, 6), f(4, 2, 2), n(4, 4, 2), 4),
 ]
 

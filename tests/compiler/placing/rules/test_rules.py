@@ -58,11 +58,20 @@ RING = (
     "mesh::ring_step",
     "mesh::ring_step_backward",
 )
+BLOCKS = (
+    *("mesh::summa", "mesh::summa_transposed", "mesh::summa_sum"),
+    *("mesh::summa_embedding", "mesh::summa_embedding_backward"),
+    *("mesh::product_3d", "mesh::product_3d_transposed", "mesh::product_3d_sum"),
+    *("mesh::block_part", "mesh::put_block"),
+)
 UNSAMPLED = {
     "aten::empty": "its values are arbitrary",
     "aten::empty_like": "its values are arbitrary",
     "aten::new_empty": "its values are arbitrary",
     **dict.fromkeys(RING, "split in one way alone, and lowered: `test_equivalence_context.py`"),
+    **dict.fromkeys(BLOCKS, "split in one way alone, over named axes: `test_summa.py`"),
+    "mesh::add_panel_product": "it writes over its operand; else as `panel_product`",
+    "mesh::add_block_lookup": "it writes over its operand; else as `block_lookup`",
     "mesh::loss_scale": "it multiplies by a number of the run, alike on every rank",
 }
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import meshwright
 from meshwright.compiler.graph.ir import INPUT, MOVES, SAVED, WAIT, Graph, Node, Phase
+from meshwright.compiler.program import STAGING_BYTES
 from meshwright.dsl.errors import PlanError
 from meshwright.passes.statements.offloading import activations, amount
 from tests.equivalence import check_equal
@@ -48,7 +49,9 @@ def trained(model: nn.Module, plan: str, example: Any) -> dict[str, Tensor]:
             optimizer.zero_grad()
         found["evaluated"] = run.evaluate(*example).clone()
         found |= run.state_dict()
-        held = Counter[str]()
+        # Buffers in host memory through which values go to each folder of files.
+        folders = {path for state in run.states for path in state.stores.by_path if path}
+        held = Counter(host=STAGING_BYTES * len(folders))
         for path, store in (item for state in run.states for item in state.stores.by_path.items()):
             assert store.slabs.peak > 0
             held |= Counter({"host" if path is None else "disk": store.slabs.peak})
