@@ -4,14 +4,15 @@
 that bring the block of the next step meanwhile:
 
 Before:  attention: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp]) = mesh::ring_attention(unbind_0, unbind_1,
-             unbind_2, None, True, None, 0.0, 0, [cp], 2, contiguous)
+             unbind_2, None, True, None, 0.0, 0, [cp], 2, contiguous, None)
 After:   permute_1: f32[8, 4, 8@cp, 6]                      = permute(unbind_1, cp, shift=1)
          permute_2: f32[8, 4, 8@cp, 6]                      = permute(unbind_2, cp, shift=1)
          ring_step: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp])   = mesh::ring_step(unbind_0, unbind_1,
-             unbind_2, None, None, None, True, None, 0.0, 0, [cp], 2, contiguous, 0, False)
+             unbind_2, None, None, None, True, None, 0.0, 0, [cp], 2, contiguous, None, 0,
+             False)
          ring_step_1: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp]) = mesh::ring_step(unbind_0, permute_1,
-             permute_2, None, getitem_1, getitem_2, True, None, 0.0, 0, [cp], 2, contiguous, 1,
-             True)
+             permute_2, None, getitem_1, getitem_2, True, None, 0.0, 0, [cp], 2, contiguous,
+             None, 1, True)
 
 At step t a rank works on the block of the rank t places before it. The gradients of a block's keys
 and values go round behind it, each rank adding its own, and one more exchange takes them home.
@@ -58,8 +59,9 @@ _BACKWARD = (OUT, QUERY, KEY, VALUE, OUT, LSE, COLUMNS)
 
 class Ring(NamedTuple):
     """The last arguments of these operators: the options of attention, the `axes` round which keys
-    and values go, how many `blocks` of them there are, and the `order` of the sequence: `zigzag` or
-    `contiguous` (see `kernels/ring.py`)."""
+    and values go, how many `blocks` of them a rank meets, the `order` of the sequence, `zigzag` or
+    `contiguous` (see `kernels/ring.py`), and how many positions a query looks back at most, if that
+    is known and none looks ahead."""
 
     is_causal: bool
     scale: float | None
@@ -68,6 +70,7 @@ class Ring(NamedTuple):
     axes: tuple[str, ...]
     blocks: int
     order: str
+    reach: int | None
 
     @classmethod
     def of(cls, args: tuple[Arg, ...], num_operands: int) -> Ring:
@@ -145,7 +148,8 @@ class RingAttentionBackward(Composite):
             sums = list(map(partial(_sum, context), sums, own))
             k, v = following or (k, v)
         dk, dv, dbias = sums
-        dk, dv = (_moved_on(context, x, ring) for x in (dk, dv))
+        home = context.mesh.size(ring.axes) - ring.blocks + 1
+        dk, dv = (_moved_on(context, x, ring, shift=home) for x in (dk, dv))
         grads = zip((dq, dk, dv, dbias), (q, k, v, bias), strict=True)
         return tuple(dx and _cast(context, dx, x.tensor.dtype) for dx, x in grads)
 
@@ -210,12 +214,12 @@ class RingStepBackward(Composite):
 
 
 def _moved_on(
-    context: LoweringContext, x: Node | None, ring: Ring, after: Node | None = None
+    context: LoweringContext, x: Node | None, ring: Ring, after: Node | None = None, shift: int = 1
 ) -> Node | None:
-    """What the rank before has, on each rank: sent once the step `after` is over, so that no more
-    than two blocks are there."""
+    """What the rank `shift` places before has, on each rank: sent once the step `after` is over, so
+    that no more than two blocks are there."""
     options: dict[str, Arg] = {} if after is None else {"after": after}
-    return x and context.collective("permute", x, x.placed, ring.axes, shift=1, **options)
+    return x and context.collective("permute", x, x.placed, ring.axes, shift=shift, **options)
 
 
 def _sum(context: LoweringContext, total: Node | None, own: Node | None) -> Node | None:
@@ -234,10 +238,13 @@ def _block(
     """The block of a step on this rank, for each time that the step runs."""
     q, k = binding.operand(query), binding.operand(query + 1)
     here = binding.mesh.position(binding.coords, ring.axes)
-    there = (here - step) % ring.blocks
-    own, sent = (kernels.Part(x.tensor.shape[2], ring.blocks, ring.order) for x in (q, k))
+    ranks = binding.mesh.size(ring.axes)
+    there = (here - step) % ranks
+    own, sent = (kernels.Part(x.tensor.shape[2], ranks, ring.order) for x in (q, k))
     columns = sent.stored(there)
     tiles = kernels.tiles(own, here, there) if ring.is_causal else kernels.all_of(own, sent)
+    if ring.reach is not None and not kernels.sees(own, here, there, ring.reach):
+        tiles = ()
     block = partial(kernels.Block, tiles, columns, ring.scale, ring.dropout_p)
     if not ring.dropout_p:
         fixed = block(None)

@@ -93,6 +93,12 @@ def tiles(part: Part, here: int, there: int) -> tuple[Tile, ...]:
     return (Tile(whole, whole),) if there < here else ()
 
 
+def sees(part: Part, here: int, there: int, reach: int) -> bool:
+    """Whether a query of rank `here` looks back at a key of rank `there`, in a contiguous sequence;
+    none looks back more than `reach` positions."""
+    return (here - there >= 0 and (here - there - 1) * part.own + 1 <= reach) or here == there
+
+
 def ring_forward(
     q: Tensor,
     k: Tensor,

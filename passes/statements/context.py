@@ -5,7 +5,8 @@ Before:  add: f32[8, 8, 24]                         = add(embedding, embedding_1
              None, True, None, 0.0, 0)
 After:   add: f32[8, 8@cp, 24]                            = add(embedding, embedding_1)
          attention: (f32[8, 4, 8@cp, 6], f32[8, 4, 8@cp]) = mesh::ring_attention(unbind_0, unbind_1,
-             unbind_2, None, True, None, 0.0, 0, [cp], 2, contiguous)
+             unbind_2, None, True, None, 0.0, 0, [cp], 2, contiguous,
+             None)
 
 What enters a module is split along the sequence and stays so, since every operator but attention
 treats the tokens of a sequence apart: positions and targets follow. Attention is an operator that
@@ -28,6 +29,7 @@ from meshwright.dsl.statements import Context
 from meshwright.passes.statements.contexts import TOKENS, Contexts
 from meshwright.passes.statements.draft import Attending, Draft
 from meshwright.passes.statements.pins import module_text
+from meshwright.passes.statements.reach import reach
 from meshwright.passes.statements.targets import modules_of, of_modules
 from meshwright.passes.statements.zigzag import zigzag
 
@@ -67,6 +69,7 @@ def _attention(graph: Graph) -> dict[str, list[Node]]:
 def _in_rings(draft: Draft, contexts: Contexts) -> Draft:
     """`draft` with the attention that goes round a ring as an operator of its own."""
     mesh, mapping = draft.mesh, dict[Node, Node]()
+    looks: dict[Node | None, int | None] = {}
 
     def ring(builder: Builder, node: Node, news: dict[Node, Node]) -> Node:
         statement = contexts.around(node)
@@ -75,8 +78,13 @@ def _in_rings(draft: Draft, contexts: Contexts) -> Draft:
         else:
             _check_causal(draft, node, statement)
             *operands, is_causal, scale, dropout_p, op_id = map_nodes(node.args, news.__getitem__)
-            over = statement.over
-            options = Ring(is_causal, scale, dropout_p, op_id, over, mesh.size(over), "contiguous")
+            over, bias = statement.over, node.args[3]
+            if bias not in looks:
+                looks[bias] = reach(bias)
+            blocks = _blocks(node, mesh.size(over), looks[bias])
+            options = Ring(
+                *(is_causal, scale, dropout_p, op_id, over, blocks, "contiguous", looks[bias])
+            )
             mapping[node] = builder.emit(
                 RingAttention.op,
                 (*operands, *options),
@@ -88,6 +96,14 @@ def _in_rings(draft: Draft, contexts: Contexts) -> Draft:
         return mapping[node]
 
     return _on(draft, rewrite(draft.graph, ring), mapping)
+
+
+def _blocks(node: Node, ranks: int, back: int | None) -> int:
+    """The number of blocks of keys that the queries of a rank see, its own and those before it."""
+    if back is None:
+        return ranks
+    own: int = node.args[0].tensor.shape[TOKENS] // ranks
+    return min(ranks, 1 + -(-back // own))
 
 
 def _on(draft: Draft, graph: Graph, mapping: Mapping[Node, Node]) -> Draft:

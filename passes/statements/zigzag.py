@@ -2,11 +2,11 @@
 
 Before:  embedding: f32[8, 8, 24]                   = mesh::embedding(wte_weight, tokens, -1)
          attention: (f32[8, 4, 8, 6], f32[8, 4, 8]) = mesh::ring_attention(unbind_0, unbind_1,
-             unbind_2, None, True, None, 0.0, 0, [cp], 2, contiguous)
+             unbind_2, None, True, None, 0.0, 0, [cp], 2, contiguous, None)
 After:   index_select: i64[8, 8]                    = index_select(tokens, 1, zigzag_8)
          embedding: f32[8, 8, 24]                   = mesh::embedding(wte_weight, index_select, -1)
          attention: (f32[8, 4, 8, 6], f32[8, 4, 8]) = mesh::ring_attention(unbind_0, unbind_1,
-             unbind_2, None, True, None, 0.0, 0, [cp], 2, zigzag)
+             unbind_2, None, True, None, 0.0, 0, [cp], 2, zigzag, None)
 
 A sequence in 2n parts, of which the rank r of n has the parts r and 2n - 1 - r. No split of the
 sequence says so, hence its elements change places, where it begins: in tokens, positions and masks.
@@ -124,7 +124,7 @@ class _Zigzag:
             dims = (len(shape) - 2, len(shape) - 1) if bias else (2,)
             wanted.append({dim: 1 for dim in dims if shape[dim] == self.length})
         operands, _ = self._brought(node, wanted)
-        ring = Ring.of(node.args, 4)._replace(order="zigzag")
+        ring = Ring.of(node.args, 4)._replace(order="zigzag", blocks=self.ranks, reach=None)
         return self.builder.copy(node, {}, args=(*operands[:4], *ring))
 
     def _copied(self, node: Node, wanted: Sequence[Places | None]) -> Node:

@@ -17,7 +17,7 @@ from meshwright.compiler.composites import ring_attention
 from meshwright.compiler.composites.ring_attention import RingAttention
 from meshwright.compiler.kernels.ring import Part, Tile, tiles
 from meshwright.passes.statements import context, contexts, zigzag
-from tests.equivalence import implicit_gathers
+from tests.equivalence import check_equal, implicit_gathers
 from tests.models import GPT_TENSOR, Gpt, tokens
 from tests.passes.stages import check_documented, shown, stages
 
@@ -156,6 +156,45 @@ def refused(plan: str, model: nn.Module, batch: tuple[Tensor, ...]) -> str:
     with pytest.raises(PlanError) as caught:
         compiled(model, plan, batch)
     return str(caught.value)
+
+
+class Windows(nn.Module):
+    """Attention under a mask that is known but for the padding."""
+
+    def __init__(self, mask: str) -> None:
+        super().__init__()
+        self.wte, self.qkv, self.mask = nn.Embedding(32, 6), nn.Linear(6, 18), mask
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        here = torch.arange(tokens.shape[1])
+        back = here[:, None] - here
+        masks = {
+            "window of 5": (back >= 0) & (back < 5),
+            "documents of 6": (back >= 0) & (here[:, None] // 6 == here // 6),
+            "padded window": ((back >= 0) & (back < 5))[None, None] & (tokens > 3)[:, None, None],
+            "both sides": back.abs() < 5,
+            "padding": (tokens > 3)[:, None, None].expand(-1, 1, len(here), -1),
+            "not a window": ~((back >= 0) & (back < 5) & (tokens[0] > 3)),
+        }
+        q, k, v = self.qkv(self.wte(tokens)).chunk(3, -1)
+        heads = (x.unflatten(-1, (2, 3)).transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(*heads, attn_mask=masks[self.mask])
+        return y.square().mean()
+
+
+BLOCKS = {"window of 5": 2, "documents of 6": 3, "padded window": 2}
+
+
+@pytest.mark.parametrize("mask", [*BLOCKS, "both sides", "padding", "not a window"])
+def test_a_ring_brings_no_block_that_a_known_mask_hides(mask: str) -> None:
+    torch.manual_seed(0)
+    plan = 'mesh cp=4\ncontext "" over cp\n'
+    program = check_equal(Windows(mask), lambda: (torch.randint(0, 32, (4, 16)),), plan, steps=1)
+    (forward, backward) = (Counter[str](), Counter[str]())
+    for each in program.comm().moved:
+        (forward if each.phase == "forward" else backward)[each.kind] += each.times
+    blocks = BLOCKS.get(mask, 4)
+    assert (forward["permute"], backward["permute"]) == (2 * (blocks - 1), 2 * (2 * blocks - 1))
 
 
 class Last(Gpt):
