@@ -8,13 +8,13 @@ import itertools
 import pytest
 import torch
 
+from meshwright.compiler.costs.volume import bytes_sent
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.factors import Factor, cut, whole
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import Collective, collectives, cost
-from meshwright.compiler.layout.wires import bytes_sent
 from tests.compiler.layout.test_collectives import (
     CASES,
     check_equal_copies,
