@@ -160,7 +160,7 @@ class PlanBuilder:
     def checkpoint(self, *targets: str, **options: Option) -> Self:
         """Recompute these regions in the backward.
 
-        `options` are `keep`, `segments` and `budget`.
+        `options` are `keep`, `segments`, `split` and `budget`.
         """
         return self._add("checkpoint", _listed(targets), _options(options))
 

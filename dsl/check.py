@@ -169,6 +169,8 @@ def _check_checkpoint(checkpoint: s.Checkpoint) -> None:
         raise _missing(checkpoint, "`checkpoint` says neither what nor how much", help)
     if checkpoint.segments is not None and checkpoint.budget is not None:
         raise _either(checkpoint, "segments", "budget")
+    if checkpoint.split is not None and checkpoint.budget is not None:
+        raise _either(checkpoint, "split", "budget")
 
 
 def _check_summa(summa: s.Summa) -> None:

@@ -272,13 +272,15 @@ class Stages(Spread):
 class Checkpoint(Targeted):
     """`checkpoint SEL keep=[sdpa, "up.linear"]`, or `checkpoint budget=40GiB`.
 
-    Each call of a module is a region; with `segments`, all of them together are that many. The
-    budget is in bytes per rank, or `auto`: what the device has.
+    Each call of a module is a region; with `segments`, all of them together are that many, and with
+    `split`, ranks along that axis each keep a part of what regions save. The budget is in bytes per
+    rank, or `auto`: what the device has.
     """
 
     verb = "checkpoint"
     keep: tuple[str, ...] = option(Words(quoted=True), ())
     segments: int | None = option(Count())
+    split: str | None = option(AxisName())
     budget: int | str | None = option(ByteSize(auto=True))
 
 

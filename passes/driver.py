@@ -73,6 +73,7 @@ from meshwright.passes.statements.precision import precision
 from meshwright.passes.statements.rows import rows
 from meshwright.passes.statements.sequence import sequence
 from meshwright.passes.statements.shard import shard
+from meshwright.passes.statements.split_saved import split_saved
 from meshwright.passes.statements.stages import stages
 from meshwright.passes.statements.summa import block_products, store_once, summa
 from meshwright.passes.statements.vocab import vocab
@@ -129,6 +130,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     budget,
     separate,
     fuse,
+    split_saved,
     # Parameters, their gradients, and what waits for the backward leave the device.
     keep_elsewhere,
     offload,

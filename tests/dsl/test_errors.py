@@ -77,6 +77,8 @@ PARSING = {
     "checkpoint-without-anything": "checkpoint keep=[sdpa]",
     "checkpoint-segments-and-budget": "checkpoint a segments=2 budget=1GiB",
     "checkpoint-no-segments": "checkpoint a segments=0",
+    "checkpoint-split-and-budget": MESH + "checkpoint a split=tp budget=1GiB",
+    "checkpoint-split-over-no-axis": MESH + "checkpoint a split=tq",
     "stages-without-an-axis": "mesh dp=2\nstages 2",
     "summa-over-one-axis": MESH + "summa a over tp",
     "summa-depth-twice": MESH + "summa a over (dp, tp) depth=tp",

@@ -61,7 +61,7 @@ experts moe over row dropless=true
 zero 3 blocks.* over row
 stages at blocks.6 over pp schedule="zig.csv" microbatches=f/768
 checkpoint blocks.* keep=[sdpa, norm] budget=40GiB
-checkpoint blocks.*.mlp segments=4
+checkpoint blocks.*.mlp segments=4 split=row
 offload activations blocks.* fraction=0.5 prefetch=2
 offload activations head to=disk path="/scratch/of mine"
 offload optimizer
