@@ -39,7 +39,6 @@ from meshwright.compiler.graph.transfers import is_collective
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.stages import Stage
-from meshwright.dsl.statements import Checkpoint
 from meshwright.passes.statements.checkpoint import Regions
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.stored import split_further
@@ -57,10 +56,11 @@ def split_saved(draft: Draft) -> Draft:
 
 @dataclass(frozen=True, slots=True)
 class _Split:
-    """How a value is saved: the `layout` of the parts, and the statement that says so."""
+    """How a value is saved: the `layout` of the parts over an `axis`, and the line that says so."""
 
     layout: Layout
-    statement: Checkpoint
+    axis: str
+    plan_line: str
 
 
 def _in_parts(draft: Draft, stage: Stage) -> Stage:
@@ -81,13 +81,14 @@ def _found(draft: Draft, forward: Graph) -> Iterator[tuple[Node, _Split]]:
     for node in dict.fromkeys(each.node for each in forward.outputs_of(OutputKind.SAVED)):
         around = [regions.around.get(each, ()) for each in (node, *users[node])]
         said = (region.statement for levels in around for region in reversed(levels))
-        statement = next((each for each in said if each.split is not None), None)
+        found = ((each.split, each.plan_line) for each in said if each.split is not None)
+        axis, plan_line = next(found, (None, ""))
         own = memory_of(node)
-        if statement is None or own.held or own in results:
+        if axis is None or own.held or own in results:
             continue
-        layout = _parts(node, statement.split, draft.mesh)
+        layout = _parts(node, axis, draft.mesh)
         if layout is not None:
-            yield node, _Split(layout, statement)
+            yield node, _Split(layout, axis, plan_line)
 
 
 def _parts(node: Node, axis: str, mesh: Mesh) -> Layout | None:
@@ -172,14 +173,13 @@ def _moved(
     name: str = "",
     after: Node | None = None,
 ) -> Node:
-    assert how.statement.split is not None
     return builder.emit(
         MeshOp(kind),
         (value,),
-        {"axes": (how.statement.split,)} | ({} if after is None else {"after": after}),
+        {"axes": (how.axis,)} | ({} if after is None else {"after": after}),
         type=value.type,
         layout=layout,
-        origin=replace(value.origin, plan_line=how.statement.plan_line),
+        origin=replace(value.origin, plan_line=how.plan_line),
         name=name,
         phase=value.phase,
     )
