@@ -31,7 +31,7 @@ from meshwright.compiler.schedules.tables import Table
 from meshwright.compiler.schedules.transfers import Transfers
 from meshwright.compiler.stages import Stage
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Precision, Stages
+from meshwright.dsl.statements import Precision, Stages, Statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +189,8 @@ class Compiled:
     """What the stages were chosen by, where the plan only says how many there are."""
     budgeted: Budgeted | None
     """What was chosen to be computed again, where the plan only has a budget."""
+    notes: Mapping[Statement, str]
+    """What was decided for a statement of the plan that leaves it open, and why."""
     device: torch.device
     model: nn.Module = field(repr=False)
     updated: Callable[..., Update] = field(repr=False)

@@ -185,6 +185,16 @@ def _check_summa(summa: s.Summa) -> None:
         raise axis_twice(str(summa.depth), [summa.at("depth"), summa.at("over")])
 
 
+def _check_context(context: s.Context) -> None:
+    if context.method == "ulysses" and context.order is not None:
+        raise PlanError(
+            "P110",
+            "`order=` is that of tokens in a ring, and `method=ulysses` has none",
+            spans=[context.at("order"), context.at("method")],
+            help="remove it, or write `method=ring`",
+        )
+
+
 def _check_experts(experts: s.Experts) -> None:
     if experts.dropless and experts.capacity is not None:
         raise _either(experts, "capacity", "dropless")
@@ -226,6 +236,7 @@ _ALONE: dict[type[s.Statement], Callable[..., None]] = {
     s.Stages: _check_balance,
     s.Checkpoint: _check_checkpoint,
     s.Summa: _check_summa,
+    s.Context: _check_context,
     s.Experts: _check_experts,
     s.Offload: _check_offload,
 }

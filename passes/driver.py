@@ -102,9 +102,9 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     pad,
     sequence,
     pad_sequences,
-    block_products,
     # Attention over split sequences.
     context,
+    block_products,
     # What the backward computes again.
     checkpoint,
     # The stages of a pipeline.
@@ -345,6 +345,7 @@ def _program(
         movements=draft.movements,
         balance=draft.balance,
         budgeted=draft.budgeted,
+        notes=draft.notes,
         device=source.device,
         model=source.model,
         recompile=recompile,

@@ -53,6 +53,7 @@ from meshwright.passes.statements.contexts import (
     HEADS,
     TOKENS,
     Contexts,
+    check_heads,
     repeats,
     uneven_heads,
 )
@@ -223,9 +224,11 @@ class _Partitioner:
         """Attention, where it is split along the sequence as a statement says."""
         if node.op not in ATTENTION:
             return None
-        statement = self.contexts.around(node)
+        statement = self.contexts.statement_of(node)
         if statement is not None and statement.method == "ulysses":
             return self._by_head(node, statement)
+        if statement is not None:
+            check_heads(self.draft, node, self.mapping[node.args[0]].placed, statement)
         return self._call(node, node.op, self._grouped(node))
 
     def _grouped(self, node: Node) -> tuple[Arg, ...]:

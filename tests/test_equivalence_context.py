@@ -29,6 +29,10 @@ PLANS = {
     "accumulate": "mesh cp=2\ndata tokens, targets\n" + BLOCKS + "accumulate 2\n",
     "stages": "mesh dp=2, pp=2, cp=2\n" + GPT_DATA + BLOCKS
     + "stages at blocks.1 over pp microbatches=2\nzero 2 over dp\n",
+    "blocks": "mesh cp=2, row=2, col=2\nsumma ** over (row, col)\n"
+    "summa blocks.*.qkv over (row, col) as (3 heads hd)\n" + BLOCKS,
+    "a cube": "mesh cp=2, x=1, y=2, z=2\nsumma ** over (x, y, z)\n"
+    "summa blocks.*.qkv over (x, y, z) as (3 heads hd)\n" + BLOCKS,
     "two axes": "mesh a=2, b=2\n" + BLOCKS.replace("cp", "(a, b)"),
     "the whole model": "mesh cp=2\ncontext \"\" over cp method={}\n",
 }  # fmt: skip
@@ -38,6 +42,8 @@ def check_gpt(name: str, method: str, steps: int = 3) -> None:
     torch.manual_seed(0)
     program = check_equal(Gpt(), tokens, PLANS[name].format(method), steps=steps)
     assert implicit_gathers(program) == []
+    if method == "ring":
+        assert [*program.notes.values()] == ["order=zigzag"]
 
 
 @pytest.mark.parametrize(
@@ -45,6 +51,7 @@ def check_gpt(name: str, method: str, steps: int = 3) -> None:
     [
         ("alone", "ring"), ("sequence and vocab", "ring"), ("stages", "ring order=contiguous"),
         ("columns and rows", "ulysses"), ("keep", "ring"), ("the whole model", "ulysses"),
+        ("blocks", "ring"),
     ],
 )  # fmt: skip
 def test_a_gpt_trains_as_on_one_device(name: str, method: str) -> None:
@@ -158,6 +165,40 @@ def test_dropout_inside_attention_draws_the_numbers_of_one_device(method: str, p
         run = program.launch(seed=3)
         torch.manual_seed(1)
         loss = run.step(*batch())
+        found.append({"loss": loss, **run.gradients()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-11)
+
+
+class Dropped(nn.Module):
+    """Dropout beside the sequence's own shape: of rows of tokens, and of whole tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.layer = nn.Embedding(32, 12), Attend(8, 4, is_causal=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.dropout(self.wte(tokens).flatten(0, 1), 0.3).unflatten(0, tokens.shape)
+        x = F.dropout(self.layer(F.dropout(x, 0.3), None).transpose(1, 2), 0.3)
+        return F.dropout(x.flatten(1), 0.3).square().mean()
+
+
+DROPPED = {
+    "parts": (Dropped(), lambda: (torch.randint(0, 32, (4, 16)),),
+              'mesh cp=4\ncontext "" over cp order=zigzag\n'),
+    "sequence": (Gpt(p=0.3), tokens, PLANS["sequence and vocab"].format("ring order=zigzag")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropout_of_tokens_in_zigzag_order_draws_the_numbers_of_one_device(name: str) -> None:
+    model, example, plan = DROPPED[name]
+    torch.manual_seed(0)
+    inputs, found = example(), []
+    for lines in ("mesh x=1\n", plan):
+        run = meshwright.compile(model.double(), meshwright.Plan.parse(lines), inputs).launch(
+            seed=3
+        )
+        loss = run.step(*inputs)
         found.append({"loss": loss, **run.gradients()})
     torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-11)
 

@@ -71,9 +71,15 @@ class Part:
         """The positions in the sequence of what a rank has."""
         if self.order == "contiguous":
             return rank * self.own
+        return self.position(torch.arange(rank * self.own, (rank + 1) * self.own))
+
+    def position(self, stored: Tensor) -> Tensor:
+        """The positions in the sequence of what is stored in these places."""
+        if self.order == "contiguous":
+            return stored
         half = self.own // 2
-        starts = (rank * half, (2 * self.ranks - 1 - rank) * half)
-        return torch.cat([torch.arange(start, start + half) for start in starts])
+        rank, late = stored // self.own, stored // half % 2
+        return torch.where(late == 1, 2 * self.ranks - 1 - rank, rank) * half + stored % half
 
 
 def all_of(queries: Part, keys: Part) -> tuple[Tile, ...]:

@@ -154,6 +154,9 @@ class Composite:
     number: ClassVar[int | None] = None
     """The argument that numbers its random draws by its place in the model, and is 0 if it draws
     none: equal layers differ in it alone."""
+    draws_in_order: ClassVar[bool] = False
+    """Whether its random numbers can be those of sequences in another order than that in which they
+    are stored, by `in_zigzag`."""
     is_fresh: ClassVar[bool] = False
     """Whether its result is memory of its own, which a collective may overwrite."""
     overwrites: ClassVar[int | None] = None
@@ -171,6 +174,13 @@ class Composite:
 
     def padded(self, args: tuple[Arg, ...], extents: Mapping[int, Extent]) -> tuple[Arg, ...]:
         """The arguments of a call whose first operand is padded in these dims."""
+        return args
+
+    def in_zigzag(
+        self, args: tuple[Arg, ...], places: Mapping[int, int], length: int, ranks: int
+    ) -> tuple[Arg, ...]:
+        """The arguments of a call whose first operand has sequences of `length` in zigzag order
+        over `ranks` in these dims, each with how many elements are outside of the sequence."""
         return args
 
     def adjoint(self, context: AdjointContext) -> Cotangents:

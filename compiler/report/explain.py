@@ -213,7 +213,7 @@ def explain(program: Compiled, name: str) -> Explanation:
             help=did_you_mean(name, [*filter(None, modules), *tensors, *program.captured.aliases]),
         )
     kind = "tensor" if own == name else f"tensor, the same as {own}"
-    texts = statement_texts(program.plan)
+    texts = statement_texts(program)
     stages = _stages(program, lambda node: node.op == INPUT and node.args[1] == own)
     return Explanation(name, kind, (tensors[own],), _moved(program, {own}), texts, stages=stages)
 
@@ -227,7 +227,7 @@ def _of_module(
     names = {**{key: key for key in tensors}, **program.captured.aliases}
     direct = {own: tensors[own] for key, own in names.items() if key.rpartition(".")[0] == path}
     held = {own for key, own in names.items() if not path or key.startswith(f"{path}.")}
-    moved, texts = _moved(program, held, path), statement_texts(program.plan)
+    moved, texts = _moved(program, held, path), statement_texts(program)
     shown = (name or "the model", kind, tuple(direct.values()), moved, texts)
 
     def within(node: Node) -> bool:

@@ -26,7 +26,6 @@ from meshwright.compiler.report.staging import (
     stage_rows,
 )
 from meshwright.compiler.schedules.balanced import Balance
-from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Accumulate, Stages, Statement, Zero
 
 
@@ -232,20 +231,23 @@ def _lines(program: Compiled, comm: Comm) -> Iterable[PlanLine]:
     moved: dict[str, list[Moved]] = {}
     for item in comm:
         moved.setdefault(item.plan_line, []).append(item)
-    texts = statement_texts(program.plan)
+    texts = statement_texts(program)
     for place in dict.fromkeys((*texts, *filter(None, moved))):
         own = Comm(tuple(moved.get(place, ())))
         yield PlanLine(place, texts.get(place, "both together"), own.times(), own.total_bytes())
 
 
-def statement_texts(plan: Plan) -> dict[str, str]:
-    """The statement at each place, such as `gpt.plan:6`: the plan's own first."""
-    found: dict[str, str] = {}
+def statement_texts(program: Compiled) -> dict[str, str]:
+    """The statement at each place, such as `gpt.plan:6`, with what was decided for it: the plan's
+    own first."""
+    plan, found = program.plan, dict[str, str]()
     looped = any(each.microbatches for each in plan.of(Stages)) or bool(plan.of(Accumulate))
     for statement in plan.statements:
         text = _text(statement)
         if looped and isinstance(statement, Zero) and statement.every is None:
             text += f" ({statement.when(pipelined=bool(plan.of(Stages)))})"
+        if note := program.notes.get(statement):
+            text += f" ({note})"
         found.setdefault(statement.plan_line, text)
     found.pop("", None)
     return found

@@ -18,8 +18,9 @@ Elsewhere: Ring Attention (2310.01889), DeepSpeed Ulysses (2309.14509).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import product
 
 from meshwright.compiler.composites.attention import Attention
 from meshwright.compiler.composites.ring_attention import Ring, RingAttention
@@ -30,6 +31,7 @@ from meshwright.passes.statements.contexts import TOKENS, Contexts
 from meshwright.passes.statements.draft import Attending, Draft
 from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.reach import reach
+from meshwright.passes.statements.sequences import overlap
 from meshwright.passes.statements.targets import modules_of, of_modules
 from meshwright.passes.statements.zigzag import zigzag
 
@@ -51,6 +53,7 @@ def context(draft: Draft) -> Draft:
     if not contexts.attending:
         return draft
     _check_lengths(draft, contexts)
+    _check_regions(draft, attending)
     draft = replace(_in_rings(draft, contexts), attending=attending)
     for each in contexts.attending:
         draft = _balanced(draft, each.statement)
@@ -138,22 +141,29 @@ def _balanced(draft: Draft, statement: Context) -> Draft:
         return _contiguous(draft, statement, f"ranks have no two equal parts of {length}", help)
     found = zigzag(draft.graph, rings, length, ranks)
     if found.culprit is None:
-        return _on(draft, found.graph, found.mapping)
+        return _noted(_on(draft, found.graph, found.mapping), statement, "order=zigzag")
     culprit = found.culprit
     why = f"`{op_text(culprit.op)}` in {module_text(culprit.origin.module)} depends on the order"
     return _contiguous(draft, statement, why, "")
 
 
 def _contiguous(draft: Draft, statement: Context, why: str, help: str) -> Draft:
-    """`draft` as it is, unless the statement asks for zigzag order."""
+    """`draft` as it is, with a note of the reason, unless the statement asks for zigzag order."""
     if statement.order != "zigzag":
-        return draft
+        return _noted(draft, statement, f"order=contiguous: {why}")
     raise draft.plan.error(
         "P501",
         f"the sequence cannot be in zigzag order: {why}",
         statement.at("order"),
         help=f"{help}, or write `order=contiguous`" if help else "write `order=contiguous`",
     )
+
+
+def _noted(draft: Draft, statement: Context, order: str) -> Draft:
+    """`draft` with a note of the order that was chosen for a statement that does not say it."""
+    if statement.order is not None:
+        return draft
+    return replace(draft, notes={**draft.notes, statement: order})
 
 
 def _check_lengths(draft: Draft, contexts: Contexts) -> None:
@@ -176,12 +186,26 @@ def _check_lengths(draft: Draft, contexts: Contexts) -> None:
             over = ", ".join(f"{axis}={draft.mesh.size(axis)}" for axis in statement.over)
             lower = size - size % ranks
             lengths = " or ".join(str(n) for n in (lower, lower + ranks) if n)
+            fewer = "" if lower else ", or no `context` for what has fewer tokens than ranks"
             raise draft.plan.error(
                 "P203",
                 f"cannot split a sequence of {size} over {over}",
                 statement.at("over"),
                 subject=f"{value.name}: {node_type_text(value, draft.graph)}",
-                help=f"use sequences of {lengths}",
+                help=f"use sequences of {lengths}{fewer}",
+            )
+
+
+def _check_regions(draft: Draft, attending: Iterable[Attending]) -> None:
+    """Raises `PlanError` where `sequence` splits the same sequences over the same axes."""
+    for each, region in product(attending, draft.regions):
+        axis = next((axis for axis in region.axes if axis in each.statement.over), None)
+        if axis is not None and overlap(each, region):
+            raise draft.plan.error(
+                "P301",
+                f"`context` and `sequence` both split sequences over `{axis}`",
+                [each.statement, region.statement],
+                help="remove `sequence`, or give it the axis of split linears",
             )
 
 

@@ -29,6 +29,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.statements import Context
 from meshwright.passes.statements.draft import Attending, Draft
+from meshwright.passes.statements.pins import module_text
 from meshwright.passes.statements.sequences import cut_inside, depth, entered_activations
 
 ATTENTION = (Attention.op, RingAttention.op)
@@ -88,6 +89,19 @@ def uneven_heads(draft: Draft, node: Node, q: Layout, statement: Context) -> Pla
         subject=f"{node.origin.module}: attention of {heads} heads",
         help=f"write `method=ring`, which splits no heads{fewer}",
     )
+
+
+def check_heads(draft: Draft, node: Node, q: Layout, statement: Context) -> None:
+    """Raises `PlanError` where an axis of a ring splits the heads; `q` is as in `uneven_heads`."""
+    both = [axis for axis in dim_axes(q.dims[HEADS]) if axis in statement.over]
+    if both:
+        raise draft.plan.error(
+            "P501",
+            f"`{both[0]}` splits heads, and tokens in the same attention",
+            [statement.at("over")],
+            subject=f"queries of {module_text(node.origin.module)}: {q}",
+            help="split the linears before it over another axis, or write `method=ulysses`",
+        )
 
 
 def _entered(graph: Graph, modules: frozenset[str]) -> Iterator[tuple[Node, Node]]:

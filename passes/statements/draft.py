@@ -103,6 +103,8 @@ class Draft:
     """By the first node inside a module: layouts of the values that enter there."""
     regions: tuple[Region, ...] = ()
     attending: tuple[Attending, ...] = ()
+    notes: Mapping[Statement, str] = field(default_factory=dict)
+    """What was decided for a statement that leaves it open, and why."""
     checkpoints: Mapping[Call, Checkpointed] = field(default_factory=dict)
     """By call of a module: the region that it is, or is part of."""
     budgeted: Budgeted | None = None

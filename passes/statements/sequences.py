@@ -68,11 +68,7 @@ class Sequences:
             self._follow(graph, regions)
 
     def _flow(self, region: Region, batch: int, length: int) -> Flow:
-        around = (
-            each.statement.over
-            for each in self.attending
-            if region.modules & each.modules or _nested(region, each) or _nested(each, region)
-        )
+        around = (each.statement.over for each in self.attending if overlap(region, each))
         return Flow(region, batch, length, next(around, ()))
 
     def _enter(self, node: Node, value: Node, flow: Flow) -> None:
@@ -204,6 +200,11 @@ def _nested(inner: Region | Attending, outer: Region | Attending) -> bool:
         for end in (0, *(i for i, letter in enumerate(path) if letter == "."))
         if path
     )
+
+
+def overlap(one: Region | Attending, other: Region | Attending) -> bool:
+    """Whether a module of one is a module of the other, or inside of one."""
+    return bool(one.modules & other.modules) or _nested(one, other) or _nested(other, one)
 
 
 def depth(node: Node, region: Region | Attending) -> int:

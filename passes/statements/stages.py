@@ -38,7 +38,7 @@ from meshwright.compiler.graph.ir import (
 )
 from meshwright.dsl.errors import either, plural
 from meshwright.dsl.selectors import Selector
-from meshwright.dsl.statements import Spread, Stages
+from meshwright.dsl.statements import Spread, Stages, Summa
 from meshwright.dsl.suggest import nothing_matches, selectors_of
 from meshwright.passes.statements.draft import Draft, with_graph
 from meshwright.passes.statements.missing import runs
@@ -210,8 +210,11 @@ def _check_alone(draft: Draft, statement: Stages) -> None:
         (axis, each) for pin in pins for axis in pin.layout.axes_used for each in pin.statements
     ]
     used += [(axis, region.statement) for region in draft.regions for axis in region.axes]
+    used += [(axis, each.statement) for each in draft.attending for axis in each.statement.over]
+    used += [(each.depth, each) for each in draft.plan.of(Summa) if each.depth is not None]
     for axis, other in used:
-        if axis in statement.over and (not isinstance(other, Spread) or axis in other.over):
+        named = not isinstance(other, Spread) or axis in other.over
+        if axis in statement.over and (named or isinstance(other, Summa)):
             raise draft.plan.error(
                 "P501",
                 f"`{other.verb}` splits tensors over `{axis}`, whose ranks run different stages",

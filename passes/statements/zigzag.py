@@ -37,9 +37,10 @@ from meshwright.compiler.graph.ir import (
     rewrite,
 )
 from meshwright.compiler.graph.slots import call_operands
+from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.placing.rules.factories import filled_with
 from meshwright.passes.rewriting.rewriter import emit_for
-from meshwright.passes.statements.orders import Places, through
+from meshwright.passes.statements.orders import Found, Places, through
 
 aten = torch.ops.aten
 
@@ -108,13 +109,18 @@ class _Zigzag:
             return self.builder.copy(node, self.built), (self.own[node.args[0]][node.args[1]],)
         operands = call_operands(node.args, node.kwargs)
         given = [self.own[each][0] for each in operands]
-        found = through(node, given, {}, self.length, self.graph.mesh) if any(given) else None
+        found = self._through(node, given, {}) if any(given) else None
         if found is not None:
             return self._copied(node, found[0]), found[1]
         if any(given):
             self.culprit = self.culprit or node
         results = len(node.type) if isinstance(node.type, tuple) else 1
         return self._copied(node, [_NONE] * len(operands)), (_NONE,) * results
+
+    def _through(
+        self, node: Node, given: Sequence[Places] | None, results: Mapping[int, Places]
+    ) -> Found | None:
+        return through(node, given, results, self.length, self.graph.mesh, drawing=True)
 
     def _ring(self, node: Node) -> Node:
         wanted: list[Places | None] = []
@@ -132,6 +138,9 @@ class _Zigzag:
         key = node, tuple(each if each is None else frozenset(each.items()) for each in wanted)
         if key not in self.calls:
             args, kwargs = self._brought(node, wanted)
+            known = composite_of(node.op)
+            if known is not None and wanted and wanted[0]:
+                args = known.in_zigzag(args, wanted[0], self.length, self.ranks)
             self.calls[key] = self.builder.copy(node, {}, args=args, kwargs=kwargs)
         return self.calls[key]
 
@@ -162,18 +171,14 @@ class _Zigzag:
         """A tensor in another order than that in which it is computed."""
         item = node.op == GETITEM
         call, index = node.args if item else (node, 0)
-        found = (
-            None
-            if own or node.op == INPUT
-            else through(call, None, {index: places}, self.length, self.graph.mesh)
-        )
+        found = None if own or node.op == INPUT else self._through(call, None, {index: places})
         if found is not None:
             new = self._copied(call, found[0])
             return self.builder.copy(node, {}, args=(new, index)) if item else new
         if filled_with(node.op, node.args) is not None:
             return self.built[node]
         if node.requires_grad and node in self.fed:
-            self.culprit = self.culprit or node
+            self.culprit = self.culprit or call
         new = self.built[node]
         for dim, outer in own.items():
             if places.get(dim) != outer:

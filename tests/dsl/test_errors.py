@@ -81,6 +81,7 @@ PARSING = {
     "checkpoint-split-over-no-axis": MESH + "checkpoint a split=tq",
     "stages-without-an-axis": "mesh dp=2\nstages 2",
     "summa-over-one-axis": MESH + "summa a over tp",
+    "context-order-without-a-ring": MESH + "context a over tp method=ulysses order=zigzag",
     "summa-depth-twice": MESH + "summa a over (dp, tp) depth=tp",
     "capacity-and-dropless": MESH + "experts a over dp capacity=1.25 dropless=true",
     "unclosed-choice": MESH + "rows {q,k over tp",

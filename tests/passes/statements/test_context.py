@@ -16,9 +16,10 @@ from meshwright import PlanError
 from meshwright.compiler.composites import ring_attention
 from meshwright.compiler.composites.ring_attention import Ring, RingAttention
 from meshwright.compiler.kernels.ring import Part, Tile, tiles
+from meshwright.compiler.report.show import show_text
 from meshwright.passes.statements import context, contexts, zigzag
 from tests.equivalence import check_equal, implicit_gathers
-from tests.models import GPT_TENSOR, Gpt, tokens
+from tests.models import GPT_TENSOR, Gpt, real, tokens
 from tests.passes.stages import check_documented, shown, stages
 
 BATCH, LENGTH, HEADS, GROUPS, WIDTH = 4, 16, 8, 2, 6
@@ -208,7 +209,7 @@ ORDERS: dict[str, tuple[nn.Module, int, str]] = {
     "parts": (Gpt(), 4, "zigzag"),
     "too few tokens": (Gpt(), 8, "contiguous"),
     "the last token": (Last(), 4, "contiguous"),
-    "dropout": (Gpt(p=0.1), 4, "contiguous"),
+    "dropout": (Gpt(p=0.1), 4, "zigzag"),
 }
 
 
@@ -218,6 +219,26 @@ def test_a_causal_ring_is_in_zigzag_order_where_nothing_else_depends_on_it(name:
     graph = stages(model, tokens(), context_of("ring", ranks))["context"]
     rings = [node for node in graph.nodes if node.op == RingAttention.op]
     assert {Ring.of(node.args, 4).order for node in rings} == {order}
+
+
+SHOWN = {
+    "parts": "(order=zigzag)",
+    "too few tokens": "(order=contiguous: ranks have no two equal parts of 8)",
+    "the last token": "(order=contiguous: `select` in `the model` depends on the order)",
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_order_that_is_chosen_is_shown_with_its_reason(name: str) -> None:
+    model, ranks, _ = ORDERS[name]
+    text = show_text(compiled(model, context_of("ring", ranks), tokens()), width=200)
+    assert f"context blocks.* over cp method=ring {SHOWN[name]}" in text
+
+
+@pytest.mark.parametrize("method", ["ring order=contiguous", "ulysses"])
+def test_nothing_is_noted_where_nothing_was_chosen(method: str) -> None:
+    program = compiled(Gpt(), context_of(method, 2), tokens())
+    assert not program.notes
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -232,11 +253,45 @@ def test_every_rank_works_as_much_in_every_step_of_a_zigzag_ring(ranks: int) -> 
         assert len(work) == 1
 
 
+class Across(nn.Module):
+    """Causal attention of some tokens to others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(12, 12), nn.Linear(12, 24)
+        self.attend = Attend()
+
+    def forward(self, x: Tensor, others: Tensor) -> Tensor:
+        return self.attend(self.q(x), *self.kv(others).chunk(2, -1)).square().mean()
+
+
+class Attend(nn.Module):
+    def forward(self, *heads: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(-1, (2, 6)).transpose(1, 2) for x in heads)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 REFUSED: dict[str, tuple[str, nn.Module, tuple[Tensor, ...]]] = {
     "context-length": (context_of("ring", 3), Gpt(), tokens()),
     "context-heads": (context_of("ulysses", 8), Gpt(), tokens()),
     "context-zigzag-length": (context_of("ring order=zigzag", 8), Gpt(), tokens()),
-    "context-zigzag-dropout": (context_of("ring order=zigzag", 2), Gpt(p=0.1), tokens()),
+    "context-zigzag-order": (context_of("ring order=zigzag", 2), Last(), tokens()),
+    "context-and-sequence": (
+        context_of("ring", 2) + "sequence blocks.*.up over cp\n",
+        Gpt(),
+        tokens(),
+    ),
+    "context-over-heads": (
+        context_of("ring", 2) + GPT_TENSOR.replace("tp", "cp"),
+        Gpt(),
+        tokens(),
+    ),
+    "context-one-token": (context_of("ulysses", 2), Gpt(), tokens(length=1)),
+    "context-causal-other-keys": (
+        context_of("ring", 2, "attend"),
+        Across(),
+        (real(2, 4, 12).float(), real(2, 8, 12).float()),
+    ),
     "context-no-attention": (context_of("ring", 2, "blocks.*.up"), Gpt(), tokens()),
 }
 

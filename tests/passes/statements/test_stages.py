@@ -268,6 +268,9 @@ MISTAKES = {
     "stages-twice-over-two-axes": "mesh pa=2, pb=2\ndata tokens, targets\nstages at blocks.0.down, "
     "blocks.1, blocks.1.down over (pa, pb) schedule=dualpipe microbatches=8\n",
     "stages-axis-split": "mesh pp=2\nstages at blocks.1 over pp\ncolumns blocks.*.up over pp\n",
+    "stages-axis-of-context": "mesh pp=2\nstages at blocks.1 over pp\ncontext blocks.* over pp\n",
+    "stages-axis-of-depth": "mesh row=1, col=2, pp=2\nstages at blocks.1 over pp\n"
+    "summa blocks.*.up over (row, col) depth=pp\n",
 }
 
 
