@@ -224,7 +224,7 @@ def test_a_causal_ring_is_in_zigzag_order_where_nothing_else_depends_on_it(name:
 SHOWN = {
     "parts": "(order=zigzag)",
     "too few tokens": "(order=contiguous: ranks have no two equal parts of 8)",
-    "the last token": "(order=contiguous: `select` in `the model` depends on the order)",
+    "the last token": "(order=contiguous: `select` in the model depends on the order)",
 }
 
 
