@@ -73,6 +73,7 @@ from meshwright.passes.statements.precision import precision
 from meshwright.passes.statements.rows import rows
 from meshwright.passes.statements.sequence import sequence
 from meshwright.passes.statements.shard import shard
+from meshwright.passes.statements.siblings import siblings
 from meshwright.passes.statements.split_saved import split_saved
 from meshwright.passes.statements.stages import stages
 from meshwright.passes.statements.summa import block_products, store_once, summa
@@ -110,6 +111,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     # The stages of a pipeline.
     balance,
     stages,
+    siblings,
     # Every node is placed, and every change of layout is a node.
     partition,
     hoist,

@@ -9,7 +9,13 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.factors import Dim, Factor, cut, dim_axes
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.rules.notation import Call, Operand, Placement, Spec
+from meshwright.compiler.placing.rules.notation import (
+    Call,
+    Group,
+    Operand,
+    Placement,
+    Spec,
+)
 from meshwright.compiler.placing.rules.placements import vary_operands, without_axes
 
 Dims = tuple[Dim, ...]
@@ -56,43 +62,52 @@ def _divides(dim: Dim, axis: str, mesh: Mesh) -> bool:
     return not more and major.size % mesh.size((*major.axes, axis)) == 0
 
 
-def placement(call: Call, dims: Sequence[Dims], result: Dims, grid: Iterable[str]) -> Placement:
-    """The placement with these dims of operands and result.
+def placement(
+    call: Call,
+    dims: Sequence[Dims],
+    results: Sequence[Dims],
+    grid: Iterable[str],
+    linear: Sequence[Group] = (frozenset({0}), frozenset({1})),
+) -> Placement:
+    """The placement with these dims of operands and results.
 
-    What splits operands and not the result is summed over, which leaves it pending; the axes of the
-    `grid` are summed over by the operator itself. Sums that are pending in one operand stay so.
+    What splits operands and not a result is summed over, which leaves it pending; the axes of the
+    `grid` are summed over by the operator itself. Sums that are pending in all operands of a
+    `linear` group stay so.
     """
     cutting = {axis for own in dims for dim in own for axis in dim_axes(dim)}
-    pending = _pending(call, cutting)
+    group, pending = _pending(call, linear, cutting)
     layouts = [
         Layout(
             own,
-            tuple((axis, "sum") for axis in pending.get(i, ())),
+            tuple((axis, "sum") for axis in pending if i in group),
             tuple(axis for axis in operand.layout.varying if axis not in _axes(own)),
         )
         for i, (operand, own) in enumerate(zip(call.operands, dims, strict=True))
     ]
     operands = vary_operands(layouts, call, Spec((), ()), frozenset(cutting))
-    sums = {
-        *cutting.difference(_axes(result), grid),
-        *(a for each in pending.values() for a in each),
-    }
-    varying = {a for each in operands for a in each.varying}.difference(_axes(result), sums)
-    partial = tuple((axis, "sum") for axis in sorted(sums))
-    return Placement(operands, (Layout(result, partial, tuple(sorted(varying))),))
+    varying = {axis for each in operands for axis in each.varying}
+
+    def result(own: Dims) -> Layout:
+        sums = {*cutting.difference(_axes(own), grid), *pending}
+        partial = tuple((axis, "sum") for axis in sorted(sums))
+        return Layout(own, partial, tuple(sorted(varying.difference(_axes(own), sums))))
+
+    return Placement(operands, tuple(map(result, results)))
 
 
 def _axes(dims: Dims) -> set[str]:
     return {axis for dim in dims for axis in dim_axes(dim)}
 
 
-def _pending(call: Call, used: set[str]) -> dict[int, tuple[str, ...]]:
-    """The axes of the pending sums that may stay so: those of one operand, in which the operator is
-    linear."""
-    for i, operand in enumerate(call.operands):
-        if axes := tuple(a for a in _sums(operand) if a not in used):
-            return {i: axes} if operand.keep_partial else {}
-    return {}
+def _pending(call: Call, linear: Sequence[Group], used: set[str]) -> tuple[Group, tuple[str, ...]]:
+    """The first group of operands with pending sums that may stay so, and the axes of those."""
+    for group in linear:
+        operands = [call.operands[i] for i in sorted(group)]
+        shared = set.intersection(*(set(_sums(each)) for each in operands)) - used
+        if shared and all(each.keep_partial for each in operands):
+            return group, tuple(sorted(shared))
+    return frozenset(), ()
 
 
 def _sums(operand: Operand) -> Iterable[str]:

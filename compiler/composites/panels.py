@@ -4,7 +4,8 @@ where they are kept, one step ahead of the products."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeAlias
 
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, TensorType
+from meshwright.compiler.graph.slots import Slot
 from meshwright.compiler.kernels import panels as kernels
-from meshwright.compiler.kernels import products
+from meshwright.compiler.kernels import products as large_products
 from meshwright.compiler.layout.factors import Dim, cut, whole
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.placing.composite import (
@@ -23,12 +25,17 @@ from meshwright.compiler.placing.composite import (
     LoweringContext,
     composite,
 )
+from meshwright.compiler.placing.engine import place
 from meshwright.compiler.placing.rules.notation import Call, Placement, Row, Spec
 
 Fetch: TypeAlias = Callable[[int, "Node | None"], tuple[Node, ...]]
 """Emits what a step needs; its broadcasts begin once another node is computed."""
-Multiply: TypeAlias = Callable[..., Node]
-"""Emits what a step computes, from its number and what was fetched."""
+Add: TypeAlias = Callable[..., tuple[Node, ...]]
+"""Emits the totals of a step, from its number, the totals before it, if any, and what was fetched.
+"""
+Multiply: TypeAlias = Callable[..., Iterable[Node]]
+"""Emits what a step computes, one after the other, from its number and what was fetched."""
+Matrices: TypeAlias = tuple[Node, Node]
 
 
 class Panels:
@@ -39,39 +46,40 @@ class Panels:
         self.context = context
         self.steps = math.lcm(*map(context.mesh.size, axes))
 
-    def added(self, fetch: Fetch, first: Multiply, add: Multiply) -> Node:
-        """The sum of what all steps compute: `first(step, *fetched)`, and then `add(step, total,
-        *fetched)`."""
-        total: list[Node] = []
+    def added(self, fetch: Fetch, add: Add) -> tuple[Node, ...]:
+        """The totals of all steps."""
+        totals: tuple[Node, ...] = ()
 
         def compute(step: int, *fetched: Node) -> Node:
-            total.append(add(step, total[-1], *fetched) if total else first(step, *fetched))
-            return total[-1]
+            nonlocal totals
+            totals = add(step, totals, *fetched)
+            return totals[-1]
 
         self._run(fetch, compute)
-        return total[-1]
+        return totals
 
-    def reduced(self, fetch: Fetch, multiply: Multiply, dim: int, axis: str) -> Node:
+    def reduced(self, fetch: Fetch, multiply: Multiply, dim: int, axis: str) -> tuple[Node, ...]:
         """What all steps compute, each summed over `axis` where its part of the result is kept:
-        blocks of `dim`. While a sum is under way, the next step computes."""
-        under_way: list[Node] = []
-        total: list[Node] = []
+        blocks of `dim`. While a sum is under way, the next is computed."""
+        under_way: dict[int, Node] = {}
+        totals: dict[int, Node] = {}
 
-        def put(step: int) -> None:
-            total.append(self._put(total[-1] if total else None, under_way.pop(), dim, axis, step))
+        def put(i: int, step: int) -> None:
+            totals[i] = self._put(totals.get(i), under_way.pop(i), dim, axis, step)
 
         def compute(step: int, *fetched: Node) -> Node:
-            part = multiply(step, *fetched)
-            if under_way:
-                put(step - 1)  # before the next begins, which holds its operand
-            under_way.append(self._reduce(part, dim, axis, step))
+            for i, part in enumerate(multiply(step, *fetched)):
+                if under_way.get(i):
+                    put(i, step - 1)  # before the next begins, which holds its operand
+                under_way[i] = self._reduce(part, dim, axis, step)
             return part
 
         self._run(fetch, compute)
-        put(self.steps - 1)
-        return total[-1]
+        for i in sorted(under_way):
+            put(i, self.steps - 1)
+        return tuple(totals.values())
 
-    def _run(self, fetch: Fetch, compute: Multiply) -> None:
+    def _run(self, fetch: Fetch, compute: Callable[..., Node]) -> None:
         """Compute each step, with what the next one needs on its way."""
         fetched: tuple[Node, ...] = fetch(0, None)
         before: Node | None = None
@@ -120,6 +128,24 @@ class Panels:
         return self.steps // self.context.mesh.size(axis)
 
 
+def products(
+    context: LoweringContext, totals: Sequence[Node], pairs: Iterable[Matrices], form: str
+) -> tuple[Node, ...]:
+    """The product of each pair, added to the total that it has so far, if any."""
+    if not totals:
+        return tuple(context.call(PanelProduct.op, *pair, form) for pair in pairs)
+    given = zip(totals, pairs, strict=True)
+    return tuple(context.call(AddPanelProduct.op, t, *pair, form) for t, pair in given)
+
+
+def summed_products(context: LoweringContext, pairs: Iterable[Matrices], form: str) -> Node:
+    """The sum of the products of all pairs."""
+    total: tuple[Node, ...] = ()
+    for pair in pairs:
+        total = products(context, total, [pair], form)
+    return total[0]
+
+
 def with_dim(layout: Layout, place: int, dim: Dim) -> Layout:
     return layout.with_dims((*layout.dims[:place], dim, *layout.dims[place + 1 :]))
 
@@ -133,13 +159,15 @@ _FORMS = {
 
 def _large(binding: BindingContext, a: int, b: int) -> bool:
     """Whether the product of two operands is large on a rank."""
-    if binding.operand(a).tensor.dtype != torch.float32 or not products.is_faster(binding.device):
+    if binding.operand(a).tensor.dtype != torch.float32 or not large_products.is_faster(
+        binding.device
+    ):
         return False
     form = binding.node.args[-1]
     *rows, last = binding.operand(a).placed.local_shape(binding.mesh)
     columns = binding.node.placed.local_shape(binding.mesh)[-1]
     sizes = (last, math.prod(rows)) if form == "tn" else (math.prod(rows), last)
-    return products.is_large(*sizes, columns)
+    return large_products.is_large(*sizes, columns)
 
 
 @composite
@@ -170,9 +198,14 @@ class AddPanelProduct(Composite):
     op = MeshOp("add_panel_product")
     is_fresh = True
 
-    def rule(self, call: Call) -> Spec:
-        left, right = _FORMS[call.args[-1]].split("->")
-        return Row(f"{right}, {left} -> {right}", linear=((0, 1), (0, 2)))(call)
+    def rule(self, call: Call) -> Iterable[Placement]:
+        """The total is as the product leaves it, pending sums included."""
+        _, *pair = call.operands
+        args = Slot(0), Slot(1), call.args[-1]
+        found = place(replace(call, op=PanelProduct.op, args=args, operands=tuple(pair)))
+        (result,) = found.results
+        assert result is not None
+        return (Placement((result, *found.operands), found.results),)
 
     def bind(self, binding: BindingContext) -> Kernel:
         form = binding.node.args[-1]

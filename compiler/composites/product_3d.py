@@ -21,12 +21,15 @@ from meshwright.compiler.composites.block_products import (
     BlockSum,
     TransposedBlockProduct,
     matrix,
+    one,
+    paired_linear,
+    shared_linear,
 )
 from meshwright.compiler.composites.grid import Dims, over, placement, renamed, rows_over
-from meshwright.compiler.composites.panels import PanelProduct
+from meshwright.compiler.composites.panels import products, summed_products
 from meshwright.compiler.graph.ir import MeshOp, Node
 from meshwright.compiler.layout.factors import Dim
-from meshwright.compiler.placing.composite import LoweringContext, composite
+from meshwright.compiler.placing.composite import Lowered, LoweringContext, composite
 from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
 
 _OPS = MeshOp("product_3d"), MeshOp("product_3d_transposed"), MeshOp("product_3d_sum")
@@ -34,12 +37,12 @@ _OPS = MeshOp("product_3d"), MeshOp("product_3d_transposed"), MeshOp("product_3d
 
 def _rows(operand: Operand, call: Call, axis: str, other: str) -> Dims:
     """The leading dims of activations over x and `axis`, and whole over the `other`."""
-    return rows_over(operand.layout.dims[:-1], (call.args[3], axis), other, call.mesh)
+    return rows_over(operand.layout.dims[:-1], (call.args[-3], axis), other, call.mesh)
 
 
-def _grid(call: Call) -> tuple[Dim, Dim]:
-    """The dims of the matrix that is the second operand, over z and over y."""
-    found, (is_transposed, _, y, z) = call.operands[1], call.args[2:]
+def _grid(found: Operand, call: Call) -> tuple[Dim, Dim]:
+    """The dims of a matrix, over z and over y."""
+    is_transposed, _, y, z = call.args[-4:]
     rows, columns = found.layout.dims[:: -1 if is_transposed else 1]
     return over(rows, z), over(columns, y)
 
@@ -50,61 +53,71 @@ def _swapped(leading: Dims, old: str, new: str) -> Dims:
 
 @composite
 class Product3d(BlockProduct):
-    """`product_3d(a[..., k], B[k, n], is_transposed, x, y, z) -> [..., n]`."""
+    """`product_3d(a[..., k], B[k, n], ..., is_transposed, x, y, z) -> [..., n], ...`."""
 
     op, ops = _OPS[0], _OPS
 
     def rule(self, call: Call) -> Iterable[Placement]:
-        is_transposed, _, y, z = call.args[2:]
-        inner, columns = _grid(call)
-        leading = _rows(call.operands[0], call, y, z)
-        given = (*leading, inner), matrix(inner, columns, is_transposed)
-        return (placement(call, given, (*_swapped(leading, y, z), columns), (y, z)),)
+        (a, *matrices), (is_transposed, _, y, z) = call.operands, call.args[-4:]
+        grids = [_grid(each, call) for each in matrices]
+        leading = _rows(a, call, y, z)
+        given = (*leading, grids[0][0]), *(matrix(*each, is_transposed) for each in grids)
+        found = [(*_swapped(leading, y, z), columns) for _, columns in grids]
+        return (placement(call, given, found, (y, z), shared_linear(len(given))),)
 
-    def lower(self, context: LoweringContext) -> Node:
-        a, b, is_transposed, _, y, _ = context.args
-        form = "nt" if is_transposed else "nn"
-        product = context.call(PanelProduct.op, _gathered(context, a, y), b, form)
-        return context.reshard(product, context.node.placed)
+    def lower(self, context: LoweringContext) -> Lowered:
+        a, *matrices, is_transposed, _, y, _ = context.args
+        form, left = "nt" if is_transposed else "nn", _gathered(context, a, y)
+        found = products(context, (), [(left, each) for each in matrices], form)
+        layouts = context.node.layouts
+        return one([context.reshard(*each) for each in zip(found, layouts, strict=True)])
 
 
 @composite
 class Product3dTransposed(TransposedBlockProduct):
-    """`product_3d_transposed(c[..., n], B[k, n], is_transposed, x, y, z) -> [..., k]`."""
+    """`product_3d_transposed(c[..., n], B[k, n], ..., is_transposed, x, y, z) -> [..., k]`."""
 
     op, ops = _OPS[1], _OPS
 
     def rule(self, call: Call) -> Iterable[Placement]:
-        is_transposed, _, y, z = call.args[2:]
-        result, inner = _grid(call)
+        is_transposed, _, y, z = call.args[-4:]
         leading = _rows(call.operands[0], call, z, y)
-        given = (*leading, inner), matrix(result, inner, is_transposed)
-        return (placement(call, given, (*_swapped(leading, z, y), result), (y, z)),)
+        given: list[Dims] = []
+        for each in call.operands[1::2]:
+            result, inner = _grid(each, call)
+            given += (*leading, inner), matrix(result, inner, is_transposed)
+        found = (*_swapped(leading, z, y), result)
+        return (placement(call, given, [found], (y, z), paired_linear(len(given))),)
 
-    def lower(self, context: LoweringContext) -> Node:
-        c, b, is_transposed, _, _, z = context.args
-        form = "nn" if is_transposed else "nt"
-        product = context.call(PanelProduct.op, _gathered(context, c, z), b, form)
-        return context.reshard(product, context.node.placed)
+    def lower(self, context: LoweringContext) -> Lowered:
+        *operands, is_transposed, _, _, z = context.args
+        left = (_gathered(context, each, z) for each in operands[::2])
+        pairs, form = zip(left, operands[1::2], strict=True), "nn" if is_transposed else "nt"
+        return context.reshard(summed_products(context, pairs, form), context.node.placed)
 
 
 @composite
 class Product3dSum(BlockSum):
-    """`product_3d_sum(a[..., k], c[..., n], is_transposed, x, y, z) -> B[k, n]`: pending over x."""
+    """`product_3d_sum(a[..., k], c[..., n], ..., is_transposed, x, y, z) -> B[k, n], ...`: pending
+    over x."""
 
     op, ops = _OPS[2], _OPS
 
     def rule(self, call: Call) -> Iterable[Placement]:
-        (a, c), (is_transposed, _, y, z) = call.operands, call.args[2:]
+        (a, *others), (is_transposed, _, y, z) = call.operands, call.args[-4:]
         leading = _rows(a, call, y, z)
-        inner, columns = over(a.layout.dims[-1], z), over(c.layout.dims[-1], y)
-        given = (*leading, inner), (*_swapped(leading, y, z), columns)
-        return (placement(call, given, matrix(inner, columns, is_transposed), (y, z)),)
+        inner, columns = over(a.layout.dims[-1], z), [over(c.layout.dims[-1], y) for c in others]
+        given = (*leading, inner), *((*_swapped(leading, y, z), each) for each in columns)
+        found = [matrix(inner, each, is_transposed) for each in columns]
+        return (placement(call, given, found, (y, z), shared_linear(len(given))),)
 
-    def lower(self, context: LoweringContext) -> Node:
-        a, c, is_transposed, _, y, z = context.args
-        pair = _gathered(context, a, y), _gathered(context, c, z)
-        return context.call(PanelProduct.op, *pair[:: -1 if is_transposed else 1], "tn")
+    def lower(self, context: LoweringContext) -> Lowered:
+        a, *others, is_transposed, _, y, z = context.args
+        left = _gathered(context, a, y)
+        pairs = [(left, _gathered(context, each, z)) for each in others]
+        if is_transposed:
+            pairs = [(c, a) for a, c in pairs]
+        return one(products(context, (), pairs, "tn"))
 
 
 def _gathered(context: LoweringContext, value: Node, axis: str) -> Node:

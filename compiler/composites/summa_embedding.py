@@ -49,7 +49,7 @@ class SummaEmbedding(Composite):
         leading = rows_over(index.layout.dims, rows, col, call.mesh)
         width = over(table.layout.dims[1], col)
         given = (cut(table.type.shape[0], rows[-1]), width), leading
-        return (placement(call, given, (*leading, width), (rows[-1], col)),)
+        return (placement(call, given, [(*leading, width)], (rows[-1], col)),)
 
     def result_type(self, table: TensorType, index: TensorType, *rest: Arg) -> NodeType:
         return TensorType((*index.shape, table.shape[1]), table.dtype)
@@ -67,15 +67,14 @@ class SummaEmbedding(Composite):
         panels = Panels(context, row)
         size = table.tensor.shape[0] // panels.steps
 
-        def look(step: int, block: Node) -> Node:
-            return context.call(BlockLookup.op, block, index, step * size, num_rows)
+        def add(step: int, totals: tuple[Node, ...], block: Node) -> tuple[Node, ...]:
+            op = AddBlockLookup.op if totals else BlockLookup.op
+            return (context.call(op, *totals, block, index, step * size, num_rows),)
 
-        def add(step: int, total: Node, block: Node) -> Node:
-            return context.call(AddBlockLookup.op, total, block, index, step * size, num_rows)
-
-        return panels.added(
-            lambda step, after: (panels.broadcast(table, 0, row, step, after),), look, add
+        (found,) = panels.added(
+            lambda step, after: (panels.broadcast(table, 0, row, step, after),), add
         )
+        return found
 
 
 @composite
@@ -89,7 +88,7 @@ class SummaEmbeddingBackward(Composite):
         leading = rows_over(index.layout.dims, rows, col, call.mesh)
         width = over(grad.layout.dims[-1], col)
         given = (*leading, width), leading
-        return (placement(call, given, (cut(size, rows[-1]), width), (rows[-1], col)),)
+        return (placement(call, given, [(cut(size, rows[-1]), width)], (rows[-1], col)),)
 
     def result_type(self, grad: TensorType, index: TensorType, *rest: Arg) -> NodeType:
         return TensorType((rest[0], grad.shape[-1]), grad.dtype)
@@ -99,10 +98,12 @@ class SummaEmbeddingBackward(Composite):
         panels = Panels(context, row)
         size = num_rows // panels.steps
 
-        def part(step: int, *given: Node) -> Node:
-            return context.call(BlockLookupBackward.op, *given, size, step * size, padding_idx)
+        def part(step: int) -> Iterable[Node]:
+            given = grad, index, size, step * size, padding_idx
+            yield context.call(BlockLookupBackward.op, *given)
 
-        return panels.reduced(lambda step, after: (grad, index), part, 0, row)
+        (found,) = panels.reduced(lambda step, after: (), part, 0, row)
+        return found
 
 
 @composite

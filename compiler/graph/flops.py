@@ -7,6 +7,7 @@ Elsewhere: torch.utils.flop_counter, which counts what runs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias
@@ -68,11 +69,18 @@ def flops(node: Node, mesh: Mesh, sizes: Measures | None = None) -> int:
     args = map_nodes(node.args, lambda operand: sizes.shapes(operand)[0])
     if formula := _FORMULAS.get(node.op):
         assert found[0] is not None
-        over = sizes.ranks(node.args[_SUMMED[node.op]]) if node.op in _SUMMED else 1
-        return over * formula(found[0], *args)
+        return _blocks(node, sizes) * formula(found[0], *args)
     out = found if isinstance(node.type, tuple) else found[0]
     counted: int = flop_counter.flop_registry[packet](*args, **node.kwargs, out_val=out)
     return counted
+
+
+def _blocks(node: Node, sizes: Measures) -> int:
+    """How many blocks like its own each rank meets."""
+    if node.op not in _SUMMED:
+        return 1
+    axes = node.args[_SUMMED[node.op]]
+    return sizes.ranks((axes if isinstance(axes, str) else axes[-1],))
 
 
 def _product(out: Shape, first: Shape, *rest: Any) -> int:
@@ -87,6 +95,26 @@ def _transposed(out: Shape, first: Shape, *rest: Any) -> int:
 
 def _panel(out: Shape, first: Shape, second: Shape, form: str) -> int:
     return (_transposed if form == "tn" else _product)(out, first)
+
+
+def _by_matrices(out: Shape, x: Shape, *rest: Any) -> int:
+    """The first operand meets each of the matrices behind it."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(each) for each in _shapes(rest))
+
+
+def _of_pairs(out: Shape, *args: Any) -> int:
+    shapes = _shapes(args)
+    pairs = zip(shapes[::2], shapes[1::2], strict=True)
+    return sum(2 * math.prod(x[:-1]) * math.prod(matrix) for x, matrix in pairs)
+
+
+def _sums(out: Shape, x: Shape, *rest: Any) -> int:
+    """Each element of a result sums over all dims but the last of both operands."""
+    return 2 * math.prod(x) * sum(each[-1] for each in _shapes(rest))
+
+
+def _shapes(args: Iterable[Any]) -> list[Shape]:
+    return list(itertools.takewhile(lambda each: isinstance(each, tuple), args))
 
 
 def _vector(out: Shape, matrix: Shape, *rest: Any) -> int:
@@ -173,12 +201,12 @@ _FORMULAS: Mapping[Op, Formula] = {
     ),
     MeshOp("attention"): _attention,
     MeshOp("attention_backward"): _attention_backward,
-    MeshOp("summa"): _product,
-    MeshOp("summa_transposed"): _product,
-    MeshOp("summa_sum"): _transposed,
-    MeshOp("product_3d"): _product,
-    MeshOp("product_3d_transposed"): _product,
-    MeshOp("product_3d_sum"): _transposed,
+    MeshOp("summa"): _by_matrices,
+    MeshOp("summa_transposed"): _of_pairs,
+    MeshOp("summa_sum"): _sums,
+    MeshOp("product_3d"): _by_matrices,
+    MeshOp("product_3d_transposed"): _of_pairs,
+    MeshOp("product_3d_sum"): _sums,
     MeshOp("panel_product"): _panel,
     MeshOp("add_panel_product"): lambda out, total, *rest: _panel(out, *rest),
     MeshOp("ring_attention"): _ring(_attention, 4),
@@ -190,6 +218,8 @@ _FORMULAS: Mapping[Op, Formula] = {
 }  # fmt: skip
 
 _SUMMED: Mapping[Op, int] = {
-    MeshOp("summa"): 4, MeshOp("summa_transposed"): 4, MeshOp("summa_sum"): 3
+    MeshOp("summa"): -2, MeshOp("summa_transposed"): -2, MeshOp("summa_sum"): -1,
+    MeshOp("product_3d"): -2, MeshOp("product_3d_transposed"): -1, MeshOp("product_3d_sum"): -2,
 }  # fmt: skip
-"""Operators that sum over all coordinates of an axis: the argument that names it."""
+"""Operators on blocks: the argument that names the axis whose coordinates each rank meets, of
+multiple axes the last."""

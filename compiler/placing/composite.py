@@ -51,6 +51,8 @@ class AdjointContext(Protocol):
     node: Node
     operands: tuple[Node, ...]
     results: tuple[Node | None, ...]
+    grads: tuple[Node | None, ...]
+    """The cotangent of each result; None where there is none."""
 
     @property
     def grad(self) -> Node:
