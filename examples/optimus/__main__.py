@@ -22,6 +22,8 @@ LIMIT = 15e9
 RANKS = tuple(4**power for power in range(3, 11))
 """The numbers of ranks that exponents are fitted over."""
 FORMS = ("1-D", "2-D")
+GUESSES = {"1-D": 98, "1-D, sequence": 167, "2-D": 736}
+"""Where the search for the largest batch begins; near its end, it compiles two programs of each."""
 COMPARED = """\
 1-D            columns, rows and vocab over one axis, as Megatron; checkpoint blocks.* split=tp
 1-D, sequence  the same with sequence blocks.*; checkpoint blocks.*
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     found = {
         form: measure.largest_batch(LARGE, form, LIMIT, guess, say)
-        for form, guess in {"1-D": 90, "1-D, sequence": 190, "2-D": 720}.items()
+        for form, guess in GUESSES.items()
     }
     console.print(tables.largest(LARGE, LIMIT, found))
     if args.picture is not None:

@@ -12,6 +12,7 @@ import sympy
 import meshwright as mw
 from examples.optimus.model import LAYERS, LENGTH, Setting
 from examples.optimus.paper import PARTS
+from meshwright.compiler.report.cost.cost import Cost
 
 CLUSTER = "4xv100"
 SHALLOW = 3
@@ -45,11 +46,20 @@ def seconds(setting: Setting, form: str, batch: int, mode: str) -> float:
     first, second = (
         replace(setting, layers=layers)
         .compiled(form, batch, mode=mode)
-        .cost(CLUSTER, convention=CONVENTIONS[form])
+        .cost(_cluster(setting, form), convention=CONVENTIONS[form])
         .seconds
         for layers in (SHALLOW, SHALLOW + 1)
     )
     return first + (setting.layers - SHALLOW) * (second - first)
+
+
+def _cluster(setting: Setting, form: str) -> mw.Cluster:
+    """The cluster as a mesh lies on it: in one dimension ranks fill one node after another, and a
+    grid has a square of its ranks in each node, so that both of its axes go between nodes."""
+    cluster = mw.Cluster.load(CLUSTER)
+    if form != "2-D" or setting.ranks <= cluster.devices:
+        return cluster
+    return replace(cluster, axes={"row": "network", "col": "network"})
 
 
 @dataclass(frozen=True)
@@ -118,10 +128,8 @@ def isoefficiency(form: str, ranks: Sequence[int], share: float) -> Fit:
     """How the work W has to grow with p, so that a rank sends for as long as it computes: by the
     formulas of compiled graphs in their sizes, under `CONVENTIONS`; the batch is `share` of the
     width, and rates are those of `CLUSTER`."""
-    program = Setting(4, 64, 8, layers=3, vocabulary=96, length=16).compiled(form, 8)
-    cost = program.cost(names=_NAMES, convention=CONVENTIONS[form])
-    sent = cost.sent(module="blocks.*").expr
-    computed = cost.flops(module="blocks.*").expr
+    cost = formulas(Setting(4, 64, 8, layers=3, vocabulary=96, length=16), form, 8)
+    sent, computed = cost.sent(module="blocks.*").expr, cost.flops(module="blocks.*").expr
     points = tuple(
         (count, count * _balanced(sent, computed, _values(form, count), share)) for count in ranks
     )
@@ -131,6 +139,11 @@ def isoefficiency(form: str, ranks: Sequence[int], share: float) -> Fit:
     exponent, shift = statistics.linear_regression(x, y)
     off = max(abs(b - exponent * a - shift) for a, b in zip(x, y, strict=True))
     return Fit(name, exponent, math.expm1(off), points)
+
+
+def formulas(setting: Setting, form: str, batch: int) -> Cost:
+    """What a rank sends and computes in a step, in the names b, s, h, layers and axes."""
+    return setting.compiled(form, batch).cost(names=_NAMES, convention=CONVENTIONS[form])
 
 
 def _values(form: str, ranks: int) -> dict[str, int]:

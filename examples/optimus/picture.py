@@ -22,23 +22,22 @@ def draw(
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     settings = list(dict.fromkeys(key[0] for key in rates))
-    ranks = [each.ranks for each in settings]
+    ranks = [str(each.ranks) for each in settings]
     for form, color in (("1-D", "tab:orange"), ("2-D", "tab:blue")):
         modelled = [rates[each, form, "train"] for each in settings]
         published = [paper.PUBLISHED[each][form].train for each in settings]
-        left.loglog(ranks, modelled, "o-", color=color, label=f"{form}, modelled")
-        left.loglog(ranks, published, "s--", color=color, label=f"{form}, published")
+        left.semilogy(ranks, modelled, "o-", color=color, label=f"{form}, modelled")
+        left.semilogy(ranks, published, "s--", color=color, label=f"{form}, published")
         fit = fits[form]
         right.loglog(*zip(*fit.points, strict=True), "o-", color=color, label=form)
     left.set(title="training, sequences per second", xlabel="ranks")
-    left.set_xticks(ranks, [str(each) for each in ranks], minor=False)
     middle.bar([*largest], [each.batch for each in largest.values()], color="tab:blue", width=0.5)
     for place, (form, each) in enumerate(largest.items()):
         text = f"{each.batch}" + (
             f"\n(paper {paper.LARGEST[form]})" if form in paper.LARGEST else ""
         )
         middle.annotate(text, (place, each.batch), ha="center", va="bottom")
-    middle.set(title="largest batch, 64 ranks of 15 GB")
+    middle.set(title="largest batch on 64 ranks")
     middle.margins(y=0.2)
     right.set(title="isoefficient work, operations of a step", xlabel="ranks")
     for axes in (left, right):

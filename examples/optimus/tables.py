@@ -40,7 +40,8 @@ def times(modelled: Mapping[tuple[Setting, str, str], float]) -> Table:
     """Sequences per second: modelled, and published."""
     conventions = ", ".join(f"{form} {CONVENTIONS[form]}" for form in ("1-D", "2-D"))
     table = _table(
-        f"sequences per second: modelled on {CLUSTER} ({conventions}), and published",
+        f"sequences per second: modelled on {CLUSTER} ({conventions}; a grid in squares of 2 x 2 "
+        "to a node), and published",
         *("p", "h", "", "1-D", "2-D", "ratio", "published 1-D", "2-D", "ratio"),
     )
     for setting in dict.fromkeys(key[0] for key in modelled):

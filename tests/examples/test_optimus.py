@@ -90,6 +90,17 @@ def test_the_work_grows_as_the_paper_says() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["1-D", "2-D"])
+def test_formulas_of_four_ranks_hold_for_sixteen(form: str) -> None:
+    few, many = Setting(4, 64, 8, 3, 96, 16), Setting(16, 128, 32, 3, 96, 32)
+    formulas, counted = (measure.formulas(each, form, 16) for each in (few, many))
+    sizes = {**counted.values, "b": 16, "s": 32, "h": 128, "layers": 3}
+    for of in ("sent", "flops"):
+        formula, number = (getattr(each, of)(module="blocks.*") for each in (formulas, counted))
+        assert formula.at(sizes) == number.number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["1-D", "2-D"])
 def test_from_three_layers_on_each_takes_as_long(form: str) -> None:
     times = [
         sized(4, layers=layers)
@@ -132,8 +143,10 @@ def test_a_search_ends_between_a_batch_that_fits_and_one_that_does_not(
 @pytest.mark.slow
 def test_the_largest_batch_grows_as_in_the_paper() -> None:
     found = {
-        form: measure.largest_batch(command.LARGE, form, command.LIMIT, guess, lambda text: None)
-        for form, guess in (("1-D", 98), ("2-D", 736))
+        form: measure.largest_batch(
+            command.LARGE, form, command.LIMIT, command.GUESSES[form], lambda text: None
+        )
+        for form in command.FORMS
     }
     assert 7 <= found["2-D"].batch / found["1-D"].batch <= 9
 
