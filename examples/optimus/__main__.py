@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from examples.optimus import measure, paper, picture, tables
+from examples.optimus.measure import Rates
 from examples.optimus.model import Setting
 
 LIMIT = 15e9
@@ -90,16 +91,16 @@ def main(argv: list[str] | None = None) -> None:
 LARGE = next(setting for setting in paper.PUBLISHED if setting.ranks == 64)
 
 
-def throughput(settings: list[Setting], say: Progress) -> dict[tuple[Setting, str, str], float]:
-    """Modelled sequences per second of each configuration, by plan and mode."""
-    found = {}
+def throughput(settings: list[Setting], say: Progress) -> Rates:
+    """Modelled sequences per second of each configuration."""
+    found: Rates = {}
     for setting in settings:
         say(f"p = {setting.ranks}: times")
-        for form in FORMS:
-            batch = paper.PUBLISHED[setting][form].batch
-            for mode in ("train", "infer"):
-                seconds = measure.seconds(setting, form, batch, mode)
-                found[setting, form, mode] = batch / seconds
+        for mode in ("train", "infer"):
+            found[setting, mode] = {}
+            for form in FORMS:
+                batch = paper.PUBLISHED[setting][form].batch
+                found[setting, mode] |= measure.rates(setting, form, batch, mode)
     return found
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import sympy
 
@@ -17,11 +18,15 @@ from meshwright.compiler.report.cost.cost import Cost
 CLUSTER = "4xv100"
 SHALLOW = 3
 """Layers from which on each further one adds the same: to what is sent, and to the time."""
-CONVENTIONS = {"1-D": "ring", "1-D, sequence": "ring", "2-D": "tree"}
-"""How collectives go, as in the paper: sums round a ring, and blocks down a tree."""
+CONVENTIONS = {"1-D": ("ring",), "2-D": ("tree", "pipelined")}
+"""How collectives go, the paper's way first: sums round a ring, blocks down a tree or cut up."""
 _ITEM = 4
 _KINDS = {"2-D": ("broadcast", "reduce")}
 """What products in blocks send; norms and biases send other kinds."""
+
+
+Rates: TypeAlias = "dict[tuple[Setting, str], dict[str, float]]"
+"""Sequences per second by setting and mode, and by plan and convention."""
 
 
 def volumes(setting: Setting, form: str, batch: int) -> dict[str, float]:
@@ -41,16 +46,20 @@ def _sent(program: mw.Program, form: str, phase: str) -> float:
     return sum(sizes) / _ITEM / 2
 
 
-def seconds(setting: Setting, form: str, batch: int, mode: str) -> float:
-    """The modelled time of a step of all layers, from two programs of few."""
-    first, second = (
-        replace(setting, layers=layers)
-        .compiled(form, batch, mode=mode)
-        .cost(_cluster(setting, form), convention=CONVENTIONS[form])
-        .seconds
+def rates(setting: Setting, form: str, batch: int, mode: str) -> dict[str, float]:
+    """The modelled sequences per second with all layers, from two programs of few, by plan and
+    convention."""
+    cluster = _cluster(setting, form)
+    programs = [
+        replace(setting, layers=layers).compiled(form, batch, mode=mode)
         for layers in (SHALLOW, SHALLOW + 1)
-    )
-    return first + (setting.layers - SHALLOW) * (second - first)
+    ]
+    found = {}
+    for convention in CONVENTIONS[form]:
+        first, second = (each.cost(cluster, convention=convention).seconds for each in programs)
+        seconds = first + (setting.layers - SHALLOW) * (second - first)
+        found[f"{form}, {convention}"] = batch / seconds
+    return found
 
 
 def _cluster(setting: Setting, form: str) -> mw.Cluster:
@@ -126,7 +135,7 @@ BASES = {
 
 def isoefficiency(form: str, ranks: Sequence[int], share: float) -> Fit:
     """How the work W has to grow with p, so that a rank sends for as long as it computes: by the
-    formulas of compiled graphs in their sizes, under `CONVENTIONS`; the batch is `share` of the
+    formulas of compiled graphs in their sizes, as in the paper; the batch is `share` of the
     width, and rates are those of `CLUSTER`."""
     cost = formulas(Setting(4, 64, 8, layers=3, vocabulary=96, length=16), form, 8)
     sent, computed = cost.sent(module="blocks.*").expr, cost.flops(module="blocks.*").expr
@@ -143,7 +152,7 @@ def isoefficiency(form: str, ranks: Sequence[int], share: float) -> Fit:
 
 def formulas(setting: Setting, form: str, batch: int) -> Cost:
     """What a rank sends and computes in a step, in the names b, s, h, layers and axes."""
-    return setting.compiled(form, batch).cost(names=_NAMES, convention=CONVENTIONS[form])
+    return setting.compiled(form, batch).cost(names=_NAMES, convention=CONVENTIONS[form][0])
 
 
 def _values(form: str, ranks: int) -> dict[str, int]:

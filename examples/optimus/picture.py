@@ -1,4 +1,4 @@
-"""The picture: what is sent, what fits, and how the work has to grow."""
+"""The picture: how fast training is, what fits, and how the work has to grow."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from examples.optimus import paper
-from examples.optimus.measure import Fit, Largest
-from examples.optimus.model import Setting
+from examples.optimus.measure import CONVENTIONS, Fit, Largest, Rates
 
 
 def draw(
     path: Path,
-    rates: Mapping[tuple[Setting, str, str], float],
+    rates: Rates,
     largest: Mapping[str, Largest],
     fits: Mapping[str, Fit],
 ) -> None:
@@ -21,15 +20,16 @@ def draw(
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    settings = list(dict.fromkeys(key[0] for key in rates))
-    ranks = [str(each.ranks) for each in settings]
+    trained = {setting: found for (setting, mode), found in rates.items() if mode == "train"}
+    ranks = [str(each.ranks) for each in trained]
     for form, color in (("1-D", "tab:orange"), ("2-D", "tab:blue")):
-        modelled = [rates[each, form, "train"] for each in settings]
-        published = [paper.PUBLISHED[each][form].train for each in settings]
-        left.semilogy(ranks, modelled, "o-", color=color, label=f"{form}, modelled")
+        published = [paper.PUBLISHED[each][form].train for each in trained]
         left.semilogy(ranks, published, "s--", color=color, label=f"{form}, published")
-        fit = fits[form]
-        right.loglog(*zip(*fit.points, strict=True), "o-", color=color, label=form)
+        for convention, line in zip(CONVENTIONS[form], ("o-", "o:"), strict=False):
+            name = f"{form}, {convention}"
+            modelled = [found[name] for found in trained.values()]
+            left.semilogy(ranks, modelled, line, color=color, label=name)
+        right.loglog(*zip(*fits[form].points, strict=True), "o-", color=color, label=form)
     left.set(title="training, sequences per second", xlabel="ranks")
     middle.bar([*largest], [each.batch for each in largest.values()], color="tab:blue", width=0.5)
     for place, (form, each) in enumerate(largest.items()):

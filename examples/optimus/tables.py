@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from examples.optimus import paper
-from examples.optimus.measure import CLUSTER, CONVENTIONS, Fit, Largest
+from examples.optimus.measure import CLUSTER, Fit, Largest, Rates
 from examples.optimus.model import LAYERS, LENGTH, VOCABULARY, Setting
 
 
@@ -36,21 +36,18 @@ def volumes(setting: Setting, counts: Mapping[str, Mapping[str, float]]) -> Tabl
     return table
 
 
-def times(modelled: Mapping[tuple[Setting, str, str], float]) -> Table:
+def times(modelled: Rates) -> Table:
     """Sequences per second: modelled, and published."""
-    conventions = ", ".join(f"{form} {CONVENTIONS[form]}" for form in ("1-D", "2-D"))
+    forms = list(next(iter(modelled.values())))
     table = _table(
-        f"sequences per second: modelled on {CLUSTER} ({conventions}; a grid in squares of 2 x 2 "
-        "to a node), and published",
-        *("p", "h", "", "1-D", "2-D", "ratio", "published 1-D", "2-D", "ratio"),
+        f"sequences per second: modelled on {CLUSTER}, where a grid has squares of 2 x 2 to a node",
+        *("p", "h", "", *forms, "published 1-D", "2-D", "ratio"),
     )
-    for setting in dict.fromkeys(key[0] for key in modelled):
-        for mode in ("train", "infer"):
-            ours = [modelled[setting, form, mode] for form in ("1-D", "2-D")]
-            theirs = [getattr(paper.PUBLISHED[setting][form], mode) for form in ("1-D", "2-D")]
-            rates = [f"{each:.3g}" for each in (*ours, ours[1] / ours[0])]
-            rates += [f"{each:.4g}" for each in (*theirs, round(theirs[1] / theirs[0], 2))]
-            table.add_row(str(setting.ranks), str(setting.width), mode, *rates)
+    for (setting, mode), found in modelled.items():
+        one, two = (getattr(paper.PUBLISHED[setting][form], mode) for form in ("1-D", "2-D"))
+        rates = (f"{found[form]:.3g}" for form in forms)
+        published = f"{one:.4g}", f"{two:.4g}", f"{two / one:.2f}"
+        table.add_row(str(setting.ranks), str(setting.width), mode, *rates, *published)
     return table
 
 

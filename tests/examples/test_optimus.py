@@ -45,11 +45,16 @@ def held(program: mw.Program) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [16, 64])
-def test_what_activations_take_falls_as_the_number_of_ranks(ranks: int) -> None:
-    one, many = (sized(each).compiled("2-D", BATCH) for each in (4, ranks))
-    assert many.memory().activations * ranks == pytest.approx(4 * one.memory().activations, rel=0.1)
-    assert held(many) * ranks == pytest.approx(4 * held(one), rel=0.1)
+def test_what_activations_take_falls_as_the_number_of_ranks() -> None:
+    """Saved are a checkpoint of each layer, what enters the last norm and leaves it, and logits. On
+    four ranks one of the two panels that are held is often a rank's own, so that it needs less."""
+    programs = {ranks: sized(ranks).compiled("2-D", BATCH) for ranks in (4, 16, 64)}
+    sizes = (SMALL.layers + 2) * SMALL.width + SMALL.vocabulary
+    for ranks, program in programs.items():
+        expected = 4 * BATCH * SMALL.length * sizes / ranks
+        assert program.memory().activations == pytest.approx(expected, rel=0.02)
+    assert held(programs[64]) * 64 == pytest.approx(held(programs[16]) * 16, rel=0.1)
+    assert held(programs[4]) * 4 < held(programs[16]) * 16
 
 
 def buffers(program: mw.Program, phase: Phase, op: str) -> float:
@@ -105,7 +110,7 @@ def test_from_three_layers_on_each_takes_as_long(form: str) -> None:
     times = [
         sized(4, layers=layers)
         .compiled(form, 8)
-        .cost(measure.CLUSTER, convention=measure.CONVENTIONS[form])
+        .cost(measure.CLUSTER, convention=measure.CONVENTIONS[form][0])
         .seconds
         for layers in (measure.SHALLOW, measure.SHALLOW + 1, measure.SHALLOW + 3)
     ]
