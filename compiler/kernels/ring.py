@@ -102,7 +102,7 @@ def tiles(part: Part, here: int, there: int) -> tuple[Tile, ...]:
 def sees(part: Part, here: int, there: int, reach: int) -> bool:
     """Whether a query of rank `here` looks back at a key of rank `there`, in a contiguous sequence;
     none looks back more than `reach` positions."""
-    return (here - there >= 0 and (here - there - 1) * part.own + 1 <= reach) or here == there
+    return there <= here and (here - there - 1) * part.own + 1 <= reach
 
 
 def ring_forward(

@@ -171,6 +171,7 @@ class Windows(nn.Module):
         back = here[:, None] - here
         masks = {
             "window of 5": (back >= 0) & (back < 5),
+            "window of 6": (back >= 0) & (back < 6),
             "documents of 6": (back >= 0) & (here[:, None] // 6 == here // 6),
             "padded window": ((back >= 0) & (back < 5))[None, None] & (tokens > 3)[:, None, None],
             "both sides": back.abs() < 5,
@@ -183,7 +184,7 @@ class Windows(nn.Module):
         return y.square().mean()
 
 
-BLOCKS = {"window of 5": 2, "documents of 6": 3, "padded window": 2}
+BLOCKS = {"window of 5": 2, "window of 6": 3, "documents of 6": 3, "padded window": 2}
 
 
 @pytest.mark.parametrize("mask", [*BLOCKS, "both sides", "padding", "not a window"])
