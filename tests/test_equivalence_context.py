@@ -170,7 +170,7 @@ def test_dropout_inside_attention_draws_the_numbers_of_one_device(method: str, p
 
 
 class Dropped(nn.Module):
-    """Dropout beside the sequence's own shape: of rows of tokens, and of whole tokens."""
+    """Dropout of sequences that are merged with what is around them or in them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +178,8 @@ class Dropped(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = F.dropout(self.wte(tokens).flatten(0, 1), 0.3).unflatten(0, tokens.shape)
-        x = F.dropout(self.layer(F.dropout(x, 0.3), None).transpose(1, 2), 0.3)
+        x = F.dropout(self.layer(F.dropout(x, 0.3), None).flatten(1), 0.3).unflatten(1, (-1, 12))
+        x = F.dropout(x.transpose(1, 2), 0.3)
         return F.dropout(x.flatten(1), 0.3).square().mean()
 
 

@@ -30,7 +30,7 @@ Elsewhere: Optimus (Xu et al., 2104.05343); Tesseract (Wang et al., 2105.14500);
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -178,7 +178,7 @@ class _Covered:
         self._turned: dict[Node, bool] = {}
         given: set[Node] = set()
         for node in draft.graph.nodes:
-            around = (path for path, _ in reversed(node.origin.modules))
+            around = (path for own, _ in reversed(node.origin.modules) for path in _outward(own))
             path = next((path for path in around if path in resolved), "")
             if path in resolved:
                 self.statements[node] = resolved[path]
@@ -200,6 +200,14 @@ class _Covered:
             self._turned[node] = not self.turned(_left(node))
         elif known:
             self._turned[node] = known[0]
+
+
+def _outward(path: str) -> Iterator[str]:
+    """A module and those that contain it: nothing calls a list of modules."""
+    yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def _pinned_for(draft: Draft, node: Node, statement: dsl.Summa, covered: _Covered) -> Draft:
@@ -392,7 +400,17 @@ def _in_place_of(node: Node) -> Origin:
 
 
 def _nothing(draft: Draft, statement: dsl.Summa) -> PlanError:
-    names = selectors_of(list({**linears(draft.graph), **tables(draft.graph)}))[:3]
+    own = draft.plan.resolve(dsl.Summa, modules_of(draft, dsl.Summa))
+    weights = {**linears(draft.graph), **tables(draft.graph)}
+    inside = (n for n in weights if any(own.get(path) is statement for path in _outward(n)))
+    if name := next(inside, None):
+        return draft.plan.error(
+            "P501",
+            f"other statements lay out what is inside of this `summa`, such as `{name}`",
+            statement,
+            help="remove it, or name such modules themselves",
+        )
+    names = selectors_of(list(weights))[:3]
     return draft.plan.error(
         "P501",
         "`summa` needs a linear, an embedding or a norm inside of what it names",

@@ -145,6 +145,14 @@ def test_other_statements_hold_inside_of_it() -> None:
     assert layouts["blocks.0.proj.weight"] == "[24@row, 24@col]"
 
 
+def test_a_list_of_modules_stands_for_what_is_in_it() -> None:
+    plan = GRID.replace("**", "blocks") + "allow replicate **\n"
+    program = compiled(Gpt(), plan, tokens())
+    layouts = {name: str(each.layout) for name, each in program.parameters.items()}
+    assert layouts["blocks.1.down.weight"] == "[24@col, 96@row]"
+    assert layouts["wte.weight"] == "[48, 24]"
+
+
 def test_layouts_of_activations_hold_inside_of_it() -> None:
     """Also of what enters a linear that is replaced by more than one node."""
     plan = "shard blocks.*.up -> [b@(row, col), s, f]\nshard blocks.*.down <- [b@row, s, f]\n"
@@ -359,6 +367,7 @@ def test_evaluation_runs_in_blocks() -> None:
     [
         ("summa-indivisible", "mesh row=5, col=2\nsumma ** over (row, col)\n"),
         ("summa-of-nothing", "mesh row=2, col=2\nsumma drop over (row, col)\n"),
+        ("summa-shadowed", GRID + "summa blocks.1 over (col, row)\n"),
         ("summa-batch", "mesh row=16, col=1\nsumma blocks.*.up over (row, col)\n"),
         ("summa-cube", "mesh x=2, y=1, z=5\nsumma ** over (x, y, z)\n"),
     ],
