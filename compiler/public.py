@@ -68,7 +68,8 @@ class Program(Compiled):
     stages there are, and not which, `balance` has what they were chosen `by`, the `costs` of the
     ranks along the pipeline and their `imbalance`, the greatest over the mean. Under `checkpoint
     budget=`, `budgeted` has the `statements` that were chosen, the `peak` of a rank with them and
-    `without`, the `operations` that they cost in a microbatch, and the `gap` to the bound.
+    `without`, the `operations` that they cost in a microbatch, and the `gap` to the bound. `notes`
+    has what was decided for statements that leave something open, by statement, in words.
     """
 
     recompile: Callable[..., Program] = field(repr=False)

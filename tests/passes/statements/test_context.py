@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import meshwright
 from meshwright import PlanError
 from meshwright.compiler.composites import ring_attention
 from meshwright.compiler.composites.ring_attention import Ring, RingAttention
+from meshwright.compiler.kernels import ring
 from meshwright.compiler.kernels.ring import Part, Tile, tiles
 from meshwright.compiler.report.show import show_text
 from meshwright.passes.statements import context, contexts, zigzag
@@ -197,6 +199,30 @@ def test_a_ring_brings_no_block_that_a_known_mask_hides(mask: str) -> None:
         (forward if each.phase == "forward" else backward)[each.kind] += each.times
     blocks = BLOCKS.get(mask, 4)
     assert (forward["permute"], backward["permute"]) == (2 * (blocks - 1), 2 * (2 * blocks - 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "order", "computed"),
+    [
+        (Windows("window of 5"), "", 4 + 3),
+        (Model(), " order=contiguous", 4 + 3 + 2 + 1),
+        (Model(), " order=zigzag", 4 * 4),
+    ],
+)
+def test_a_rank_computes_no_block_that_it_does_not_see(
+    model: nn.Module, order: str, computed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = meshwright.Plan.parse(f'mesh cp=4\ncontext "" over cp{order}\n')
+    run = meshwright.compile(model, plan, example(), mode="infer").launch()
+    calls, known = list[str](), ring.block_attention
+
+    def counted(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        calls.append("block")
+        return known(*args, **options)
+
+    monkeypatch.setattr(ring, "block_attention", counted)
+    run.forward(*example())
+    assert len(calls) == computed
 
 
 class Last(Gpt):
