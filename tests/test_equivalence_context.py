@@ -136,6 +136,7 @@ def check_attention(name: str, method: str, ranks: int) -> None:
     [
         ("grouped", "ring"),
         ("window", "ring order=zigzag"),
+        ("padding", "ring order=zigzag"),
         ("learned", "ring"),
         ("one head of keys", "ulysses"),
     ],

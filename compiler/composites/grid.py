@@ -38,14 +38,22 @@ def renamed(dim: Dim, old: str, new: str) -> Dim:
     )
 
 
-def rows_over(dims: Iterable[Dim], axes: Sequence[str], col: str, mesh: Mesh) -> Dims:
+def rows_over(
+    dims: Iterable[Dim], axes: Sequence[str], col: str, mesh: Mesh, *, swapped: bool = False
+) -> Dims:
     """The leading dims of activations, whole over `col` and split over each of `axes`: where one
-    cuts none of them, it cuts the first that divides further. Raises LayoutError without any."""
+    cuts none of them, it cuts the first that divides further. Where axes are `swapped` afterwards,
+    the dim that the last of them cuts divides over `col` in its place too. Raises LayoutError
+    without any."""
     found = [without_axes(dim, frozenset({col})) for dim in dims]
+    if swapped:
+        found = [_swappable(dim, axes[-1], col, mesh) for dim in found]
     for axis in axes:
         if any(axis in dim_axes(dim) for dim in found):
             continue
-        place = next((i for i, dim in enumerate(found) if _divides(dim, axis, mesh)), None)
+        also = col if swapped and axis == axes[-1] else axis
+        divides = (_divides(dim, axis, mesh) and _divides(dim, also, mesh) for dim in found)
+        place = next((i for i, both in enumerate(divides) if both), None)
         if place is None:
             raise LayoutError(
                 f"none of the leading dims of `{Layout(tuple(found))}` divides over `{axis}`",
@@ -55,6 +63,17 @@ def rows_over(dims: Iterable[Dim], axes: Sequence[str], col: str, mesh: Mesh) ->
         ((major, *minor),) = found[place]
         found[place] = ((Factor(major.size, (*major.axes, axis)), *minor),)
     return tuple(found)
+
+
+def _swappable(dim: Dim, old: str, new: str, mesh: Mesh) -> Dim:
+    """The dim, without the axis `old` where it does not divide over `new` in its place."""
+    if all(
+        factor.size % mesh.size(factor.axes) == 0
+        for segment in renamed(dim, old, new)
+        for factor in segment
+    ):
+        return dim
+    return without_axes(dim, frozenset({old}))
 
 
 def _divides(dim: Dim, axis: str, mesh: Mesh) -> bool:

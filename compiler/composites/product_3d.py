@@ -37,7 +37,8 @@ _OPS = MeshOp("product_3d"), MeshOp("product_3d_transposed"), MeshOp("product_3d
 
 def _rows(operand: Operand, call: Call, axis: str, other: str) -> Dims:
     """The leading dims of activations over x and `axis`, and whole over the `other`."""
-    return rows_over(operand.layout.dims[:-1], (call.args[-3], axis), other, call.mesh)
+    leading, axes = operand.layout.dims[:-1], (call.args[-3], axis)
+    return rows_over(leading, axes, other, call.mesh, swapped=True)
 
 
 def _grid(found: Operand, call: Call) -> tuple[Dim, Dim]:

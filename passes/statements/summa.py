@@ -337,8 +337,10 @@ def _product_axes(statement: dsl.Summa, turned: bool) -> tuple[Arg, ...]:
 
 def _check_rows(draft: Draft, node: Node, statement: dsl.Summa) -> None:
     """Raises `PlanError` where the rows of what is multiplied cannot be split."""
-    axes = [*statement.over[: -1 if len(statement.over) == 2 else 2], statement.depth]
-    over = {axis: draft.mesh.size(axis) for axis in axes if axis}
+    first, *others = statement.over
+    ways = [(first, axis) for axis in others if len(others) > 1] or [(first, statement.depth)]
+    every = [{axis: draft.mesh.size(axis) for axis in way if axis} for way in ways]
+    over = max(every, key=lambda sizes: math.prod(sizes.values()))
     *leading, _ = _left(node).tensor.shape
     if any(size % math.prod(over.values()) == 0 for size in leading):
         return

@@ -232,11 +232,41 @@ class Last(Gpt):
         return super().forward(tokens, targets) + self.blocks[0](self.wte(tokens))[:, -1].mean()
 
 
+class Placed(nn.Embedding):
+    """Tokens, and a vector for each position."""
+
+    def __init__(self) -> None:
+        super().__init__(48, 24)
+        self.place = nn.Parameter(torch.randn(8, 24))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + self.place
+
+
+class Mixed(nn.Embedding):
+    """Each token with its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__(48, 24)
+        self.conv = nn.Conv1d(24, 24, 3, padding=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.conv(super().forward(tokens).mT).mT
+
+
+def gpt(table: nn.Embedding) -> Gpt:
+    model = Gpt()
+    model.wte, model.head.weight = table, table.weight
+    return model
+
+
 ORDERS: dict[str, tuple[nn.Module, int, str]] = {
     "parts": (Gpt(), 4, "zigzag"),
     "too few tokens": (Gpt(), 8, "contiguous"),
     "the last token": (Last(), 4, "contiguous"),
     "dropout": (Gpt(p=0.1), 4, "zigzag"),
+    "a vector for each position": (gpt(Placed()), 4, "zigzag"),
+    "a convolution": (gpt(Mixed()), 4, "contiguous"),
 }
 
 
