@@ -338,9 +338,9 @@ def _product_axes(statement: dsl.Summa, turned: bool) -> tuple[Arg, ...]:
 def _check_rows(draft: Draft, node: Node, statement: dsl.Summa) -> None:
     """Raises `PlanError` where the rows of what is multiplied cannot be split."""
     first, *others = statement.over
-    ways = [(first, axis) for axis in others if len(others) > 1] or [(first, statement.depth)]
-    every = [{axis: draft.mesh.size(axis) for axis in way if axis} for way in ways]
-    over = max(every, key=lambda sizes: math.prod(sizes.values()))
+    second = [statement.depth] if len(others) == 1 else others
+    ways = [{axis: draft.mesh.size(axis) for axis in (first, each) if axis} for each in second]
+    over = max(ways, key=lambda sizes: math.prod(sizes.values()))
     *leading, _ = _left(node).tensor.shape
     if any(size % math.prod(over.values()) == 0 for size in leading):
         return
