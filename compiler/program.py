@@ -141,6 +141,15 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Layers that use the `parameters` of the first of them, by their names inside of a layer."""
+
+    layers: tuple[str, ...]
+    parameters: tuple[str, ...]
+    plan_line: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Budgeted:
     """What the backward computes again, and what else is chosen, so that a rank stays within a
     budget of bytes.
@@ -185,6 +194,8 @@ class Compiled:
     parameters: Mapping[str, Stored]
     buffers: Mapping[str, Stored]
     movements: tuple[Movement, ...]
+    shared: tuple[Shared, ...]
+    """The layers that share parameters until `Run.delink`."""
     balance: Balance | None
     """What the stages were chosen by, where the plan only says how many there are."""
     budgeted: Budgeted | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, overload
@@ -83,8 +83,7 @@ class Program(Compiled):
     def with_model(self, model: nn.Module) -> Program:
         """The same program for a copy of its model, with the tensors of the copy."""
         named, found = named_tensors(model), copy.copy(self)
-        captured = replace(self.captured, parameters=named.parameters, buffers=named.buffers)
-        vars(found).update(model=model, captured=captured)
+        vars(found).update(model=model, captured=self.captured.with_tensors(named))
         return found
 
     def with_structure(self, model: nn.Module) -> Program:

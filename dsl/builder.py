@@ -176,9 +176,14 @@ class PlanBuilder:
             options["path"] = f'"{text}"'
         return self._add("offload", word, _listed(targets), _options(options))
 
-    def share(self, *targets: str) -> Self:
-        """Let the selected layers use one layer's parameters."""
-        return self._add("share", _listed(targets))
+    def share(self, *targets: str, **options: Option) -> Self:
+        """Let the selected layers use one layer's parameters, until `Run.delink`.
+
+        `options` are `group`, `every` and `except_`.
+        """
+        if (names := options.pop("except_", None)) is not None:
+            options["except"] = names
+        return self._add("share", _listed(targets), _options(options))
 
     def precision(self, dtype: str, **options: Option) -> Self:
         """Compute in this `dtype`, such as `"bf16"`; `options` are `master`, `keep`, `reduce` and

@@ -12,6 +12,7 @@ from meshwright.dsl import statements as s
 from meshwright.dsl.errors import PlanError, plural
 from meshwright.dsl.layouts import format_axes
 from meshwright.dsl.names import axis_twice
+from meshwright.dsl.selectors import Selector
 
 _ONLY_ONE = (s.Precision, s.Memory, s.Accumulate, s.Stages)
 """Verbs about the whole run, which may be used once."""
@@ -218,6 +219,13 @@ def _check_offload(offload: s.Offload) -> None:
         raise _missing(offload, "`path=` is the folder of `to=disk`", help, "path")
 
 
+def _check_share(share: s.Share) -> None:
+    if share.group is not None and share.every is not None:
+        raise _either(share, "group", "every")
+    for text in share.except_:
+        Selector(text, share.at("except")).check()
+
+
 def _missing(statement: s.Statement, message: str, help: str, part: str = "") -> PlanError:
     return PlanError("P112", message, spans=[statement.at(part)], help=help)
 
@@ -239,4 +247,5 @@ _ALONE: dict[type[s.Statement], Callable[..., None]] = {
     s.Context: _check_context,
     s.Experts: _check_experts,
     s.Offload: _check_offload,
+    s.Share: _check_share,
 }

@@ -46,6 +46,12 @@ def option(kind: Kind, default: Any = None) -> Any:
     return field(default=default, metadata={"kind": kind})
 
 
+def option_name(field: Field[Any]) -> str:
+    """The name of an option in a plan: that of its field, without the underscore that sets a word
+    of Python apart (`except_`)."""
+    return field.name.rstrip("_")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Statement:
     """The base of all statements: the place of each and of its parts, and how values were spelt.
@@ -304,9 +310,17 @@ class Offload(Targeted):
 
 @dataclass(frozen=True, kw_only=True)
 class Share(Targeted):
-    """`share SEL`: the selected layers use one layer's parameters."""
+    """`share SEL`: the selected layers use the first one's parameters.
+
+    With `group`, so many consecutive layers use those of the first of them; with `every`, each
+    layer those of the one that many before it. `except_` are selectors of modules and parameters
+    inside of a layer, which stay its own.
+    """
 
     verb = "share"
+    group: int | None = option(Count())
+    every: int | None = option(Count())
+    except_: tuple[str, ...] = option(Words(quoted=True), ())
 
 
 @dataclass(frozen=True, kw_only=True)

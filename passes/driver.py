@@ -73,6 +73,7 @@ from meshwright.passes.statements.precision import precision
 from meshwright.passes.statements.rows import rows
 from meshwright.passes.statements.sequence import sequence
 from meshwright.passes.statements.shard import shard
+from meshwright.passes.statements.share import share
 from meshwright.passes.statements.siblings import siblings
 from meshwright.passes.statements.split_saved import split_saved
 from meshwright.passes.statements.stages import stages
@@ -86,6 +87,8 @@ REWRITING: tuple[Callable[[Graph], Graph], ...] = (masks, lookups, normalise, ro
 adjoints and kernels are written for."""
 
 PASSES: tuple[Callable[[Draft], Draft], ...] = (
+    # Layers share parameters.
+    share,
     # Values get the types in which the plan computes.
     precision,
     # The statements of the plan become layouts of inputs and values.
@@ -333,7 +336,7 @@ def _program(
     recompile: Callable[..., Program],
 ) -> Program:
     """The program that the last pass leaves."""
-    captured, table = source.captured, pipeline_table(draft)
+    captured, table = draft.captured, pipeline_table(draft)
     return Program(
         plan=draft.plan,
         mesh=draft.mesh.of_ranks,
@@ -345,6 +348,7 @@ def _program(
         parameters=_stored(draft, "parameter", captured.parameters, table),
         buffers=_stored(draft, "buffer", captured.buffers, table),
         movements=draft.movements,
+        shared=draft.shared,
         balance=draft.balance,
         budgeted=draft.budgeted,
         notes=draft.notes,

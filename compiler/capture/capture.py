@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx.experimental import proxy_tensor
 
-from meshwright.compiler.capture.aliases import named_tensors
+from meshwright.compiler.capture.aliases import NamedTensors, named_tensors
 from meshwright.compiler.capture.convert import Converter
 from meshwright.compiler.capture.exported.mutation import detach_out_of_place, functionalised
 from meshwright.compiler.capture.exported.regions import inline_regions
@@ -56,6 +56,22 @@ class Captured:
     """The modules that were in their training mode."""
     input_spec: InputSpec
     mode: Mode
+    apart: Captured | None = None
+    """What was captured, where layers share parameters by the plan that are apart in the model."""
+
+    @property
+    def model_aliases(self) -> dict[str, str]:
+        """The aliases that are the model's own, and not a plan's."""
+        return (self.apart or self).aliases
+
+    def with_tensors(self, named: NamedTensors) -> Captured:
+        """The same with the tensors of a copy of the model."""
+        return replace(
+            self,
+            parameters={name: named.parameters[name] for name in self.parameters},
+            buffers=named.buffers,
+            apart=self.apart and self.apart.with_tensors(named),
+        )
 
     def __repr__(self) -> str:
         return (

@@ -195,7 +195,8 @@ class Reader(LayoutReader):
         spans: dict[str, Span],
     ) -> None:
         key, key_span = str(option.key), token_span(self.source, option.key)
-        kinds: dict[str, Kind] = {each.name: each.metadata["kind"] for each in verb.options()}
+        named = {s.option_name(each): each for each in verb.options()}
+        kinds: dict[str, Kind] = {name: each.metadata["kind"] for name, each in named.items()}
         if key not in kinds:
             raise _no_such_option(verb.verb, key, kinds, key_span)
         if key in spans:
@@ -203,11 +204,11 @@ class Reader(LayoutReader):
                 "P302", f"`{key}` is given twice", spans=[key_span, spans[key]], help="keep one"
             )
         kind, value = kinds[key], option.value
-        fields[key] = kind.read(value, self.names.sizes)
+        found = kind.read(value, self.names.sizes)
         if isinstance(kind, AxisName):
-            (fields[key],) = self.names.axes([(value.text, value.span)])
-        spans[key] = value.span
-        if value.text != kind.write(fields[key]):
+            (found,) = self.names.axes([(value.text, value.span)])
+        fields[named[key].name], spans[key] = found, value.span
+        if value.text != kind.write(found):
             spelt[key] = value.text
 
     def _counted(self, verb: type[_S], meta: Meta, parts: _Parts) -> _S:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from meshwright.dsl.characters import plain
 from meshwright.dsl.errors import nearest
-from meshwright.dsl.statements import DTYPES, METRICS, STATEMENTS, Spread, Targeted
+from meshwright.dsl.statements import DTYPES, METRICS, STATEMENTS, Spread, Targeted, option_name
 
 _OTHER_WORDS = {
     "columns": "column cols col colwise columnwise colparallel columnparallel colwiseparallel "
@@ -205,7 +205,9 @@ _SPREAD = tuple(verb for verb, each in STATEMENTS.items() if issubclass(each, Sp
 _TARGETED = tuple(verb for verb, each in STATEMENTS.items() if issubclass(each, Targeted))
 _SIZED = ("mesh", "let")
 _VERBS = "|".join(STATEMENTS)
-_OPTIONS = "|".join(sorted({f.name for each in STATEMENTS.values() for f in each.options()}))
+_OPTIONS = "|".join(
+    sorted({option_name(f) for each in STATEMENTS.values() for f in each.options()})
+)
 _OVER = r"over|ovr|on|across|by|along|in|using|with|for|via|OVER|Over|per|through"
 
 _SLIPS: tuple[tuple[Iterable[str], str, _Edit], ...] = (

@@ -40,10 +40,11 @@ def cells(statement: s.Statement) -> list[str]:
 def options_text(statement: s.Statement) -> str:
     """Every option that was written or is not at its default, in the order of the fields."""
     return " ".join(
-        f"{each.name}={_spelt(statement, each.name, each.metadata['kind'].write(value))}"
+        f"{name}={_spelt(statement, name, each.metadata['kind'].write(value))}"
         for each in statement.options()
+        for name in (s.option_name(each),)
         if (value := getattr(statement, each.name)) is not None
-        and (each.name in statement.parts or value != each.default)
+        and (name in statement.parts or value != each.default)
     )
 
 

@@ -23,6 +23,7 @@ from meshwright.dsl.statements import (
     Rows,
     Sequence,
     Shard,
+    Share,
     Stages,
     Statement,
     Summa,
@@ -32,7 +33,7 @@ from meshwright.dsl.statements import (
 
 CARRIED_OUT: tuple[type[Statement], ...] = (
     MeshStatement, Axes, Let, Precision, Accumulate, Data, Shard, Columns, Rows, Vocab, Summa,
-    Sequence, Context, Memory, Zero, Stages, Checkpoint, Offload, Expect, Allow,
+    Sequence, Context, Memory, Zero, Stages, Checkpoint, Offload, Share, Expect, Allow,
 )  # fmt: skip
 
 

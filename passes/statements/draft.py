@@ -15,7 +15,7 @@ from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import Movement
-from meshwright.compiler.program import Budgeted, Kept
+from meshwright.compiler.program import Budgeted, Kept, Shared
 from meshwright.compiler.report.memory.holding import Memory
 from meshwright.compiler.schedules.balanced import Balance
 from meshwright.compiler.stages import Stage
@@ -84,6 +84,8 @@ class Draft:
     graph: Graph
     modules: tuple[str, ...] = ()
     """The qualified names of all modules of the model but the root."""
+    shared: tuple[Shared, ...] = ()
+    """The layers that share parameters."""
     inputs: Mapping[str, Pin] = field(default_factory=dict)
     """Layouts in which operators use parameters, buffers and arguments, by `input_key`. One dim may
     be longer than the tensor's until `pad` has padded it."""

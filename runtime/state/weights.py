@@ -53,7 +53,7 @@ def values_of(program: Program, state_dict: Mapping[str, Tensor] | None) -> Valu
     """
     held = held_tensors(program.model)
     aliases: dict[str, list[str]] = {}
-    for name, own in program.captured.aliases.items():
+    for name, own in program.captured.model_aliases.items():
         aliases.setdefault(own, []).append(name)
 
     def value(stored: Stored) -> Tensor:
