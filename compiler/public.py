@@ -40,6 +40,7 @@ from meshwright.compiler.report.timeline import timeline
 from meshwright.compiler.schedules.asked import other_table
 from meshwright.compiler.schedules.simulate import Costs
 from meshwright.dsl.errors import plural
+from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Stages
 
 if TYPE_CHECKING:
@@ -79,6 +80,26 @@ class Program(Compiled):
     initialise: Callable[[nn.Module], Initialisation] | None = field(repr=False)
     """Record how the model initialises what was compiled without values; None where its values
     were dropped later, and are not to be drawn again."""
+
+    compile_delinked: Callable[[Program, Plan | None], Program] | None = field(
+        default=None, repr=False
+    )
+    """Compile the model of a program whose layers share parameters, each with its own."""
+
+    def delinked(self, plan: Plan | None = None) -> Program:
+        """The program of the same model with a copy of what is shared for every layer: what
+        `Run.delink` continues with, to see what it needs before it is there.
+
+        It is compiled under the same plan without `share`, or under another `plan`. Launched by
+        itself it starts from the model's weights. Raises `CompilerError` where no layers share
+        parameters, and `PlanError` as `meshwright.compile`.
+        """
+        if self.compile_delinked is None:
+            raise CompilerError(
+                "no layers of this program share parameters",
+                help="write `share` in its plan, such as `share blocks.*`",
+            )
+        return self.compile_delinked(self, plan)
 
     def with_model(self, model: nn.Module) -> Program:
         """The same program for a copy of its model, with the tensors of the copy."""

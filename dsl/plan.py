@@ -170,6 +170,16 @@ class Plan:
         before, after = self.statements[:place], self.statements[place + 1 :]
         return replace(self, statements=(*before, *found, *after))
 
+    def without(self, verb: type[s.Statement]) -> Plan:
+        """This plan without the statements of a verb, whose lines are empty in its text."""
+        kept = tuple(each for each in self.statements if not isinstance(each, verb))
+        lines = list(self.source.lines)
+        for span in (each.span for each in self.of(verb)):
+            if span is not None and span.source == self.source:
+                lines[span.line - 1 : span.last_line] = [""] * (span.last_line - span.line + 1)
+        found = Plan.parse("\n".join(lines), self.source.name)
+        return found if found.statements == kept else replace(self, statements=kept)
+
     def error(
         self,
         code: str,

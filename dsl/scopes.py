@@ -25,7 +25,9 @@ def fragment(source: Source, paths: Iterable[str], outer: Names) -> Iterator[s.S
     statements = [reader.read(tree) for tree in trees]
     check(statements, names.mesh)
     for statement in statements:
-        if not isinstance(statement, (s.Targeted, s.Let)) or isinstance(statement, s.Stages):
+        if not isinstance(statement, (s.Targeted, s.Let)) or isinstance(
+            statement, (s.Stages, s.Share)
+        ):
             raise PlanError(
                 "P114",
                 f"`{statement.verb}` is about the whole run, not about a module",

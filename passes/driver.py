@@ -32,7 +32,7 @@ from meshwright.compiler.schedules.moves import completed
 from meshwright.compiler.schedules.serial import same_on_every_rank
 from meshwright.compiler.schedules.tables import Table
 from meshwright.dsl.plan import Plan
-from meshwright.dsl.statements import Checkpoint, Memory, Offload, Stages
+from meshwright.dsl.statements import Checkpoint, Memory, Offload, Share, Stages
 from meshwright.passes.attribute import attribute
 from meshwright.passes.bucket import bucket
 from meshwright.passes.budgets.joint import jointly
@@ -236,17 +236,19 @@ def compile_captured(
     held: Mapping[str, tuple[int, ...]] | None = None,
     kept: Mapping[str, Kept] | None = None,
     quick: bool = False,
+    asked: Plan | None = None,
 ) -> Program:
     """Compile a captured model under `plan`; one capture serves any number of plans.
 
     For a variant of a program, for another mode or other inputs, `variant_of` are that program's
     inputs, `held` says which of its stages hold each tensor, and `kept` where. With `quick`, no
-    time is spent on what the smallest budget would be.
+    time is spent on what the smallest budget would be. `asked` is the plan behind one in which
+    something was chosen.
     Raises `PlanError` and `LayoutError` as `meshwright.compile`.
     """
     for memory in plan.of(Memory):
         if source.captured.mode == "train":
-            return jointly(plan, partial(compile_captured, source, runtime=runtime))
+            return jointly(plan, partial(compile_captured, source, runtime=runtime, asked=plan))
         plan = plan.with_text(memory)
     whole = with_fragments(plan, source.model)
     check_supported(whole)
@@ -269,10 +271,30 @@ def compile_captured(
         )
 
     program = _program(draft, source, runtime, recompile)
+    if program.shared:
+        delinked = partial(_delinked, asked or plan, source.example, recapture, runtime)
+        vars(program).update(compile_delinked=delinked)
     if variant_of is None:
         check_axes(program)
     check_contracts(program)
     return program
+
+
+def _delinked(
+    asked: Plan,
+    example: Any,
+    recapture: Callable[..., CapturedModel],
+    runtime: Runtime,
+    program: Program,
+    plan: Plan | None,
+) -> Program:
+    """The program of the model of `program` with layers that no longer share parameters, under
+    `plan` or what was `asked` without `share`."""
+    assert program.captured.apart is not None
+    source = CapturedModel(
+        program.model, program.captured.apart, program.device, example, recapture
+    )
+    return compile_captured(source, plan or asked.without(Share), runtime=runtime)
 
 
 def _as_chosen(plan: Plan, carried_out: Plan) -> Plan:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from meshwright.compiler.capture.aliases import named_tensors
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
+from meshwright.dsl.plan import Plan
 from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
 from meshwright.runtime.ambient import apart_from_caller
@@ -21,6 +24,20 @@ from meshwright.runtime.checkpoint.optimizer_state import check_owner
 from meshwright.runtime.checks.copies import check_found, compare, held
 from meshwright.runtime.checks.finite import FiniteCheck, read_check
 from meshwright.runtime.checks.same_inputs import InputCheck, read_interval
+from meshwright.runtime.delinking import (
+    Made,
+    OptimizerSide,
+    Side,
+    check_delink,
+    check_delinks,
+    copied_groups,
+    copy_options,
+    end_optimizer,
+    move_optimizer,
+    move_tensors,
+    said,
+    valueless,
+)
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes, rows_of
 from meshwright.runtime.optimizers.chunks import attach_updates
@@ -80,36 +97,46 @@ class Run:
             shapes = shapes_of(state_dict, "`state_dict`")
             check_state(program, shapes, "`state_dict`", needed=())
             check_values(program, state_dict, "`state_dict`")
-        self.program, self.mesh, self.new_shapes = program, program.mesh, new_shapes
         values = values_of(program, state_dict)
         for _, stored in stored_tensors(program):
             values(stored)
+        mapped = mapped_names(program, state_dict)
+
+        def start() -> None:
+            apart = not self.transport.has_every_rank
+            begin(program, self.states, self._run, values, seed, mapped, apart=apart)
+
+        self._begin(program, values, start, _Options(new_shapes, interval, finite))
+
+    def _begin(
+        self, program: Program, values: Values, start: Callable[[], None], options: _Options
+    ) -> None:
+        """Hold the shards of these values, let every rank `start` with the same ones and the same
+        seed, link the code, and watch for what goes wrong."""
+        self.program, self.mesh, self.new_shapes = program, program.mesh, options.new_shapes
+        self._options = options
         self.transport = transport_of(program.mesh, program.device)
         self.transport.check_same_program(executable_digest(program))
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
-        self._finite_check = FiniteCheck(self.states, self._run, finite, program.scaled)
+        self._finite_check = FiniteCheck(self.states, self._run, options.finite, program.scaled)
         self._closed = False
-        self._start(seed, values, mapped_names(program, state_dict), interval)
+        start()
+        if options.inputs and not self.transport.has_every_rank:
+            splits_data = bool(program.plan.of(Data))
+            self._input_check = InputCheck(
+                self.transport, self.states[0], options.inputs, splits_data=splits_data
+            )
         if program.mode == "train":
             notice_optimizers_of(named_tensors(program.model).parameters)
         self._programs = Programs(program, self.states, self.transport, self._run)
         # Without the model's weights, which go with the model.
         self.program = self._programs.launched.program
         self._saves = checkpoint.Saves(self.program, self.states, self._run)
+        self._made: WeakKeyDictionary[torch.optim.Optimizer, Made] = WeakKeyDictionary()
         self._rows: tuple[Inputs, list[Sharder]] | None = None
         self._results: list[Results] = []
         """Of the last call, by rank, where every rank is here."""
-
-    def _start(self, seed: int, values: Values, mapped: frozenset[str], interval: int) -> None:
-        """Let every rank begin with the same seed and weights, and watch for what goes wrong."""
-        program, apart = self.program, not self.transport.has_every_rank
-        begin(program, self.states, self._run, values, seed, mapped, apart=apart)
-        if apart and interval:
-            splits_data = bool(program.plan.of(Data))
-            self._input_check = InputCheck(
-                self.transport, self.states[0], interval, splits_data=splits_data
-            )
 
     def __repr__(self) -> str:
         program, step = self.program, self.states[0].random.step
@@ -313,6 +340,7 @@ class Run:
         attach_updates(found, self.states, widened)
         refuse_habits(found, elementwise=is_elementwise(self.program, found))
         self._finite_check.attach(found)
+        self._made[found] = Made(kind, options)
         return found
 
     @property
@@ -488,6 +516,92 @@ class Run:
         )[0]
         return found
 
+    # -- layers that share parameters ---------------------------------------------------------
+
+    @overload
+    def delink(
+        self, optimizer: None = None, *, plan: Plan | None = None, state: str = "copy"
+    ) -> tuple[Run, None]: ...
+
+    @overload
+    def delink(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        plan: Plan | None = None,
+        state: str = "copy",
+    ) -> tuple[Run, torch.optim.Optimizer]: ...
+
+    def delink(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        plan: Plan | None = None,
+        state: str = "copy",
+    ) -> tuple[Run, torch.optim.Optimizer | None]:
+        """Go on with a copy of what is shared under `share` for every layer.
+
+        Returns another run and, in place of `optimizer`, which `Run.optimizer` made, another
+        optimizer of its class; every rank calls it. They go on where these end: with equal
+        parameters and buffers, the numbers of steps and updates, random numbers and loss scale, and
+        parameter groups with their options as they are now. Of what the optimizer keeps of a shared
+        parameter every layer has a copy or, with `state="reset"`, nothing. Gradients are left
+        behind: delink after an update. Give the state of a scheduler to one over the new optimizer.
+
+        The new program is that of the same plan without `share`, or of another `plan`, of any mesh
+        with as many processes; see `Program.delinked`.
+
+        This run ends, and so do its optimizers: each of their methods raises `RunError` from then
+        on. The end of a `with` around this run closes the new one. Raises `RunError` for a program
+        without shared layers or a wrong argument, and `PlanError` as `meshwright.compile`, with
+        everything as it was.
+        """
+        self._check_usable("train")
+        check_delink(self.program, optimizer, self._made, plan, state)
+        self._saves.finish("delink")
+        with apart_from_caller(self.program.device.type):
+            program = self.program.delinked(plan)
+            check_delinks(self.program, program)
+        found = Run.__new__(Run)
+        before = Side(self.program, self.states)
+
+        def start() -> None:
+            self._run(move_tensors(before, Side(program, found.states)))
+
+        with apart_from_caller(program.device.type):
+            found._begin(program, valueless, start, self._options)
+        try:
+            other = None if optimizer is None else self._delinked(optimizer, found, state)
+        except BaseException:
+            found._close()
+            raise
+        self._finite_check.hand_on(found._finite_check)
+        self._end(found)
+        return found, other
+
+    def _delinked(
+        self, optimizer: torch.optim.Optimizer, found: Run, state: str
+    ) -> torch.optim.Optimizer:
+        """An optimizer of the run `found` that goes on for one of this run."""
+        before = OptimizerSide(Side(self.program, self.states), optimizer)
+        entry, types = self._run([said(before, each) for each in self.states])[0]
+        made, groups = self._made[optimizer], copied_groups(self.program, found.program, entry)
+        other = found.optimizer(made.kind, groups=groups, **made.options)
+        copy_options(optimizer, other)
+        if state == "copy":
+            after = OptimizerSide(Side(found.program, found.states), other)
+            self._run(move_optimizer(before, after, entry, types))
+        return other
+
+    def _end(self, other: Run) -> None:
+        """End this run and its optimizers, in whose place `other` goes on."""
+        self._close()
+        for each in list(self._made):
+            end_optimizer(each)
+        vars(self).clear()
+        vars(self)["_other"] = other
+        self.__class__ = Delinked
+
     def close(self) -> None:
         """Leave the mesh. Afterwards whatever would run something raises `RunError`.
 
@@ -527,6 +641,51 @@ class Run:
             finally:
                 self._saves.leave()
         self.close()
+
+
+class Delinked(Run):
+    """A run that has ended by `delink`: whatever is asked of it raises `RunError`."""
+
+    _other: Run
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_other", "close"):
+            return object.__getattribute__(self, name)
+        raise RunError(
+            f"this run was delinked, and has no `{name}` any more",
+            help="use the run that `delink` returned: `run, optimizer = run.delink(optimizer)`",
+        )
+
+    def __repr__(self) -> str:
+        return "<Run: delinked>"
+
+    def close(self) -> None:
+        """Do nothing: it is closed."""
+
+    def __enter__(self) -> NoReturn:
+        raise RunError(
+            "this run was delinked",
+            help="use the run that `delink` returned: `run, optimizer = run.delink(optimizer)`",
+        )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._other.__exit__(kind, error, traceback)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What a run was launched with, and goes on with."""
+
+    new_shapes: str
+    inputs: int
+    """The interval in which inputs are compared; 0 is never."""
+    finite: int
+    """The interval in which updates are checked."""
 
 
 _LIKE_EXAMPLE = 'pass inputs like the example\'s, or launch with `new_shapes="compile"`'

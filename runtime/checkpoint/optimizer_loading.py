@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from meshwright.compiler.graph.ir import TensorType
 from meshwright.compiler.public import Program
 from meshwright.runtime.checkpoint.header import dtype_of
-from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest
+from meshwright.runtime.checkpoint.manifest import MANIFEST, Manifest, SavedTensor
 from meshwright.runtime.checkpoint.optimizer_state import (
     OPTIMIZER,
     check_owner,
@@ -262,11 +263,8 @@ def _tensor(
     saved_name = tensor_name(key, own)
     parameter, saved = state.parameters[name], manifest.tensors[saved_name]
     stored = program.parameters[name]
-    dtype = dtype_of(saved.dtype)
-    follows = is_known(type(optimizer)) or saved.dtype == manifest.tensors[own].dtype
-    is_number = key == "step" or (not saved.shape and bool(parameter.shape))
-    if follows and dtype.is_floating_point and not is_number:
-        dtype = update_dtype(program, parameter)
+    like = dtype_of(manifest.tensors[own].dtype)
+    dtype = kept_dtype(program, optimizer, parameter, key, _type_of(saved), like)
     # A count of steps has the shape of a parameter of a single number.
     if saved.shape == stored.type.shape and key != "step":
         found = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
@@ -280,8 +278,33 @@ def _tensor(
             help="load without `optimizer`, or under a plan that does not split it",
         )
     whole = shards.part(saved.owners[0], saved_name, saved.shape, dtype_of(saved.dtype))
-    device = parameter.device if whole.dim() or _on_device(parameter, optimizer) else "cpu"
-    return whole.to(device, dtype, copy=True)
+    return whole.to(kept_device(parameter, optimizer, whole), dtype, copy=True)
+
+
+def _type_of(saved: SavedTensor) -> TensorType:
+    return TensorType(saved.shape, dtype_of(saved.dtype))
+
+
+def kept_dtype(
+    program: Program,
+    optimizer: Optimizer,
+    parameter: Tensor,
+    key: str,
+    kept: TensorType,
+    like: torch.dtype,
+) -> torch.dtype:
+    """The type in which an optimizer is to have what was `kept` of a parameter that was `like`:
+    that of its updates here, unless it is a number or of a type of its own."""
+    follows = is_known(type(optimizer)) or kept.dtype == like
+    is_number = key == "step" or (not kept.shape and bool(parameter.shape))
+    widens = follows and kept.dtype.is_floating_point and not is_number
+    return update_dtype(program, parameter) if widens else kept.dtype
+
+
+def kept_device(parameter: Tensor, optimizer: Optimizer, value: Tensor) -> torch.device:
+    """Where an optimizer keeps a value that is not of its parameter's shape."""
+    here = bool(value.dim()) or _on_device(parameter, optimizer)
+    return parameter.device if here else torch.device("cpu")
 
 
 def _on_device(parameter: Tensor, optimizer: Optimizer) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -145,7 +145,13 @@ def optimizer_entries(
 ) -> list[Entry]:
     """The tensors that an optimizer keeps, of this rank's parameters and of those that others hold,
     whose `types` they say."""
-    found = []
+    return [entry for *_, entry in kept_entries(program, state, optimizer, types)]
+
+
+def kept_entries(
+    program: Program, state: RankState, optimizer: Optimizer, types: KeptTypes
+) -> Iterator[tuple[str, str, Entry]]:
+    """The same, each with its parameter and with the key under which the optimizer has it."""
     for name in program.parameters:
         held = state.parameters.get(name)
         kept = (
@@ -157,8 +163,7 @@ def optimizer_entries(
             else optimizer.state.get(held, {})
         )
         tensors = {key: value for key, value in kept.items() if isinstance(value, Tensor)}
-        found += [_entry(program, name, key, value) for key, value in tensors.items()]
-    return found
+        yield from ((name, key, _entry(program, name, key, tensors[key])) for key in tensors)
 
 
 def _entry(program: Program, name: str, key: str, value: Tensor) -> Entry:

@@ -84,6 +84,10 @@ class FiniteCheck:
             self._steps.append(step)
         self._norm, self._checked = None, False
 
+    def hand_on(self, other: FiniteCheck) -> None:
+        """Let the check of a run that goes on in place of this one count on."""
+        other._num_updates = self._num_updates
+
     def clipped(self, norm: Tensor) -> None:
         """Note the norm of all gradients, the same on every rank."""
         self._norm = norm
