@@ -634,6 +634,9 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if (other := vars(self).get("_other")) is not None:  # it was delinked inside the `with`
+            other.__exit__(kind, error, traceback)
+            return
         if error is not None and not self._closed:
             self._closed = True
             try:
@@ -646,10 +649,8 @@ class Run:
 class Delinked(Run):
     """A run that has ended by `delink`: whatever is asked of it raises `RunError`."""
 
-    _other: Run
-
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_other", "close"):
+        if name.startswith("__") or name == "close":
             return object.__getattribute__(self, name)
         raise RunError(
             f"this run was delinked, and has no `{name}` any more",
@@ -667,14 +668,6 @@ class Delinked(Run):
             "this run was delinked",
             help="use the run that `delink` returned: `run, optimizer = run.delink(optimizer)`",
         )
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._other.__exit__(kind, error, traceback)
 
 
 @dataclass(frozen=True, slots=True)

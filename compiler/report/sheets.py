@@ -11,13 +11,15 @@ from meshwright.compiler.report.memory.holding import places_sheet
 from meshwright.compiler.report.recompute import Recomputed, flops_text
 from meshwright.compiler.report.sheet import Column, Sheet
 from meshwright.compiler.report.staging import Passed, Repeated
-from meshwright.compiler.report.summary import Gather, Held, PlanLine, Summary, Traffic
+from meshwright.compiler.report.summary import Gather, Held, PlanLine, SharedRow, Summary, Traffic
 from meshwright.dsl.errors import plural
 
 _MODULES = 2
 """How many modules a row names before it only counts them."""
 _PATHS = 4
 """How many ways from stage to stage a row names before it only counts them."""
+_NAMES = 4
+"""How many parameters a row names before it only counts them."""
 _MOST_PLACES = 8
 """How many places the table of memory has a column for; of more, it has that which needs most."""
 
@@ -27,6 +29,7 @@ def sheets(summary: Summary) -> tuple[Sheet, ...]:
     every = (
         _stages(summary),
         _held(summary.held),
+        _shared(summary.shared),
         _traffic(summary),
         _passed(summary.passed),
         _repeated(summary.repeated),
@@ -119,6 +122,20 @@ def _held(rows: Sequence[Held]) -> Sheet:
         Column("plan", "dim"),
     )
     return Sheet("what each rank holds", columns, tuple(map(_held_row, rows)))
+
+
+def _shared(rows: Sequence[SharedRow]) -> Sheet:
+    columns = (
+        Column("layers"),
+        Column("use those of"),
+        Column("parameters"),
+        Column("plan", "dim"),
+    )
+    cells = tuple(
+        (_where(row.layers), row.first, _some(row.parameters, _NAMES), _short(row.plan_line))
+        for row in rows
+    )
+    return Sheet("parameters that layers share until they are delinked", columns, cells)
 
 
 def _held_row(row: Held) -> tuple[str, ...]:

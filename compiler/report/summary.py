@@ -46,6 +46,16 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedRow:
+    """Layers, as selectors, that use `parameters` of the layer `first`, by their names inside."""
+
+    layers: tuple[str, ...]
+    first: str
+    parameters: tuple[str, ...]
+    plan_line: str
+
+
+@dataclass(frozen=True, slots=True)
 class Traffic:
     """Collectives of a step that are alike: `bytes` is what one rank sends for all of them."""
 
@@ -93,6 +103,7 @@ class Summary:
     device: str
     mesh: tuple[tuple[str, int], ...]
     held: tuple[Held, ...]
+    shared: tuple[SharedRow, ...]
     traffic: tuple[Traffic, ...]
     bytes_by_axis: tuple[tuple[str, int], ...]
     gathers: tuple[Gather, ...]
@@ -129,6 +140,7 @@ def summarise(program: Compiled, *, local: bool = False) -> Summary:
         program.device.type,
         program.mesh.axes,
         (*_stored(program, local), *_inputs(program, local)),
+        tuple(_shared(program)),
         tuple(_traffic(program, comm)),
         tuple(comm.bytes_by_axis().items()),
         tuple(_gathers(program)),
@@ -148,7 +160,12 @@ def summarise(program: Compiled, *, local: bool = False) -> Summary:
 
 
 def _stored(program: Compiled, local: bool) -> Iterable[Held]:
-    for kind, tensors in (("parameter", program.parameters), ("buffer", program.buffers)):
+    # Selectors are of the model's names, also where some of them are one parameter.
+    own = (program.captured.apart or program.captured).parameters
+    for kind, tensors, known in (
+        ("parameter", program.parameters, own),
+        ("buffer", program.buffers, program.buffers),
+    ):
         groups: dict[tuple[str, str, str], list[Stored]] = {}
         for stored in tensors.values():
             type = TensorType(stored.padded_shape, stored.type.dtype)
@@ -159,7 +176,7 @@ def _stored(program: Compiled, local: bool) -> Iterable[Held]:
         folded = [
             (order[names[0]], _row(program, kind, selector, [tensors[name] for name in names], key))
             for key, group in groups.items()
-            for selector, names in fold([s.name for s in group], list(tensors)).items()
+            for selector, names in fold([s.name for s in group], list(known)).items()
         ]
         yield from (held for _, held in sorted(folded, key=lambda item: item[0]))
 
@@ -193,6 +210,12 @@ def _inputs(program: Compiled, local: bool) -> Iterable[Held]:
         text = type_text(node.tensor, node.placed, graph, local=local)
         name, line = str(node.args[1]), node.origin.plan_line
         yield Held("input", name, 1, text, node_bytes(node, graph), "", line)
+
+
+def _shared(program: Compiled) -> Iterable[SharedRow]:
+    for each in program.shared:
+        first, *others = each.layers
+        yield SharedRow(_modules(others, program), first, each.parameters, each.plan_line)
 
 
 def _traffic(program: Compiled, comm: Comm) -> Iterable[Traffic]:

@@ -203,7 +203,7 @@ def _check_alike(
                 f"layers that share parameters must be alike, and {unlike[0]}",
                 layers.statement,
                 subject=unlike[1:],
-                help=f"leave it to each layer, `except=[{listed}]`, or name layers that are alike",
+                help=f"leave `{name}` to each layer, `except=[{listed}]`, or name others",
             )
 
 
@@ -218,7 +218,7 @@ def _unlike(
     ours, theirs = (draft.captured.parameters[own[name]] for _, own in (one, two))
     shown = f"{first}: {_text(ours)}", f"{other}: {_text(theirs)}"
     if TensorType.of(ours) != TensorType.of(theirs):
-        return f"{other} is another tensor than {first}", *shown
+        return f"{other} has another shape or type than {first}", *shown
     if ours.requires_grad != theirs.requires_grad:
         return f"{other if ours.requires_grad else first} is frozen", *shown
     ties = [(layer, [n for n in own if own[n] == own[name]]) for layer, own in (one, two)]

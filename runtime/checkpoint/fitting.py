@@ -49,10 +49,14 @@ def _check_ties(program: Program, given: Mapping[str, str], where: str) -> None:
         own = program.captured.aliases[alias]
         other, tensor = found.setdefault(own, (alias, name))
         if tensor != name:
+            shared = program.captured.model_aliases[other] != program.captured.model_aliases[alias]
             raise RunError(
-                f"{where} does not fit the model: `{other}` and `{alias}` are one tensor in the "
-                "model, and two there",
-                help="build the model with those weights apart, as it was saved",
+                f"{where} does not fit the {'plan' if shared else 'model'}: `{other}` and "
+                f"`{alias}` are one tensor {'under `share`' if shared else 'in the model'}, and "
+                "two there",
+                help="load it under a plan that does not let these layers share parameters"
+                if shared
+                else "build the model with those weights apart, as it was saved",
             )
 
 

@@ -95,6 +95,8 @@ class Manifest:
     """The buffers that the model's `state_dict()` leaves out."""
     number: int = 0
     """One more than that of any save that was in the folder before."""
+    apart: dict[str, str] | None = None
+    """The aliases of the model itself, where layers share parameters by the plan."""
 
     def to_text(self) -> str:
         """The file's text, one tensor per line. Raises `RunError` for one that is too long."""
@@ -119,6 +121,7 @@ class Manifest:
             "random": self.random,
             "loss_scale": self.loss_scale and asdict(self.loss_scale),
             "aliases": self.aliases,
+            **({} if self.apart is None else {"apart": self.apart}),
             "transient": self.transient,
             "optimizer": self.optimizer,
             "extra": self.extra,
@@ -266,12 +269,13 @@ def _checked(found: Mapping[str, Any]) -> Manifest:
     save, scale = _text(found["save"]), found["loss_scale"]
     if not _SAVE.fullmatch(save):
         raise ValueError("the save's name is not 32 digits")
+    aliases, apart = _aliases(found["aliases"], tensors), found.get("apart")
     return Manifest(
         save,
         mesh,
         _text(found["plan"]),
         _random(found["random"]),
-        _aliases(found["aliases"], tensors),
+        aliases,
         tensors,
         optimizer,
         shards,
@@ -279,6 +283,7 @@ def _checked(found: Mapping[str, Any]) -> Manifest:
         scale if scale is None else _named("loss_scale", partial(_loss_scale, scale)),
         _known(found["transient"], tensors),
         _count(found["number"], 0),
+        None if apart is None else _named("apart", partial(_apart, apart, aliases)),
     )
 
 
@@ -302,6 +307,17 @@ def _aliases(found: Mapping[str, Any], tensors: Mapping[str, SavedTensor]) -> di
         if aliases[name] != name:
             raise ValueError(f"`{name}` is a tensor, and its name leads to `{aliases[name]}`")
     return aliases
+
+
+def _apart(found: Mapping[str, Any], aliases: Mapping[str, str]) -> dict[str, str]:
+    """The aliases of a model, of whose tensors some are one in the checkpoint, and none is two."""
+    apart = {_text(alias): _text(name) for alias, name in found.items()}
+    if apart.keys() != aliases.keys():
+        raise ValueError("its names are not those of the aliases")
+    for alias, name in apart.items():
+        if apart.get(name) != name or aliases[name] != aliases[alias]:
+            raise ValueError(f"`{alias}` cannot be `{name}`")
+    return apart
 
 
 def _known(names: Sequence[Any], tensors: Mapping[str, SavedTensor]) -> tuple[str, ...]:

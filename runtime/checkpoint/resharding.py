@@ -62,7 +62,7 @@ def reshard(source: Path, target: Path, wanted: Program | int) -> Path:
         try:
             save = new.begin()
             tensors = _tensors(manifest, made)
-            shards = _write(opened, new, made.mesh, tensors)
+            shards = written(opened, new, made.mesh, tensors)
             changed = replace(
                 manifest, save=save, mesh=made.mesh, plan=made.plan, tensors=tensors, shards=shards
             )
@@ -119,13 +119,19 @@ def _tensors(manifest: Manifest, made: Cut) -> dict[str, SavedTensor]:
     return saved_tensors(entries, made.mesh)
 
 
-def _write(
-    opened: OpenSave, new: NewSave, mesh: Mesh, tensors: Mapping[str, SavedTensor]
+def written(
+    opened: OpenSave,
+    new: NewSave,
+    mesh: Mesh,
+    tensors: Mapping[str, SavedTensor],
+    sources: Mapping[str, str] | None = None,
 ) -> tuple[Shard, ...]:
-    """Write all files, a tensor at a time, and describe them."""
+    """Write all files, a tensor at a time, and describe them; `sources` has the names of tensors in
+    the save that is read, where they are others."""
     writers = _writers(new, mesh, tensors)
     for name, saved in tensors.items():
-        tensor = read_whole(name, opened.manifest, opened.shards)
+        source = name if sources is None else sources[name]
+        tensor = read_whole(source, opened.manifest, opened.shards)
         for owner, given in saved_parts(saved, mesh):
             # Opened each time: there may be more files than a process may have open.
             path = writers[owner].path

@@ -270,6 +270,7 @@ class _Saving:
             extra=written_extra(self._extra),
             loss_scale=replace(state.loss_scale) if program.scaled else None,
             transient=transient_names(program),
+            apart=dict(program.captured.model_aliases) if program.shared else None,
         )
         return _Part(state.rank, tensors, manifest)
 

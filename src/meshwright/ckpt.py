@@ -13,6 +13,7 @@ from meshwright.compiler.graph.text import size_text
 from meshwright.compiler.report.sheet import Column, Sheet
 from meshwright.compiler.report.tables import sheet_text
 from meshwright.dsl.errors import plural
+from meshwright.runtime.checkpoint.delinking import delink as delink_to
 from meshwright.runtime.checkpoint.exporting import export as export_to
 from meshwright.runtime.checkpoint.folder import is_unfinished, listed
 from meshwright.runtime.checkpoint.header import dtype_of
@@ -138,6 +139,16 @@ def reshard(arguments: Namespace) -> int:
     """Write a checkpoint anew, cut for another plan or into so many files."""
     wanted = arguments.parts or compiled(arguments)
     made = reshard_to(Path(arguments.src), Path(arguments.dst), wanted)
+    if arguments.json:
+        print_json(_listed(checkpoints_in(made)[0], tensors=False))
+    else:
+        print_text(sheet_text(_checkpoints(checkpoints_in(made)), _WIDTH))
+    return 0
+
+
+def delink(arguments: Namespace) -> int:
+    """Write a checkpoint with a copy of what layers share for each of them."""
+    made = delink_to(Path(arguments.src), Path(arguments.dst), reset=arguments.reset)
     if arguments.json:
         print_json(_listed(checkpoints_in(made)[0], tensors=False))
     else:

@@ -399,6 +399,23 @@ _COMMANDS = {
         "Any checkpoint loads under any plan. One that is cut for the plan it is loaded under is "
         "read fastest: each rank reads whole parts of its own.",
     ),
+    "ckpt delink": _Command(
+        "write a checkpoint anew, in which layers share no parameters",
+        "SRC DST [--reset]",
+        {
+            "SRC": "a checkpoint that was saved under `share`, or a folder for the newest",
+            "DST": "the folder to write the new one into, beside others that it may have",
+        },
+        {
+            "--reset": {
+                "action": "store_true",
+                "help": "leave out what the optimizer keeps of parameters",
+            },
+            **_JSON,
+        },
+        "Every layer gets a copy of what it shared, and of what the optimizer keeps of that. The "
+        "plan without `share` loads it, and so does any other.",
+    ),
     "ckpt export": _Command(
         "write the weights of a checkpoint as one safetensors file",
         "SRC FILE",
