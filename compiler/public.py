@@ -65,7 +65,8 @@ class Program(Compiled):
     Only `launch` needs a device or a process group. `plan` is the plan with the statements that
     modules carry themselves, `mesh` its axes, `device` the device of the code and `model` the
     module that was compiled, unchanged: `launch` takes the weights from it. `parameters` and
-    `buffers` say how ranks hold each tensor of the model, by name. Where the plan says how many
+    `buffers` say how ranks hold each tensor of the model, by name, and `shared` which layers share
+    parameters. Where the plan says how many
     stages there are, and not which, `balance` has what they were chosen `by`, the `costs` of the
     ranks along the pipeline and their `imbalance`, the greatest over the mean. Under `checkpoint
     budget=`, `budgeted` has the `statements` that were chosen, the `peak` of a rank with them and
@@ -76,15 +77,13 @@ class Program(Compiled):
     recompile: Callable[..., Program] = field(repr=False)
     """Compile the model, or a copy of it, under the same plan for another input signature or mode:
     `recompile(model, example=..., mode=...)`."""
+    compile_delinked: Callable[[Program, Plan | None], Program] | None = field(repr=False)
+    """Compile the model of this program with layers that no longer share parameters; None where
+    none do."""
     runtime: Runtime = field(repr=False)
     initialise: Callable[[nn.Module], Initialisation] | None = field(repr=False)
     """Record how the model initialises what was compiled without values; None where its values
     were dropped later, and are not to be drawn again."""
-
-    compile_delinked: Callable[[Program, Plan | None], Program] | None = field(
-        default=None, repr=False
-    )
-    """Compile the model of a program whose layers share parameters, each with its own."""
 
     def delinked(self, plan: Plan | None = None) -> Program:
         """The program of the same model with a copy of what is shared for every layer: what

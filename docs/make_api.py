@@ -75,9 +75,9 @@ class Section(NamedTuple):
 MACHINERY: Mapping[type, tuple[str, ...]] = {
     mw.Program: (
         "captured", "stages", "table", "pipeline", "entries", "transfers", "apart", "movements",
-        "recompile", "initialise", "runtime", "code", "inputs", "trains", "scaled", "instructions",
-        "with_model", "with_structure", "updated", "updates", "updates_of", "different_ranks",
-        "imagined_on",
+        "recompile", "compile_delinked", "initialise", "runtime", "code", "inputs", "trains",
+        "scaled", "instructions", "with_model", "with_structure", "updated", "updates",
+        "updates_of", "different_ranks", "imagined_on",
     ),
     program.Stored: (
         "held_at", "held_by", "num_holders", "paddings", "padded", "unpadded", "plan_line",

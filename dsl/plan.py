@@ -171,7 +171,8 @@ class Plan:
         return replace(self, statements=(*before, *found, *after))
 
     def without(self, verb: type[s.Statement]) -> Plan:
-        """This plan without the statements of a verb, whose lines are empty in its text."""
+        """The plan without the statements of one `verb`, a class of `meshwright.dsl`, whose lines
+        are empty in its text."""
         kept = tuple(each for each in self.statements if not isinstance(each, verb))
         lines = list(self.source.lines)
         for span in (each.span for each in self.of(verb)):

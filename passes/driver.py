@@ -270,10 +270,7 @@ def compile_captured(
             *(again, chosen), runtime=runtime, variant_of=inputs, held=holders, kept=kept_at
         )
 
-    program = _program(draft, source, runtime, recompile)
-    if program.shared:
-        delinked = partial(_delinked, asked or plan, source.example, recapture, runtime)
-        vars(program).update(compile_delinked=delinked)
+    program = _program(draft, source, runtime, recompile, asked or plan)
     if variant_of is None:
         check_axes(program)
     check_contracts(program)
@@ -356,8 +353,9 @@ def _program(
     source: CapturedModel,
     runtime: Runtime,
     recompile: Callable[..., Program],
+    asked: Plan | None = None,
 ) -> Program:
-    """The program that the last pass leaves."""
+    """The program that the last pass leaves; `asked` is the plan as it was given."""
     captured, table = draft.captured, pipeline_table(draft)
     return Program(
         plan=draft.plan,
@@ -377,6 +375,9 @@ def _program(
         device=source.device,
         model=source.model,
         recompile=recompile,
+        compile_delinked=partial(_delinked, asked, source.example, source.recapture, runtime)
+        if draft.shared and asked is not None
+        else None,
         initialise=partial(initialisation, device=source.device),
         runtime=runtime,
         updated=runtime.updated,

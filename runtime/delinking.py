@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from meshwright.compiler.public import Program
 from meshwright.dsl.errors import spelled
 from meshwright.dsl.plan import Plan
 from meshwright.dsl.selectors import quote_segment
+from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.optimizer_loading import kept_device, kept_dtype
 from meshwright.runtime.checkpoint.optimizer_state import (
     check_optimizer,
@@ -36,6 +37,17 @@ from meshwright.runtime.rank import RankProgram, RankState
 from meshwright.runtime.state.gather import gathered_all
 from meshwright.runtime.state.weights import stored_tensors
 from meshwright.runtime.world.agreement import agreed, all_told
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a run was launched with, and goes on with."""
+
+    new_shapes: str
+    inputs: int
+    """The interval in which inputs are compared; 0 is never."""
+    finite: int
+    """The interval in which updates are checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +74,55 @@ class Made:
     options: Mapping[str, Any]
 
 
-def check_delinks(program: Program, other: Program) -> None:
+def delinked(run: Any, optimizer: Any, plan: Any, state: Any) -> tuple[Any, Any]:
+    """A run that goes on in place of this one with layers apart, and an optimizer in place of its;
+    see `Run.delink`."""
+    _check_arguments(run.program, optimizer, run._made, plan, state)
+    program = run.program.delinked(plan)
+    _check_apart(run.program, program)
+    found = object.__new__(type(run))
+    before = Side(run.program, run.states)
+
+    def start() -> None:
+        run._run(_move_tensors(before, Side(program, found.states)))
+
+    with apart_from_caller(program.device.type):
+        found._begin(program, _valueless, start, run._options)
+    try:
+        other = None if optimizer is None else _optimizer(run, optimizer, found, state)
+    except BaseException:
+        found._close()
+        raise
+    run._finite_check.hand_on(found._finite_check)
+    _end(run, found)
+    return found, other
+
+
+def _optimizer(run: Any, optimizer: Optimizer, found: Any, state: str) -> Optimizer:
+    """An optimizer of the run `found` that goes on for one of `run`."""
+    before = OptimizerSide(Side(run.program, run.states), optimizer)
+    entry, types = run._run([_said(before, each) for each in run.states])[0]
+    made, groups = run._made[optimizer], _groups(run.program, found.program, entry)
+    other: Optimizer = found.optimizer(made.kind, groups=groups, **made.options)
+    _copy_options(optimizer, other)
+    if state == "copy":
+        after = OptimizerSide(Side(found.program, found.states), other)
+        run._run([_move_kept(before, each, after, entry, types) for each in run.states])
+    return other
+
+
+def _end(run: Any, other: Any) -> None:
+    """End a run and its optimizers, in whose place `other` goes on."""
+    run._close()
+    for optimizer in list(run._made):
+        vars(optimizer).clear()
+        optimizer.__class__ = _EndedOptimizer
+    vars(run).clear()
+    vars(run)["_other"] = other
+    run.__class__ = _EndedRun
+
+
+def _check_apart(program: Program, other: Program) -> None:
     """Raise `RunError` unless layers of `other` share no parameters that are apart in `program`."""
     before, after = program.captured.aliases, other.captured.aliases
     for alias, own in after.items():
@@ -73,7 +133,7 @@ def check_delinks(program: Program, other: Program) -> None:
             )
 
 
-def check_delink(
+def _check_arguments(
     program: Program,
     optimizer: Any,
     made: Mapping[Optimizer, Made],
@@ -102,13 +162,13 @@ def check_delink(
         )
 
 
-def move_tensors(before: Side, after: Side) -> list[RankProgram]:
+def _move_tensors(before: Side, after: Side) -> list[RankProgram]:
     """What each rank of `before` does so that those of `after` have its parameters and buffers,
     random numbers, counts and loss scale."""
-    return [_move_tensors(before, state, after) for state in before.states]
+    return [_moved(before, state, after) for state in before.states]
 
 
-def _move_tensors(before: Side, state: RankState, after: Side) -> RankProgram:
+def _moved(before: Side, state: RankState, after: Side) -> RankProgram:
     first = state is before.states[0]  # of this process, where every rank finds the same
     copies = _copies(before, after)
     for kind, stored in stored_tensors(before.program):
@@ -143,7 +203,7 @@ def _copies(before: Side, after: Side) -> Callable[[str], Iterator[tuple[RankSta
     return copies
 
 
-def said(before: OptimizerSide, state: RankState) -> RankProgram:
+def _said(before: OptimizerSide, state: RankState) -> RankProgram:
     """What an optimizer is on all ranks: its groups with the names of their parameters, what it
     keeps of each that is a number, and the types of what is a tensor."""
     program, states = before.side.program, before.side.states
@@ -158,7 +218,7 @@ def said(before: OptimizerSide, state: RankState) -> RankProgram:
     return entry, {name: kept for each in every for name, kept in each[1].items()}
 
 
-def copied_groups(
+def _groups(
     program: Program, other: Program, entry: Mapping[str, Any]
 ) -> list[dict[str, list[str]]]:
     """The groups of an optimizer over the copies of what is in each group of `entry`."""
@@ -175,7 +235,7 @@ def copied_groups(
     ]
 
 
-def copy_options(before: Optimizer, after: Optimizer) -> None:
+def _copy_options(before: Optimizer, after: Optimizer) -> None:
     """Give the groups of an optimizer the options that those of another have now."""
     for group, other in zip(after.param_groups, before.param_groups, strict=True):
         for name, value in other.items():
@@ -183,20 +243,14 @@ def copy_options(before: Optimizer, after: Optimizer) -> None:
                 group[name] = value.clone() if isinstance(value, Tensor) else value
 
 
-def move_optimizer(
-    before: OptimizerSide, after: OptimizerSide, entry: Mapping[str, Any], types: Any
-) -> list[RankProgram]:
-    """What each rank of `before` does so that the optimizer of `after` has what its own keeps."""
-    return [_move_optimizer(before, state, after, entry, types) for state in before.side.states]
-
-
-def _move_optimizer(
+def _move_kept(
     before: OptimizerSide,
     state: RankState,
     after: OptimizerSide,
     entry: Mapping[str, Any],
     types: Any,
 ) -> RankProgram:
+    """What a rank does so that the optimizer of `after` has what that of `before` keeps."""
     first = state is before.side.states[0]
     copies = _copies(before.side, after.side)
     program = before.side.program
@@ -240,22 +294,37 @@ def _keep(
     optimizer.state[parameter][key] = held
 
 
-def valueless(stored: Stored) -> Tensor:
+def _valueless(stored: Stored) -> Tensor:
     """A stand-in for the value of a tensor that is given one later."""
     return torch.empty(stored.type.shape, dtype=stored.type.dtype, device="meta")
 
 
-def end_optimizer(optimizer: Optimizer) -> None:
-    """Let an optimizer of a run that was delinked go of what it keeps, and refuse every call."""
-    vars(optimizer).clear()
-    optimizer.__class__ = _Ended
+class _EndedRun:
+    """A run that has ended by `delink`: whatever is asked of it raises `RunError`."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("__") or name == "close":
+            return object.__getattribute__(self, name)
+        raise RunError(f"this run was delinked, and has no `{name}` any more", help=_USE_RUN)
+
+    def __repr__(self) -> str:
+        return "<Run: delinked>"
+
+    def close(self) -> None:
+        """Do nothing: it is closed."""
+
+    def __enter__(self) -> NoReturn:
+        raise RunError("this run was delinked", help=_USE_RUN)
+
+    def __exit__(self, *_: object) -> None:
+        raise RunError("this run was delinked", help=_USE_RUN)
 
 
-class _Ended(Optimizer):
-    """An optimizer of a run that was delinked."""
+_USE_RUN = "use the run that `delink` returned: `run, optimizer = run.delink(optimizer)`"
 
-    def __init__(self) -> None:
-        raise NotImplementedError
+
+class _EndedOptimizer(Optimizer):
+    """An optimizer of a run that was delinked: whatever is asked of it raises `RunError`."""
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -43,6 +43,11 @@ class Linked:
     input_names: tuple[str, ...]
 
 
+Found: TypeAlias = tuple[Linked, Sequence[Tensor]]
+"""A program, and its inputs in order."""
+_LIKE_EXAMPLE = 'pass inputs like the example\'s, or launch with `new_shapes="compile"`'
+
+
 class Programs:
     """The programs of a run, by mode and input signature; none of them holds the model's weights.
 
@@ -63,8 +68,29 @@ class Programs:
         self.latest = {program.mode: self.launched}
         self.by_signature: dict[Any, Linked] = {}
 
-    def compiled(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Linked:
-        """The program for inputs like these, from the cache or compiled now, on every rank."""
+    def matched(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found | None:
+        """The program that was last used in this mode, and its inputs, if it is for these."""
+        latest = self.latest.get(mode)
+        tensors = None if latest is None else latest.inputs.match(args, kwargs)
+        return None if latest is None or tensors is None else (latest, tensors)
+
+    def launched_for(
+        self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any], new_shapes: str
+    ) -> Found | None:
+        """The program that was launched, and its inputs, if it is for these. Raises `RunError`
+        where it is of this mode and no other may be compiled."""
+        if mode != self.launched.program.mode:
+            return None
+        try:
+            return self.launched, self.launched.inputs.flatten(args, kwargs, _LIKE_EXAMPLE)
+        except RunError:
+            if mode == "train" and new_shapes == "error":
+                raise
+        return None
+
+    def compiled(self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+        """The program for inputs like these, from the cache or compiled now, on every rank, and
+        these inputs."""
         own = self.launched.program
         static = own.captured.input_spec.static_values(args, kwargs)
         key = (mode, *_signature(args, kwargs), *static)
@@ -75,8 +101,8 @@ class Programs:
             self._transport.check_same_program(executable_digest(program))
             with apart_from_caller(program.device.type):
                 self.by_signature[key] = self._linked(program)
-        self.latest[mode] = self.by_signature[key]
-        return self.latest[mode]
+        linked = self.latest[mode] = self.by_signature[key]
+        return linked, linked.inputs.flatten(args, kwargs, _LIKE_EXAMPLE)
 
     def _linked(self, program: Program) -> Linked:
         inputs = Inputs(program)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self, overload
+from typing import Any, NoReturn, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,23 +20,10 @@ from meshwright.dsl.statements import Data
 from meshwright.runtime import checkpoint
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checkpoint.optimizer_state import check_owner
-from meshwright.runtime.checks.copies import check_found, compare, held
+from meshwright.runtime.checks.copies import check_found, comparing
 from meshwright.runtime.checks.finite import FiniteCheck, read_check
 from meshwright.runtime.checks.same_inputs import InputCheck, read_interval
-from meshwright.runtime.delinking import (
-    Made,
-    OptimizerSide,
-    Side,
-    check_delink,
-    check_delinks,
-    copied_groups,
-    copy_options,
-    end_optimizer,
-    move_optimizer,
-    move_tensors,
-    said,
-    valueless,
-)
+from meshwright.runtime.delinking import Made, Options, delinked
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes, rows_of
 from meshwright.runtime.optimizers.chunks import attach_updates
@@ -106,10 +92,10 @@ class Run:
             apart = not self.transport.has_every_rank
             begin(program, self.states, self._run, values, seed, mapped, apart=apart)
 
-        self._begin(program, values, start, _Options(new_shapes, interval, finite))
+        self._begin(program, values, start, Options(new_shapes, interval, finite))
 
     def _begin(
-        self, program: Program, values: Values, start: Callable[[], None], options: _Options
+        self, program: Program, values: Values, start: Callable[[], None], options: Options
     ) -> None:
         """Hold the shards of these values, let every rank `start` with the same ones and the same
         seed, link the code, and watch for what goes wrong."""
@@ -250,22 +236,15 @@ class Run:
         self, mode: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Linked, Sequence[Tensor]]:
         """The program for these inputs, compiled if that is allowed, and the inputs in order."""
-        latest = self._programs.latest.get(mode)
-        tensors = latest.inputs.match(args, kwargs) if latest is not None else None
-        if latest is not None and tensors is not None and not self._closed:
-            return latest, tensors
-        self._check_usable(mode)
-        if mode == self.program.mode:
-            try:
-                launched = self._programs.launched
-                return launched, launched.inputs.flatten(args, kwargs, _LIKE_EXAMPLE)
-            except RunError:
-                if mode == "train" and self.new_shapes == "error":
-                    raise
-        if self._input_check is not None:
-            self._input_check.settle()
-        linked = self._programs.compiled(mode, args, kwargs)
-        return linked, linked.inputs.flatten(args, kwargs, _LIKE_EXAMPLE)
+        found = None if self._closed else self._programs.matched(mode, args, kwargs)
+        if found is None:
+            self._check_usable(mode)
+            found = self._programs.launched_for(mode, args, kwargs, self.new_shapes)
+        if found is None:
+            if self._input_check is not None:
+                self._input_check.settle()
+            found = self._programs.compiled(mode, args, kwargs)
+        return found
 
     def _check_usable(self, mode: str) -> None:
         if self._closed:
@@ -439,12 +418,8 @@ class Run:
         if optimizer is not None:
             check_owner(self.states, optimizer)
         self._check_usable(self.program.mode)
-        results = self._results or [{} for _ in self.states]
         with apart_from_caller(self.program.device.type):
-            programs = [
-                compare(state, held(self.program, state, optimizer, own), tolerance)
-                for state, own in zip(self.states, results, strict=True)
-            ]
+            programs = comparing(self.program, self.states, optimizer, self._results, tolerance)
         check_found(self._run(programs)[0], self.states[0].rank)
 
     def save(
@@ -518,27 +493,13 @@ class Run:
 
     # -- layers that share parameters ---------------------------------------------------------
 
-    @overload
-    def delink(
-        self, optimizer: None = None, *, plan: Plan | None = None, state: str = "copy"
-    ) -> tuple[Run, None]: ...
-
-    @overload
-    def delink(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        plan: Plan | None = None,
-        state: str = "copy",
-    ) -> tuple[Run, torch.optim.Optimizer]: ...
-
     def delink(
         self,
         optimizer: torch.optim.Optimizer | None = None,
         *,
         plan: Plan | None = None,
         state: str = "copy",
-    ) -> tuple[Run, torch.optim.Optimizer | None]:
+    ) -> tuple[Run, Any]:
         """Go on with a copy of what is shared under `share` for every layer.
 
         Returns another run and, in place of `optimizer`, which `Run.optimizer` made, another
@@ -557,50 +518,8 @@ class Run:
         everything as it was.
         """
         self._check_usable("train")
-        check_delink(self.program, optimizer, self._made, plan, state)
         self._saves.finish("delink")
-        with apart_from_caller(self.program.device.type):
-            program = self.program.delinked(plan)
-            check_delinks(self.program, program)
-        found = Run.__new__(Run)
-        before = Side(self.program, self.states)
-
-        def start() -> None:
-            self._run(move_tensors(before, Side(program, found.states)))
-
-        with apart_from_caller(program.device.type):
-            found._begin(program, valueless, start, self._options)
-        try:
-            other = None if optimizer is None else self._delinked(optimizer, found, state)
-        except BaseException:
-            found._close()
-            raise
-        self._finite_check.hand_on(found._finite_check)
-        self._end(found)
-        return found, other
-
-    def _delinked(
-        self, optimizer: torch.optim.Optimizer, found: Run, state: str
-    ) -> torch.optim.Optimizer:
-        """An optimizer of the run `found` that goes on for one of this run."""
-        before = OptimizerSide(Side(self.program, self.states), optimizer)
-        entry, types = self._run([said(before, each) for each in self.states])[0]
-        made, groups = self._made[optimizer], copied_groups(self.program, found.program, entry)
-        other = found.optimizer(made.kind, groups=groups, **made.options)
-        copy_options(optimizer, other)
-        if state == "copy":
-            after = OptimizerSide(Side(found.program, found.states), other)
-            self._run(move_optimizer(before, after, entry, types))
-        return other
-
-    def _end(self, other: Run) -> None:
-        """End this run and its optimizers, in whose place `other` goes on."""
-        self._close()
-        for each in list(self._made):
-            end_optimizer(each)
-        vars(self).clear()
-        vars(self)["_other"] = other
-        self.__class__ = Delinked
+        return delinked(self, optimizer, plan, state)
 
     def close(self) -> None:
         """Leave the mesh. Afterwards whatever would run something raises `RunError`.
@@ -644,44 +563,6 @@ class Run:
             finally:
                 self._saves.leave()
         self.close()
-
-
-class Delinked(Run):
-    """A run that has ended by `delink`: whatever is asked of it raises `RunError`."""
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("__") or name == "close":
-            return object.__getattribute__(self, name)
-        raise RunError(
-            f"this run was delinked, and has no `{name}` any more",
-            help="use the run that `delink` returned: `run, optimizer = run.delink(optimizer)`",
-        )
-
-    def __repr__(self) -> str:
-        return "<Run: delinked>"
-
-    def close(self) -> None:
-        """Do nothing: it is closed."""
-
-    def __enter__(self) -> NoReturn:
-        raise RunError(
-            "this run was delinked",
-            help="use the run that `delink` returned: `run, optimizer = run.delink(optimizer)`",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What a run was launched with, and goes on with."""
-
-    new_shapes: str
-    inputs: int
-    """The interval in which inputs are compared; 0 is never."""
-    finite: int
-    """The interval in which updates are checked."""
-
-
-_LIKE_EXAMPLE = 'pass inputs like the example\'s, or launch with `new_shapes="compile"`'
 
 
 def launch(program: Program, **options: Any) -> Run:

@@ -34,7 +34,7 @@ FLOORS = (
     {"public"},
 )
 """The rooms of `compiler/`, lowest first: each imports from those below alone."""
-LONGEST_FUNCTION, LONGEST_FILE = 48, 460
+LONGEST_FUNCTION, LONGEST_FILE = 48, 490
 """Lines of the longest function with its docstring, and of the longest file without comments."""
 EXECUTES = {"eval", "exec", "compile", "__import__"}
 PICKLES = {

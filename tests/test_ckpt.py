@@ -197,6 +197,8 @@ def test_hugging_face_loads_what_is_exported(run: Run) -> None:
         ("command", 2, ["lss"]),
         ("help", 0, ["--help"]),
         ("help_reshard", 0, ["reshard", "--help"]),
+        ("help_delink", 0, ["delink", "--help"]),
+        ("nothing_shared", 1, ["delink", "checkpoints", "cut"]),
         ("no_folder", 2, ["ls"]),
         ("no_file", 2, ["export", "checkpoints"]),
         ("too_many", 2, ["reshard", "checkpoints", "cut", "--parts", "2", "a.plan"]),

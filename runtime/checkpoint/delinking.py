@@ -78,7 +78,7 @@ def _optimizer(
         part: {copy: entry[part][name] for copy, name in copied.items() if name in entry[part]}
         for part in ("kept", "numbers")
     }
-    return {**entry, "groups": groups, **(dict.fromkeys(kept, {}) if reset else kept)}
+    return {**entry, "groups": groups, **({part: {} for part in kept} if reset else kept)}
 
 
 def _plan(text: str) -> str:

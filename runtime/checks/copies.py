@@ -71,6 +71,21 @@ class Found:
     num_tensors: int
 
 
+def comparing(
+    program: Program,
+    states: Sequence[RankState],
+    optimizer: Optimizer | None,
+    results: Sequence[Results],
+    tolerance: float,
+) -> list[RankProgram]:
+    """What each rank of this process does to compare all that it holds, and the last `results`
+    where there are any, with what other ranks do."""
+    return [
+        compare(state, held(program, state, optimizer, own), tolerance)
+        for state, own in zip(states, results or [{} for _ in states], strict=True)
+    ]
+
+
 def held(
     program: Program,
     state: RankState,

@@ -111,6 +111,15 @@ class Sorted(MLP):
         return self.down(self.up(x).sort(-1).values).sum()
 
 
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).square().mean()
+
+
 PLAN = "mesh dp=2, tp=2\ndata x over dp\ncolumns up over tp\nrows down over tp"
 X = torch.ones(4, 4)
 
@@ -163,6 +172,11 @@ def failed_save(monkeypatch: pytest.MonkeyPatch) -> mw.Run:
     return run
 
 
+def delinked(plan: str) -> None:
+    run = compiled(Deep(), "mesh one=1\nshare layers.*").launch()
+    run.delink(plan=mw.Plan.parse(plan))
+
+
 RAISED: Mapping[tuple[str, str], Callable[[], object] | Callable[[pytest.MonkeyPatch], object]] = {
     ("meshwright.compile", "PlanError"): lambda: compiled(plan="mesh tp=2\ncolumns u over tp"),
     ("meshwright.compile", "CaptureError"): lambda: compiled(Branch()),
@@ -178,6 +192,8 @@ RAISED: Mapping[tuple[str, str], Callable[[], object] | Callable[[pytest.MonkeyP
     ("Cluster.parse", "CompilerError"): lambda: Cluster.parse("[device]"),
     ("Program.schedule", "CompilerError"): lambda: program().schedule(costs={"forward": 1}),
     ("Program.schedule", "PlanError"): lambda: program().schedule(ranks=0),
+    ("Program.delinked", "CompilerError"): lambda: program().delinked(),
+    ("Program.delinked", "PlanError"): lambda: delinked("mesh tp=2\ncolumns u over tp"),
     ("Program.launch", "RunError"): lambda: program().launch(new_shapes="all"),
     ("Run.step", "RunError"): lambda: launched().step(torch.ones(2, 4)),
     ("Run.step_local", "RunError"): lambda: launched().step_local(torch.ones(2, 4)),
@@ -189,6 +205,8 @@ RAISED: Mapping[tuple[str, str], Callable[[], object] | Callable[[pytest.MonkeyP
     ("Run.load_state_dict", "RunError"): lambda: unfit(launched()),
     ("Run.copy_to", "RunError"): lambda: launched().copy_to(nn.Linear(4, 4)),
     ("Run.clip_grad_norm_", "RunError"): lambda: launched().clip_grad_norm_(-1.0),
+    ("Run.delink", "RunError"): lambda: launched().delink(),
+    ("Run.delink", "PlanError"): lambda: delinked("mesh tp=2\ncolumns u over tp"),
     ("Run.check", "MismatchError"): differing,
     ("Run.save", "RunError"): lambda: launched().save(__file__),
     ("Run.wait_saved", "RunError"): lambda monkeypatch: failed_save(monkeypatch).wait_saved(),

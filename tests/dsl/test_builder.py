@@ -28,7 +28,7 @@ def test_a_built_plan_equals_the_text_that_says_the_same() -> None:
         .memory(budget="60GiB")
         .checkpoint("blocks.*", keep=["sdpa"])
         .offload("optimizer")
-        .share("blocks.*")
+        .share("blocks.*", group=4, except_=["ln1", "ln2"])
         .precision("bf16", keep=["norm"])
         .expect("all_reduce[tp] == 0", per="blocks.*")
         .allow("replicate", "blocks.*.rope")
@@ -53,7 +53,7 @@ def test_a_built_plan_equals_the_text_that_says_the_same() -> None:
         memory budget=60GiB
         checkpoint blocks.* keep=[sdpa]
         offload optimizer
-        share blocks.*
+        share blocks.* group=4 except=[ln1, ln2]
         precision bf16 keep=[norm]
         expect all_reduce[tp] == 0 per blocks.*
         allow replicate blocks.*.rope

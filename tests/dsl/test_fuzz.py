@@ -86,7 +86,7 @@ statement = st.one_of(
         number,
         one_of(["1.25", "5/4", "1e-1", "d"]),
     ),
-    st.builds("share {}".format, targets),
+    st.builds("share {} every={} except={}".format, targets, number, words),
     st.builds("precision {} master=fp32 keep={}".format, one_of(["bf16", "fp16"]), words),
     st.builds(
         "expect {} {} {} {} {}".format,

@@ -65,7 +65,8 @@ checkpoint blocks.*.mlp segments=4 split=row
 offload activations blocks.* fraction=0.5 prefetch=2
 offload activations head to=disk path="/scratch/of mine"
 offload optimizer
-share blocks.*
+share blocks.* group=4
+share head every=2 except=[ln1, "*.bias"]
 precision fp16 master=fp32 keep=[softmax] dropout=native
 memory budget=60GB
 expect all_reduce[model] == 0 backward per blocks.*
