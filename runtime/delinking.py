@@ -316,8 +316,8 @@ class _EndedRun:
     def __enter__(self) -> NoReturn:
         raise RunError("this run was delinked", help=_USE_RUN)
 
-    def __exit__(self, *_: object) -> None:
-        raise RunError("this run was delinked", help=_USE_RUN)
+    def __exit__(self, *ended: Any) -> None:
+        vars(self)["_other"].__exit__(*ended)
 
 
 _USE_RUN = "use the run that `delink` returned: `run, optimizer = run.delink(optimizer)`"
