@@ -22,7 +22,7 @@ from tests.layers import SHARING, Deep, batch, tied
 BEFORE, AFTER = 3, 10
 KINDS: dict[str, tuple[Callable[..., torch.optim.Optimizer], dict[str, float]]] = {
     "adam": (torch.optim.AdamW, {"lr": 1e-2, "weight_decay": 0.1}),
-    "momentum": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
+    "momentum": (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}),
 }
 BIASES = {"params": ["**.bias"], "weight_decay": 0.0}
 
