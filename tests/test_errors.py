@@ -106,7 +106,7 @@ PLANS: Mapping[str, tuple[str, str | None]] = {
         None,
     ),
     "input-missing-from-data": ("mesh dp=2\ndata tokens over dp", "mesh dp=2\n" + DATA),
-    "statement-without-a-pass": ("mesh dp=2\n" + DATA + "share blocks.*", "mesh dp=2\n" + DATA),
+    "statement-without-a-pass": ("mesh dp=2\n" + DATA + "allow local **", "mesh dp=2\n" + DATA),
     "checkpoint-of-a-list": (
         "mesh dp=2\n" + DATA + "checkpoint blocks",
         "mesh dp=2\n" + DATA + "checkpoint blocks.*",
