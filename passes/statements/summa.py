@@ -230,6 +230,8 @@ def _linear(draft: Draft, product: Linear, statement: dsl.Summa, grid: _Grid) ->
     """Pin a matrix over two axes, `[n@col, k@row]`, and biases, `[n@col]`; one that is multiplied
     as `[k, n]` elsewhere may have rows where this has columns."""
     weight, shape = product.weight, product.weight.tensor.shape
+    if shape[product.features] == 1 and draft.mesh.size(grid.columns) > 1:
+        raise _one_output(draft, weight, statement, grid.columns)
     text, over = tensor_text(weight, shape=False), (grid.columns,)
     columns = to_dim(draft.plan.columns_dim(statement, shape, product.features, text, over))
     key = input_key(weight)
@@ -399,6 +401,18 @@ def _product(
 
 def _in_place_of(node: Node) -> Origin:
     return replace(node.origin, replaced=node.op)
+
+
+def _one_output(draft: Draft, weight: Node, statement: dsl.Summa, axis: str) -> PlanError:
+    (module,) = selectors_of([input_key(weight).rpartition(".")[0]])
+    return draft.plan.error(
+        "P203",
+        f"cannot split one output feature over {axis}={draft.mesh.size(axis)}",
+        statement.at("over"),
+        subject=tensor_text(weight),
+        help=f"write `rows {module} over {axis}` as well: it splits the input features of that "
+        "linear alone",
+    )
 
 
 def _nothing(draft: Draft, statement: dsl.Summa) -> PlanError:

@@ -382,3 +382,11 @@ def test_mistakes_are_explained(name: str, plan: str, golden: Callable[[str, str
     with pytest.raises((PlanError, meshwright.LayoutError)) as caught:
         compiled(model, plan, tokens())
     golden(name, str(caught.value))
+
+
+def test_a_linear_with_one_output_is_told_what_to_write(golden: Callable[[str, str], None]) -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 1))
+    with pytest.raises(PlanError) as caught:
+        meshwright.compile(model.double(), meshwright.Plan.parse(GRID), rows(), loss=torch.sum)
+    golden("summa-one-output", str(caught.value))
+    check_equal(model, rows, GRID + 'rows "2" over col\n', loss=torch.sum, steps=1)
