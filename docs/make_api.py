@@ -33,6 +33,7 @@ from meshwright.compiler.report.cost import step
 from meshwright.compiler.report.memory import holding
 from meshwright.dsl import PlanBuilder
 from meshwright.runtime import errors as run_errors
+from meshwright.runtime.reports import Reporting
 
 PAGE = Path(__file__).with_name("api.md")
 COMMAND = "python -m docs.make_api"
@@ -99,9 +100,10 @@ MACHINERY: Mapping[type, tuple[str, ...]] = {
 def members(cls: type) -> Iterator[Entry]:
     """The methods and properties of a class that the page shows, in the order of the source.
 
-    Those of dataclasses that a dataclass extends come first.
+    Those of dataclasses that a dataclass extends, and of the parts of `Run`, come first.
     """
-    bases = [base for base in reversed(cls.__mro__[1:]) if dataclasses.is_dataclass(base)]
+    above = reversed(cls.__mro__[1:])
+    bases = [base for base in above if dataclasses.is_dataclass(base) or base is Reporting]
     for name, value in (item for each in (*bases, cls) for item in vars(each).items()):
         if name.startswith("_") or name in MACHINERY.get(cls, ()):
             continue

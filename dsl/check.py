@@ -199,6 +199,21 @@ def _check_context(context: s.Context) -> None:
 def _check_experts(experts: s.Experts) -> None:
     if experts.dropless and experts.capacity is not None:
         raise _either(experts, "capacity", "dropless")
+    route, top, count = experts.route or "topk", experts.top, experts.count
+    if route == "switch" and top not in (None, 1):
+        raise _unfit(experts, "top", "`route=switch` sends each token to one expert")
+    if experts.second is not None and route != "topk":
+        raise _unfit(experts, "second", f"`route={route}` has no second expert")
+    if experts.weight is not None and (experts.balance or "aux") != "aux":
+        raise _unfit(experts, "weight", f"`balance={experts.balance}` has no auxiliary loss")
+    if count is None or top is None:
+        return
+    if top > count:
+        help = f"write `top={count}` or less"
+        raise _unfit(experts, "top", f"there are {count} experts, not {top}", help)
+    if route == "prototype" and count % top:
+        help = f"write a `count` that {top} divides"
+        raise _unfit(experts, "top", f"{count} experts are not {top} equal prototypes", help)
 
 
 def _check_offload(offload: s.Offload) -> None:
@@ -224,6 +239,10 @@ def _check_share(share: s.Share) -> None:
         raise _either(share, "group", "every")
     for text in share.except_:
         Selector(text, share.at("except")).check()
+
+
+def _unfit(statement: s.Statement, part: str, message: str, help: str = "remove it") -> PlanError:
+    return PlanError("P110", message, spans=[statement.at(part)], help=help)
 
 
 def _missing(statement: s.Statement, message: str, help: str, part: str = "") -> PlanError:

@@ -229,7 +229,14 @@ class Summa(Fused):
 
 @dataclass(frozen=True, kw_only=True)
 class Experts(Spread):
-    """`experts SEL over ep count=8`; without `count`, the model already has them."""
+    """`experts SEL over ep count=8`; without `count`, the model already has them.
+
+    `top` experts take each token (of `prototype`, one in each of `top` prototypes). `groups` is the
+    number of groups of tokens in a batch, of which each expert takes `capacity` times its share;
+    None takes the batch's rows. `weight` is that of the auxiliary loss. `second` says which second
+    experts are taken, `noise` how much what the router sees is changed in training, and `init` and
+    `seed` how experts begin.
+    """
 
     verb = "experts"
     count: int | None = option(Count())
@@ -237,7 +244,13 @@ class Experts(Spread):
     top: int | None = option(Count())
     capacity: float | None = option(Ratio())
     dropless: bool = option(Flag(), False)
-    balance: str | None = option(Choice(("aux", "bias")))
+    groups: int | None = option(Count())
+    balance: str | None = option(Choice(("aux", "bias", "none")))
+    weight: float | None = option(Ratio())
+    second: str | None = option(Choice(("all", "random")))
+    noise: float | None = option(Ratio(high=1.0))
+    init: str | None = option(Choice(("copy", "fresh")))
+    seed: int | None = option(Count(low=0))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,13 +29,13 @@ from dataclasses import replace
 from meshwright.compiler.errors import LayoutError, PassError
 from meshwright.compiler.graph.ir import (
     INPUT,
+    RETURNED,
     TRANSFER,
     Builder,
     Graph,
     InputKind,
     Node,
     Output,
-    OutputKind,
     Phase,
     rewrite,
 )
@@ -142,7 +142,7 @@ class _Deliverer:
 
     def _outputs(self, output: Output) -> list[Output]:
         """An output of the graph in each stage that returns it."""
-        if output.kind not in (OutputKind.LOSS, OutputKind.OUTPUT):
+        if output.kind not in RETURNED:
             return [output.of(self.mapping[output.node])]
         return [output.of(self._returned(output.node, k)) for k in range(self.num_stages)]
 

@@ -44,6 +44,8 @@ from meshwright.passes.contracts.supported import check_supported
 from meshwright.passes.copies import copies
 from meshwright.passes.deliver import deliver
 from meshwright.passes.differentiate import differentiate
+from meshwright.passes.experts.batch import batch
+from meshwright.passes.experts.replace import mixtures_of, with_mixtures
 from meshwright.passes.fuse import fuse
 from meshwright.passes.hoist import hoist
 from meshwright.passes.loops import loop, part_axes, sum_first
@@ -63,6 +65,7 @@ from meshwright.passes.statements.columns import columns
 from meshwright.passes.statements.context import context
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
+from meshwright.passes.statements.experts import experts
 from meshwright.passes.statements.fragments import with_fragments
 from meshwright.passes.statements.offloading.activations import offload
 from meshwright.passes.statements.offloading.parameters import keep_elsewhere, movable
@@ -82,7 +85,7 @@ from meshwright.passes.statements.vocab import vocab
 from meshwright.passes.statements.zero import zero
 from meshwright.passes.widen import widen
 
-REWRITING: tuple[Callable[[Graph], Graph], ...] = (masks, lookups, normalise, route)
+REWRITING: tuple[Callable[[Graph], Graph], ...] = (batch, masks, lookups, normalise, route)
 """The passes over what is captured, the same for every plan: operators become those that rules,
 adjoints and kernels are written for."""
 
@@ -98,6 +101,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     rows,
     vocab,
     summa,
+    experts,
     shard,
     store_once,
     zero,
@@ -159,6 +163,15 @@ class CapturedModel:
     def modules(self) -> tuple[str, ...]:
         """The qualified names of all modules of the model but the root."""
         return tuple(name for name, _ in self.model.named_modules() if name)
+
+    def with_mixtures(self, plan: Plan) -> CapturedModel:
+        """The model with the mixtures of experts that a plan wants, captured as this was."""
+        whole = with_fragments(plan, self.model)
+        check_supported(whole)
+        model = with_mixtures(self.model, self.captured, whole)
+        if model is self.model:
+            return self
+        return self.recapture(model, self.example, mode=self.captured.mode)
 
     @cached_property
     def evaluation(self) -> Graph | None:
@@ -246,6 +259,7 @@ def compile_captured(
     something was chosen.
     Raises `PlanError` and `LayoutError` as `meshwright.compile`.
     """
+    source = source.with_mixtures(plan)
     for memory in plan.of(Memory):
         if source.captured.mode == "train":
             return jointly(plan, partial(compile_captured, source, runtime=runtime, asked=plan))
@@ -342,6 +356,7 @@ def _drafted(source: CapturedModel, plan: Plan, variant_of: tuple[str, ...] | No
         source.captured,
         replace(source.captured.graph, mesh=mesh),
         source.modules,
+        mixtures_of(source.model),
         device=source.device,
         variant_of=variant_of,
         evaluation=lambda: source.evaluation,

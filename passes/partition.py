@@ -26,6 +26,7 @@ from functools import partial
 import torch
 
 from meshwright.compiler.autodiff.decompositions import DECOMPOSITIONS, decompose
+from meshwright.compiler.composites.experts import Combine
 from meshwright.compiler.graph.fragment import FragmentCall
 from meshwright.compiler.graph.ir import (
     GETITEM,
@@ -45,8 +46,9 @@ from meshwright.compiler.graph.slots import call_operands, slotted
 from meshwright.compiler.layout.extents import Padding, padding_between
 from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.layout.layout import Layout, replicated
+from meshwright.compiler.layout.reshard import Collective
 from meshwright.compiler.placing.emit import Emitter, is_floating
-from meshwright.dsl.statements import Context, Stages
+from meshwright.dsl.statements import Context, Experts, Stages
 from meshwright.passes.rewriting.recognise import repeated_heads
 from meshwright.passes.statements.contexts import (
     ATTENTION,
@@ -102,8 +104,16 @@ class _Partitioner:
         """Those that are in the layout in which they are used, and in which stage."""
         self.users = draft.graph.users()
         self.sequences = Sequences(draft.graph, draft.regions, draft.attending, draft.mesh)
-        self.emitter.planned = self.sequences.moves
+        self.returning: set[Node] = set()
+        """What experts have computed, for the tokens that it comes back to."""
+        self.exchanged = {axis for each in draft.plan.of(Experts) for axis in each.over}
+        self.emitter.planned = self._planned
         self.contexts = Contexts(draft.graph, draft.attending, draft.mesh)
+
+    def _planned(self, value: Node, collective: Collective) -> bool:
+        """Whether the plan asks for this change of a value's layout."""
+        returns = value in self.returning and self.exchanged.issuperset(collective.axes)
+        return returns or self.sequences.moves(value, collective)
 
     def run(self) -> Draft:
         for node in self.graph.nodes:
@@ -114,6 +124,8 @@ class _Partitioner:
             for operand in node.operands():
                 self._use(operand, node.origin)
             self._enter(node)
+            if node.op == Combine.op:
+                self.returning.add(self.mapping[node.args[0]])
             new = self._place(node)
             if node in self.draft.values:
                 pin = self.draft.values[node]

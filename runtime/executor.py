@@ -19,7 +19,15 @@ from meshwright.compiler.codegen.linking import RankContext
 from meshwright.compiler.codegen.printing import Code, Pending, RankFunction
 from meshwright.compiler.errors import PassError
 from meshwright.compiler.graph.aliasing import storage
-from meshwright.compiler.graph.ir import Graph, InputKind, Node, Output, OutputKind, Phase
+from meshwright.compiler.graph.ir import (
+    RETURNED,
+    Graph,
+    InputKind,
+    Node,
+    Output,
+    OutputKind,
+    Phase,
+)
 from meshwright.compiler.layout.layout import shard
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import COMBINE, Start, Wait, Wire
@@ -34,7 +42,7 @@ from meshwright.runtime.rank import RankProgram, RankState, Results
 
 Snapshot = tuple[tuple[int, int, bool], dict[str, Tensor]]
 """Where a rank stands: its random numbers, and the buffers that a step changes."""
-_RETURNED = (OutputKind.LOSS, OutputKind.OUTPUT, OutputKind.BUFFER)
+_GIVEN = (*RETURNED, OutputKind.BUFFER)
 
 
 class Executor:
@@ -72,7 +80,7 @@ class Executor:
         transfers = program.transfers
         self.leaving, self.staying = transfers.leaving(state.rank), transfers.staying(state.rank)
         self.settled, self.ends = transfers.settled(state.rank), transfers.ends(state.rank)
-        returned = [o for graph in graphs.values() for o in graph.outputs_of(*_RETURNED)]
+        returned = [o for graph in graphs.values() for o in graph.outputs_of(*_GIVEN)]
         given = [(o.kind, o.name) for o in program.captured.graph.outputs]
         order = {name: place for place, name in enumerate(given)}
         returned.sort(key=lambda o: (o.kind is not OutputKind.LOSS, order.get((o.kind, o.name), 0)))
@@ -114,7 +122,7 @@ class Executor:
             phase.once,
             _Inputs(graph, self, places),
             [(i, PASSED_AS[o.kind], o.name) for i, o in outputs if o.kind in PASSED_AS],
-            [(i, self._result(o), storage(o.node).held) for i, o in outputs if o.kind in _RETURNED],
+            [(i, self._result(o), storage(o.node).held) for i, o in outputs if o.kind in _GIVEN],
             {
                 name: Bucket(buffer, [state.parameters[owner] for owner in owners])
                 for name, (owners, buffer) in filled.items()

@@ -34,6 +34,7 @@ from meshwright.runtime.optimizers.optimizer import Groups, is_elementwise, make
 from meshwright.runtime.optimizers.rounding import Widened
 from meshwright.runtime.programs import Linked, Programs, check_new_shapes
 from meshwright.runtime.rank import RankProgram, RankState, Results, Values, close_stores
+from meshwright.runtime.reports import Reporting, returned
 from meshwright.runtime.state.gather import gathered_all
 from meshwright.runtime.state.initial import begin, check_set
 from meshwright.runtime.state.start import check_seed, executable_digest
@@ -52,7 +53,7 @@ from meshwright.runtime.transports.meshes import check_device, transport_of
 from meshwright.runtime.world.agreement import agreed
 
 
-class Run:
+class Run(Reporting):
     """A launched program: the weights of its ranks, trained step by step.
 
     Made by `Program.launch`. `program` is what was launched, without the model's weights, `mesh`
@@ -152,7 +153,7 @@ class Run:
         differ between ranks are a `MismatchError`, here or in the next call.
         """
         linked, tensors = self._find("train", args, kwargs)
-        return _returned(self._execute("step", linked, tensors))
+        return returned(self._execute("step", linked, tensors))
 
     def step_local(self, *args: Any, **kwargs: Any) -> Any:
         """As `step`, given only this rank's rows of the inputs that are under `data`.
@@ -172,7 +173,7 @@ class Run:
         help = "pass the rows `data_slice(n)` of a batch like the example's"
         tensors = inputs.flatten(args, kwargs, help)
         ranks = [(self._programs.launched.ranks[0][0], sharders)]
-        return _returned(self._execute("step_local", self._programs.launched, tensors, ranks))
+        return returned(self._execute("step_local", self._programs.launched, tensors, ranks))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The loss of one global batch in the model's eval mode, without gradients.
@@ -182,7 +183,7 @@ class Run:
         `PlanError` for a batch that does not divide.
         """
         linked, tensors = self._find("eval", args, kwargs)
-        return _returned(self._execute("evaluate", linked, tensors))
+        return returned(self._execute("evaluate", linked, tensors))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for one global batch in its eval mode, without a loss.
@@ -221,7 +222,7 @@ class Run:
             check.after(method, linked.input_names, tensors, axes)
         else:
             self._results = found if len(found) > 1 else []
-        return found[0]
+        return self._reported(found[0])
 
     def _run(self, programs: Sequence[RankProgram], names: Sequence[str] = ()) -> list[Any]:
         self._check_usable(self.program.mode)
@@ -570,8 +571,3 @@ def launch(program: Program, **options: Any) -> Run:
     check_device(program.device)
     with apart_from_caller(program.device.type):
         return Run(program, **options)
-
-
-def _returned(found: Results) -> Any:
-    loss, *outputs = found.values()
-    return (loss, *outputs) if outputs else loss

@@ -140,7 +140,7 @@ def trace(
 
     given = [grad for grad in grads if grad is not None]
     graph = traced(joint, (*operands, *given), functional=True)
-    return _read(op, _plain(graph), wanted, grads)
+    return _read(op, plain(graph), wanted, grads)
 
 
 def _autograd_pull(
@@ -220,7 +220,7 @@ _VIEWS: dict[Any, Any] = {
 """The copying forms that functionalising leaves, and the views that they stand for."""
 
 
-def _plain(graph: torch.fx.Graph) -> torch.fx.Graph:
+def plain(graph: torch.fx.Graph) -> torch.fx.Graph:
     """The graph with views for their copying forms, and without aliases."""
     for node in graph.nodes:
         node.target = _VIEWS.get(node.target, node.target)

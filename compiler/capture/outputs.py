@@ -13,6 +13,7 @@ from meshwright.compiler.capture.inputs import spell
 from meshwright.compiler.capture.state import StateBefore
 from meshwright.compiler.capture.tracing.generators import draws_noticed
 from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.graph.experts import reports
 from meshwright.compiler.graph.ir import OutputKind, TensorType
 from meshwright.dsl.errors import one_line
 
@@ -47,9 +48,12 @@ class Wrapper(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         args, kwargs = self.call(tensors)
         before = StateBefore(self.model)
-        with draws_noticed():
+        with draws_noticed(), reports() as reported:
             output = self.model(*args, **kwargs)
         found = dict(self.select(output))
+        if loss := (OutputKind.LOSS, "") if reported.losses else None:
+            found[loss] = sum(reported.losses, found[loss])
+        found |= {(OutputKind.METRIC, name): each for name, each in reported.metrics.items()}
         for module, name in before.changed_numbers():
             self.changed(module, name)
         found |= {(OutputKind.BUFFER, name): tensor for name, tensor in before.assigned()}

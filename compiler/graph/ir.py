@@ -136,6 +136,8 @@ class OutputKind(StrEnum):
     LOSS = "loss"
     OUTPUT = "output"
     """A part of the model's output; its name is the path."""
+    METRIC = "metric"
+    """A number or numbers that a part of the model reports beside its output."""
     BUFFER = "buffer"
     """A buffer's new value."""
     GRADIENT = "gradient"
@@ -147,6 +149,9 @@ class OutputKind(StrEnum):
     SAVED = "saved"
     """A value for a later graph of the stage, which takes it by its number."""
 
+
+RETURNED = (OutputKind.LOSS, OutputKind.OUTPUT, OutputKind.METRIC)
+"""What a step gives its caller: every rank has it."""
 
 _PASSED = (InputKind.RECEIVED, InputKind.COTANGENT)
 

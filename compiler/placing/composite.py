@@ -16,9 +16,9 @@ names are what is saved. Where its work is split over ranks it is lowered afterw
 - SUMMA: the rule yields one `Placement`, both matrices split over rows and columns of the mesh; the
   adjoint is the same composite on transposed operands; `lower` emits for each panel two broadcasts
   and a step that adds one product to the sum so far.
-- A mixture of experts: the rule splits tokens and experts over one axis; the adjoint takes the
-  routes that the forward returned; `lower` emits a step that sorts rows into equal boxes, an
-  `all_to_all`, the experts' products, an `all_to_all` back, and a step that puts the rows in place.
+- A mixture of experts needs no lowering (`composites/experts.py`): tokens are put in the slots of
+  experts, and back, on the rank that has them, and between those steps layouts say which rank has
+  which expert.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from meshwright.compiler.errors import PassError
-from meshwright.compiler.graph.ir import OutputKind
+from meshwright.compiler.graph.ir import RETURNED, OutputKind
 from meshwright.compiler.schedules.faults import find_fault
 from meshwright.compiler.schedules.links import graphs_of, links_of
 from meshwright.compiler.schedules.tables import Table
@@ -41,6 +41,6 @@ def _refused(problem: str) -> PassError:
 
 def _results(stage: Stage) -> Iterator[tuple[OutputKind, str]]:
     """What a stage alone gives: every stage gives the loss and the outputs."""
-    inner = (OutputKind.SAVED, OutputKind.LOSS, OutputKind.OUTPUT, *PASSED_AS)
+    inner = (OutputKind.SAVED, *RETURNED, *PASSED_AS)
     for graph in stage.graphs.values():
         yield from ((each.kind, each.name) for each in graph.outputs if each.kind not in inner)

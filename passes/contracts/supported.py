@@ -15,6 +15,7 @@ from meshwright.dsl.statements import (
     Context,
     Data,
     Expect,
+    Experts,
     Let,
     Memory,
     MeshStatement,
@@ -33,7 +34,7 @@ from meshwright.dsl.statements import (
 
 CARRIED_OUT: tuple[type[Statement], ...] = (
     MeshStatement, Axes, Let, Precision, Accumulate, Data, Shard, Columns, Rows, Vocab, Summa,
-    Sequence, Context, Memory, Zero, Stages, Checkpoint, Offload, Share, Expect, Allow,
+    Sequence, Context, Experts, Memory, Zero, Stages, Checkpoint, Offload, Share, Expect, Allow,
 )  # fmt: skip
 
 
@@ -59,6 +60,8 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
     if isinstance(statement, Precision) and statement.dropout == "native":
         help = "remove it: `hash` draws the same numbers under every plan"
         return "dropout=native", "dropout", help
+    if isinstance(statement, Experts) and (missing := _missing_of_experts(statement)):
+        return missing
     local = isinstance(statement, Allow) and statement.what == "local"
     if not local and isinstance(statement, CARRIED_OUT):
         return None
@@ -67,3 +70,14 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
         verb = f"{verb} {statement.what}"
     known = ", ".join(f"`{each.verb}`" for each in CARRIED_OUT)
     return verb, "", f"remove the statement; what can be compiled today is {known}"
+
+
+def _missing_of_experts(statement: Experts) -> tuple[str, str, str] | None:
+    if statement.count is None:
+        help = "write how many experts a module of the model is to become: `count=8`"
+        return "experts without a count", "", help
+    if statement.dropless:
+        return "dropless=true", "dropless", "write a `capacity`, beyond which tokens are dropped"
+    if statement.balance == "bias":
+        return "balance=bias", "balance", "write `balance=aux`, which adds a loss"
+    return None

@@ -25,9 +25,11 @@ import torch
 from meshwright.compiler.composites.attention import Attention
 from meshwright.compiler.composites.cross_entropy import CrossEntropy
 from meshwright.compiler.composites.embedding import Embedding
+from meshwright.compiler.composites.experts import Combine, Dispatch, Positions, Top
 from meshwright.compiler.composites.grouped import GroupedMM, GroupedMMWeight
 from meshwright.compiler.composites.norm import Norm
 from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.graph import experts
 from meshwright.compiler.graph.ir import GETITEM, Graph, Node
 from meshwright.passes.rewriting.random_numbers import refuse_random
 from meshwright.passes.rewriting.recognise import grid_axes
@@ -51,6 +53,27 @@ def normalise(graph: Graph) -> Graph:
 def _identity(rewriter: Rewriter) -> Node:
     x: Node = rewriter.args[0]
     return x
+
+
+@rewrites(experts.TOP)
+def _top(rewriter: Rewriter) -> Node:
+    return rewriter.call(Top.op, *rewriter.args)
+
+
+@rewrites(experts.POSITIONS)
+def _positions(rewriter: Rewriter) -> Node:
+    return rewriter.call(Positions.op, *rewriter.args)
+
+
+@rewrites(experts.DISPATCH)
+def _dispatch(rewriter: Rewriter) -> Node:
+    x, slot, num_slots = rewriter.args
+    return rewriter.call(Dispatch.op, x, slot, None, num_slots)
+
+
+@rewrites(experts.COMBINE)
+def _combine(rewriter: Rewriter) -> Node:
+    return rewriter.call(Combine.op, *rewriter.args)
 
 
 @rewrites(GETITEM)

@@ -29,5 +29,5 @@ def columns(draft: Draft) -> Draft:
             dim = to_dim(draft.plan.columns_dim(statement, shape, linear.features, text))
             draft = pin(draft, linear.weight, {linear.features: dim}, statement)
             for bias in linear.biases:
-                draft = pin(draft, bias, {0: dim}, statement)
+                draft = pin(draft, bias, {len(bias.tensor.shape) - 1: dim}, statement)
     return draft

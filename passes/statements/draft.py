@@ -86,6 +86,8 @@ class Draft:
     """The qualified names of all modules of the model but the root."""
     shared: tuple[Shared, ...] = ()
     """The layers that share parameters."""
+    mixtures: tuple[str, ...] = ()
+    """The names of the modules that are mixtures of experts."""
     inputs: Mapping[str, Pin] = field(default_factory=dict)
     """Layouts in which operators use parameters, buffers and arguments, by `input_key`. One dim may
     be longer than the tensor's until `pad` has padded it."""

@@ -100,7 +100,7 @@ def linears(graph: Graph) -> dict[str, list[Linear]]:
     found: dict[str, list[Linear]] = {}
     users = graph.users()
     for node in graph.nodes:
-        linear = of_parameter(product_of(node))
+        linear = of_parameter(product_of(node) or _product_of_each(node))
         if linear is not None and linear not in found.setdefault(node.origin.module, []):
             found[node.origin.module].append(_with_added_bias(linear, node, users))
     return {module: each for module, each in found.items() if each}
@@ -132,6 +132,13 @@ def product_of(node: Node) -> Linear | None:
         bias = bias.args[0]
     biases = (bias,) if isinstance(bias, Node) and bias.op == INPUT else ()
     return Linear(weight, 1 - inputs, inputs, biases)
+
+
+def _product_of_each(node: Node) -> Linear | None:
+    """The product that every expert of a mixture makes, with stacked weights `[e, i, o]`."""
+    if node.op != aten.bmm.default:
+        return None
+    return Linear(node.args[1], 2, 1)
 
 
 def of_parameter(product: Linear | None) -> Linear | None:
@@ -167,15 +174,27 @@ def _order(node: Node) -> list[int] | None:
 
 def _with_added_bias(linear: Linear, node: Node, users: dict[Node, list[Node]]) -> Linear:
     """The linear with a parameter that its module adds to the product afterwards."""
-    size = linear.weight.tensor.shape[linear.features]
+    stacked = linear.weight.tensor.shape[:-2] if node.op == aten.bmm.default else ()
+    shape = (*stacked, linear.weight.tensor.shape[linear.features])
     added: list[Node] = []
     for user in users[node]:
         if user.op == aten.add.Tensor and user.origin.module == node.origin.module:
             added += [
                 operand
-                for operand in user.operands()
+                for operand in map(_viewed if stacked else _itself, user.operands())
                 if operand.op == INPUT
                 and operand.args[0] == "parameter"
-                and operand.tensor.shape == (size,)
+                and operand.tensor.shape == shape
             ]
     return replace(linear, biases=(*linear.biases, *added))
+
+
+def _itself(node: Node) -> Node:
+    return node
+
+
+def _viewed(node: Node) -> Node:
+    """What a node is a view of."""
+    while node.op == aten.view.default:
+        node = node.args[0]
+    return node

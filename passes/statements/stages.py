@@ -29,6 +29,7 @@ import torch
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
+    RETURNED,
     Builder,
     Graph,
     InputKind,
@@ -137,7 +138,7 @@ class _Cut:
     ) -> None:
         self.graph, self.last, self.held = graph, len(starts), held
         self.users, self.sources = graph.users(), sources(graph)
-        self.returned = {each.node for each in graph.outputs_of(OutputKind.LOSS, OutputKind.OUTPUT)}
+        self.returned = {each.node for each in graph.outputs_of(*RETURNED)}
         """What all stages return; the last gives it to the others."""
         self.stage = {
             node: sum(start <= place for start in starts) for place, node in enumerate(graph.nodes)

@@ -56,8 +56,9 @@ sequence blocks.[0:6] over col
 context **.attn over row method=ulysses
 summa blocks.* over (row, col) depth=pp
 summa blocks.*.attn over (row, col) as (3 heads hd) depth=pp
-experts blocks.*.mlp over row count=8 route=switch top=2 capacity=1.25 balance=bias
+experts blocks.*.mlp over row count=8 route=topk top=2 capacity=1.25 balance=bias
 experts moe over row dropless=true
+experts moe.small over row count=4 groups=8 weight=0.1 second=random noise=0.01 init=fresh seed=3
 zero 3 blocks.* over row
 stages at blocks.6 over pp schedule="zig.csv" microbatches=f/768
 checkpoint blocks.* keep=[sdpa, norm] budget=40GiB

@@ -60,7 +60,7 @@ def _all_options(spec: Spec, call: Call) -> dict[str, list[Dim]]:
         for letter, size in sizes.items()
         if letter not in spec.derived
     }
-    _add_variants(options, everywhere=spec.bind is not None)
+    _add_variants(options, call.mesh, everywhere=spec.bind is not None)
     return options
 
 
@@ -102,7 +102,7 @@ def is_consecutive(dim: Dim, mesh: Mesh) -> bool:
     return not any(factor.axes and math.prod(parts[:i]) > 1 for i, factor in enumerate(segment))
 
 
-def _add_variants(options: dict[str, list[Dim]], *, everywhere: bool) -> None:
+def _add_variants(options: dict[str, list[Dim]], mesh: Mesh, *, everywhere: bool) -> None:
     """Add splits without some of their axes, where two letters want the same axis or, with
     `everywhere`, a choice may be refused."""
     wanted: dict[str, set[str]] = {}
@@ -116,9 +116,29 @@ def _add_variants(options: dict[str, list[Dim]], *, everywhere: bool) -> None:
             shared = contested & set(dim_axes(dim))
             for count in range(1, len(shared) + 1):
                 for removed in itertools.combinations(sorted(shared), count):
-                    variant = without_axes(dim, frozenset(removed))
-                    if variant not in dims and dim_axes(variant) and len(dims) < SPLITTINGS:
-                        dims.append(variant)
+                    gone = frozenset(removed)
+                    # As the others leave it, and cut anew into consecutive parts.
+                    for variant in (left_by(dim, gone, mesh), without_axes(dim, gone)):
+                        if variant not in dims and dim_axes(variant) and len(dims) < SPLITTINGS:
+                            dims.append(variant)
+
+
+def left_by(dim: Dim, axes: frozenset[str], mesh: Mesh) -> Dim:
+    """The dimension with `axes` no longer splitting it, the others where they do now: nothing moves
+    along those."""
+
+    def apart(factor: Factor) -> Iterator[Factor]:
+        if not axes & set(factor.axes):
+            yield factor
+            return
+        *outer, last = ((axis,) if axis not in axes else () for axis in factor.axes)
+        inner = factor.size
+        for axis, kept in zip(factor.axes, outer, strict=False):
+            yield Factor(mesh.size(axis), kept)
+            inner //= mesh.size(axis)
+        yield Factor(inner, last)
+
+    return tuple(tuple(each for factor in segment for each in apart(factor)) for segment in dim)
 
 
 def without_axes(dim: Dim, axes: frozenset[str]) -> Dim:

@@ -36,7 +36,16 @@ from meshwright.compiler.codegen.instructions import (
 )
 from meshwright.compiler.codegen.linking import RandomState, RankContext
 from meshwright.compiler.graph.aliasing import is_allocated
-from meshwright.compiler.graph.ir import TO_DISK, TO_HOST, Graph, MeshOp, Node, Op, OutputKind
+from meshwright.compiler.graph.ir import (
+    RETURNED,
+    TO_DISK,
+    TO_HOST,
+    Graph,
+    MeshOp,
+    Node,
+    Op,
+    OutputKind,
+)
 from meshwright.compiler.layout.local_ops import LocalOp, apply_all
 from meshwright.compiler.report.memory.calls import Calling, Calls, function_key
 from meshwright.compiler.report.memory.saved import Saved
@@ -341,7 +350,7 @@ class Walk:
                 )
             else:
                 self.tally.hold(held)
-            if output.kind in (OutputKind.LOSS, OutputKind.OUTPUT):
+            if output.kind in RETURNED:
                 self._results.append(held[1] if isinstance(held, tuple) else held)
         for reduction in returned.reductions:
             # Waited for after the last graph: until then it keeps what it was given.

@@ -23,6 +23,34 @@ def embedding_backward(grad: Tensor, index: Tensor, num_rows: int, padding_idx: 
     return grad.new_zeros(num_rows, grad.shape[-1]).index_add(0, index.flatten(), rows)
 
 
+def top(scores: Tensor, count: int) -> Tensor:
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+def positions(expert: Tensor) -> Tensor:
+    equal = expert.unsqueeze(-1) == expert.unsqueeze(-2)
+    return equal.long().tril(-1).sum(-1)
+
+
+def dispatch(x: Tensor, slot: Tensor, weight: Tensor | None, num_slots: int) -> Tensor:
+    return torch.einsum("gskn,gsd->gnd", _places(slot, weight, num_slots, x), x)
+
+
+def combine(y: Tensor, slot: Tensor, weight: Tensor | None) -> Tensor:
+    return torch.einsum("gskn,gnd->gsd", _places(slot, weight, y.shape[1], y), y)
+
+
+def combine_weight(grad: Tensor, y: Tensor, slot: Tensor, dtype: torch.dtype) -> Tensor:
+    places = _places(slot, None, y.shape[1], y)
+    return torch.einsum("gsd,gnd,gskn->gsk", grad, y, places)
+
+
+def _places(slot: Tensor, weight: Tensor | None, num_slots: int, like: Tensor) -> Tensor:
+    """A one where a choice has a slot, or its weight."""
+    found = (slot.unsqueeze(-1) == torch.arange(num_slots)).to(like.dtype)
+    return found if weight is None else found * weight.unsqueeze(-1)
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

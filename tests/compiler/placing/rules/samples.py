@@ -522,7 +522,17 @@ FACTORIES = [
 
 _ROWS = (f(2, 3, 8), n(8, 2, 3))
 
+_SLOTS = torch.tensor([[0, 5], [-1, 3], [2, -1], [1, 4]]).expand(2, 4, 2)
+
 COMPOSITES = [
+    mesh("top", f(2, 4, 5), 2),
+    mesh("top", n(3, 4, 12), 10),
+    mesh("positions", n(3, 4, 6)),
+    mesh("dispatch", f(2, 4, 6), _SLOTS, None, 8),
+    mesh("dispatch", f(2, 4, 6), _SLOTS, f(2, 4, 2), 8, gradients=False),
+    mesh("combine", f(2, 6, 4), _SLOTS, f(2, 4, 2)),
+    mesh("combine", f(2, 6, 4), _SLOTS, None, gradients=False),
+    mesh("combine_weight", f(2, 4, 6), f(2, 8, 6), _SLOTS, torch.float64, gradients=False),
     mesh("embedding", f(6, 4), n(6, 2, 3), None, special=((0, 0),)),
     mesh(
         "embedding_backward",

@@ -1,0 +1,1 @@
+"""Feed-forward regions of a model become mixtures of experts."""

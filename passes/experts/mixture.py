@@ -1,0 +1,209 @@
+"""A mixture of experts in the place of a module: its router, and the module for every expert."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.graph import experts as ops
+from meshwright.passes.experts.routes import ROUTES, Routing, auxiliary_loss, metrics
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan says of a mixture: its `routing`, the `groups` of tokens of a batch (None: its
+    rows), the `weight` of the auxiliary loss, and the `noise` of what the router sees in training,
+    which is multiplied by numbers from 1 - noise to 1 + noise."""
+
+    routing: Routing
+    groups: int | None = None
+    weight: float = 0.0
+    noise: float = 0.0
+    fresh: bool = False
+    """Whether experts are initialised as the module would be, or as noisy copies of it."""
+    seed: int = 0
+
+
+class Router(nn.Module):
+    """Logits `[..., e]` of tokens `[..., d]`, at least in single precision."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def reset_parameters(self) -> None:
+        """Small logits, so that tokens start evenly spread; Switch (2101.03961)."""
+        nn.init.normal_(self.weight, std=math.sqrt(0.1 / self.weight.shape[1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        logits: Tensor = F.linear(x.to(dtype), self.weight.to(dtype))
+        return logits
+
+
+class Mixture(nn.Module):
+    """Runs `region`, a module that treats each token alone, as one expert of many.
+
+    `experts` is the module with its parameters stacked, `[e, ...]`, and `name` the module's. What
+    the router sees are `width` features. It runs while a model is captured: `mesh::one_expert` and
+    `mesh::all_experts` stand around what is to be done for every expert.
+    """
+
+    def __init__(self, name: str, region: nn.Module, width: int, settings: Settings) -> None:
+        super().__init__()
+        self.name, self.settings = name, settings
+        count = settings.routing.count
+        like = next(region.parameters())
+        self.router = Router(like.new_empty((count, width)))
+        self.experts = region
+        self.training = region.training
+        self.router.train(region.training)
+        if not like.is_meta:
+            with _seeded(like.device, settings.seed, name):
+                self.router.reset_parameters()
+                _stack(region, count, fresh=settings.fresh)
+        else:
+            for module, own in _own_parameters(region):
+                module._parameters |= {
+                    key: _like(p, p.new_empty((count, *p.shape))) for key, p in own.items()
+                }
+        for module, _ in _own_parameters(region):
+            if callable(getattr(module, "reset_parameters", None)):
+                module.__dict__["reset_parameters"] = partial(_reset_each, module, count)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:
+            raise CaptureError(
+                f"`{self.name}` takes more than one tensor of tokens, as an expert cannot",
+                help="name a module that maps tokens to tokens",
+            )
+        routing = self.settings.routing
+        if not self.training:
+            routing = replace(routing, random_second=False)
+        tokens = self._grouped(x)
+        groups, size, width = tokens.shape
+        routed = ROUTES[routing.route](self.router(self._noisy(tokens)), routing)
+        capacity = routing.capacity(size)
+        slot = routed.expert * capacity + routed.position
+        slot = torch.where(routed.position < capacity, slot, -1)
+        rows = ops.dispatch(tokens, slot, routing.count * capacity)
+        rows = rows.view(groups, routing.count, capacity, width).transpose(0, 1)
+        rows = self._experts(rows, x.dim())
+        rows = rows.transpose(0, 1).reshape(groups, routing.count * capacity, -1)
+        ops.report(self.name, self._loss(routed), metrics(routed, slot))
+        found: Tensor = ops.combine(rows, slot, routed.weight)
+        return found.view(*x.shape[:-1], -1)
+
+    def _loss(self, routed: Any) -> Tensor | None:
+        if not self.training or not self.settings.weight:
+            return None
+        loss = auxiliary_loss(routed)
+        return None if loss is None else loss * self.settings.weight
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """Tokens `[g, s, d]`."""
+        groups = self.settings.groups
+        if groups is None:
+            if x.dim() < 3:
+                raise CaptureError(
+                    f"`{self.name}` takes {list(x.shape)}, whose rows are no groups of tokens",
+                    help="write how many groups a batch has: `groups=8`",
+                )
+            groups = x.shape[0]
+        total = x.shape[:-1].numel()
+        if total % groups:
+            raise CaptureError(
+                f"{total} tokens of `{self.name}` cannot be cut into {groups} groups",
+                help="write a number of `groups` that divides the tokens of a batch",
+            )
+        return x.reshape(groups, total // groups, x.shape[-1])
+
+    def _noisy(self, tokens: Tensor) -> Tensor:
+        noise = self.settings.noise
+        if not noise or not self.training:
+            return tokens
+        return tokens * (1 - noise + 2 * noise * torch.rand_like(tokens))
+
+    def _experts(self, rows: Tensor, dims: int) -> Tensor:
+        """`rows[e, g, c, d]` through the expert of each, which is given as many dims as the module
+        was."""
+        count, groups, capacity, width = rows.shape
+        own = ops.one_expert(rows)
+        inner = (groups * capacity,) if dims == 2 else (groups, *(1,) * (dims - 3), capacity)
+        parameters = {name: ops.one_expert(p) for name, p in self.experts.named_parameters()}
+        found = functional_call(self.experts, parameters, (own.reshape(*inner, width),))
+        if not isinstance(found, Tensor) or found.shape[:-1] != inner:
+            raise CaptureError(
+                f"`{self.name}` does not give one row for each token",
+                help="name a module that maps tokens to tokens",
+            )
+        stacked: Tensor = ops.all_experts(found.reshape(groups, capacity, -1), count)
+        return stacked
+
+
+def _own_parameters(region: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """Every module of a region that has parameters of its own, and these."""
+    for module in region.modules():
+        own = {key: p for key, p in module._parameters.items() if p is not None}
+        if own:
+            yield module, own
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int, name: str) -> Iterator[None]:
+    """Draw random numbers of a seed and a name; afterwards others go on as before."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+        yield
+
+
+_NOISE = 0.01
+"""The noise of copied weights, as a share of a tensor's own deviation."""
+
+
+def _stack(region: nn.Module, count: int, *, fresh: bool) -> None:
+    """Stack the parameters of every expert."""
+    for module, own in _own_parameters(region):
+        stacked = {k: p.detach().expand(count, *p.shape).clone() for k, p in own.items()}
+        module._parameters |= {key: _like(own[key], each) for key, each in stacked.items()}
+        if fresh:
+            _reset_each(module, count)
+            continue
+        for each in stacked.values():
+            if each[0].numel() > 1:
+                each += torch.randn_like(each) * (each[0].std() * _NOISE)
+
+
+def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=parameter.requires_grad)
+
+
+def _reset_each(module: nn.Module, count: int) -> None:
+    """Initialise the parameters of a module for every expert in turn, as its class does."""
+    stacked, kind = dict(module._parameters), type(module)
+    reset: Callable[[nn.Module], None] | None = getattr(kind, "reset_parameters", None)
+    if reset is None:
+        raise CaptureError(
+            f"`{kind.__name__}` has no `reset_parameters` by which experts could begin anew",
+            help="write `init=copy`, or give the class that method",
+        )
+    try:
+        for expert in range(count):
+            for key, each in stacked.items():
+                # A view: what is written to it is written to the stack.
+                view = None if each is None else each.detach()[expert]
+                module._parameters[key] = cast("nn.Parameter | None", view)
+            reset(module)
+    finally:
+        module._parameters.update(stacked)

@@ -1,0 +1,108 @@
+"""Mixtures of experts under a plan, and the same model with every expert applied to every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import meshwright
+from meshwright.compiler.public import Program
+from tests.equivalence import Comparison, check_trained, implicit_gathers
+from tests.passes.experts.dense import Model, batch, dense
+
+
+def check_dense(
+    plan: str,
+    *,
+    model: nn.Module | None = None,
+    sample: Callable[[], tuple[Tensor, Tensor]] = lambda: batch(8, 6),
+    steps: int = 1,
+) -> Program:
+    """Assert that training under the plan is training with masked experts: losses, gradients,
+    parameters and metrics."""
+    torch.manual_seed(0)
+    model = (model or Model(1)).double()
+    batches = [sample() for _ in range(steps)]
+    program = meshwright.compile(model, meshwright.Plan.parse(plan), example=batches[0])
+    check_trained(program, dense(program.model), batches, compare=Comparison(1e-10))
+    assert implicit_gathers(program) == []
+    _check_metrics(program, batches[0])
+    return program
+
+
+def _check_metrics(program: Program, sample: tuple[Tensor, Tensor]) -> None:
+    run, reference = program.launch(), dense(program.model)
+    run.step(*sample)
+    reference(*sample)
+    found = run.metrics()
+    assert found
+    for name, values in found.items():
+        wanted = reference.get_submodule(name).found
+        for key, value in values.items():
+            torch.testing.assert_close(value, wanted[key], rtol=0, atol=1e-10)
+
+
+def split(mesh: str, data: str, over: str, count: int = 4) -> str:
+    """A plan with these axes, some of which split the batch and some the experts."""
+    mixed = f"experts blocks.*.mlp over {over} count={count} weight=0.1"
+    return f"mesh {mesh}\ndata x, labels over {data}\n{mixed}"
+
+
+PLANS = {
+    "1 rank": split("dp=1", "dp", "dp"),
+    "2 ranks": split("dp=2", "dp", "dp"),
+    "4 ranks": split("dp=4", "dp", "dp"),
+    "8 ranks": split("dp=8", "dp", "dp", 8),
+    "part of data": split("dp=2, ep=2", "(dp, ep)", "ep"),
+    "own axis": split("dp=2, ep=2", "dp", "ep"),
+    "two axes": split("dp=2, ep=2", "(dp, ep)", "(dp, ep)"),
+}
+
+
+def some(plans: dict[str, str], fast: tuple[str, ...]) -> list[object]:
+    """The plans, of which all but the `fast` ones are slow."""
+    marks = {name: () if name in fast else (pytest.mark.slow,) for name in plans}
+    return [pytest.param(plan, id=name, marks=marks[name]) for name, plan in plans.items()]
+
+
+@pytest.mark.parametrize("plan", some(PLANS, ("2 ranks", "own axis")))
+def test_routing_to_the_two_best_experts_is_a_masked_sum_on_any_mesh(plan: str) -> None:
+    check_dense(plan)
+
+
+MIXED = "\nexperts blocks.*.mlp over ep count=4 weight=0.1 capacity=1\n"
+PARTS = "mesh dp=2, ep=2\ndata x, labels over (dp, ep)" + MIXED
+ALONE = "mesh ep=2\ndata x, labels over ep" + MIXED
+INNER = "columns blocks.*.mlp.experts.up over tp\nrows blocks.*.mlp.experts.down over tp"
+TOGETHER = {
+    "columns and rows": ALONE.replace("ep=2", "ep=2, tp=2") + INNER,
+    "zero 1": PARTS + "zero 1 over (dp, ep)",
+    "zero 3": PARTS + "zero 3 over dp",
+    "checkpoint": ALONE + "checkpoint blocks.*",
+    "accumulate": ALONE + "accumulate 2",
+    "stages": ALONE.replace("ep=2", "pp=2, ep=2", 1) + "stages at blocks.1 over pp microbatches=2",
+}
+
+
+@pytest.mark.parametrize("plan", some(TOGETHER, ("columns and rows", "stages")))
+def test_experts_go_with_other_statements(plan: str) -> None:
+    check_dense(plan, model=Model(2 if "stages" in plan else 1))
+
+
+ROUTES = {
+    "switch": "route=switch",
+    "three choices": "top=3 capacity=0.7",
+    "prototypes": "route=prototype top=2 capacity=1",
+    "expert choice": "route=expert_choice capacity=1.3",
+    "groups": "groups=4",
+    "no loss": "balance=none",
+    "all dropped but one": "capacity=0.01",
+}
+
+
+@pytest.mark.parametrize("route", some(ROUTES, ("prototypes", "expert choice")))
+def test_every_route_is_a_masked_sum(route: str) -> None:
+    check_dense(f"mesh dp=2\ndata x, labels over dp\nexperts blocks.*.mlp over dp count=4 {route}")
