@@ -356,7 +356,7 @@ def _drafted(source: CapturedModel, plan: Plan, variant_of: tuple[str, ...] | No
         source.captured,
         replace(source.captured.graph, mesh=mesh),
         source.modules,
-        mixtures_of(source.model),
+        mixtures=mixtures_of(source.model),
         device=source.device,
         variant_of=variant_of,
         evaluation=lambda: source.evaluation,
