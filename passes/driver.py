@@ -269,11 +269,7 @@ def compile_captured(
     price = _Price(source, runtime)
     draft = _drafted(source, whole, variant_of)
     draft = replace(draft, held=held or {}, kept=kept or {}, price=price, quick=quick)
-    checked: set[Node] = set()
-    with ALONE:
-        for each in PASSES:
-            draft = each(draft)
-            check_all(draft.graphs, each.__name__, checked)
+    draft = _passed(draft)
     inputs, recapture = source.captured.input_names, source.recapture
     holders, chosen = {**draft.holders, **draft.held}, _as_chosen(plan, draft.plan)
     kept_at = draft.kept  # a draft has the model
@@ -289,6 +285,16 @@ def compile_captured(
         check_axes(program)
     check_contracts(program)
     return program
+
+
+def _passed(draft: Draft) -> Draft:
+    """The draft after every pass; its graphs are checked after each."""
+    checked: set[Node] = set()
+    with ALONE:
+        for each in PASSES:
+            draft = each(draft)
+            check_all(draft.graphs, each.__name__, checked)
+    return draft
 
 
 def _delinked(
