@@ -30,7 +30,7 @@ Elsewhere: Optimus (Xu et al., 2104.05343); Tesseract (Wang et al., 2105.14500);
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,6 +39,7 @@ import torch
 from meshwright.compiler.composites.embedding import Embedding
 from meshwright.compiler.composites.norm import Norm
 from meshwright.compiler.composites.product_3d import Product3d
+from meshwright.compiler.composites.rows_in_blocks import RowsInBlocks
 from meshwright.compiler.composites.summa import Summa, SummaTransposed
 from meshwright.compiler.composites.summa_embedding import SummaEmbedding
 from meshwright.compiler.graph.ir import INPUT, Arg, Builder, Node, Origin, map_nodes
@@ -154,7 +155,7 @@ def _in_blocks(
         return None
     args = map_nodes(node.args, mapping.__getitem__)
     if node.op == Embedding.op:
-        return _lookup(builder, node, args, own, statement)
+        return _lookup(draft, builder, node, args, own, statement)
     turned = covered.turned(_left(node))
     form = _form(weight, own, _grid(statement, turned))
     if form is None:
@@ -339,12 +340,8 @@ def _product_axes(statement: dsl.Summa, turned: bool) -> tuple[Arg, ...]:
 
 def _check_rows(draft: Draft, node: Node, statement: dsl.Summa) -> None:
     """Raises `PlanError` where the rows of what is multiplied cannot be split."""
-    first, *others = statement.over
-    second = [statement.depth] if len(others) == 1 else others
-    ways = [{axis: draft.mesh.size(axis) for axis in (first, each) if axis} for each in second]
-    over = max(ways, key=lambda sizes: math.prod(sizes.values()))
-    *leading, _ = _left(node).tensor.shape
-    if any(size % math.prod(over.values()) == 0 for size in leading):
+    over, (*leading, _) = _over_rows(draft, statement), _left(node).tensor.shape
+    if _divide(leading, over):
         return
     sizes = ", ".join(f"{axis}={size}" for axis, size in over.items())
     found = node_type_text(_left(node), draft.graph)
@@ -357,17 +354,41 @@ def _check_rows(draft: Draft, node: Node, statement: dsl.Summa) -> None:
     )
 
 
+def _over_rows(draft: Draft, statement: dsl.Summa) -> dict[str, int]:
+    """The axes that split rows, with their sizes; of two ways, the one with more parts."""
+    first, *others = statement.over
+    second = [statement.depth] if len(others) == 1 else others
+    ways = [{axis: draft.mesh.size(axis) for axis in (first, each) if axis} for each in second]
+    return max(ways, key=lambda sizes: math.prod(sizes.values()))
+
+
+def _divide(leading: Iterable[int], over: Mapping[str, int]) -> bool:
+    return any(size % math.prod(over.values()) == 0 for size in leading)
+
+
 def _lookup(
-    builder: Builder, node: Node, args: tuple[Arg, ...], own: Pin, statement: dsl.Summa
+    draft: Draft,
+    builder: Builder,
+    node: Node,
+    args: tuple[Arg, ...],
+    own: Pin,
+    statement: dsl.Summa,
 ) -> Node | None:
-    """A lookup in a table over two axes; None for one whose rows are whole, and in the 3-D form."""
-    if len(statement.over) == 3 or _grid(statement).rows not in own.layout.split_axes:
+    """A lookup in a table over two axes; None for one whose rows are whole, and where nothing is to
+    be done."""
+    grid = _grid(statement)
+    if grid.rows not in own.layout.split_axes:
         return None
+    emit = partial(emit_for, node, builder, origin=_in_place_of(node))
+    if len(statement.over) == 3:
+        if not _divide(node.tensor.shape[:-1], _over_rows(draft, statement)):
+            return None
+        found = emit_for(node, builder, node.op, args, name=node.name)
+        return emit(RowsInBlocks.op, (found, (statement.over[0], grid.columns), grid.features))
     table, index, padding_idx, *known = args
     num_rows = known[0] if known else table.tensor.shape[0]
     given = (table, index, padding_idx, num_rows, *_product_axes(statement, False))
-    origin = _in_place_of(node)
-    return emit_for(node, builder, SummaEmbedding.op, given, name=node.name, origin=origin)
+    return emit(SummaEmbedding.op, given, name=node.name)
 
 
 def _form(weight: Linear, own: Pin, grid: _Grid) -> str | None:

@@ -62,7 +62,7 @@ BLOCKS = (
     *("mesh::summa", "mesh::summa_transposed", "mesh::summa_sum"),
     *("mesh::summa_embedding", "mesh::summa_embedding_backward"),
     *("mesh::product_3d", "mesh::product_3d_transposed", "mesh::product_3d_sum"),
-    *("mesh::block_part", "mesh::put_block"),
+    *("mesh::block_part", "mesh::put_block", "mesh::rows_in_blocks"),
 )
 UNSAMPLED = {
     "aten::empty": "its values are arbitrary",
