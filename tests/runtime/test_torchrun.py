@@ -124,7 +124,8 @@ def test_ranks_end_with_the_agent(tmp_path: Path, number: signal.Signals, what: 
         seconds = time.monotonic() - begin
     finally:
         agent.kill()
-        output = agent.communicate()[0]
+        # Ranks that are still on their way up keep the pipe open.
+        output = agent.communicate(timeout=60)[0]
         for process in found:
             if runs(process):
                 os.kill(process, signal.SIGKILL)
