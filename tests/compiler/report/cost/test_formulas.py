@@ -31,7 +31,7 @@ PLANS = {
     "sequence": f"mesh dp={{dp}}, tp={{tp}}\n{TENSOR}"
     "vocab wte, head over tp\nsequence blocks.* over tp\n",
     "zero1": f"mesh dp={{dp}}, tp={{tp}}\n{TENSOR}zero 1 over dp\n",
-    "zero2": f"mesh dp={{dp}}, tp={{tp}}\n{TENSOR}zero 2 over dp\naccumulate 2\n",
+    "zero2": f"mesh dp={{dp}}, tp={{tp}}\n{TENSOR}zero 2 over dp\naccumulate {{micro}}\n",
     "zero3": f"mesh dp={{dp}}, tp={{tp}}\n{TENSOR}zero 3 over dp\naccumulate {{micro}}\n",
     "checkpoint": f"mesh dp={{dp}}, tp={{tp}}\n{TENSOR}checkpoint blocks.*\n",
     "stages": f"mesh dp={{dp}}, tp={{tp}}, pp=2\n{TENSOR}"
