@@ -522,7 +522,8 @@ FACTORIES = [
 
 _ROWS = (f(2, 3, 8), n(8, 2, 3))
 
-_SLOTS = torch.tensor([[0, 5], [-1, 3], [2, -1], [1, 4]]).expand(2, 4, 2)
+_SLOTS = torch.tensor([[[0, 5], [-1, 3], [2, -1], [1, 4]], [[3, 1], [0, -1], [-1, 5], [4, 2]]])
+# Groups that differ: of equal ones, parts would do for the whole.
 
 COMPOSITES = [
     mesh("top", f(2, 4, 5), 2),
