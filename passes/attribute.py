@@ -24,7 +24,7 @@ from meshwright.compiler.graph.transfers import collective_kind, is_collective
 from meshwright.dsl.statements import Spread
 from meshwright.passes.statements.draft import Draft, input_key
 from meshwright.passes.statements.pins import pin_lines
-from meshwright.passes.statements.sequences import depth
+from meshwright.passes.statements.sequences.regions import depth
 
 
 def attribute(draft: Draft) -> Draft:

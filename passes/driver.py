@@ -60,9 +60,10 @@ from meshwright.passes.schedule import pipeline_table
 from meshwright.passes.separate import separate
 from meshwright.passes.statements.accumulate import accumulate
 from meshwright.passes.statements.balance import balance
+from meshwright.passes.statements.blocks.siblings import siblings
+from meshwright.passes.statements.blocks.summa import block_products, store_once, summa
 from meshwright.passes.statements.checkpoint import checkpoint
 from meshwright.passes.statements.columns import columns
-from meshwright.passes.statements.context import context
 from meshwright.passes.statements.data import data
 from meshwright.passes.statements.draft import Draft, on_graph
 from meshwright.passes.statements.experts import experts
@@ -74,13 +75,12 @@ from meshwright.passes.statements.padding.vocabularies import pad
 from meshwright.passes.statements.pins import pin_lines
 from meshwright.passes.statements.precision import precision
 from meshwright.passes.statements.rows import rows
-from meshwright.passes.statements.sequence import sequence
+from meshwright.passes.statements.sequences.context import context
+from meshwright.passes.statements.sequences.split import sequence
 from meshwright.passes.statements.shard import shard
 from meshwright.passes.statements.share import share
-from meshwright.passes.statements.siblings import siblings
 from meshwright.passes.statements.split_saved import split_saved
 from meshwright.passes.statements.stages import stages
-from meshwright.passes.statements.summa import block_products, store_once, summa
 from meshwright.passes.statements.vocab import vocab
 from meshwright.passes.statements.zero import zero
 from meshwright.passes.widen import widen

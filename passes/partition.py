@@ -50,7 +50,11 @@ from meshwright.compiler.layout.reshard import Collective
 from meshwright.compiler.placing.emit import Emitter, is_floating
 from meshwright.dsl.statements import Context, Experts, Stages
 from meshwright.passes.rewriting.recognise import repeated_heads
-from meshwright.passes.statements.contexts import (
+from meshwright.passes.statements.draft import Draft, Pin, input_key
+from meshwright.passes.statements.linears import contracted_dim, is_convolution
+from meshwright.passes.statements.pins import pin_lines
+from meshwright.passes.statements.relays import Arriving
+from meshwright.passes.statements.sequences.attention import (
     ATTENTION,
     HEADS,
     TOKENS,
@@ -59,11 +63,7 @@ from meshwright.passes.statements.contexts import (
     repeats,
     uneven_heads,
 )
-from meshwright.passes.statements.draft import Draft, Pin, input_key
-from meshwright.passes.statements.linears import contracted_dim, is_convolution
-from meshwright.passes.statements.pins import pin_lines
-from meshwright.passes.statements.relays import Arriving
-from meshwright.passes.statements.sequences import Sequences
+from meshwright.passes.statements.sequences.regions import Sequences
 from meshwright.passes.statements.stages import Source, sources
 
 aten = torch.ops.aten

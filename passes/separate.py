@@ -45,7 +45,7 @@ from meshwright.compiler.stages import Stage
 from meshwright.passes.needs import Needs, Value, recasts
 from meshwright.passes.statements.checkpoint import Around, Regions
 from meshwright.passes.statements.draft import Call, Checkpointed, Draft
-from meshwright.passes.statements.sequence import gathers_again
+from meshwright.passes.statements.sequences.split import gathers_again
 
 aten = torch.ops.aten
 

@@ -6,7 +6,7 @@ from meshwright.compiler.graph.ir import GETITEM, Graph, Node
 from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.composite import composite_of
-from meshwright.passes.statements.orders import Places, through
+from meshwright.passes.statements.sequences.orders import Places, through
 
 
 def mixing(graph: Graph, module: str, value: Node) -> Node | None:

@@ -46,7 +46,7 @@ from meshwright.passes.partition import partition
 from meshwright.passes.schedule import training_table
 from meshwright.passes.statements.checkpoint import Regions
 from meshwright.passes.statements.draft import Draft, on_graph
-from meshwright.passes.statements.sequence import gathers_again
+from meshwright.passes.statements.sequences.split import gathers_again
 from meshwright.passes.statements.stages import Source, beginnings, sources, with_origins
 
 MEASURED = (partition, hoist, on_graph(move_varies), differentiate)

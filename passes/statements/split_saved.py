@@ -39,9 +39,9 @@ from meshwright.compiler.graph.transfers import is_collective
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.stages import Stage
+from meshwright.passes.statements.blocks.stored import split_further
 from meshwright.passes.statements.checkpoint import Regions
 from meshwright.passes.statements.draft import Draft
-from meshwright.passes.statements.stored import split_further
 
 aten = torch.ops.aten
 

@@ -28,8 +28,8 @@ from dataclasses import replace
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.layout import replicated
 from meshwright.dsl.statements import Stages, Zero
+from meshwright.passes.statements.blocks.stored import split_further
 from meshwright.passes.statements.draft import Draft, Pin
-from meshwright.passes.statements.stored import split_further
 from meshwright.passes.statements.targets import of_parameters
 
 

@@ -30,7 +30,7 @@ from meshwright.compiler.layout.extents import Extent
 from meshwright.compiler.placing.rules.notation import Call, Spec
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.padding.padder import Padder, treats_apart
-from meshwright.passes.statements.sequences import entered_activations
+from meshwright.passes.statements.sequences.regions import entered_activations
 
 
 def pad_sequences(draft: Draft) -> Draft:

@@ -10,7 +10,7 @@ After:   add: f32[8, 8@cp, 24]                            = add(embedding, embed
 
 What enters a module is split along the sequence and stays so, since every operator but attention
 treats the tokens of a sequence apart: positions and targets follow. Attention is an operator that
-sends keys and values round (`method=ring`), or is split by head (`contexts.py`).
+sends keys and values round (`method=ring`), or is split by head (`attention.py`).
 Requires: a normalised graph. Ensures: the modules that the partitioner reads, whose sequences
 divide.
 Elsewhere: Ring Attention (2310.01889), DeepSpeed Ulysses (2309.14509).
@@ -27,13 +27,13 @@ from meshwright.compiler.composites.ring_attention import Ring, RingAttention
 from meshwright.compiler.graph.ir import Builder, Graph, Node, map_nodes, rewrite
 from meshwright.compiler.graph.text import node_type_text, op_text
 from meshwright.dsl.statements import Context
-from meshwright.passes.statements.contexts import TOKENS, Contexts
 from meshwright.passes.statements.draft import Attending, Draft
 from meshwright.passes.statements.pins import module_text
-from meshwright.passes.statements.reach import reach
-from meshwright.passes.statements.sequences import overlap
+from meshwright.passes.statements.sequences.attention import TOKENS, Contexts
+from meshwright.passes.statements.sequences.reach import reach
+from meshwright.passes.statements.sequences.regions import overlap
+from meshwright.passes.statements.sequences.zigzag import zigzag
 from meshwright.passes.statements.targets import modules_of, of_modules
-from meshwright.passes.statements.zigzag import zigzag
 
 
 def context(draft: Draft) -> Draft:

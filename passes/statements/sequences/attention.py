@@ -30,7 +30,7 @@ from meshwright.dsl.errors import PlanError
 from meshwright.dsl.statements import Context
 from meshwright.passes.statements.draft import Attending, Draft
 from meshwright.passes.statements.pins import module_text
-from meshwright.passes.statements.sequences import cut_inside, depth, entered_activations
+from meshwright.passes.statements.sequences.regions import cut_inside, depth, entered_activations
 
 ATTENTION = (Attention.op, RingAttention.op)
 HEADS, TOKENS = 1, 2

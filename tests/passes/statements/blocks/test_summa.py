@@ -22,7 +22,7 @@ from meshwright.compiler.composites import summa_embedding as embedding_module
 from meshwright.compiler.graph.ir import OutputKind, Phase
 from meshwright.compiler.graph.transfers import moves
 from meshwright.compiler.public import Program
-from meshwright.passes.statements import summa
+from meshwright.passes.statements.blocks import summa
 from tests.equivalence import check_equal
 from tests.models import Gpt, Mlp, real, rows, tokens
 from tests.passes.stages import check_documented, shown, stages

@@ -19,7 +19,7 @@ from meshwright.compiler.composites.ring_attention import Ring, RingAttention
 from meshwright.compiler.kernels import ring
 from meshwright.compiler.kernels.ring import Part, Tile, tiles
 from meshwright.compiler.report.show import show_text
-from meshwright.passes.statements import context, contexts, zigzag
+from meshwright.passes.statements.sequences import attention, context, zigzag
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import GPT_TENSOR, Gpt, real, tokens
 from tests.passes.stages import check_documented, shown, stages
@@ -51,7 +51,7 @@ def test_the_docstring_shows_attention_by_head_before_and_after() -> None:
     names = "attention", "getitem_1"
     moves = "all_to_all", "all_to_all_3"
     check_documented(
-        contexts, shown(found["normalise"], *names), shown(found["partition"], *names, *moves)
+        attention, shown(found["normalise"], *names), shown(found["partition"], *names, *moves)
     )
 
 

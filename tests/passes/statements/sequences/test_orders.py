@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node, TensorType
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.passes.statements.orders import Places, through
+from meshwright.passes.statements.sequences.orders import Places, through
 from tests.compiler.placing.rules.brute import Sample, is_tensor
 from tests.compiler.placing.rules.samples import SAMPLES
 

@@ -50,6 +50,7 @@ from meshwright.dsl import statements as dsl
 from meshwright.dsl.errors import PlanError, either
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.rewriting.rewriter import emit_for
+from meshwright.passes.statements.blocks.stored import split_further
 from meshwright.passes.statements.draft import Draft, Pin, input_key, with_graph
 from meshwright.passes.statements.linears import (
     Linear,
@@ -67,7 +68,6 @@ from meshwright.passes.statements.pins import (
     to_dim,
     with_pin,
 )
-from meshwright.passes.statements.stored import split_further
 from meshwright.passes.statements.targets import modules_of
 
 aten = torch.ops.aten

@@ -11,7 +11,7 @@ import meshwright
 from meshwright import PlanError
 from meshwright.compiler.graph.ir import GETITEM
 from meshwright.compiler.layout.factors import dim_axes
-from meshwright.passes.statements import sequence
+from meshwright.passes.statements.sequences import split
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import real
 from tests.passes.examples import Blocks, Body, Mlp, rows, sequences
@@ -24,7 +24,7 @@ def test_the_docstring_shows_a_region_before_and_after() -> None:
     found = stages(Blocks(), sequences(), "mesh tp=2\n" + LINEARS + "sequence block over tp\n")
     both = "getitem", "linear", "linear_1", "add"
     check_documented(
-        sequence,
+        split,
         shown(found["normalise"], *both),
         shown(found["partition"], *both, "slice", "all_gather", "reduce_scatter"),
     )

@@ -14,7 +14,7 @@ After:   slice: f32[8, 16@tp, 16]               = slice(x, tp)
 
 What enters a region is split, and sums that row-parallel linears leave pending are scattered
 instead of reduced; gathers before column-parallel linears follow from the layouts, and so do their
-adjoints. A sequence that does not divide is padded (`padding/sequences.py`).
+adjoints. A sequence that does not divide is padded (`../padding/sequences.py`).
 Requires: a normalised graph. Ensures: the regions that the partitioner reads.
 Elsewhere: Megatron's sequence parallelism (Korthikanti et al., 2205.05198).
 """
@@ -30,7 +30,7 @@ from meshwright.dsl.statements import Sequence
 from meshwright.dsl.suggest import selectors_of
 from meshwright.passes.statements.draft import Draft, Region
 from meshwright.passes.statements.pins import module_text
-from meshwright.passes.statements.sequences import depth, entered_activations
+from meshwright.passes.statements.sequences.regions import depth, entered_activations
 from meshwright.passes.statements.targets import evaluated, modules_of
 
 

@@ -40,7 +40,7 @@ from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.placing.rules.factories import filled_with
 from meshwright.passes.rewriting.rewriter import emit_for
-from meshwright.passes.statements.orders import Found, Places, through
+from meshwright.passes.statements.sequences.orders import Found, Places, through
 
 aten = torch.ops.aten
 

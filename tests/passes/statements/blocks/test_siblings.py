@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import meshwright
 from meshwright.compiler.graph.flops import flops
 from meshwright.compiler.public import Program
-from meshwright.passes.statements import siblings
+from meshwright.passes.statements.blocks import siblings
 from tests.equivalence import check_equal
 from tests.models import real
 from tests.passes.stages import check_documented, shown, stages

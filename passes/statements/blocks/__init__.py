@@ -1,0 +1,1 @@
+"""Matrices in blocks over two axes or three, and parameters stored split further."""
