@@ -19,8 +19,8 @@ from meshwright.dsl.source import Span
 
 DTYPES = ("bf16", "fp16", "fp32", "fp64")
 COUNTED = (
-    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute", "broadcast", "reduce",
-    "transfer",
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "exchange_rows", "permute",
+    "broadcast", "reduce", "transfer",
 )  # fmt: skip
 METRICS = (*COUNTED, "bytes", "peak_memory")
 OFFLOADED = ("activations", "parameters", "optimizer")

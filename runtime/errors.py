@@ -75,6 +75,14 @@ class NonFiniteError(RunError):
     """
 
 
+class OverfullError(RunError):
+    """More tokens went to the experts of one rank than the `maximum` of the plan has room for.
+
+    Raised on every rank by the methods of `Run` that run the model, in the same words: which module
+    it is, and the `maximum` that would do. Nothing has changed, and the run goes on.
+    """
+
+
 def operator_error(error: Exception, code: Code) -> OperatorError:
     """The error to raise for one that an operator raised while generated `code` ran."""
     problem = one_line(str(error).partition("\n")[0]) or type(error).__name__

@@ -37,6 +37,7 @@ from meshwright.compiler.schedules.transfers import PassedKey
 from meshwright.compiler.stages import PASSED_AS, Joined, Stage
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.runtime.buckets import Bucket, Kept, owners_of
+from meshwright.runtime.checks.room import check_room, counted_exchanges
 from meshwright.runtime.errors import operator_error
 from meshwright.runtime.rank import RankProgram, RankState, Results
 
@@ -76,6 +77,7 @@ class Executor:
         own = {stage for stage, _ in graphs}
         self.loops = {s.number: self._loop(s) for s in program.stages if s.number in own}
         self.turns = self._turns()
+        self.counted = counted_exchanges(program)
         self.moves = self._moves(program)
         transfers = program.transfers
         self.leaving, self.staying = transfers.leaving(state.rank), transfers.staying(state.rank)
@@ -113,6 +115,7 @@ class Executor:
                 state.loss_scale,
                 first=microbatch == run[0],
                 stores=state.stores,
+                room=state.room,
             )
             for microbatch, turn in enumerate(turns[:1] if phase.once else turns)
         ]
@@ -213,6 +216,7 @@ class Executor:
         the flat buffers. The step counts once `commit` has been called; `undo` takes it back.
         """
         self._kept = {}
+        self.state.room.needed.clear()
         self.state.follow_written()
         self.state.release_buffers()
         saved = {number: _Saved(loop) for number, loop in self.loops.items()}
@@ -240,6 +244,7 @@ class Executor:
         yield from _all_arrived(step.reductions)
         for sent in step.sent.values():
             yield from _all_arrived(sent)
+        yield from check_room(self.state, self.counted)
         return step.results
 
     def act(self, action: Action, step: _Step) -> RankProgram:

@@ -12,6 +12,7 @@ from meshwright.compiler.codegen.linking import FlatBuffer, LossScale, RandomSta
 from meshwright.compiler.graph.aliasing import is_allocated
 from meshwright.compiler.graph.ir import Node, Output
 from meshwright.compiler.layout.layout import shard
+from meshwright.compiler.layout.rows import Room
 from meshwright.compiler.program import Stored
 from meshwright.compiler.public import Program
 from meshwright.runtime.errors import RunError
@@ -37,7 +38,7 @@ class RankState:
     def __init__(self, program: Program, rank: int, values: Values) -> None:
         self.mesh, self.device, self.rank = program.mesh, _indexed(program.device), rank
         self.coords = program.mesh.coords(rank)
-        self.random, self.loss_scale = RandomState(), LossScale()
+        self.random, self.loss_scale, self.room = RandomState(), LossScale(), Room()
         self.stores = Stores(self.device, rank)
         """Where values are kept that leave the device."""
         self.num_updates = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -31,7 +32,7 @@ def cotangents(context: VjpContext) -> Cotangents:
     """Emit the backward of `context.node`; the cotangent of each operand that wants one."""
     op = context.node.op
     if kind := collective_kind(op):
-        return [_of_collective(context, kind)]
+        return [_of_collective(context, kind), *(None,) * (len(context.operands) - 1)]
     if known := composite_of(op):
         return known.adjoint(context)
     return ADJOINTS.get(op, traced_cotangents)(context)
@@ -54,11 +55,13 @@ def _of_collective(context: VjpContext, kind: CollectiveKind) -> Node:
     kwargs = dict(context.node.kwargs)
     if "shift" in kwargs:
         kwargs["shift"] = -kwargs["shift"]
+    if kind.by_count:
+        kwargs |= {"sent": kwargs["received"], "received": kwargs["sent"]}
     return context.emitter.builder.emit(
         MeshOp(kind.adjoint),
         (context.grad,),
         kwargs,
-        type=context.node.type,
+        type=replace(context.node.tensor, shape=context.operands[0].tensor.shape),
         layout=context.operands[0].placed.dual(),
         origin=context.origin,
     )

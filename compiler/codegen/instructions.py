@@ -126,6 +126,7 @@ class Exchange:
     The operand goes through the steps `before`, what arrives through those `after`; with `donate`
     the transport may overwrite what it is given. With `into` the result ends there, and `target` is
     a name for it. It does not start before what it `follows` is computed, which it does not read.
+    With `counts`, it exchanges as many rows as these two values say: see `Rows`.
     """
 
     target: Variable
@@ -137,6 +138,7 @@ class Exchange:
     into: BucketView | None
     node: Node
     follows: Value | None = None
+    counts: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,8 +257,12 @@ def reads(instruction: Instruction) -> Iterator[Value]:
             yield source
         case Move(source=source):
             yield source
-        case Exchange(source=source) | Start(exchange=Exchange(source=source)):
+        case (
+            Exchange(source=source, counts=counts)
+            | Start(exchange=Exchange(source=source, counts=counts))
+        ):
             yield source
+            yield from counts
         case Wait(handle=handle) | Arrive(handle=handle):
             yield handle
         case Save(values=values):

@@ -21,6 +21,7 @@ from meshwright.compiler.kernels.hashing import Coords, RandomIndex
 from meshwright.compiler.layout.factors import Dim, dim_axes
 from meshwright.compiler.layout.layout import Layout, block_map
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.rows import Room
 from meshwright.compiler.placing.composite import Composite, Kernel, composite_of
 
 
@@ -167,6 +168,8 @@ class RankContext:
     """Whether this is the turn of a loop that the rank takes first."""
     stores: Callable[[str | None], Store] = _no_store
     """What moves tensors to host memory or, given a folder, to files there."""
+    room: Room = field(default_factory=Room)
+    """How many rows have come in exchanges of as many as there are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ from meshwright.compiler.graph.ir import (
     op_stem,
 )
 from meshwright.compiler.graph.transfers import (
+    COUNTS,
     TransferKey,
     collective_kind,
     transfer_key,
@@ -345,7 +346,10 @@ class _Lowering:
         donate = self._may_overwrite(source)
         into = given if isinstance(given, BucketView) else self._own_slot(node)
         follows = self.values[node.kwargs["after"]] if "after" in node.kwargs else None
-        self.body.append(Exchange(found, wire, given, before, after, donate, into, node, follows))
+        counts = tuple(self.values[node.kwargs[key]] for key in COUNTS if key in node.kwargs)
+        self.body.append(
+            Exchange(found, wire, given, before, after, donate, into, node, follows, counts)
+        )
         if into is not None:
             self.values[node] = into
         else:

@@ -134,7 +134,7 @@ def _makers(body: Sequence[Instruction]) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
     for i, each in enumerate(body):
         if isinstance(each, Exchange):
-            needed = (each.source, *([each.follows] if each.follows else []))
+            needed = (*reads(each), *([each.follows] if each.follows else []))
             found[i] = [j for value in needed for j in made_in.get(_memory(value), ())]
         made = _ends(each) if isinstance(each, Exchange) else target(each)
         if made is not None:

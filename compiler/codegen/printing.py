@@ -47,6 +47,7 @@ from meshwright.compiler.codegen.linking import RankContext
 from meshwright.compiler.graph.ir import TO_DEVICE, Node
 from meshwright.compiler.layout import wires
 from meshwright.compiler.layout.local_ops import LocalOp, Permute, Reshape, bound
+from meshwright.compiler.layout.rows import counting
 from meshwright.compiler.layout.wires import Wire
 from meshwright.dsl.errors import plural
 
@@ -190,7 +191,19 @@ class _Printer:
     def _sent(self, exchange: Exchange) -> str:
         wire = exchange.wire
         name = self._text(Constant(f"_w{wire.index}", lambda _: wire))
-        return f"{name}, {self._steps(exchange.before, exchange.source)}, {exchange.donate}"
+        given = self._steps(exchange.before, exchange.source)
+        if exchange.counts:
+            made = self._text(self._rows(exchange))
+            given = f"{made}({', '.join([given, *map(self._text, exchange.counts)])})"
+        return f"{name}, {given}, {exchange.donate}"
+
+    def _rows(self, exchange: Exchange) -> Constant:
+        """What makes the operand of an exchange of as many rows as counts say."""
+        index, node = exchange.wire.index, exchange.node
+        return Constant(
+            f"_rows{index}",
+            lambda context: counting(index, node.placed.local_shape(context.mesh)[0], context),
+        )
 
     def _received(self, exchange: Exchange, request: str) -> Sequence[str]:
         name = exchange.target.name

@@ -16,6 +16,10 @@ from meshwright.compiler.layout.factors import Dim
 from meshwright.compiler.layout.mesh import Mesh
 
 Cuts: TypeAlias = tuple[tuple[Dim, ...], ...]
+COUNTS = ("sent", "received")
+"""The keywords of a collective of counted rows: how many go to each rank, and come from each."""
+_NO_OPTIONS = ("axes", "after", *COUNTS)
+"""The keywords of collectives that do not change what ranks do before and after the wire."""
 TransferKey: TypeAlias = "Node | tuple[tuple[Arg, ...], str, tuple[tuple[str, Arg], ...], Cuts]"
 """The operands, the kind, its axes and options, and how the results are cut; or the node, if it
 shares its transfer with none."""
@@ -33,13 +37,14 @@ def is_collective(node: Node) -> bool:
 
 def transfers_of(node: Node, mesh: Mesh) -> tuple[Transfer, ...]:
     """What each rank does for a collective, for each of its operands: one, or those sent together.
-    A keyword `after` says when it starts and is none of them.
+    A keyword `after` says when it starts, `sent` and `received` have the counts of rows, and these
+    are none of them.
 
     Along sequential axes there is no wire: the result is at hand after the loop. Raises LayoutError
     where the collective does not lead from an operand's layout to its result's.
     """
     assert isinstance(node.op, MeshOp)
-    options = {key: value for key, value in node.kwargs.items() if key not in ("axes", "after")}
+    options = {key: value for key, value in node.kwargs.items() if key not in _NO_OPTIONS}
     axes = node.kwargs["axes"]
     found = tuple(
         plan_transfer(node.op.name, axes, source.placed, target, mesh, **options)

@@ -20,6 +20,7 @@ from meshwright.compiler.layout.alignment import (
     push,
     stretches,
 )
+from meshwright.compiler.layout.factors import cut, dim_axes, dim_size
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.local_ops import LocalOp
 from meshwright.compiler.layout.mesh import Mesh
@@ -34,7 +35,8 @@ class CollectiveKind:
     block at one coordinate, `root`, counts. Each rank applies `before` to its own tensor, `wire`
     carries it to others, if anything moves, and `after` is applied to what arrives. With
     `or_replicated` the split side may be replicated too. `towards` are further targets to which
-    this is the first step. Reports and plans count it as `counted`, by default its own name.
+    this is the first step. Reports and plans count it as `counted`, by default its own name. With
+    `by_count`, rows of the first dim go where counts say; see `Rows`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class CollectiveKind:
     or_replicated: bool = False
     towards: tuple[str, ...] = ()
     counted: str = ""
+    by_count: bool = False
 
     @property
     def moves(self) -> bool:
@@ -93,7 +96,8 @@ class CollectiveKind:
     @property
     def keeps_cuts(self) -> bool:
         """Whether ranks exchange whole blocks, so that every cut stays where it is."""
-        return self.source == self.target == "split" and not (self.before or self.after)
+        blocks = not (self.before or self.after or self.by_count)
+        return self.source == self.target == "split" and blocks
 
 
 # What shrinks the tensor comes first and what grows it last. A change of layout takes them in this
@@ -119,6 +123,9 @@ _ROWS = (
     CollectiveKind("all_gather", "split", "varying", "reduce_scatter", "all_gather", after=push),
     CollectiveKind("pad", "split", "partial", "narrow", before=pad, or_replicated=True),
     CollectiveKind("permute", "split", "split", "permute", "permute"),
+    CollectiveKind(
+        "exchange_rows", "split", "split", "exchange_rows", "exchange_rows", by_count=True
+    ),
     CollectiveKind("broadcast", "one", "varying", "reduce", "broadcast"),
     CollectiveKind("reduce", "partial", "one", "broadcast", "reduce"),
 )  # fmt: skip
@@ -161,6 +168,8 @@ def plan_transfer(
     after: tuple[LocalOp, ...] = ()
     if row.source == "one" or row.target == "one":
         _check_block(kind, source, target, mesh)
+    elif row.by_count:
+        _check_rows(kind, axes, source, target)
     else:
         dims = stretches(source.dims, target.dims, () if row.keeps_cuts else axes, mesh)
         if row.before is not None:
@@ -191,6 +200,21 @@ def _check_states(
                     culprit=f"{source} to {target}",
                     help="ask `reshard.collectives` for the collectives between two layouts",
                 )
+
+
+def _check_rows(kind: str, axes: tuple[str, ...], source: Layout, target: Layout) -> None:
+    """Raise LayoutError unless both are blocks of rows over the same axes, otherwise cut alike."""
+    cuts = dim_axes(source.dims[0])
+    alike = all(
+        layout.dims == (cut(dim_size(layout.dims[0]), *cuts), *source.dims[1:])
+        for layout in (source, target)
+    )
+    if not alike or not set(axes) <= set(cuts):
+        raise LayoutError(
+            f"`{kind}` over `{', '.join(axes)}` takes rows from `{source}` to `{target}`",
+            code="wrong-rows",
+            help="cut the first dim into equal blocks over the same axes on both sides",
+        )
 
 
 def _check_block(kind: str, source: Layout, target: Layout, mesh: Mesh) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.rows import Rows
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 COMBINE: dict[str, Callable[..., Tensor]] = {
@@ -85,7 +86,7 @@ class Wait:
         self.handle = handle
 
 
-Receive = Callable[[Wire, int, Sequence[Tensor], Tensor | None], Tensor]
+Receive = Callable[[Wire, int, Sequence[Any], Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,8 @@ class WireKind:
     operand that a member, of a transfer the source, sends in a group of n (a `Fraction`, or a
     symbol) under the bandwidth-optimal algorithm. `needs(wire, place, n)` are the members whose
     operands count at `place`, all by default. Where results are `alike`, every member gets the
-    same. `options` are the fields of `Wire` that it reads.
+    same. Operands that are `counted` are `Rows`, not tensors. `options` are the fields of `Wire`
+    that it reads.
     """
 
     name: str
@@ -109,6 +111,7 @@ class WireKind:
     divided: bool = False
     alike: bool = False
     forwards: bool = False
+    counted: bool = False
     options: tuple[str, ...] = ()
 
     @property
@@ -185,6 +188,13 @@ def _transferred(wire: Wire, place: int, given: Sequence[Tensor], out: Tensor | 
     return given[1].copy_(given[0]) if place else given[0]
 
 
+def _rows(wire: Wire, place: int, given: Sequence[Rows], out: Tensor | None) -> Tensor:
+    result, rows = given[place].taken()
+    parts = [each.given().split_with_sizes(each.sent)[place] for each in given]
+    torch.cat(parts, out=rows)
+    return result
+
+
 def _once(wire: Wire, n: Any) -> Any:
     return (n - 1) / n
 
@@ -197,6 +207,8 @@ _ROWS = (
     WireKind("all_gather", _stacked, lambda _, n: n - 1, alike=True),
     WireKind("reduce_scatter", _reduced, _once, divided=True, options=("reduce",)),
     WireKind("all_to_all", _stacked, _once, divided=True),
+    # As many rows to each member as there are for it: at most all, and no less is known before.
+    WireKind("exchange_rows", _rows, lambda *_: 1, counted=True),
     # To the member `shift` places after, cyclically.
     WireKind(
         "permute", _shifted, lambda wire, n: int(wire.shift % n != 0),

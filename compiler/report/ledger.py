@@ -31,9 +31,11 @@ class Moved:
 
     `phase` is `forward` or `backward`, `kind` torch's name (`all_reduce`), `axes` those of the
     mesh. `bytes` is what a rank sends under a bandwidth-optimal algorithm: 2(n-1)/n of an
-    all-reduce's operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's;
-    a step runs it `times` times, once or in each microbatch. `value` is the node in the graph and
-    `type` the type of its operand; of `operands` tensors that are sent together, their types.
+    all-reduce's operand among n ranks, (n-1)/n of a reduce-scatter's, n-1 times an all-gather's. Of
+    an `exchange_rows`, which sends as many rows as there are, it is the most that may be sent: the
+    whole operand. A step runs it `times` times, once or in each microbatch. `value` is the node in
+    the graph and `type` the type of its operand; of `operands` tensors that are sent together,
+    their types.
     `module` is the path of the innermost module that it belongs to and `modules` those of all;
     `plan_line` are the places of the statements behind it, such as `gpt.plan:6`. In a pipeline,
     `at` are the coordinates of the ranks that send it, such as `pp=1`, and `stages` the stage that

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
+from meshwright.compiler.layout.rows import Rows
 from meshwright.compiler.layout.wires import COMBINE, HALF_TYPES, WIRES, Wire, receive
 from meshwright.runtime.transports import native
 from meshwright.runtime.transports.native import Begun
@@ -54,8 +55,10 @@ class GlooGroup:
         self._scratch_bytes = 0
         self._choices: dict[tuple[str, bool], list[tuple[float, Algorithm]]] = {}
 
-    def begin(self, wire: Wire, tensor: Tensor, started: bool, donate: bool) -> Begun:
+    def begin(self, wire: Wire, tensor: Any, started: bool, donate: bool) -> Begun:
         """Post a collective; one that is `started` must not need a second round of messages."""
+        if WIRES[wire.kind].counted:
+            return _rows(self, wire, tensor, donate)
         if not tensor.is_contiguous():
             tensor, donate = tensor.contiguous(), True
         choices = self._choices.get((wire.kind, started))
@@ -217,6 +220,19 @@ def _direct_all_to_all(group: GlooGroup, wire: Wire, tensor: Tensor, donate: boo
     )
     taken[group.position].copy_(given[group.position])
     return works, lambda: whole
+
+
+def _rows(group: GlooGroup, wire: Wire, given: Rows, donate: bool) -> Begun:
+    """Send each member as many rows as there are for it: nothing, where there are none."""
+    result, rows = given.taken()
+    parts = given.given().split_with_sizes(given.sent)
+    places = rows.split_with_sizes(given.received)
+    works = group.exchange(
+        [(parts[peer], peer) for peer in group.others if parts[peer].numel()],
+        [(places[peer], peer) for peer in group.others if places[peer].numel()],
+    )
+    places[group.position].copy_(parts[group.position])
+    return works, lambda: result
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._distributed_c10d import AllToAllOptions, ReduceScatterOptions, Store
 
+from meshwright.compiler.layout.rows import Rows
 from meshwright.compiler.layout.wires import WIRES, Wire, receive
 from meshwright.runtime.transports import native
 from meshwright.runtime.transports.native import Begun
@@ -28,8 +29,10 @@ class NcclGroup:
         options._timeout = timedelta(seconds=timeout)
         self.backend: Any = ProcessGroupNCCL(store, self.position, self.size, options)
 
-    def begin(self, wire: Wire, tensor: Tensor, started: bool, donate: bool) -> Begun:
+    def begin(self, wire: Wire, tensor: Any, started: bool, donate: bool) -> Begun:
         """Enqueue a collective; its wait makes the current stream wait, not the caller."""
+        if WIRES[wire.kind].counted:
+            return _rows(self, wire, tensor, donate)
         if not tensor.is_contiguous():
             tensor, donate = tensor.contiguous(), True
         return _NATIVE.get(wire.kind, _direct)(self, wire, tensor, donate)
@@ -83,6 +86,14 @@ def _direct(group: NcclGroup, wire: Wire, tensor: Tensor, donate: bool) -> Begun
         return receive(wire, place, held, out, keep_others=False)
 
     return [work], finish
+
+
+def _rows(group: NcclGroup, wire: Wire, given: Rows, donate: bool) -> Begun:
+    """Send each member as many rows as there are for it: an all_to_all of uneven parts."""
+    result, rows = given.taken()
+    options = AllToAllOptions()
+    work = group.backend.alltoall_base(rows, given.given(), given.received, given.sent, options)
+    return [work], lambda: result
 
 
 _NATIVE: dict[str, Callable[[NcclGroup, Wire, Tensor, bool], Begun]] = {

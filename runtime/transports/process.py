@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.rows import Rows
 from meshwright.compiler.layout.wires import WIRES, Start, Wire, receive
 from meshwright.runtime.errors import OperatorError, RunError, last_words
 from meshwright.runtime.rank import RankProgram
@@ -220,7 +221,7 @@ class ProcessMesh:
         """This rank's result; with `donate` its operand may be overwritten and returned."""
         lane = self.lanes.get(wire.lane) or self._lane(wire)
         group, watch = lane.group, self.watch
-        if group is None or not tensor.numel():
+        if group is None or _is_empty(tensor):
             return _alone(wire, tensor, 1 if group is None else group.size)
         if watch.failure is not None:
             raise watch.failure
@@ -237,7 +238,7 @@ class ProcessMesh:
         """Begin a collective; until its wait the operand must stay as it is."""
         lane = self.lanes.get(wire.lane) or self._lane(wire)
         group, watch = lane.group, self.watch
-        if group is None or not tensor.numel():
+        if group is None or _is_empty(tensor):
             result = _alone(wire, tensor, 1 if group is None else group.size)
             return Handle((lane.label, -1, wire), [], lambda: result)
         if watch.failure is not None:
@@ -371,6 +372,11 @@ class ProcessMesh:
 def _alone(wire: Wire, tensor: Tensor, size: int) -> Tensor:
     """The result where nothing has to move: in a group of one, or of a tensor without elements."""
     return receive(wire, 0, [WIRES[wire.kind].given(tensor, 0)] * size)
+
+
+def _is_empty(operand: Any) -> bool:
+    """Whether no member has anything to send; of counted rows, others may have what one has not."""
+    return not isinstance(operand, Rows) and not operand.numel()
 
 
 def _taken() -> Tensor:

@@ -98,7 +98,7 @@ class SharedGroup:
 
     def begin(self, wire: Wire, tensor: Tensor, started: bool, donate: bool) -> Begun:
         """Publish the operand; the function that is returned waits for the others."""
-        if tensor.nbytes > self.limit:
+        if WIRES[wire.kind].counted or tensor.nbytes > self.limit:
             return self.large.begin(wire, tensor, started, donate)
         if not tensor.is_contiguous():
             tensor, donate = tensor.contiguous(), True

@@ -18,7 +18,7 @@ from meshwright.compiler.graph.ir import (
     TensorType,
 )
 from meshwright.compiler.graph.slots import call_operands
-from meshwright.compiler.graph.transfers import is_collective
+from meshwright.compiler.graph.transfers import collective_kind, is_collective
 from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.calls import make_call
@@ -108,14 +108,18 @@ class Trace:
             yield self.of(_part(node, saved))
         elif is_collective(node):
             for source, (type, _) in zip(node.args, node.results, strict=False):
-                yield self._moved(source, type, node.kwargs["axes"]) if type else None
+                yield self._moved(source, type, node) if type else None
         elif node.op in FRAME:
             yield self.of(node.args[0])
         else:
             yield from self._called(node, mesh)
 
-    def _moved(self, source: Node, type: TensorType, axes: tuple[str, ...]) -> Shape:
-        """What a collective leaves: the same dims, or those of one rank's block."""
+    def _moved(self, source: Node, type: TensorType, node: Node) -> Shape:
+        """What a collective leaves: the same dims, or those of one rank's block; of counted rows,
+        as many as the plan allows."""
+        kind, axes = collective_kind(node.op), node.kwargs["axes"]
+        if kind is not None and kind.by_count:
+            return (*_fresh(type)[:1], *self.of(source)[1:])
         dims = zip(self.of(source), source.tensor.shape, type.shape, strict=True)
         found: list[Dim] = []
         for dim, old, size in dims:

@@ -412,6 +412,8 @@ class Walk:
             shape = (self._running.context.mesh.size(exchange.wire.axes), *shape)
         elif exchange.wire.kind == "reduce_scatter":
             shape = shape[1:]
+        elif exchange.counts:
+            shape = exchange.node.placed.local_shape(self._running.context.mesh)
         return fresh(shape, given.dtype, exchange.node, Use.COMMUNICATION)
 
     def _called(self, call: Calling, use: Use) -> Any:

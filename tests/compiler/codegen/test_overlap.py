@@ -41,7 +41,7 @@ from meshwright.passes.bucket import bucketed
 from tests.compiler.layouts import split
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 from tests.passes.examples import Lm, Mlp, labelled, rows
-from tests.passes.test_stored import stored_split
+from tests.passes.statements.blocks.test_stored import stored_split
 
 SEQUENCE = f"mesh dp=2, tp=2\n{GPT_DATA}{GPT_TENSOR}sequence blocks.* over tp\n"
 

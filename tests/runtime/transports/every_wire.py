@@ -5,6 +5,7 @@ Prints a line for each case that differs, and at the end how many there were.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.layout.rows import Rows
 from meshwright.compiler.layout.wires import WIRES, Start, Wait, Wire, everyone
 from meshwright.runtime.transports import nccl
 from meshwright.runtime.transports.gloo import GlooGroup
@@ -111,6 +113,47 @@ def check_nccl(transport: ProcessMesh) -> None:
                 work.wait()
             if not finish().equal(everyone(wire, given)[group.position]):
                 print("differs:", wire, "as NCCL runs it")
+    check_nccl_rows(group, transport.mesh)
+
+
+def rows(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], seed: int) -> list[Rows]:
+    """What each rank gives to an exchange of counted rows: some go nowhere, and some find no
+    room."""
+    torch.manual_seed(seed)
+    size = mesh.size(axes)
+    found: list[Rows] = []
+    for _ in mesh.groups(axes):
+        counts = torch.randint(4, (size, size)) * torch.randint(2, (size, 1))
+        most = int(counts.sum(1).max())
+        for sent, received in zip(counts.tolist(), counts.T.tolist(), strict=True):
+            found.append(Rows(torch.randn(max(most - (seed == 1), 0), *shape), sent, received, 5))
+    places = [rank for members in mesh.groups(axes) for rank in members]
+    return [each for _, each in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
+
+
+def check_rows(transport: ProcessMesh, mesh: Mesh) -> int:
+    """Exchange rows by count on every rank; returns how many cases there were."""
+    cases = 0
+    for axes, shape, seed in itertools.product(AXES, ((3,), (2, 5), (40000,)), range(3)):
+        for started in (False, True):
+            given: list[Any] = rows(mesh, axes, shape, seed)
+            wire = Wire("exchange_rows", axes)
+            expected = run_virtual([program(wire, each, started) for each in given], mesh)
+            (got,) = transport.run([program(wire, given[transport.rank], started)])
+            if not got.equal(expected[transport.rank]):
+                print("differs:", wire, shape, seed, "started" if started else "")
+            cases += 1
+    return cases
+
+
+def check_nccl_rows(group: GlooGroup, mesh: Mesh) -> None:
+    """How NCCL runs it, on Gloo's all_to_all."""
+    given = rows(mesh, ("tp",), (3,), 0)
+    works, finish = nccl._rows(group, Wire("exchange_rows", ("tp",)), given[group.position], False)  # type: ignore[arg-type]
+    for work in works:
+        work.wait()
+    if not finish().equal(everyone(Wire("exchange_rows", ("tp",)), given)[group.position]):
+        print("differs: exchange_rows as NCCL runs it")
 
 
 def main() -> None:
@@ -135,7 +178,7 @@ def main() -> None:
     (bits,) = transport.run([program(Wire("all_reduce", mesh.names), addend, False)])
     (same,) = transport.run([program(Wire("all_gather", mesh.names), bits, False)])
     print("the same bits" if (same == bits).all() else "differs: bits of a sum")
-    print(f"{count} cases")
+    print(f"{count + check_rows(transport, mesh)} cases")
     if len(given) == 2 and not transport.shared_memory:
         check_nccl(transport)
     transport.close()

@@ -22,7 +22,7 @@ def test_every_collective_gives_what_the_virtual_mesh_gives(
 ) -> None:
     module, environment = "tests.runtime.transports.every_wire", {SHARED: shared_memory}
     for output in forked.outputs(module, num_ranks, **environment):
-        assert output == "the same bits\n328 cases\n"
+        assert output == "the same bits\n400 cases\n"
 
 
 @pytest.mark.parametrize("kind", sorted({row.kind for row in ALGORITHMS}))
