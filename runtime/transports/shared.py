@@ -5,6 +5,9 @@ the number and read the slot. No thread and no system call is in between, where 
 Gloo's sockets wakes two threads. The bytes are in place before the number because x86-64 keeps the
 order of plain stores and of plain loads. Python has no fences, so other processors use Gloo.
 
+Where a host has more ranks than cores, a member that waits sleeps in the kernel until the number
+changes: polling would take the core from a rank that computes.
+
 The memory is an unnamed file that the others open through its creator's `/proc` entry: it is gone
 with the last process that maps it, however that ends.
 """
@@ -30,6 +33,7 @@ from torch._C._distributed_c10d import Store
 
 from meshwright.compiler.layout.wires import WIRES, Wire, receive
 from meshwright.runtime.errors import CALL_SAME_METHODS, MismatchError
+from meshwright.runtime.transports.futex import Futex
 from meshwright.runtime.transports.gloo import KIB, MIB, GlooGroup
 from meshwright.runtime.transports.native import Begun
 
@@ -72,8 +76,8 @@ class SharedGroup:
     """The processes of one group, all on this host; `large` moves what does not fit a slot.
 
     A start never waits: where a member still reads the slot, the operand follows once it is free,
-    carried by a thread that is started then. `crowded` says that the host has more ranks than
-    cores, so that polling would take a core from the member that is waited for.
+    carried by a thread that is started then. `crowded`, the same for every member, says that the
+    host has more ranks than cores.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class SharedGroup:
             self._poller.register(self.processes[place], select.POLLIN)
         self._memory = memory
         self._words = memoryview(memory)[: self.size * _WORDS * 8].cast("q")
+        self._futex = Futex(memory)
         self._views: dict[Any, list[Tensor]] = {}
         self._number = 0
         self._own: list[_Operation | None] = [None] * SLOTS
@@ -127,6 +132,7 @@ class SharedGroup:
             self._carrier.join()
         self._views.clear()
         self._words.release()
+        self._futex.close()
         # A view may live on in a traceback; the memory then goes with it.
         with contextlib.suppress(BufferError):
             self._memory.close()
@@ -175,8 +181,11 @@ class SharedGroup:
         self._own[slot] = operation
         if operation.targets:
             self._view(slot, operation.tensor)[self.position].copy_(operation.tensor)
-        self._words[self.position * _WORDS + slot] = operation.word
+        index = self.position * _WORDS + slot
+        self._words[index] = operation.word
         operation.published = True
+        if self.crowded:
+            self._futex.wake(index)
 
     def _take(self, operation: _Operation) -> None:
         wire, divided = operation.wire, WIRES[operation.wire.kind].divided
@@ -202,22 +211,38 @@ class SharedGroup:
     def _await(self, index: int, operation: _Operation, place: int) -> None:
         """Wait until a peer's number is there, at first in a tight loop."""
         words, word = self._words, operation.word
-        if not self.crowded:
-            end = time.perf_counter() + _SPIN_SECONDS
-            while time.perf_counter() < end:
-                for _ in range(8):
-                    if words[index] == word:
-                        return
-        self._poll(
-            lambda: operation.result is not None or words[index] == word, operation, (place,)
-        )
+
+        def there() -> bool:
+            return operation.result is not None or words[index] == word
+
+        if self.crowded:
+            self._sleep(index, there, operation, place)
+            return
+        end = time.perf_counter() + _SPIN_SECONDS
+        while time.perf_counter() < end:
+            for _ in range(8):
+                if words[index] == word:
+                    return
+        self._poll(there, operation, (place,))
+
+    def _sleep(
+        self, index: int, there: Callable[[], bool], operation: _Operation, place: int
+    ) -> None:
+        """Sleep until `there`, which only the member in `place` can make so by a new number."""
+        seen = self._words[index]
+        while not there():
+            self._futex.sleep(index, seen, _LONGEST_SLEEP)
+            if self._words[index] == seen:
+                self._check(there, operation, (place,))
+            seen = self._words[index]
 
     def _poll(
         self, there: Callable[[], bool], operation: _Operation, places: Sequence[int]
     ) -> None:
         """Wait until `there`; raises once the members in `places` can no longer make it so."""
         begin = now = time.perf_counter()
-        while now < begin + _YIELD_SECONDS:
+        yielding = 0.0 if self.crowded else _YIELD_SECONDS
+        while now < begin + yielding:
             os.sched_yield()
             if there():
                 return
@@ -230,13 +255,19 @@ class SharedGroup:
             pause = min(2 * pause, longest, _LONGEST_SLEEP)
             if there():
                 return
-            gone = self._gone(places)
-            # A member that has ended may have published before.
-            if there():
-                return
-            if self._ended or gone:
-                raise RuntimeError("connection through shared memory: the other process has ended")
-            self._compare(operation, places)
+            self._check(there, operation, places)
+
+    def _check(
+        self, there: Callable[[], bool], operation: _Operation, places: Sequence[int]
+    ) -> None:
+        """Raise where the members in `places` can no longer make it so that it is `there`."""
+        gone = self._gone(places)
+        # A member that has ended may have published before.
+        if there():
+            return
+        if self._ended or gone:
+            raise RuntimeError("connection through shared memory: the other process has ended")
+        self._compare(operation, places)
 
     def _gone(self, places: Sequence[int]) -> bool:
         ended = {descriptor for descriptor, _ in self._poller.poll(0)}
@@ -316,7 +347,8 @@ def _kind_number(kind: str) -> int:
 def share(store: Store, large: GlooGroup, wanted: bool, ranks_here: int) -> SharedGroup | GlooGroup:
     """Shared memory before `large` where all members want it, are on one host and can attach.
 
-    `ranks_here` is the number of ranks on this host. All members come to one decision.
+    `ranks_here` is the number of ranks on this host. All members come to one decision, also about
+    whether they are crowded: one that may use fewer cores than others makes it so.
     """
     store.set(f"host/{large.position}", f"{host_name()} {os.getpid()}" if wanted else "no 0")
     hosts = [text.decode().rpartition(" ") for text in _all(store, "host", large.size)]
@@ -325,11 +357,13 @@ def share(store: Store, large: GlooGroup, wanted: bool, ranks_here: int) -> Shar
     with contextlib.ExitStack() as opened, contextlib.ExitStack() as kept:
         file = _file(store, large, int(hosts[0][2]), opened)
         attached = _attach(file, large.size, [int(process) for _, _, process in hosts], kept)
-        store.set(f"attached/{large.position}", "no" if attached is None else "yes")
-        if b"no" in _all(store, "attached", large.size) or attached is None:
+        fits = "yes" if ranks_here <= len(os.sched_getaffinity(0)) else "crowded"
+        store.set(f"attached/{large.position}", "no" if attached is None else fits)
+        answers = _all(store, "attached", large.size)
+        if b"no" in answers or attached is None:
             return large
         kept.pop_all()
-    return SharedGroup(large, *attached, ranks_here > len(os.sched_getaffinity(0)))
+    return SharedGroup(large, *attached, b"crowded" in answers)
 
 
 def _all(store: Store, key: str, size: int) -> list[bytes]:

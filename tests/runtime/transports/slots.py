@@ -10,6 +10,7 @@ import torch
 
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.wires import Wire
+from meshwright.runtime.transports import shared
 from meshwright.runtime.transports.process import ProcessMesh
 from meshwright.runtime.transports.shared import SLOTS, SharedGroup
 
@@ -94,11 +95,27 @@ def unshared(transport: ProcessMesh) -> None:
     assert (transport.collective(SUM, torch.ones(3)) == transport.mesh.num_ranks).all()
 
 
+def crowded(transport: ProcessMesh) -> None:
+    """One member may use a single core: each sleeps until another wakes it."""
+    group = transport.lanes[AXES].group
+    assert isinstance(group, SharedGroup)
+    assert group.crowded
+    shared._LONGEST_SLEEP = 10.0
+    begin = time.monotonic()
+    for turn in range(6):
+        time.sleep(0.05 * ((transport.rank + turn) % 2))
+        assert transport.collective(SUM, torch.ones(3)).tolist() == [2.0] * 3
+    assert time.monotonic() - begin < 8
+
+
 def unable(process: int, flags: int = 0) -> int:
     raise OSError(f"process {process} cannot be seen")
 
 
-CASES = {case.__name__: case for case in (backwards, apart, ahead, modes, other, killed, unshared)}
+CASES = {
+    case.__name__: case
+    for case in (backwards, apart, ahead, modes, other, killed, unshared, crowded)
+}
 
 
 def main(*names: str) -> None:
@@ -108,6 +125,8 @@ def main(*names: str) -> None:
     if names[0] == "unshared" and os.environ["RANK"] == "1":
         wanted = names[1] != "unwanted"
         os.pidfd_open = unable
+    if names[0] == "crowded" and os.environ["RANK"] == "1":
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     transport = ProcessMesh(mesh, shared_memory=wanted)
     transport.collective(Wire("all_gather", AXES), torch.zeros(1))
     if names[0] == "unshared":

@@ -21,6 +21,10 @@ def test_waits_come_in_any_order_and_starts_outnumber_the_slots(
         assert output.split() == list(names), output
 
 
+def test_members_sleep_while_they_wait_where_one_of_them_has_too_few_cores(forked: Forked) -> None:
+    assert forked.outputs(MODULE, 2, "crowded") == ["crowded\n"] * 2
+
+
 def ended(forked: Forked, case: str) -> Ended:
     """How two ranks end that need not end well."""
     ((_, found),) = forked.run(Ranks(MODULE, 2, (case,)))
