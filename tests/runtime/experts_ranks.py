@@ -1,4 +1,4 @@
-"""Run by every process of a test: mixtures of experts train, report, infer and delink as masked sums.
+"""Run by every process of a test: mixtures of experts train, report, infer and delink."""
 
 Takes how many ranks there are.
 """
