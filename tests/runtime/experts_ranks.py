@@ -1,6 +1,6 @@
-"""Run by every process of a test: mixtures of experts train, report, infer and delink."""
+"""Run by every process of a test: mixtures of experts train, report, infer and delink.
 
-Takes how many ranks there are.
+Takes the number of ranks.
 """
 
 from __future__ import annotations
