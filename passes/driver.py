@@ -164,14 +164,15 @@ class CapturedModel:
         """The qualified names of all modules of the model but the root."""
         return tuple(name for name, _ in self.model.named_modules() if name)
 
-    def with_mixtures(self, plan: Plan) -> CapturedModel:
-        """The model with the mixtures of experts that a plan wants, captured as this was."""
+    def under(self, plan: Plan) -> tuple[CapturedModel, Plan]:
+        """The model with the mixtures of experts that a plan wants, captured as this was, and the
+        plan with what the classes of its modules carry."""
         whole = with_fragments(plan, self.model)
-        check_supported(whole)
         model = with_mixtures(self.model, self.captured, whole)
         if model is self.model:
-            return self
-        return self.recapture(model, self.example, mode=self.captured.mode)
+            return self, whole
+        found = self.recapture(model, self.example, mode=self.captured.mode)
+        return found, with_fragments(plan, model)
 
     @cached_property
     def evaluation(self) -> Graph | None:
@@ -257,15 +258,14 @@ def compile_captured(
     inputs, `held` says which of its stages hold each tensor, and `kept` where. With `quick`, no
     time is spent on what the smallest budget would be. `asked` is the plan behind one in which
     something was chosen.
-    Raises `PlanError` and `LayoutError` as `meshwright.compile`.
+    Requires a plan that `check_supported` lets pass. Raises `PlanError` and `LayoutError` as
+    `meshwright.compile`.
     """
-    source = source.with_mixtures(plan)
-    for memory in plan.of(Memory):
-        if source.captured.mode == "train":
-            return jointly(plan, partial(compile_captured, source, runtime=runtime, asked=plan))
+    for memory in plan.of(Memory) if source.captured.mode != "train" else ():
         plan = plan.with_text(memory)
-    whole = with_fragments(plan, source.model)
-    check_supported(whole)
+    source, whole = source.under(plan)
+    if plan.of(Memory):
+        return jointly(plan, partial(compile_captured, source, runtime=runtime, asked=plan))
     price = _Price(source, runtime)
     draft = _drafted(source, whole, variant_of)
     draft = replace(draft, held=held or {}, kept=kept or {}, price=price, quick=quick)
@@ -311,7 +311,9 @@ def _delinked(
     source = CapturedModel(
         program.model, program.captured.apart, program.device, example, recapture
     )
-    return compile_captured(source, plan or asked.without(Share), runtime=runtime)
+    plan = plan or asked.without(Share)
+    check_supported(with_fragments(plan, source.model))
+    return compile_captured(source, plan, runtime=runtime)
 
 
 def _as_chosen(plan: Plan, carried_out: Plan) -> Plan:

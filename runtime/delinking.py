@@ -316,8 +316,13 @@ class _EndedRun:
     def __enter__(self) -> NoReturn:
         raise RunError("this run was delinked", help=_USE_RUN)
 
-    def __exit__(self, *ended: Any) -> None:
-        vars(self)["_other"].__exit__(*ended)
+    def __exit__(self, *ended: object) -> None:
+        """Do nothing: `__enter__` raises."""
+
+    def _leave(self, error: BaseException | None) -> None:
+        """End the run in whose place another goes on, which may have ended alike by now."""
+        other = vars(self)["_other"]
+        type(other)._leave(other, error)
 
 
 _USE_RUN = "use the run that `delink` returned: `run, optimizer = run.delink(optimizer)`"

@@ -554,9 +554,12 @@ class Run(Reporting):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if (other := vars(self).get("_other")) is not None:  # it was delinked inside the `with`
-            other.__exit__(kind, error, traceback)
-            return
+        # A `with` keeps this method of the class with which it began; that of a run which was
+        # delinked inside is another now.
+        type(self)._leave(self, error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """End what a `with` around this run began."""
         if error is not None and not self._closed:
             self._closed = True
             try:
