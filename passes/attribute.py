@@ -7,8 +7,9 @@ After:   the same nodes; the origin of each says `gpt.plan:5`, where `rows down 
 
 A value is split, partial or varying over an axis because of an operand that is, weights before
 activations, and a collective has the line of what it moves. A value that is brought to another's
-layout has the line of that other value, a split of the sequence that of its `sequence` statement,
-and an adjoint that of the collective in the forward.
+layout has the line of that other value, and so has the exchange that brings it to a weight. A split
+of the sequence has the line of its `sequence` statement, and an adjoint that of the collective in
+the forward.
 Requires: a graph that no later pass adds collectives to. Ensures: only `plan_line` has changed.
 """
 
@@ -67,6 +68,9 @@ class _Lines:
             line = next(filter(None, lines), "")
             if line:
                 self._explain(node, axis, line)
+            if operands[:1] and operands[0] in self.weights:
+                for each in operands[1:]:
+                    self._brought(each, axis, line)
         if is_collective(node):
             self.axes[node].update(self._asked(node))
         if operands and operands[0] in self.weights and _keeps(node):
@@ -96,6 +100,22 @@ class _Lines:
                 self.axes[each][axis] = line
                 pending += each.operands()
 
+    def _brought(self, operand: Node, axis: str, line: str) -> None:
+        """Give the line of a weight to the exchanges that bring a value, split over the same axis,
+        to that weight."""
+        seen, pending = {operand}, [operand]
+        while pending:
+            each = pending.pop()
+            if axis not in _axes_used(each) or self.axes[each].get(axis) == line:
+                continue
+            if is_collective(each) and axis in each.kwargs["axes"]:
+                if _exchanges(each):
+                    self.axes[each][axis] = line
+                continue
+            more = [n for n in each.operands() if n not in seen]
+            seen.update(more)
+            pending += more
+
     def _asked(self, node: Node) -> dict[str, str]:
         """By axis, the line of a collective that does not follow from what it moves: that of an
         adjoint, a layout that the plan wrote, or a sequence."""
@@ -119,6 +139,12 @@ class _Lines:
         line = _joined(found.get(axis, "") for axis in node.kwargs["axes"])
         if line:
             self.found[node] = line
+
+
+def _exchanges(node: Node) -> bool:
+    """Whether a collective moves a split from one dim to another."""
+    kind = collective_kind(node.op)
+    return kind is not None and kind.source == kind.target == "split"
 
 
 def _keeps(node: Node) -> bool:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph import experts as ops
+from meshwright.dsl.errors import PlanError
+from meshwright.dsl.statements import Experts
 from meshwright.passes.experts.routes import ROUTES, Routing, auxiliary_loss, metrics
 
 
@@ -33,6 +34,13 @@ class Settings:
     fresh: bool = False
     """Whether experts are initialised as the module would be, or as noisy copies of it."""
     seed: int = 0
+    statement: Experts | None = None
+    """The one that says so."""
+
+    def error(self, message: str, *, place: str = "", help: str) -> PlanError:
+        """An error at the statement, or at a `place` in it."""
+        span = None if self.statement is None else self.statement.at(place)
+        return PlanError("P501", message, spans=[span], help=help)
 
 
 class Router(nn.Module):
@@ -70,6 +78,7 @@ class Mixture(nn.Module):
         self.training = region.training
         self.router.train(region.training)
         if not like.is_meta:
+            self._check_fresh()
             with _seeded(like.device, settings.seed, name):
                 self.router.reset_parameters()
                 _stack(region, count, fresh=settings.fresh)
@@ -82,9 +91,20 @@ class Mixture(nn.Module):
             if callable(getattr(module, "reset_parameters", None)):
                 module.__dict__["reset_parameters"] = partial(_reset_each, module, count)
 
+    def _check_fresh(self) -> None:
+        """Raises `PlanError` where experts cannot begin anew as the plan says."""
+        for module, _ in _own_parameters(self.experts) if self.settings.fresh else ():
+            if not callable(getattr(module, "reset_parameters", None)):
+                raise self.settings.error(
+                    f"`{type(module).__name__}` in `{self.name}` has no `reset_parameters` by "
+                    "which experts could begin anew",
+                    place="init",
+                    help="write `init=copy`, or give the class that method",
+                )
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs:
-            raise CaptureError(
+            raise self.settings.error(
                 f"`{self.name}` takes more than one tensor of tokens, as an expert cannot",
                 help="name a module that maps tokens to tokens",
             )
@@ -116,15 +136,16 @@ class Mixture(nn.Module):
         groups = self.settings.groups
         if groups is None:
             if x.dim() < 3:
-                raise CaptureError(
-                    f"`{self.name}` takes {list(x.shape)}, whose rows are no groups of tokens",
+                raise self.settings.error(
+                    f"`{self.name}` takes {list(x.shape)}, whose rows are not groups of tokens",
                     help="write how many groups a batch has: `groups=8`",
                 )
             groups = x.shape[0]
         total = x.shape[:-1].numel()
         if total % groups:
-            raise CaptureError(
+            raise self.settings.error(
                 f"{total} tokens of `{self.name}` cannot be cut into {groups} groups",
+                place="groups",
                 help="write a number of `groups` that divides the tokens of a batch",
             )
         return x.reshape(groups, total // groups, x.shape[-1])
@@ -144,7 +165,7 @@ class Mixture(nn.Module):
         parameters = {name: ops.one_expert(p) for name, p in self.experts.named_parameters()}
         found = functional_call(self.experts, parameters, (own.reshape(*inner, width),))
         if not isinstance(found, Tensor) or found.shape[:-1] != inner:
-            raise CaptureError(
+            raise self.settings.error(
                 f"`{self.name}` does not give one row for each token",
                 help="name a module that maps tokens to tokens",
             )
@@ -192,12 +213,7 @@ def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
 def _reset_each(module: nn.Module, count: int) -> None:
     """Initialise the parameters of a module for every expert in turn, as its class does."""
     stacked, kind = dict(module._parameters), type(module)
-    reset: Callable[[nn.Module], None] | None = getattr(kind, "reset_parameters", None)
-    if reset is None:
-        raise CaptureError(
-            f"`{kind.__name__}` has no `reset_parameters` by which experts could begin anew",
-            help="write `init=copy`, or give the class that method",
-        )
+    reset: Callable[[nn.Module], None] = kind.reset_parameters  # type: ignore[assignment]
     try:
         for expert in range(count):
             for key, each in stacked.items():

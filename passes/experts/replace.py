@@ -37,6 +37,7 @@ def with_mixtures(model: nn.Module, captured: Captured, plan: Plan) -> nn.Module
     values = entered(captured.graph, wanted)
     for name, statement in wanted.items():
         _check(model, captured, plan, name, statement, values)
+    _check_apart(plan, wanted)
     copied = _sharing_tensors(model)
     for name, statement in wanted.items():
         region = copied.get_submodule(name)
@@ -76,6 +77,7 @@ def settings(statement: Experts) -> Settings:
         statement.noise or 0.0,
         statement.init == "fresh",
         statement.seed or 0,
+        statement,
     )
 
 
@@ -124,6 +126,19 @@ def _check(
             statement,
             help="name a module whose parameters are not tied",
         )
+
+
+def _check_apart(plan: Plan, wanted: Mapping[str, Experts]) -> None:
+    """Raises `PlanError` for a module that is to become experts inside of another."""
+    for name, statement in wanted.items():
+        outer = next((each for each in wanted if name.startswith(f"{each}.")), None)
+        if outer is not None:
+            raise plan.error(
+                "P501",
+                f"`{name}` is inside of `{outer}`, and both are to become experts",
+                dict.fromkeys((wanted[outer], statement)),
+                help=f"name one of them: an expert of `{outer}` has `{name}` in it",
+            )
 
 
 def _sharing_tensors(model: nn.Module) -> nn.Module:

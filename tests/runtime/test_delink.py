@@ -124,13 +124,15 @@ def test_a_wrong_call_is_said_and_changes_nothing(
             run.delink(optimizer)
 
 
-def test_fewer_layers_may_share_after_it() -> None:
+def test_fewer_layers_may_share_after_it_and_the_last_run_is_closed() -> None:
     with compiled("alone").launch() as run:
         run, _ = run.delink(plan=mw.Plan.parse("mesh one=1\nshare blocks.* group=2\n"))
         assert len(run.program.shared) == 2
         run, _ = run.delink()
         assert not run.program.shared
         assert len(run.program.parameters) == len(Deep().state_dict())
+    with pytest.raises(mw.RunError, match="closed"):
+        run.step(*batch())
 
 
 def test_the_program_says_beforehand_what_the_delinked_one_needs() -> None:

@@ -30,6 +30,10 @@ def test_tokens_go_to_experts_and_back_by_two_exchanges_in_each_direction() -> N
     assert "all_gather[dp]" not in counts
     weight = program.parameters["blocks.0.mlp.experts.up.weight"]
     assert str(weight.layout) == "[4@dp, 16, 8]"
+    # Both exchanges are there for the line about experts, and so are their adjoints.
+    lines = {(each.kind, each.plan_line) for each in program.comm()}
+    assert {line for kind, line in lines if kind == "all_to_all"} == {"<plan>:3"}
+    assert {line for kind, line in lines if kind == "all_reduce"} == {"<plan>:2"}
     # Nothing of an expert is reduced: tokens of all ranks have come to it.
     reduced = next(g for g in program.graphs().values() if "backward" in g.name)
     kinds = {str(node.op) for node in reduced.nodes if "experts" in node.origin.module}
@@ -150,6 +154,22 @@ class Tied(Experts):
         return super().forward(x @ self.again.T @ self.again)
 
 
+class Nested(nn.Sequential):
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Sequential(nn.Linear(width, width), nn.ReLU()))
+
+
+class Bare(nn.Module):
+    """Parameters without a way to draw them again."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
 REFUSED: dict[str, tuple[str, type[nn.Module]]] = {
     "experts-tokens-are-mixed": (MIXED, Mixing),
     "experts-tied": (MIXED, Tied),
@@ -158,6 +178,8 @@ REFUSED: dict[str, tuple[str, type[nn.Module]]] = {
     "experts-misspelt": (DATA + "experts blocks.*.mpl over dp count=4", Experts),
     "experts-do-not-divide": (DATA + "experts blocks.*.mlp over dp count=3", Experts),
     "experts-groups-do-not-divide": (MIXED + "groups=5", Experts),
+    "experts-inside-of-experts": (MIXED + "\nexperts blocks.*.mlp.0 over dp count=2", Nested),
+    "experts-not-anew": (MIXED + "init=fresh", Bare),
     "experts-without-a-count": (DATA + "experts blocks.*.mlp over dp", Experts),
     "experts-by-bias": (MIXED + "balance=bias", Experts),
     "experts-dropless": (MIXED + "dropless=true", Experts),
