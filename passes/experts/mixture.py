@@ -213,7 +213,7 @@ def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:
 def _reset_each(module: nn.Module, count: int) -> None:
     """Initialise the parameters of a module for every expert in turn, as its class does."""
     stacked, kind = dict(module._parameters), type(module)
-    reset: Callable[[nn.Module], None] = kind.reset_parameters  # type: ignore[assignment]
+    reset: Callable[[nn.Module], None] = kind.reset_parameters  # type: ignore[attr-defined]
     try:
         for expert in range(count):
             for key, each in stacked.items():
