@@ -45,6 +45,7 @@ from meshwright.passes.copies import copies
 from meshwright.passes.deliver import deliver
 from meshwright.passes.differentiate import differentiate
 from meshwright.passes.experts.batch import batch
+from meshwright.passes.experts.place import place_experts
 from meshwright.passes.experts.replace import mixtures_of, with_mixtures
 from meshwright.passes.fuse import fuse
 from meshwright.passes.hoist import hoist
@@ -101,8 +102,8 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     rows,
     vocab,
     summa,
-    experts,
     shard,
+    experts,
     store_once,
     zero,
     movable,
@@ -113,6 +114,7 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     # Attention over split sequences.
     context,
     block_products,
+    place_experts,
     # What the backward computes again.
     checkpoint,
     # The stages of a pipeline.

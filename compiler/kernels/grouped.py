@@ -14,8 +14,12 @@ def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
     """`y[r, t] = x[r, t] @ weight[group[r, t]]`: `x[r, t, k]`, `weight[e, k, n]`, `y[r, t, n]`.
 
     Each row of an `x[r, k]` stands for t of them. Groups from e on have no matrix, and give zeros.
-    The rows of a group are one product, whatever their order.
+    The rows of a group are one product, whatever their order. Of `x[g, q, m, k]` and
+    `group[g, q, m]`, rows of each block q meet `weight[q, e, k, n]`.
     """
+    if weight.dim() == 4:
+        flat = grouped_mm(x.flatten(0, 2), weight.flatten(0, 1), _in_all(group, weight.shape[1]))
+        return flat.view(*group.shape, weight.shape[-1])
     order, ends = _ordered(group, weight.shape[0])
     rows = _taken(x, order, group)
     if _is_fused(rows, weight):
@@ -29,7 +33,13 @@ def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
 
 
 def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """The sum of `x[r, t]^T grad[r, t]` over the rows of each group, `[e, k, n]`."""
+    """The sum of `x[r, t]^T grad[r, t]` over the rows of each group, `[e, k, n]`; over those of each
+    block, `[q, e, k, n]`."""
+    if x.dim() == 4:
+        blocks, rows = x.shape[1], _in_all(group, num_groups)
+        given = x.flatten(0, 2), grad.flatten(0, 2).unsqueeze(1)
+        weight = grouped_mm_weight(*given, rows, blocks * num_groups)
+        return weight.view(blocks, num_groups, *weight.shape[1:])
     order, ends = _ordered(group, num_groups)
     rows = _taken(x, order, group)
     grads = _taken(grad, order, group)
@@ -39,6 +49,13 @@ def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -
     for e, start, stop in _groups(ends):
         torch.mm(rows[start:stop].t(), grads[start:stop], out=weight[e])
     return weight
+
+
+def _in_all(group: Tensor, num_groups: int) -> Tensor:
+    """The numbers among the groups of all blocks, as a column, for those among one block's."""
+    blocks = group.shape[1]
+    first = torch.arange(0, blocks * num_groups, num_groups, device=group.device).unsqueeze(1)
+    return (group + first).where(group < num_groups, blocks * num_groups).view(-1, 1)
 
 
 def _taken(x: Tensor, order: Tensor, group: Tensor) -> Tensor:

@@ -73,9 +73,6 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
 
 
 def _missing_of_experts(statement: Experts) -> tuple[str, str, str] | None:
-    if statement.count is None:
-        help = "write how many experts a module of the model is to become: `count=8`"
-        return "experts without a count", "", help
     if statement.dropless:
         return "dropless=true", "dropless", "write a `capacity`, beyond which tokens are dropped"
     if statement.balance == "bias":

@@ -14,6 +14,7 @@ from __future__ import annotations
 from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.layout.factors import cut
 from meshwright.dsl.statements import Experts
+from meshwright.passes.experts.inside import inside
 from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.pins import pin, tensor_text
 from meshwright.passes.statements.targets import modules_of
@@ -23,6 +24,8 @@ def experts(draft: Draft) -> Draft:
     """Pin the stacked parameters under every `experts` statement."""
     if not draft.plan.of(Experts):
         return draft
+    for node, statement in inside(draft).parameters.items():
+        draft = _pinned(draft, node, statement)
     resolved = draft.plan.resolve(Experts, modules_of(draft, Experts))
     inputs = [node for node in draft.graph.inputs if node.args[0] == "parameter"]
     for name in draft.mixtures:
@@ -30,10 +33,13 @@ def experts(draft: Draft) -> Draft:
             continue
         for node in inputs:
             if str(node.args[1]).startswith(f"{name}.experts."):
-                _check_divides(draft, node, resolved[name])
-                dim = cut(node.tensor.shape[0], *resolved[name].over)
-                draft = pin(draft, node, {0: dim}, resolved[name])
+                draft = _pinned(draft, node, resolved[name])
     return draft
+
+
+def _pinned(draft: Draft, node: Node, statement: Experts) -> Draft:
+    _check_divides(draft, node, statement)
+    return pin(draft, node, {0: cut(node.tensor.shape[0], *statement.over)}, statement)
 
 
 def _check_divides(draft: Draft, node: Node, statement: Experts) -> None:

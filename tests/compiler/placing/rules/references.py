@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -204,16 +205,57 @@ def extend(x: Tensor, dim: int, size: int) -> Tensor:
 
 def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
     """Rows of the last group, which has no matrix, give zeros."""
+    if x.dim() == 4:
+        blocks = zip(x.unbind(1), weight.unbind(0), group.unbind(1), strict=True)
+        return torch.stack([grouped_mm(*block) for block in blocks], 1)
     padded = functional.pad(weight, (0, 0, 0, 0, 0, 1))
     rows = x.unsqueeze(1) if x.dim() == 2 else x
     return (rows.unsqueeze(2) @ padded[group]).squeeze(2)
 
 
 def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    if x.dim() == 4:
+        blocks = zip(x.unbind(1), grad.unbind(1), group.unbind(1), strict=True)
+        return torch.stack([grouped_mm_weight(*block, num_groups) for block in blocks])
     rows = x.unsqueeze(1) if x.dim() == 2 else x
     pairs = rows.unsqueeze(3) * grad.unsqueeze(2)
     zeros = x.new_zeros(num_groups, *pairs.shape[2:])
     return zeros.index_add(0, group.flatten(), pairs.flatten(0, 1))
+
+
+def to_owners(
+    x: Tensor, group: Tensor, experts: int, owners: int, maximum: int, axes: tuple[str, ...]
+) -> Tensor:
+    rows = x.unsqueeze(2).expand(-1, -1, group.shape[2], -1) if x.dim() == 3 else x
+    return torch.einsum("gstqm,gstk->gqmk", _owned(group, experts, owners, maximum, x), rows)
+
+
+def from_owners(
+    y: Tensor, group: Tensor, experts: int, owners: int, axes: tuple[str, ...]
+) -> Tensor:
+    return torch.einsum("gstqm,gqmn->gstn", _owned(group, experts, owners, y.shape[2], y), y)
+
+
+def owned_groups(
+    group: Tensor, experts: int, owners: int, maximum: int, axes: tuple[str, ...]
+) -> Tensor:
+    found = _owned(group, experts, owners, maximum, group)
+    each = experts // owners
+    numbers = torch.einsum("gstqm,gst->gqm", found, group % each)
+    return numbers.where(found.sum((1, 2)) > 0, each)
+
+
+def _owned(group: Tensor, experts: int, owners: int, maximum: int, like: Tensor) -> Tensor:
+    """A one where a row is the m-th of an owner: `[g, s, t, q, m]`."""
+    found = like.new_zeros(*group.shape, owners, maximum)
+    for g, rows in enumerate(group):
+        taken = [0] * owners
+        for s, t in itertools.product(*map(range, rows.shape)):
+            owner = int(rows[s, t]) // (experts // owners)
+            if owner < owners:
+                found[g, s, t, owner, taken[owner]] = 1
+                taken[owner] += 1
+    return found
 
 
 def attention(

@@ -523,6 +523,7 @@ FACTORIES = [
 _ROWS = (f(2, 3, 8), n(8, 2, 3))
 
 _SLOTS = torch.tensor([[[0, 5], [-1, 3], [2, -1], [1, 4]], [[3, 1], [0, -1], [-1, 5], [4, 2]]])
+_GROUPS = torch.tensor([[[0, 5], [1, 3], [2, 0], [1, 4]], [[3, 1], [0, 6], [2, 5], [4, 2]]])
 # Groups that differ: of equal ones, parts would do for the whole.
 
 COMPOSITES = [
@@ -669,6 +670,12 @@ ROUTING = [
     mesh("block_lookup", f(4, 6), n(4, 2, 4), 0, 4, gradients=False),
     mesh("block_lookup_backward", f(2, 4, 6), n(4, 2, 4), 4, 0, -1, gradients=False),
     mesh("grouped_mm_weight", f(4, 2, 6), f(4, 2, 2), n(4, 4, 2), 4),
+    mesh("grouped_mm", f(2, 2, 4, 6), f(2, 4, 6, 2), n(5, 2, 2, 4)),
+    mesh("grouped_mm_weight", f(2, 2, 4, 6), f(2, 2, 4, 2), n(4, 2, 2, 4), 4),
+    mesh("to_owners", f(2, 4, 6), _GROUPS, 6, 2, 8, ("a",), special=((2, 1),)),
+    mesh("to_owners", f(2, 4, 2, 6), _GROUPS, 6, 2, 6, ("a",), special=((2, 1),)),
+    mesh("owned_groups", _GROUPS, 6, 2, 8, ("a",), special=((1, 1),)),
+    mesh("from_owners", f(2, 2, 8, 6), _GROUPS, 6, 2, ("a",), special=((0, 1),)),
 ]
 
 SAMPLES = [

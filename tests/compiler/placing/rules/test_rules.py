@@ -64,12 +64,14 @@ BLOCKS = (
     *("mesh::product_3d", "mesh::product_3d_transposed", "mesh::product_3d_sum"),
     *("mesh::block_part", "mesh::put_block", "mesh::rows_in_blocks"),
 )
+OWNED = ("mesh::by_owner", "mesh::in_order", "mesh::owner_counts")
 UNSAMPLED = {
     "aten::empty": "its values are arbitrary",
     "aten::empty_like": "its values are arbitrary",
     "aten::new_empty": "its values are arbitrary",
     **dict.fromkeys(RING, "split in one way alone, and lowered: `test_equivalence_context.py`"),
     **dict.fromkeys(BLOCKS, "split in one way alone, over named axes: `test_summa.py`"),
+    **dict.fromkeys(OWNED, "of the rows of one rank: `test_owners.py`"),
     "mesh::add_panel_product": "it writes over its operand; else as `panel_product`",
     "mesh::add_block_lookup": "it writes over its operand; else as `block_lookup`",
     "mesh::loss_scale": "it multiplies by a number of the run, alike on every rank",

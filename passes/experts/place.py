@@ -1,0 +1,247 @@
+"""Send rows to the ranks that have their experts, and what these compute of them back.
+
+Before:  grouped_mm: f64[64, 2, 128] = mesh::grouped_mm(view, transpose, topk_1)
+After:   TODO
+
+Requires: stacked parameters, pinned by `experts`. Ensures: the same values; what is between the
+first product of rows with their experts and the last has rows in the order of owners.
+Elsewhere: the token dispatcher of Megatron's expert layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from meshwright.compiler.composites.grouped import GroupedMM
+from meshwright.compiler.composites.owners import FromOwners, OwnedGroups, ToOwners
+from meshwright.compiler.graph.ir import GETITEM, Arg, Builder, Node, Op, map_nodes
+from meshwright.compiler.layout.factors import Dim, dim_axes
+from meshwright.compiler.placing.rules.views import RESHAPES
+from meshwright.passes.experts.inside import Region, Rows, inside, lookup_parts
+from meshwright.passes.rewriting.rewriter import emit_for
+from meshwright.passes.statements.draft import Draft, input_key, with_graph
+
+aten = torch.ops.aten
+
+
+def place_experts(draft: Draft) -> Draft:
+    """Put what experts compute where they are."""
+    found = inside(draft).nodes
+    ranks = {rows.region: draft.mesh.size(rows.region.statement.over) for rows in found.values()}
+    apart = {node: rows for node, rows in found.items() if ranks[rows.region] > 1}
+    return _Placer(draft, apart).run() if apart else draft
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the rows of a region: `size` of them, one after the other or, if it is of `slices`,
+    on ranks that are not among the owners."""
+
+    size: int
+    slices: bool = False
+
+
+class _Placer:
+    """Writes the graph anew: `values` has nodes in the order of tokens, `owned` those of rows in
+    the order of their owners, with as many dims as before, `[(g q m), 1, ...]`."""
+
+    def __init__(self, draft: Draft, found: dict[Node, Rows]) -> None:
+        self.draft, self.found = draft, found
+        self.builder = Builder(draft.graph.name, draft.graph.mesh)
+        self.values: dict[Node, Node] = {}
+        self.owned: dict[Node, Node] = {}
+        self.sent: dict[tuple[Region, Node], Node] = {}
+        self.exchanges: dict[Region, _Exchange] = {}
+
+    def run(self) -> Draft:
+        first: dict[Node, Node] = {}
+        for node in self.draft.graph.nodes:
+            place = len(self.builder.nodes)
+            if node in self.found:
+                self.owned[node] = self._owned(node, self.found[node])
+            else:
+                operands = {each: self.value(each) for each in node.operands()}
+                self.values[node] = self.builder.copy(node, operands)
+                first[node] = self.builder.nodes[place]
+        graph = self.builder.graph(
+            output.of(self.value(output.node)) for output in self.draft.graph.outputs
+        )
+        return with_graph(self.draft, graph, self.values, first)
+
+    def value(self, node: Node) -> Node:
+        """A value in the order of tokens: what experts give comes back, once."""
+        if node not in self.values:
+            rows = self.found[node]
+            exchange = self._exchange(rows.region, node)
+            self.values[node] = exchange.back(node, self.owned[node], rows.dims)
+        return self.values[node]
+
+    def _exchange(self, region: Region, node: Node) -> _Exchange:
+        if region not in self.exchanges:
+            group = self.value(region.group)
+            self.exchanges[region] = _Exchange(self.draft, self.builder, region, node, group)
+        return self.exchanges[region]
+
+    def _owned(self, node: Node, rows: Rows) -> Node:
+        """What stands for a node, of rows in the order of owners."""
+        exchange = self._exchange(rows.region, node)
+        if node.op == GETITEM:
+            parent = self.owned[node.args[0]]
+            assert isinstance(parent.type, tuple)
+            type = parent.type[node.args[1]]
+            return emit_for(node, self.builder, GETITEM, (parent, node.args[1]), type=type)
+        if node.op == GroupedMM.op:
+            x, weight, _ = node.args
+            taken = exchange.blocks(node, self.owned[x]) if x in self.owned else self._taken(node)
+            return exchange.product(node, taken, self.value(weight))
+        if node.op in RESHAPES:
+            (operand,) = node.operands()
+            return exchange.rows(node, self.owned[operand], rows.dims)
+        if rows.added and not any(each in self.owned for each in node.operands()):
+            return exchange.lookup(node, self.value(lookup_parts(node)[0]), rows.dims)
+        return self._alike(node)
+
+    def _taken(self, node: Node) -> Node:
+        """What a product multiplies, sent to owners, once for all that multiply it."""
+        region, x = self.found[node].region, node.args[0]
+        if (region, x) not in self.sent:
+            exchange = self._exchange(region, node)
+            self.sent[region, x] = exchange.there(node, self.value(x))
+        return self.sent[region, x]
+
+    def _alike(self, node: Node) -> Node:
+        def given(operand: Node) -> Node:
+            return self.owned[operand] if operand in self.owned else self.value(operand)
+
+        args = map_nodes(node.args, given)
+        kwargs = {key: map_nodes(value, given) for key, value in node.kwargs.items()}
+        return emit_for(node, self.builder, node.op, args, kwargs)
+
+
+class _Exchange:
+    """The rows of one region: what sends them to their owners and back.
+
+    Rows `r` are cut into slices, `[g, s]`, each of which is exchanged by itself: the parts of the
+    batch that axes split which are not those of the owners.
+    """
+
+    def __init__(
+        self, draft: Draft, builder: Builder, region: Region, node: Node, group: Node
+    ) -> None:
+        self.builder, self.region = builder, region
+        statement, (num_rows, times) = region.statement, region.shape
+        self.axes, self.owners = statement.over, draft.mesh.size(statement.over)
+        self.parts = _parts(draft, num_rows, statement.over)
+        self.slices = math.prod(part.size for part in self.parts if part.slices)
+        self.maximum = num_rows // self.slices * times
+        self.group = self._sliced(node, group)
+        self.shape = (self.slices, self.owners, self.maximum)
+        given = (self.group, region.experts, self.owners, self.maximum, self.axes)
+        self.numbers = self._emit(node, OwnedGroups.op, *given)
+
+    def there(self, node: Node, x: Node) -> Node:
+        """Rows `[r, k]` or `[r, t, k]` of tokens as their owners have them: `[g, q, m, k]`."""
+        given = (self.region.experts, self.owners, self.maximum, self.axes)
+        return self._emit(node, ToOwners.op, self._sliced(node, x), self.group, *given)
+
+    def back(self, node: Node, y: Node, dims: int) -> Node:
+        """Rows of owners in the order of tokens, in the shape that a node has."""
+        width = math.prod(node.tensor.shape[dims:])
+        blocks = self._view(node, y, (*self.shape, width))
+        given = (blocks, self.group, self.region.experts, self.owners, self.axes)
+        found = self._emit(node, FromOwners.op, *given)
+        if len(self._order()) > 2:
+            sizes = [self.parts[i].size for i in self._order()]
+            rest = (*self.region.shape[1:], width)
+            found = self._view(node, found, (*sizes, *rest))
+            back = [self._order().index(i) for i in range(len(sizes))]
+            order = [*back, *range(len(sizes), len(sizes) + len(rest))]
+            found = self._emit(node, aten.permute.default, found, order)
+        return self._view(node, found, node.tensor.shape)
+
+    def product(self, node: Node, x: Node, weight: Node) -> Node:
+        """Rows times the matrices of their experts."""
+        y = self._emit(node, GroupedMM.op, x, self._stacked(node, weight), self.numbers)
+        return self._view(node, y, (math.prod(self.shape), 1, weight.tensor.shape[-1]))
+
+    def lookup(self, node: Node, table: Node, dims: int) -> Node:
+        """A row of a table for each number: a product with ones, so that empty rows have none."""
+        flat = self._view(node, table, (table.tensor.shape[0], 1, math.prod(table.tensor.shape[1:])))
+        options = {"dtype": table.tensor.dtype}
+        ones = emit_for(node, self.builder, aten.full.default, ([*self.shape, 1], 1), options)
+        found = self._emit(node, GroupedMM.op, ones, self._stacked(node, flat), self.numbers)
+        return self.rows(node, found, dims)
+
+    def rows(self, node: Node, value: Node, dims: int) -> Node:
+        """A value with as many dims as a node has, of which some are of rows."""
+        rest = node.tensor.shape[dims:]
+        return self._view(node, value, (math.prod(self.shape), *[1] * (dims - 1), *rest))
+
+    def blocks(self, node: Node, value: Node) -> Node:
+        """Rows `[(g q m), ..., k]` by owner: `[g, q, m, k]`."""
+        return self._view(node, value, (*self.shape, value.tensor.shape[-1]))
+
+    def _stacked(self, node: Node, weight: Node) -> Node:
+        count, *rest = weight.tensor.shape
+        return self._view(node, weight, (self.owners, count // self.owners, *rest))
+
+    def _sliced(self, node: Node, x: Node) -> Node:
+        """`[r, ...]` as `[g, s, ...]`."""
+        num_rows, *rest = x.tensor.shape
+        order = self._order()
+        if len(order) > 2:
+            x = self._view(node, x, (*(part.size for part in self.parts), *rest))
+            behind = range(len(order), len(order) + len(rest))
+            x = self._emit(node, aten.permute.default, x, [*order, *behind])
+        return self._view(node, x, (self.slices, num_rows // self.slices, *rest))
+
+    def _order(self) -> list[int]:
+        """The parts of rows, those of slices first."""
+        return sorted(range(len(self.parts)), key=lambda i: not self.parts[i].slices)
+
+    def _view(self, node: Node, x: Node, shape: tuple[int, ...]) -> Node:
+        return x if x.tensor.shape == shape else self._emit(node, aten.view.default, x, shape)
+
+    def _emit(self, node: Node, op: Op, *args: Arg) -> Node:
+        return emit_for(node, self.builder, op, args)
+
+
+def _parts(draft: Draft, rows: int, owners: tuple[str, ...]) -> list[_Part]:
+    """How the plan splits the batch, and with it rows."""
+    found: list[_Part] = []
+    for size, axis in _cuts(draft, rows):
+        slices = axis is not None and axis not in owners
+        if found and found[-1].slices == slices:
+            size *= found.pop().size
+        found.append(_Part(size, slices))
+    return found if math.prod(part.size for part in found) == rows else [_Part(rows)]
+
+
+def _cuts(draft: Draft, rows: int) -> Iterator[tuple[int, str | None]]:
+    """The factors of rows, which are what the dims of an input have in turn, and their axes."""
+    for node in draft.graph.inputs:
+        pin = draft.inputs.get(input_key(node))
+        shape = node.tensor.shape
+        if pin is None or node.of_model or not pin.layout.split_axes:
+            continue
+        count = next((n for n in range(1, len(shape) + 1) if math.prod(shape[:n]) == rows), 1)
+        dims, left = pin.layout.dims[:count], rows // math.prod(shape[:count])
+        if rows % math.prod(shape[:count]) or not any(map(dim_axes, dims)):
+            continue
+        for dim in dims:
+            yield from _factors(draft, dim)
+        yield left, None
+        return
+    yield rows, None
+
+
+def _factors(draft: Draft, dim: Dim) -> Iterator[tuple[int, str | None]]:
+    for segment in dim:
+        for factor in segment:
+            for axis in factor.axes:
+                yield draft.mesh.size(axis), axis
+            yield factor.size // draft.mesh.size(factor.axes), None
