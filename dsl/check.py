@@ -200,6 +200,10 @@ def _check_experts(experts: s.Experts) -> None:
     if experts.dropless and experts.capacity is not None:
         raise _either(experts, "capacity", "dropless")
     route, top, count = experts.route or "topk", experts.top, experts.count
+    given = next((part for part in _OF_NEW_EXPERTS if getattr(experts, part) not in (None, False)), None)
+    if count is None and given is not None:
+        help = f"remove it, or write how many experts a module is to become: `count=8 {given}=...`"
+        raise _unfit(experts, given, "without `count`, experts are those that the model has", help)
     if route == "switch" and top not in (None, 1):
         raise _unfit(experts, "top", "`route=switch` sends each token to one expert")
     if experts.second is not None and route != "topk":
@@ -214,6 +218,13 @@ def _check_experts(experts: s.Experts) -> None:
     if route == "prototype" and count % top:
         help = f"write a `count` that {top} divides"
         raise _unfit(experts, "top", f"{count} experts are not {top} equal prototypes", help)
+
+
+_OF_NEW_EXPERTS = (
+    "route", "top", "capacity", "dropless", "groups", "balance", "weight", "second", "noise",
+    "init", "seed",
+)  # fmt: skip
+"""The options of `experts` that say how a module becomes experts, and how tokens reach them."""
 
 
 def _check_offload(offload: s.Offload) -> None:

@@ -41,8 +41,10 @@ from meshwright.compiler.placing.emit import Emitter
 class Lowering:
     """The tools with which a composite lowers one node; `args` are of the new graph."""
 
-    def __init__(self, emitter: Emitter, node: Node, args: tuple[Arg, ...]) -> None:
-        self.emitter, self.node, self.args = emitter, node, args
+    def __init__(
+        self, emitter: Emitter, node: Node, args: tuple[Arg, ...], steps: dict[Arg, Node]
+    ) -> None:
+        self.emitter, self.node, self.args, self.steps = emitter, node, args, steps
 
     @property
     def mesh(self) -> Mesh:
@@ -51,6 +53,12 @@ class Lowering:
     def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
         """Emit a step, placed by its rule."""
         return self.emitter.call(op, args, kwargs, origin=self.node.origin, type=type)
+
+    def shared(self, op: Op, *args: Arg) -> Node:
+        """A step that is emitted once."""
+        if (op, *args) not in self.steps:
+            self.steps[op, *args] = self.call(op, *args)
+        return self.steps[op, *args]
 
     def items(self, source: Node) -> list[Node | None]:
         """The results of a step that has multiple."""
@@ -93,13 +101,14 @@ def lower(graph: Graph) -> Graph:
     emitter = Emitter(Builder(graph.name, graph.mesh), backward=True)
 
     results: dict[Node, tuple[Node | None, ...]] = {}
+    steps: dict[Arg, Node] = {}
 
     def lowered(builder: Builder, node: Node, mapping: dict[Node, Node]) -> Node | None:
         if node.op == GETITEM and node.args[0] in results:
             return results[node.args[0]][node.args[1]]
         if returned := _returned(node):
             return mapping[returned]
-        found = _steps(emitter, node, map_nodes(node.args, mapping.__getitem__))
+        found = _steps(emitter, node, map_nodes(node.args, mapping.__getitem__), steps)
         if isinstance(found, tuple):
             results[node] = found
             return next(filter(None, found))  # only its items are used
@@ -108,13 +117,15 @@ def lower(graph: Graph) -> Graph:
     return rewrite(graph, lowered, builder=emitter.builder)
 
 
-def _steps(emitter: Emitter, node: Node, args: tuple[Arg, ...]) -> Lowered:
+def _steps(
+    emitter: Emitter, node: Node, args: tuple[Arg, ...], steps: dict[Arg, Node]
+) -> Lowered:
     """What replaces a composite whose special dim is split; None for any other node."""
     known = composite_of(node.op)
     if known is None:
         return None
     emitter.builder.phase = node.phase
-    found = known.lower(Lowering(emitter, node, args))
+    found = known.lower(Lowering(emitter, node, args, steps))
     if found is not None and _form(found) != (node.type, node.layout):
         raise PassError(
             f"`{node.op}` is lowered to {_form(found)}",

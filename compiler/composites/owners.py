@@ -181,7 +181,8 @@ class FromOwners(Composite):
         sent, received = _counts(context, group, experts, owners)
         num_rows = math.prod(group.tensor.shape)
         back = _exchanged_rows(context, rows, num_rows, over, received, sent)
-        return context.call(InOrder.op, back, group, experts, owners)
+        order = context.shared(OwnerOrder.op, group, experts, owners)
+        return context.call(InOrder.op, back, order, group)
 
     def bind(self, binding: BindingContext) -> Kernel:
         _, _, experts, owners, _ = binding.node.args
@@ -190,46 +191,60 @@ class FromOwners(Composite):
 
 
 @composite
+class OwnerOrder(Composite):
+    """`owner_order(group, experts, owners)`: the places of a rank's rows, those of the first owner
+    first, `[(g s t)]`."""
+
+    op = MeshOp("owner_order")
+
+    def rule(self, call: Call) -> tuple[Placement, ...]:
+        (group,) = (operand.layout for operand in call.operands)
+        cutting = (*dim_axes(group.dims[0]), *dim_axes(group.dims[1]))
+        found = Layout((cut(math.prod(call.operands[0].type.shape), *cutting),))
+        return (Placement((group,), (found,)),)
+
+    def result_type(self, group: TensorType, experts: int, owners: int) -> NodeType:
+        return TensorType((math.prod(group.shape),), torch.int64)
+
+    def bind(self, binding: BindingContext) -> Kernel:
+        experts, owners = binding.node.args[1:]
+        return lambda group: kernels.owner_order(group, experts, owners)
+
+
+@composite
 class ByOwner(Composite):
-    """`by_owner(x, group, experts, owners)`: the rows of a rank, those of the first owner first,
-    `[(g s t), k]`."""
+    """`by_owner(x, order)`: the rows of a rank in an order, `[(g s t), k]`."""
 
     op = MeshOp("by_owner")
 
     def rule(self, call: Call) -> tuple[Placement, ...]:
-        x, group = (operand.layout for operand in call.operands)
-        rows = cut(math.prod(call.operands[1].type.shape), *_cutting(group))
-        return (Placement((x, group), (Layout((rows, x.dims[-1]), x.partial, x.varying),)),)
+        x, order = (operand.layout for operand in call.operands)
+        found = Layout((*order.dims, x.dims[-1]), x.partial, x.varying)
+        return (Placement((x, order), (found,)),)
 
-    def result_type(
-        self, x: TensorType, group: TensorType, experts: int, owners: int
-    ) -> NodeType:
-        return TensorType((math.prod(group.shape), x.shape[-1]), x.dtype)
+    def result_type(self, x: TensorType, order: TensorType) -> NodeType:
+        return TensorType((*order.shape, x.shape[-1]), x.dtype)
 
     def bind(self, binding: BindingContext) -> Kernel:
-        experts, owners = binding.node.args[2:]
-        return lambda x, group: kernels.by_owner(x, group, experts, owners)
+        return kernels.by_owner
 
 
 @composite
 class InOrder(Composite):
-    """`in_order(rows, group, experts, owners)`: what `by_owner` gives as it was before."""
+    """`in_order(rows, order, group)`: what `by_owner` gives as it was before, `[g, s, t, k]`."""
 
     op = MeshOp("in_order")
 
     def rule(self, call: Call) -> tuple[Placement, ...]:
-        rows, group = (operand.layout for operand in call.operands)
+        rows, order, group = (operand.layout for operand in call.operands)
         found = Layout((*group.dims, rows.dims[1]), rows.partial, rows.varying)
-        return (Placement((rows, group), (found,)),)
+        return (Placement((rows, order, group), (found,)),)
 
-    def result_type(
-        self, rows: TensorType, group: TensorType, experts: int, owners: int
-    ) -> NodeType:
+    def result_type(self, rows: TensorType, order: TensorType, group: TensorType) -> NodeType:
         return TensorType((*group.shape, rows.shape[1]), rows.dtype)
 
     def bind(self, binding: BindingContext) -> Kernel:
-        experts, owners = binding.node.args[2:]
-        return lambda rows, group: kernels.in_order(rows, group, experts, owners)
+        return kernels.in_order
 
 
 @composite
@@ -257,23 +272,18 @@ def _own(binding: BindingContext, owners: Dim) -> tuple[int, int]:
     return binding.start(owners), Layout((owners,)).local_shape(binding.mesh)[0]
 
 
-def _cutting(group: Layout) -> tuple[str, ...]:
-    """The axes that cut slices and the rows in them."""
-    return (*dim_axes(group.dims[0]), *dim_axes(group.dims[1]))
-
-
 def _counts(
     context: LoweringContext, group: Node, experts: int, owners: int
 ) -> tuple[Node, Node]:
     """How many rows go to each owner, and come from each."""
-    sent = context.call(OwnerCounts.op, group, experts, owners)
+    sent = context.shared(OwnerCounts.op, group, experts, owners)
     slices, ranks, _ = sent.placed.dims
     return sent, context.reshard(sent, Layout((slices, whole(owners), ranks)))
 
 
 def _sent(context: LoweringContext, x: Node, group: Node, experts: int, owners: int) -> Node:
     """The rows of each owner, which it has been sent."""
-    rows = context.call(ByOwner.op, x, group, experts, owners)
+    rows = context.call(ByOwner.op, x, context.shared(OwnerOrder.op, group, experts, owners))
     shape = context.node.tensor.shape[:3]
     sent, received = _counts(context, group, experts, owners)
     over = dim_axes(group.placed.dims[1])

@@ -45,17 +45,21 @@ def from_owners(y: Tensor, group: Tensor, experts: int, owners: int, first: int)
     return rows.view(*group.shape, y.shape[-1])
 
 
-def by_owner(x: Tensor, group: Tensor, experts: int, owners: int) -> Tensor:
-    """All rows, those of the first owner first: `[g s t, k]`."""
-    order = _order(group, experts, owners)
+def owner_order(group: Tensor, experts: int, owners: int) -> Tensor:
+    """The places of all rows `[g s t]`, those of the first owner first."""
+    return torch.argsort((group // (experts // owners)).flatten(), stable=True)
+
+
+def by_owner(x: Tensor, order: Tensor) -> Tensor:
+    """The rows of `x[g, s, k]`, each of which stands for several, or `x[g, s, t, k]` in an order:
+    `[g s t, k]`."""
     if x.dim() == 3:
-        return x.flatten(0, 1).index_select(0, order // group.shape[2])
+        return x.flatten(0, 1).index_select(0, order // (order.numel() // x.shape[:2].numel()))
     return x.flatten(0, 2).index_select(0, order)
 
 
-def in_order(rows: Tensor, group: Tensor, experts: int, owners: int) -> Tensor:
-    """What `by_owner` has sorted in its first order, `[g, s, t, k]`."""
-    order = _order(group, experts, owners)
+def in_order(rows: Tensor, order: Tensor, group: Tensor) -> Tensor:
+    """What `by_owner` gives as it was before, `[g, s, t, k]`."""
     return torch.empty_like(rows).index_copy_(0, order, rows).view(*group.shape, rows.shape[1])
 
 
@@ -64,10 +68,6 @@ def owner_counts(group: Tensor, experts: int, owners: int) -> Tensor:
     owner = (group // (experts // owners)).flatten().clamp(max=owners)
     counts = owner.new_zeros(owners + 1).scatter_add(0, owner, torch.ones_like(owner))
     return counts[:owners].view(1, 1, owners)
-
-
-def _order(group: Tensor, experts: int, owners: int) -> Tensor:
-    return torch.argsort((group // (experts // owners)).flatten(), stable=True)
 
 
 def _slots(

@@ -78,6 +78,9 @@ class LoweringContext(Protocol):
     def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
         """Emit a step, placed by its rule; `type` is given where it depends on the mesh."""
 
+    def shared(self, op: Op, *args: Arg) -> Node:
+        """A step that other composites may need too: emitted once for these arguments."""
+
     def items(self, source: Node) -> list[Node | None]:
         """The results of a step that has multiple."""
 

@@ -8,7 +8,7 @@ the bias behind it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -73,9 +73,9 @@ class Inside:
     parameters: dict[Node, Experts] = field(default_factory=dict)
 
 
-def inside(draft: Draft) -> Inside:
-    """What belongs to the experts that `experts` statements place."""
-    finder = _Finder(draft)
+def inside(draft: Draft, statements: Mapping[str, Experts] | None = None) -> Inside:
+    """What belongs to the experts that `experts` statements place; or `statements`, by module."""
+    finder = _Finder(draft, placing(draft) if statements is None else statements)
     for node in draft.graph.nodes:
         rows = finder.rows_of(node)
         if rows is not None:
@@ -94,9 +94,8 @@ def placing(draft: Draft) -> dict[str, Experts]:
 class _Finder:
     """Follows rows from products and lookups through what treats each alone."""
 
-    def __init__(self, draft: Draft) -> None:
-        self.draft, self.users = draft, draft.graph.users()
-        self.statements = placing(draft)
+    def __init__(self, draft: Draft, statements: Mapping[str, Experts]) -> None:
+        self.draft, self.users, self.statements = draft, draft.graph.users(), statements
         self.found: dict[Node, Rows] = {}
         self.parameters: dict[Node, Experts] = {}
         self.regions: dict[tuple[Node, Experts], Region] = {}
@@ -113,9 +112,9 @@ class _Finder:
         """The statement that places a stacked parameter."""
         source = _parameter(weight)
         path = str(source.args[1]).rpartition(".")[0] if source else ""
-        while source and path:
-            if path in self.statements:
-                return self.statements[path]
+        while source is not None:
+            if path in self.statements or not path:
+                return self.statements.get(path)
             path = path.rpartition(".")[0]
         return None
 

@@ -64,7 +64,7 @@ BLOCKS = (
     *("mesh::product_3d", "mesh::product_3d_transposed", "mesh::product_3d_sum"),
     *("mesh::block_part", "mesh::put_block", "mesh::rows_in_blocks"),
 )
-OWNED = ("mesh::by_owner", "mesh::in_order", "mesh::owner_counts")
+OWNED = ("mesh::owner_order", "mesh::by_owner", "mesh::in_order", "mesh::owner_counts")
 UNSAMPLED = {
     "aten::empty": "its values are arbitrary",
     "aten::empty_like": "its values are arbitrary",

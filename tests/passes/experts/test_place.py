@@ -1,0 +1,173 @@
+"""Experts that a model has, placed on ranks: the same numbers, and rows go where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import meshwright
+from meshwright.compiler.composites import owners
+from meshwright.compiler.public import Program
+from meshwright.dsl.errors import MeshwrightError
+from meshwright.passes.experts import place
+from tests.equivalence import check_equal, implicit_gathers
+from tests.passes.experts.dense import batch
+from tests.passes.experts.stacked import Body, Model, biased, gated, mixing, plain
+from tests.passes.experts.test_equal import some
+from tests.passes.stages import check_documented, shown, stages
+
+PLACED = "experts blocks.*.experts over ep\n"
+OWN = "mesh ep=2\n" + PLACED
+DATA = "data x, labels over ep\n"
+ALONE = OWN + DATA
+PARTS = "mesh dp=2, ep=2\n" + PLACED
+
+
+def placed(
+    plan: str, model: nn.Module | None = None, *, rows: tuple[int, ...] = (8, 6)
+) -> Program:
+    """Trains under the plan as on one device, and no token leaves its shard of the batch."""
+    torch.manual_seed(0)
+    program = check_equal(model or Model(), lambda: batch(*rows), plan)
+    assert implicit_gathers(program) == []
+    assert not any("all_gather" in kind and "tp" not in kind for kind in counts(program))
+    return program
+
+
+def counts(program: Program) -> dict[str, int]:
+    return dict(program.comm().counts())
+
+
+def test_the_docstrings_show_a_product_before_and_after() -> None:
+    found = stages(Model(top=1), batch(4, 2), ALONE)
+    check_documented(
+        place,
+        shown(found["experts"], "grouped_mm"),
+        shown(found["place_experts"], "to_owners"),
+    )
+    check_documented(
+        owners,
+        shown(found["differentiate"], "to_owners"),
+        shown(found["lower"], "by_owner"),
+    )
+
+
+def test_rows_that_are_split_go_to_experts_and_back_by_one_exchange_in_each_direction() -> None:
+    program = placed(ALONE)
+    # Two forward with the numbers of experts, and two backward; all go by the same counts.
+    assert counts(program)["exchange_rows[ep]"] == 3 + 2
+    assert counts(program)["all_to_all[ep]"] == 1
+    # The loss, how many labels it is of, and one bucket of the gradients of all but experts.
+    assert counts(program)["all_reduce[ep]"] == 3
+    weight = program.parameters["blocks.0.experts.up"]
+    assert str(weight.layout) == "[4@ep, 8, 16]"
+
+
+def test_rows_that_are_not_split_are_not_sent() -> None:
+    # What experts give, the gradients of what they are given and of the shares that weigh it.
+    assert counts(placed(OWN)) == {"all_reduce[ep]": 3}
+
+
+PLANS = {
+    "4 ranks": ALONE.replace("ep=2", "ep=4"),
+    "part of data": PARTS + "data x, labels over (dp, ep)",
+    "first part of data": PARTS + "data x, labels over (ep, dp)",
+    "own axis": PARTS + "data x, labels over dp",
+    "two axes": PARTS.replace("over ep", "over (dp, ep)") + "data x, labels over (dp, ep)",
+    "microbatches": ALONE + "accumulate 2",
+    "microbatches and data": PARTS + "data x, labels over (ep, dp)\naccumulate 2",
+    "one rank": ALONE.replace("ep=2", "ep=1"),
+}
+
+
+@pytest.mark.parametrize("plan", some(PLANS, ("first part of data", "own axis", "microbatches")))
+def test_experts_of_a_model_are_the_same_on_any_mesh(plan: str) -> None:
+    placed(plan)
+
+
+FEATURES = """
+shard blocks.*.experts.up [e, d, f@tp]
+shard blocks.*.experts.down [e, f@tp, d]
+shard blocks.*.experts.scale [f@tp]
+"""
+TOGETHER = {
+    "features": ALONE.replace("ep=2", "ep=2, tp=2") + FEATURES,
+    "zero 1": PARTS + "data x, labels over (dp, ep)\nzero 1 over (dp, ep)",
+    "zero 2": PARTS + "data x, labels over (dp, ep)\nzero 2 over dp",
+    "zero 3": PARTS + "data x, labels over (dp, ep)\nzero 3 over dp",
+    "checkpoint": ALONE + "checkpoint blocks.*",
+    "stages": ALONE.replace("ep=2", "pp=2, ep=2", 1)
+    + "stages at blocks.1 over pp microbatches=2",
+}
+
+
+@pytest.mark.parametrize("plan", some(TOGETHER, ("features", "zero 3", "checkpoint")))
+def test_placed_experts_go_with_other_statements(plan: str) -> None:
+    placed(plan, Model(2 if "stages" in plan else 1))
+
+
+@pytest.mark.parametrize("plan", some({"split": ALONE, "own": OWN}, ("split", "own")))
+@pytest.mark.parametrize("body", [biased, gated])
+def test_what_experts_do_row_by_row_is_done_where_they_are(body: Body, plan: str) -> None:
+    program = placed(plan, Model(body=body, top=1))
+    sent = counts(program).get("exchange_rows[ep]", 0)
+    assert sent == (5 if plan == ALONE else 0)
+    assert str(program.parameters["blocks.0.experts.up_bias"].layout) == "[4@ep, 16]"
+
+
+def test_rows_that_are_compared_between_products_come_back_for_it() -> None:
+    program = placed(ALONE, Model(body=mixing))
+    assert counts(program)["exchange_rows[ep]"] == 2 * (2 + 2) + 1
+
+
+def skewed(expert: int) -> Model:
+    """A model that sends all rows to one expert."""
+    torch.manual_seed(0)
+    model = Model(top=1)
+    for block in model.blocks:
+        block.router.weight.data.zero_()
+        block.router.bias.data = torch.eye(4)[expert]
+    return model
+
+
+@pytest.mark.parametrize("plan", [ALONE, OWN, ALONE.replace("ep=2", "ep=4")])
+@pytest.mark.parametrize("expert", [0, 3])
+def test_all_rows_may_go_to_one_rank_and_none_to_another(expert: int, plan: str) -> None:
+    program = placed(plan, skewed(expert))
+    run = program.launch()
+    run.step(*batch(8, 6))
+    used = run.gradients()["blocks.0.experts.up"].abs().sum((1, 2)) > 0
+    assert used.tolist() == [each == expert for each in range(4)]
+
+
+def test_a_statement_may_name_the_block_around_experts() -> None:
+    by_block = placed(ALONE.replace("blocks.*.experts", "blocks.*"))
+    assert counts(by_block) == counts(placed(ALONE))
+
+
+def test_experts_of_two_statements_may_be_on_different_axes() -> None:
+    plan = "mesh dp=2, ep=2\ndata x, labels over (dp, ep)\n"
+    plan += "experts blocks.0 over ep\nexperts blocks.1 over dp\n"
+    program = placed(plan, Model(2))
+    assert counts(program)["exchange_rows[ep]"] == counts(program)["exchange_rows[dp]"] == 5
+
+
+REFUSED: dict[str, tuple[str, Body]] = {
+    "placed-no-experts": (ALONE.replace("blocks.*.experts", "blocks.*.router"), plain),
+    "placed-do-not-divide": (ALONE.replace("ep=2", "ep=3"), plain),
+    "placed-laid-out-otherwise": (
+        PARTS + "shard blocks.*.experts.up [e@dp, d, f]\ndata x, labels over dp", plain
+    ),
+    "placed-axis-used-twice": (ALONE + "shard blocks.*.experts.up [e, d, f@ep]", plain),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_placed_is_explained(name: str, golden: Callable[[str, str], None]) -> None:
+    plan, body = REFUSED[name]
+    with pytest.raises(MeshwrightError) as caught:
+        meshwright.compile(Model(body=body), meshwright.Plan.parse(plan), example=batch(12, 6))
+    golden(name, str(caught.value))
