@@ -200,10 +200,11 @@ def _check_experts(experts: s.Experts) -> None:
     if experts.dropless and experts.capacity is not None:
         raise _either(experts, "capacity", "dropless")
     route, top, count = experts.route or "topk", experts.top, experts.count
-    given = next((part for part in _OF_NEW_EXPERTS if getattr(experts, part) not in (None, False)), None)
-    if count is None and given is not None:
-        help = f"remove it, or write how many experts a module is to become: `count=8 {given}=...`"
-        raise _unfit(experts, given, "without `count`, experts are those that the model has", help)
+    given = [part for part in _OF_NEW_EXPERTS if getattr(experts, part) not in (None, False)]
+    if count is None and given:
+        help = "remove it, or write how many experts each module is to become: `count=8`"
+        message = "without `count`, experts and their routing are those that the model has"
+        raise _unfit(experts, given[0], message, help)
     if route == "switch" and top not in (None, 1):
         raise _unfit(experts, "top", "`route=switch` sends each token to one expert")
     if experts.second is not None and route != "topk":

@@ -117,9 +117,7 @@ def lower(graph: Graph) -> Graph:
     return rewrite(graph, lowered, builder=emitter.builder)
 
 
-def _steps(
-    emitter: Emitter, node: Node, args: tuple[Arg, ...], steps: dict[Arg, Node]
-) -> Lowered:
+def _steps(emitter: Emitter, node: Node, args: tuple[Arg, ...], steps: dict[Arg, Node]) -> Lowered:
     """What replaces a composite whose special dim is split; None for any other node."""
     known = composite_of(node.op)
     if known is None:

@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 
 import meshwright
+from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.public import Program
 from tests.equivalence import check_equal, implicit_gathers, without_grouped
 from tests.models import real
@@ -381,6 +382,44 @@ MORE_ROUTED: dict[str, Case] = {
     ),
 }  # fmt: skip
 
+QWEN3_MOE = routed("Qwen3Moe", head_dim=16, **SMALL)
+PLACED = "experts model.layers.*.mlp.experts over ep\n"
+BY_EP = "data input_ids, labels over ep\n" + PLACED
+BY_BOTH = "data input_ids, labels over (dp, ep)\n" + PLACED
+
+PLACED_CASES: dict[str, Case] = {
+    "mixtral over 2": (MIXTRAL, text, "mesh ep=2\n" + BY_EP),
+    "mixtral over 4": (
+        MIXTRAL, masked_text, "mesh ep=4\ndata input_ids, labels, attention_mask over ep\n" + PLACED
+    ),
+    "mixtral with data": (MIXTRAL, text, "mesh dp=2, ep=2\n" + BY_BOTH),
+    "mixtral with data and tensor": (
+        MIXTRAL, text, "mesh dp=2, ep=2, tp=2\n" + BY_BOTH + ATTENTION + EXPERTS
+    ),
+    "mixtral beside data": (MIXTRAL, text, "mesh dp=2, ep=2\n" + DATA + PLACED),
+    "mixtral over tensor": (
+        MIXTRAL, text, GRID + DATA + ATTENTION + PLACED.replace("over ep", "over tp")
+    ),
+    "mixtral sequence": (
+        MIXTRAL, text,
+        "mesh ep=2, tp=2\n" + BY_EP + ATTENTION + EXPERTS + LLAMA_VOCAB + LLAMA_SEQUENCE,
+    ),
+    "qwen3-moe over 2": (QWEN3_MOE, text, "mesh ep=2\n" + BY_EP),
+    "qwen3-moe over 4": (QWEN3_MOE, text, "mesh ep=4\n" + BY_EP),
+    "qwen3-moe with data and tensor": (
+        QWEN3_MOE, text, "mesh dp=2, ep=2, tp=2\n" + BY_BOTH + ATTENTION + EXPERTS
+    ),
+    "qwen3-moe beside tensor": (
+        QWEN3_MOE, text, "mesh ep=2, tp=2\n" + BY_EP + ATTENTION + EXPERTS
+    ),
+    "olmoe": (routed("Olmoe", **SMALL), text, "mesh ep=2, tp=2\n" + BY_EP + ATTENTION + EXPERTS),
+    "gpt-oss": (GPT_OSS_MODEL, text, "mesh ep=2, tp=2\n" + BY_EP + ATTENTION + GPT_OSS),
+    "deepseek-v3": (
+        deepseek, text,
+        "mesh ep=2, tp=2\n" + BY_EP.replace("layers.*", "layers.1") + DEEPSEEK,
+    ),
+}  # fmt: skip
+
 
 def check_routed(case: Case) -> Program:
     """Trains as on one device, and no token leaves its shard of the batch."""
@@ -400,6 +439,16 @@ def test_a_mixture_of_experts_trains_as_on_one_device(name: str) -> None:
 @pytest.mark.parametrize("name", MORE_ROUTED)
 def test_a_mixture_of_experts_trains_under_other_plans_too(name: str) -> None:
     check_routed(MORE_ROUTED[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLACED_CASES)
+def test_the_experts_of_a_mixture_train_on_ranks_of_their_own(name: str) -> None:
+    program = check_routed(PLACED_CASES[name])
+    layouts = [p.layout for n, p in program.parameters.items() if ".experts." in n]
+    over = "tp" if name == "mixtral over tensor" else "ep"
+    assert layouts
+    assert all(dim_axes(layout.dims[0]) == (over,) for layout in layouts)
 
 
 def test_experts_split_over_their_features_reduce_as_a_dense_layer_does() -> None:

@@ -1,12 +1,13 @@
 """Rows to the ranks that have the matrices of their groups, and back.
 
-Before:  to_owners: f64[1, 2@ep, 8, 4] = mesh::to_owners(view, view_1, 4, 2, 8, [ep])
-After:   by_owner: f64[8@ep, 4]              = mesh::by_owner(view, view_1, 4, 2)
-         owner_counts: i64[1, 2@ep, 2]       = mesh::owner_counts(view_1, 4, 2, 2)
-         all_to_all: i64[1, 2, 2@ep]         = all_to_all(owner_counts, ep)
-         exchange_rows: f64[16@ep, 4]        = exchange_rows(by_owner, ep, received=all_to_all,
-             sent=owner_counts)
-         view_2: f64[1, 2@ep, 8, 4]          = view(exchange_rows, [1, 2, 8, 4])
+Before:  to_owners: f64[1, 2@ep, 8, 8] = mesh::to_owners(view_2, view_1, 4, 2, 8, [ep])
+After:   owner_order: i64[8@ep]           = mesh::owner_order(view_1, 4, 2)
+         owner_counts: i64[1, 2@ep, 2]    = mesh::owner_counts(view_1, 4, 2)
+         all_to_all: i64[1, 2, 2@ep]      = all_to_all(owner_counts, ep)
+         by_owner_1: f64[8@ep, 8]         = mesh::by_owner(view_2_1, owner_order)
+         exchange_rows_1: f64[16@ep, 8]   = exchange_rows(by_owner_1, ep, sent=owner_counts,
+             received=all_to_all)
+         view_4: f64[1, 2@ep, 8, 8]       = view(exchange_rows_1, [1, 2, 8, 8])
 
 Groups, such as experts, have owners: of 8 groups and 2 owners, the first has the first 4. Rows come
 in slices, `x[g, s, k]` with their groups `group[g, s, t]`, or `x[g, s, t, k]`; each slice is an
@@ -132,7 +133,7 @@ class OwnedGroups(Composite):
         return TensorType((group.shape[0], owners, maximum), group.dtype)
 
     def lower(self, context: LoweringContext) -> Lowered:
-        group, experts, owners, maximum, _ = context.args
+        group, experts, owners, *_ = context.args
         if not dim_axes(group.placed.dims[1]):
             return None
         each = experts // owners
@@ -177,7 +178,9 @@ class FromOwners(Composite):
         over = dim_axes(group.placed.dims[1])
         if not over:
             return None
-        rows = context.call(aten.view.default, y, [math.prod(y.tensor.shape[:3]), y.tensor.shape[3]])
+        rows = context.call(
+            aten.view.default, y, [math.prod(y.tensor.shape[:3]), y.tensor.shape[3]]
+        )
         sent, received = _counts(context, group, experts, owners)
         num_rows = math.prod(group.tensor.shape)
         back = _exchanged_rows(context, rows, num_rows, over, received, sent)
@@ -272,9 +275,7 @@ def _own(binding: BindingContext, owners: Dim) -> tuple[int, int]:
     return binding.start(owners), Layout((owners,)).local_shape(binding.mesh)[0]
 
 
-def _counts(
-    context: LoweringContext, group: Node, experts: int, owners: int
-) -> tuple[Node, Node]:
+def _counts(context: LoweringContext, group: Node, experts: int, owners: int) -> tuple[Node, Node]:
     """How many rows go to each owner, and come from each."""
     sent = context.shared(OwnerCounts.op, group, experts, owners)
     slices, ranks, _ = sent.placed.dims

@@ -33,8 +33,8 @@ def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
 
 
 def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -> Tensor:
-    """The sum of `x[r, t]^T grad[r, t]` over the rows of each group, `[e, k, n]`; over those of each
-    block, `[q, e, k, n]`."""
+    """The sum of `x[r, t]^T grad[r, t]` over the rows of each group, `[e, k, n]`; in blocks,
+    `[q, e, k, n]`."""
     if x.dim() == 4:
         blocks, rows = x.shape[1], _in_all(group, num_groups)
         given = x.flatten(0, 2), grad.flatten(0, 2).unsqueeze(1)

@@ -212,11 +212,18 @@ def lookup_parts(node: Node) -> tuple[Node, Node | None]:
     return table, index if dim == 0 else None
 
 
+def viewed(node: Node) -> Node:
+    """The value that a node is a view of."""
+    while node.op in RESHAPES:
+        node = next(node.operands())
+    return node
+
+
 def _numbers(group: Node) -> Node:
-    """The numbers that a node is a view of."""
-    while group.op in RESHAPES or group.op == aten._to_copy.default:
-        group = next(group.operands())
-    return group
+    """The numbers that a node is a view of, whatever their type."""
+    while (source := viewed(group)).op == aten._to_copy.default:
+        group = next(source.operands())
+    return source
 
 
 def _parameter(weight: Node) -> Node | None:

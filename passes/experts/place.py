@@ -1,11 +1,24 @@
-"""Send rows to the ranks that have their experts, and what these compute of them back.
+"""Send rows to the ranks that have the experts of a model, and what these make of them back.
 
-Before:  grouped_mm: f64[64, 2, 128] = mesh::grouped_mm(view, transpose, topk_1)
-After:   TODO
+Before:  grouped_mm: f64[8, 1, 16]  = mesh::grouped_mm(view_3, blocks_0_experts_up, topk_1)
+         silu: f64[8, 16]           = silu(view_3_1)
+         mul: f64[8, 16]            = mul(silu, blocks_0_experts_scale)
+         grouped_mm_1: f64[8, 1, 8] = mesh::grouped_mm(view_5, blocks_0_experts_down, topk_1)
+After:   owned_groups: i64[1, 2, 8]     = mesh::owned_groups(view_1, 4, 2, 8, [ep])
+         to_owners: f64[1, 2, 8, 8]     = mesh::to_owners(view_2, view_1, 4, 2, 8, [ep])
+         grouped_mm: f64[1, 2, 8, 16]   = mesh::grouped_mm(to_owners, view_4, owned_groups)
+         silu: f64[16, 16]              = silu(view_6)
+         mul: f64[16, 16]               = mul(silu, blocks_0_experts_scale)
+         grouped_mm_1: f64[1, 2, 8, 8]  = mesh::grouped_mm(view_8, view_9, owned_groups)
+         from_owners: f64[1, 8, 1, 8]   = mesh::from_owners(view_11, view_1, 4, 2, [ep])
 
-Requires: stacked parameters, pinned by `experts`. Ensures: the same values; what is between the
-first product of rows with their experts and the last has rows in the order of owners.
-Elsewhere: the token dispatcher of Megatron's expert layers.
+Each row goes to the rank that has its expert, whatever it is, so routing stays what it is. Between
+the products of a row and its experts' matrices, what is done to it alone is done there (`inside`);
+what compares rows, and the weights of what a token's experts return, are left to its own rank. A
+rank has room for all rows of the ranks that exchange with it; what it has none for is zeros, which
+no product reads and nothing returns.
+Requires: stacked parameters, pinned by `experts`. Ensures: the same values in the order of tokens.
+Elsewhere: the token dispatchers of MegaBlocks and of Megatron's expert layers.
 """
 
 from __future__ import annotations
@@ -21,7 +34,7 @@ from meshwright.compiler.composites.owners import FromOwners, OwnedGroups, ToOwn
 from meshwright.compiler.graph.ir import GETITEM, Arg, Builder, Node, Op, map_nodes
 from meshwright.compiler.layout.factors import Dim, dim_axes
 from meshwright.compiler.placing.rules.views import RESHAPES
-from meshwright.passes.experts.inside import Region, Rows, inside, lookup_parts
+from meshwright.passes.experts.inside import Region, Rows, inside, lookup_parts, viewed
 from meshwright.passes.rewriting.rewriter import emit_for
 from meshwright.passes.statements.draft import Draft, input_key, with_graph
 
@@ -54,7 +67,7 @@ class _Placer:
         self.builder = Builder(draft.graph.name, draft.graph.mesh)
         self.values: dict[Node, Node] = {}
         self.owned: dict[Node, Node] = {}
-        self.sent: dict[tuple[Region, Node], Node] = {}
+        self.sent: dict[tuple[Region, Node, int], Node] = {}
         self.exchanges: dict[Region, _Exchange] = {}
 
     def run(self) -> Draft:
@@ -108,10 +121,11 @@ class _Placer:
     def _taken(self, node: Node) -> Node:
         """What a product multiplies, sent to owners, once for all that multiply it."""
         region, x = self.found[node].region, node.args[0]
-        if (region, x) not in self.sent:
+        key = region, viewed(x), len(x.tensor.shape)
+        if key not in self.sent:
             exchange = self._exchange(region, node)
-            self.sent[region, x] = exchange.there(node, self.value(x))
-        return self.sent[region, x]
+            self.sent[key] = exchange.there(node, self.value(x))
+        return self.sent[key]
 
     def _alike(self, node: Node) -> Node:
         def given(operand: Node) -> Node:
@@ -170,7 +184,9 @@ class _Exchange:
 
     def lookup(self, node: Node, table: Node, dims: int) -> Node:
         """A row of a table for each number: a product with ones, so that empty rows have none."""
-        flat = self._view(node, table, (table.tensor.shape[0], 1, math.prod(table.tensor.shape[1:])))
+        flat = self._view(
+            node, table, (table.tensor.shape[0], 1, math.prod(table.tensor.shape[1:]))
+        )
         options = {"dtype": table.tensor.dtype}
         ones = emit_for(node, self.builder, aten.full.default, ([*self.shape, 1], 1), options)
         found = self._emit(node, GroupedMM.op, ones, self._stacked(node, flat), self.numbers)

@@ -84,6 +84,7 @@ PARSING = {
     "context-order-without-a-ring": MESH + "context a over tp method=ulysses order=zigzag",
     "summa-depth-twice": MESH + "summa a over (dp, tp) depth=tp",
     "capacity-and-dropless": MESH + "experts a over dp capacity=1.25 dropless=true",
+    "experts-route-of-those-there": MESH + "experts a over dp route=switch",
     "experts-switch-to-two": MESH + "experts a over dp count=4 route=switch top=2",
     "experts-second-of-one": MESH + "experts a over dp count=4 route=prototype second=random",
     "experts-weight-of-no-loss": MESH + "experts a over dp count=4 balance=none weight=0.1",

@@ -57,7 +57,7 @@ context **.attn over row method=ulysses
 summa blocks.* over (row, col) depth=pp
 summa blocks.*.attn over (row, col) as (3 heads hd) depth=pp
 experts blocks.*.mlp over row count=8 route=topk top=2 capacity=1.25 balance=bias
-experts moe over row dropless=true
+experts moe over row count=4 dropless=true
 experts moe.small over row count=4 groups=8 weight=0.1 second=random noise=0.01 init=fresh seed=3
 zero 3 blocks.* over row
 stages at blocks.6 over pp schedule="zig.csv" microbatches=f/768
@@ -122,7 +122,7 @@ ALIKE = [
     ("let x = 3, y = 4\naccumulate x*y", "accumulate 12\nlet x=6/2\nlet y=(x + 1)"),
     ("stages 2", "stages 2 over pp"),
     ("stages at a", "stages at a over pp schedule=1f1b virtual=1"),
-    ("experts a over dp capacity=5/4", "experts a over dp capacity=1.25"),
+    ("experts a over dp count=4 capacity=5/4", "experts a over dp count=4 capacity=1.25"),
     ("checkpoint a keep=sdpa", "checkpoint a keep=[sdpa]"),
     ("rows a over tp\nshare b", "share b\n\n\nrows a over tp"),
 ]
