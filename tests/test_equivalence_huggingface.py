@@ -416,7 +416,7 @@ PLACED_CASES: dict[str, Case] = {
     "gpt-oss": (GPT_OSS_MODEL, text, "mesh ep=2, tp=2\n" + BY_EP + ATTENTION + GPT_OSS),
     "deepseek-v3": (
         deepseek, text,
-        "mesh ep=2, tp=2\n" + BY_EP.replace("layers.*", "layers.1") + DEEPSEEK,
+        "mesh ep=2, tp=2\n" + BY_EP + DEEPSEEK,
     ),
 }  # fmt: skip
 

@@ -200,11 +200,8 @@ class OwnerOrder(Composite):
 
     op = MeshOp("owner_order")
 
-    def rule(self, call: Call) -> tuple[Placement, ...]:
-        (group,) = (operand.layout for operand in call.operands)
-        cutting = (*dim_axes(group.dims[0]), *dim_axes(group.dims[1]))
-        found = Layout((cut(math.prod(call.operands[0].type.shape), *cutting),))
-        return (Placement((group,), (found,)),)
+    def rule(self, call: Call) -> Spec:
+        return _local((_GROUP,), ("r",), math.prod(call.operands[0].type.shape))
 
     def result_type(self, group: TensorType, experts: int, owners: int) -> NodeType:
         return TensorType((math.prod(group.shape),), torch.int64)
@@ -220,10 +217,9 @@ class ByOwner(Composite):
 
     op = MeshOp("by_owner")
 
-    def rule(self, call: Call) -> tuple[Placement, ...]:
-        x, order = (operand.layout for operand in call.operands)
-        found = Layout((*order.dims, x.dims[-1]), x.partial, x.varying)
-        return (Placement((x, order), (found,)),)
+    def rule(self, call: Call) -> Spec:
+        x, order = (operand.type.shape for operand in call.operands)
+        return _local((_letters(len(x)), ("r",)), ("r", "k"), *order)
 
     def result_type(self, x: TensorType, order: TensorType) -> NodeType:
         return TensorType((*order.shape, x.shape[-1]), x.dtype)
@@ -238,10 +234,9 @@ class InOrder(Composite):
 
     op = MeshOp("in_order")
 
-    def rule(self, call: Call) -> tuple[Placement, ...]:
-        rows, order, group = (operand.layout for operand in call.operands)
-        found = Layout((*group.dims, rows.dims[1]), rows.partial, rows.varying)
-        return (Placement((rows, order, group), (found,)),)
+    def rule(self, call: Call) -> Spec:
+        order = call.operands[1].type.shape
+        return _local((("r", "k"), ("r",), _GROUP), (*_GROUP, "k"), *order)
 
     def result_type(self, rows: TensorType, order: TensorType, group: TensorType) -> NodeType:
         return TensorType((*group.shape, rows.shape[1]), rows.dtype)
@@ -257,10 +252,13 @@ class OwnerCounts(Composite):
 
     op = MeshOp("owner_counts")
 
-    def rule(self, call: Call) -> tuple[Placement, ...]:
-        (group,), owners = (operand.layout for operand in call.operands), call.args[2]
-        found = Layout((group.dims[0], cut(owners, *dim_axes(group.dims[1])), whole(owners)))
-        return (Placement((group,), (found,)),)
+    def rule(self, call: Call) -> Spec:
+        owners = call.args[2]
+
+        def bind(dims: Dims) -> Dims:
+            return {"p": cut(owners, *dim_axes(dims["s"]))}
+
+        return Spec((_GROUP,), (("g", "p", "q"),), whole=frozenset("t"), bind=bind)
 
     def result_type(self, group: TensorType, experts: int, owners: int) -> NodeType:
         return TensorType((group.shape[0], owners, owners), group.dtype)
@@ -268,6 +266,16 @@ class OwnerCounts(Composite):
     def bind(self, binding: BindingContext) -> Kernel:
         experts, owners = binding.node.args[1:]
         return lambda group: kernels.owner_counts(group, experts, owners)
+
+
+def _local(terms: tuple[Letters, ...], result: Letters, num_rows: int) -> Spec:
+    """The rule of a step on the rows of each rank: `r` are those of all slices, in blocks."""
+
+    def bind(dims: Dims) -> Dims:
+        return {"r": cut(num_rows, *dim_axes(dims["g"]), *dim_axes(dims["s"]))}
+
+    spec = Spec(terms, (result,), whole=frozenset("t"), linear=FIRST)
+    return replace(spec, derived=frozenset("r"), bind=bind)
 
 
 def _own(binding: BindingContext, owners: Dim) -> tuple[int, int]:

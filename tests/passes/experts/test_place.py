@@ -156,6 +156,15 @@ def test_experts_of_two_statements_may_be_on_different_axes() -> None:
     assert counts(program)["exchange_rows[ep]"] == counts(program)["exchange_rows[dp]"] == 5
 
 
+@pytest.mark.parametrize("plan", [ALONE, OWN])
+def test_formulas_of_placed_experts_give_what_is_counted(plan: str) -> None:
+    model = Model(body=biased).double()
+    program = meshwright.compile(model, meshwright.Plan.parse(plan), example=batch(8, 6))
+    cost = program.cost()
+    assert cost.sent().number == program.comm().total_bytes()
+    assert cost.memory().number == program.memory().peak
+
+
 REFUSED: dict[str, tuple[str, Body]] = {
     "placed-no-experts": (ALONE.replace("blocks.*.experts", "blocks.*.router"), plain),
     "placed-do-not-divide": (ALONE.replace("ep=2", "ep=3"), plain),
