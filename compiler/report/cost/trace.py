@@ -145,9 +145,7 @@ class Trace:
             return
         spec = rule_for(node.op)(call)
         if not isinstance(spec, Spec):
-            for shape, type in zip(given, call.results, strict=False):
-                alike = type is not None and type.shape == tuple(map(size_of, shape))
-                yield shape if alike or type is None else _fresh(type)
+            yield from map(_kept, given, call.results)
             return
         letters = _bound(spec, call, given)
         for names, (type, layout) in zip(spec.results, node.results, strict=True):
@@ -166,6 +164,11 @@ class Trace:
 
 def _fresh(type: TensorType) -> Shape:
     return tuple(map(new, type.shape))
+
+
+def _kept(shape: Shape, type: TensorType | None) -> Shape:
+    """The dims of an operand, if a result has the same sizes, or new ones."""
+    return shape if type is None or type.shape == tuple(map(size_of, shape)) else _fresh(type)
 
 
 def _part(node: Node, saved: dict[str, Node]) -> Node:
