@@ -209,6 +209,11 @@ def _check_experts(experts: s.Experts) -> None:
         raise _unfit(experts, "top", "`route=switch` sends each token to one expert")
     if experts.second is not None and route != "topk":
         raise _unfit(experts, "second", f"`route={route}` has no second expert")
+    if experts.second is not None and top == 1:
+        raise _unfit(experts, "second", "each token goes to one expert")
+    losing = next((each for each in ("weight", "balance") if getattr(experts, each)), None)
+    if route == "expert_choice" and losing is not None and experts.balance in (None, "aux"):
+        raise _unfit(experts, losing, "`route=expert_choice` has no auxiliary loss")
     if experts.weight is not None and (experts.balance or "aux") != "aux":
         raise _unfit(experts, "weight", f"`balance={experts.balance}` has no auxiliary loss")
     if count is None or top is None:

@@ -100,7 +100,15 @@ def _check(
             statement,
             help="name a feed-forward module that the model calls",
         )
-    culprit = mixing(captured.graph, name, values[name][1])
+    value = values[name][1]
+    if not value.tensor.dtype.is_floating_point:
+        raise plan.error(
+            "P501",
+            f"`{name}` takes whole numbers, not features of tokens, so it cannot become experts",
+            statement,
+            help="name a feed-forward module",
+        )
+    culprit = mixing(captured.graph, name, value)
     if culprit is not None:
         raise plan.error(
             "P501",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from meshwright.compiler.graph.ir import GETITEM, Graph, Node
 from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.composite import composite_of
 from meshwright.passes.statements.sequences.orders import Places, through
 
 
@@ -28,11 +27,7 @@ def _mixing_in(inside: list[Node], value: Node, dim: int, size: int) -> Node | N
         if node.op == GETITEM and node.args[0] in places:
             places[node] = (places[node.args[0]][node.args[1]],)
         elif any(given):
-            known = composite_of(node.op)
-            if known is not None and known.number is not None and node.args[known.number]:
-                places[node] = (next(filter(None, given)),)  # random numbers, element by element
-                continue
-            found = through(node, given, {}, size, mesh)
+            found = through(node, given, {}, size, mesh, ordered=False)
             if found is None or not any(found[1]):
                 return node
             places[node] = found[1]

@@ -88,6 +88,9 @@ PARSING = {
     "experts-switch-to-two": MESH + "experts a over dp count=4 route=switch top=2",
     "experts-second-of-one": MESH + "experts a over dp count=4 route=prototype second=random",
     "experts-weight-of-no-loss": MESH + "experts a over dp count=4 balance=none weight=0.1",
+    "experts-second-of-top-1": MESH + "experts a over dp count=4 top=1 second=random",
+    "experts-weight-of-choices": MESH
+    + "experts a over dp count=4 route=expert_choice weight=0.1",
     "experts-too-few": MESH + "experts a over dp count=2 top=3",
     "experts-uneven-prototypes": MESH + "experts a over dp count=4 route=prototype top=3",
     "unclosed-choice": MESH + "rows {q,k over tp",

@@ -16,19 +16,20 @@ from tests.equivalence import Comparison, check_trained
 from tests.layers import tied
 from tests.passes.experts.dense import Dense, Model, batch, dense
 
-MIXED = "experts blocks.*.mlp over {} count=4 weight=0.1 capacity=1 {}\n"
+MIXED = "experts blocks.*.mlp over {} count=4 capacity=1 {}\n"
 PLANS = {
     2: {
         "data axis": "mesh ep=2\ndata x, labels over ep\ncheckpoint blocks.*\n"
         + MIXED.format("ep", "route=expert_choice"),
-        "own axis": "mesh ep=2\nallow replicate **\n" + MIXED.format("ep", "route=switch"),
+        "own axis": "mesh ep=2\nallow replicate **\n"
+        + MIXED.format("ep", "route=switch weight=0.1"),
     },
     4: {
         "data axis": "mesh dp=4\ndata x, labels over dp\nzero 1 over dp\n" + MIXED.format("dp", ""),
         "part of data": "mesh dp=2, ep=2\ndata x, labels over (dp, ep)\nzero 3 over dp\n"
-        "checkpoint blocks.*\n" + MIXED.format("ep", "route=prototype"),
+        "checkpoint blocks.*\n" + MIXED.format("ep", "route=prototype weight=0.1"),
         "own axis": "mesh dp=2, ep=2\ndata x, labels over dp\nzero 2 over (dp, ep)\n"
-        "accumulate 2\n" + MIXED.format("ep", "groups=4"),
+        "accumulate 2\n" + MIXED.format("ep", "groups=4 weight=0.1"),
     },
 }
 DELINKED = "mesh ep=2\ndata x, labels over ep\nzero 2 over ep\nshare blocks.*\n" + MIXED.format(

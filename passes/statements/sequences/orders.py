@@ -43,18 +43,20 @@ def through(
     mesh: Mesh,
     *,
     drawing: bool = False,
+    ordered: bool = True,
 ) -> Found | None:
     """The places of sequences of `length` in all operands and results of a node, from those in its
     operands, if they are given, or in some `results`.
 
     None if the operator does not treat the elements of these sequences each by itself. With
-    `drawing`, those that can draw their random numbers in another order are told that order.
+    `drawing`, those that can draw their random numbers in another order are told that order; where
+    elements are not `ordered`, each may draw what another would.
     """
     if node.op in RESHAPES:
         return _reshaped(node, given, results, length)
     known = composite_of(node.op)
     draws = known is not None and known.number is not None and node.args[known.number]
-    if draws and not (drawing and known is not None and known.draws_in_order):
+    if draws and ordered and not (drawing and known is not None and known.draws_in_order):
         return None  # its random numbers depend on the order
     found = None if _in_groups(node.op) else spec_of(node, mesh)
     if found is None:

@@ -77,7 +77,9 @@ def test_a_model_without_values_begins_anew() -> None:
 
 class Dropped(Experts):
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(super().forward(x), 0.2, self.training)
+        y = super().forward(x)
+        y = nn.functional.dropout(y, 0.2, self.training)
+        return y + 0.1 * torch.rand_like(y) if self.training else y
 
 
 @pytest.mark.parametrize("more", ["second=random noise=0.05"])
@@ -170,6 +172,23 @@ class Bare(nn.Module):
         return x @ self.weight
 
 
+class Attending(Experts):
+    """Attention that draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).unsqueeze(1)
+        return nn.functional.scaled_dot_product_attention(y, y, y, dropout_p=0.1).squeeze(1)
+
+
+class Looked(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table(x[..., 0].abs().long().clamp(max=8))
+
+
 REFUSED: dict[str, tuple[str, type[nn.Module]]] = {
     "experts-tokens-are-mixed": (MIXED, Mixing),
     "experts-tied": (MIXED, Tied),
@@ -178,6 +197,8 @@ REFUSED: dict[str, tuple[str, type[nn.Module]]] = {
     "experts-misspelt": (DATA + "experts blocks.*.mpl over dp count=4", Experts),
     "experts-do-not-divide": (DATA + "experts blocks.*.mlp over dp count=3", Experts),
     "experts-groups-do-not-divide": (MIXED + "groups=5", Experts),
+    "experts-attend": (MIXED, Attending),
+    "experts-of-numbers": (DATA + "experts blocks.*.mlp.table over dp count=4", Looked),
     "experts-inside-of-experts": (MIXED + "\nexperts blocks.*.mlp.0 over dp count=2", Nested),
     "experts-not-anew": (MIXED + "init=fresh", Bare),
     "experts-without-a-count": (DATA + "experts blocks.*.mlp over dp", Experts),
