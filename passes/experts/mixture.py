@@ -202,8 +202,11 @@ def _stack(region: nn.Module, count: int, *, fresh: bool) -> None:
             _reset_each(module, count)
             continue
         for each in stacked.values():
-            if each[0].numel() > 1:
-                each += torch.randn_like(each) * (each[0].std() * _NOISE)
+            if each[0].numel() == 1:
+                continue
+            deviation = each[0].std() * _NOISE
+            for expert in each:  # by turns, since the noise of all would be as large as they are
+                expert += torch.randn_like(expert) * deviation
 
 
 def _like(parameter: nn.Parameter, value: Tensor) -> nn.Parameter:

@@ -36,7 +36,8 @@ def with_mixtures(model: nn.Module, captured: Captured, plan: Plan) -> nn.Module
         return model
     values = entered(captured.graph, wanted)
     for name, statement in wanted.items():
-        _check(model, captured, plan, name, statement, values)
+        _check_tokens(captured, plan, name, statement, values)
+        _check_parameters(model, captured, plan, name, statement)
     _check_apart(plan, wanted)
     copied = _sharing_tensors(model)
     for name, statement in wanted.items():
@@ -81,22 +82,18 @@ def settings(statement: Experts) -> Settings:
     )
 
 
-def _check(
-    model: nn.Module,
+def _check_tokens(
     captured: Captured,
     plan: Plan,
     name: str,
     statement: Experts,
     values: Mapping[str, tuple[Node, Node]],
 ) -> None:
-    """Raises `PlanError` for a module that cannot be made an expert."""
-    region = model.get_submodule(name)
-    own = {f"{name}.{each}" for each, _ in region.named_parameters(remove_duplicate=False)}
-    if name not in values or not own:
-        what = "has no parameters" if name in values else "takes no tensor"
+    """Raises `PlanError` for a module that does not take tokens, or not each alone."""
+    if name not in values:
         raise plan.error(
             "P501",
-            f"`{name}` {what}, so it cannot become experts",
+            f"`{name}` takes no tensor, so it cannot become experts",
             statement,
             help="name a feed-forward module that the model calls",
         )
@@ -117,8 +114,23 @@ def _check(
             subject=f"{culprit.op} at {culprit.origin.source}".removesuffix(" at "),
             help="name the feed-forward part of a block",
         )
+
+
+def _check_parameters(
+    model: nn.Module, captured: Captured, plan: Plan, name: str, statement: Experts
+) -> None:
+    """Raises `PlanError` for a module without parameters, or with tied ones."""
+    region = model.get_submodule(name)
+    own = {f"{name}.{each}" for each, _ in region.named_parameters(remove_duplicate=False)}
+    if not own:
+        raise plan.error(
+            "P501",
+            f"`{name}` has no parameters, so it cannot become experts",
+            statement,
+            help="name a feed-forward module that the model calls",
+        )
     first = {captured.aliases[each] for each in own}
-    tied = [alias for alias, each in captured.aliases.items() if each in first - {""}]
+    tied = [alias for alias, each in captured.aliases.items() if each in first]
     outside = next((alias for alias in tied if alias not in own), None)
     if outside is not None:
         raise plan.error(
