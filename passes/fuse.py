@@ -23,18 +23,17 @@ from typing import TypeAlias
 
 import torch
 
+from meshwright.compiler.costs.prices import SMALL_BYTES
 from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import GETITEM, Builder, Graph, MeshOp, Node, Origin
 from meshwright.compiler.graph.transfers import collective_kind, combines, transfers_of
 from meshwright.compiler.placing.frame import BUCKET, BUCKET_ITEM
 from meshwright.passes.statements.draft import Draft
 
-REDUCTIONS = (MeshOp("reduce_scatter"), MeshOp("all_reduce"))
+REDUCTIONS = (MeshOp("reduce_scatter"), MeshOp("scatter_panels"), MeshOp("all_reduce"))
 _CASTS = (torch.ops.aten._to_copy.default, MeshOp("vary"))
 """What may be between a weight and its gather, besides nothing."""
 _KEPT = (BUCKET, BUCKET_ITEM, torch.ops.aten._to_copy.default)
-SMALL_BYTES = 1 << 18
-"""The largest part of a rank that is packed: sent alone, it takes as long as many latencies."""
 MOST_BYTES = 1 << 22
 """The size at which what travels together is full."""
 

@@ -197,7 +197,7 @@ def _is_gather(node: Node) -> bool:
 def _is_step(node: Node) -> bool:
     """Whether a collective is a step of a composite, which is computed again as a whole."""
     kind = collective_kind(node.op)
-    return kind is not None and kind.has_root
+    return kind is not None and kind.is_step
 
 
 def recasts(node: Node) -> bool:

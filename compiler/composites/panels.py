@@ -12,6 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from meshwright.compiler.costs.prices import SMALL_BYTES
+from meshwright.compiler.graph.aliasing import local_bytes
 from meshwright.compiler.graph.ir import Arg, MeshOp, Node, NodeType, TensorType
 from meshwright.compiler.graph.slots import Slot
 from meshwright.compiler.kernels import panels as kernels
@@ -40,11 +42,17 @@ Matrices: TypeAlias = tuple[Node, Node]
 
 class Panels:
     """Emits the steps over these axes. There are as many as the least common multiple of their
-    sizes, so that a panel is always in one block."""
+    sizes, so that a panel is always in one block.
+
+    Of two steps, a rank would hold all panels in any case. Where these are so small that latency is
+    most of what they take, they come `at_once`, in one message, and there is one step.
+    """
 
     def __init__(self, context: LoweringContext, *axes: str) -> None:
         self.context = context
-        self.steps = math.lcm(*map(context.mesh.size, axes))
+        steps = math.lcm(*map(context.mesh.size, axes))
+        self.at_once = steps == 2 and _is_small(context)
+        self.steps = 1 if self.at_once else steps
 
     def added(self, fetch: Fetch, add: Add) -> tuple[Node, ...]:
         """The totals of all steps."""
@@ -90,42 +98,55 @@ class Panels:
 
     def broadcast(self, value: Node, dim: int, axis: str, step: int, after: Node | None) -> Node:
         """The panel of a step, from the coordinate of `axis` that has it, to all others."""
+        if self.at_once:
+            dims = with_dim(value.placed, dim, whole(value.tensor.shape[dim]))
+            return self._moved("gather_panels", value, dims.add_varying((axis,)), axis, after)
         root, place = divmod(step, self._parts(axis))
         part, parts = value, self._parts(axis)
         if parts > 1:
             part = self.context.call(BlockPart.op, value, dim, place, parts, axis)
         size = part.tensor.shape[dim] // self.context.mesh.size(axis)
         layout = with_dim(part.placed, dim, whole(size)).add_varying((axis,))
-        return self._moved("broadcast", part, dim, layout, axis, root, after)
+        return self._moved("broadcast", part, layout, axis, after, root=root)
 
     def _reduce(self, part: Node, dim: int, axis: str, step: int) -> Node:
         """The sum over `axis`, at the coordinate that keeps it; zeros elsewhere."""
-        size = part.tensor.shape[dim] * self.context.mesh.size(axis)
-        layout = with_dim(part.placed.drop_partial((axis,)), dim, cut(size, axis))
-        return self._moved("reduce", part, dim, layout, axis, step // self._parts(axis))
+        size, total = part.tensor.shape[dim], part.placed.drop_partial((axis,))
+        if self.at_once:
+            return self._moved("scatter_panels", part, with_dim(total, dim, cut(size, axis)), axis)
+        layout = with_dim(total, dim, cut(size * self.context.mesh.size(axis), axis))
+        return self._moved("reduce", part, layout, axis, root=step // self._parts(axis))
 
     def _moved(
         self,
         kind: str,
         value: Node,
-        dim: int,
         layout: Layout,
         axis: str,
-        root: int,
         after: Node | None = None,
+        **options: Arg,
     ) -> Node:
         type = TensorType(layout.shape, value.tensor.dtype)
-        order = {} if after is None else {"after": after}
+        if after is not None:
+            options["after"] = after
         layout = layout.canonical(self.context.mesh)
-        return self.context.collective(kind, value, layout, (axis,), type=type, root=root, **order)
+        return self.context.collective(kind, value, layout, (axis,), type=type, **options)
 
     def _put(self, total: Node | None, block: Node, dim: int, axis: str, step: int) -> Node:
         """`total` with what a step has left in its place."""
+        if self.at_once:
+            return block
         return self.context.call(PutBlock.op, total, block, dim, step, self._parts(axis), axis)
 
     def _parts(self, axis: str) -> int:
         """The number of panels in a block over `axis`."""
         return self.steps // self.context.mesh.size(axis)
+
+
+def _is_small(context: LoweringContext) -> bool:
+    """Whether neither an operand nor a result is more than is sent with others."""
+    nodes = (*context.node.operands(), context.node)
+    return all(local_bytes(each, context.mesh) <= SMALL_BYTES for each in nodes)
 
 
 def products(

@@ -14,7 +14,8 @@ The rank at (i, j) holds the block (i, j) of a matrix `B[k@row, n@col]`, and of 
 by it: activations `[..., k]` have rows over `row` and features over `col`. Three products are
 closed under differentiation: `A B`, `A B^T` and `A^T B`. In each step one block column or row of an
 operand is broadcast, or one of the result is reduced. While a step multiplies, the broadcasts of
-the next are under way, and no others: a rank holds two panels of each operand at most.
+the next are under way, and no others: a rank holds two panels of each operand at most. Where there
+are no more than two, and small ones, both are gathered at once, and results scattered.
 Elsewhere: SUMMA (van de Geijn and Watts, 1997); Optimus (2104.05343), Tesseract (2105.14500).
 """
 

@@ -71,10 +71,10 @@ def counted(node: Node) -> str:
 def transfer_key(node: Node) -> TransferKey:
     """What two collectives that share one transfer have in common.
 
-    Those with a root share none: a result that waited for another use would be in memory meanwhile.
+    Steps of composites share none: a result that waited for another use would be in memory meanwhile.
     """
     kind = collective_kind(node.op)
-    if kind is not None and kind.has_root:
+    if kind is not None and kind.is_step:
         return node
     cuts = tuple(layout.dims for layout in node.layouts)
     return (node.args, counted(node), tuple(sorted(node.kwargs.items())), cuts)

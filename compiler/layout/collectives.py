@@ -32,7 +32,7 @@ class CollectiveKind:
     """A change of one axis's state, its adjoint, and what ranks do for it.
 
     `source` and `target` are the states before and after; `one` is a split value of which only the
-    block at one coordinate, `root`, counts. Each rank applies `before` to its own tensor, `wire`
+    block at one coordinate, `root`, counts, and `panels` one of which all blocks do. Each rank applies `before` to its own tensor, `wire`
     carries it to others, if anything moves, and `after` is applied to what arrives. With
     `or_replicated` the split side may be replicated too. `towards` are further targets to which
     this is the first step. Reports and plans count it as `counted`, by default its own name. With
@@ -64,13 +64,12 @@ class CollectiveKind:
     @property
     def gathers(self) -> bool:
         """Whether it gives each rank what others held."""
-        return self.moves and self.source == "split" and self.target != "split"
+        return self.moves and self.source in ("split", "panels") and self.target != "split"
 
     @property
-    def has_root(self) -> bool:
-        """Whether it leads from or to one coordinate: a step of a composite, not a change of
-        layout."""
-        return "one" in (self.source, self.target)
+    def is_step(self) -> bool:
+        """Whether it is a step of a composite, not a change of layout."""
+        return not _OF_STEPS.isdisjoint((self.source, self.target))
 
     @property
     def combines(self) -> bool:
@@ -100,6 +99,8 @@ class CollectiveKind:
         return self.source == self.target == "split" and blocks
 
 
+_OF_STEPS = {"one", "panels"}
+"""What steps of composites call a split value."""
 # What shrinks the tensor comes first and what grows it last. A change of layout takes them in this
 # order, so that every collective and every adjoint moves as little as possible.
 _ROWS = (
@@ -128,6 +129,14 @@ _ROWS = (
     ),
     CollectiveKind("broadcast", "one", "varying", "reduce", "broadcast"),
     CollectiveKind("reduce", "partial", "one", "broadcast", "reduce"),
+    CollectiveKind(
+        "gather_panels", "panels", "varying", "scatter_panels", "all_gather", after=push,
+        counted="all_gather",
+    ),
+    CollectiveKind(
+        "scatter_panels", "partial", "panels", "gather_panels", "reduce_scatter", before=pull,
+        counted="reduce_scatter",
+    ),
 )  # fmt: skip
 COLLECTIVES: dict[str, CollectiveKind] = {row.name: row for row in _ROWS}
 
@@ -189,7 +198,8 @@ def _check_states(
         found = (source.state(axis), target.state(axis))
         wanted = (found[0], found[0])
         if axis in axes:
-            wanted = (row.source.replace("one", "split"), row.target.replace("one", "split"))
+            states = (row.source, row.target)
+            wanted = tuple("split" if state in _OF_STEPS else state for state in states)
         for side in (0, 1):
             free = row.or_replicated and axis in axes and wanted[side] == "split"
             if found[side] != wanted[side] and not (free and found[side] == "replicated"):

@@ -16,6 +16,7 @@ from meshwright import PlanError
 from meshwright.compiler.codegen.instructions import Exchange, Free, Start
 from meshwright.compiler.codegen.lowering import lowered
 from meshwright.compiler.codegen.overlap import overlap
+from meshwright.compiler.composites import panels as panels_module
 from meshwright.compiler.composites import product_3d as product_3d_module
 from meshwright.compiler.composites import summa as summa_module
 from meshwright.compiler.composites import summa_embedding as embedding_module
@@ -41,6 +42,13 @@ def gpt_plan(row: int, col: int, more: str = "", mesh: str = "") -> str:
     return f"mesh {mesh}row={row}, col={col}\nsumma ** over (row, col)\n{FUSED}{more}"
 
 
+@pytest.fixture
+def in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is small: panels come one after the other, also where there are two."""
+    monkeypatch.setattr(panels_module, "SMALL_BYTES", 0)
+
+
+@pytest.mark.usefixtures("in_steps")
 def test_the_docstrings_show_a_linear_before_and_after() -> None:
     found = stages(Mlp(), (real(8, 16).float(),), GRID)
     weights = "up_weight", "up_bias"
@@ -56,6 +64,7 @@ def test_the_docstrings_show_a_linear_before_and_after() -> None:
     check_documented(summa_module, shown(found["differentiate"], "summa"), steps)
 
 
+@pytest.mark.usefixtures("in_steps")
 def test_the_docstring_shows_a_lookup_before_and_after() -> None:
     found = stages(Gpt(d=32), tokens(), gpt_plan(2, 2))
     check_documented(
@@ -266,6 +275,7 @@ def moved(program: Program, phase: str, *kinds: str) -> int:
     return sent * program.mesh.num_ranks // 4
 
 
+@pytest.mark.usefixtures("in_steps")
 @pytest.mark.parametrize(("q", "again"), [(2, False), (4, True), (8, False), (8, True)])
 def test_what_panels_send_is_what_the_paper_counts(q: int, again: bool) -> None:
     """7 b s h of activations and 12 h^2 of weights in a layer's forward, and twice that in its
@@ -280,6 +290,22 @@ def test_what_panels_send_is_what_the_paper_counts(q: int, again: bool) -> None:
     assert forward == (q - 1) * layers * (7 * activations + 12 * weights)
     more = 3 * activations + 8 * weights if again else 0
     assert backward == (q - 1) * layers * (14 * activations + 24 * weights + more)
+
+
+@pytest.mark.parametrize("more", ["", "checkpoint blocks.*\n"])
+def test_two_small_panels_come_in_one_message(more: str, request: pytest.FixtureRequest) -> None:
+    at_once = compiled(Gpt(), gpt_plan(2, 2, more), tokens())
+    request.getfixturevalue("in_steps")
+    in_steps = compiled(Gpt(), gpt_plan(2, 2, more), tokens())
+    assert at_once.comm().total_bytes() == in_steps.comm().total_bytes()
+    assert at_once.comm().times() < 0.6 * in_steps.comm().times()
+    assert at_once.memory().activations == in_steps.memory().activations
+
+
+def test_large_panels_come_in_steps_one_ahead() -> None:
+    program = compiled(Mlp(16, 1 << 16), GRID, rows())
+    kinds = {each.kind for each in program.comm().moved if each.module in ("up", "down")}
+    assert {"broadcast", "reduce"} <= kinds
 
 
 def test_three_axes_send_what_their_paper_counts() -> None:
@@ -305,7 +331,7 @@ def test_a_region_saves_what_enters_its_blocks_alone() -> None:
     program = compiled(Gpt(), gpt_plan(2, 2, "checkpoint blocks.*\n"), tokens())
     plain = compiled(Gpt(), gpt_plan(2, 2), tokens())
     names = [each.node.name for each in program.stages[0].forward.outputs if each.kind == "saved"]
-    assert not [name for name in names if name.startswith("broadcast")]
+    assert not [name for name in names if name.startswith(("broadcast", "gather"))]
     assert program.memory().activations < plain.memory().activations / 3
 
 
@@ -313,11 +339,11 @@ def test_a_region_saves_what_enters_its_blocks_alone() -> None:
     ("word", "products"), [("linear", 0), ("matmul", 0), ('"up.linear"', 4), ("embedding", 6)]
 )
 def test_words_after_keep_name_operators_of_the_model(word: str, products: int) -> None:
-    """The backward computes `qkv`, `proj` and `up` of two blocks again, each in two steps."""
+    """The backward computes `qkv`, `proj` and `up` of two blocks again."""
     program = compiled(Gpt(), gpt_plan(2, 2, f"checkpoint blocks.* keep=[{word}]\n"), tokens())
     nodes = program.stages[0].graphs[Phase.BACKWARD].nodes
     again = [each for each in nodes if each.origin.region and "panel_product" in each.name]
-    assert len(again) == 2 * products
+    assert len(again) == products
 
 
 def test_an_operator_of_no_product_is_not_kept() -> None:
@@ -356,7 +382,7 @@ def test_what_the_model_itself_multiplies_is_in_blocks_under_two_stars() -> None
             return F.linear(super().forward(x) * x, self.up.weight).square().sum()
 
     program = check_equal(Bare(), rows(), GRID, steps=1)
-    assert str(program.graph("stage0.forward")).count("mesh::add_panel_product") == 3
+    assert str(program.graph("stage0.forward")).count("mesh::panel_product") == 3
 
 
 def test_evaluation_runs_in_blocks() -> None:
