@@ -20,9 +20,9 @@ from meshwright.compiler.graph.transfers import transfers_of
 from meshwright.compiler.layout.mesh import Mesh
 
 SMALL_BYTES = 1 << 18
-"""The most bytes of a rank that are small: others are sent with them, as latency is much of what they
-take alone. In the time of its latency a link sends 90 KB to 3.6 MB, by the clusters that come with
-the package."""
+"""The most bytes of a rank that are small: alone, latency is much of what they take, so that others
+are sent with them. In the time of its latency a link sends 90 KB to 3.6 MB, by the clusters that
+come with the package."""
 Lane = Literal["node", "network", "host"]
 """A link of a rank, which carries one message after another."""
 

@@ -71,7 +71,8 @@ def counted(node: Node) -> str:
 def transfer_key(node: Node) -> TransferKey:
     """What two collectives that share one transfer have in common.
 
-    Steps of composites share none: a result that waited for another use would be in memory meanwhile.
+    Steps of composites share none: a result that waited for another use would be in memory
+    meanwhile.
     """
     kind = collective_kind(node.op)
     if kind is not None and kind.is_step:

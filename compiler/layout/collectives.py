@@ -31,12 +31,13 @@ from meshwright.compiler.layout.wires import Wire
 class CollectiveKind:
     """A change of one axis's state, its adjoint, and what ranks do for it.
 
-    `source` and `target` are the states before and after; `one` is a split value of which only the
-    block at one coordinate, `root`, counts, and `panels` one of which all blocks do. Each rank applies `before` to its own tensor, `wire`
-    carries it to others, if anything moves, and `after` is applied to what arrives. With
-    `or_replicated` the split side may be replicated too. `towards` are further targets to which
-    this is the first step. Reports and plans count it as `counted`, by default its own name. With
-    `by_count`, rows of the first dim go where counts say; see `Rows`.
+    `source` and `target` are the states before and after. Steps of composites call a split value
+    `one` where only the block at one coordinate, `root`, counts, and `panels` where all blocks do.
+    Each rank applies `before` to its own tensor, `wire` carries it to others, if anything moves,
+    and `after` is applied to what arrives. With `or_replicated` the split side may be replicated
+    too. `towards` are further targets to which this is the first step. Reports and plans count it
+    as `counted`, by default its own name. With `by_count`, rows of the first dim go where counts
+    say; see `Rows`.
     """
 
     name: str

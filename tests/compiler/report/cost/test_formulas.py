@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright as mw
+from meshwright.compiler.composites import panels
 from meshwright.compiler.costs.volume import log2
 from meshwright.compiler.report.assumed import operations
 from meshwright.compiler.report.cost.cost import PARTS, Cost
@@ -198,7 +199,14 @@ def on_a_grid(q: int, sizes: Mapping[str, int]) -> mw.Program:
     return mw.compile(model, mw.Plan.parse(GRID.format(q=q)), (tokens, tokens), device="cpu")
 
 
+@pytest.fixture
+def in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is small: panels come one after the other, as those of large models do."""
+    monkeypatch.setattr(panels, "SMALL_BYTES", 0)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_steps")
 def test_products_in_blocks_have_as_many_steps_as_there_are_ranks() -> None:
     names = {**NAMES, "blocks.*.up": "[(4 h), h]", "heads": 4}
     cost = on_a_grid(2, {**SMALL, "layers": 3}).cost(names=names)
@@ -211,6 +219,7 @@ def test_products_in_blocks_have_as_many_steps_as_there_are_ranks() -> None:
         assert cost.memory(part).at(sizes) == getattr(memory, part), part
 
 
+@pytest.mark.usefixtures("in_steps")
 def test_a_linear_in_blocks_sends_what_its_rounds_of_broadcasts_do() -> None:
     """Of weights of S elements pipelined ((q-1)/q^2) S by the ranks of a column, by trees
     (log2 q / q) S (Optimus, arXiv 2104.05343)."""
