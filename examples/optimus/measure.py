@@ -137,7 +137,8 @@ def isoefficiency(form: str, ranks: Sequence[int], share: float) -> Fit:
     """How the work W has to grow with p, so that a rank sends for as long as it computes: by the
     formulas of compiled graphs in their sizes, as in the paper; the batch is `share` of the
     width, and rates are those of `CLUSTER`."""
-    cost = formulas(Setting(4, 64, 8, layers=3, vocabulary=96, length=16), form, 8)
+    # Long enough for panels that do not come in one message, as those of the paper's models.
+    cost = formulas(Setting(4, 64, 8, layers=3, vocabulary=96, length=1024), form, 8)
     sent, computed = cost.sent(module="blocks.*").expr, cost.flops(module="blocks.*").expr
     points = tuple(
         (count, count * _balanced(sent, computed, _values(form, count), share)) for count in ranks

@@ -96,7 +96,7 @@ def test_the_work_grows_as_the_paper_says() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["1-D", "2-D"])
 def test_formulas_of_four_ranks_hold_for_sixteen(form: str) -> None:
-    few, many = Setting(4, 64, 8, 3, 96, 16), Setting(16, 128, 32, 3, 96, 32)
+    few, many = Setting(4, 64, 8, 3, 96, 512), Setting(16, 128, 32, 3, 96, 32)
     formulas, counted = (measure.formulas(each, form, 16) for each in (few, many))
     sizes = {**counted.values, "b": 16, "s": 32, "h": 128, "layers": 3}
     for of in ("sent", "flops"):
