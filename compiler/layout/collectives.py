@@ -102,6 +102,7 @@ class CollectiveKind:
 
 _OF_STEPS = {"one", "panels"}
 """What steps of composites call a split value."""
+
 # What shrinks the tensor comes first and what grows it last. A change of layout takes them in this
 # order, so that every collective and every adjoint moves as little as possible.
 _ROWS = (
@@ -191,6 +192,11 @@ def plan_transfer(
     return Transfer(before, Wire(row.wire, axes, source.reduction, shift, root), after)
 
 
+def _as_split(state: str) -> str:
+    """The state of an axis that a row calls so."""
+    return "split" if state in _OF_STEPS else state
+
+
 def _check_states(
     row: CollectiveKind, axes: tuple[str, ...], source: Layout, target: Layout
 ) -> None:
@@ -199,8 +205,7 @@ def _check_states(
         found = (source.state(axis), target.state(axis))
         wanted = (found[0], found[0])
         if axis in axes:
-            states = (row.source, row.target)
-            wanted = tuple("split" if state in _OF_STEPS else state for state in states)
+            wanted = (_as_split(row.source), _as_split(row.target))
         for side in (0, 1):
             free = row.or_replicated and axis in axes and wanted[side] == "split"
             if found[side] != wanted[side] and not (free and found[side] == "replicated"):
