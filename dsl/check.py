@@ -214,6 +214,11 @@ def _check_experts(experts: s.Experts) -> None:
     losing = next((each for each in ("weight", "balance") if getattr(experts, each)), None)
     if route == "expert_choice" and losing is not None and experts.balance in (None, "aux"):
         raise _unfit(experts, losing, "`route=expert_choice` has no auxiliary loss")
+    if experts.dropless:
+        _check_dropless(experts, route)
+    elif experts.maximum is not None and count is not None:
+        what = "experts with a capacity exchange equal parts"
+        raise _unfit(experts, "maximum", what, "write `dropless=true`, or remove it")
     if experts.weight is not None and (experts.balance or "aux") != "aux":
         raise _unfit(experts, "weight", f"`balance={experts.balance}` has no auxiliary loss")
     if count is None or top is None:
@@ -231,6 +236,15 @@ _OF_NEW_EXPERTS = (
     "init", "seed",
 )  # fmt: skip
 """The options of `experts` that say how a module becomes experts, and how tokens reach them."""
+
+
+def _check_dropless(experts: s.Experts, route: str) -> None:
+    if route == "expert_choice":
+        what = "`route=expert_choice` takes as many tokens as its capacity has room for"
+        raise _unfit(experts, "dropless", what)
+    if experts.second == "random":
+        what = "`second=random` leaves out choices to save room, which `dropless=true` has"
+        raise _unfit(experts, "second", what)
 
 
 def _check_offload(offload: s.Offload) -> None:

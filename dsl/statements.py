@@ -233,9 +233,10 @@ class Experts(Spread):
 
     `top` experts take each token (of `prototype`, one in each of `top` prototypes). `groups` is the
     number of groups of tokens in a batch, of which each expert takes `capacity` times its share;
-    None takes the batch's rows. `weight` is that of the auxiliary loss. `second` says which second
-    experts are taken, `noise` how much what the router sees is changed in training, and `init` and
-    `seed` how experts begin.
+    None takes the batch's rows. With `dropless` an expert takes all, and those of one rank have
+    room for `maximum` times its even share. `weight` is that of the auxiliary loss. `second` says
+    which second experts are taken, `noise` how much what the router sees is changed in training,
+    and `init` and `seed` how experts begin.
     """
 
     verb = "experts"
@@ -244,6 +245,7 @@ class Experts(Spread):
     top: int | None = option(Count())
     capacity: float | None = option(Ratio())
     dropless: bool = option(Flag(), False)
+    maximum: float | None = option(Ratio())
     groups: int | None = option(Count())
     balance: str | None = option(Choice(("aux", "bias", "none")))
     weight: float | None = option(Ratio())

@@ -1,8 +1,9 @@
 """The operators that a mixture of experts leaves in a captured graph, and what it reports.
 
 `one_expert` and `all_experts` stand around a region of the graph that is written for one expert,
-and runs for all of them: `passes/experts/batch.py` rewrites it. The others become composites of the
-same names.
+and runs for all of them: `passes/experts/batch.py` rewrites it. Where no expert has a capacity,
+`one_row` and `all_rows` stand around one that is written for one token and an expert that it has
+chosen, and runs for all choices. The others become composites of the same names.
 """
 
 from __future__ import annotations
@@ -39,6 +40,28 @@ def all_experts(value: Tensor, count: int) -> Tensor:
 @all_experts.register_fake
 def _(value: Tensor, count: int) -> Tensor:
     return value.new_empty((count, *value.shape))
+
+
+@torch.library.custom_op("mesh::one_row", mutates_args=())
+def one_row(tokens: Tensor, expert: Tensor) -> Tensor:
+    """What any one of the choices `expert[r, k]` has of `tokens[r, d]`: the features of a token."""
+    return tokens[0].clone()
+
+
+@one_row.register_fake
+def _(tokens: Tensor, expert: Tensor) -> Tensor:
+    return tokens.new_empty(tokens.shape[1:])
+
+
+@torch.library.custom_op("mesh::all_rows", mutates_args=())
+def all_rows(value: Tensor, expert: Tensor) -> Tensor:
+    """What the choices `expert[r, k]` have, `[r, k, ...]`, of what is computed for any one."""
+    return value.expand(*expert.shape, *value.shape).clone()
+
+
+@all_rows.register_fake
+def _(value: Tensor, expert: Tensor) -> Tensor:
+    return value.new_empty((*expert.shape, *value.shape))
 
 
 @torch.library.custom_op("mesh::top", mutates_args=())
@@ -89,12 +112,14 @@ def _only_captured(ctx: object, grad: Tensor) -> NoReturn:
     raise RuntimeError("a mixture of experts runs as a part of a compiled program")
 
 
-for _operator in (one_expert, all_experts, dispatch, combine):
+for _operator in (one_expert, all_experts, one_row, all_rows, dispatch, combine):
     _operator.register_autograd(_only_captured)
 
 library = torch.ops.mesh
 ONE_EXPERT: torch._ops.OpOverload = library.one_expert.default
 ALL_EXPERTS: torch._ops.OpOverload = library.all_experts.default
+ONE_ROW: torch._ops.OpOverload = library.one_row.default
+ALL_ROWS: torch._ops.OpOverload = library.all_rows.default
 TOP: torch._ops.OpOverload = library.top.default
 POSITIONS: torch._ops.OpOverload = library.positions.default
 DISPATCH: torch._ops.OpOverload = library.dispatch.default

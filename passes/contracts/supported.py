@@ -73,8 +73,6 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
 
 
 def _missing_of_experts(statement: Experts) -> tuple[str, str, str] | None:
-    if statement.dropless:
-        return "dropless=true", "dropless", "write a `capacity`, beyond which tokens are dropped"
     if statement.balance == "bias":
         return "balance=bias", "balance", "write `balance=aux`, which adds a loss"
     return None

@@ -12,210 +12,72 @@ After:   transpose_3: f32[4, 8, 8] = transpose(blocks_0_mlp_experts_up_weight, 1
 
 Requires: a captured graph. Ensures: what stands between `one_expert` and `all_experts` has a
 leading dim of experts; products with a weight are `bmm`, and any other operator is what
-`torch.vmap` makes of it.
+`torch.vmap` makes of it. What stands between `one_row` and `all_rows` has a row for each token, or
+for each choice of one; see `ragged.py`.
 Elsewhere: `torch.vmap` over stacked modules.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
-
 import torch
-from torch import Tensor
 
-from meshwright.compiler.autodiff.vjp import plain
-from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.graph.experts import ALL_EXPERTS, ONE_EXPERT
-from meshwright.compiler.graph.fragment import FragmentCall, read, traced
-from meshwright.compiler.graph.ir import (
-    GETITEM,
-    Arg,
-    Builder,
-    Graph,
-    MeshOp,
-    Node,
-    Op,
-    TensorType,
-    map_nodes,
-    rewrite,
-)
-from meshwright.compiler.graph.slots import filled, slotted
+from meshwright.compiler.graph.experts import ALL_EXPERTS, ALL_ROWS, ONE_EXPERT, ONE_ROW
+from meshwright.compiler.graph.ir import GETITEM, Builder, Graph, Node, rewrite
+from meshwright.passes.experts.calls import BatchedCall
+from meshwright.passes.experts.ragged import EXPERTS, TOKENS, Lead, RaggedCall
 from meshwright.passes.rewriting.rewriter import emit_for
 
 aten = torch.ops.aten
 
 
 def batch(graph: Graph) -> Graph:
-    """The graph with every node between `one_expert` and `all_experts` for all experts."""
+    """The graph with every node between `one_expert` and `all_experts` for all experts, and every
+    one between `one_row` and `all_rows` for all choices of tokens."""
     if not any(node.op == ONE_EXPERT for node in graph.nodes):
         return graph
     return rewrite(graph, _Batch())
 
 
 class _Batch:
-    """Emits nodes for all experts; `count` says of each node how many those are, and `items` has
-    the results of those with multiple."""
+    """Emits nodes for all experts or rows; `leads` says of each node what its leading dim counts,
+    and `items` has the results of those with multiple."""
 
     def __init__(self) -> None:
-        self.count: dict[Node, int] = {}
+        self.leads: dict[Node, Lead] = {}
         self.items: dict[Node, tuple[Node, ...]] = {}
 
     def __call__(self, builder: Builder, node: Node, mapping: dict[Node, Node]) -> Node | None:
-        if node.op == ONE_EXPERT:
-            stacked = mapping[node.args[0]]
-            self.count[node] = stacked.tensor.shape[0]
+        if node.op in (ONE_EXPERT, ONE_ROW):
+            stacked, *expert = (mapping[each] for each in node.args)
+            kind = TOKENS if expert else EXPERTS
+            self.leads[node] = Lead(kind, stacked.tensor.shape[0], *expert)
             return stacked
-        counts = {self.count[each] for each in node.operands() if each in self.count}
-        if node.op == ALL_EXPERTS:
-            value = mapping[node.args[0]]
-            if counts:
-                return value
-            return emit_for(node, builder, aten.expand.default, (value, node.tensor.shape))
-        if not counts:
+        if node.op in (ALL_EXPERTS, ALL_ROWS):
+            return self._all(builder, node, mapping)
+        leads = {self.leads[each] for each in node.operands() if each in self.leads}
+        if not leads:
             return None
-        (count,) = counts
-        self.count[node] = count
         if node.op == GETITEM:
+            self.leads[node] = self.leads[node.args[0]]
             return self.items[node.args[0]][node.args[1]]
-        self.items[node] = _Call(builder, node, mapping, self.count, count).emitted()
-        return self.items[node][0]
+        if len(leads) == 1:
+            (lead,) = leads
+            found = BatchedCall(builder, node, mapping, self.leads, lead.size).emitted()
+        else:
+            lead = next(each.of_choices for each in leads if each.kind != EXPERTS)
+            found = RaggedCall(builder, node, mapping, self.leads, lead).emitted()
+        self.leads[node], self.items[node] = lead, found
+        return found[0]
 
-
-class _Call:
-    """One node, to be emitted for `count` experts; `batched` are the nodes that are so already."""
-
-    def __init__(
-        self,
-        builder: Builder,
-        node: Node,
-        mapping: Mapping[Node, Node],
-        batched: Mapping[Node, int],
-        count: int,
-    ) -> None:
-        self.builder, self.node, self.mapping = builder, node, mapping
-        self.batched, self.count = batched, count
-
-    def emitted(self) -> tuple[Node, ...]:
-        """The results of the node."""
-        x, weight, bias = self._product()
-        if weight is not None and weight in self.batched:
-            return (self._products(x, weight, bias),)
-        if self.node.op in (aten.layer_norm.default, aten.rms_norm.default):
-            return (self._norm(),)
-        if torch.Tag.pointwise in getattr(self.node.op, "tags", ()) or self.node.op in _ELEMENTWISE:
-            return (self._pointwise(),)
-        return self._traced()
-
-    def _product(self) -> tuple[Any, Any, Any]:
-        """Operand, weight `[o, i]` or `[i, o]` and bias of a product with a matrix."""
-        args, op = self.node.args, self.node.op
-        if op == aten.linear.default:
-            return (*args, None)[:3] if len(args) < 3 else args
-        if op == aten.addmm.default and not self.node.kwargs:
-            return args[1], args[2], args[0]
-        if op in (aten.mm.default, aten.matmul.default) and len(args[1].tensor.shape) == 2:
-            return args[0], args[1], None
-        return None, None, None
-
-    def _products(self, x: Node, weight: Node, bias: Node | None) -> Node:
-        rows = math.prod(x.tensor.shape[:-1])
-        matrix = self._of_all(weight)
-        if self.node.op == aten.linear.default:
-            matrix = self._emit(aten.transpose.int, matrix, 1, 2)
-        given = self._emit(
-            aten.view.default, self._of_all(x), [self.count, rows, x.tensor.shape[-1]]
-        )
-        y = self._emit(aten.bmm.default, given, matrix)
-        if bias is not None:
-            shape = [self.count, 1, bias.tensor.shape[-1]]
-            own = self._emit(aten.view.default, self._of_all(bias), shape)
-            y = self._emit(aten.add.Tensor, y, own)
-        return self._emit(aten.view.default, y, [self.count, *self.node.tensor.shape])
-
-    def _norm(self) -> Node:
-        """A norm without weights, then those of each expert."""
-        x, shape, *rest = self.node.args
-        num_weights = 2 if self.node.op == aten.layer_norm.default else 1
-        weights = (*rest[:num_weights], None, None)[:2]
-        given = (*(None,) * num_weights, *rest[num_weights:])
-        y = self._emit(self.node.op, self._of_all(x), shape, *given)
-        between = (1,) * (len(x.tensor.shape) - len(shape))
-        for op, weight in zip((aten.mul.Tensor, aten.add.Tensor), weights, strict=True):
-            if weight is not None:
-                size = [self.count, *between, *shape]
-                y = self._emit(op, y, self._emit(aten.view.default, self._of_all(weight), size))
-        return y
-
-    def _pointwise(self) -> Node:
-        """The same operator: operands with fewer dims than the result keep theirs at the right."""
-        dims = len(self.node.tensor.shape)
-
-        def aligned(operand: Node) -> Node:
-            found, shape = self.mapping[operand], operand.tensor.shape
-            if operand not in self.batched or len(shape) == dims:
-                return found
-            between = (1,) * (dims - len(shape))
-            return self._emit(aten.view.default, found, [self.count, *between, *shape])
-
-        args = map_nodes(self.node.args, aligned)
-        kwargs = {key: map_nodes(value, aligned) for key, value in self.node.kwargs.items()}
-        type = self._stacked(self.node.tensor)
-        return emit_for(self.node, self.builder, self.node.op, args, kwargs, type=type)
-
-    def _traced(self) -> tuple[Node, ...]:
-        """The operators that `torch.vmap` makes of the node's."""
-        node = self.node
-        operands = tuple(node.operands())
-        args, kwargs = slotted(node.args, node.kwargs)
-        in_dims = tuple(0 if each in self.batched else None for each in operands)
-
-        def one(*tensors: Tensor) -> Any:
-            given = filled(args, tensors)
-            assert not isinstance(node.op, MeshOp), "composites are made later"
-            return node.op(*given, **{key: filled(value, tensors) for key, value in kwargs})
-
-        def every(tensors: list[Tensor]) -> Any:
-            return torch.vmap(one, in_dims=in_dims)(*tensors)
-
-        try:
-            types = [self.mapping[each].tensor for each in operands]
-            graph = plain(traced(every, types, functional=True))
-        except Exception as error:
-            raise CaptureError(
-                f"`{node.op}` cannot run for all experts at once: {type(error).__name__}",
-                culprit=f"{node.origin.module} {node.origin.source}".strip(),
-                help="name a module without it, or write it with other operators",
-            ) from error
-        given = [each for each in graph.nodes if each.op == "placeholder"]
-        (output,) = (each for each in graph.nodes if each.op == "output")
-        results = output.args[0] if isinstance(output.args[0], (tuple, list)) else [output.args[0]]
-        fragment = read(f"`{node.op}` of all experts", given, results)
-        found = fragment.replay([self.mapping[each] for each in operands], self._replayed)
-        return tuple(each for each in found if each is not None)
-
-    def _replayed(
-        self, place: int, call: FragmentCall, args: tuple[Arg, ...], kwargs: dict[str, Arg]
-    ) -> Node:
-        return emit_for(self.node, self.builder, call.op, args, kwargs, type=call.type)
-
-    def _of_all(self, value: Node) -> Node:
-        """A value for all experts: repeated, if it is the same for each."""
-        found = self.mapping[value]
-        if value in self.batched:
-            return found
-        return self._emit(aten.expand.default, found, [self.count, *value.tensor.shape])
-
-    def _stacked(self, type: TensorType) -> TensorType:
-        return TensorType((self.count, *type.shape), type.dtype)
-
-    def _emit(self, op: Op, *args: Arg) -> Node:
-        return emit_for(self.node, self.builder, op, args)
-
-
-_ELEMENTWISE = {
-    aten.dropout.default, aten.alias.default, aten.contiguous.default, aten.detach.default,
-    aten.rand_like.default, aten.randn_like.default,
-}  # fmt: skip
-"""Operators that treat each element alone, and that torch does not call pointwise."""
+    def _all(self, builder: Builder, node: Node, mapping: dict[Node, Node]) -> Node:
+        """What all experts or choices have of a value."""
+        value: Node = node.args[0]
+        if value not in self.leads:
+            given = (mapping[value], node.tensor.shape)
+            return emit_for(node, builder, aten.expand.default, given)
+        lead = self.leads[value]
+        if lead.kind == TOKENS:
+            found = RaggedCall(builder, node, mapping, self.leads, lead.of_choices).lifted(value)
+        else:
+            found = mapping[value]
+        return emit_for(node, builder, aten.view.default, (found, node.tensor.shape))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from meshwright.compiler.graph import experts as ops
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.statements import Experts
-from meshwright.passes.experts.routes import ROUTES, Routing, auxiliary_loss, metrics
+from meshwright.passes.experts.routes import ROUTES, Routed, Routing, auxiliary_loss, metrics
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,41 @@ class Mixture(nn.Module):
         if not self.training:
             routing = replace(routing, random_second=False)
         tokens = self._grouped(x)
-        groups, size, width = tokens.shape
         routed = ROUTES[routing.route](self.router(self._noisy(tokens)), routing)
-        capacity = routing.capacity(size)
-        slot = routed.expert * capacity + routed.position
-        slot = torch.where(routed.position < capacity, slot, -1)
-        rows = ops.dispatch(tokens, slot, routing.count * capacity)
-        rows = rows.view(groups, routing.count, capacity, width).transpose(0, 1)
-        rows = self._experts(rows, x.dim())
-        rows = rows.transpose(0, 1).reshape(groups, routing.count * capacity, -1)
-        ops.report(self.name, self._loss(routed), metrics(routed, slot))
-        found: Tensor = ops.combine(rows, slot, routed.weight)
+        kept = routed.position >= 0
+        if routing.factor is None:
+            found = self._dropless(tokens, routed, x.dim())
+        else:
+            capacity = routing.capacity(tokens.shape[1])
+            kept &= routed.position < capacity
+            found = self._in_slots(tokens, routed, kept, capacity, x.dim())
+        ops.report(self.name, self._loss(routed), metrics(routed, kept))
         return found.view(*x.shape[:-1], -1)
+
+    def _in_slots(
+        self, tokens: Tensor, routed: Routed, kept: Tensor, capacity: int, dims: int
+    ) -> Tensor:
+        """What experts of a capacity give for `tokens[g, s, d]`, of what is kept."""
+        groups, _, width = tokens.shape
+        count = self.settings.routing.count
+        slot = torch.where(kept, routed.expert * capacity + routed.position, -1)
+        rows = ops.dispatch(tokens, slot, count * capacity)
+        rows = rows.view(groups, count, capacity, width).transpose(0, 1)
+        rows = self._experts(rows, dims)
+        rows = rows.transpose(0, 1).reshape(groups, count * capacity, -1)
+        found: Tensor = ops.combine(rows, slot, routed.weight)
+        return found
+
+    def _dropless(self, tokens: Tensor, routed: Routed, dims: int) -> Tensor:
+        """What experts give for all choices of `tokens[g, s, d]`. The module is given one token,
+        with as many dims as there were."""
+        width, choices = tokens.shape[-1], routed.expert.shape[-1]
+        expert = routed.expert.reshape(-1, choices)
+        own = ops.one_row(tokens.reshape(-1, width), expert)
+        found = self._region(own.view(*(1,) * (dims - 1), width))
+        rows: Tensor = ops.all_rows(found.reshape(-1), expert)
+        weight = routed.weight.reshape(-1, choices, 1).to(rows.dtype)
+        return (rows * weight).sum(1)
 
     def _loss(self, routed: Any) -> Tensor | None:
         if not self.training or not self.settings.weight:
@@ -162,15 +185,20 @@ class Mixture(nn.Module):
         count, groups, capacity, width = rows.shape
         own = ops.one_expert(rows)
         inner = (groups * capacity,) if dims == 2 else (groups, *(1,) * (dims - 3), capacity)
+        found = self._region(own.reshape(*inner, width))
+        stacked: Tensor = ops.all_experts(found.reshape(groups, capacity, -1), count)
+        return stacked
+
+    def _region(self, own: Tensor) -> Tensor:
+        """What the module gives for tokens `[..., d]` with the parameters of one expert."""
         parameters = {name: ops.one_expert(p) for name, p in self.experts.named_parameters()}
-        found = functional_call(self.experts, parameters, (own.reshape(*inner, width),))
-        if not isinstance(found, Tensor) or found.shape[:-1] != inner:
+        found = functional_call(self.experts, parameters, (own,))
+        if not isinstance(found, Tensor) or found.shape[:-1] != own.shape[:-1]:
             raise self.settings.error(
                 f"`{self.name}` does not give one row for each token",
                 help="name a module that maps tokens to tokens",
             )
-        stacked: Tensor = ops.all_experts(found.reshape(groups, capacity, -1), count)
-        return stacked
+        return found
 
 
 def _own_parameters(region: nn.Module) -> Iterator[tuple[nn.Module, dict[str, nn.Parameter]]]:

@@ -70,7 +70,8 @@ def settings(statement: Experts) -> Settings:
     route = statement.route or "topk"
     top = 1 if route == "switch" else statement.top or min(2, statement.count)
     weight = 0.01 if statement.weight is None else statement.weight
-    factor = statement.capacity or (1.0 if route == "expert_choice" else 1.25)
+    usual = 1.0 if route == "expert_choice" else 1.25
+    factor = None if statement.dropless else statement.capacity or usual
     return Settings(
         Routing(route, statement.count, top, factor, statement.second == "random"),
         statement.groups,

@@ -2,7 +2,8 @@
 
 A route is one function of `logits[g, s, e]`, in groups of s tokens, and of `Routing`. It gives, for
 each of k choices of each token, the expert, the weight of what it returns, and the position among
-the rows of that expert in that group; positions from the capacity on are dropped. Written in torch
+the rows of that expert in that group; positions from the capacity on are dropped, and so are those
+below zero. Without a capacity nothing is dropped, and all positions are 0. Written in torch
 operators, so that it is captured, split over groups and differentiated as the model is.
 """
 
@@ -22,17 +23,18 @@ from meshwright.compiler.graph import experts as ops
 @dataclass(frozen=True)
 class Routing:
     """How tokens are routed: to `count` experts, `top` of them (or so many prototypes), each with a
-    capacity of `factor` times its share of the tokens of a group."""
+    capacity of `factor` times its share of the tokens of a group; None where none is dropped."""
 
     route: str
     count: int
     top: int
-    factor: float
+    factor: float | None
     random_second: bool = False
     """Whether a token's second expert is taken with twice the probability of its weight."""
 
     def capacity(self, tokens: int) -> int:
         """The rows that one expert takes of a group of so many tokens."""
+        assert self.factor is not None, "an expert without a capacity takes all"
         fair = tokens * self.top / self.count
         return max(1, min(tokens, math.ceil(round(self.factor * fair, 6))))
 
@@ -59,13 +61,13 @@ def topk(logits: Tensor, routing: Routing) -> Routed:
     weight = shares.gather(-1, expert)
     if routing.top > 1:
         weight = weight / weight.sum(-1, keepdim=True)
-    position = _in_turn(expert)
+    position = _in_turn(expert, routing)
     if routing.random_second and routing.top > 1:
         second = 2 * weight[..., 1:].detach() > torch.rand_like(weight[..., 1:])
         taken = torch.cat([torch.ones_like(second[..., :1]), second], -1)
         # What is not taken has an expert of its own, past the others, and takes nobody's place.
-        position = _in_turn(torch.where(taken, expert, routing.count))
-        position = torch.where(taken, position, routing.capacity(logits.shape[1]))
+        position = _in_turn(torch.where(taken, expert, routing.count), routing)
+        position = torch.where(taken, position, -1)
     return Routed(expert, weight, position, shares, expert[..., :1])
 
 
@@ -84,7 +86,7 @@ def prototype(logits: Tensor, routing: Routing) -> Routed:
     weight = shares.gather(-1, own).squeeze(-1)
     first = torch.arange(0, experts, each, device=logits.device)
     expert = own.squeeze(-1) + first
-    position = _in_turn(expert)
+    position = _in_turn(expert, routing)
     return Routed(expert, weight, position, shares.flatten(2), expert, routing.top)
 
 
@@ -102,9 +104,11 @@ def expert_choice(logits: Tensor, routing: Routing) -> Routed:
     return Routed(expert, shares, position, shares, None)
 
 
-def _in_turn(expert: Tensor) -> Tensor:
+def _in_turn(expert: Tensor, routing: Routing) -> Tensor:
     """The position of each choice `[g, s, k]` among those of its expert: all first choices come
     before the second ones."""
+    if routing.factor is None:
+        return torch.zeros_like(expert)
     groups, tokens, choices = expert.shape
     turns = expert.transpose(1, 2).reshape(groups, choices * tokens)
     places: Tensor = ops.positions(turns)
@@ -142,13 +146,12 @@ def counts(expert: Tensor, experts: int) -> Tensor:
     return flat.new_zeros((flat.shape[0], experts)).scatter_add(1, flat, torch.ones_like(flat))
 
 
-def metrics(routed: Routed, slot: Tensor) -> Tensor:
+def metrics(routed: Routed, kept: Tensor) -> Tensor:
     """The share of the choices that each expert is given, before any is dropped; the share of the
     choices that are dropped (of `expert_choice`: of tokens without an expert); and the entropy of
     the router in nats: `[e + 2]`, means over groups. No gradient."""
     shares = routed.shares.detach()
     experts = shares.shape[-1]
-    kept = slot >= 0
     if routed.counted is None:
         load = kept.to(shares.dtype).mean(1)
         load = load / load.sum(-1, keepdim=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from meshwright.compiler.composites.embedding import Embedding
+from meshwright.compiler.composites.grouped import GroupedMM
 from meshwright.compiler.graph.ir import INPUT, Graph, Node, Op
 
 aten = torch.ops.aten
@@ -22,6 +24,9 @@ _CONVOLUTIONS = {
 _TRANSPOSED = {
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input
 }  # fmt: skip
+
+_STACKED = (aten.bmm.default, GroupedMM.op)
+"""Products of rows with matrices that are stacked."""
 
 _REORDERING = {
     aten._to_copy.default, aten.t.default, aten.transpose.int, aten.permute.default,
@@ -136,9 +141,7 @@ def product_of(node: Node) -> Linear | None:
 
 def _product_of_each(node: Node) -> Linear | None:
     """The product that every expert of a mixture makes, with stacked weights `[e, i, o]`."""
-    if node.op != aten.bmm.default:
-        return None
-    return Linear(node.args[1], 2, 1)
+    return Linear(node.args[1], 2, 1) if node.op in _STACKED else None
 
 
 def of_parameter(product: Linear | None) -> Linear | None:
@@ -172,16 +175,16 @@ def _order(node: Node) -> list[int] | None:
     return order
 
 
-def _with_added_bias(linear: Linear, node: Node, users: dict[Node, list[Node]]) -> Linear:
+def _with_added_bias(linear: Linear, node: Node, users: Mapping[Node, Sequence[Node]]) -> Linear:
     """The linear with a parameter that its module adds to the product afterwards."""
-    stacked = linear.weight.tensor.shape[:-2] if node.op == aten.bmm.default else ()
+    stacked = linear.weight.tensor.shape[:-2] if node.op in _STACKED else ()
     shape = (*stacked, linear.weight.tensor.shape[linear.features])
     added: list[Node] = []
-    for user in users[node]:
+    for user in _users(node, users):
         if user.op == aten.add.Tensor and user.origin.module == node.origin.module:
             added += [
                 operand
-                for operand in map(_viewed if stacked else _itself, user.operands())
+                for operand in map(_looked_up if stacked else _itself, user.operands())
                 if operand.op == INPUT
                 and operand.args[0] == "parameter"
                 and operand.tensor.shape == shape
@@ -193,8 +196,16 @@ def _itself(node: Node) -> Node:
     return node
 
 
-def _viewed(node: Node) -> Node:
-    """What a node is a view of."""
-    while node.op == aten.view.default:
+def _users(node: Node, users: Mapping[Node, Sequence[Node]]) -> Iterator[Node]:
+    """What takes a node, or rows that it is a view of."""
+    for user in users[node]:
+        yield user
+        if user.op == aten.view.default:
+            yield from _users(user, users)
+
+
+def _looked_up(node: Node) -> Node:
+    """What a node is a view of, or has rows of."""
+    while node.op in (aten.view.default, aten.index.Tensor):
         node = node.args[0]
     return node

@@ -87,6 +87,9 @@ PARSING = {
     "experts-route-of-those-there": MESH + "experts a over dp route=switch",
     "experts-switch-to-two": MESH + "experts a over dp count=4 route=switch top=2",
     "experts-second-of-one": MESH + "experts a over dp count=4 route=prototype second=random",
+    "experts-dropless-choice": MESH + "experts a over dp count=4 route=expert_choice dropless=true",
+    "experts-dropless-second": MESH + "experts a over dp count=4 second=random dropless=true",
+    "experts-maximum-of-slots": MESH + "experts a over dp count=4 maximum=1.5",
     "experts-weight-of-no-loss": MESH + "experts a over dp count=4 balance=none weight=0.1",
     "experts-second-of-top-1": MESH + "experts a over dp count=4 top=1 second=random",
     "experts-weight-of-choices": MESH

@@ -92,6 +92,8 @@ class Dense(Mixture):
     def room(self) -> int:
         """Of one expert in one group."""
         routing = self.settings.routing
+        if routing.factor is None:
+            return self.size
         return math.ceil(routing.factor * routing.top * self.size / routing.count)
 
     def topk(self, logits: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import meshwright
 from meshwright.compiler.capture.capture import capture
 from meshwright.compiler.errors import CaptureError
-from meshwright.passes.experts import batch
+from meshwright.passes.experts import batch, ragged
 from meshwright.passes.experts.replace import with_mixtures
 from tests.passes.experts.dense import Model
 from tests.passes.experts.dense import batch as rows
@@ -37,6 +37,16 @@ def test_the_docstring_shows_a_linear_before_and_after() -> None:
     before = [node.name for node in found["captured"].nodes if "experts" in node.origin.module]
     after = [node.name for node in found["batch"].nodes if "experts" in node.origin.module]
     check_documented(batch, shown(found["captured"], *before), shown(found["batch"], *after))
+
+
+def test_the_docstring_shows_a_linear_of_rows_before_and_after() -> None:
+    model, (x, labels) = Model(1, make=Bare), rows(2, 6)
+    example, text = (x.float(), labels), f"{PLAN.strip()} dropless=true\n"
+    mixed = with_mixtures(model, capture(model, example), meshwright.Plan.parse(text))
+    found = stages(mixed, example, text)
+    graphs = [found["captured"], found["batch"]]
+    names = [[n.name for n in g.nodes if "mlp.experts" in n.origin.module] for g in graphs]
+    check_documented(ragged, *(shown(g, *own) for g, own in zip(graphs, names, strict=True)))
 
 
 class Gated(nn.Module):
@@ -81,6 +91,38 @@ class Transposed(nn.Module):
 def test_what_a_module_does_is_done_for_every_expert(make: type[nn.Module]) -> None:
     plan = "mesh dp=2\ndata x, labels over dp\nexperts blocks.*.mlp over dp count=2"
     check_dense(plan, model=Model(1, make=make), steps=1)
+
+
+class Heads(nn.Module):
+    """Multiple rows of each token, and what no expert has a weight for."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.gain = nn.Linear(width // 2, width // 2), nn.Parameter(torch.rand(width))
+        self.register_buffer("turn", torch.randn(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.up((x @ self.turn).unflatten(-1, (2, -1))).softmax(-2)
+        return (heads.flatten(-2) * self.gain.tanh() @ self.turn) * x
+
+
+@pytest.mark.parametrize("make", [Normed, Transposed, Heads])
+def test_what_a_module_does_is_done_for_every_choice(make: type[nn.Module]) -> None:
+    plan = "mesh dp=2, ep=1\ndata x, labels over dp\nexperts blocks.*.mlp over ep count=3"
+    check_dense(f"{plan} dropless=true", model=Model(1, make=make))
+
+
+class Constant(Bare):
+    """Gives each token what depends on it only in its first half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.up(x)[..., :4], self.up.bias[4:].expand(*x.shape[:-1], 4)], -1)
+
+
+def test_what_cannot_be_done_row_by_row_is_named() -> None:
+    plan = meshwright.Plan.parse(f"{PLAN.strip()} dropless=true\n")
+    with pytest.raises(CaptureError, match=r"cat.*cannot run for rows of different experts"):
+        meshwright.compile(Model(1, make=Constant).double(), plan, example=rows(2, 6))
 
 
 class Counted(Bare):

@@ -106,3 +106,49 @@ ROUTES = {
 @pytest.mark.parametrize("route", some(ROUTES, ("prototypes", "expert choice")))
 def test_every_route_is_a_masked_sum(route: str) -> None:
     check_dense(f"mesh dp=2\ndata x, labels over dp\nexperts blocks.*.mlp over dp count=4 {route}")
+
+
+DROPLESS = {
+    "top 2": "",
+    "three choices": "top=3",
+    "switch": "route=switch",
+    "prototypes": "route=prototype top=2 groups=4",
+}
+
+
+@pytest.mark.parametrize("route", some(DROPLESS, ("three choices", "prototypes")))
+def test_routes_that_drop_nothing_are_masked_sums(route: str) -> None:
+    mixed = f"experts blocks.*.mlp over ep count=4 dropless=true weight=0.1 {route}"
+    check_dense(f"mesh dp=2, ep=1\ndata x, labels over dp\n{mixed}")
+
+
+@pytest.mark.parametrize("room", ["dropless=true", "capacity=4"])
+def test_ties_send_all_tokens_to_the_first_experts_and_leave_others_empty(room: str) -> None:
+    mixed = f"experts blocks.*.mlp over ep count=4 weight=0.1 {room}"
+    plan = meshwright.Plan.parse(f"mesh dp=2, ep=1\ndata x, labels over dp\n{mixed}")
+    torch.manual_seed(0)
+    sample = batch(4, 6)
+    program = meshwright.compile(Model(1).double(), plan, example=sample)
+    router = program.model.get_submodule("blocks.0.mlp.router")
+    router.weight.data.zero_()
+    check_trained(program, dense(program.model), [sample], compare=Comparison(1e-10))
+    run = program.launch()
+    run.step(*sample)
+    assert run.metrics()["blocks.0.mlp"]["load"].tolist() == [0.5, 0.5, 0, 0]
+
+
+ALL = "\nexperts blocks.*.mlp over ep count=4 weight=0.1 dropless=true\n"
+DROPLESS_TOGETHER = {
+    "zero 3": "mesh dp=2, ep=1\ndata x, labels over dp" + ALL + "zero 3 over dp",
+    "checkpoint": "mesh dp=2, ep=1\ndata x, labels over dp" + ALL + "checkpoint blocks.*",
+    "accumulate": "mesh dp=2, ep=1\ndata x, labels over dp" + ALL + "accumulate 2",
+    "columns and rows": "mesh ep=1, tp=2\n" + ALL + INNER,
+    "stages": "mesh pp=2, ep=1\ndata x, labels over ep"
+    + ALL
+    + "stages at blocks.1 over pp microbatches=2",
+}
+
+
+@pytest.mark.parametrize("plan", some(DROPLESS_TOGETHER, ("columns and rows",)))
+def test_experts_without_a_capacity_go_with_other_statements(plan: str) -> None:
+    check_dense(plan, model=Model(2 if "stages" in plan else 1))

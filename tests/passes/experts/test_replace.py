@@ -203,7 +203,6 @@ REFUSED: dict[str, tuple[str, type[nn.Module]]] = {
     "experts-not-anew": (MIXED + "init=fresh", Bare),
     "experts-without-a-count": (DATA + "experts blocks.*.mlp over dp", Experts),
     "experts-by-bias": (MIXED + "balance=bias", Experts),
-    "experts-dropless": (MIXED + "dropless=true", Experts),
 }
 
 
