@@ -149,6 +149,21 @@ DROPLESS_TOGETHER = {
 }
 
 
+APART = {
+    "data": "mesh ep=2\ndata x, labels over ep",
+    "part of data": "mesh dp=2, ep=2\ndata x, labels over (dp, ep)",
+    "own axis": "mesh dp=2, ep=2\ndata x, labels over dp",
+    "4 ranks": "mesh ep=4\ndata x, labels over ep\naccumulate 2",
+}
+
+
+@pytest.mark.parametrize("plan", some(APART, ("part of data",)))
+def test_rows_go_to_experts_on_other_ranks(plan: str) -> None:
+    program = check_dense(plan + ALL)
+    exchanges = program.comm().counts().get("exchange_rows[ep]", 0)
+    assert exchanges == (0 if "over dp\n" in f"{plan}\n" else 10 if "accumulate" in plan else 5)
+
+
 @pytest.mark.parametrize("plan", some(DROPLESS_TOGETHER, ("columns and rows",)))
 def test_experts_without_a_capacity_go_with_other_statements(plan: str) -> None:
     check_dense(plan, model=Model(2 if "stages" in plan else 1))
