@@ -24,19 +24,17 @@ Elsewhere: the token dispatchers of MegaBlocks and of Megatron's expert layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from meshwright.compiler.composites.grouped import GroupedMM
 from meshwright.compiler.composites.owners import FromOwners, OwnedGroups, ToOwners
 from meshwright.compiler.graph.ir import GETITEM, Arg, Builder, Node, Op, map_nodes
-from meshwright.compiler.layout.factors import Dim, dim_axes
 from meshwright.compiler.placing.rules.views import RESHAPES
 from meshwright.passes.experts.inside import Region, Rows, inside, lookup_parts, viewed
+from meshwright.passes.experts.parts import in_order, parts_of
 from meshwright.passes.rewriting.rewriter import emit_for
-from meshwright.passes.statements.draft import Draft, input_key, with_graph
+from meshwright.passes.statements.draft import Draft, with_graph
 
 aten = torch.ops.aten
 
@@ -47,15 +45,6 @@ def place_experts(draft: Draft) -> Draft:
     ranks = {rows.region: draft.mesh.size(rows.region.statement.over) for rows in found.values()}
     apart = {node: rows for node, rows in found.items() if ranks[rows.region] > 1}
     return _Placer(draft, apart).run() if apart else draft
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A part of the rows of a region: `size` of them, one after the other or, if it is of `slices`,
-    on ranks that are not among the owners."""
-
-    size: int
-    slices: bool = False
 
 
 class _Placer:
@@ -139,8 +128,7 @@ class _Placer:
 class _Exchange:
     """The rows of one region: what sends them to their owners and back.
 
-    Rows `r` are cut into slices, `[g, s]`, each of which is exchanged by itself: the parts of the
-    batch that axes split which are not those of the owners.
+    Rows `r` are cut into slices, `[g, s]`, each of which is exchanged by itself: see `parts`.
     """
 
     def __init__(
@@ -149,8 +137,8 @@ class _Exchange:
         self.builder, self.region = builder, region
         statement, (num_rows, times) = region.statement, region.shape
         self.axes, self.owners = statement.over, draft.mesh.size(statement.over)
-        self.parts = _parts(draft, num_rows, statement.over)
-        self.slices = math.prod(part.size for part in self.parts if part.slices)
+        self.parts = parts_of(draft, node, num_rows, statement.over)
+        self.slices = math.prod(part.size for part in self.parts if part.kind == "slices")
         self.maximum = num_rows // self.slices * times
         self.group = self._sliced(node, group)
         self.shape = (self.slices, self.owners, self.maximum)
@@ -168,13 +156,14 @@ class _Exchange:
         blocks = self._view(node, y, (*self.shape, width))
         given = (blocks, self.group, self.region.experts, self.owners, self.axes)
         found = self._emit(node, FromOwners.op, *given)
-        if len(self._order()) > 2:
-            sizes = [self.parts[i].size for i in self._order()]
+        order = in_order(self.parts)
+        if order != sorted(order):
+            sizes = [self.parts[i].size for i in order]
             rest = (*self.region.shape[1:], width)
             found = self._view(node, found, (*sizes, *rest))
-            back = [self._order().index(i) for i in range(len(sizes))]
-            order = [*back, *range(len(sizes), len(sizes) + len(rest))]
-            found = self._emit(node, aten.permute.default, found, order)
+            back = [order.index(i) for i in range(len(order))]
+            behind = range(len(order), len(order) + len(rest))
+            found = self._emit(node, aten.permute.default, found, [*back, *behind])
         return self._view(node, found, node.tensor.shape)
 
     def product(self, node: Node, x: Node, weight: Node) -> Node:
@@ -208,56 +197,15 @@ class _Exchange:
     def _sliced(self, node: Node, x: Node) -> Node:
         """`[r, ...]` as `[g, s, ...]`."""
         num_rows, *rest = x.tensor.shape
-        order = self._order()
-        if len(order) > 2:
+        order = in_order(self.parts)
+        if order != sorted(order):
             x = self._view(node, x, (*(part.size for part in self.parts), *rest))
             behind = range(len(order), len(order) + len(rest))
             x = self._emit(node, aten.permute.default, x, [*order, *behind])
         return self._view(node, x, (self.slices, num_rows // self.slices, *rest))
-
-    def _order(self) -> list[int]:
-        """The parts of rows, those of slices first."""
-        return sorted(range(len(self.parts)), key=lambda i: not self.parts[i].slices)
 
     def _view(self, node: Node, x: Node, shape: tuple[int, ...]) -> Node:
         return x if x.tensor.shape == shape else self._emit(node, aten.view.default, x, shape)
 
     def _emit(self, node: Node, op: Op, *args: Arg) -> Node:
         return emit_for(node, self.builder, op, args)
-
-
-def _parts(draft: Draft, rows: int, owners: tuple[str, ...]) -> list[_Part]:
-    """How the plan splits the batch, and with it rows."""
-    found: list[_Part] = []
-    for size, axis in _cuts(draft, rows):
-        slices = axis is not None and axis not in owners
-        if found and found[-1].slices == slices:
-            size *= found.pop().size
-        found.append(_Part(size, slices))
-    return found if math.prod(part.size for part in found) == rows else [_Part(rows)]
-
-
-def _cuts(draft: Draft, rows: int) -> Iterator[tuple[int, str | None]]:
-    """The factors of rows, which are what the dims of an input have in turn, and their axes."""
-    for node in draft.graph.inputs:
-        pin = draft.inputs.get(input_key(node))
-        shape = node.tensor.shape
-        if pin is None or node.of_model or not pin.layout.split_axes:
-            continue
-        count = next((n for n in range(1, len(shape) + 1) if math.prod(shape[:n]) == rows), 1)
-        dims, left = pin.layout.dims[:count], rows // math.prod(shape[:count])
-        if rows % math.prod(shape[:count]) or not any(map(dim_axes, dims)):
-            continue
-        for dim in dims:
-            yield from _factors(draft, dim)
-        yield left, None
-        return
-    yield rows, None
-
-
-def _factors(draft: Draft, dim: Dim) -> Iterator[tuple[int, str | None]]:
-    for segment in dim:
-        for factor in segment:
-            for axis in factor.axes:
-                yield draft.mesh.size(axis), axis
-            yield factor.size // draft.mesh.size(factor.axes), None

@@ -71,7 +71,7 @@ UNSAMPLED = {
     "aten::new_empty": "its values are arbitrary",
     **dict.fromkeys(RING, "split in one way alone, and lowered: `test_equivalence_context.py`"),
     **dict.fromkeys(BLOCKS, "split in one way alone, over named axes: `test_summa.py`"),
-    **dict.fromkeys(OWNED, "of the rows of one rank: `test_owners.py`"),
+    **dict.fromkeys(OWNED, "of the rows of one rank: `kernels/test_owners.py`"),
     "mesh::add_panel_product": "it writes over its operand; else as `panel_product`",
     "mesh::add_block_lookup": "it writes over its operand; else as `block_lookup`",
     "mesh::loss_scale": "it multiplies by a number of the run, alike on every rank",
