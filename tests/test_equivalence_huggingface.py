@@ -17,6 +17,7 @@ from torch import nn
 import meshwright
 from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.public import Program
+from meshwright.dsl.statements import Experts
 from tests.equivalence import check_equal, implicit_gathers, without_grouped
 from tests.models import real
 
@@ -404,6 +405,23 @@ PLACED_CASES: dict[str, Case] = {
         MIXTRAL, text,
         "mesh ep=2, tp=2\n" + BY_EP + ATTENTION + EXPERTS + LLAMA_VOCAB + LLAMA_SEQUENCE,
     ),
+    "mixtral sequence over tensor": (
+        MIXTRAL, text,
+        GRID + DATA + ATTENTION + LLAMA_VOCAB + LLAMA_SEQUENCE
+        + PLACED.replace("over ep", "over tp"),
+    ),
+    "mixtral sequence over all": (
+        MIXTRAL, text,
+        GRID + DATA + ATTENTION + LLAMA_VOCAB + LLAMA_SEQUENCE
+        + PLACED.replace("over ep", "over (dp, tp)"),
+    ),
+    "mixtral context": (
+        MIXTRAL, text,
+        "mesh ep=2, cp=2\ncontext model.layers.* over cp\n" + BY_EP,
+    ),
+    "mixtral over context": (
+        MIXTRAL, text, "mesh ep=2\ncontext model.layers.* over ep\n" + PLACED
+    ),
     "qwen3-moe over 2": (QWEN3_MOE, text, "mesh ep=2\n" + BY_EP),
     "qwen3-moe over 4": (QWEN3_MOE, text, "mesh ep=4\n" + BY_EP),
     "qwen3-moe with data and tensor": (
@@ -446,9 +464,9 @@ def test_a_mixture_of_experts_trains_under_other_plans_too(name: str) -> None:
 def test_the_experts_of_a_mixture_train_on_ranks_of_their_own(name: str) -> None:
     program = check_routed(PLACED_CASES[name])
     layouts = [p.layout for n, p in program.parameters.items() if ".experts." in n]
-    over = "tp" if name == "mixtral over tensor" else "ep"
+    (statement,) = program.plan.of(Experts)
     assert layouts
-    assert all(dim_axes(layout.dims[0]) == (over,) for layout in layouts)
+    assert all(dim_axes(layout.dims[0]) == statement.over for layout in layouts)
 
 
 def test_experts_split_over_their_features_reduce_as_a_dense_layer_does() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.runtime.experts_ranks import PLANS
+from tests.runtime.forked import Forked
 from tests.runtime.processes import finish, start
 
 
@@ -17,3 +18,8 @@ def test_experts_train_report_infer_and_delink_on_processes_as_masked_sums(num_r
     done = [f"{name} done" for name in PLANS[num_ranks]] + ["delinked"] * (num_ranks == 2)
     for output in finish(processes, 300):
         assert done == output.splitlines()[-len(done) :], output
+
+
+@pytest.mark.slow
+def test_the_experts_of_a_model_are_placed_on_processes(forked: Forked) -> None:
+    assert forked.outputs("tests.runtime.placed", 2) == ["done\n"] * 2

@@ -82,3 +82,13 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x)
         return F.cross_entropy(self.head(x).flatten(0, -2), labels.flatten())
+
+
+def skewed(expert: int) -> Model:
+    """A model that sends all rows to one expert."""
+    torch.manual_seed(0)
+    model = Model(top=1)
+    for block in model.blocks:
+        block.router.weight.data.zero_()
+        block.router.bias.data = torch.eye(4)[expert]
+    return model

@@ -15,7 +15,7 @@ from meshwright.dsl.errors import MeshwrightError
 from meshwright.passes.experts import place
 from tests.equivalence import check_equal, implicit_gathers
 from tests.passes.experts.dense import batch
-from tests.passes.experts.stacked import Body, Model, biased, gated, mixing, plain
+from tests.passes.experts.stacked import Body, Model, biased, gated, mixing, plain, skewed
 from tests.passes.experts.test_equal import some
 from tests.passes.stages import check_documented, shown, stages
 
@@ -122,16 +122,6 @@ def test_what_experts_do_row_by_row_is_done_where_they_are(body: Body, plan: str
 def test_rows_that_are_compared_between_products_come_back_for_it() -> None:
     program = placed(ALONE, Model(body=mixing))
     assert counts(program)["exchange_rows[ep]"] == 5 + 2
-
-
-def skewed(expert: int) -> Model:
-    """A model that sends all rows to one expert."""
-    torch.manual_seed(0)
-    model = Model(top=1)
-    for block in model.blocks:
-        block.router.weight.data.zero_()
-        block.router.bias.data = torch.eye(4)[expert]
-    return model
 
 
 @pytest.mark.parametrize("plan", [ALONE, OWN, ALONE.replace("ep=2", "ep=4")])
