@@ -84,7 +84,8 @@ class _Placer:
 
     def _exchange(self, region: Region, node: Node) -> _Exchange:
         if region not in self.exchanges:
-            group = self.value(region.group)
+            # A lookup may come before the view of the numbers that products take.
+            group = self.value(viewed(region.group))
             self.exchanges[region] = _Exchange(self.draft, self.builder, region, node, group)
         return self.exchanges[region]
 
@@ -140,7 +141,7 @@ class _Exchange:
         self.parts = parts_of(draft, node, num_rows, statement.over)
         self.slices = math.prod(part.size for part in self.parts if part.kind == "slices")
         self.maximum = num_rows // self.slices * times
-        self.group = self._sliced(node, group)
+        self.group = self._sliced(node, self._view(node, group, region.shape))
         self.shape = (self.slices, self.owners, self.maximum)
         given = (self.group, region.experts, self.owners, self.maximum, self.axes)
         self.numbers = self._emit(node, OwnedGroups.op, *given)

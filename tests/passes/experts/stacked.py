@@ -41,7 +41,8 @@ def plain(m: Stacked, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
 
 
 def biased(m: Stacked, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
-    h = (grouped_mm(x, m.up, ends) + m.up_bias[ids]).relu()
+    bias = m.up_bias[ids]
+    h = (grouped_mm(x, m.up, ends) + bias).relu()
     return grouped_mm(h, m.down, ends) + m.down_bias[ids]
 
 
