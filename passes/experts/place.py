@@ -15,8 +15,8 @@ After:   owned_groups: i64[1, 2, 8]     = mesh::owned_groups(view_1, 4, 2, 8, [e
 Each row goes to the rank that has its expert, whatever it is, so routing stays what it is. Between
 the products of a row and its experts' matrices, what is done to it alone is done there (`inside`);
 what compares rows, and the weights of what a token's experts return, are left to its own rank. A
-rank has room for all rows of the ranks that exchange with it; what it has none for is zeros, which
-no product reads and nothing returns.
+rank has room for all rows of the ranks that exchange with it, or for `maximum` times its even
+share; what stays empty is zeros, which no product reads and nothing returns.
 Requires: stacked parameters, pinned by `experts`. Ensures: the same values in the order of tokens.
 Elsewhere: the token dispatchers of MegaBlocks and of Megatron's expert layers.
 """
@@ -140,11 +140,18 @@ class _Exchange:
         self.axes, self.owners = statement.over, draft.mesh.size(statement.over)
         self.parts = parts_of(draft, node, num_rows, statement.over)
         self.slices = math.prod(part.size for part in self.parts if part.kind == "slices")
-        self.maximum = num_rows // self.slices * times
+        self.maximum = self._room(num_rows // self.slices * times)
         self.group = self._sliced(node, self._view(node, group, region.shape))
         self.shape = (self.slices, self.owners, self.maximum)
         given = (self.group, region.experts, self.owners, self.maximum, self.axes)
         self.numbers = self._emit(node, OwnedGroups.op, *given)
+
+    def _room(self, num_rows: int) -> int:
+        """The most rows that one owner takes of so many."""
+        factor = self.region.statement.maximum
+        if factor is None:
+            return num_rows
+        return min(num_rows, math.ceil(round(factor * num_rows / self.owners, 6)))
 
     def there(self, node: Node, x: Node) -> Node:
         """Rows `[r, k]` or `[r, t, k]` of tokens as their owners have them: `[g, q, m, k]`."""

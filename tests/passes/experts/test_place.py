@@ -13,6 +13,7 @@ from meshwright.compiler.composites import owners
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import MeshwrightError
 from meshwright.passes.experts import place
+from meshwright.runtime.errors import OverfullError
 from tests.equivalence import check_equal, implicit_gathers
 from tests.passes.experts.dense import batch
 from tests.passes.experts.stacked import Body, Model, biased, gated, mixing, plain, skewed
@@ -34,6 +35,10 @@ def placed(plan: str, model: nn.Module | None = None, *, rows: tuple[int, ...] =
     if "zero" not in plan:
         assert not any("all_gather" in kind for kind in counts(program))
     return program
+
+
+def compiled(plan: str, model: nn.Module) -> Program:
+    return meshwright.compile(model.double(), meshwright.Plan.parse(plan), example=batch(8, 6))
 
 
 def counts(program: Program) -> dict[str, int]:
@@ -134,6 +139,26 @@ def test_all_rows_may_go_to_one_rank_and_none_to_another(expert: int, plan: str)
     assert used.tolist() == [each == expert for each in range(4)]
 
 
+def test_a_maximum_is_less_memory_and_an_error_where_it_is_too_little(
+    golden: Callable[[str, str], None],
+) -> None:
+    limited = ALONE.replace("over ep\n", "over ep maximum=1.5\n", 1)
+    program, whole = compiled(limited, skewed(0)), compiled(ALONE, skewed(0))
+    assert program.memory().activations < whole.memory().activations
+    sample = batch(8, 6)
+    with program.launch() as run, pytest.raises(OverfullError) as caught:
+        run.step(*sample)
+    golden("placed-overfull", str(caught.value))
+    # 48 rows come to one of two ranks.
+    enough = compiled(limited.replace("1.5", "2"), skewed(0))
+    with enough.launch() as run, whole.launch() as other:
+        assert torch.equal(run.step(*sample), other.step(*sample))
+    placed(limited.replace("1.5", "1.9"), Model(top=1))
+    alone = compiled(limited.replace(DATA, ""), skewed(0))
+    with alone.launch() as run, pytest.raises(MeshwrightError, match=r"48 rows .* room for 36"):
+        run.step(*sample)
+
+
 def test_a_statement_may_name_the_block_around_experts() -> None:
     by_block = placed(ALONE.replace("blocks.*.experts", "blocks.*"))
     assert counts(by_block) == counts(placed(ALONE))
@@ -148,8 +173,7 @@ def test_experts_of_two_statements_may_be_on_different_axes() -> None:
 
 @pytest.mark.parametrize("plan", [ALONE, OWN])
 def test_formulas_of_placed_experts_give_what_is_counted(plan: str) -> None:
-    model = Model(body=biased).double()
-    program = meshwright.compile(model, meshwright.Plan.parse(plan), example=batch(8, 6))
+    program = compiled(plan, Model(body=biased))
     cost = program.cost()
     assert cost.sent().number == program.comm().total_bytes()
     assert cost.memory().number == program.memory().peak
