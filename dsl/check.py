@@ -214,6 +214,10 @@ def _check_experts(experts: s.Experts) -> None:
     losing = next((each for each in ("weight", "balance") if getattr(experts, each)), None)
     if route == "expert_choice" and losing is not None and experts.balance in (None, "aux"):
         raise _unfit(experts, losing, "`route=expert_choice` has no auxiliary loss")
+    if experts.rate is not None and experts.balance != "bias":
+        raise _unfit(experts, "rate", "only `balance=bias` has a rate", "write `balance=bias`")
+    if experts.balance == "bias" and route == "expert_choice":
+        raise _unfit(experts, "balance", "`route=expert_choice` is balanced without a bias")
     if experts.dropless:
         _check_dropless(experts, route)
     elif experts.maximum is not None and count is not None:
@@ -232,8 +236,8 @@ def _check_experts(experts: s.Experts) -> None:
 
 
 _OF_NEW_EXPERTS = (
-    "route", "top", "capacity", "dropless", "groups", "balance", "weight", "second", "noise",
-    "init", "seed",
+    "route", "top", "capacity", "dropless", "groups", "balance", "weight", "rate", "second",
+    "noise", "init", "seed",
 )  # fmt: skip
 """The options of `experts` that say how a module becomes experts, and how tokens reach them."""
 

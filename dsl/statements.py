@@ -234,9 +234,9 @@ class Experts(Spread):
     `top` experts take each token (of `prototype`, one in each of `top` prototypes). `groups` is the
     number of groups of tokens in a batch, of which each expert takes `capacity` times its share;
     None takes the batch's rows. With `dropless` an expert takes all, and those of one rank have
-    room for `maximum` times its even share. `weight` is that of the auxiliary loss. `second` says
-    which second experts are taken, `noise` how much what the router sees is changed in training,
-    and `init` and `seed` how experts begin.
+    room for `maximum` times its even share. `weight` is that of the auxiliary loss, and `rate` what
+    a step adds to biases. `second` says which second experts are taken, `noise` how much what the
+    router sees is changed in training, and `init` and `seed` how experts begin.
     """
 
     verb = "experts"
@@ -249,6 +249,7 @@ class Experts(Spread):
     groups: int | None = option(Count())
     balance: str | None = option(Choice(("aux", "bias", "none")))
     weight: float | None = option(Ratio())
+    rate: float | None = option(Ratio())
     second: str | None = option(Choice(("all", "random")))
     noise: float | None = option(Ratio(high=1.0))
     init: str | None = option(Choice(("copy", "fresh")))

@@ -129,10 +129,13 @@ COMBINE: torch._ops.OpOverload = library.combine.default
 @dataclass(frozen=True)
 class Reported:
     """What the mixtures of a model tell while its forward runs: `losses` to be added to the
-    model's, and `metrics` by the mixture's name."""
+    model's, `metrics` by the mixture's name, and by that too the `biases` of routers as they were
+    before, and the `loads` of experts in all calls so far."""
 
     losses: list[Tensor] = field(default_factory=list)
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    loads: dict[str, Tensor] = field(default_factory=dict)
 
 
 _REPORTED: ContextVar[Reported | None] = ContextVar("reported", default=None)
@@ -161,3 +164,25 @@ def report(name: str, loss: Tensor | None, metrics: Tensor) -> None:
         call += 1
         key = f"{name}.{call}"
     found.metrics[key] = metrics
+
+
+def balance(name: str, bias: Tensor, load: Tensor, rate: float) -> None:
+    """Let the `bias[e]` of the mixture `name` follow the `load[e]` of all its calls so far: `rate`
+    is added where that is below the mean, and taken away where it is above; DeepSeek-V3
+    (2412.19437)."""
+    found = _REPORTED.get()
+    if found is None:
+        return
+    total = found.loads[name] = load + found.loads[name] if name in found.loads else load
+    missing = (total.sum() - total * len(total)).sign()
+    bias.copy_(found.biases[name] + rate * missing.to(bias.dtype))
+
+
+def bias_before(name: str, bias: Tensor | None) -> Tensor | None:
+    """The bias of the mixture `name` as it was before the forward, in every call of it."""
+    found = _REPORTED.get()
+    if found is None or bias is None:
+        return bias
+    if name not in found.biases:
+        found.biases[name] = bias.clone()
+    return found.biases[name]

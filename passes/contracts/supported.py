@@ -60,8 +60,6 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
     if isinstance(statement, Precision) and statement.dropout == "native":
         help = "remove it: `hash` draws the same numbers under every plan"
         return "dropout=native", "dropout", help
-    if isinstance(statement, Experts) and (missing := _missing_of_experts(statement)):
-        return missing
     local = isinstance(statement, Allow) and statement.what == "local"
     if not local and isinstance(statement, CARRIED_OUT):
         return None
@@ -70,9 +68,3 @@ def _missing(statement: Statement) -> tuple[str, str, str] | None:
         verb = f"{verb} {statement.what}"
     known = ", ".join(f"`{each.verb}`" for each in CARRIED_OUT)
     return verb, "", f"remove the statement; what can be compiled today is {known}"
-
-
-def _missing_of_experts(statement: Experts) -> tuple[str, str, str] | None:
-    if statement.balance == "bias":
-        return "balance=bias", "balance", "write `balance=aux`, which adds a loss"
-    return None

@@ -18,19 +18,28 @@ from torch.nn import functional as F
 from meshwright.compiler.graph import experts as ops
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.statements import Experts
-from meshwright.passes.experts.routes import ROUTES, Routed, Routing, auxiliary_loss, metrics
+from meshwright.passes.experts.routes import (
+    ROUTES,
+    Routed,
+    Routing,
+    auxiliary_loss,
+    counts,
+    metrics,
+)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a plan says of a mixture: its `routing`, the `groups` of tokens of a batch (None: its
-    rows), the `weight` of the auxiliary loss, and the `noise` of what the router sees in training,
-    which is multiplied by numbers from 1 - noise to 1 + noise."""
+    rows), the `weight` of the auxiliary loss, the `noise` of what the router sees in training,
+    which is multiplied by numbers from 1 - noise to 1 + noise, and the `rate` at which a bias
+    balances the experts, if one does."""
 
     routing: Routing
     groups: int | None = None
     weight: float = 0.0
     noise: float = 0.0
+    rate: float = 0.0
     fresh: bool = False
     """Whether experts are initialised as the module would be, or as noisy copies of it."""
     seed: int = 0
@@ -44,15 +53,22 @@ class Settings:
 
 
 class Router(nn.Module):
-    """Logits `[..., e]` of tokens `[..., d]`, at least in single precision."""
+    """Logits `[..., e]` of tokens `[..., d]`, at least in single precision; and, where it is
+    `balanced` so, the `bias[e]` that balances the experts, which has no gradient."""
 
-    def __init__(self, weight: Tensor) -> None:
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, *, balanced: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        bias = weight.new_zeros(weight.shape[0], dtype=torch.float32) if balanced else None
+        self.register_buffer("bias", bias)
 
     def reset_parameters(self) -> None:
         """Small logits, so that tokens start evenly spread; Switch (2101.03961)."""
         nn.init.normal_(self.weight, std=math.sqrt(0.1 / self.weight.shape[1]))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -73,7 +89,7 @@ class Mixture(nn.Module):
         self.name, self.settings = name, settings
         count = settings.routing.count
         like = next(region.parameters())
-        self.router = Router(like.new_empty((count, width)))
+        self.router = Router(like.new_empty((count, width)), balanced=settings.rate > 0)
         self.experts = region
         self.training = region.training
         self.router.train(region.training)
@@ -112,7 +128,9 @@ class Mixture(nn.Module):
         if not self.training:
             routing = replace(routing, random_second=False)
         tokens = self._grouped(x)
-        routed = ROUTES[routing.route](self.router(self._noisy(tokens)), routing)
+        logits = self.router(self._noisy(tokens))
+        bias = ops.bias_before(self.name, self.router.bias)
+        routed = ROUTES[routing.route](logits, routing, bias)
         kept = routed.position >= 0
         if routing.factor is None:
             found = self._dropless(tokens, routed, x.dim())
@@ -121,6 +139,9 @@ class Mixture(nn.Module):
             kept &= routed.position < capacity
             found = self._in_slots(tokens, routed, kept, capacity, x.dim())
         ops.report(self.name, self._loss(routed), metrics(routed, kept))
+        if self.router.bias is not None and self.training:
+            load = counts(routed.expert, routing.count).sum(0)
+            ops.balance(self.name, self.router.bias, load, self.settings.rate)
         return found.view(*x.shape[:-1], -1)
 
     def _in_slots(

@@ -75,8 +75,9 @@ def settings(statement: Experts) -> Settings:
     return Settings(
         Routing(route, statement.count, top, factor, statement.second == "random"),
         statement.groups,
-        0.0 if statement.balance == "none" else weight,
+        weight if (statement.balance or "aux") == "aux" else 0.0,
         statement.noise or 0.0,
+        (statement.rate or 0.001) if statement.balance == "bias" else 0.0,
         statement.init == "fresh",
         statement.seed or 0,
         statement,

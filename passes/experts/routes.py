@@ -1,6 +1,7 @@
 """Routes: from the logits of a router to the experts of each token.
 
-A route is one function of `logits[g, s, e]`, in groups of s tokens, and of `Routing`. It gives, for
+A route is one function of `logits[g, s, e]`, in groups of s tokens, of `Routing`, and of a bias
+`[e]` by which experts are chosen and which weights do not have, or None. It gives, for
 each of k choices of each token, the expert, the weight of what it returns, and the position among
 the rows of that expert in that group; positions from the capacity on are dropped, and so are those
 below zero. Without a capacity nothing is dropped, and all positions are 0. Written in torch
@@ -10,9 +11,10 @@ operators, so that it is captured, split over groups and differentiated as the m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,11 +55,11 @@ class Routed:
     prototypes: int = 1
 
 
-def topk(logits: Tensor, routing: Routing) -> Routed:
+def topk(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> Routed:
     """GShard (2006.16668): the `top` most probable experts, with weights that sum to one. All first
     choices are placed before any second one, each in the order of the tokens."""
     shares = logits.softmax(-1)
-    expert = ops.top(shares.detach(), routing.top)
+    expert = _chosen(shares, routing.top, bias)
     weight = shares.gather(-1, expert)
     if routing.top > 1:
         weight = weight / weight.sum(-1, keepdim=True)
@@ -71,18 +73,18 @@ def topk(logits: Tensor, routing: Routing) -> Routed:
     return Routed(expert, weight, position, shares, expert[..., :1])
 
 
-def switch(logits: Tensor, routing: Routing) -> Routed:
+def switch(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> Routed:
     """Switch (2101.03961): the most probable expert, weighted by its probability."""
-    return topk(logits, routing)
+    return topk(logits, routing, bias)
 
 
-def prototype(logits: Tensor, routing: Routing) -> Routed:
+def prototype(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> Routed:
     """M6-T (2105.15082): experts in `top` prototypes; each token goes to the most probable expert
     of each, weighted by its probability there."""
     groups, tokens, experts = logits.shape
     each = experts // routing.top
     shares = logits.view(groups, tokens, routing.top, each).softmax(-1)
-    own = ops.top(shares.detach(), 1)
+    own = _chosen(shares, 1, None if bias is None else bias.view(routing.top, each))
     weight = shares.gather(-1, own).squeeze(-1)
     first = torch.arange(0, experts, each, device=logits.device)
     expert = own.squeeze(-1) + first
@@ -90,9 +92,10 @@ def prototype(logits: Tensor, routing: Routing) -> Routed:
     return Routed(expert, weight, position, shares.flatten(2), expert, routing.top)
 
 
-def expert_choice(logits: Tensor, routing: Routing) -> Routed:
+def expert_choice(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> Routed:
     """Expert choice (2202.09368): each expert takes the tokens of a group to which it is most
     probable; a token may have none. Its choices are all experts."""
+    assert bias is None, "experts that choose are balanced"
     shares = logits.softmax(-1)
     columns = shares.detach().transpose(1, 2)
     capacity = routing.capacity(logits.shape[1])
@@ -102,6 +105,13 @@ def expert_choice(logits: Tensor, routing: Routing) -> Routed:
     position = none.scatter(-1, chosen, places).transpose(1, 2)
     expert = torch.arange(routing.count, device=logits.device).expand(position.shape)
     return Routed(expert, shares, position, shares, None)
+
+
+def _chosen(shares: Tensor, top: int, bias: Tensor | None) -> Tensor:
+    """The experts with the largest shares, each with its bias."""
+    scores = shares.detach()
+    found: Tensor = ops.top(scores if bias is None else scores + bias, top)
+    return found
 
 
 def _in_turn(expert: Tensor, routing: Routing) -> Tensor:
@@ -115,7 +125,11 @@ def _in_turn(expert: Tensor, routing: Routing) -> Tensor:
     return places.view(groups, choices, tokens).transpose(1, 2)
 
 
-Route = Callable[[Tensor, Routing], Routed]
+class Route(Protocol):
+    """A function of logits, of how tokens are routed, and of a bias."""
+
+    def __call__(self, logits: Tensor, routing: Routing, bias: Tensor | None = None) -> Routed: ...
+
 
 ROUTES: Mapping[str, Route] = MappingProxyType(
     {

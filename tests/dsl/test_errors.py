@@ -90,6 +90,8 @@ PARSING = {
     "experts-dropless-choice": MESH + "experts a over dp count=4 route=expert_choice dropless=true",
     "experts-dropless-second": MESH + "experts a over dp count=4 second=random dropless=true",
     "experts-maximum-of-slots": MESH + "experts a over dp count=4 maximum=1.5",
+    "experts-rate-without-a-bias": MESH + "experts a over dp count=4 rate=0.001",
+    "experts-choice-by-bias": MESH + "experts a over dp count=4 route=expert_choice balance=bias",
     "experts-weight-of-no-loss": MESH + "experts a over dp count=4 balance=none weight=0.1",
     "experts-second-of-top-1": MESH + "experts a over dp count=4 top=1 second=random",
     "experts-weight-of-choices": MESH

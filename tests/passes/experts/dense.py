@@ -72,6 +72,9 @@ class Dense(Mixture):
         tokens = self._grouped(x)
         logits = tokens @ self.router.weight.T
         routes = [self.route(each) for each in logits]
+        if self.router.bias is not None and self.training:
+            load = sum(chosen.sum(0) for _, _, chosen, _ in routes)
+            self.router.bias += self.settings.rate * (load.mean() - load).sign().float()
         kept, first, chosen, shares = (torch.stack(each) for each in zip(*routes, strict=True))
         count, size = self.settings.routing.count, tokens.shape[1]
         every = torch.stack([self.expert(e, tokens) for e in range(count)], -1)
@@ -88,6 +91,15 @@ class Dense(Mixture):
         counts, all choices, and the probabilities."""
         return getattr(self, self.settings.routing.route)(logits)
 
+    def order(self, shares: Tensor) -> list[list[int]]:
+        """The experts of each token, the best first."""
+        scores = shares.detach() if self.bias is None else shares.detach() + self.bias
+        return [by_size(row) for row in scores]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.router.bias
+
     @property
     def room(self) -> int:
         """Of one expert in one group."""
@@ -99,7 +111,7 @@ class Dense(Mixture):
     def topk(self, logits: Tensor) -> tuple[Tensor, ...]:
         self.size, top = len(logits), self.settings.routing.top
         shares = logits.softmax(-1)
-        order = [by_size(row) for row in shares]
+        order = self.order(shares)
         kept, first, chosen = (torch.zeros_like(shares) for _ in range(3))
         taken = [0] * shares.shape[1]
         for turn, token in turns(top, self.size):
@@ -119,9 +131,11 @@ class Dense(Mixture):
         each = logits.shape[1] // top
         shares = torch.cat([part.softmax(-1) for part in logits.split(each, -1)], -1)
         kept, chosen = torch.zeros_like(shares), torch.zeros_like(shares)
+        order = self.order(shares)
         taken = [0] * shares.shape[1]
         for turn, token in turns(top, self.size):
-            expert = turn * each + by_size(shares[token, turn * each : (turn + 1) * each])[0]
+            own = range(turn * each, (turn + 1) * each)
+            expert = next(e for e in order[token] if e in own)
             chosen[token, expert] += 1
             if taken[expert] < self.room:
                 kept[token, expert] = shares[token, expert]

@@ -167,3 +167,42 @@ def test_rows_go_to_experts_on_other_ranks(plan: str) -> None:
 @pytest.mark.parametrize("plan", some(DROPLESS_TOGETHER, ("columns and rows",)))
 def test_experts_without_a_capacity_go_with_other_statements(plan: str) -> None:
     check_dense(plan, model=Model(2 if "stages" in plan else 1))
+
+
+BALANCED = "\nexperts blocks.*.mlp over ep count=4 balance=bias rate=0.05 "
+BIASED = {
+    "dropless": "mesh dp=2, ep=2\ndata x, labels over (dp, ep)" + BALANCED + "dropless=true top=3",
+    "prototypes": "mesh ep=2\ndata x, labels over ep" + BALANCED + "route=prototype",
+    "switch": "mesh ep=2\ndata x, labels over ep" + BALANCED + "route=switch",
+    "accumulate": "mesh ep=2\ndata x, labels over ep\naccumulate 2" + BALANCED,
+    "checkpoint": "mesh ep=2\ndata x, labels over ep\ncheckpoint blocks.*" + BALANCED,
+    "zero": "mesh dp=2, ep=1\ndata x, labels over dp\nzero 3 over dp" + BALANCED,
+    "stages": "mesh pp=2, ep=2\ndata x, labels over ep" + BALANCED
+    + "\nstages at blocks.1 over pp microbatches=2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", some(BIASED, ("accumulate", "checkpoint")))
+def test_a_bias_follows_the_loads_of_the_whole_batch_once_a_step(plan: str) -> None:
+    check_dense(plan, model=Model(2 if "stages" in plan else 1), steps=3)
+
+
+def test_an_evaluation_leaves_the_bias_and_a_mixture_that_is_called_twice_moves_it_once() -> None:
+    class Twice(Model):
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return super().forward(self.blocks[0](x), labels)
+
+    torch.manual_seed(0)
+    plan = meshwright.Plan.parse("mesh ep=2\ndata x, labels over ep" + BALANCED)
+    sample = batch(4, 6)
+    run = meshwright.compile(Twice(1).double(), plan, example=sample).launch()
+    name = "blocks.0.mlp.router.bias"
+    run.evaluate(*sample)
+    assert not run.state_dict()[name].any()
+    run.step(*sample)
+    loads = sum(each["load"] for each in run.metrics().values()) / 2
+    expected = 0.05 * (0.25 - loads).sign().float()
+    assert len(run.metrics()) == 2
+    assert expected.any()
+    torch.testing.assert_close(run.state_dict()[name], expected)
+    assert run.state_dict()[name].dtype == torch.float32

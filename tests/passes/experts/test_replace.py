@@ -202,7 +202,6 @@ REFUSED: dict[str, tuple[str, type[nn.Module]]] = {
     "experts-inside-of-experts": (MIXED + "\nexperts blocks.*.mlp.0 over dp count=2", Nested),
     "experts-not-anew": (MIXED + "init=fresh", Bare),
     "experts-without-a-count": (DATA + "experts blocks.*.mlp over dp", Experts),
-    "experts-by-bias": (MIXED + "balance=bias", Experts),
 }
 
 

@@ -16,6 +16,8 @@ GROUPS, TOKENS = 3, 10
 class ByToken(Dense):
     """Routes alone."""
 
+    bias = None
+
     def __init__(self, routing: Routing) -> None:
         nn.Module.__init__(self)
         self.settings = Settings(routing)
@@ -77,7 +79,7 @@ def test_tokens_go_where_they_go_one_by_one(routing: Routing) -> None:
     assert (loss is None) == (routing.route == "expert_choice")
     if loss is not None:
         torch.testing.assert_close(loss, reference.auxiliary(first, shares))
-    load, (dropped, entropy) = metrics(routed, slot).split([routing.count, 2])
+    load, (dropped, entropy) = metrics(routed, slot >= 0).split([routing.count, 2])
     found = {"load": load, "dropped": dropped, "entropy": entropy}
     for key, value in reference.reported(weights, chosen, shares).items():
         torch.testing.assert_close(found[key], torch.as_tensor(value), check_dtype=False)
@@ -98,7 +100,7 @@ def test_a_second_expert_is_taken_as_often_as_twice_its_weight() -> None:
     torch.manual_seed(0)
     routed = ROUTES["topk"](scores, routing)
     torch.testing.assert_close(routed.weight[0, 0], torch.tensor([0.8, 0.2]))
-    taken = routed.position < routing.capacity(4000)
+    taken = (routed.position >= 0) & (routed.position < routing.capacity(4000))
     assert taken[..., 0].all()
     assert abs(taken[..., 1].float().mean() - 0.4) < 0.02
     # Those that are not taken have no place among those that are.
@@ -118,9 +120,16 @@ def test_gradients_reach_the_router_through_weights_and_the_loss_alone() -> None
         scores = logits(routing.count).requires_grad_()
         routed = ROUTES[routing.route](scores, routing)
         assert not routed.expert.requires_grad and not routed.position.requires_grad
-        assert not metrics(routed, slots(routed, routing)).requires_grad
+        assert not metrics(routed, slots(routed, routing) >= 0).requires_grad
         weights = routed.weight.square().sum()
         (grad,) = torch.autograd.grad(weights, scores, retain_graph=True)
         # One expert, of all or of each prototype, has a weight of 1.
         alone = routing.count == (routing.top if routing.route == "prototype" else 1)
         assert (grad.abs().sum() > 0) == (not alone), routing
+
+
+def test_a_bias_chooses_experts_and_is_not_in_their_weights() -> None:
+    scores = torch.tensor([2.0, 1.0, 0.0, 0.0]).expand(1, 3, 4)
+    routed = ROUTES["topk"](scores, Routing("topk", 4, 1, None), torch.tensor([-1.0, 0, 0, 0.5]))
+    assert routed.expert.unique().tolist() == [3]
+    torch.testing.assert_close(routed.weight, scores.softmax(-1)[..., 3:])
