@@ -31,6 +31,10 @@ class Reporting:
             for output, value in self._metrics.items()
         }
 
+    def _forget(self) -> None:
+        """Make room for what the next call reports."""
+        self._metrics = {}
+
     def _reported(self, found: Results) -> Results:
         """The results of a call without what is reported, which is kept."""
         self._metrics = {o: v for o, v in found.items() if o.kind is OutputKind.METRIC}

@@ -215,6 +215,7 @@ class Run(Reporting):
         if training:
             check_leaves(linked.input_names, tensors)
         begun = self._finite_check.begin(linked.program, ranks, tensors) if training else None
+        self._forget()
         found = whole_step(self._run, ranks, tensors, linked.wire_names, training=training)
         if training:
             self._finite_check.end(begun, next(iter(found[0].values())))

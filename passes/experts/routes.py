@@ -64,7 +64,7 @@ def topk(logits: Tensor, routing: Routing, bias: Tensor | None = None) -> Routed
     if routing.top > 1:
         weight = weight / weight.sum(-1, keepdim=True)
     position = _in_turn(expert, routing)
-    if routing.random_second and routing.top > 1:
+    if routing.random_second:
         second = 2 * weight[..., 1:].detach() > torch.rand_like(weight[..., 1:])
         taken = torch.cat([torch.ones_like(second[..., :1]), second], -1)
         # What is not taken has an expert of its own, past the others, and takes nobody's place.

@@ -59,6 +59,21 @@ def test_processes_delink_alike(plan: str, other: str, forked: Forked, tmp_path:
         check(plan, run.state_dict(), "adam")
 
 
+def test_what_an_optimizer_keeps_in_other_shapes_is_copied() -> None:
+    with compiled("alone").launch() as run:
+        optimizer = run.optimizer(torch.optim.Adafactor)
+        run.step(*batch())
+        optimizer.step()
+        shared = run.states[0].parameters["blocks.0.up.weight"]
+        kept = {key: value.clone() for key, value in optimizer.state[shared].items()}
+        assert kept["row_var"].shape != shared.shape
+        run, optimizer = run.delink(optimizer)
+        for layer in range(4):
+            own = optimizer.state[run.states[0].parameters[f"blocks.{layer}.up.weight"]]
+            assert own.keys() == kept.keys()
+            assert all(torch.equal(own[key], value) for key, value in kept.items())
+
+
 def test_random_numbers_counts_and_groups_go_on() -> None:
     plan = mw.Plan.parse("mesh one=1\nprecision fp16\nshare blocks.*\n")
     with mw.compile(Deep().float(), plan, (batch()[0].float(),)).launch(seed=9) as run:

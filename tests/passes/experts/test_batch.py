@@ -57,7 +57,8 @@ class Gated(nn.Module):
         self.both, self.down = nn.Linear(width, 24, bias=False), nn.Linear(12, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.both(x.view(-1, x.shape[-1])).chunk(2, -1)
+        rows, tokens, width = x.shape
+        gate, up = self.both(x.view(rows * tokens, width)).chunk(2, -1)
         return self.down(gate.sigmoid() * up).view(x.shape)
 
 

@@ -24,6 +24,7 @@ from meshwright.passes.statements.offloading import amount
 from meshwright.runtime.optimizers import chunks
 from tests.alone import ADAMW, Train, measured, measured_by_place, train_with
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
+from tests.passes.experts.dense import Model
 from tests.passes.test_loops import PLANS
 
 
@@ -69,6 +70,12 @@ def batch() -> tuple[Tensor, Tensor]:
 )
 def test_the_peak_of_a_gpt_is_the_one_that_is_measured(plan: str) -> None:
     check(Gpt(p=0.1), plan, batch())
+
+
+def test_the_peak_of_mixtures_of_experts_is_the_one_that_is_measured() -> None:
+    # A step does not keep what the one before has reported.
+    plan = "mesh ep=2\ndata x, labels over ep\nexperts blocks.*.mlp over ep count=4\n"
+    check(Model(1), plan, (torch.randn(4, 6, 8), torch.randint(0, 5, (4, 6))))
 
 
 @pytest.mark.parametrize("name", ["data", "micro alone", "sequence"])
