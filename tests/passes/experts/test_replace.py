@@ -11,6 +11,8 @@ from torch import Tensor, nn
 import meshwright
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import MeshwrightError
+from meshwright.passes.experts.mixture import Mixture, Settings
+from meshwright.passes.experts.routes import Routing
 from tests.passes.experts.dense import Experts, Model, batch
 
 DATA = "mesh dp=2\ndata x, labels over dp\n"
@@ -62,6 +64,16 @@ def test_experts_begin_as_noisy_copies_of_a_module_or_anew() -> None:
     assert not torch.equal(weights[1], stacked)
     assert ((weights[2] - own).std((1, 2)) > own.std()).all()
     assert (weights[2].abs().amax((1, 2)) <= 8**-0.5).all()
+
+
+def test_single_numbers_are_copied_as_they_are_and_what_is_frozen_stays_so() -> None:
+    region = Experts(8)
+    region.up.requires_grad_(False)
+    region.scale = nn.Parameter(torch.tensor(2.0))
+    experts = Mixture("mlp", region, 8, Settings(Routing("topk", 4, 2, 1.0))).experts
+    assert experts.scale.tolist() == [2.0] * 4
+    assert not experts.up.weight.requires_grad
+    assert experts.down.weight.requires_grad
 
 
 def test_a_model_without_values_begins_anew() -> None:
