@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import meshwright
 from meshwright.compiler.public import Program
+from meshwright.runtime.errors import OverfullError
 from tests.equivalence import Comparison, check_trained, implicit_gathers
 from tests.passes.experts.dense import Model, batch, dense
 
@@ -206,3 +207,30 @@ def test_an_evaluation_leaves_the_bias_and_a_mixture_that_is_called_twice_moves_
     assert expected.any()
     torch.testing.assert_close(run.state_dict()[name], expected)
     assert run.state_dict()[name].dtype == torch.float32
+
+
+ROOM = "mesh dp=2, ep=2\ndata x, labels over (dp, ep)\naccumulate 2" + ALL.rstrip()
+
+
+def test_a_maximum_limits_what_ranks_take_and_an_error_says_which_would_do(
+    golden: Callable[[str, str], None],
+) -> None:
+    torch.manual_seed(0)
+    model, plan = Model(1).double(), meshwright.Plan.parse(f"{ROOM} maximum=1.75 top=1")
+    sample = batch(8, 6)
+    program = meshwright.compile(model, plan, example=sample)
+    router = program.model.get_submodule("blocks.0.mlp.router")
+    router.weight.data.zero_()  # ties, which the first expert wins
+    with program.launch() as run:
+        before = run.state_dict()
+        with pytest.raises(OverfullError) as caught:
+            run.step(*sample)
+        assert all(value.equal(before[name]) for name, value in run.state_dict().items())
+    golden("dropless-overfull", str(caught.value))
+
+
+@pytest.mark.slow
+def test_what_a_maximum_has_room_for_is_what_there_is_without_it() -> None:
+    narrow = check_dense(f"{ROOM} maximum=1.9")
+    wide = meshwright.compile(Model(1).double(), meshwright.Plan.parse(ROOM), example=batch(8, 6))
+    assert narrow.memory().peak < wide.memory().peak

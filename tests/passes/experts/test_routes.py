@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from meshwright.dsl.plan import Plan
+from meshwright.dsl.statements import Experts
 from meshwright.passes.experts.mixture import Settings
+from meshwright.passes.experts.replace import settings
 from meshwright.passes.experts.routes import ROUTES, Routed, Routing, auxiliary_loss, metrics
 from tests.passes.experts.dense import Dense
 
@@ -126,6 +129,13 @@ def test_gradients_reach_the_router_through_weights_and_the_loss_alone() -> None
         # One expert, of all or of each prototype, has a weight of 1.
         alone = routing.count == (routing.top if routing.route == "prototype" else 1)
         assert (grad.abs().sum() > 0) == (not alone), routing
+
+
+def test_a_bias_takes_the_place_of_the_auxiliary_loss() -> None:
+    text = "mesh ep=2\nexperts a over ep count=4 balance=bias\n"
+    (statement,) = Plan.parse(text).of(Experts)
+    found = settings(statement)
+    assert (found.weight, found.rate) == (0, 0.001)
 
 
 def test_a_bias_chooses_experts_and_is_not_in_their_weights() -> None:
