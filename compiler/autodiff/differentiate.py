@@ -12,7 +12,7 @@ cotangent of an activation depends compute gradients of parameters: they are the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -175,15 +175,23 @@ class _Differentiator:
         layout = value.layout[index] if isinstance(value.layout, tuple) else value.layout
         assert isinstance(layout, Layout), value.name
         dual = self.emitter.reshard(grad, layout.dual(), origin)
-        self.pending.setdefault((value, index), []).append(dual)
+        parts = self.pending.setdefault((value, index), [])
+        parts.append(dual)
+        if self.emitter.is_rooted(value) and value.op != MeshOp("all_gather_replicated"):
+            # Of a parameter that many layers use, no more than one layer's share is there besides.
+            # Those of activations wait: what is on its way between ranks has time to come.
+            parts[:] = [self._sum(value, parts)]
 
-    def _cotangent(self, value: Node, index: int) -> Node:
-        """The sum of the cotangents that a value has from its users."""
-        parts = self.pending.pop((value, index))
+    def _sum(self, value: Node, parts: Sequence[Node]) -> Node:
         origin = replace(value.origin, forward=value.name)
         total = parts[0]
         for part in parts[1:]:
             total = self.emitter.call(aten.add.Tensor, (total, part), origin=origin)
+        return total
+
+    def _cotangent(self, value: Node, index: int) -> Node:
+        """The sum of the cotangents that a value has from its users."""
+        total = self._sum(value, self.pending.pop((value, index)))
         if not self.emitter.is_rooted(value):
             self.inner.add(total)
         return total

@@ -108,4 +108,5 @@ class CombineWeight(Composite):
 
     def bind(self, binding: BindingContext) -> Kernel:
         dtype = binding.node.args[3]
-        return lambda grad, y, slot: kernels.combine_weight(grad, y, slot).to(dtype)
+        # Of values of 16 bits, the products are in the type of the weights too.
+        return lambda grad, y, slot: kernels.combine_weight(grad.to(dtype), y, slot).to(dtype)

@@ -72,7 +72,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        logits: Tensor = F.linear(x.to(dtype), self.weight.to(dtype))
+        # A cast that changes nothing returns its operand, and would stand for the tokens that are
+        # dispatched too: hence the view.
+        logits: Tensor = F.linear(x.view_as(x).to(dtype), self.weight.to(dtype))
         return logits
 
 

@@ -16,6 +16,7 @@ from meshwright.compiler.composites.attention import Attention
 from meshwright.compiler.composites.cross_entropy import CrossEntropy
 from meshwright.compiler.composites.dropout import Dropout
 from meshwright.compiler.composites.embedding import Embedding
+from meshwright.compiler.composites.experts import Combine, Dispatch, Positions, Top
 from meshwright.compiler.composites.extend import Extend
 from meshwright.compiler.composites.grouped import GroupedMM, GroupedMMWeight
 from meshwright.compiler.composites.norm import Norm
@@ -104,9 +105,9 @@ def width(op: Op) -> Width:
     """How an operator computes where nothing else is said of it."""
     if family(op) in ("matmul", "attention", "convolution", "embedding"):
         return Width.NARROW
-    if op in NORMS or op == CrossEntropy.op:
+    if op in NORMS or op in (CrossEntropy.op, Combine.op):
         return Width.INSIDE
-    if op in (GETITEM, Dropout.op, Extend.op):
+    if op in (GETITEM, Dropout.op, Extend.op, Dispatch.op, Positions.op, Top.op):
         return Width.SAME
     if not isinstance(op, torch._ops.OpOverload) or op.namespace not in ("aten", "mesh"):
         return Width.WIDE

@@ -28,7 +28,10 @@ class StorageCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = self.run(func, args, kwargs or {})
         given = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and address(tensor) not in given | self.made.keys():
+            if not isinstance(tensor, Tensor):
+                continue
+            key = address(tensor)
+            if key not in given and key not in self.made:
                 self.made_by(func, tensor)
         self.peak = max(self.peak, self.alive)
         return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 from meshwright.compiler.graph.text import size_text, size_written
 from meshwright.dsl.errors import plural
@@ -44,26 +45,53 @@ def fewest(
             "P301", "two budgets are for the same device", budgets.values(), help="keep one of them"
         )
     low, high = dict.fromkeys(most, 0), dict(most)
+    lines = {number: _Line() for number in most}
+    needed: dict[tuple[tuple[int, int], ...], int] = {}
     while low != high:
-        middle = {number: (low[number] + high[number]) // 2 for number in low}
+        middle = {n: lines[n].crossing(budget, low[n], high[n]) for n in low}
         peaks = _peaks(tried(middle))
+        needed[tuple(middle.items())] = max(peaks.values())
         for number, count in middle.items():
+            lines[number].peaks[count] = peaks[number]
             if peaks[number] <= budget:
                 high[number] = count
             elif low[number] < high[number]:
                 low[number] = count + 1
-    needed = max(_peaks(tried(high)).values())
-    if needed > budget:
+    found = tuple(high.items())
+    most_needed = needed.get(found) or max(_peaks(tried(high)).values())
+    if most_needed > budget:
         raise draft.plan.error(
             "P501",
-            f"a rank needs {size_text(needed)} with the {statement.what} of "
+            f"a rank needs {size_text(most_needed)} with the {statement.what} of "
             f"{plural(sum(high.values()), 'layer')} offloaded, and the budget is "
             f"{size_text(budget)}",
             statement.at("budget"),
-            help=f"write `budget={size_written(needed, up=True)}` or more, select more modules, or "
-            "add `checkpoint` or `zero`",
+            help=f"write `budget={size_written(most_needed, up=True)}` or more, select more "
+            "modules, or add `checkpoint` or `zero`",
         )
     return high
+
+
+@dataclass
+class _Line:
+    """The bytes that a rank needs by the number of layers that are offloaded, as far as tried."""
+
+    peaks: dict[int, int] = field(default_factory=dict)
+
+    def crossing(self, budget: int, low: int, high: int) -> int:
+        """Where in `low` to `high - 1` to try next: each layer saves as much as another, but at the
+        ends, so it is on the line through the nearest two. Every third try halves what is left,
+        whatever the line says."""
+        middle = (low + high) // 2
+        if low == high or len(self.peaks) < 2 or len(self.peaks) % 3 == 1:
+            return middle
+        (one, here), (two, there) = sorted(
+            sorted(self.peaks.items(), key=lambda tried: abs(tried[1] - budget))[:2]
+        )
+        if here <= there:
+            return middle
+        found = one + math.ceil((here - budget) * (two - one) / (here - there))
+        return min(max(found, low), high - 1)
 
 
 def _peaks(draft: Draft) -> dict[int, int]:

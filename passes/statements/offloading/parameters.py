@@ -242,7 +242,8 @@ class _Mover:
             elif is_part(node) and next(node.operands()) in self.of:
                 self.of[node] = self.of[next(node.operands())]
         self.visits = {
-            node: tuple(self._visits(node)) for node, own in self.of.items() if node is own
+            source: tuple(self._visits(source, readers))
+            for source, readers in self._readers().items()
         }
         self.departures = list(self._departures())
         self.builder = Builder(graph.name, graph.mesh)
@@ -319,13 +320,13 @@ class _Mover:
         value = departure.value
         return leave(self.builder, value, self.mapping[value], departure.place, value.origin)
 
-    def _visits(self, source: Node) -> Iterator[_Visit]:
+    def _visits(self, source: Node, readers: Iterable[tuple[int, Node]]) -> Iterator[_Visit]:
         """The times that a parameter is on the device, in order."""
         statement = self.movable[source.args[1]].value
         window = self.computed.layer
         ahead = window if statement is None or statement.prefetch is None else statement.prefetch
         last: int | None = None
-        for use, reader in self._readers(source):
+        for use, reader in readers:
             if last is None or use - last > 2 * window:
                 # What is gathered is so a layer ahead.
                 arrives = max(use - window, 0) if moves(reader) else use
@@ -334,15 +335,20 @@ class _Mover:
                 yield _Visit(places[begins], places[arrives], reader)
             last = use
 
-    def _readers(self, source: Node) -> Iterator[tuple[int, Node]]:
-        """What takes a parameter or a view of it, with its place among what computes."""
-        family = {node for node, own in self.of.items() if own is source}
+    def _readers(self) -> dict[Node, list[tuple[int, Node]]]:
+        """By parameter that comes: what takes it or a view of it, with its place among what
+        computes."""
+        found: dict[Node, dict[Node, int]] = {own: {} for own in self.of.values()}
         for use, place in enumerate(self.computed.places):
             node = self.graph.nodes[place]
-            if node not in family and not family.isdisjoint(node.operands()):
-                yield use, node
-        if not family.isdisjoint(self.graph.returned):
-            yield len(self.computed.places) - 1, self.graph.nodes[-1]
+            for operand in node.operands():
+                own = self.of.get(operand)
+                if own is not None and self.of.get(node) is not own:
+                    found[own][node] = use
+        readers = {own: [(u, n) for n, u in each.items()] for own, each in found.items()}
+        for own in {self.of[node] for node in self.graph.returned if node in self.of}:
+            readers[own].append((len(self.computed.places) - 1, self.graph.nodes[-1]))
+        return readers
 
     def _departures(self) -> Iterator[_Departure]:
         """The gradients that leave, each bucket at once."""

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 
 import meshwright
 from meshwright import PlanError
-from meshwright.compiler.graph.ir import Graph, Phase
+from meshwright.compiler.graph.ir import Graph, MeshOp, Phase
 from meshwright.compiler.graph.transfers import combines, moves
 from meshwright.compiler.public import Program
 from meshwright.passes import widen
 from meshwright.passes.statements import precision
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 from tests.passes import examples
+from tests.passes.experts import dense
 from tests.passes.stages import check_documented, shown, stages
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -315,6 +316,25 @@ def test_numbers_that_16_bits_do_not_have_are_used_in_float32(word: str) -> None
     with compiled(model, (x,), f"mesh dp=2\ndata x over dp\nprecision {word}\n").launch() as run:
         torch.testing.assert_close(run.step(x), model(x).detach(), rtol=0.01, atol=0)
         assert all(gradient.isfinite().all() for gradient in run.gradients().values())
+
+
+def test_tokens_go_to_experts_and_come_back_in_the_compute_type() -> None:
+    class Plain(nn.Sequential):
+        def __init__(self, width: int) -> None:
+            up, down = nn.Linear(width, 16, bias=False), nn.Linear(16, width, bias=False)
+            super().__init__(up, nn.GELU(), down)
+
+    plan = "mesh dp=2\ndata x, labels over dp\nexperts blocks.*.mlp over dp count=4\n"
+    x = torch.randn(8, 6, 8), torch.zeros(8, 6, dtype=torch.int64)
+    program = compiled(dense.Model(1, make=Plain), x, plan + "precision bf16\n")
+    graphs = program.stages[0].graphs.values()
+    sent = [n for graph in graphs for n in graph.nodes if n.op == MeshOp("all_to_all")]
+    assert len(sent) == 4
+    assert {node.tensor.dtype for node in sent} == {torch.bfloat16}
+    given = [n for g in graphs for n in g.nodes if n.op in (MeshOp("dispatch"), MeshOp("combine"))]
+    assert {node.tensor.dtype for node in given} == {torch.bfloat16}
+    weights = [n for g in graphs for n in g.nodes if n.op == MeshOp("combine_weight")]
+    assert {node.tensor.dtype for node in weights} == {torch.float32}
 
 
 def test_a_model_of_float32_computes_in_float64() -> None:

@@ -173,6 +173,22 @@ def test_memory_has_what_is_shared_once() -> None:
     assert every["optimizer"] - one["optimizer"] >= 6 * layer
 
 
+def test_no_more_than_one_layers_gradients_wait_to_be_added_up() -> None:
+    class Wide(nn.Module):
+        def __init__(self, layers: int) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(256, 256) for _ in range(layers))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x).relu()
+            return x.sum()
+
+    plan = mw.Plan.parse("mesh one=1\nshare blocks.*")
+    few, many = (mw.compile(Wide(n), plan, (torch.randn(4, 256),)).memory() for n in (3, 9))
+    assert many.peak - few.peak < 256 * 256 * 4 / 2
+
+
 def test_buffers_stay_the_layers_own() -> None:
     model = nn.Sequential(*(nn.BatchNorm1d(8) for _ in range(2))).double()
     plan = mw.Plan.parse('mesh one=1\nshare "0", "1"')
