@@ -73,3 +73,12 @@ def test_where_rows_are_whole_each_rank_has_those_of_its_owners(op: MeshOp) -> N
     results = {str(each.results[0]) for each in candidates(call)}
     wanted = "[1, 8, 2, 6] partial(a)" if op == FromOwners.op else "[1, 2@a, 16, 6]"
     assert wanted in results
+
+
+def test_a_rank_has_owners_that_follow_one_another() -> None:
+    call = call_of(FromOwners.op, cut(1), cut(8), 4, ("a",))
+    apart = ((Factor(2), Factor(2, ("a",))),)
+    split = Layout((cut(1), apart, *call.operands[0].layout.dims[2:]))
+    operand = Operand(call.operands[0].type, split)
+    call = Call(FromOwners.op, call.args, (), (operand, call.operands[1]), call.results, SQUARE)
+    assert {each.operands[0].dims[1] for each in candidates(call)} == {cut(4), cut(4, "a")}

@@ -59,6 +59,17 @@ def mixing(m: Stacked, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
     return grouped_mm(h - h.mean(), m.down, ends)
 
 
+def widened(m: Stacked, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
+    """Between the products, an operator that is told how many rows there are."""
+    h = grouped_mm(x, m.up, ends).unsqueeze(2).expand(len(x), 16, 2)
+    return grouped_mm(h.square().sum(2), m.down, ends)
+
+
+def dropped(m: Stacked, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
+    """Between the products, random numbers."""
+    return grouped_mm(F.dropout(grouped_mm(x, m.up, ends), 0.5, m.training), m.down, ends)
+
+
 class Block(nn.Module):
     def __init__(self, body: Body, top: int, count: int) -> None:
         super().__init__()

@@ -16,7 +16,17 @@ from meshwright.passes.experts import place
 from meshwright.runtime.errors import OverfullError
 from tests.equivalence import check_equal, implicit_gathers
 from tests.passes.experts.dense import batch
-from tests.passes.experts.stacked import Body, Model, biased, gated, mixing, plain, skewed
+from tests.passes.experts.stacked import (
+    Body,
+    Model,
+    biased,
+    dropped,
+    gated,
+    mixing,
+    plain,
+    skewed,
+    widened,
+)
 from tests.passes.experts.test_equal import some
 from tests.passes.stages import check_documented, shown, stages
 
@@ -127,6 +137,21 @@ def test_what_experts_do_row_by_row_is_done_where_they_are(body: Body, plan: str
 def test_rows_that_are_compared_between_products_come_back_for_it() -> None:
     program = placed(ALONE, Model(body=mixing))
     assert counts(program)["exchange_rows[ep]"] == 5 + 2
+
+
+def test_what_is_told_how_many_rows_there_are_is_done_in_their_order() -> None:
+    placed(ALONE, Model(body=widened))
+
+
+def test_random_numbers_inside_experts_are_those_of_one_rank() -> None:
+    torch.manual_seed(0)
+    model, sample = Model(body=dropped), batch(8, 6)
+    losses = []
+    for plan in (ALONE.replace("ep=2", "ep=1"), ALONE, OWN):
+        with compiled(plan, model).launch() as run:
+            torch.manual_seed(1)
+            losses.append(run.step(*sample))
+    torch.testing.assert_close(losses[1:], losses[:1] * 2, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("plan", [ALONE, OWN, ALONE.replace("ep=2", "ep=4")])
