@@ -120,6 +120,12 @@ TOGETHER = {
 }
 
 
+def test_one_rank_multiplies_rows_in_the_order_of_tokens() -> None:
+    forward = str(compiled(ALONE.replace("ep=2", "ep=1"), Model()).graph("stage0.forward"))
+    assert "grouped_mm" in forward
+    assert "owners" not in forward
+
+
 @pytest.mark.parametrize("plan", some(TOGETHER, ("features", "zero 3", "checkpoint")))
 def test_placed_experts_go_with_other_statements(plan: str) -> None:
     placed(plan, Model(2 if "stages" in plan else 1))
