@@ -52,6 +52,7 @@ bench: $(READY)  ## beside DTensor, FSDP2, DDP, torch's pipelines and hand-writt
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.input_check
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.experts
 	$(BIN)/python -m benchmarks.resident
 	$(BIN)/python -m benchmarks.compile_time
 

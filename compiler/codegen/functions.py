@@ -115,19 +115,23 @@ LARGE: dict[Op, Callable[..., Any]] = {
     aten.matmul.default: products.matmul,
     aten.addmm.default: products.addmm,
     aten.mm.default: products.mm,
+    aten.bmm.default: products.bmm,
 }
 """Products that a rank may leave to oneDNN where they are large."""
 
 
 def is_large_product(node: Node, mesh: Mesh) -> bool:
-    """Whether a node is a product by one matrix, in float32, that is large on a rank."""
+    """Whether a node is a product by one matrix, or one for each of many, in float32, that is large
+    on a rank."""
     if node.op not in LARGE or node.kwargs or node.tensor.dtype != torch.float32:
         return False
     operands = [operand.placed.local_shape(mesh) for operand in node.operands()]
     bias = operands.pop(0) if node.op == aten.addmm.default else ()
+    *rows, columns = node.placed.local_shape(mesh)
+    if node.op == aten.bmm.default:
+        return products.is_large(rows[1], operands[0][-1], columns)
     if len(operands[0]) < 2 or len(operands[1]) != 2 or len(bias) > 1:
         return False
-    *rows, columns = node.placed.local_shape(mesh)
     return products.is_large(math.prod(rows), operands[0][-1], columns) and bias in ((), (columns,))
 
 

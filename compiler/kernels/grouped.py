@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from meshwright.compiler.kernels import products
 from meshwright.compiler.kernels.blocks import has_data
 
 
@@ -28,7 +29,7 @@ def grouped_mm(x: Tensor, weight: Tensor, group: Tensor) -> Tensor:
     else:
         y = rows.new_zeros(rows.shape[0], weight.shape[2])
         for e, start, stop in _groups(ends):
-            torch.mm(rows[start:stop], weight[e], out=y[start:stop])
+            _multiply(rows[start:stop], weight[e], y[start:stop])
     return torch.empty_like(y).index_copy_(0, order, y).view(*group.shape, weight.shape[2])
 
 
@@ -47,7 +48,7 @@ def grouped_mm_weight(x: Tensor, grad: Tensor, group: Tensor, num_groups: int) -
         return torch._grouped_mm(rows.t(), grads, offs=ends)
     weight = grads.new_zeros(num_groups, rows.shape[1], grads.shape[1])
     for e, start, stop in _groups(ends):
-        torch.mm(rows[start:stop].t(), grads[start:stop], out=weight[e])
+        _multiply(rows[start:stop].t(), grads[start:stop], weight[e])
     return weight
 
 
@@ -56,6 +57,13 @@ def _in_all(group: Tensor, num_groups: int) -> Tensor:
     blocks = group.shape[1]
     first = torch.arange(0, blocks * num_groups, num_groups, device=group.device).unsqueeze(1)
     return (group + first).where(group < num_groups, blocks * num_groups).view(-1, 1)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write the product of two matrices to `out`."""
+    rows, inner = a.shape
+    large = a.dtype == torch.float32 and products.is_large(rows, inner, b.shape[1])
+    (products.mm if large and products.is_faster(a.device) else torch.mm)(a, b, out=out)
 
 
 def _taken(x: Tensor, order: Tensor, group: Tensor) -> Tensor:

@@ -74,6 +74,14 @@ def mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     return _in_blocks(out, a, b, Tensor.copy_)
 
 
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """`a[e, m, k]` by `b[e, k, n]`, a product for each e."""
+    out = a.new_empty((*a.shape[:2], b.shape[2]))
+    for each in zip(out, a, b, strict=True):
+        _in_blocks(*each, Tensor.copy_)
+    return out
+
+
 def add_mm(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`total[m, n]` with the product of `a[m, k]` and `b[k, n]` added to it, in place."""
     return _in_blocks(total, a, b, Tensor.add_)

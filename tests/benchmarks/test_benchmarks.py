@@ -128,3 +128,13 @@ def test_a_ratio_is_the_median_over_rounds_and_busy_rounds_do_not_count() -> Non
     assert (found.median, found.low, found.high) == (1.0, 0.5, 1.5)
     assert cpu_ratio(counted(rounds), "a", "b").median == 2.0
     assert counted(rounds[2:]) == rounds[2:]
+
+
+@pytest.mark.slow
+def test_mixtral_computes_the_losses_of_its_own_module(tmp_path: Path) -> None:
+    systems = ("--systems", "dense,topk,transformers,meshwright")
+    found = run("benchmarks.experts", tmp_path, "--size", "tiny", *systems)["tiny, ep=1"]
+    assert [each["peer"] for each in found["ratios"]] == ["meshwright topk", "meshwright mixtral"]
+    assert 0 < found["loss_difference"]["meshwright mixtral"] < 1e-5
+    assert 0 < found["moving"]["meshwright topk"]["median"] < 1
+    assert found["peaks"]["topk"] > found["peaks"]["dense"] > 2**20

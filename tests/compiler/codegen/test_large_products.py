@@ -44,6 +44,27 @@ def test_large_products_equal_eager(
         assert name in source
 
 
+class Experts(nn.Module):
+    """A product for each of four matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.each = nn.Parameter(torch.randn(4, 128, 256) / 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.view(4, 128, 128), self.each).square().mean()
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_large_products_of_many_matrices_equal_eager(
+    faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "is_faster", lambda _: faster)
+    torch.manual_seed(0)
+    program = check_equal(Experts(), (X,), "mesh dp=1", dtype=torch.float32, tolerance=1e-5)
+    assert "".join(code.source for code in program.code).count("_large_bmm") == 2
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_their_memory_is_the_one_that_is_measured(
     plan: str, monkeypatch: pytest.MonkeyPatch

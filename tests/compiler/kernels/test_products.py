@@ -31,6 +31,7 @@ def test_products_equal_those_of_torch(sizes: tuple[int, int, int]) -> None:
         (products.mm(a, b), exact),
         (products.mm(a, b, out=torch.full_like(exact, torch.nan).float()), exact),
         (products.matmul(batched, b), exact.expand(2, *exact.shape)),
+        (products.bmm(batched, b.expand(2, *b.shape)), exact.expand(2, *exact.shape)),
         (products.addmm(bias, a, b), exact + bias),
         (products.linear(batched, b.t()), exact.expand(2, *exact.shape)),
         (products.linear(a, b.t(), bias), F.linear(a.double(), b.t().double(), bias.double())),
@@ -50,6 +51,7 @@ def test_strides_of_operands_and_results_do_not_matter(
     def run(a: Tensor, b: Tensor, bias: Tensor) -> Any:
         total = torch.ones(40, 70).t()
         found = [products.addmm(bias, a, b), products.mm(a, b), products.add_mm(total, a, b)]
+        found.append(products.bmm(a.expand(3, *a.shape), b.unsqueeze(0).repeat(3, 1, 1)))
         return [*found, products.mm(a, b, out=torch.empty(140, 40)[::2])]
 
     check_strides(run, a, b, bias)
