@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -61,7 +62,28 @@ def _wanted(model: nn.Module, plan: Plan) -> dict[str, Experts]:
     if before and not names:
         return {}
     resolved = plan.resolve(Experts, [*names, *before])
+    for name in before:
+        if name in resolved and resolved[name].count:
+            _check_same(model, plan, name, resolved[name])
     return {name: each for name, each in resolved.items() if each.count and name not in before}
+
+
+def _check_same(model: nn.Module, plan: Plan, name: str, statement: Experts) -> None:
+    """Raises `PlanError` for a mixture that was made as another than the plan asks for."""
+    mixture = model.get_submodule(name)
+    assert isinstance(mixture, Mixture)
+    # How its experts began does not matter any more.
+    begun, asked = (
+        replace(each, fresh=False, seed=0, statement=None)
+        for each in (mixture.settings, settings(statement))
+    )
+    if begun != asked:
+        raise plan.error(
+            "P501",
+            f"`{name}` is a mixture of experts already, which was made with other options",
+            (mixture.settings.statement, statement),
+            help="repeat the options, or compile the model that has no mixtures",
+        )
 
 
 def settings(statement: Experts) -> Settings:

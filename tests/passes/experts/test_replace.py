@@ -225,6 +225,15 @@ def test_what_cannot_be_experts_is_explained(name: str, golden: Callable[[str, s
     golden(name, str(caught.value))
 
 
+def test_a_mixture_keeps_the_options_it_was_made_with(golden: Callable[[str, str], None]) -> None:
+    model = compiled()[0].model
+    again, _ = compiled(MIXED + "seed=3", model)
+    assert again.parameters["blocks.0.mlp.router.weight"].type.shape == (4, 8)
+    with pytest.raises(MeshwrightError) as caught:
+        compiled(MIXED + "capacity=2", model)
+    golden("experts-already", str(caught.value))
+
+
 def test_rows_without_a_batch_need_groups(golden: Callable[[str, str], None]) -> None:
     model, plan = Model(1).double(), meshwright.Plan.parse(MIXED)
     with pytest.raises(MeshwrightError) as caught:
