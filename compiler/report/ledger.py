@@ -68,7 +68,8 @@ class Comm:
     moved: tuple[Moved, ...]
 
     def __repr__(self) -> str:
-        size = size_text(self.total_bytes())
+        most = "at most " if any(item.kind == "exchange_rows" for item in self) else ""
+        size = f"{most}{size_text(self.total_bytes())}"
         return f"<Comm: {plural(self.times(), 'collective')}, {size} sent per rank per step>"
 
     def _repr_html_(self) -> str:

@@ -21,6 +21,8 @@ PLANS = {
     2: {
         "data axis": "mesh ep=2\ndata x, labels over ep\ncheckpoint blocks.*\n"
         + MIXED.format("ep", "route=expert_choice"),
+        "by count": "mesh ep=2\ndata x, labels over ep\naccumulate 2\nexperts blocks.*.mlp over ep "
+        "count=4 dropless=true balance=bias rate=0.05\n",
         "own axis": "mesh ep=2\nallow replicate **\n"
         + MIXED.format("ep", "route=switch weight=0.1"),
     },

@@ -54,6 +54,7 @@ def test_reports_count_the_most_that_may_be_sent() -> None:
     sent = [each.bytes for each in program.comm() if each.kind == "exchange_rows"]
     there, back = 4 * 8 * 8, 8 * 8 * 8
     assert sent == [there, back, there, back]
+    assert "at most 2.0 KiB sent" in repr(program.comm())
 
 
 def test_memory_has_room_for_the_most_that_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
