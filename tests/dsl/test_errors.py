@@ -85,6 +85,7 @@ PARSING = {
     "summa-depth-twice": MESH + "summa a over (dp, tp) depth=tp",
     "capacity-and-dropless": MESH + "experts a over dp capacity=1.25 dropless=true",
     "experts-route-of-those-there": MESH + "experts a over dp route=switch",
+    "experts-dropless-of-those-there": MESH + "experts a over dp dropless=true",
     "experts-switch-to-two": MESH + "experts a over dp count=4 route=switch top=2",
     "experts-second-of-one": MESH + "experts a over dp count=4 route=prototype second=random",
     "experts-dropless-choice": MESH + "experts a over dp count=4 route=expert_choice dropless=true",

@@ -65,6 +65,11 @@ def widened(m: Stacked, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
     return grouped_mm(h.square().sum(2), m.down, ends)
 
 
+def coded(m: Stacked, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
+    """Between the products, rows of a table that has more than experts."""
+    return grouped_mm(grouped_mm(x, m.up, ends) * m.codes[ids], m.down, ends)
+
+
 def dropped(m: Stacked, x: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
     """Between the products, random numbers."""
     return grouped_mm(F.dropout(grouped_mm(x, m.up, ends), 0.5, m.training), m.down, ends)

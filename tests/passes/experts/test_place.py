@@ -20,10 +20,12 @@ from tests.passes.experts.stacked import (
     Body,
     Model,
     biased,
+    coded,
     dropped,
     gated,
     mixing,
     plain,
+    real,
     skewed,
     widened,
 )
@@ -152,6 +154,13 @@ def test_rows_that_are_compared_between_products_come_back_for_it() -> None:
 
 def test_what_is_told_how_many_rows_there_are_is_done_in_their_order() -> None:
     placed(ALONE, Model(body=widened))
+
+
+def test_a_table_that_is_not_by_expert_is_looked_up_in_the_order_of_tokens() -> None:
+    model = Model(body=coded)
+    model.blocks[0].experts.codes = real(8, 16)
+    program = placed(ALONE, model)
+    assert str(program.parameters["blocks.0.experts.codes"].layout) == "[8, 16]"
 
 
 def test_random_numbers_inside_experts_are_those_of_one_rank() -> None:
