@@ -8,8 +8,20 @@ from torch import Tensor
 
 from meshwright.compiler.autodiff.adjoints import cotangents
 from meshwright.compiler.autodiff.vjp import VjpContext
+from meshwright.compiler.codegen.instructions import Call, Exchange, Start
+from meshwright.compiler.codegen.lowering import lowered
+from meshwright.compiler.codegen.overlap import overlap
 from meshwright.compiler.errors import LayoutError
-from meshwright.compiler.graph.ir import INPUT, Builder, MeshOp, Node, Origin, TensorType
+from meshwright.compiler.graph.ir import (
+    INPUT,
+    Builder,
+    MeshOp,
+    Node,
+    Origin,
+    Output,
+    OutputKind,
+    TensorType,
+)
 from meshwright.compiler.graph.transfers import transfers_of
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
@@ -94,3 +106,17 @@ def test_rows_are_cut_alike_before_and_after(source: Layout, target: Layout) -> 
     node = exchange(Builder("a graph", MESH), source, target)
     with pytest.raises(LayoutError, match=r"`exchange_rows` over `ep`"):
         transfers_of(node, MESH)
+
+
+def test_an_exchange_waits_for_its_counts_where_rows_are_there_before() -> None:
+    builder, cut = Builder("a graph", MESH), split((4, 6), {0: "ep"})
+    given = exchange(builder, cut, split((10, 6), {0: "ep"}))
+    x, sent, back = given.operands()
+    relu, neg = torch.ops.aten.relu.default, torch.ops.aten.neg.default
+    rows = builder.emit(relu, (x,), type=x.type, layout=cut)
+    counts = builder.emit(neg, (sent,), type=sent.type, layout=sent.layout)
+    kwargs = {"axes": ("ep",), "sent": counts, "received": back}
+    found = builder.copy(given, {}, args=(rows,), kwargs=kwargs)
+    body = overlap(lowered(builder.graph([Output(OutputKind.OUTPUT, "", found)]))).body
+    order = [each.node for each in body if isinstance(each, (Call, Start, Exchange))]
+    assert order == [rows, counts, found]

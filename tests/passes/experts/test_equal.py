@@ -167,7 +167,9 @@ def test_rows_go_to_experts_on_other_ranks(plan: str) -> None:
 
 @pytest.mark.parametrize("plan", some(DROPLESS_TOGETHER, ("columns and rows",)))
 def test_experts_without_a_capacity_go_with_other_statements(plan: str) -> None:
-    check_dense(plan, model=Model(2 if "stages" in plan else 1))
+    program = check_dense(plan, model=Model(2 if "stages" in plan else 1))
+    if "columns" in plan:
+        assert str(program.parameters["blocks.0.mlp.experts.up.bias"].layout) == "[4, 16@tp]"
 
 
 BALANCED = "\nexperts blocks.*.mlp over ep count=4 balance=bias rate=0.05 "
