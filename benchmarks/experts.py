@@ -33,8 +33,8 @@ from meshwright.compiler.kernels import experts as kernels
 
 EXPERTS = 8
 LAYERS = {"tiny": 4, "base": 2}
-ROUTES = {"topk": 2, "switch": 1, "prototype": 2}
-"""How many experts each token has, by route."""
+ROUTES = {"topk": 2, "switch": 1, "prototype": 2, "dropless": 2}
+"""How many experts each token has, by route; `dropless` is `topk` without a capacity."""
 SYSTEMS = ("dense", *ROUTES, "transformers", "meshwright")
 """The GPTs by route, and Mixtral in both systems."""
 MOVING = ("dispatch", "combine", "combine_weight")
@@ -69,14 +69,16 @@ class MlpBlock(Block):
 
 
 def gpt(size: Size, route: str) -> Peer:
-    """The GPT under a route, or `dense`; experts take their share of tokens and no more."""
+    """The GPT under a route, or `dense`; experts with a capacity take their share of tokens and no
+    more."""
     top = ROUTES.get(route, 1)
     torch.manual_seed(0)
     model = GPT(size)
     model.blocks = nn.ModuleList(
         MlpBlock(size.d, size.heads, 4 * size.d // top) for _ in range(size.layers)
     )
-    statement = f"experts blocks.*.mlp over ep count={EXPERTS} route={route} capacity=1"
+    options = "dropless=true" if route == "dropless" else f"route={route} capacity=1"
+    statement = f"experts blocks.*.mlp over ep count={EXPERTS} {options}"
     if top > 1:
         statement += f" top={top}"
     plan = "mesh ep=1\n" + ("" if route == "dense" else statement)
@@ -223,7 +225,8 @@ def compared(args: argparse.Namespace, name: str, size: Size) -> dict[str, Any]:
     for each in found["milliseconds"].values():
         each["tokens per second"] = round(1e3 * tokens / each["median"])
     repeats = 1 if args.quick else max(steps, 5)
-    routed = (system for system in systems if system in ROUTES)
+    # Without a capacity there are no slots: products take rows by their numbers.
+    routed = (system for system in systems if system in ROUTES and system != "dropless")
     found["moving"] = {
         f"meshwright {system}": Ratio.of(moving(system, size, repeats)).__dict__
         for system in routed
