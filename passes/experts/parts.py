@@ -28,11 +28,14 @@ class Part:
     """The place of an axis among those of the owners."""
 
 
-def parts_of(draft: Draft, node: Node, num_rows: int, owners: tuple[str, ...]) -> list[Part]:
-    """The factors of rows, the first varying slowest. What is found is where rows are likely to be:
-    another cut would move more of them, and give the same."""
+def parts_of(
+    draft: Draft, node: Node, num_rows: int, owners: tuple[str, ...], inner: frozenset[str]
+) -> list[Part]:
+    """The factors of rows, the first varying slowest, where axes of `inner` split the experts
+    themselves: each rank along those has a part of what all rows need. What is found is where rows
+    are likely to be: another cut would move more of them, and give the same."""
     found: list[Part] = []
-    for dim in _dims(draft, node, num_rows):
+    for dim in _dims(draft, node, num_rows, inner):
         for size, axis in _factors(draft, dim):
             if axis in owners:
                 found.append(Part(size, "owners", owners.index(str(axis))))
@@ -49,7 +52,7 @@ def in_order(parts: list[Part]) -> list[int]:
     return sorted(range(len(parts)), key=lambda i: (kinds.index(parts[i].kind), parts[i].axis))
 
 
-def _dims(draft: Draft, node: Node, num_rows: int) -> Iterator[Dim]:
+def _dims(draft: Draft, node: Node, num_rows: int, inner: frozenset[str]) -> Iterator[Dim]:
     """The dims that rows are made of, as the plan splits them."""
     batch = next(_batches(draft, num_rows), None)
     if batch is None:
@@ -57,7 +60,7 @@ def _dims(draft: Draft, node: Node, num_rows: int) -> Iterator[Dim]:
         return
     yield batch
     length = num_rows // dim_size(batch)
-    axes = _along_sequences(draft, node)
+    axes = tuple(axis for axis in _along_sequences(draft, node) if axis not in inner)
     yield cut(length, *axes) if length % draft.mesh.size(axes) == 0 else cut(length)
 
 

@@ -24,6 +24,7 @@ Elsewhere: the token dispatchers of MegaBlocks and of Megatron's expert layers.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 
@@ -31,28 +32,41 @@ from meshwright.compiler.composites.grouped import GroupedMM
 from meshwright.compiler.composites.owners import FromOwners, OwnedGroups, ToOwners
 from meshwright.compiler.graph.ir import GETITEM, Arg, Builder, Node, Op, map_nodes
 from meshwright.compiler.placing.rules.views import RESHAPES
-from meshwright.passes.experts.inside import Region, Rows, inside, lookup_parts, viewed
+from meshwright.dsl.statements import Experts
+from meshwright.passes.experts.inside import Inside, Region, Rows, inside, lookup_parts, viewed
 from meshwright.passes.experts.parts import in_order, parts_of
 from meshwright.passes.rewriting.rewriter import emit_for
-from meshwright.passes.statements.draft import Draft, with_graph
+from meshwright.passes.statements.draft import Draft, input_key, with_graph
 
 aten = torch.ops.aten
 
 
 def place_experts(draft: Draft) -> Draft:
     """Put what experts compute where they are."""
-    found = inside(draft).nodes
-    ranks = {rows.region: draft.mesh.size(rows.region.statement.over) for rows in found.values()}
-    apart = {node: rows for node, rows in found.items() if ranks[rows.region] > 1}
-    return _Placer(draft, apart).run() if apart else draft
+    found = inside(draft)
+    regions = {rows.region for rows in found.nodes.values()}
+    ranks = {region: draft.mesh.size(region.statement.over) for region in regions}
+    apart = {node: rows for node, rows in found.nodes.items() if ranks[rows.region] > 1}
+    return _Placer(draft, Inside(apart, found.parameters)).run() if apart else draft
+
+
+def _inner_axes(draft: Draft, parameters: Mapping[Node, Experts]) -> dict[Experts, frozenset[str]]:
+    """By statement: the axes that split its experts themselves, such as their features."""
+    found: dict[Experts, set[str]] = {}
+    for node, statement in parameters.items():
+        pin = draft.inputs.get(input_key(node))
+        axes = set(pin.layout.split_axes) if pin else set()
+        found.setdefault(statement, set()).update(axes - set(statement.over))
+    return {statement: frozenset(axes) for statement, axes in found.items()}
 
 
 class _Placer:
     """Writes the graph anew: `values` has nodes in the order of tokens, `owned` those of rows in
     the order of their owners, with as many dims as before, `[(g q m), 1, ...]`."""
 
-    def __init__(self, draft: Draft, found: dict[Node, Rows]) -> None:
-        self.draft, self.found = draft, found
+    def __init__(self, draft: Draft, found: Inside) -> None:
+        self.draft, self.found = draft, found.nodes
+        self.inner = _inner_axes(draft, found.parameters)
         self.builder = Builder(draft.graph.name, draft.graph.mesh)
         self.values: dict[Node, Node] = {}
         self.owned: dict[Node, Node] = {}
@@ -86,7 +100,8 @@ class _Placer:
         if region not in self.exchanges:
             # A lookup may come before the view of the numbers that products take.
             group = self.value(viewed(region.group))
-            self.exchanges[region] = _Exchange(self.draft, self.builder, region, node, group)
+            given = (region, node, group, self.inner[region.statement])
+            self.exchanges[region] = _Exchange(self.draft, self.builder, *given)
         return self.exchanges[region]
 
     def _owned(self, node: Node, rows: Rows) -> Node:
@@ -133,12 +148,18 @@ class _Exchange:
     """
 
     def __init__(
-        self, draft: Draft, builder: Builder, region: Region, node: Node, group: Node
+        self,
+        draft: Draft,
+        builder: Builder,
+        region: Region,
+        node: Node,
+        group: Node,
+        inner: frozenset[str],
     ) -> None:
         self.builder, self.region = builder, region
         statement, (num_rows, times) = region.statement, region.shape
         self.axes, self.owners = statement.over, draft.mesh.size(statement.over)
-        self.parts = parts_of(draft, node, num_rows, statement.over)
+        self.parts = parts_of(draft, node, num_rows, statement.over, inner)
         self.slices = math.prod(part.size for part in self.parts if part.kind == "slices")
         self.maximum = self._room(num_rows // self.slices * times)
         self.group = self._sliced(node, self._view(node, group, region.shape))
