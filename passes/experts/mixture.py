@@ -138,7 +138,9 @@ class Mixture(nn.Module):
             found = self._dropless(tokens, routed, x.dim())
         else:
             capacity = routing.capacity(tokens.shape[1])
-            kept &= routed.position < capacity
+            # Out of place: making a graph functional takes a second trace, and drops the
+            # router's cast where the model is in float32.
+            kept = kept & (routed.position < capacity)
             found = self._in_slots(tokens, routed, kept, capacity, x.dim())
         ops.report(self.name, self._loss(routed), metrics(routed, kept))
         if self.router.bias is not None and self.training:

@@ -42,6 +42,20 @@ def test_tokens_go_to_experts_and_back_by_two_exchanges_in_each_direction() -> N
     assert "mesh::all_reduce" not in kinds
 
 
+@pytest.mark.parametrize("route", ["", "dropless", "route=prototype"])
+def test_routers_compute_in_float32_where_others_do_not(route: str) -> None:
+    plan = meshwright.Plan.parse(f"{MIXED}{route}\nprecision bf16")
+    x, labels = batch(8, 6)
+    program = meshwright.compile(Model(1), plan, example=(x.float(), labels))
+    found = {
+        node.origin.module: node.tensor.dtype
+        for node in program.stages[0].forward.nodes
+        if node.op == torch.ops.aten.linear.default
+    }
+    assert found["blocks.0.mlp.router"] == torch.float32
+    assert found["head"] == torch.bfloat16
+
+
 def test_the_model_stays_as_it_was_and_shares_all_else() -> None:
     program, model = compiled()
     assert isinstance(model.blocks[0].mlp, Experts)
