@@ -52,6 +52,7 @@ from meshwright.compiler.graph.ir import (
     Graph,
     MeshOp,
     Node,
+    Output,
     OutputKind,
     op_stem,
 )
@@ -106,6 +107,10 @@ class _Lowering:
         self.values: dict[Node, Value] = {}
         self.names: set[str] = set()
         self.shared: dict[TransferKey, Value] = {}
+        self.outputs: dict[Node, list[Output]] = {}
+        """By node: the outputs that it computes."""
+        for output in graph.outputs:
+            self.outputs.setdefault(output.node, []).append(output)
         self.totals: dict[Node, list[int]] = {}
         """What is added up, and the numbers of the totals."""
         for output in graph.outputs_of(OutputKind.SAVED):
@@ -279,15 +284,13 @@ class _Lowering:
         products do, and some composites."""
         known = composite_of(node.op)
         alone = len(self.totals.get(node, ())) == 1 and not self.users[node]
-        saved = [each for each in self.graph.outputs if each.node is node]
         adds = known.adds if known else node.op == aten.mm.default
-        return adds and alone and len(saved) == 1
+        return adds and alone and len(self.outputs[node]) == 1
 
     def _is_cast_by_use(self, node: Node) -> bool:
         """Whether a cast can be left out: all that takes it copies or adds it to memory of its
         type, which casts as well."""
-        users = self.users[node]
-        kept = {each for each in self.graph.outputs if each.node is node}
+        users, kept = self.users[node], self.outputs.get(node, [])
         added = kept and all(each.kind is OutputKind.SAVED and node in self.totals for each in kept)
         placed = users and all(user.op == MeshOp("bucket") for user in users)
         return node.op == aten._to_copy.default and bool(
