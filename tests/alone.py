@@ -26,7 +26,7 @@ from meshwright.compiler.report.memory.counter import address
 from meshwright.compiler.report.memory.scratch import allocations
 from meshwright.runtime import run as runs
 from meshwright.runtime.offloading.slabs import Block, Slabs
-from meshwright.runtime.optimizers.chunks import _Chunks
+from meshwright.runtime.optimizers.chunks import Chunks
 from meshwright.runtime.rank import RankProgram
 
 BEGIN = "a step begins"
@@ -153,7 +153,7 @@ def _mark(name: str) -> None:
 @contextmanager
 def _marked() -> Iterator[None]:
     """Note in the log whose memory is given out, and what stores take and give back."""
-    update, take, free = _Chunks._update, Slabs.take, Block.__del__
+    update, take, free = Chunks._update, Slabs.take, Block.__del__
 
     def updated(*args: Any) -> None:
         _mark("host")
@@ -172,7 +172,7 @@ def _marked() -> Iterator[None]:
         free(block)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Chunks, "_update", updated)
+        patch.setattr(Chunks, "_update", updated)
         patch.setattr(Slabs, "take", taken)
         patch.setattr(Block, "__del__", freed)
         yield

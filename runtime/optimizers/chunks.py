@@ -27,7 +27,7 @@ CHUNK_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class _Away:
+class Away:
     """A parameter that is updated away from its rank's device."""
 
     state: RankState
@@ -39,22 +39,29 @@ class _Away:
         return self.state.parameters[self.name]
 
 
-def attach_updates(optimizer: Optimizer, states: Sequence[RankState], widened: Widened) -> None:
-    """Let an optimizer step parameters of 16 bits as they are `widened`, and in chunks what is kept
-    away from the device, if anything is."""
+def attach_updates(
+    optimizer: Optimizer,
+    states: Sequence[RankState],
+    widened: Widened,
+    kind: Callable[[Optimizer, Sequence[Away], Widened], Chunks] | None = None,
+) -> None:
+    """Let an optimizer step parameters of 16 bits as they are `widened`, and in `Chunks`, or those
+    of another kind, what is kept away from the device, if anything is."""
     widened.attach(optimizer)
     away = [
-        _Away(state, name, place)
+        Away(state, name, place)
         for state in states
         for name in state.parameters
         if (place := state.stored["parameter", name].kept.update).away
     ]
     if away:
-        _Chunks(optimizer, away, widened).attach()
+        (kind or Chunks)(optimizer, away, widened).attach()
 
 
-class _Chunks:
-    def __init__(self, optimizer: Optimizer, away: Sequence[_Away], widened: Widened) -> None:
+class Chunks:
+    """The steps of an optimizer, in each of which one chunk after the other is updated."""
+
+    def __init__(self, optimizer: Optimizer, away: Sequence[Away], widened: Widened) -> None:
         self.optimizer, self.widened = optimizer, widened
         self.away = {id(each.parameter): each for each in away}
         for each in away:
@@ -161,7 +168,7 @@ class _Chunks:
             for place, tensor in self._tensors(each):
                 each.state.stores(place.path).ahead(tensor)
 
-    def _tensors(self, away: _Away) -> Iterator[tuple[Place, Tensor]]:
+    def _tensors(self, away: Away) -> Iterator[tuple[Place, Tensor]]:
         """What an update reads and writes, and where it is kept."""
         kept = away.state.stored["parameter", away.name].kept
         yield kept.value if kept.value.away else kept.update, away.parameter.data
@@ -171,7 +178,7 @@ class _Chunks:
             if is_large(value):
                 yield away.place, value
 
-    def _adopt(self, away: _Away) -> None:
+    def _adopt(self, away: Away) -> None:
         """Keep what the optimizer has made where it is to be."""
         kept = self.optimizer.state.get(away.parameter, {})
         store = away.state.stores(away.place.path)

@@ -8,7 +8,7 @@ one: an optimizer may ask for theirs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,7 @@ from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.checks.finite import any_bad
 from meshwright.runtime.optimizers.chunks import attach_updates, is_large
 from meshwright.runtime.optimizers.elementwise import update
+from meshwright.runtime.optimizers.equal_chunks import EqualChunks, Took
 from meshwright.runtime.optimizers.imagined import Imagined
 from meshwright.runtime.optimizers.norms import clipped
 from meshwright.runtime.optimizers.optimizer import (
@@ -96,22 +97,24 @@ def _with_those_elsewhere(
     """What an update takes, with that of the parameters which the CPU updates in chunks."""
     counter = _UpdateCounter(fakes)
     state.go_elsewhere(counter.kept_in)
+    alike: dict[str, str] = {}
     with fakes:  # an optimizer may have made its state with itself
-        attach_updates(optimizer, [state], widened)
+        attach_updates(optimizer, [state], widened, partial(EqualChunks, counter, alike))
     found = _updated(program, state, optimizer, counter)
-    kept = {name: size for name, size in found.state.items() if name in state.away}
-    most = counter.peak_with_scratch() - counter.alive + _beside_files(state, optimizer)
+    pairs = [(name, alike.get(name, name)) for name in state.away]
+    kept = {name: found.state[like] for name, like in pairs if like in found.state}
+    most = counter.peak_with_scratch() - counter.alive + _beside_files(state, optimizer, pairs)
     return replace(update, state={**update.state, **kept}, elsewhere=most)
 
 
-def _beside_files(state: Imagined, optimizer: Optimizer) -> int:
+def _beside_files(state: Imagined, optimizer: Optimizer, pairs: Iterable[tuple[str, str]]) -> int:
     """The bytes of single numbers, such as counts of updates, that an optimizer keeps in memory of
-    what is updated in files."""
+    what is updated in files, given each of these with a parameter whose state is as large."""
     return sum(
         value.nbytes
-        for name in state.away
+        for name, like in pairs
         if state.stored["parameter", name].kept.update.to == "disk"
-        for value in tree_leaves(optimizer.state.get(state.parameters[name], {}))
+        for value in tree_leaves(optimizer.state.get(state.parameters[like], {}))
         if isinstance(value, Tensor) and not is_large(value)
     )
 
@@ -148,6 +151,29 @@ class _UpdateCounter(KernelCounter):  # type: ignore[no-untyped-call]
         self._in_file = file
         yield
         self._in_file = False
+
+    @contextmanager
+    def part(self) -> Iterator[Took]:
+        """Count what is done meanwhile as ever, and what it takes by itself."""
+        before, peak, calls, at_peak = self.alive, self.peak, self._calls, self._at_peak
+        self.peak, self._calls, took = before, {}, Took()
+        yield took
+        took.kept, took.peak = self.alive - before, self.peak - before
+        took.calls = {call: alive - before for call, alive in self._calls.items()}
+        if self.peak <= peak:
+            self._at_peak = at_peak
+        self.peak, self._calls = peak, calls
+        self._reach(before, took)
+
+    def again(self, took: Took) -> None:
+        """Count what took as much as an earlier part."""
+        self._reach(self.alive, took)
+        self.alive += took.kept
+
+    def _reach(self, before: int, took: Took) -> None:
+        self.peak = max(self.peak, before + took.peak)
+        for call, alive in took.calls.items():
+            self._calls[call] = max(before + alive, self._calls.get(call, 0))
 
     def vary(self) -> None:
         """Let numbers have either sign from here on."""

@@ -128,7 +128,7 @@ def resident(folder: Path) -> int:
 def test_files_are_read_a_chunk_ahead_and_are_not_in_memory_afterwards(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order, update, ahead = list[str](), chunks._Chunks._of, chunks._Chunks._ahead
+    order, update, ahead = list[str](), chunks.Chunks._of, chunks.Chunks._ahead
 
     def noting(self: Any, chunk: Any, *args: Any, **options: Any) -> None:
         update(self, chunk, *args, **options)
@@ -138,8 +138,8 @@ def test_files_are_read_a_chunk_ahead_and_are_not_in_memory_afterwards(
         order.append("read")
         ahead(self, chunk)
 
-    monkeypatch.setattr(chunks._Chunks, "_of", noting)
-    monkeypatch.setattr(chunks._Chunks, "_ahead", noting_ahead)
+    monkeypatch.setattr(chunks.Chunks, "_of", noting)
+    monkeypatch.setattr(chunks.Chunks, "_ahead", noting_ahead)
     with launched(f'offload parameters *.weight to=disk path="{tmp_path}"\n{line}') as run:
         optimizer = run.optimizer(torch.optim.AdamW, lr=0.1)
         run.step(*batch())
