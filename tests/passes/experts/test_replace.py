@@ -42,7 +42,7 @@ def test_tokens_go_to_experts_and_back_by_two_exchanges_in_each_direction() -> N
     assert "mesh::all_reduce" not in kinds
 
 
-@pytest.mark.parametrize("route", ["", "dropless", "route=prototype"])
+@pytest.mark.parametrize("route", ["", "dropless=true", "route=prototype"])
 def test_routers_compute_in_float32_where_others_do_not(route: str) -> None:
     plan = meshwright.Plan.parse(f"{MIXED}{route}\nprecision bf16")
     x, labels = batch(8, 6)
