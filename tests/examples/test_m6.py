@@ -69,7 +69,7 @@ def test_ten_trillion_compile_on_a_laptop_and_fit_with_offloading_alone() -> Non
         [sys.executable, "-c", COMPILED], capture_output=True, text=True, check=True, cwd=ROOT
     )
     seconds, resident, peak, experts, away, host = map(float, printed.stdout.split())
-    assert seconds < 150  # 48 on a machine that does nothing else; tests run beside this one
+    assert seconds < 60  # 32 to 35 where nothing runs beside it
     assert resident < 8e9
     assert peak <= measure.LIMIT_BYTES
     assert experts == pytest.approx(PUBLISHED["10T"].in_experts, rel=1e-3)
