@@ -21,7 +21,7 @@ ARROWS = {
     "runtime": {"compiler", "dsl"},
 }
 FLOORS = (
-    {"errors", "kernels"},
+    {"errors", "kernels", "solving"},
     {"layout"},
     {"graph"},
     {"costs"},

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from meshwright.passes.budgets.integer import TOLERANCE, IntegerProgram, Solution
+from meshwright.compiler.solving.integer import TOLERANCE, IntegerProgram, Solution
 
 
 @dataclass(frozen=True, slots=True)

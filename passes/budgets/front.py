@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from meshwright.compiler.graph.aliasing import memory_of
 from meshwright.compiler.graph.ir import Node
-from meshwright.passes.budgets.integer import IntegerProgram
+from meshwright.compiler.solving.integer import IntegerProgram
 from meshwright.passes.budgets.windows import Priced, Window
 
 _MOST = 24

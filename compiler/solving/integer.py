@@ -10,9 +10,9 @@ from typing import TypeAlias
 Terms: TypeAlias = Mapping[int, float]
 """A sum of variables, by number, each times a coefficient."""
 
-_MOST_NODES, _GAP = 2_000, 2e-3
-"""Where the search for something better ends: after so many nodes, or so close to the bound. A
-limit in seconds would let ranks decide apart."""
+MOST_NODES, GAP = 2_000, 2e-3
+"""Where the search for something better usually ends: after so many nodes, or so close to the
+bound. A limit in seconds would let ranks decide apart."""
 TOLERANCE = 1e-6
 """By how much HiGHS lets a sum be outside of what it is held between."""
 
@@ -53,8 +53,9 @@ class IntegerProgram:
         found._integer, found._rows = [*self._integer], [*self._rows]
         return found
 
-    def solve(self) -> Solution | None:
-        """The cheapest solution; None if there is none."""
+    def solve(self, *, gap: float = GAP, most_nodes: int | None = MOST_NODES) -> Solution | None:
+        """The cheapest solution, or one that is found within `most_nodes` or costs at most the
+        share `gap` more than the bound; None if none is found."""
         # SciPy takes half a second to import, and few plans need it.
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
@@ -69,7 +70,7 @@ class IntegerProgram:
             integrality=[int(each) for each in self._integer],
             bounds=Bounds(0.0, self._uppers),
             constraints=LinearConstraint(matrix, least, most),
-            options={"node_limit": _MOST_NODES, "mip_rel_gap": _GAP},
+            options={"mip_rel_gap": gap} | ({"node_limit": most_nodes} if most_nodes else {}),
         )
         if found.x is None:
             return None

@@ -1,0 +1,1 @@
+"""Solve sums of tables and integer programs exactly."""
