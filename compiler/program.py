@@ -21,7 +21,7 @@ from meshwright.compiler.graph.text import exact_text
 from meshwright.compiler.layout.extents import Padding
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh, within
-from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.placing.movement import Movement
 from meshwright.compiler.schedules.actions import Entries
 from meshwright.compiler.schedules.balanced import Balance
 from meshwright.compiler.schedules.beside import beside

@@ -18,7 +18,7 @@ from dataclasses import replace
 from meshwright.compiler.autodiff.differentiate import differentiate as joint_graph
 from meshwright.compiler.graph.ir import OutputKind
 from meshwright.dsl.statements import Precision
-from meshwright.passes.statements.draft import Draft, pinned_inputs
+from meshwright.passes.statements.draft import Draft, device_type, pinned_inputs
 
 
 def differentiate(draft: Draft) -> Draft:
@@ -27,5 +27,7 @@ def differentiate(draft: Draft) -> Draft:
     if draft.captured.mode != "train" or not any(loss.node.requires_grad for loss in losses):
         return draft
     scaled = any(statement.dtype == "fp16" for statement in draft.plan.of(Precision))
-    graph, moved = joint_graph(draft.graph, pinned_inputs(draft, draft.graph), scaled=scaled)
+    written = pinned_inputs(draft, draft.graph)
+    device = device_type(draft)
+    graph, moved = joint_graph(draft.graph, written, scaled=scaled, device=device)
     return replace(draft, graph=graph, movements=(*draft.movements, *moved))

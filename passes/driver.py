@@ -48,11 +48,11 @@ from meshwright.passes.experts.batch import batch
 from meshwright.passes.experts.place import place_experts
 from meshwright.passes.experts.replace import mixtures_of, with_mixtures
 from meshwright.passes.fuse import fuse
-from meshwright.passes.hoist import hoist
 from meshwright.passes.loops import loop, part_axes, sum_first
 from meshwright.passes.lower import lower
 from meshwright.passes.move_varies import move_varies
 from meshwright.passes.partition import partition
+from meshwright.passes.placing.bias import bias_apart
 from meshwright.passes.rewriting.lookups import lookups
 from meshwright.passes.rewriting.masks import masks
 from meshwright.passes.rewriting.normalise import normalise
@@ -122,9 +122,9 @@ PASSES: tuple[Callable[[Draft], Draft], ...] = (
     stages,
     siblings,
     # Every node is placed, and every change of layout is a node.
+    bias_apart,
     partition,
-    hoist,
-    on_graph(move_varies),
+    move_varies,
     # The backward is written out; from here on there is one graph of both.
     differentiate,
     check_replication,

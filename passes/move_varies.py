@@ -20,29 +20,30 @@ Requires: a placed graph, not yet differentiated. Ensures: the same values, each
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshwright.compiler.autodiff.pending import keeps_pending
 from meshwright.compiler.graph.aliasing import is_view, node_bytes
 from meshwright.compiler.graph.ir import TRANSFER, Builder, Graph, MeshOp, Node, rewrite
 from meshwright.compiler.graph.weights import CUTS, USES, input_behind
 from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.placing.pricing import Pricing, pricing
+from meshwright.passes.statements.draft import Draft, device_type
 from meshwright.passes.statements.stages import Source, sources
 
 VARY = MeshOp("vary")
 
-SLACK = 1 << 20
-"""Bytes by which parameters may exceed the value made of them: one message less is worth that."""
 
-
-def move_varies(graph: Graph) -> Graph:
-    """The graph with its `vary` nodes moved up to parameters, joined and chained."""
+def move_varies(draft: Draft) -> Draft:
+    """`draft` with the `vary` nodes of its graph moved up to parameters, joined and chained."""
+    graph = draft.graph
     if all(node.op != VARY for node in graph.nodes):
-        return graph
-    graph = _hoisted(graph)
+        return draft
+    prices = pricing(graph.mesh, device_type(draft))
+    graph = _hoisted(graph, prices)
     if any(node.op == TRANSFER for node in graph.nodes):
-        graph = _hoisted(_sent_varied(graph))
-    return _chained(_joined(graph))
+        graph = _hoisted(_sent_varied(graph), prices)
+    return replace(draft, graph=_chained(_joined(graph, prices)))
 
 
 def _sent_varied(graph: Graph) -> Graph:
@@ -107,8 +108,8 @@ class _Chain:
     axes: tuple[str, ...]
 
 
-def _hoisted(graph: Graph) -> Graph:
-    finder = _Finder(graph)
+def _hoisted(graph: Graph, prices: Pricing) -> Graph:
+    finder = _Finder(graph, prices)
     chains = {node: found for node in graph.nodes if (found := finder.chain(node))}
     of = {member: chain for chain in chains.values() for member in chain.nodes}
     varied: dict[tuple[Node, tuple[str, ...]], Node] = {}
@@ -126,8 +127,8 @@ def _hoisted(graph: Graph) -> Graph:
 class _Finder:
     """Finds the chains of a graph."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph, self.users = graph, graph.users()
+    def __init__(self, graph: Graph, prices: Pricing) -> None:
+        self.graph, self.users, self.prices = graph, graph.users(), prices
         self.returned = graph.returned
         self.varied = {(n.args[0], n.kwargs["axes"]) for n in graph.nodes if n.op == VARY}
         self.reduces: dict[tuple[Node, tuple[str, ...]], bool] = {}
@@ -148,8 +149,9 @@ class _Finder:
         if nodes & self.returned:
             return None
         made = [each for each in sources if (each, axes) not in self.varied or _is_parameter(each)]
-        size = sum(node_bytes(each, self.graph) for each in made)
-        if not nodes or size > node_bytes(node, self.graph) + SLACK:
+        # Gradients of parameters go in buckets: moved there, this is one message less.
+        more = sum(node_bytes(each, self.graph) for each in made) - node_bytes(node, self.graph)
+        if not nodes or more > self.prices.bytes_in_latency(axes):
             return None
         return _Chain(nodes, sources, axes)
 
@@ -226,9 +228,9 @@ def _vary_node(builder: Builder, value: Node, axes: tuple[str, ...], user: Node)
     )
 
 
-def _joined(graph: Graph) -> Graph:
+def _joined(graph: Graph, prices: Pricing) -> Graph:
     """The graph with one varied value in place of views that are varied over the same axes."""
-    found = _Views(graph)
+    found = _Views(graph, prices)
     varied: dict[Node, Node] = {}
 
     def joined(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
@@ -251,10 +253,11 @@ class _Views:
     """`axes` has, for each value that is only viewed and varied, the axes that it is varied over;
     `sources` are those with multiple varied views, together not much smaller than the value."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, prices: Pricing) -> None:
         users, returned = graph.users(), graph.returned
         self.graph = graph
         self.axes: dict[Node, tuple[str, ...]] = {}
+        self.sources = set[Node]()
         bytes_of: dict[Node, list[int]] = {}
         for node in reversed(graph.nodes):
             asked = {self._asked(user) for user in users[node]}
@@ -269,11 +272,10 @@ class _Views:
                 for user in users[node]
                 for size in ([node_bytes(user, graph)] if user.op == VARY else bytes_of[user])
             ]
-        self.sources = {
-            node
-            for node, sizes in bytes_of.items()
-            if len(sizes) > 1 and node_bytes(node, graph) <= sum(sizes) + SLACK
-        }
+        for node, sizes in bytes_of.items():
+            messages = (len(sizes) - 1) * prices.bytes_in_latency(self.axes[node])
+            if len(sizes) > 1 and node_bytes(node, graph) <= sum(sizes) + messages:
+                self.sources.add(node)
 
     def _asked(self, user: Node) -> tuple[str, ...] | None:
         """The axes over which a user varies its operand, or a view that is only varied."""

@@ -19,74 +19,45 @@ Elsewhere: Shardy's propagation and insert-explicit-reshards in one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from meshwright.compiler.autodiff.decompositions import DECOMPOSITIONS, decompose
-from meshwright.compiler.composites.experts import Combine
-from meshwright.compiler.graph.fragment import FragmentCall
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
-    Arg,
     Builder,
     Node,
-    Op,
     Origin,
     Output,
     OutputKind,
-    TensorType,
     map_nodes,
-    nodes_in,
 )
-from meshwright.compiler.graph.slots import call_operands, slotted
 from meshwright.compiler.layout.extents import Padding, padding_between
-from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.layout.layout import Layout, replicated
-from meshwright.compiler.layout.reshard import Collective
-from meshwright.compiler.placing.emit import Emitter, is_floating
-from meshwright.dsl.statements import Context, Experts, Stages
-from meshwright.passes.rewriting.recognise import repeated_heads
-from meshwright.passes.statements.draft import Draft, Pin, input_key
-from meshwright.passes.statements.linears import contracted_dim, is_convolution
+from meshwright.compiler.placing.emit import Emitter
+from meshwright.dsl.statements import Stages
+from meshwright.passes.placing.layouts import Layouts, lay_out
+from meshwright.passes.statements.draft import Draft, Pin, device_type, input_key
 from meshwright.passes.statements.pins import pin_lines
 from meshwright.passes.statements.relays import Arriving
-from meshwright.passes.statements.sequences.attention import (
-    ATTENTION,
-    HEADS,
-    TOKENS,
-    Contexts,
-    check_heads,
-    repeats,
-    uneven_heads,
-)
-from meshwright.passes.statements.sequences.regions import Sequences
 from meshwright.passes.statements.stages import Source, sources
 
 aten = torch.ops.aten
 
-_VIEWS = {
-    aten.view.default,
-    aten.t.default,
-    aten.transpose.int,
-    aten.permute.default,
-    aten._to_copy.default,
-}
-"""Operators through which a parameter's layout stays the one the plan wrote."""
-
 
 def partition(draft: Draft) -> Draft:
     """Place every node of `draft.graph`."""
-    return _Partitioner(draft).run()
+    return _Partitioner(lay_out(draft)).run()
 
 
 class _Partitioner:
-    def __init__(self, draft: Draft) -> None:
-        self.draft, self.graph = draft, draft.graph
-        self.emitter = Emitter(Builder(draft.graph.name, draft.mesh))
+    def __init__(self, layouts: Layouts) -> None:
+        self.layouts, self.marked, self.choice = layouts, layouts.marked, layouts.choice
+        self.draft = draft = replace(layouts.draft, graph=self.marked.graph)
+        self.graph = self.marked.graph
+        self.emitter = Emitter(Builder(draft.graph.name, draft.mesh), device=device_type(draft))
         line = "".join(each.plan_line for each in draft.plan.of(Stages))
         self.sources = sources(draft.graph)
         self.stages: list[Arriving] = []
@@ -94,45 +65,21 @@ class _Partitioner:
             self.stages.append(Arriving(number, self.stages, self.sources, self.emitter, line))
         self.mapping = self.stages[0]
         """What stands for each node in the stage of the node that is placed."""
-        self.results: dict[Node, list[Node]] = {}
-        """The results of operators that were placed in pieces."""
         self.stored: dict[Node, tuple[Node, Layout, Padding | None, str]] = {}
         """What stands for inputs, and casts of inputs, that are used in another layout: which it
         is, what storage adds to it, and the line of the plan behind that in which they are
         stored."""
         self.brought: set[tuple[Node, int]] = set()
         """Those that are in the layout in which they are used, and in which stage."""
-        self.users = draft.graph.users()
-        self.sequences = Sequences(draft.graph, draft.regions, draft.attending, draft.mesh)
-        self.returning: set[Node] = set()
-        """What experts have computed, for the tokens that it comes back to."""
-        self.exchanged = {axis for each in draft.plan.of(Experts) for axis in each.over}
-        self.emitter.planned = self._planned
-        self.contexts = Contexts(draft.graph, draft.attending, draft.mesh)
-
-    def _planned(self, value: Node, collective: Collective) -> bool:
-        """Whether the plan asks for this change of a value's layout."""
-        returns = value in self.returning and self.exchanged.issuperset(collective.axes)
-        return returns or self.sequences.moves(value, collective)
 
     def run(self) -> Draft:
         for node in self.graph.nodes:
             self.mapping = self.stages[node.stage]
-            self.sequences.consider(node)
             if node.op == aten._to_copy.default and self._cast_stored(node):
                 continue
             for operand in node.operands():
                 self._use(operand, node.origin)
-            self._enter(node)
-            if node.op == Combine.op:
-                self.returning.add(self.mapping[node.args[0]])
-            new = self._place(node)
-            if node in self.draft.values:
-                pin = self.draft.values[node]
-                new = self._to(new, pin.layout, node, pin_lines(pin))
-            self.mapping[node] = new
-            if len(self.users[node]) > 1 and isinstance(new.type, TensorType):
-                self.emitter.shared.add(new)
+            self.mapping[node] = self._place(node)
         outputs = tuple(output.of(self._output(output)) for output in self.graph.outputs)
         return replace(
             self.draft,
@@ -140,207 +87,32 @@ class _Partitioner:
             movements=tuple(self.emitter.movements),
         )
 
-    def _enter(self, node: Node) -> None:
-        """Bring what enters a module with this node to the layout that the plan wrote for it."""
-        for value, pin in self.draft.entering.get(node, ()):
-            new = self._to(self.mapping[value], pin.layout, node, pin_lines(pin))
-            self.mapping[value] = new
-        for value, statement in self.contexts.entries.get(node, ()):
-            layout = self.contexts.split(self.mapping[value].placed, 1, statement.over)
-            if layout is not None:
-                line = statement.plan_line
-                self.mapping[value] = self._to(self.mapping[value], layout, node, line)
-        for value, flow in self.sequences.entries.get(node, ()):
-            layout = self.sequences.split(self.mapping[value], flow)
-            if layout is not None:
-                line = flow.region.statement.plan_line
-                self.mapping[value] = self._to(self.mapping[value], layout, node, line)
-
-    def _to(self, value: Node, layout: Layout, node: Node, line: str = "") -> Node:
-        """`value` in `layout`, because of a line of the plan; its varying axes stay, since each use
-        asks for its own."""
-        layout = layout.canonical(self.draft.mesh)
-        if value.placed.dims == layout.dims and value.placed.partial == layout.partial:
-            return value
-        return self.emitter.reshard(value, layout, replace(node.origin, plan_line=line))
-
     def _place(self, node: Node) -> Node:
         if node.op == INPUT:
             return self._input(node)
         if node.op == GETITEM:
-            if node.args[0] in self.results:
-                return self.results[node.args[0]][node.args[1]]
             source = self.mapping[node.args[0]]
             return self.emitter.item(source, node.args[1], node.origin, name=node.name)
-        if node.op == torch.ops.mesh.layout.default:
-            return self.mapping[node.args[0]]
-        return (
-            self._biased(node)
-            or self._attention(node)
-            or self._in_pieces(node)
-            or self._call(node, node.op, node.args)
-        )
+        if move := self.marked.move(node):
+            (layout,) = self.choice.placements[node].operands
+            origin = replace(node.origin, plan_line=move.line)
+            return self.emitter.reshard(self.mapping[node.args[0]], layout, origin)
+        return self._call(node)
 
-    def _call(self, node: Node, op: Op, args: tuple[Arg, ...]) -> Node:
-        args, kwargs, proposals = self._arguments(node, args)
-        new = self.emitter.call(
-            op,
+    def _call(self, node: Node) -> Node:
+        args = map_nodes(node.args, self.mapping.__getitem__)
+        kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
+        placement = self.choice.placements[node]
+        return self.emitter.call(
+            node.op,
             args,
             kwargs,
             origin=node.origin,
             type=node.type,
-            proposals=proposals,
+            placement=placement,
+            asked=partial(self.layouts.asks, node, placement),
             requires_grad=node.requires_grad,
-            # A result is made whole anyway: cutting its padding off costs no gather of its own.
-            free=op == aten.slice.Tensor and not self.users[node],
             name=node.name,
-        )
-        if op in _VIEWS and args[0] in self.emitter.explicit:
-            self.emitter.explicit.add(new)
-        return new
-
-    def _arguments(
-        self, node: Node, args: tuple[Arg, ...]
-    ) -> tuple[tuple[Arg, ...], dict[str, Arg], Mapping[Node, Layout]]:
-        """The arguments of a call on new nodes, and what `Sequences.proposals` says of them."""
-        args = map_nodes(args, lambda n: self.mapping[n] if n in self.users else n)
-        kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
-        return args, kwargs, self.sequences.proposals(nodes_in((args, *kwargs.values())))
-
-    def _biased(self, node: Node) -> Node | None:
-        """A linear map whose sum over input features stays pending gets its bias after the sum."""
-        found = _bias_apart(node)
-        if found is None:
-            return None
-        op, args, bias, contracted = found
-        if not dim_axes(self.mapping[args[1]].placed.dims[contracted]):
-            return None
-        product = self._call(node, op, args)
-        added = self.mapping[bias]
-        if is_convolution(op):
-            shape = (*bias.tensor.shape, *[1] * (len(args[1].tensor.shape) - 2))
-            added = self._added(node, aten.view.default, (added, shape), added)
-        return self._added(node, aten.add.Tensor, (product, added), node)
-
-    def _added(self, node: Node, op: Op, args: tuple[Arg, ...], like: Node) -> Node:
-        """A call that `node` needs besides its own operator, differentiable as `like` is."""
-        return self.emitter.call(
-            op,
-            args,
-            origin=node.origin,
-            proposals=self.sequences.proposals(nodes_in(args)),
-            requires_grad=like.requires_grad,
-        )
-
-    def _attention(self, node: Node) -> Node | None:
-        """Attention, where it is split along the sequence as a statement says."""
-        if node.op not in ATTENTION:
-            return None
-        statement = self.contexts.statement_of(node)
-        if statement is not None and statement.method == "ulysses":
-            return self._by_head(node, statement)
-        if statement is not None:
-            check_heads(self.draft, node, self.mapping[node.args[0]].placed, statement)
-        return self._call(node, node.op, self._grouped(node))
-
-    def _grouped(self, node: Node) -> tuple[Arg, ...]:
-        """The arguments of attention, of which keys and values are those that a model repeats.
-
-        Where there are fewer heads of them than ranks, each rank repeats them all and takes its
-        own.
-        """
-        q, k, v, *rest = node.args
-        keys, values = _single_heads(node)
-        grouped = (q, keys, values, *rest)
-        if (keys, values) == (k, v) or (least := self._moved(node, grouped)) == 0.0:
-            return grouped
-        axes = dim_axes(self.mapping[q].placed.dims[1])
-        args = (q, k, v, *rest)
-        held = [self.mapping[x].placed.state(axis) for x in (keys, values) for axis in axes]
-        if axes and set(held) == {"replicated"}:
-            count = k.tensor.shape[HEADS]
-            own = (self._repeated(node, self.mapping[x], count, axes) for x in (keys, values))
-            args = (q, *own, *rest)
-        return args if self._moved(node, args) < least else grouped
-
-    def _by_head(self, node: Node, statement: Context) -> Node:
-        """Attention that is split by head over the axes over which its operands are split along the
-        sequence."""
-        line, over = statement.plan_line, statement.over
-        q, *rest = node.args[:1] + _single_heads(node)
-        q = self.mapping[q]
-        by_head = self.contexts.split(q.placed, HEADS, over)
-        if by_head is None:
-            raise uneven_heads(self.draft, node, q.placed, statement)
-        axes = dim_axes(by_head.dims[HEADS])
-        operands = [self._to(q, by_head, node, line)]
-        for x in rest:
-            groups, ranks = x.tensor.shape[HEADS], self.draft.mesh.size(axes)
-            x = self._repeated(node, self.mapping[x], groups * repeats(groups, ranks), axes)
-            layout = self.contexts.split(x.placed, HEADS, axes)
-            assert layout is not None, x.name
-            operands.append(self._to(x, layout, node, line))
-        new = self._call(node, node.op, (*operands, *node.args[3:]))
-        out, lse = (self.emitter.item(new, i, node.origin) for i in range(2))
-        by_token = self.contexts.split(out.placed, TOKENS, over)
-        assert by_token is not None, out.name
-        self.results[node] = [self._to(out, by_token, node, line), lse]
-        return new
-
-    def _repeated(self, node: Node, heads: Node, count: int, axes: tuple[str, ...]) -> Node:
-        """`heads` repeated to `count` by each rank, in a row; they become varying over those of
-        `axes` over which every rank has them."""
-        b, groups, *rest = heads.tensor.shape
-        if groups == count:
-            return heads
-        layout = heads.placed
-        same = [axis for axis in axes if layout.state(axis) == "replicated"]
-        if heads.requires_grad and same:
-            heads = self.emitter.reshard(heads, layout.add_varying(same), node.origin)
-        single = self._added(node, aten.unsqueeze.default, (heads, 2), heads)
-        repeated = (b, groups, count // groups, *rest)
-        expanded = self._added(node, aten.expand.default, (single, repeated), heads)
-        return self._added(node, aten.view.default, (expanded, (b, count, *rest)), heads)
-
-    def _moved(self, node: Node, args: tuple[Arg, ...]) -> float:
-        """The bytes that placing `node` on these arguments moves."""
-        args, kwargs, proposals = self._arguments(node, args)
-        return self.emitter.moved_bytes(node.op, args, kwargs, node.type, proposals)
-
-    def _in_pieces(self, node: Node) -> Node | None:
-        """Place an operator that would gather as the operators that it is made of."""
-        if node.op not in DECOMPOSITIONS or self._moved(node, node.args) == 0.0:
-            return None
-        values = [self.mapping[n] for n in call_operands(node.args, node.kwargs)]
-        operands = tuple(n.tensor for n in values)
-        fragment = decompose(node.op, *slotted(node.args, node.kwargs), operands, node.type)
-        results = [n for n in fragment.replay(values, partial(self._piece, node)) if n is not None]
-        self.results[node] = results
-        return results[0]
-
-    def _piece(
-        self,
-        node: Node,
-        _: int,
-        call: FragmentCall,
-        args: tuple[Arg, ...],
-        kwargs: dict[str, Arg],
-    ) -> Node:
-        """Place one of the operators that `node` is made of."""
-        if call.op == GETITEM:
-            return self.emitter.item(args[0], args[1], node.origin)
-        operands = list(nodes_in(args))
-        types = call.type if isinstance(call.type, tuple) else (call.type,)
-        return self.emitter.call(
-            call.op,
-            args,
-            kwargs,
-            origin=node.origin,
-            type=call.type,
-            proposals=self.sequences.proposals(operands),
-            requires_grad=call.op != aten.detach.default
-            and any(map(is_floating, types))
-            and any(n.requires_grad for n in operands),
         )
 
     def _input(self, node: Node) -> Node:
@@ -363,8 +135,6 @@ class _Partitioner:
         if stored or held != layout:
             padding = padding_between(layout, stored.layout, mesh) if stored else None
             self.stored[node] = new, layout, padding, pin_lines(stored or pin)
-        elif pin:
-            self.emitter.explicit.add(new)
         return new
 
     def _cast_stored(self, node: Node) -> bool:
@@ -410,10 +180,6 @@ class _Partitioner:
         origin = replace(user, plan_line=line, stage=number)
         value = self._cut(held, padding, layout, origin) if padding else held
         value = self.emitter.reshard(value, layout, origin)
-        if input_key(node if node.op == INPUT else node.args[0]) in self.draft.inputs:
-            self.emitter.explicit.add(value)
-        if len(self.users[node]) > 1:
-            self.emitter.shared.add(value)
         self.stages[number][node] = value
 
     def _cut(self, held: Node, padding: Padding, layout: Layout, origin: Origin) -> Node:
@@ -446,7 +212,6 @@ class _Partitioner:
         node = output.node
         stage = node.stage if output.kind is OutputKind.BUFFER else self.draft.num_stages - 1
         self.mapping = self.stages[stage]
-        self.sequences.consider(node)
         self._use(node, node.origin)
         pin: Pin | None = None
         if output.kind is OutputKind.BUFFER:
@@ -466,27 +231,3 @@ class _Partitioner:
         pads = [each for more in reversed(list(added)) for each in (0, more)]
         args = (value, pads)
         return self.emitter.call(aten.constant_pad_nd.default, args, origin=value.origin)
-
-
-def _single_heads(node: Node) -> tuple[Node, Node]:
-    """The keys and values of attention as they are before a model repeats them."""
-    k, v = node.args[1:3]
-    keys, values = repeated_heads(k), repeated_heads(v)
-    if keys is None or values is None or keys.tensor.shape[1] != values.tensor.shape[1]:
-        return k, v
-    return keys, values
-
-
-def _bias_apart(node: Node) -> tuple[Op, tuple[Arg, ...], Node, int] | None:
-    """The operator and arguments of a linear map without its bias, the bias, and the dim of the
-    weight that is contracted."""
-    if node.op == aten.addmm.default and not node.kwargs:
-        bias, x, weight = node.args
-        return aten.mm.default, (x, weight), bias, 0
-    contracted = contracted_dim(node)
-    if contracted is None or len(node.args) < 3:
-        return None
-    x, weight, bias, *rest = node.args
-    if bias is None:
-        return None
-    return node.op, (x, weight, None, *rest) if rest else (x, weight), bias, contracted

@@ -33,9 +33,9 @@ def cotangents(context: VjpContext) -> Cotangents:
     op = context.node.op
     if kind := collective_kind(op):
         return [_of_collective(context, kind), *(None,) * (len(context.operands) - 1)]
-    if known := composite_of(op):
-        return known.adjoint(context)
-    return ADJOINTS.get(op, traced_cotangents)(context)
+    known = composite_of(op)
+    found = known.adjoint(context) if known else ADJOINTS.get(op, traced_cotangents)(context)
+    return context.placed(found)
 
 
 def adjoint(*ops: Op) -> Callable[[Adjoint], Adjoint]:

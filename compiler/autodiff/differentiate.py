@@ -33,17 +33,19 @@ from meshwright.compiler.graph.ir import (
     Phase,
 )
 from meshwright.compiler.layout.layout import Layout
-from meshwright.compiler.placing.emit import Emitter, Movement
+from meshwright.compiler.placing.emit import Emitter
+from meshwright.compiler.placing.movement import Movement
 
 aten = torch.ops.aten
 
 
 def differentiate(
     graph: Graph,
-    explicit: frozenset[Node] = frozenset(),
+    written: frozenset[Node] = frozenset(),
     *,
     seeds: Iterable[Output] | None = None,
     scaled: bool = False,
+    device: str = "cpu",
 ) -> tuple[Graph, tuple[Movement, ...]]:
     """The joint graph, and the changes of layout that operators of the backward asked for.
 
@@ -51,9 +53,9 @@ def differentiate(
     input that the seeds depend on and that wants a gradient: a `GRADIENT` for a parameter, a
     `COTANGENT` for any other. `seeds` are the outputs that are differentiated: by default the loss
     and each differentiable value that is sent. The cotangent of a loss is 1; that of any other
-    output is an input of the joint graph, a `COTANGENT` under the output's name. `explicit` are the
+    output is an input of the joint graph, a `COTANGENT` under the output's name. `written` are the
     inputs that the plan laid out. Where gradients are `scaled`, the cotangent of a loss is the loss
-    scale of the run.
+    scale of the run. `device` is the type of the ranks' devices.
 
     Requires: every node placed. Ensures: each gradient and cotangent has the dual of the layout of
     its value.
@@ -61,18 +63,19 @@ def differentiate(
     if seeds is None:
         given = graph.outputs_of(OutputKind.LOSS, OutputKind.SENT)
         seeds = [output for output in given if output.node.requires_grad]
-    differentiator = _Differentiator(graph, explicit, scaled)
+    differentiator = _Differentiator(graph, written, scaled, device)
     return differentiator.run(seeds), tuple(differentiator.emitter.movements)
 
 
 class _Differentiator:
-    def __init__(self, graph: Graph, explicit: frozenset[Node], scaled: bool) -> None:
+    def __init__(self, graph: Graph, written: frozenset[Node], scaled: bool, device: str) -> None:
         self.graph, self.scaled = graph, scaled
-        self.emitter = Emitter(Builder(graph.name, graph.mesh), backward=True)
+        self.emitter = Emitter(
+            Builder(graph.name, graph.mesh), backward=True, written=written, device=device
+        )
         for node in graph.nodes:
             self.emitter.adopt(node)
         self.emitter.builder.phase = Phase.BACKWARD
-        self.emitter.explicit = set(explicit)
         self.pending: dict[tuple[Node, int], list[Node]] = {}
         self.inner: set[Node] = set()
         """Cotangents of activations."""

@@ -27,9 +27,10 @@ from meshwright.compiler.graph.ir import (
     TensorType,
 )
 from meshwright.compiler.graph.slots import filled, slotted
-from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.placing.composite import Cotangents
 from meshwright.compiler.placing.emit import Emitter
+from meshwright.compiler.placing.fragments import fragment_of
+from meshwright.compiler.placing.result_types import result_type
 from meshwright.dsl.errors import MeshwrightError, plural
 
 aten = torch.ops.aten
@@ -52,6 +53,9 @@ class VjpContext:
         self.emitter, self.node, self.origin = emitter, node, origin
         self.results, self.grads = results, grads
         self.operands = tuple(node.operands())
+        self.calls: list[Node] = []
+        """The calls of its backward, which are placed when all are there."""
+        self._items: dict[tuple[Node, int], Node] = {}
 
     @property
     def grad(self) -> Node:
@@ -63,24 +67,33 @@ class VjpContext:
         """A positional argument of the forward call."""
         return self.node.args[position] if position < len(self.node.args) else default
 
-    def call(
-        self,
-        op: Op,
-        *args: Arg,
-        type: NodeType = None,
-        wanted: tuple[Layout, ...] = (),
-        **kwargs: Arg,
-    ) -> Node:
-        """Emit one backward call; `wanted` is the layout that its result should have."""
-        return self.emitter.call(op, args, kwargs, origin=self.origin, type=type, wanted=wanted)
+    def call(self, op: Op, *args: Arg, type: NodeType = None, **kwargs: Arg) -> Node:
+        """Write one backward call; it is placed with the others."""
+        self.calls.append(Node("", op, args, kwargs, type or result_type(op, args, kwargs)))
+        return self.calls[-1]
+
+    def item(self, source: Node, index: int) -> Node:
+        """One of the results of a call of the backward."""
+        if (source, index) not in self._items:
+            assert isinstance(source.type, tuple)
+            self._items[source, index] = self.call(GETITEM, source, index, type=source.type[index])
+        return self._items[source, index]
 
     def items(self, source: Node) -> list[Node | None]:
         """The results of a call that has multiple."""
         assert isinstance(source.type, tuple)
         return [
-            None if type is None else self.emitter.item(source, i, self.origin)
-            for i, type in enumerate(source.type)
+            None if type is None else self.item(source, i) for i, type in enumerate(source.type)
         ]
+
+    def placed(self, found: Cotangents) -> Cotangents:
+        """What stands for the cotangents of the operands, with the calls that they need emitted."""
+        if not self.calls:
+            return found
+        pairs = zip(self.operands, found, strict=True)
+        fragment, taken = fragment_of(self.calls, found)
+        wanted = [None if grad is None else x.placed.dual() for x, grad in pairs]
+        return self.emitter.replay(fragment, taken, wanted, self.origin)
 
 
 def traced_cotangents(context: VjpContext) -> Cotangents:
@@ -284,14 +297,9 @@ def _behind(
 
 
 def _replay(fragment: Fragment, context: VjpContext) -> Cotangents:
-    duals = {
-        slot: (operand.placed.dual(),)
-        for slot, operand in zip(fragment.results, context.operands, strict=True)
-    }
-
-    def emit(slot: int, call: FragmentCall, args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> Node:
+    def emit(_: int, call: FragmentCall, args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> Node:
         if call.op == GETITEM:
-            return context.emitter.item(args[0], args[1], context.origin)
-        return context.call(call.op, *args, type=call.type, wanted=duals.get(slot, ()), **kwargs)
+            return context.item(*args)
+        return context.call(call.op, *args, type=call.type, **kwargs)
 
     return fragment.replay((*context.operands, *context.grads, *context.results), emit)

@@ -183,7 +183,8 @@ def _offered(call: Call, heads: int, query: int) -> tuple[Dim, ...]:
     """The queries' heads split as those of keys and values are."""
     found = []
     for operand in call.operands[query + 1 : query + 3]:
-        axes = dim_axes(operand.layout.dims[1])
-        if axes and heads % call.mesh.size(axes) == 0:
-            found.append(cut(heads, *axes))
+        for layout in operand.layouts:
+            axes = dim_axes(layout.dims[1])
+            if axes and heads % call.mesh.size(axes) == 0:
+                found.append(cut(heads, *axes))
     return tuple(found)

@@ -124,7 +124,7 @@ def _pending(call: Call, linear: Sequence[Group], used: set[str]) -> tuple[Group
     for group in linear:
         operands = [call.operands[i] for i in sorted(group)]
         shared = set.intersection(*(set(_sums(each)) for each in operands)) - used
-        if shared and all(each.keep_partial for each in operands):
+        if shared:
             return group, tuple(sorted(shared))
     return frozenset(), ()
 

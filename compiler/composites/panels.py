@@ -20,6 +20,7 @@ from meshwright.compiler.kernels import panels as kernels
 from meshwright.compiler.kernels import products as large_products
 from meshwright.compiler.layout.factors import Dim, cut, whole
 from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.placing.allowed import allowed
 from meshwright.compiler.placing.composite import (
     BindingContext,
     Composite,
@@ -27,7 +28,6 @@ from meshwright.compiler.placing.composite import (
     LoweringContext,
     composite,
 )
-from meshwright.compiler.placing.engine import place
 from meshwright.compiler.placing.rules.notation import Call, Placement, Row, Spec
 
 Fetch: TypeAlias = Callable[[int, "Node | None"], tuple[Node, ...]]
@@ -223,10 +223,11 @@ class AddPanelProduct(Composite):
         """The total is as the product leaves it, pending sums included."""
         _, *pair = call.operands
         args = Slot(0), Slot(1), call.args[-1]
-        found = place(replace(call, op=PanelProduct.op, args=args, operands=tuple(pair)))
-        (result,) = found.results
-        assert result is not None
-        return (Placement((result, *found.operands), found.results),)
+        product = replace(call, op=PanelProduct.op, args=args, operands=tuple(pair))
+        for found in allowed(product):
+            (result,) = found.results
+            assert result is not None
+            yield Placement((result, *found.operands), found.results)
 
     def bind(self, binding: BindingContext) -> Kernel:
         form = binding.node.args[-1]

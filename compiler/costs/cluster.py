@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from meshwright.compiler.errors import CompilerError
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.dsl.errors import did_you_mean, either, spelled
@@ -134,11 +136,14 @@ class Cluster:
 
     def spans_nodes(self, axes: tuple[str, ...], mesh: Mesh) -> bool:
         """Whether any group over `axes` has ranks on more than one node."""
-        said = {self.axes[axis] for axis in axes if axis in self.axes}
-        left = tuple(axis for axis in axes if axis not in self.axes)
-        return "network" in said or any(
-            len({rank // self.devices for rank in group}) > 1 for group in mesh.groups(left)
+        if any(self.axes.get(axis) == "network" for axis in axes):
+            return True
+        ranks = mesh.of_ranks
+        nodes = np.arange(ranks.num_ranks).reshape([size for _, size in ranks.axes]) // self.devices
+        along = tuple(
+            i for i, name in enumerate(ranks.names) if name in axes and name not in self.axes
         )
+        return bool((nodes.max(along) != nodes.min(along)).any()) if along else False
 
     def rate(self, dtype: str) -> float:
         """Floating-point operations per second on this element type. Raises `ClusterError` where

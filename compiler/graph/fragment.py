@@ -15,7 +15,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from meshwright.compiler.errors import PassError
-from meshwright.compiler.graph.ir import GETITEM, Arg, Node, NodeType, Op, TensorType
+from meshwright.compiler.graph.ir import GETITEM, Arg, MeshOp, Node, NodeType, Op, TensorType
 from meshwright.compiler.graph.slots import Slot, filled, freeze
 from meshwright.compiler.graph.types import fake_mode, fake_tensor, portable_operators, type_of
 
@@ -46,8 +46,9 @@ class Fragment:
         """The results on these parameters, each call emitted by `emit`."""
         values = list(parameters)
         for call in self.calls:
-            args = tuple(filled(arg, values) for arg in call.args)
-            kwargs = {key: filled(value, values) for key, value in call.kwargs}
+            own = tuple if isinstance(call.op, MeshOp) else list
+            args = tuple(filled(arg, values, own) for arg in call.args)
+            kwargs = {key: filled(value, values, own) for key, value in call.kwargs}
             values.append(emit(len(values), call, args, kwargs))
         return [None if slot is None else values[slot] for slot in self.results]
 

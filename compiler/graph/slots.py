@@ -43,8 +43,13 @@ def freeze(arg: Arg) -> Arg:
     return arg
 
 
-def filled(arg: Arg, values: Sequence[Any]) -> Arg:
-    """The argument with the value of each slot in its place, and lists as operators take them."""
+def filled(
+    arg: Arg, values: Sequence[Any], sequence: type[list[Any]] | type[tuple[Any, ...]] = list
+) -> Arg:
+    """The argument with the value of each slot in its place, and lists as torch's operators take
+    them, or tuples as our own do."""
     if isinstance(arg, Slot):
         return values[arg.index]
-    return [filled(item, values) for item in arg] if isinstance(arg, tuple) else arg
+    if not isinstance(arg, tuple):
+        return arg
+    return sequence(filled(item, values, sequence) for item in arg)

@@ -83,14 +83,14 @@ def _volume(source: Layout, target: Layout, mesh: Mesh, differentiable: bool) ->
     """`cost` in elements."""
     total = 0.0
     for collective in _collectives(source, target, mesh):
-        total += _sent(collective, mesh)
+        total += elements_sent(collective, mesh)
         if differentiable and collective.source.reduction == "sum":
-            total += _sent(collective.adjoint(), mesh)
+            total += elements_sent(collective.adjoint(), mesh)
     return total
 
 
-def _sent(collective: Collective, mesh: Mesh) -> float:
-    """The elements that one rank sends."""
+def elements_sent(collective: Collective, mesh: Mesh) -> float:
+    """The elements that one rank sends for a collective."""
     transfer = collective.transfer(mesh)
     if transfer.wire is None:
         return 0.0

@@ -14,11 +14,11 @@ from meshwright.compiler.graph.ir import SAVED, Graph, Node, NodeLayout
 from meshwright.compiler.graph.transfers import collective_kind, transfers_of
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
+from meshwright.compiler.placing.allowed import allowed
 from meshwright.compiler.placing.calls import make_call
-from meshwright.compiler.placing.engine import candidates
 from meshwright.compiler.placing.frame import FRAME, Saved, saved_by
 from meshwright.compiler.placing.rules.factories import makes_zeros
-from meshwright.compiler.placing.rules.notation import Call, Operand
+from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
 
 
 def check_all(graphs: Sequence[Graph], after: str, checked: set[Node]) -> None:
@@ -119,10 +119,5 @@ def _equal(ours: NodeLayout, theirs: NodeLayout, mesh: Mesh) -> bool:
 
 @lru_cache(maxsize=65536)
 def _allowed(call: Call, layouts: tuple[Layout | None, ...]) -> bool:
-    mesh = call.mesh
     own = tuple(operand.layout for operand in call.operands)
-    return any(
-        tuple(layout.canonical(mesh) for layout in placement.operands) == own
-        and tuple(layout and layout.canonical(mesh) for layout in placement.results) == layouts
-        for placement in candidates(call)
-    )
+    return Placement(own, layouts) in allowed(call)

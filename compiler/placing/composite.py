@@ -46,7 +46,7 @@ Kernel: TypeAlias = Callable[..., Any]
 
 
 class AdjointContext(Protocol):
-    """A call whose backward is written: its nodes, and what emits placed nodes of the backward."""
+    """A call whose backward is written: its nodes, and what writes the calls of the backward."""
 
     node: Node
     operands: tuple[Node, ...]
@@ -58,8 +58,8 @@ class AdjointContext(Protocol):
     def grad(self) -> Node:
         """The cotangent of the first result."""
 
-    def call(self, op: Op, *args: Arg, wanted: tuple[Layout, ...] = ()) -> Node:
-        """Emit one call of the backward, placed by its rule; see `Call.wanted`."""
+    def call(self, op: Op, *args: Arg) -> Node:
+        """Write one call of the backward; all are placed together, by their rules."""
 
     def items(self, source: Node) -> list[Node | None]:
         """The results of a call that has multiple."""

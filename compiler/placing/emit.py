@@ -6,13 +6,14 @@ backward obey the same rules and every change of layout is an explicit node.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from meshwright.compiler.errors import PassError
+from meshwright.compiler.graph.fragment import Fragment, FragmentCall
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
@@ -28,68 +29,33 @@ from meshwright.compiler.graph.ir import (
     map_nodes,
 )
 from meshwright.compiler.graph.slots import call_operands
-from meshwright.compiler.graph.weights import input_behind
-from meshwright.compiler.layout.collectives import COLLECTIVES
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.layout.reshard import Collective, collectives, cost
-from meshwright.compiler.placing.calls import make_call
-from meshwright.compiler.placing.engine import operand_cost, place
+from meshwright.compiler.layout.reshard import Collective, collectives
+from meshwright.compiler.placing.fragments import Given, fragment_of, placements
+from meshwright.compiler.placing.movement import Movement, stays_split
 from meshwright.compiler.placing.result_types import result_type
-from meshwright.compiler.placing.rules.factories import filled_with, makes_zeros
-from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
+from meshwright.compiler.placing.rules.factories import filled_with, is_filled
+from meshwright.compiler.placing.rules.notation import Placement
 
 FIRST_ONLY = {torch.ops.aten._native_batch_norm_legit_functional.default}
 """Operators of which only the first result is differentiable."""
 
 
-@dataclass(frozen=True, slots=True)
-class Movement:
-    """A change of layout that was inserted, and the call that asked for it."""
-
-    value: Node
-    user: Op
-    collective: Collective
-    node: Node
-    forced: bool
-    """Whether the plan left no other choice: it wrote the layout of another operand, which stays as
-    it is, splits the sequence that this moves, or cuts the batch into microbatches that this takes
-    together."""
-
-    @property
-    def implicit(self) -> bool:
-        """Whether it or its adjoint gathers, and nothing that the plan wrote made that the only
-        way."""
-        kind = self.collective.row
-        slices = not kind.moves and COLLECTIVES[kind.adjoint].gathers
-        gathers = kind.moves and kind.source == "split"
-        return not self.forced and (gathers or (slices and self.gathers_back))
-
-    @property
-    def gathers_back(self) -> bool:
-        """Whether this slice has an adjoint, which gathers.
-
-        A parameter's does not count: its gradient is gathered however its work is split.
-        """
-        return self.value.requires_grad and input_behind(self.value) is None
-
-    def sent_bytes(self, mesh: Mesh) -> int:
-        """The bytes sent per rank for it and, where it is differentiated, its adjoint."""
-        size = self.value.tensor.dtype.itemsize
-        collective, differentiated = self.collective, self.value.requires_grad
-        return math.ceil(cost(collective.source, collective.target, size, mesh, differentiated))
-
-
 class Emitter:
     """A builder that places what it emits."""
 
-    def __init__(self, builder: Builder, *, backward: bool = False) -> None:
-        self.builder, self.backward = builder, backward
-        self.explicit: set[Node] = set()
-        self.planned: Callable[[Node, Collective], bool] = lambda value, collective: False
-        """Whether the plan asks for this change of a value's layout, as for sequences."""
-        self.shared: set[Node] = set()
-        """Values with multiple users: a pending sum is reduced once for all of them."""
+    def __init__(
+        self,
+        builder: Builder,
+        *,
+        backward: bool = False,
+        written: Set[Node] = frozenset(),
+        device: str = "cpu",
+    ) -> None:
+        self.builder, self.backward, self.device = builder, backward, device
+        self.written = written
+        """Values whose layout the plan wrote."""
         self.movements: list[Movement] = []
         self._have: dict[Node, dict[Layout, Node]] = {}
         self._items: dict[tuple[Node, int], Node] = {}
@@ -107,28 +73,27 @@ class Emitter:
         *,
         origin: Origin,
         type: NodeType = None,
-        proposals: Mapping[Node, Layout] | None = None,
-        wanted: tuple[Layout, ...] = (),
+        placement: Placement | None = None,
+        asked: Callable[[int, Collective], bool] | None = None,
         requires_grad: bool = False,
-        free: bool = False,
         name: str = "",
     ) -> Node:
-        """Emit `op` on these nodes, resharding operands as its cheapest placement asks.
+        """Emit `op` on these nodes, resharding operands as its `placement` asks, by default the
+        cheapest.
 
-        `free` says that what it moves would move in any case.
+        `asked` tells whether the plan asks for a change of layout of an operand, by its place: by
+        default where another operand stays in the layout that the plan wrote.
         """
         kwargs = dict(sorted((kwargs or {}).items()))
         operands = call_operands(args, kwargs)
         if type is None:
             type = result_type(op, args, kwargs)
-        asked = self._ask(op, args, kwargs, type, proposals, wanted)
-        placement = place(asked)
-        kept = self._kept(operands, placement)
+        if placement is None:
+            placement = self._alone(op, args, kwargs, type)
+        asked = asked or partial(self._is_asked, operands, placement)
         brought = (
-            self.reshard(
-                value, layout, origin, user=op, forced=None if free else _others(kept, value)
-            )
-            for value, layout in zip(operands, placement.operands, strict=True)
+            self.reshard(value, layout, origin, user=op, asked=partial(asked, place))
+            for place, (value, layout) in enumerate(zip(operands, placement.operands, strict=True))
         )
         return self.builder.emit(
             op,
@@ -141,33 +106,52 @@ class Emitter:
             name=name,
         )
 
-    def moved_bytes(
+    def replay(
         self,
-        op: Op,
-        args: tuple[Arg, ...],
-        kwargs: Mapping[str, Arg],
-        type: NodeType,
-        proposals: Mapping[Node, Layout] | None = None,
-    ) -> float:
-        """The bytes that the cheapest placement of a call moves, adjoint included."""
-        asked = self._ask(op, args, kwargs, type, proposals)
-        placed = place(asked).operands
-        pairs = zip(asked.operands, placed, strict=True)
-        return sum(operand_cost(operand, layout, self.mesh) for operand, layout in pairs)
+        fragment: Fragment,
+        parameters: Sequence[Node],
+        wanted: Sequence[Layout | None],
+        origin: Origin,
+    ) -> list[Node | None]:
+        """Emit the calls of a fragment, placed together: as it is cheapest where its results are
+        `wanted` in these layouts. Returns the results, in the layouts that they have."""
+        chosen = iter(self._placements(fragment, parameters, tuple(wanted)))
 
-    def _ask(
-        self,
-        op: Op,
-        args: tuple[Arg, ...],
-        kwargs: Mapping[str, Arg],
-        type: NodeType,
-        proposals: Mapping[Node, Layout] | None = None,
-        wanted: tuple[Layout, ...] = (),
-    ) -> Call:
-        def operand(node: Node) -> Operand:
-            return self._operand(node, proposals or {})
+        def emit(_: int, call: FragmentCall, args: tuple[Arg, ...], kwargs: dict[str, Arg]) -> Node:
+            placement = next(chosen)
+            if placement is None:
+                return self.item(args[0], args[1], origin)
+            return self.call(
+                call.op, args, kwargs, origin=origin, type=call.type, placement=placement
+            )
 
-        return make_call(op, args, kwargs, type, self.mesh, operand, wanted)
+        return fragment.replay(parameters, emit)
+
+    def _alone(
+        self, op: Op, args: tuple[Arg, ...], kwargs: Mapping[str, Arg], type: NodeType
+    ) -> Placement:
+        """The cheapest placement of one call."""
+        call = Node("", op, args, kwargs, type)
+        (found,) = self._placements(*fragment_of([call], [call]), (None,))
+        assert found is not None
+        return found
+
+    def _placements(
+        self, fragment: Fragment, parameters: Sequence[Node], wanted: tuple[Layout | None, ...]
+    ) -> tuple[Placement | None, ...]:
+        given = tuple(map(self._given, parameters))
+        return placements(fragment, given, wanted, self.mesh, self.device)
+
+    def _given(self, value: Node) -> Given:
+        filled = is_filled(value)
+        return Given(
+            value.tensor,
+            value.placed,
+            requires_grad=value.requires_grad and not self.backward,
+            number=filled_with(value.op, value.args) if filled else None,
+            elsewhere=frozenset(self._have.get(value, ())),
+            written=value in self.written,
+        )
 
     def item(self, source: Node, index: int, origin: Origin, *, name: str = "") -> Node:
         """One of the results of a node; emitted once."""
@@ -201,13 +185,13 @@ class Emitter:
         origin: Origin,
         *,
         user: Op = MeshOp("output"),
-        forced: frozenset[str] | None = None,
+        asked: Callable[[Collective], bool] = lambda collective: True,
         anew: bool = False,
     ) -> Node:
         """`value` in the layout `target`, by explicit collectives, each emitted once per value
         unless it is to be made `anew`.
 
-        `forced` are the axes over which the plan left no choice; by default every one.
+        `asked` tells whether the plan asks for a collective.
         """
         target = target.canonical(self.mesh)
         known = {value.placed: value}
@@ -223,13 +207,9 @@ class Emitter:
                 node = have[collective.target]
                 continue
             following = self._emit_collective(node, collective, _reducing(value, origin))
-            planned = (
-                forced is None
-                or bool(forced & set(collective.axes))
-                or self.planned(value, collective)
-                or self.mesh.sequential.issuperset(collective.axes)  # nothing moves
-            )
-            self.movements.append(Movement(value, user, collective, following, planned))
+            still = self.mesh.sequential.issuperset(collective.axes)
+            forced = still or asked(collective)
+            self.movements.append(Movement(value, user, collective, following, forced))
             node = have[collective.target] = following
         return node
 
@@ -272,17 +252,15 @@ class Emitter:
             )
         return have[layout]
 
-    def _kept(self, operands: Sequence[Node], placement: Placement) -> dict[Node, frozenset[str]]:
-        """The operands that the plan laid out, and the axes over which they stay split so."""
-        return {
-            value: frozenset(
-                axis
-                for axis in value.placed.split_axes
-                if layout.split_dim(axis) == value.placed.split_dim(axis)
-            )
-            for value, layout in zip(operands, placement.operands, strict=True)
-            if value in self.explicit
-        }
+    def _is_asked(
+        self, operands: Sequence[Node], placement: Placement, place: int, collective: Collective
+    ) -> bool:
+        return any(
+            other is not operands[place]
+            and other in self.written
+            and stays_split(other.placed, layout, collective.axes)
+            for other, layout in zip(operands, placement.operands, strict=True)
+        )
 
     def _emit_collective(self, value: Node, collective: Collective, origin: Origin) -> Node:
         return self.builder.emit(
@@ -293,20 +271,6 @@ class Emitter:
             layout=collective.target,
             origin=origin,
             requires_grad=value.requires_grad,
-        )
-
-    def _operand(self, value: Node, proposals: Mapping[Node, Layout]) -> Operand:
-        return Operand(
-            value.tensor,
-            value.placed,
-            differentiable=value.requires_grad and not self.backward,
-            explicit=value in self.explicit,
-            available=frozenset(self._have.get(value, ())),
-            proposals=(proposals[value],) if value in proposals else (),
-            keep_partial=value not in self.shared,
-            zero=makes_zeros(value.op, value.args),
-            rooted=input_behind(value) is None and self.is_rooted(value),
-            filled=is_filled(value),
         )
 
     def is_rooted(self, value: Node) -> bool:
@@ -328,11 +292,6 @@ class Emitter:
         return layouts[0]
 
 
-def _others(kept: Mapping[Node, frozenset[str]], value: Node) -> frozenset[str]:
-    """The axes over which `value` has to yield, since other operands keep what the plan wrote."""
-    return frozenset().union(*(axes for node, axes in kept.items() if node is not value))
-
-
 def _reducing(value: Node, origin: Origin) -> Origin:
     """The origin of a change of layout: a pending sum is reduced for the module that left it, any
     other value is moved for the module that wants it."""
@@ -346,11 +305,6 @@ def _reducing(value: Node, origin: Origin) -> Origin:
         modules=own.modules,
         source=own.source,
     )
-
-
-def is_filled(value: Node) -> bool:
-    """Whether all elements of a value are one number and no cotangent will reach it."""
-    return not value.requires_grad and filled_with(value.op, value.args) is not None
 
 
 def is_floating(type: NodeType) -> bool:

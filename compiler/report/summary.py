@@ -9,7 +9,7 @@ from meshwright.compiler.graph.aliasing import node_bytes
 from meshwright.compiler.graph.ir import TensorType
 from meshwright.compiler.graph.names import fold
 from meshwright.compiler.graph.text import op_text, type_text
-from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.placing.movement import Movement
 from meshwright.compiler.placing.rules.lookup import has_rule
 from meshwright.compiler.program import Budgeted, Compiled, Stored
 from meshwright.compiler.report.ledger import Comm, Moved, ledger

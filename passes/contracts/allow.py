@@ -13,7 +13,7 @@ from meshwright.compiler.graph.ir import Phase
 from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.layout.factors import Factor, dim_axes, spelled_dim
 from meshwright.compiler.layout.regroup import factors_for
-from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.placing.movement import Movement
 from meshwright.compiler.placing.rules.lookup import has_rule
 from meshwright.compiler.placing.rules.views import RESHAPES
 from meshwright.dsl.statements import Allow

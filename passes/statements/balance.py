@@ -39,17 +39,17 @@ from meshwright.dsl.statements import Stages
 from meshwright.dsl.suggest import selectors_of
 from meshwright.dsl.writing.printer import cells
 from meshwright.passes.differentiate import differentiate
-from meshwright.passes.hoist import hoist
 from meshwright.passes.move_varies import move_varies
 from meshwright.passes.needs import Needs
 from meshwright.passes.partition import partition
+from meshwright.passes.placing.bias import bias_apart
 from meshwright.passes.schedule import training_table
 from meshwright.passes.statements.checkpoint import Regions
-from meshwright.passes.statements.draft import Draft, on_graph
+from meshwright.passes.statements.draft import Draft
 from meshwright.passes.statements.sequences.split import gathers_again
 from meshwright.passes.statements.stages import Source, beginnings, sources, with_origins
 
-MEASURED = (partition, hoist, on_graph(move_varies), differentiate)
+MEASURED = (bias_apart, partition, move_varies, differentiate)
 """The passes that make the graph of forward and backward."""
 
 

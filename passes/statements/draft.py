@@ -14,7 +14,7 @@ from meshwright.compiler.graph.ir import Graph, Node
 from meshwright.compiler.graph.weights import input_behind
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.emit import Movement
+from meshwright.compiler.placing.movement import Movement
 from meshwright.compiler.program import Budgeted, Kept, Shared
 from meshwright.compiler.report.memory.holding import Memory
 from meshwright.compiler.schedules.balanced import Balance
@@ -169,6 +169,11 @@ def with_graph(
             for node, pins in draft.entering.items()
         },
     )
+
+
+def device_type(draft: Draft) -> str:
+    """The type of the ranks' devices."""
+    return draft.device.type if draft.device else "cpu"
 
 
 def pinned_inputs(draft: Draft, graph: Graph) -> frozenset[Node]:

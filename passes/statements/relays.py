@@ -43,8 +43,5 @@ class Arriving(dict[Node, Node]):
         """What stands for a node of another stage, in which it is `value`."""
         if node not in self:
             origin = replace(node.origin, plan_line=self.plan_line)
-            found = self[node] = self.emitter.transfer(value, origin, self.number)
-            for known in (self.emitter.explicit, self.emitter.shared):
-                if value in known:
-                    known.add(found)
+            self[node] = self.emitter.transfer(value, origin, self.number)
         return self[node]

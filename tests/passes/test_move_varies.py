@@ -18,7 +18,7 @@ def test_the_docstring_shows_a_position_embedding_before_and_after() -> None:
     found = stages(Places(repeated=False), sequences(64), "mesh dp=2\ndata x over dp\n")
     names = "embedding", "vary", "mul"
     check_documented(
-        move_varies, shown(found["hoist"], *names), shown(found["move_varies"], *names)
+        move_varies, shown(found["partition"], *names), shown(found["move_varies"], *names)
     )
 
 

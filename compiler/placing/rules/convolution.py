@@ -173,7 +173,9 @@ def _spec(
     offers: dict[str, tuple[Dim, ...]] = {}
     for term, operand in zip(operands, call.operands, strict=True):
         if channels.other in term:
-            offers |= channels.offers(operand.layout.dims[term.index(channels.other)])
+            for layout in operand.layouts:
+                found = channels.offers(layout.dims[term.index(channels.other)])
+                offers |= {letter: (*offers.get(letter, ()), *found[letter]) for letter in found}
     bind = partial(channels.bind, closed)
     return replace(spec, derived=frozenset({channels.other}), bind=bind, offers=offers)
 

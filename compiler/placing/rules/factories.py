@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from meshwright.compiler.graph.ir import Arg, MeshOp, Op
+from meshwright.compiler.graph.ir import Arg, MeshOp, Node, Op
 from meshwright.compiler.placing.rules.notation import Call, Spec, numbered
 from meshwright.compiler.placing.rules.registry import rule
 
@@ -89,3 +89,8 @@ def filled_with(op: Op, args: tuple[Arg, ...]) -> float | int | None:
 def makes_zeros(op: Op, args: tuple[Arg, ...]) -> bool:
     """Whether a call gives nothing but zeros, as `Operand.zero` then says."""
     return filled_with(op, args) == 0
+
+
+def is_filled(value: Node) -> bool:
+    """Whether all elements of a value are one number and no cotangent will reach it."""
+    return not value.requires_grad and filled_with(value.op, value.args) is not None

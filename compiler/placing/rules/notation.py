@@ -42,26 +42,20 @@ FIRST: tuple[Group, ...] = (frozenset({0}),)
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor operand as the engine sees it."""
+    """A tensor operand as rules see it."""
 
     type: TensorType
     layout: Layout
     differentiable: bool = False
-    explicit: bool = False
-    """Whether the plan wrote this layout: it is not changed where anything else can be."""
-    available: frozenset[Layout] = frozenset()
-    """Layouts that the value already has elsewhere in the graph, at no further cost."""
-    proposals: tuple[Layout, ...] = ()
-    """Layouts worth trying for a value whose pending sum must be reduced here."""
-    keep_partial: bool = True
-    """Whether a pending sum may stay pending; not where multiple users would each reduce it."""
     zero: bool = False
     """Whether the value is known to be all zeros."""
-    rooted: bool = False
-    """Whether the value is computed from parameters and constants alone, so that a rank which
-    needs a part of it can compute just that, and its gradient is a part of theirs."""
-    filled: bool = False
-    """Whether all elements are one number, so that it can be made in any layout."""
+    others: tuple[Layout, ...] = ()
+    """Other layouts that it can be had in."""
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Every layout that it can be had in."""
+        return (self.layout, *self.others)
 
     @property
     def any_sum(self) -> bool:
@@ -84,7 +78,7 @@ class Call:
     results: tuple[TensorType | None, ...]
     mesh: Mesh
     wanted: tuple[Layout, ...] = ()
-    """Layouts that a user of the result asks for: tried where the operands leave a choice."""
+    """Layouts that users ask for of the first result: tried where the operands leave a choice."""
 
     def arg(self, position: int, default: Arg = None) -> Arg:
         """An argument by its place in the schema, given in place or by name, or `default`."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import replace
+from typing import TypeAlias
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.factors import Dim, Factor, dim_axes
 from meshwright.compiler.layout.factors import whole as unsplit
-from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.notation import (
     Call,
@@ -32,21 +35,133 @@ SPLITTINGS = 64
 
 
 def spec_placements(spec: Spec, call: Call) -> Iterator[Placement]:
-    """The placements of a rule given as letters."""
-    options = _all_options(spec, call)
-    for choice in itertools.product(*options.values()):
-        used = [axis for dim in choice for axis in dim_axes(dim)]
-        if len(used) != len(set(used)):
-            continue
-        dims: Dims = dict(zip(options, choice, strict=True))
-        if not all(is_consecutive(dims[letter], call.mesh) for letter in spec.consecutive):
-            continue
-        if spec.bind is not None:
-            try:
-                dims = {**dims, **spec.bind(dims)}
-            except LayoutError:
+    """The placements of a rule given as letters, where each operand can be had in any of its
+    layouts."""
+    options, states = _all_options(spec, call), tuple(_states(spec, call))
+    calls = tuple(_ignoring(spec, replace(call, operands=tuple(map(_merged, call.operands)))))
+    for dims in _splits(spec, call, options):
+        used = {axis for letter in options for axis in dim_axes(dims[letter])}
+        for kept, free in states:
+            if any(axis in used for _, axis in kept):
                 continue
-        yield _placement(spec, call, dims, frozenset(used))
+            axes = free.union(used)
+            for each in calls:
+                with suppress(LayoutError):  # of operands that are had together by no way
+                    yield _placement(spec, each, dims, axes, kept, free)
+
+
+def _splits(spec: Spec, call: Call, options: Mapping[str, Sequence[Dim]]) -> Iterator[Dims]:
+    """The ways to split all letters on which the operator can run."""
+    for choice in _choices(tuple(options.values())):
+        dims: Dims = dict(zip(options, choice, strict=True))
+        if spec.bind is not None:
+            yield from _bound(spec, spec.bind, dims, call.mesh)
+        elif _fits(spec, dims, call.mesh):
+            yield dims
+
+
+def _fits(spec: Spec, dims: Dims, mesh: Mesh) -> bool:
+    """Whether ranks hold consecutive entries where they have to."""
+    return all(is_consecutive(dims[letter], mesh) for letter in spec.consecutive)
+
+
+def _bound(spec: Spec, bind: Callable[[Dims], Dims], dims: Dims, mesh: Mesh) -> Iterator[Dims]:
+    """A choice with the letters that follow from it; where it is refused, without some of its axes,
+    and no more of them than that takes."""
+    axes = sorted({axis for dim in dims.values() for axis in dim_axes(dim)})
+    enough: list[frozenset[str]] = []
+    for gone in map(frozenset, _subsets(axes)):
+        if any(each <= gone for each in enough):
+            continue
+        # As the others leave it, and cut anew into consecutive parts.
+        variants = (
+            {letter: left_by(dim, gone, mesh) for letter, dim in dims.items()},
+            {letter: without_axes(dim, gone) for letter, dim in dims.items()},
+        )
+        for variant in variants:
+            if _fits(spec, variant, mesh):
+                with suppress(LayoutError):
+                    yield {**variant, **bind(variant)}
+                    enough.append(gone)
+
+
+def _subsets(axes: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """All sets of axes, the smaller ones first."""
+    counts = range(len(axes) + 1)
+    return itertools.chain.from_iterable(itertools.combinations(axes, n) for n in counts)
+
+
+def _choices(
+    options: Sequence[Sequence[Dim]], used: frozenset[str] = frozenset()
+) -> Iterator[tuple[Dim, ...]]:
+    """An option for each letter, so that no two split over the same axis, or over one that is
+    `used`."""
+    if not options:
+        yield ()
+        return
+    for dim in options[0]:
+        axes = dim_axes(dim)
+        if used.isdisjoint(axes):
+            yield from ((dim, *rest) for rest in _choices(options[1:], used.union(axes)))
+
+
+def _ignoring(spec: Spec, call: Call) -> Iterator[Call]:
+    """The call with each operand that its rule ignores in every layout that it can be had in."""
+    own = (
+        operand.others if i in spec.ignored else (operand.layout,)
+        for i, operand in enumerate(call.operands)
+    )
+    for layouts in itertools.product(*own):
+        pairs = zip(call.operands, layouts, strict=True)
+        yield replace(call, operands=tuple(replace(each, layout=own) for each, own in pairs))
+
+
+def _merged(operand: Operand) -> Operand:
+    """An operand that is whole, pending and varying as any of its layouts is."""
+    given = operand.layouts
+    pending = dict.fromkeys(item for layout in given for item in layout.partial)
+    axes = {axis for layout in given for axis in layout.varying} - {axis for axis, _ in pending}
+    whole = replicated(operand.type.shape)
+    layout = replace(whole, partial=tuple(sorted(pending)), varying=tuple(sorted(axes)))
+    return replace(operand, layout=layout, others=given)
+
+
+_Kept: TypeAlias = frozenset[tuple[int, str]]
+"""Operands, by place, whose sums stay pending over an axis."""
+
+
+def _states(spec: Spec, call: Call) -> Iterator[tuple[_Kept, frozenset[str]]]:
+    """The ways in which sums may stay pending, over each axis those of one group of operands or of
+    none, and the axes over which operands may vary without anything's being split."""
+    pending: dict[str, set[int]] = {}
+    for i, operand in enumerate(call.operands):
+        for layout in operand.layouts:
+            for axis, reduce in layout.partial:
+                if reduce == "sum":
+                    pending.setdefault(axis, set()).add(i)
+    zeros = {i for i, operand in enumerate(call.operands) if operand.any_sum}
+    # Of two that cost the same, the first is chosen: what is reduced late has time to come.
+    groups = [
+        [
+            *(
+                frozenset((i, axis) for i in group & holders)
+                for group in spec.linear
+                if group <= holders | zeros and group & holders
+            ),
+            frozenset[tuple[int, str]](),
+        ]
+        for axis, holders in pending.items()
+    ]
+    # What can be had without varying is made to vary where that is needed.
+    free = {
+        axis
+        for operand in call.operands
+        for axis in operand.layout.varying
+        if all(axis in layout.varying for layout in operand.others)
+    }
+    for choice in itertools.product(*groups):
+        kept = frozenset[tuple[int, str]]().union(*choice)
+        yield kept, frozenset(free - {axis for _, axis in kept})
 
 
 def _all_options(spec: Spec, call: Call) -> dict[str, list[Dim]]:
@@ -60,7 +175,7 @@ def _all_options(spec: Spec, call: Call) -> dict[str, list[Dim]]:
         for letter, size in sizes.items()
         if letter not in spec.derived
     }
-    _add_variants(options, call.mesh, everywhere=spec.bind is not None)
+    _add_variants(options, call.mesh)
     return options
 
 
@@ -70,10 +185,10 @@ def _options(letter: str, size: int, spec: Spec, call: Call) -> list[Dim]:
     if letter in spec.whole:
         return list(found)
     for letters, operand in zip(spec.operands, call.operands, strict=True):
-        for layout in (operand.layout, *operand.proposals):
+        for layout in operand.layouts:
             _add_dims(letter, letters, layout, found)
-    for result, layout in zip(spec.results, call.wanted, strict=False):
-        _add_dims(letter, result or (), layout, found)
+    for layout in call.wanted:
+        _add_dims(letter, spec.results[0] or (), layout, found)
     found.update(dict.fromkeys(spec.offers.get(letter, ())))
     return list(found)
 
@@ -102,15 +217,14 @@ def is_consecutive(dim: Dim, mesh: Mesh) -> bool:
     return not any(factor.axes and math.prod(parts[:i]) > 1 for i, factor in enumerate(segment))
 
 
-def _add_variants(options: dict[str, list[Dim]], mesh: Mesh, *, everywhere: bool) -> None:
-    """Add splits without some of their axes, where two letters want the same axis or, with
-    `everywhere`, a choice may be refused."""
+def _add_variants(options: dict[str, list[Dim]], mesh: Mesh) -> None:
+    """Add splits without some of their axes, where two letters want the same axis."""
     wanted: dict[str, set[str]] = {}
     for letter, dims in options.items():
         for dim in dims:
             for axis in dim_axes(dim):
                 wanted.setdefault(axis, set()).add(letter)
-    contested = {axis for axis, letters in wanted.items() if everywhere or len(letters) > 1}
+    contested = {axis for axis, letters in wanted.items() if len(letters) > 1}
     for dims in options.values():
         for dim in tuple(dims):
             shared = contested & set(dim_axes(dim))
@@ -152,12 +266,18 @@ def without_axes(dim: Dim, axes: frozenset[str]) -> Dim:
     )
 
 
-def _placement(spec: Spec, call: Call, dims: Dims, used: frozenset[str]) -> Placement:
-    kept = _kept_partials(spec, call, used)
+def _placement(
+    spec: Spec,
+    call: Call,
+    dims: Dims,
+    used: frozenset[str],
+    kept: Set[tuple[int, str]],
+    varying: frozenset[str],
+) -> Placement:
     layouts = [
         operand.layout
         if i in spec.ignored
-        else _operand_layout(i, letters, operand, dims, kept, i in spec.shape_only)
+        else _operand_layout(i, letters, operand, dims, kept, i in spec.shape_only, varying)
         for i, (letters, operand) in enumerate(zip(spec.operands, call.operands, strict=True))
     ]
     required = vary_operands(layouts, call, spec, used)
@@ -175,8 +295,9 @@ def _operand_layout(
     letters: Letters,
     operand: Operand,
     dims: Dims,
-    kept: set[tuple[int, str]],
+    kept: Set[tuple[int, str]],
     shape_only: bool,
+    varying: frozenset[str],
 ) -> Layout:
     own = tuple(
         dims[letter] if letter else unsplit(size)
@@ -190,23 +311,8 @@ def _operand_layout(
             for item in operand.layout.partial
             if (shape_only or (index, item[0]) in kept) and item[0] not in cutting
         ),
-        tuple(axis for axis in operand.layout.varying if axis not in cutting),
+        tuple(axis for axis in operand.layout.varying if axis in varying - cutting),
     )
-
-
-def _kept_partials(spec: Spec, call: Call, used: frozenset[str]) -> set[tuple[int, str]]:
-    """Which operands keep which pending sums: those of one linear group, and no other's."""
-    pending: dict[str, set[int]] = {}
-    for i, operand in enumerate(call.operands):
-        for axis, reduce in operand.layout.partial:
-            if axis not in used and reduce == "sum" and operand.keep_partial:
-                pending.setdefault(axis, set()).add(i)
-    zeros = {i for i, operand in enumerate(call.operands) if operand.any_sum}
-    kept: set[tuple[int, str]] = set()
-    for axis, holders in pending.items():
-        group = next((g for g in spec.linear if g <= holders | zeros and g & holders), frozenset())
-        kept.update((i, axis) for i in group & holders)
-    return kept
 
 
 def vary_operands(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from functools import partial
 
@@ -165,13 +167,11 @@ def _offered(call: Call, dim: int) -> tuple[Dim, ...]:
     """The splits of the other operands, as splits of the first."""
     size = call.operands[0].type.shape[dim]
     found: list[Dim] = []
-    for operand in call.operands[1:]:
-        own = operand.layout.dims[dim]
+    for layout in itertools.chain.from_iterable(each.layouts for each in call.operands[1:]):
+        own = layout.dims[dim]
         if dim_axes(own):
-            try:
+            with contextlib.suppress(LayoutError):
                 found.append(resized(own, size, call.mesh))
-            except LayoutError:
-                continue
     return tuple(found)
 
 
@@ -261,17 +261,17 @@ def _slice_backward(call: Call) -> Spec:
         return Spec((letters,), (result,), linear=FIRST, bind=bind)
     if step != 1:
         return Spec((letters,), (result,), whole=frozenset({letters[dim]}), linear=FIRST)
-    try:
-        offers = {"r": (extend_dim(operand.layout.dims[dim], start, size, call.mesh),)}
-    except LayoutError:
-        offers = {}
+    offers: list[Dim] = []
+    for layout in operand.layouts:
+        with contextlib.suppress(LayoutError):
+            offers.append(extend_dim(layout.dims[dim], start, size, call.mesh))
     return Spec(
         (letters,),
         (result,),
         linear=FIRST,
         derived=frozenset({letters[dim]}),
         bind=partial(_bind_slices, "r", {letters[dim]: (start, stop)}, call.mesh),
-        offers=offers,
+        offers={"r": tuple(offers)},
         free=frozenset({"r"}),
     )
 

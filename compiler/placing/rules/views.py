@@ -63,7 +63,9 @@ def _asked_for(call: Call, old: Letters) -> Mapping[str, tuple[Dim, ...]]:
             viewed = reshape(layout, call.operands[0].type.shape, call.mesh)
         except LayoutError:
             continue
-        offers.update((x, (dim,)) for x, dim in zip(old, viewed.dims, strict=True) if dim_axes(dim))
+        for x, dim in zip(old, viewed.dims, strict=True):
+            if dim_axes(dim):
+                offers[x] = (*offers.get(x, ()), dim)
     return offers
 
 

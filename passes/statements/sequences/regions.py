@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -108,9 +108,9 @@ class Sequences:
         """Turn to `node`: what is asked next is about its operands."""
         self._here = self._flows.get(node, ())
 
-    def split(self, value: Node, flow: Flow) -> Layout | None:
-        """The layout of `value` with its sequence split; None if it has none to split."""
-        shape, layout, axes = value.tensor.shape, value.placed, flow.axes
+    def split(self, layout: Layout, flow: Flow) -> Layout | None:
+        """`layout`, of a value, with its sequence split; None if it has none to split."""
+        shape, axes = layout.shape, flow.axes
         if shape[:2] == (flow.batch, flow.length):
             return self._cut(layout, axes)
         if not flow.leads(shape):
@@ -161,17 +161,13 @@ class Sequences:
         layout = layout.drop_partial(axes).drop_varying(axes).drop_split((*axes, *left), self.mesh)
         return cut_inside(layout, 1, axes, self.mesh)
 
-    def proposals(self, operands: Iterable[Node]) -> Mapping[Node, Layout]:
-        """The layouts with the sequence split, of operands with a sum pending over its axes."""
-        found: dict[Node, Layout] = {}
-        for value in operands if self._here else ():
-            if isinstance(value.type, TensorType) and value.placed.partial:
-                pending = set(value.placed.partial_axes)
-                for flow in self._here:
-                    layout = self.split(value, flow)
-                    if layout is not None and set(layout.split_axes) & pending:
-                        found.setdefault(value, layout)
-        return found
+    def offered(self, layout: Layout) -> Iterator[Layout]:
+        """The layouts with the sequence split, for an operand in a layout with a sum pending over
+        its axes."""
+        for flow in self._here if layout.partial else ():
+            found = self.split(layout, flow)
+            if found is not None and set(found.split_axes) & set(layout.partial_axes):
+                yield found
 
 
 def cut_inside(layout: Layout, dim: int, axes: tuple[str, ...], mesh: Mesh) -> Layout | None:

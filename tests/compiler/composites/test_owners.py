@@ -11,7 +11,7 @@ from meshwright.compiler.graph.slots import Slot
 from meshwright.compiler.layout.factors import Dim, Factor, cut, dim_axes
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.engine import candidates
+from meshwright.compiler.placing.allowed import allowed
 from meshwright.compiler.placing.rules.notation import Call, Operand
 
 SQUARE = Mesh((("a", 2), ("b", 2)))
@@ -53,7 +53,7 @@ def test_rows_are_exchanged_where_ranks_have_a_block_of_one_slice_each(
 ) -> None:
     is_exchanged, slices, rows, owners, axes = LAID_OUT[name]
     call = call_of(op, slices, rows, owners, axes)
-    found = [each for each in candidates(call) if dim_axes(each.operands[-1].dims[1])]
+    found = [each for each in allowed(call) if dim_axes(each.operands[-1].dims[1])]
     assert bool(found) == is_exchanged
     for each in found:
         blocks = each.operands[0] if op == FromOwners.op else each.results[0]
@@ -70,7 +70,7 @@ def test_where_rows_are_whole_each_rank_has_those_of_its_owners(op: MeshOp) -> N
         split = Layout((cut(1), cut(2, "a"), *operand.layout.dims[2:]))
         operand = Operand(operand.type, split)
     call = Call(op, call.args, (), (operand, call.operands[1]), call.results, SQUARE)
-    results = {str(each.results[0]) for each in candidates(call)}
+    results = {str(each.results[0]) for each in allowed(call)}
     wanted = "[1, 8, 2, 6] partial(a)" if op == FromOwners.op else "[1, 2@a, 16, 6]"
     assert wanted in results
 
@@ -81,4 +81,4 @@ def test_a_rank_has_owners_that_follow_one_another() -> None:
     split = Layout((cut(1), apart, *call.operands[0].layout.dims[2:]))
     operand = Operand(call.operands[0].type, split)
     call = Call(FromOwners.op, call.args, (), (operand, call.operands[1]), call.results, SQUARE)
-    assert {each.operands[0].dims[1] for each in candidates(call)} == {cut(4), cut(4, "a")}
+    assert {each.operands[0].dims[1] for each in allowed(call)} == {cut(4), cut(4, "a")}

@@ -17,7 +17,7 @@ from meshwright.compiler.graph.slots import Slot, freeze
 from meshwright.compiler.layout.factors import Dim, Factor, cut, dim_axes
 from meshwright.compiler.layout.layout import Layout, replicated, shard
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.engine import candidates
+from meshwright.compiler.placing.allowed import allowed
 from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
 from tests.compiler.layouts import combine, product
 
@@ -181,7 +181,7 @@ def placements(
     for layouts in combinations(sample, mesh, limit, rng):
         wanted = rng.choice(asked)
         call = call_of(sample, results, layouts, mesh, differentiable=differentiable, wanted=wanted)
-        for placement in candidates(call):
+        for placement in allowed(call):
             found[canonical(placement, mesh)] = None
     return [p for p in found if not is_special(sample, p)]
 

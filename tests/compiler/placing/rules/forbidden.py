@@ -15,7 +15,7 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.factors import cut
 from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.engine import candidates
+from meshwright.compiler.placing.allowed import allowed
 from meshwright.compiler.placing.rules.notation import Placement
 from tests.compiler.placing.rules.brute import (
     Sample,
@@ -86,7 +86,7 @@ def _allowed(
 ) -> bool:
     call = call_of(sample, results, layouts, mesh, differentiable=False)
     wanted = tuple(layout.canonical(mesh) for layout in layouts)
-    return any(canonical(found, mesh).operands == wanted for found in candidates(call))
+    return any(canonical(found, mesh).operands == wanted for found in allowed(call))
 
 
 def _guesses(results: Sequence[Tensor | None]) -> Iterator[tuple[Layout | None, ...]]:

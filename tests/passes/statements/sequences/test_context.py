@@ -35,14 +35,14 @@ def context_of(method: str, ranks: int, selector: str = "blocks.*") -> str:
 def test_the_docstring_shows_what_enters_before_and_after() -> None:
     found = stages(Gpt(), tokens(), context_of("ring order=contiguous", 2))
     names = "add", "attention"
-    check_documented(context, shown(found["normalise"], *names), shown(found["hoist"], *names))
+    check_documented(context, shown(found["normalise"], *names), shown(found["partition"], *names))
 
 
 def test_the_docstring_shows_a_ring_before_and_after_it_is_lowered() -> None:
     found = stages(Gpt(), tokens(), context_of("ring order=contiguous", 2))
     steps = "permute_1", "permute_2", "ring_step", "ring_step_1"
     check_documented(
-        ring_attention, shown(found["hoist"], "attention"), shown(found["lower"], *steps)
+        ring_attention, shown(found["partition"], "attention"), shown(found["lower"], *steps)
     )
 
 

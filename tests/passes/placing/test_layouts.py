@@ -1,24 +1,12 @@
-"""The pass `hoist`: slices are taken at the sources of a value."""
+"""Layouts that are chosen for a whole graph at once."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from meshwright.passes import hoist
 from tests.equivalence import check_equal, implicit_gathers
 from tests.models import real
-from tests.passes.examples import Places, sequences
-from tests.passes.stages import check_documented, shown, stages
-
-
-def test_the_docstring_shows_an_embedding_before_and_after() -> None:
-    found = stages(Places(repeated=True), sequences(64), "mesh dp=2\ndata x over dp\n")
-    check_documented(
-        hoist,
-        shown(found["partition"], "expand", "embedding", "slice"),
-        shown(found["hoist"], "expand", "vary", "embedding"),
-    )
 
 
 class Mask(nn.Module):

@@ -1,0 +1,1 @@
+"""Choose the layout of every value, and then insert what moves."""
