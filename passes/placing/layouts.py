@@ -14,7 +14,7 @@ from functools import cached_property, partial
 import torch
 
 from meshwright.compiler.composites.experts import Combine
-from meshwright.compiler.graph.ir import INPUT, Node, OutputKind
+from meshwright.compiler.graph.ir import GETITEM, INPUT, Node, OutputKind
 from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.factors import dim_axes
 from meshwright.compiler.layout.layout import Layout, replicated
@@ -176,13 +176,47 @@ class Layouts:
         """Whether a change of layout of an operand of a call is one that the plan does not ask for:
         a gather, or one whose adjoint gathers; or what a sequence that is split can do without, as
         reducing a sum whole."""
-        operands = call_operands(user.args, user.kwargs)
-        value, sequences = operands[place], self.marked.sequences
+        value = call_operands(user.args, user.kwargs)[place]
         reduced = collective.kind == "all_reduce"
         if user.op == MOVED or not (reduced or gathers(collective, value)):
             return False
+        # Equal layers ask the same.
+        key = self._asking[user], place, placement, collective
+        if key not in self._answers:
+            self._answers[key] = self._answer(user, place, placement, collective)
+        answer = self._answers[key]
+        if answer is None:
+            return not self._is_needed_whole(value, collective.axes, found)
+        return answer
+
+    @cached_property
+    def _answers(self) -> dict[object, bool | None]:
+        return {}
+
+    @cached_property
+    def _asking(self) -> dict[Node, object]:
+        """What a call's answers depend on, besides placements."""
+        return {
+            node: (
+                node.op,
+                self.marked.sequences.flows(self.marked.old[node]),
+                self._allowed.isdisjoint(path for path, _ in node.origin.modules),
+                bool(self._users[node]),
+                tuple((x.tensor.shape, self.written.get(x), operands.index(x)) for x in operands),
+            )
+            for node in self.marked.graph.nodes
+            if node.op != GETITEM
+            for operands in [call_operands(node.args, node.kwargs)]
+        }
+
+    def _answer(
+        self, user: Node, place: int, placement: Placement, collective: Collective
+    ) -> bool | None:
+        """Whether the plan should ask for a change of layout; None where that depends on the other
+        users of a sequence."""
+        value, sequences = call_operands(user.args, user.kwargs)[place], self.marked.sequences
         sequences.consider(self.marked.old[user])
-        if reduced:
+        if collective.kind == "all_reduce":
             return any(sequences.offered(collective.source))
         if not self.mesh.sequential.isdisjoint(collective.axes):
             # What depends on parameters is not whole before the loop has ended.
@@ -190,7 +224,7 @@ class Layouts:
         if not self._allowed.isdisjoint(path for path, _ in user.origin.modules):
             return False
         if sequences.moves(value, collective):
-            return not self._is_needed_whole(value, collective.axes, found)
+            return None
         return not self._leaves_no_choice(user, placement, place, collective)
 
     def _is_needed_whole(self, value: Node, axes: tuple[str, ...], found: Candidates) -> bool:

@@ -104,9 +104,13 @@ class Sequences:
         leads = isinstance(value.type, TensorType) and flow.leads(value.tensor.shape)
         return leads and divides and self._nested(flow.region, inside)
 
+    def flows(self, node: Node) -> tuple[Flow, ...]:
+        """The sequences that a node works on, that of its result first."""
+        return self._flows.get(node, ())
+
     def consider(self, node: Node) -> None:
         """Turn to `node`: what is asked next is about its operands."""
-        self._here = self._flows.get(node, ())
+        self._here = self.flows(node)
 
     def split(self, layout: Layout, flow: Flow) -> Layout | None:
         """`layout`, of a value, with its sequence split; None if it has none to split."""
