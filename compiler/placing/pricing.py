@@ -112,7 +112,7 @@ def _sent(
     return tuple(
         (each.axes, elements_sent(each, mesh))
         for each in _taken(given, wanted, mesh, differentiated)
-        if each.row.moves
+        if each.row.moves and not mesh.sequential.issuperset(each.axes)
     )
 
 

@@ -117,7 +117,9 @@ class _Elimination:
         self._known: dict[tuple[tuple[int, ...], bytes], tuple[int, Costs]] = {}
         self._summed: dict[object, tuple[Costs, NDArray[np.intp]]] = {}
         for table in self.given:
-            self._add(table.scope, table.costs)
+            # What leaves no choice is no variable: arrays have a limited number of dims.
+            scope = tuple(v for v in table.scope if sizes[v] > 1)
+            self._add(scope, table.costs.reshape([sizes[v] for v in scope]))
 
     def run(self, limit: int) -> None:
         """Eliminate every variable that this can be done to within `limit`."""
