@@ -50,6 +50,10 @@ class Pricing:
         """
         found = 0
         for axes, elements in _sent(given, wanted, self.mesh, differentiated):
+            if self.mesh.sequential.issuperset(axes):
+                # Nothing is sent, and yet it is better not to.
+                found += 1
+                continue
             link = self._link(axes)
             slowness = self.cluster.node.bandwidth / link.bandwidth
             found += _SECOND * round(elements * itemsize * slowness)
@@ -112,7 +116,7 @@ def _sent(
     return tuple(
         (each.axes, elements_sent(each, mesh))
         for each in _taken(given, wanted, mesh, differentiated)
-        if each.row.moves and not mesh.sequential.issuperset(each.axes)
+        if each.row.moves
     )
 
 

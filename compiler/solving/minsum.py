@@ -118,6 +118,8 @@ class _Elimination:
         self._summed: dict[object, tuple[Costs, NDArray[np.intp]]] = {}
         for table in self.given:
             # What leaves no choice is no variable: arrays have a limited number of dims.
+            if np.isinf(table.costs.min()):
+                raise Infeasible(frozenset(table.scope))
             scope = tuple(v for v in table.scope if sizes[v] > 1)
             self._add(scope, table.costs.reshape([sizes[v] for v in scope]))
 
