@@ -36,8 +36,8 @@ def test_the_output_and_the_input_of_a_module_may_be_laid_out() -> None:
     plan = "mesh dp=2, tp=2\nshard up -> [b@dp, f@tp]\nshard down <- [b@dp, f]\n"
     found = stages(Mlp(), rows(), plan)
     assert shown(found["partition"], "linear", "linear_1") == [
-        "linear: f32[8, 64] = linear(x, up_weight, up_bias)",
-        "linear_1: f32[8@dp, 16] = linear(all_gather_replicated, vary, vary_1)",
+        "linear: f32[8@dp, 64@tp] = linear(slice, vary, vary_1)",
+        "linear_1: f32[8@dp, 16] = linear(all_gather_replicated, vary_2, vary_3)",
     ]
 
 
