@@ -5,11 +5,9 @@ Before:  w: f32[16, 64@tp] = input(parameter down.weight)
          y1: f32[8, 16] = all_reduce(y, tp)
 After:   the same nodes; the origin of each says `gpt.plan:5`, where `rows down over tp` stands
 
-A value is split, partial or varying over an axis because of an operand that is, weights before
-activations, and a collective has the line of what it moves. A value that is brought to another's
-layout has the line of that other value, and so has the exchange that brings it to a weight. A split
-of the sequence has the line of its `sequence` statement, and an adjoint that of the collective in
-the forward.
+A collective of the forward has the line that was noted where it was put in, and an adjoint that of
+the collective in the forward. Any other has the line of what it moves: a value is split, partial or
+varying over an axis because of an operand that is, weights before activations.
 Requires: a graph that no later pass adds collectives to. Ensures: only `plan_line` has changed.
 """
 
@@ -17,15 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 
 from meshwright.compiler.graph.aliasing import has_no_memory
 from meshwright.compiler.graph.ir import INPUT, Builder, Node, Phase, rewrite
-from meshwright.compiler.graph.transfers import collective_kind, is_collective
-from meshwright.dsl.statements import Spread
+from meshwright.compiler.graph.transfers import is_collective
 from meshwright.passes.statements.draft import Draft, input_key
-from meshwright.passes.statements.pins import pin_lines
-from meshwright.passes.statements.sequences.regions import depth
+from meshwright.passes.statements.pins import axis_lines, pin_lines
 
 
 def attribute(draft: Draft) -> Draft:
@@ -67,10 +62,7 @@ class _Lines:
             lines = (self.axes[n].get(axis) for n in operands if axis in _axes_used(n))
             line = next(filter(None, lines), "")
             if line:
-                self._explain(node, axis, line)
-            if operands[:1] and operands[0] in self.weights:
-                for each in operands[1:]:
-                    self._brought(each, axis, line)
+                self.axes[node][axis] = line
         if is_collective(node):
             self.axes[node].update(self._asked(node))
         if operands and operands[0] in self.weights and _keeps(node):
@@ -86,65 +78,27 @@ class _Lines:
         if used and node.of_model:
             self.weights[node] = pin_lines(used)
         for pin in filter(None, (stored, used)):
-            for axis in pin.layout.axes_used:
-                chosen = [s for s in pin.statements if not isinstance(s, Spread) or axis in s.over]
-                line = next((s.plan_line for s in reversed(chosen or pin.statements)), "")
-                self.axes[node][axis] = line
-
-    def _explain(self, node: Node, axis: str, line: str) -> None:
-        """Give the line to a node, and to what it is made of, where they have none for the axis."""
-        pending = [node]
-        while pending:
-            each = pending.pop()
-            if axis in _axes_used(each) and not self.axes[each].get(axis):
-                self.axes[each][axis] = line
-                pending += each.operands()
-
-    def _brought(self, operand: Node, axis: str, line: str) -> None:
-        """Give the line of a weight to the exchanges that bring a value, split over the same axis,
-        to that weight."""
-        seen, pending = {operand}, [operand]
-        while pending:
-            each = pending.pop()
-            if axis not in _axes_used(each) or self.axes[each].get(axis) == line:
-                continue
-            if is_collective(each) and axis in each.kwargs["axes"]:
-                if _exchanges(each):
-                    self.axes[each][axis] = line
-                continue
-            more = [n for n in each.operands() if n not in seen]
-            seen.update(more)
-            pending += more
+            self.axes[node].update(axis_lines(pin))
 
     def _asked(self, node: Node) -> dict[str, str]:
-        """By axis, the line of a collective that does not follow from what it moves: that of an
-        adjoint, a layout that the plan wrote, or a sequence."""
+        """By axis, the line of a collective that does not follow from what it moves: that noted
+        where it was put in, or that of whose adjoint it is."""
         axes: tuple[str, ...] = node.kwargs["axes"]
         backward = node.phase is not Phase.FORWARD
         other = self.forward.get(node.origin.forward) if backward else None
         if other is not None and is_collective(other):
             found = {**self.axes[other.args[0]], **self.axes[other]}
             return {axis: found[axis] for axis in axes if found.get(axis)}
-        if node.origin.plan_line and not backward:
-            return dict.fromkeys(axes, node.origin.plan_line)
-        kind = collective_kind(node.op)
-        if kind is not None and kind.shards:
-            around = sorted(self.draft.regions, key=partial(depth, node))
-            found = {axis: r.statement.plan_line for r in around for axis in r.axes}
-            return {axis: found[axis] for axis in axes if axis in found}
-        return {}
+        if backward:
+            return {}
+        every = dict.fromkeys(axes, node.origin.plan_line) if node.origin.plan_line else {}
+        return {**every, **dict(node.origin.axis_lines)}
 
     def _name(self, node: Node) -> None:
         found = {**self.axes[node.args[0]], **self.axes[node]}
         line = _joined(found.get(axis, "") for axis in node.kwargs["axes"])
         if line:
             self.found[node] = line
-
-
-def _exchanges(node: Node) -> bool:
-    """Whether a collective moves a split from one dim to another."""
-    kind = collective_kind(node.op)
-    return kind is not None and kind.source == kind.target == "split"
 
 
 def _keeps(node: Node) -> bool:

@@ -34,11 +34,15 @@ from meshwright.compiler.graph.ir import (
     OutputKind,
     map_nodes,
 )
+from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.extents import Padding, padding_between
 from meshwright.compiler.layout.layout import Layout, replicated
+from meshwright.compiler.layout.reshard import Collective
 from meshwright.compiler.placing.emit import Emitter
+from meshwright.compiler.placing.movement import Reason
 from meshwright.dsl.statements import Stages
 from meshwright.passes.placing.layouts import Layouts, lay_out
+from meshwright.passes.placing.reasons import Reasons
 from meshwright.passes.statements.draft import Draft, Pin, device_type, input_key
 from meshwright.passes.statements.pins import pin_lines
 from meshwright.passes.statements.relays import Arriving
@@ -55,6 +59,7 @@ def partition(draft: Draft) -> Draft:
 class _Partitioner:
     def __init__(self, layouts: Layouts) -> None:
         self.layouts, self.marked, self.choice = layouts, layouts.marked, layouts.choice
+        self.reasons = Reasons(layouts.draft, layouts.marked, layouts.choice)
         self.draft = draft = replace(layouts.draft, graph=self.marked.graph)
         self.graph = self.marked.graph
         self.emitter = Emitter(Builder(draft.graph.name, draft.mesh), device=device_type(draft))
@@ -93,16 +98,23 @@ class _Partitioner:
         if node.op == GETITEM:
             source = self.mapping[node.args[0]]
             return self.emitter.item(source, node.args[1], node.origin, name=node.name)
-        if move := self.marked.move(node):
-            (layout,) = self.choice.placements[node].operands
-            origin = replace(node.origin, plan_line=move.line)
-            return self.emitter.reshard(self.mapping[node.args[0]], layout, origin)
+        if self.marked.move(node):
+            (value,), (layout,) = node.operands(), self.choice.placements[node].operands
+            return self.emitter.reshard(
+                self.mapping[value], layout, node.origin, why=partial(self._moved, value, node)
+            )
         return self._call(node)
 
     def _call(self, node: Node) -> Node:
         args = map_nodes(node.args, self.mapping.__getitem__)
         kwargs = {key: map_nodes(v, self.mapping.__getitem__) for key, v in node.kwargs.items()}
-        placement = self.choice.placements[node]
+        operands, placement = call_operands(node.args, node.kwargs), self.choice.placements[node]
+
+        def why(place: int, collective: Collective) -> Reason:
+            asked = self.layouts.asks(node, placement, place, collective)
+            lines = self.reasons.behind(collective, operands[place], node)
+            return Reason(asked, lines, self.reasons.instead(node))
+
         return self.emitter.call(
             node.op,
             args,
@@ -110,10 +122,14 @@ class _Partitioner:
             origin=node.origin,
             type=node.type,
             placement=placement,
-            asked=partial(self.layouts.asks, node, placement),
+            why=why,
             requires_grad=node.requires_grad,
             name=node.name,
         )
+
+    def _moved(self, value: Node, user: Node | None, collective: Collective) -> Reason:
+        """The reason for what the plan wrote, or results are."""
+        return Reason(lines=self.reasons.behind(collective, value, user))
 
     def _input(self, node: Node) -> Node:
         key, mesh = input_key(node), self.draft.mesh
@@ -222,7 +238,8 @@ class _Partitioner:
             layout = layout.add_varying(value.placed.varying)
         if layout.shape != value.tensor.shape:
             value = self._lengthened(value, layout.shape)
-        return self.emitter.reshard(value, layout, replace(node.origin, stage=stage))
+        origin, why = replace(node.origin, stage=stage), partial(self._moved, node, None)
+        return self.emitter.reshard(value, layout, origin, why=why)
 
     def _lengthened(self, value: Node, shape: tuple[int, ...]) -> Node:
         """`value` with the zeros that storage adds."""

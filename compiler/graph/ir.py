@@ -59,6 +59,10 @@ class Origin:
     source: str = ""
     plan_line: str = ""
     """`gpt.plan:6`: the statement behind an input's layout or a collective."""
+    axis_lines: tuple[tuple[str, str], ...] = ()
+    """Of a change of layout: the statement behind it, by axis."""
+    instead: str = ""
+    """Of a change of layout: what the next best choice would cost, for what takes its result."""
     forward: str = ""
     modules: tuple[tuple[str, str], ...] = ()
     """The stack of (path, class) from the root to the innermost module."""

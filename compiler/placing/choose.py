@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -24,7 +24,15 @@ from meshwright.compiler.placing.candidates import Candidates
 from meshwright.compiler.placing.pricing import pricing
 from meshwright.compiler.placing.rules.factories import is_filled
 from meshwright.compiler.placing.rules.notation import Placement
-from meshwright.compiler.solving.minsum import Costs, Infeasible, Solution, Table, minimise
+from meshwright.compiler.solving.minsum import (
+    Cost,
+    Costs,
+    Infeasible,
+    Margins,
+    Solution,
+    Table,
+    minimise,
+)
 
 Unasked: TypeAlias = Callable[[Node, int, Placement, Collective], bool]
 """Whether a change of layout is one that the plan does not ask for, and should: of the operand of a
@@ -59,6 +67,18 @@ class Choice:
 
     placements: Mapping[Node, Placement]
     solution: Solution
+    others: Callable[[Node], Sequence[tuple[Placement, Cost]]] = field(repr=False)
+    """The placements that a call may have, and what each would cost more."""
+
+    def next_best(self, node: Node) -> tuple[Placement, complex] | None:
+        """The cheapest other placement of a call, all others being as they are, and what it would
+        cost more; None where there is none."""
+        found = [
+            (placement, complex(cost))
+            for placement, cost in self.others(node)
+            if placement != self.placements[node] and np.isfinite(cost)
+        ]
+        return min(found, key=lambda each: (each[1].real, each[1].imag), default=None)
 
     def given(self, value: Node) -> Layout:
         """The layout that a value has."""
@@ -106,6 +126,8 @@ class _Problem:
         self.sizes: list[int] = []
         self.tables: list[Table] = []
         self.variable: dict[Node, int] = {}
+        self.made: list[int] = []
+        """The variables that say whether a layout is made, which follow from the others."""
         self.uses: dict[Node, list[Use]] = {}
         self._rooted: dict[Node, bool] = {}
         for node, options in candidates.of.items():
@@ -137,7 +159,13 @@ class _Problem:
             node: options[found.choices[self.variable[node]]]
             for node, options in self.candidates.of.items()
         }
-        return Choice(placements, found)
+        margins = Margins(self.tables, found.choices, self.made)
+
+        def others(node: Node) -> Sequence[tuple[Placement, Cost]]:
+            options = self.candidates.of[node]
+            return list(zip(options, margins.of(self.variable[node], len(options)), strict=True))
+
+        return Choice(placements, found, others)
 
     def _variable(self, size: int) -> int:
         self.sizes.append(size)
@@ -179,6 +207,7 @@ class _Problem:
     ) -> None:
         """Pay for one layout where any use needs it."""
         made = self._variable(2)
+        self.made.append(made)
         self.tables.append(Table((own, made), np.stack([np.zeros_like(price), price], 1)))
         for use, need in zip(uses, needs, strict=True):
             wants = np.array([each == layout for each in need])

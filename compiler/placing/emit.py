@@ -33,7 +33,7 @@ from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.layout.reshard import Collective, collectives
 from meshwright.compiler.placing.fragments import Given, fragment_of, placements
-from meshwright.compiler.placing.movement import Movement, stays_split
+from meshwright.compiler.placing.movement import Movement, Reason, stays_split
 from meshwright.compiler.placing.result_types import result_type
 from meshwright.compiler.placing.rules.factories import filled_with, is_filled
 from meshwright.compiler.placing.rules.notation import Placement
@@ -74,15 +74,15 @@ class Emitter:
         origin: Origin,
         type: NodeType = None,
         placement: Placement | None = None,
-        asked: Callable[[int, Collective], bool] | None = None,
+        why: Callable[[int, Collective], Reason] | None = None,
         requires_grad: bool = False,
         name: str = "",
     ) -> Node:
         """Emit `op` on these nodes, resharding operands as its `placement` asks, by default the
         cheapest.
 
-        `asked` tells whether the plan asks for a change of layout of an operand, by its place: by
-        default where another operand stays in the layout that the plan wrote.
+        `why` gives the reason for a change of layout of an operand, by its place: by default, it is
+        forced where another operand stays in the layout that the plan wrote.
         """
         kwargs = dict(sorted((kwargs or {}).items()))
         operands = call_operands(args, kwargs)
@@ -90,9 +90,9 @@ class Emitter:
             type = result_type(op, args, kwargs)
         if placement is None:
             placement = self._alone(op, args, kwargs, type)
-        asked = asked or partial(self._is_asked, operands, placement)
+        why = why or partial(self._reason, operands, placement)
         brought = (
-            self.reshard(value, layout, origin, user=op, asked=partial(asked, place))
+            self.reshard(value, layout, origin, user=op, why=partial(why, place))
             for place, (value, layout) in enumerate(zip(operands, placement.operands, strict=True))
         )
         return self.builder.emit(
@@ -185,13 +185,13 @@ class Emitter:
         origin: Origin,
         *,
         user: Op = MeshOp("output"),
-        asked: Callable[[Collective], bool] = lambda collective: True,
+        why: Callable[[Collective], Reason] = lambda collective: Reason(),
         anew: bool = False,
     ) -> Node:
         """`value` in the layout `target`, by explicit collectives, each emitted once per value
         unless it is to be made `anew`.
 
-        `asked` tells whether the plan asks for a collective.
+        `why` gives the reason for a collective, which notes it.
         """
         target = target.canonical(self.mesh)
         known = {value.placed: value}
@@ -206,10 +206,14 @@ class Emitter:
             if collective.target in have:
                 node = have[collective.target]
                 continue
-            following = self._emit_collective(node, collective, _reducing(value, origin))
-            still = self.mesh.sequential.issuperset(collective.axes)
-            forced = still or asked(collective)
-            self.movements.append(Movement(value, user, collective, following, forced))
+            reason = why(collective)
+            if self.mesh.sequential.issuperset(collective.axes):
+                reason = replace(reason, forced=True)
+            noted = replace(
+                _reducing(value, origin), axis_lines=reason.lines, instead=reason.instead
+            )
+            following = self._emit_collective(node, collective, noted)
+            self.movements.append(Movement(value, user, collective, following, reason))
             node = have[collective.target] = following
         return node
 
@@ -252,15 +256,16 @@ class Emitter:
             )
         return have[layout]
 
-    def _is_asked(
+    def _reason(
         self, operands: Sequence[Node], placement: Placement, place: int, collective: Collective
-    ) -> bool:
-        return any(
+    ) -> Reason:
+        forced = any(
             other is not operands[place]
             and other in self.written
             and stays_split(other.placed, layout, collective.axes)
             for other, layout in zip(operands, placement.operands, strict=True)
         )
+        return Reason(forced)
 
     def _emit_collective(self, value: Node, collective: Collective, origin: Origin) -> Node:
         return self.builder.emit(

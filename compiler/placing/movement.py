@@ -15,6 +15,20 @@ from meshwright.compiler.layout.reshard import Collective, cost
 
 
 @dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a value changes its layout."""
+
+    forced: bool = True
+    """Whether the plan left no other choice: it wrote the layout of another operand, which stays as
+    it is, splits the sequence that this moves, or cuts the batch into microbatches that this takes
+    together."""
+    lines: tuple[tuple[str, str], ...] = ()
+    """By axis: the line of the plan behind the split that is made, or the sum that is reduced."""
+    instead: str = ""
+    """What the next best choice would cost, for what takes the value."""
+
+
+@dataclass(frozen=True, slots=True)
 class Movement:
     """A change of layout that was inserted, and the call that asked for it."""
 
@@ -22,16 +36,13 @@ class Movement:
     user: Op
     collective: Collective
     node: Node
-    forced: bool
-    """Whether the plan left no other choice: it wrote the layout of another operand, which stays as
-    it is, splits the sequence that this moves, or cuts the batch into microbatches that this takes
-    together."""
+    reason: Reason
 
     @property
     def implicit(self) -> bool:
         """Whether it or its adjoint gathers, and nothing that the plan wrote made that the only
         way."""
-        return not self.forced and gathers(self.collective, self.value)
+        return not self.reason.forced and gathers(self.collective, self.value)
 
     def sent_bytes(self, mesh: Mesh) -> int:
         """The bytes sent per rank for it and, where it is differentiated, its adjoint."""

@@ -29,6 +29,11 @@ DEFAULTS = {"cpu": "laptop", "cuda": "8xh100"}
 counts as an accelerator."""
 
 
+def sent_more(cost: complex) -> int:
+    """The bytes of the fastest link in a difference of costs."""
+    return int(cost.imag) // _SECOND
+
+
 @lru_cache(maxsize=64)
 def pricing(mesh: Mesh, device: str) -> Pricing:
     """The prices on ranks of a mesh whose devices are of a type."""

@@ -162,7 +162,8 @@ class Explanation:
                 line += f"  stage {item.stages[0]} to {item.stages[1]}"
             elif item.at:
                 line += f"  stage {item.stages[0]}"
-            yield line + self._why(item.plan_line)
+            instead = f"  cheapest: {item.instead}" if item.instead else ""
+            yield line + (self._why(item.plan_line) or instead)
 
     def _why(self, places: str) -> str:
         said = [f"{place}: {self.statements.get(place, '')}" for place in places.split(", ")]

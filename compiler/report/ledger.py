@@ -37,7 +37,8 @@ class Moved:
     the graph and `type` the type of its operand; of `operands` tensors that are sent together,
     their types.
     `module` is the path of the innermost module that it belongs to and `modules` those of all;
-    `plan_line` are the places of the statements behind it, such as `gpt.plan:6`. In a pipeline,
+    `plan_line` are the places of the statements behind it, such as `gpt.plan:6`, and `instead` is
+    what the next best choice would cost, for the operator that it is there for. In a pipeline,
     `at` are the coordinates of the ranks that send it, such as `pp=1`, and `stages` the stage that
     runs it and, of a transfer, the one that takes it.
     """
@@ -51,6 +52,7 @@ class Moved:
     module: str
     modules: tuple[str, ...]
     plan_line: str
+    instead: str
     times: int
     operands: int
     at: str
@@ -218,6 +220,7 @@ class _Ledger:
             node.origin.module,
             tuple(path for path, _ in node.origin.modules),
             node.origin.plan_line,
+            node.origin.instead,
             times,
             len(operands),
             self.place,

@@ -85,6 +85,44 @@ def minimise(sizes: Sequence[int], tables: Iterable[Table], limit: int = LIMIT) 
     return left.solution(choices, bound)
 
 
+class Margins:
+    """What another choice for one variable would cost more, where those that are `free` follow it
+    and all others are as in `choices`."""
+
+    def __init__(
+        self, tables: Iterable[Table], choices: Sequence[int], free: Iterable[int] = ()
+    ) -> None:
+        self.choices, self.free = choices, frozenset(free)
+        self._of: defaultdict[int, list[Table]] = defaultdict(list)
+        for table in tables:
+            for variable in table.scope:
+                self._of[variable].append(table)
+
+    def of(self, variable: int, size: int) -> list[Cost]:
+        """By each of so many choices of a variable; no free one is beside another."""
+        total: Costs = np.zeros(size, dtype=complex)
+        free: defaultdict[int, Costs] = defaultdict(lambda: np.zeros((size, 1), dtype=complex))
+        for table in self._of[variable]:
+            beside = [v for v in table.scope if v in self.free]
+            costs = self._costs(table, (variable, *beside))
+            if beside:
+                free[beside[0]] = free[beside[0]] + costs
+            else:
+                total = total + costs
+        for other, costs in free.items():
+            for table in self._of[other]:
+                if variable not in table.scope:
+                    costs = costs + self._costs(table, (other,))
+            total = total + costs.min(1)
+        return [cost.item() for cost in total - total[self.choices[variable]]]
+
+    def _costs(self, table: Table, scope: tuple[int, ...]) -> Costs:
+        """A table over the variables of `scope` alone."""
+        at = tuple(slice(None) if v in scope else self.choices[v] for v in table.scope)
+        order = [v for v in table.scope if v in scope]
+        return table.costs[at].transpose([order.index(v) for v in scope])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Held:
     """A table that is part of the sum, and the number of what is in it."""

@@ -11,7 +11,7 @@ from meshwright.compiler.layout.factors import Dim, Factor, dim_axes, whole
 from meshwright.compiler.layout.layout import Layout
 from meshwright.dsl.errors import PlanError
 from meshwright.dsl.solve import Dim as SolvedDim
-from meshwright.dsl.statements import Statement
+from meshwright.dsl.statements import Spread, Statement
 from meshwright.passes.statements.draft import Draft, Pin, input_key
 
 
@@ -24,6 +24,16 @@ def pin_lines(pin: Pin | None) -> str:
     """The places of all statements behind a pin."""
     places = (statement.plan_line for statement in pin.statements) if pin else ()
     return ", ".join(dict.fromkeys(filter(None, places)))
+
+
+def axis_lines(pin: Pin | None) -> dict[str, str]:
+    """By axis that a pinned layout uses: the line that asks for it, the last of them."""
+    found = {}
+    for axis in pin.layout.axes_used if pin else ():
+        assert pin is not None
+        chosen = [s for s in pin.statements if not isinstance(s, Spread) or axis in s.over]
+        found[axis] = next((s.plan_line for s in reversed(chosen or pin.statements)), "")
+    return found
 
 
 def tensor_text(node: Node, *, shape: bool = True) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,3 +71,29 @@ def test_parameters_and_the_operators_that_take_them_name_their_statements() -> 
         n for n in program.graph("stage0.forward").graph.nodes if n.name.startswith("linear")
     ]
     assert [n.origin.plan_line for n in linears] == ["a.plan:3", "a.plan:4"] * 2
+
+
+def test_gradients_that_two_statements_reduce_name_each_for_its_axes() -> None:
+    found = lines(PLAN + "sequence blocks.* over tp\n")
+    assert ("backward", "all_reduce", ("dp",), "a.plan:2") in found
+
+
+class Sorted(nn.Module):
+    """A sort takes all of a dim, and a product of what two lines split can be had in two ways."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x.sort(-1).values @ y.sort(-1).values.mT).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("layouts", "instead"),
+    [
+        ("x [b, d@tp]", "there is no other way"),
+        ("x [b@tp, d]\nshard y [c@tp, d]", "`matmul` of [16, 6], [6, 8] would send 192 B more"),
+    ],
+)
+def test_a_move_has_what_the_next_best_choice_costs(layouts: str, instead: str) -> None:
+    plan = mw.Plan.parse(f"mesh tp=2\nshard {layouts}\nallow replicate **\n")
+    program = mw.compile(Sorted(), plan, (torch.zeros(16, 6), torch.zeros(8, 6)))
+    (gather,) = (c for c in program.comm() if c.phase == "forward" and c.kind == "all_gather")
+    assert gather.instead == instead

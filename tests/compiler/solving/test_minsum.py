@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from meshwright.compiler.solving.integer import IntegerProgram
-from meshwright.compiler.solving.minsum import Infeasible, Table, minimise
+from meshwright.compiler.solving.minsum import Infeasible, Margins, Table, minimise
 
 
 def drawn(rng: random.Random, variables: int) -> tuple[list[int], list[Table]]:
@@ -103,3 +103,37 @@ def test_equal_tables_over_variables_in_another_order_are_another_step() -> None
     costs = np.array([[5.0, 0.0], [1.0, 7.0]])
     found = minimise([2, 2, 2, 2], [Table((0, 1), costs), Table((3, 2), costs)])
     assert (found.cost, found.choices) == (0, (0, 1, 1, 0))
+
+
+def test_margins_are_what_another_choice_costs_where_free_variables_follow_it() -> None:
+    rng, compared = random.Random(7), 0
+    for _ in range(60):
+        sizes, tables = drawn(rng, rng.randint(2, 5))
+        tables = [each for each in tables if len(each.scope) < 3]
+        free = rng.randrange(len(sizes))
+        try:
+            choices = list(minimise(sizes, tables).choices)
+        except Infeasible:
+            continue
+        margins, first = Margins(tables, choices, [free]), least_with(sizes, tables, choices, free)
+        for variable in set(range(len(sizes))) - {free}:
+            found = margins.of(variable, sizes[variable])
+            for option, margin in enumerate(found):
+                changed = [*choices]
+                changed[variable] = option
+                cost = least_with(sizes, tables, changed, free)
+                # What no choice of the others allows is not allowed in a table of its own either.
+                assert margin == cost - first or math.isinf(cost.real)
+                compared += not math.isinf(cost.real) and option != choices[variable]
+    assert compared > 100
+
+
+def least_with(sizes: list[int], tables: list[Table], choices: list[int], free: int) -> complex:
+    """What choices cost, with the best for one variable."""
+    only = [[own] for own in choices]
+    only[free] = [*range(sizes[free])]
+    costs = (
+        sum(complex(table.costs[tuple(choice[v] for v in table.scope)]) for table in tables)
+        for choice in itertools.product(*only)
+    )
+    return min(costs, key=lambda cost: (cost.real, cost.imag))
