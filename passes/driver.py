@@ -18,6 +18,7 @@ from meshwright.compiler.capture.initialisation import Initialisation, capture_i
 from meshwright.compiler.capture.outputs import Mode
 from meshwright.compiler.capture.tracing.patches import ALONE
 from meshwright.compiler.errors import CaptureError
+from meshwright.compiler.garbage import uncollected
 from meshwright.compiler.graph.ir import Builder, Graph, Node, TensorType, rewrite
 from meshwright.compiler.layout.extents import padding_between
 from meshwright.compiler.layout.layout import Layout, replicated
@@ -292,7 +293,7 @@ def compile_captured(
 def _passed(draft: Draft) -> Draft:
     """The draft after every pass; its graphs are checked after each."""
     checked: set[Node] = set()
-    with ALONE:
+    with ALONE, uncollected():
         for each in PASSES:
             draft = each(draft)
             check_all(draft.graphs, each.__name__, checked)

@@ -33,6 +33,7 @@ from meshwright.compiler.capture.tracing.modes import translated_modes
 from meshwright.compiler.capture.tracing.patches import ALONE
 from meshwright.compiler.capture.tracing.values import OnlyOnce, values_in_python
 from meshwright.compiler.capture.tracing.watch import watching
+from meshwright.compiler.garbage import uncollected
 from meshwright.compiler.graph.annotate import capturing
 from meshwright.compiler.graph.ir import Graph
 from meshwright.dsl.errors import plural
@@ -106,7 +107,7 @@ def capture(
     args, kwargs = split_example(example)
     named, training = named_tensors(model), modules_in_training(model)
     once = OnlyOnce()
-    with ALONE, only_capture_errors():
+    with ALONE, uncollected(), only_capture_errors():
         spec = input_spec(model, args, kwargs, static)
         program, returned = _export(model, spec, (args, kwargs), loss, tuple(outputs), mode, once)
     converter = Converter(program, named, spec, torch.device(device), mode)

@@ -8,8 +8,9 @@ of layout leads from any of them to what a user needs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, Node
@@ -19,7 +20,7 @@ from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.allowed import allowed
 from meshwright.compiler.placing.calls import make_call
 from meshwright.compiler.placing.rules.factories import makes_zeros
-from meshwright.compiler.placing.rules.notation import Operand, Placement
+from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
 
 Options = tuple[Placement, ...]
 
@@ -55,8 +56,13 @@ class Candidates:
     elsewhere: Mapping[Node, frozenset[Layout]] = field(default_factory=dict)
     """Layouts that inputs are there in besides."""
     of: dict[Node, Options] = field(default_factory=dict, init=False)
+    kinds: dict[Node, int] = field(default_factory=dict, init=False)
+    """A number for each call: calls of one number are alike, placements included."""
     layouts: dict[Node, tuple[Layout, ...]] = field(default_factory=dict, init=False)
     wanted: dict[Node, dict[Layout, None]] = field(default_factory=dict, init=False)
+    _calls: dict[Node, Call] = field(default_factory=dict, init=False)
+    _needs: dict[Options, list[tuple[Layout, ...]]] = field(default_factory=dict, init=False)
+    """By placements of a call: the splits that they need, by operand."""
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes:
@@ -67,6 +73,10 @@ class Candidates:
         if again:
             for node in self.graph.nodes:
                 self._place(node)
+        known: dict[Hashable, int] = {}
+        for node, options in self.of.items():
+            key = node.op, self._calls.get(node, node.type), options
+            self.kinds[node] = known.setdefault(key, len(known))
 
     def _place(self, node: Node) -> None:
         """Work out the placements of a node on those of its operands."""
@@ -95,6 +105,7 @@ class Candidates:
             lambda each: _operand(each, self._given(each, node)),
             tuple(self.wanted.get(node, ())),
         )
+        self._calls[node] = call
         found = allowed(call)
         if not found:
             raise Unplaceable(node, tuple(each.layout for each in call.operands))
@@ -126,12 +137,15 @@ class Candidates:
             self.of[node] = self._options(node)
         new = False
         operands = tuple(call_operands(node.args, node.kwargs))
-        for placement in self.of[node]:
-            for operand, layout in zip(operands, placement.operands, strict=True):
-                if operand.op in (INPUT, GETITEM):
-                    continue
-                asked, own = layout.drop_states(), self.layouts[operand]
-                if asked.split_axes and all(asked != each.drop_states() for each in own):
+        options = self.of[node]
+        if options not in self._needs:
+            self._needs[options] = _splits_needed(options)
+        for operand, needed in zip(operands, self._needs[options], strict=True):
+            if operand.op in (INPUT, GETITEM) or not needed:
+                continue
+            own = {each.drop_states() for each in self.layouts[operand]}
+            for asked in needed:
+                if asked not in own:
                     self.wanted.setdefault(operand, {})[asked] = None
                     new = True
         return new
@@ -157,6 +171,14 @@ def _operand(node: Node, layouts: tuple[Layout, ...]) -> Operand:
     )
 
 
+def _splits_needed(options: Options) -> list[tuple[Layout, ...]]:
+    """The layouts that split something among those that placements need, by operand."""
+    columns = zip(*(each.operands for each in options), strict=True)
+    found = (dict.fromkeys(layout.drop_states() for layout in each) for each in columns)
+    return [tuple(layout for layout in each if layout.split_axes) for each in found]
+
+
+@lru_cache(maxsize=65536)
 def _loses_split(written: Layout, used: Layout) -> bool:
     """Whether a split that the plan wrote is undone or moved; splitting further is not that."""
     return any(written.split_dim(axis) != used.split_dim(axis) for axis in written.split_axes)

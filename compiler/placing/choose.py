@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -18,7 +18,8 @@ import numpy as np
 from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Node
 from meshwright.compiler.graph.slots import call_operands
-from meshwright.compiler.layout.layout import Layout
+from meshwright.compiler.graph.weights import input_behind
+from meshwright.compiler.layout.layout import Layout, replicated
 from meshwright.compiler.layout.reshard import Collective, collectives, cost
 from meshwright.compiler.placing.candidates import Candidates
 from meshwright.compiler.placing.pricing import pricing
@@ -37,6 +38,9 @@ from meshwright.compiler.solving.minsum import (
 Unasked: TypeAlias = Callable[[Node, int, Placement, Collective], bool]
 """Whether a change of layout is one that the plan does not ask for, and should: of the operand of a
 user, by its place, before a placement of this user."""
+_Moves: TypeAlias = tuple[int, tuple[tuple[tuple[int, ...], Costs], ...]]
+"""How many layouts are made once for several uses, and tables over the value, its uses and these:
+each by its number in this order."""
 
 
 class Contradiction(LayoutError):
@@ -101,13 +105,16 @@ def choose(
     ends: Mapping[Node, Sequence[Layout]] | None = None,
     unasked: Unasked = lambda user, place, placement, collective: False,
     device: str = "cpu",
+    alike: Callable[[Node], Hashable] = lambda user: user,
 ) -> Choice:
     """The placements of a graph that move least without being asked to, and cost least of those.
 
-    `ends` are the layouts in which some values are wanted besides, as outputs are; `device` is the
-    type of the ranks' devices.
+    `ends` are the layouts in which some values are wanted besides, in the last stage, as outputs
+    are; `device` is the type of the ranks' devices. Users which are `alike` are given the same
+    answers by `unasked`, for values of the same type in the same layouts that are used as these
+    are.
     """
-    return _Problem(candidates, ends or {}, unasked, device).solved()
+    return _Problem(candidates, ends or {}, unasked, device, alike).solved()
 
 
 class _Problem:
@@ -119,22 +126,31 @@ class _Problem:
         ends: Mapping[Node, Sequence[Layout]],
         unasked: Unasked,
         device: str,
+        alike: Callable[[Node], Hashable],
     ) -> None:
         self.candidates, self.graph, self.mesh = candidates, candidates.graph, candidates.mesh
-        self.unasked = unasked
+        self.unasked, self.alike = unasked, alike
         self.pricing = pricing(self.mesh, device)
+        self.last = max(node.stage for node in self.graph.nodes)
         self.sizes: list[int] = []
         self.tables: list[Table] = []
         self.variable: dict[Node, int] = {}
+        self.only = self._variable(1)
+        """Stands for uses without a user, which have no choice."""
         self.made: list[int] = []
         """The variables that say whether a layout is made, which follow from the others."""
         self.uses: dict[Node, list[Use]] = {}
         self._rooted: dict[Node, bool] = {}
+        self._known: dict[Hashable, _Moves] = {}
+        """What is moved of values that are alike."""
+        works: dict[Hashable, Costs] = {}
         for node, options in candidates.of.items():
             self.variable[node] = self._variable(len(options))
             if len(options) > 1:
-                work = [1j * self.pricing.work(node, each) for each in options]
-                self.tables.append(Table((self.variable[node],), np.array(work)))
+                kind = candidates.kinds[node]
+                if kind not in works:
+                    works[kind] = np.array([1j * self.pricing.work(node, each) for each in options])
+                self.tables.append(Table((self.variable[node],), works[kind]))
         for node in self.graph.nodes:
             if node.op not in (INPUT, GETITEM):
                 for place, value in enumerate(call_operands(node.args, node.kwargs)):
@@ -142,7 +158,7 @@ class _Problem:
         for value, layouts in ends.items():
             for layout in layouts:
                 self.uses.setdefault(value, []).append(
-                    Use(None, 0, layout.canonical(self.mesh), value.stage)
+                    Use(None, 0, layout.canonical(self.mesh), self.last)
                 )
         for value, uses in self.uses.items():
             for stage in dict.fromkeys(use.stage for use in uses):
@@ -173,58 +189,70 @@ class _Problem:
 
     def _moved(self, value: Node, uses: Sequence[Use]) -> None:
         """Add what it costs to bring a value to where it is used."""
+        key = self._key(value, uses)
+        if key not in self._known:
+            self._known[key] = self._moves(value, uses)
+        made, tables = self._known[key]
+        source = value.args[0] if value.op == GETITEM else value
+        numbers = [self.variable[source]]
+        numbers += [self.variable[use.user] if use.user else self.only for use in uses]
+        for _ in range(made):
+            self.made.append(self._variable(2))
+            numbers.append(self.made[-1])
+        self.tables += [Table(tuple(numbers[i] for i in scope), costs) for scope, costs in tables]
+
+    def _key(self, value: Node, uses: Sequence[Use]) -> Hashable:
+        """What the cost of moving a value depends on."""
+        source, index = (value.args[0], value.args[1]) if value.op == GETITEM else (value, 0)
+        kinds = self.candidates.kinds
+        return (
+            kinds[source],
+            index,
+            value.requires_grad,
+            self._is_rooted(value),
+            _is_made(value, replicated(value.tensor.shape)),
+            self.candidates.elsewhere.get(value),
+            input_behind(value) is None,
+            uses[0].stage == self.last,
+            tuple(
+                (kinds[use.user], use.place, self.alike(use.user)) if use.user else use.layout
+                for each in (uses, self.uses[value])
+                for use in each
+            ),
+        )
+
+    def _moves(self, value: Node, uses: Sequence[Use]) -> _Moves:
         given = self._given(value)
         needs = [self._needs(use) for use in uses]
         prices: dict[Layout, Costs] = {}
         for layout in dict.fromkeys(itertools.chain.from_iterable(needs)):
-            prices[layout] = np.array([self._price(value, each, layout) for each in given])
+            prices[layout] = np.array(
+                [self._price(value, each, layout, uses[0].stage) for each in given]
+            )
         if {*given} == {*prices} and len(prices) == 1:
-            return
-        own = self.variable[value.args[0] if value.op == GETITEM else value]
-        for use, need in zip(uses, needs, strict=True):
-            self._add((own, use), self._unasked(value, given, use, need))
+            return 0, ()
+        found = [
+            ((0, i), self._unasked(value, given, use, need))
+            for i, (use, need) in enumerate(zip(uses, needs, strict=True), 1)
+        ]
         if len(uses) == 1:
-            (use,), (need,) = uses, needs
-            self._add((own, use), np.stack([prices[layout] for layout in need], 1))
-            return
-        for layout, price in prices.items():
-            if price.any():
-                self._once(own, price, layout, uses, needs)
+            found.append(((0, 1), np.stack([prices[layout] for layout in needs[0]], 1)))
+        several = [layout for layout, price in prices.items() if price.any() and len(uses) > 1]
+        for made, layout in enumerate(several, len(uses) + 1):
+            # It is paid for where any use needs it.
+            price = prices[layout]
+            found.append(((0, made), np.stack([np.zeros_like(price), price], 1)))
+            for i, need in enumerate(needs, 1):
+                table = np.zeros((len(need), 2), dtype=complex)
+                table[[each == layout for each in need], 0] = math.inf
+                found.append(((i, made), table))
+        return len(several), tuple((scope, costs) for scope, costs in found if costs.any())
 
     def _given(self, value: Node) -> list[Layout]:
         """The layout of a value by each placement of what gives it."""
         source, index = (value.args[0], value.args[1]) if value.op == GETITEM else (value, 0)
         found = [each.results[index] for each in self.candidates.of[source]]
         return [each for each in found if each is not None]
-
-    def _once(
-        self,
-        own: int,
-        price: Costs,
-        layout: Layout,
-        uses: Sequence[Use],
-        needs: Sequence[Sequence[Layout]],
-    ) -> None:
-        """Pay for one layout where any use needs it."""
-        made = self._variable(2)
-        self.made.append(made)
-        self.tables.append(Table((own, made), np.stack([np.zeros_like(price), price], 1)))
-        for use, need in zip(uses, needs, strict=True):
-            wants = np.array([each == layout for each in need])
-            if wants.any():
-                table = np.zeros((2, len(need)), dtype=complex)
-                table[0, wants] = math.inf
-                self._add((made, use), table)
-
-    def _add(self, scope: tuple[int, Use], costs: Costs) -> None:
-        first, use = scope
-        second = None if use.user is None else self.variable[use.user]
-        if not costs.any():
-            return
-        if second is None:
-            self.tables.append(Table((first,), costs[:, 0]))
-        else:
-            self.tables.append(Table((first, second), costs))
 
     def _needs(self, use: Use) -> tuple[Layout, ...]:
         """The layout in which each placement of a user takes the value."""
@@ -233,14 +261,16 @@ class _Problem:
             return (use.layout,)
         return tuple(each.operands[use.place] for each in self.candidates.of[use.user])
 
-    def _price(self, value: Node, given: Layout, wanted: Layout) -> complex:
+    def _price(self, value: Node, given: Layout, wanted: Layout, stage: int) -> complex:
         there = wanted in self.candidates.elsewhere.get(value, ())
         if given == wanted or there or _is_made(value, wanted):
             return 0j
         differentiated = value.requires_grad and not self._is_rooted(value)
         given, size = _as_moved(value, given, wanted), value.tensor.dtype.itemsize
         try:
-            return 1j * self.pricing.moved(given, wanted, size, differentiated)
+            # What a stage has only after its loop, no later stage can take in its own.
+            act = 1 if stage == self.last else len(self.graph.nodes)
+            return 1j * self.pricing.moved(given, wanted, size, differentiated, act=act)
         except LayoutError:
             return complex(math.inf)
 

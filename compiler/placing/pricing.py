@@ -48,8 +48,11 @@ class Pricing:
         self.cluster = Cluster.load(DEFAULTS.get(device, DEFAULTS["cuda"]))
         self._links: dict[tuple[str, ...], Link] = {}
 
-    def moved(self, given: Layout, wanted: Layout, itemsize: int, differentiated: bool) -> int:
-        """Bringing a value from one layout to another, and its cotangent back.
+    def moved(
+        self, given: Layout, wanted: Layout, itemsize: int, differentiated: bool, *, act: int = 1
+    ) -> int:
+        """Bringing a value from one layout to another, and its cotangent back; `act` is what that
+        costs along a loop.
 
         Raises `LayoutError` where no collectives lead there.
         """
@@ -57,7 +60,7 @@ class Pricing:
         for axes, elements in _sent(given, wanted, self.mesh, differentiated):
             if self.mesh.sequential.issuperset(axes):
                 # Nothing is sent, and yet it is better not to.
-                found += 1
+                found += act
                 continue
             link = self._link(axes)
             slowness = self.cluster.node.bandwidth / link.bandwidth

@@ -107,7 +107,8 @@ class Layouts:
             for output in graph.outputs
             if output.kind is not OutputKind.BUFFER
         }
-        return choose(found, ends, partial(self._unasked, found), device_type(self.draft))
+        unasked = partial(self._unasked, found)
+        return choose(found, ends, unasked, device_type(self.draft), self._asking.__getitem__)
 
     def check_heads(self, node: Node, q: Layout) -> None:
         """Refuse a ring over axes that split heads, in queries laid out as `q`."""

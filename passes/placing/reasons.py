@@ -8,7 +8,8 @@ result. So lines follow the layouts: forward, back, and forward to what is left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import lru_cache
 
 from meshwright.compiler.graph.ir import GETITEM, INPUT, Node
 from meshwright.compiler.graph.slots import call_operands
@@ -32,6 +33,8 @@ class Reasons:
         """By node, and axis that it uses: the line of the plan behind it, where one is known."""
         self._weights: set[Node] = set()
         """Parameters, buffers and their views."""
+        self._by_weight: set[tuple[Node, str]] = set()
+        """The axes that a node uses because of a weight."""
         nodes, users = marked.graph.nodes, marked.graph.users()
         for node in nodes:
             self.lines[node] = {}
@@ -44,14 +47,20 @@ class Reasons:
     def behind(
         self, collective: Collective, value: Node, user: Node | None
     ) -> tuple[tuple[str, str], ...]:
-        """The lines behind a collective, by axis: of what takes the value, over axes that come to
-        split it or that it was whole over; of the value, over others."""
-        found = dict(self.lines[value])
-        for axis, line in self.lines[user].items() if user else ():
-            splits = collective.target.state(axis) == "split"
-            if splits or collective.source.state(axis) == "replicated":
-                found[axis] = line
-        return tuple((axis, found[axis]) for axis in collective.axes if found.get(axis))
+        """The lines behind a collective, by axis: of the layout, where the plan wrote one; of what
+        takes the value, over axes that come to split it or that it was whole over; of the value
+        over others, and where a split moves for no weight."""
+        axes, found = collective.axes, dict(self.lines[value])
+        move = self.marked.move(user) if user else None
+        if move and move.line:
+            found = dict.fromkeys(axes, move.line)
+        elif user:
+            source, target = collective.source, collective.target
+            for axis, line in self.lines[user].items():
+                first = source.state(axis) != "split" or (user, axis) in self._by_weight
+                if source.state(axis) == "replicated" or (target.state(axis) == "split" and first):
+                    found[axis] = line
+        return tuple((axis, found[axis]) for axis in axes if found.get(axis))
 
     def instead(self, user: Node) -> str:
         """What the next best placement of a call would cost, all others being as they are."""
@@ -74,9 +83,11 @@ class Reasons:
             lines.update(self.lines[node.args[0]])
         else:
             for value, needed in self._needs(node):
-                for axis in self._kept(value, needed):
+                for axis in _kept(self.choice.given(value), needed):
                     if axis in self.lines[value]:
                         lines.setdefault(axis, self.lines[value][axis])
+                    if value in self._weights:
+                        self._by_weight.add((node, axis))
             if move := self.marked.move(node):
                 for axis in self.choice.given(node).axes_used:
                     lines.setdefault(axis, move.line)
@@ -88,7 +99,7 @@ class Reasons:
             found = self.lines[user]
             pairs = [] if user.op == GETITEM else self._needs(user)
             for value, needed in pairs:
-                for axis in self._kept(value, needed) if value is node else ():
+                for axis in _kept(self.choice.given(value), needed) if value is node else ():
                     if axis in found:
                         lines.setdefault(axis, found[axis])
             if user.op == GETITEM:
@@ -104,13 +115,16 @@ class Reasons:
     def _is_view_of_weight(self, node: Node) -> bool:
         return node.op in VIEWS and node.args[0] in self._weights
 
-    def _kept(self, value: Node, needed: Layout) -> Iterator[str]:
-        """The axes over which a value is taken as it is, and is not replicated."""
-        given = self.choice.given(value)
-        for axis in needed.axes_used:
-            alike = given.state(axis) == needed.state(axis)
-            if alike and given.split_dim(axis) == needed.split_dim(axis):
-                yield axis
+
+@lru_cache(maxsize=65536)
+def _kept(given: Layout, needed: Layout) -> tuple[str, ...]:
+    """The axes over which a value is taken as it is, and is not replicated."""
+    return tuple(
+        axis
+        for axis in needed.axes_used
+        if given.state(axis) == needed.state(axis)
+        and given.split_dim(axis) == needed.split_dim(axis)
+    )
 
 
 def _more(cost: complex) -> str:

@@ -7,7 +7,6 @@ so a rank checks what it reads, and reads only what it needs.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
@@ -20,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 
 from meshwright.compiler.codegen.linking import LossScale
 from meshwright.compiler.errors import LayoutError
+from meshwright.compiler.garbage import uncollected
 from meshwright.compiler.layout.extents import Extent, Padding
 from meshwright.compiler.layout.factors import Dim, Factor
 from meshwright.compiler.layout.layout import Layout
@@ -199,15 +199,9 @@ def parse_manifest(folder: Path, text: str) -> Manifest:
 
 
 def _read(text: str) -> Any:
-    """The JSON, read without Python's garbage collector, which would visit millions of lists again
-    and again: four fifths of the time."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    """The JSON: of millions of lists, collecting garbage would take four fifths of the time."""
+    with uncollected():
         return json.loads(text, object_pairs_hook=unique)
-    finally:
-        if collects:
-            gc.enable()
 
 
 def _spelled(error: Exception) -> str:

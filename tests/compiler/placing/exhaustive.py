@@ -40,6 +40,7 @@ class Exhaustive:
         for value, layouts in problem.ends.items():
             source = value.args[0] if value.op == GETITEM else value
             self.ends.setdefault(source, []).extend((value, each) for each in layouts)
+        self.last = max(node.stage for node in self.nodes)
         self.pricing = pricing(self.mesh, "cpu")
         self.work = {
             node: [float(self.pricing.work(node, each)) for each in of[node]] for node in self.nodes
@@ -96,7 +97,7 @@ class Exhaustive:
         placement, unasked = chosen[node], 0.0
         work = self.work[node][self.of[node].index(placement)]
         operands = call_operands(node.args, node.kwargs) if node.op != INPUT else []
-        makes = [(value, value.stage, layout) for value, layout in self._ended(node)]
+        makes = [(value, self.last, layout) for value, layout in self._ended(node)]
         for place, (value, layout) in enumerate(zip(operands, placement.operands, strict=True)):
             makes.append((value, node.stage, layout))
             unasked += self._unasked(node, place, placement, value, _given(value, chosen))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from meshwright.compiler.layout.layout import replicated
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.choose import Contradiction, choose
 from tests.compiler.layouts import split
-from tests.compiler.placing.exhaustive import Exhaustive
+from tests.compiler.placing.exhaustive import Exhaustive, TooMany
 from tests.compiler.placing.random_graphs import Drawer, Problem, drawn
 
 
@@ -59,8 +60,15 @@ def least_of(problem: Problem) -> complex:
 @pytest.mark.slow
 @pytest.mark.parametrize("group", range(10))
 def test_no_combination_costs_less_in_larger_graphs(group: int) -> None:
-    for seed in range(50):
-        check_least(drawn(1000 + 50 * group + seed, most=10))
+    """Of 50 graphs, in the place of each of which another is drawn if it has too many."""
+    compared = 0
+    for seed in range(1000 + 100 * group, 1100 + 100 * group):
+        with suppress(TooMany):
+            check_least(drawn(seed, most=10))
+            compared += 1
+        if compared == 50:
+            return
+    raise AssertionError(f"no more than {compared} graphs have few enough combinations")
 
 
 def test_what_can_not_be_had_together_is_named() -> None:
