@@ -21,7 +21,7 @@ ARROWS = {
     "runtime": {"compiler", "dsl"},
 }
 FLOORS = (
-    {"errors", "kernels", "solving"},
+    {"errors", "garbage", "kernels", "solving"},
     {"layout"},
     {"graph"},
     {"costs"},
