@@ -214,10 +214,12 @@ class _Problem:
             self.candidates.elsewhere.get(value),
             input_behind(value) is None,
             uses[0].stage == self.last,
-            tuple(
-                (kinds[use.user], use.place, self.alike(use.user)) if use.user else use.layout
+            *(
+                tuple(
+                    (kinds[use.user], use.place, self.alike(use.user)) if use.user else use.layout
+                    for use in each
+                )
                 for each in (uses, self.uses[value])
-                for use in each
             ),
         )
 

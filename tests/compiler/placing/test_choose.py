@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,26 @@ def test_what_is_wanted_at_the_end_is_made_once_for_that_and_for_users_in_its_st
     problem.ends[user] = [replicated((8, 8))]
     assert least_of(problem) == alone
     check_least(problem)
+
+
+def test_values_that_are_used_in_other_stages_are_not_alike() -> None:
+    """One use here of three in all, and both of two: the same calls in the same order."""
+    draw = Drawer(random.Random(0), Mesh((("a", 2),)))
+    x = draw.weight(8, 8)
+    draw.fixed[x] = split((8, 8), {0: "a"})
+    for stages in ((0, 1, 1), (0, 0)):
+        draw.stage = 0
+        draw.call(torch.ops.aten.relu.default, x)
+        value = draw.values[-1]
+        for draw.stage in stages:
+            draw.call(torch.ops.aten.neg.default, value)
+    problem = replace(draw.problem(), unasked=frozenset())
+    rows, columns = split((8, 8), {0: "a"}), split((8, 8), {1: "a"})
+    _, _, *first, _, third, fourth = draw.values
+    problem.ends = {first[0]: [rows], third: [rows], fourth: [columns]}
+    choice = choose(problem.candidates(), problem.ends, alike=lambda user: None)
+    every = Exhaustive(problem, problem.candidates().of)
+    assert every.total(choice.placements) == (choice.solution.cost.real, choice.solution.cost.imag)
 
 
 def least_of(problem: Problem) -> complex:
