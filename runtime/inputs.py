@@ -172,7 +172,8 @@ def check_leaves(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
 def _on(device: torch.device, sharder: Sharder) -> Sharder:
     def take(tensor: Tensor) -> Tensor:
         own = sharder(tensor)
-        return own if own.device == device else own.to(device)
+        # From pinned memory a copy is in the order of the device's work, and nobody waits for it.
+        return own if own.device == device else own.to(device, non_blocking=True)
 
     return take
 

@@ -213,8 +213,15 @@ class Binding:
         self, op_id: int, shape: Sequence[int], coords: tuple[Coords, ...]
     ) -> Callable[[], RandomIndex]:
         """The index of the numbers that this step draws for a global tensor of `shape`."""
-        state, whole = self.random, tuple(shape)
-        return lambda: RandomIndex(state.seed, state.draw, op_id, whole, coords)
+        state, whole, device = self.random, tuple(shape), self.device
+        here: list[tuple[Coords, ...]] = []
+
+        def drawn() -> RandomIndex:
+            if not here:  # copied to the device once, in the first step
+                here.append(tuple(x if isinstance(x, int) else x.to(device) for x in coords))
+            return RandomIndex(state.seed, state.draw, op_id, whole, here[0])
+
+        return drawn
 
 
 def bind(node: Node, context: RankContext) -> Kernel:

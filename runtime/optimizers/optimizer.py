@@ -99,7 +99,7 @@ def _may_fuse(kind: object, listed: Groups, options: Mapping[str, Any]) -> bool:
     """Whether the class has a fused kernel for these parameters, and nobody has chosen another.
 
     In torch 2.11 to 2.13 those for the CPU are wrong in 16 bits: SGD's momentum is that of other
-    memory.
+    memory. Those for CUDA compute 16 bits in float32.
     """
     devices = fused_on(kind)
     given = {*options, *(option for group in listed for option in group)}
@@ -109,7 +109,7 @@ def _may_fuse(kind: object, listed: Groups, options: Mapping[str, Any]) -> bool:
         and all(
             parameter.device.type in devices
             and parameter.is_floating_point()
-            and parameter.itemsize >= torch.float32.itemsize
+            and (parameter.is_cuda or parameter.itemsize >= torch.float32.itemsize)
             for group in listed
             for parameter in group["params"]
         )

@@ -13,6 +13,7 @@ from meshwright.compiler.layout.wires import Wire
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.rank import RankProgram
 from meshwright.runtime.transports.process import ProcessMesh
+from meshwright.runtime.transports.staged import asked_for
 from meshwright.runtime.transports.virtual import VirtualMesh
 from meshwright.runtime.world.rendezvous import under_torchrun
 
@@ -59,10 +60,12 @@ def check_device(device: torch.device) -> None:
             f"the program is compiled for `{device}`, and a run computes on `cpu` or `cuda`",
             help='compile with `device="cpu"` or `"cuda"`; `memory()` needs no device',
         )
-    found, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0")) + 1
+    place = 0 if asked_for() else int(os.environ.get("LOCAL_RANK", "0"))
+    found, wanted = torch.cuda.device_count(), place + 1
     if found < wanted:
         raise RunError(
             f"the program is compiled for `{device}`; {found} such devices are here, "
             f"and this process needs number {wanted}",
-            help='compile with `device="cpu"`, or start as many processes as there are devices',
+            help='compile with `device="cpu"`, start as many processes as there are devices, or '
+            "set `MESHWRIGHT_THROUGH_HOST=1` in the environment: ranks then share devices",
         )

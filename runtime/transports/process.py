@@ -27,6 +27,7 @@ from meshwright.runtime.rank import RankProgram
 from meshwright.runtime.transports.gloo import GlooGroup
 from meshwright.runtime.transports.nccl import NcclGroup
 from meshwright.runtime.transports.shared import SharedGroup, host_name, share
+from meshwright.runtime.transports.staged import StagedGroup, asked_for
 from meshwright.runtime.world import launcher
 from meshwright.runtime.world.connections import connections
 from meshwright.runtime.world.digest import check_digests, check_world
@@ -38,7 +39,7 @@ _COLLECTIVE_SECONDS = 30 * 24 * 3600.0
 """The watch ends runs: a limit on collectives would limit what their slowest member computes."""
 _BACKEND_WORDS = ("gloo", "nccl", "connection", "timed out", "socket")
 
-_Group = GlooGroup | SharedGroup | NcclGroup
+_Group = GlooGroup | SharedGroup | StagedGroup | NcclGroup
 
 
 @dataclass(eq=False, slots=True)
@@ -100,6 +101,10 @@ class ProcessMesh:
     Small tensors of ranks on one host go through memory that they share. Where `shared_memory` is
     false on any member of a group, all of its tensors go over Gloo; by default it is true unless
     the environment has `MESHWRIGHT_SHARED_MEMORY=0`.
+
+    With `through_host`, the same on every rank, the device's tensors go through host memory, and
+    ranks may share a device; by default it is what `MESHWRIGHT_THROUGH_HOST=1` in the environment
+    says.
     """
 
     has_every_rank = False
@@ -113,10 +118,12 @@ class ProcessMesh:
         period: float = 1.0,
         patience: float = 5.0,
         shared_memory: bool | None = None,
+        through_host: bool | None = None,
     ) -> None:
         self.mesh, self.device = mesh, torch.device(device)
+        self.through_host = asked_for() if through_host is None else through_host
         if self.device.type == "cuda" and "LOCAL_RANK" in os.environ:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self._place_here(int(os.environ["LOCAL_RANK"])))
         if shared_memory is None:
             shared_memory = os.environ.get("MESHWRIGHT_SHARED_MEMORY") != "0"
         self.shared_memory = shared_memory
@@ -138,6 +145,10 @@ class ProcessMesh:
         self._ended: RunError | None = None
         """The error of whatever is called next: a collective or a method was left half done."""
         atexit.register(self.close)
+
+    def _place_here(self, place: int) -> int:
+        """The device of this host's process number `place`."""
+        return place % torch.cuda.device_count() if self.through_host else place
 
     def _start_watch(self, period: float, patience: float, limit: Limit) -> Watch:
         num_ranks = self.mesh.num_ranks
@@ -349,11 +360,12 @@ class ProcessMesh:
         return group
 
     def _connect_group(self, store: Store, members: tuple[int, ...]) -> _Group:
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not self.through_host:
             return NcclGroup(store, members, self.rank, _COLLECTIVE_SECONDS)
         group = GlooGroup(store, members, self.rank, _COLLECTIVE_SECONDS)
         shared_store = PrefixStore("shared memory", store)
-        return share(shared_store, group, self.shared_memory, self._ranks_here)
+        found = share(shared_store, group, self.shared_memory, self._ranks_here)
+        return StagedGroup(found, self.device) if self.through_host else found
 
     def ours(self, error: RuntimeError) -> RuntimeError:
         """The error to raise for one in a collective: what the watch finds for a backend's."""

@@ -12,15 +12,20 @@ from meshwright.runtime.transports.gloo import ALGORITHMS, choose
 from meshwright.runtime.world.digest import check_digests, check_world
 from tests.runtime.forked import Forked
 
-SHARED = "MESHWRIGHT_SHARED_MEMORY"
+SHARED, STAGED = "MESHWRIGHT_SHARED_MEMORY", "MESHWRIGHT_THROUGH_HOST"
+CARRIED = {
+    "shared memory": {SHARED: "1"},
+    "gloo": {SHARED: "0"},
+    "host memory": {SHARED: "1", STAGED: "1"},
+}
 
 
-@pytest.mark.parametrize("shared_memory", ["1", "0"])
+@pytest.mark.parametrize("by", CARRIED)
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_collective_gives_what_the_virtual_mesh_gives(
-    forked: Forked, num_ranks: int, shared_memory: str
+    forked: Forked, num_ranks: int, by: str
 ) -> None:
-    module, environment = "tests.runtime.transports.every_wire", {SHARED: shared_memory}
+    module, environment = "tests.runtime.transports.every_wire", CARRIED[by]
     for output in forked.outputs(module, num_ranks, **environment):
         assert output == "the same bits\n400 cases\n"
 
