@@ -42,11 +42,16 @@ def compiled(model: nn.Module, example: tuple[Tensor, ...], plan: str, device: s
 @pytest.mark.parametrize("kind", ["gpt", "mixed"])
 def test_graphs_for_a_gpu_are_those_for_a_cpu_whichever_machine_compiles(kind: str) -> None:
     """Capture and types take every tensor to be on a CPU, so a machine with a GPU gives the same
-    graphs as one without."""
+    graphs as one without. Of one rank: among more, where things are moved depends on how fast
+    devices and links are."""
     if kind == "gpt":
-        model, plan, example = Gpt(p=0.1), ALL_SPLIT + "precision bf16\n", tokens()
+        model, plan, example = (
+            Gpt(p=0.1),
+            ALL_SPLIT.replace("=2", "=1") + "precision bf16\n",
+            tokens(),
+        )
     else:
-        model, plan, example = Mixed(), "mesh dp=2\ndata x over dp\n", (torch.randn(4, 8, 10),)
+        model, plan, example = Mixed(), "mesh dp=1\ndata x over dp\n", (torch.randn(4, 8, 10),)
     texts = [
         {
             name: str(graph)
