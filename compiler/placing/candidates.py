@@ -60,9 +60,12 @@ class Candidates:
     """A number for each call: calls of one number are alike, placements included."""
     layouts: dict[Node, tuple[Layout, ...]] = field(default_factory=dict, init=False)
     wanted: dict[Node, dict[Layout, None]] = field(default_factory=dict, init=False)
+    gathered: dict[Node, dict[Layout, None]] = field(default_factory=dict, init=False)
+    """Layouts of values that are gathered for a user, each rank's use of which counts separately:
+    what is gathered once can serve all."""
     _calls: dict[Node, Call] = field(default_factory=dict, init=False)
-    _needs: dict[Options, list[tuple[Layout, ...]]] = field(default_factory=dict, init=False)
-    """By placements of a call: the splits that they need, by operand."""
+    _needs: dict[Options, list[_Needed]] = field(default_factory=dict, init=False)
+    """By placements of a call: what they need of each operand."""
 
     def __post_init__(self) -> None:
         for node in self.graph.nodes:
@@ -126,7 +129,7 @@ class Candidates:
         """The layouts that a user may find a value in."""
         own = self.layouts[value]
         more = (each for layout in own for each in self.offered(user, layout))
-        return tuple(dict.fromkeys((*own, *more)))
+        return tuple(dict.fromkeys((*own, *more, *self.gathered.get(value, ()))))
 
     def _want(self, node: Node) -> bool:
         """Note the layouts that a node's placements need of its operands; returns whether any of
@@ -139,13 +142,19 @@ class Candidates:
         operands = tuple(call_operands(node.args, node.kwargs))
         options = self.of[node]
         if options not in self._needs:
-            self._needs[options] = _splits_needed(options)
+            self._needs[options] = _needed(options)
         for operand, needed in zip(operands, self._needs[options], strict=True):
-            if operand.op in (INPUT, GETITEM) or not needed:
+            own = self.layouts[operand]
+            for asked in needed.varying:
+                known = self.gathered.get(operand, {})
+                if asked not in known and any(_gathers(each, asked) for each in own):
+                    self.gathered.setdefault(operand, {})[asked] = None
+                    new = True
+            if operand.op in (INPUT, GETITEM) or not needed.splits:
                 continue
-            own = {each.drop_states() for each in self.layouts[operand]}
-            for asked in needed:
-                if asked not in own:
+            splits = {each.drop_states() for each in own}
+            for asked in needed.splits:
+                if asked not in splits:
                     self.wanted.setdefault(operand, {})[asked] = None
                     new = True
         return new
@@ -171,11 +180,28 @@ def _operand(node: Node, layouts: tuple[Layout, ...]) -> Operand:
     )
 
 
-def _splits_needed(options: Options) -> list[tuple[Layout, ...]]:
-    """The layouts that split something among those that placements need, by operand."""
-    columns = zip(*(each.operands for each in options), strict=True)
-    found = (dict.fromkeys(layout.drop_states() for layout in each) for each in columns)
-    return [tuple(layout for layout in each if layout.split_axes) for each in found]
+@dataclass(frozen=True, slots=True)
+class _Needed:
+    """Of the layouts that placements need of an operand: those that split something, without their
+    states, and those that vary."""
+
+    splits: tuple[Layout, ...]
+    varying: tuple[Layout, ...]
+
+
+def _needed(options: Options) -> list[_Needed]:
+    found = []
+    for column in zip(*(each.operands for each in options), strict=True):
+        layouts = dict.fromkeys(column)
+        splits = dict.fromkeys(each.drop_states() for each in layouts if each.split_axes)
+        found.append(_Needed(tuple(splits), tuple(each for each in layouts if each.varying)))
+    return found
+
+
+@lru_cache(maxsize=65536)
+def _gathers(given: Layout, needed: Layout) -> bool:
+    """Whether one layout splits an axis over which the other varies."""
+    return not set(given.split_axes).isdisjoint(needed.varying)
 
 
 @lru_cache(maxsize=65536)

@@ -152,16 +152,18 @@ def _states(spec: Spec, call: Call) -> Iterator[tuple[_Kept, frozenset[str]]]:
         ]
         for axis, holders in pending.items()
     ]
-    # What can be had without varying is made to vary where that is needed.
     free = {
         axis
         for operand in call.operands
         for axis in operand.layout.varying
         if all(axis in layout.varying for layout in operand.others)
     }
+    # What can be had without varying varies where that is needed, or in all that is made of it.
+    some = {axis for operand in call.operands for own in operand.layouts for axis in own.varying}
     for choice in itertools.product(*groups):
         kept = frozenset[tuple[int, str]]().union(*choice)
-        yield kept, frozenset(free - {axis for _, axis in kept})
+        for more in _subsets(sorted(some - free)):
+            yield kept, frozenset(free.union(more) - {axis for _, axis in kept})
 
 
 def _all_options(spec: Spec, call: Call) -> dict[str, list[Dim]]:
