@@ -201,7 +201,8 @@ class Emitter:
         if is_filled(value) and not target.partial and not target.varying:
             have[target] = self._filled(value, target)
             return have[target]
-        node = self._counted_once(value, target, origin) if self.backward else value
+        counted = value.requires_grad and not self.backward
+        node = value if counted else self._counted_once(value, target, origin)
         for collective in collectives(node.placed, target, self.mesh):
             if collective.target in have:
                 node = have[collective.target]
@@ -242,7 +243,8 @@ class Emitter:
     def _counted_once(self, value: Node, target: Layout, origin: Origin) -> Node:
         """`value` without the varying axes that `target` lacks.
 
-        A backward is not differentiated again, so a value that varies there is simply replicated.
+        A backward is not differentiated again, so a value that varies there is simply replicated,
+        as is one that has no gradient.
         """
         states = ("replicated", "partial")
         gone = tuple(axis for axis in value.placed.varying if target.state(axis) in states)
