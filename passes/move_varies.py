@@ -177,7 +177,8 @@ class _Finder:
     def _needs_whole(self, node: Node, axes: tuple[str, ...]) -> bool:
         """Whether the adjoint of a node would reduce a cotangent that is pending over `axes`."""
         if (node, axes) not in self.reduces:
-            reduces = _may_vary(node, axes) and not keeps_pending(node, axes, self.graph.mesh)
+            passes = node.requires_grad and _may_vary(node, axes)
+            reduces = passes and not keeps_pending(node, axes, self.graph.mesh)
             self.reduces[node, axes] = reduces
         return self.reduces[node, axes]
 
