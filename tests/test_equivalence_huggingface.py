@@ -487,6 +487,14 @@ def test_one_key_head_serves_the_query_heads_of_every_rank(ranks: int) -> None:
     assert "4@tp, 16, 16" in str(program.graph("stage0.forward"))
 
 
+def test_one_key_head_takes_what_is_gathered_for_the_queries_of_a_sequence() -> None:
+    make, batch, plan = MORE_CASES["llama of one key head sequence"]
+    program = meshwright.compile(make().double(), meshwright.Plan.parse(plan), example=batch())
+    # As where heads of keys are split too: two gathers in each layer, and as many adjoints of the
+    # scatters; the gathers of the queries' and the gates' inputs again in the backward.
+    assert program.comm().counts()["all_gather[tp]"] == 12
+
+
 def test_fewer_key_heads_than_ranks_may_stay_whole() -> None:
     program = check_equal(llama(2), text, "mesh tp=4\n" + LLAMA_ONE_HEAD, tolerance=TOLERANCE)
     assert implicit_gathers(program) == []
