@@ -323,6 +323,7 @@ class Program(Compiled):
         new_shapes: str = "error",
         check_inputs: bool | int = True,
         check_finite: bool | int = True,
+        backend: str | None = None,
     ) -> Any:
         """Start a run, and return its `Run`.
 
@@ -343,6 +344,8 @@ class Program(Compiled):
           then in every 100th; a number `n` compares every `n` calls, `False` never.
         - `check_finite`: stop before an update by a NaN or an infinity, and say what made it; a
           number `n` looks before every `n`th update, `False` never.
+        - `backend`: `"inductor"` compiles what lies between two collectives by torch's Inductor,
+          where it is first run; `"eager"` runs operator by operator, and is the default.
 
         Raises `RunError` for a wrong argument, if there are no weights to start from, if the
         number of processes is not the mesh's, or if the device is not there.
@@ -354,6 +357,7 @@ class Program(Compiled):
             new_shapes=new_shapes,
             check_inputs=check_inputs,
             check_finite=check_finite,
+            backend=backend,
         )
 
 

@@ -48,6 +48,7 @@ class Options:
     """The interval in which inputs are compared; 0 is never."""
     finite: int
     """The interval in which updates are checked."""
+    backend: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from meshwright.dsl.errors import spelled
 from meshwright.runtime.ambient import apart_from_caller
 from meshwright.runtime.errors import RunError
 from meshwright.runtime.executor import Executor
+from meshwright.runtime.inductor import fused_codes
 from meshwright.runtime.inputs import Inputs
 from meshwright.runtime.rank import RankState
 from meshwright.runtime.state.start import executable_digest, same_constants
@@ -61,7 +62,9 @@ class Programs:
         states: Sequence[RankState],
         transport: Transport,
         run: Callable[[Sequence[Any]], list[Any]],
+        backend: str,
     ) -> None:
+        self._backend = backend
         self._states, self._transport, self._run = states, transport, run
         self._structure = Structure(program.model, program.captured)
         self.launched = self._linked(program)
@@ -98,7 +101,7 @@ class Programs:
             with self._structure.as_compiled() as model:
                 program = own.recompile(model, example=(args, kwargs), mode=mode)
                 self._structure.check(model, program.captured.constants)
-            self._transport.check_same_program(executable_digest(program))
+            self._transport.check_same_program(executable_digest(program, self._backend))
             with apart_from_caller(program.device.type):
                 self.by_signature[key] = self._linked(program)
         linked = self.latest[mode] = self.by_signature[key]
@@ -109,8 +112,9 @@ class Programs:
         constants = self._run(
             [same_constants(state, program.captured.constants) for state in self._states]
         )
+        codes = fused_codes(program) if self._backend == "inductor" else ()
         ranks = [
-            (Executor(program, state, own), inputs.sharders(state.coords, state.device))
+            (Executor(program, state, own, codes), inputs.sharders(state.coords, state.device))
             for state, own in zip(self._states, constants, strict=True)
         ]
         names = program.wire_names

@@ -25,6 +25,7 @@ from meshwright.runtime.checks.finite import FiniteCheck, read_check
 from meshwright.runtime.checks.same_inputs import InputCheck, read_interval
 from meshwright.runtime.delinking import Made, Options, delinked
 from meshwright.runtime.errors import DeadlockError, PeerError, RunError, check_kind
+from meshwright.runtime.inductor import check_backend
 from meshwright.runtime.inputs import Inputs, Sharder, check_leaves, data_axes, rows_of
 from meshwright.runtime.optimizers.chunks import attach_updates
 from meshwright.runtime.optimizers.habits import refuse_habits
@@ -72,6 +73,7 @@ class Run(Reporting):
         new_shapes: str = "error",
         check_inputs: bool | int = True,
         check_finite: bool | int = True,
+        backend: str | None = None,
     ) -> None:
         """Hold the shards of the model's weights, or of `state_dict`, and link the code.
 
@@ -79,6 +81,7 @@ class Run(Reporting):
         """
         check_new_shapes(new_shapes)
         check_seed(seed)
+        backend = check_backend(backend, program.device)
         interval, finite = read_interval(check_inputs), read_check(check_finite)
         if state_dict is not None:
             shapes = shapes_of(state_dict, "`state_dict`")
@@ -93,7 +96,7 @@ class Run(Reporting):
             apart = not self.transport.has_every_rank
             begin(program, self.states, self._run, values, seed, mapped, apart=apart)
 
-        self._begin(program, values, start, Options(new_shapes, interval, finite))
+        self._begin(program, values, start, Options(new_shapes, interval, finite, backend))
 
     def _begin(
         self, program: Program, values: Values, start: Callable[[], None], options: Options
@@ -103,7 +106,7 @@ class Run(Reporting):
         self.program, self.mesh, self.new_shapes = program, program.mesh, options.new_shapes
         self._options = options
         self.transport = transport_of(program.mesh, program.device)
-        self.transport.check_same_program(executable_digest(program))
+        self.transport.check_same_program(executable_digest(program, options.backend))
         self.states = [RankState(program, rank, values) for rank in self.transport.ranks]
         self._input_check: InputCheck | None = None
         self._finite_check = FiniteCheck(self.states, self._run, options.finite, program.scaled)
@@ -116,7 +119,7 @@ class Run(Reporting):
             )
         if program.mode == "train":
             notice_optimizers_of(named_tensors(program.model).parameters)
-        self._programs = Programs(program, self.states, self.transport, self._run)
+        self._programs = Programs(program, self.states, self.transport, self._run, options.backend)
         # Without the model's weights, which go with the model.
         self.program = self._programs.launched.program
         self._saves = checkpoint.Saves(self.program, self.states, self._run)

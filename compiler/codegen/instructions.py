@@ -88,6 +88,30 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """Calls that compute `results` of `inputs` alone, as one call of what `recipe` makes for a
+    rank: a function of the list of inputs, which it empties. Those that are `freed` are let go of
+    before, so that only that list holds them."""
+
+    name: str
+    body: tuple[Call | Item | Rearrange | Free, ...]
+    inputs: tuple[Value, ...]
+    results: tuple[Variable, ...]
+    freed: tuple[Variable, ...]
+    recipe: Callable[[RankContext], Any] = field(compare=False, repr=False)
+
+    @property
+    def node(self) -> Node:
+        """The first that is computed."""
+        return next(each.node for each in self.body if not isinstance(each, Free))
+
+    @property
+    def function(self) -> Constant:
+        """What is called."""
+        return Constant(f"_{self.name}", self.recipe)
+
+
+@dataclass(frozen=True, slots=True)
 class Copy:
     """Copy a value into a bucket."""
 
@@ -222,8 +246,8 @@ class Return:
 
 
 Instruction: TypeAlias = (
-    "Take | Item | Call | Copy | Allocate | Rearrange | Exchange | Start | Wait | Move | Arrive"
-    " | Pause | Free | Save | Return"
+    "Take | Item | Call | Segment | Copy | Allocate | Rearrange | Exchange | Start | Wait | Move"
+    " | Arrive | Pause | Free | Save | Return"
 )
 
 
@@ -253,6 +277,8 @@ def reads(instruction: Instruction) -> Iterator[Value]:
     match instruction:
         case Call(args=args, kwargs=kwargs):
             yield from _values_in((args, *kwargs.values()))
+        case Segment(inputs=inputs):
+            yield from inputs
         case Item(source=source) | Copy(source=source) | Rearrange(source=source):
             yield source
         case Move(source=source):

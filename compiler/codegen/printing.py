@@ -36,6 +36,7 @@ from meshwright.compiler.codegen.instructions import (
     Rearrange,
     Return,
     Save,
+    Segment,
     Start,
     Take,
     UnderWay,
@@ -141,6 +142,8 @@ class _Printer:
                 return (f"{target.name} = {self._text(source)}[{index}]",)
             case Call():
                 return (self._call(each),)
+            case Segment():
+                return self._segment(each)
             case Copy(source, out):
                 return (f"{self._text(out)}.copy_({self._text(source)})",)
             case Allocate():
@@ -160,7 +163,8 @@ class _Printer:
             case Pause():
                 return ("yield",)
             case Free(variables):
-                return (f"del {', '.join(variable.name for variable in variables)}",)
+                freed = ", ".join(variable.name for variable in variables)
+                return (f"del {freed}",) if freed else ()
             case Save(values):
                 saved = ", ".join(f"{key}: {self._text(value)}" for key, value in values)
                 return (f"_saved.update({{{saved}}})",)
@@ -175,6 +179,15 @@ class _Printer:
             parts.append(f"out={self._text(call.out)}")
         text = f"{self._text(call.function)}({', '.join(parts)})"
         return text if call.target is None else f"{call.target.name} = {text}"
+
+    def _segment(self, segment: Segment) -> Sequence[str]:
+        given = ", ".join(map(self._text, segment.inputs))
+        results = "".join(f"{variable.name}, " for variable in segment.results)
+        return [
+            f"_given = [{given}]",
+            *self._instruction(Free(segment.freed)),
+            f"{results}= {self._text(segment.function)}(_given)",
+        ]
 
     def _moved(self, source: Value, node: Node) -> str:
         if node.op == TO_DEVICE:

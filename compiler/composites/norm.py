@@ -43,6 +43,7 @@ class Norm(Composite):
     """`norm(x, weight, bias, eps, kind) -> (y, mean, rstd)`; "rms" has no bias and no mean."""
 
     op = MeshOp("norm")
+    fuses = True
     rule = Row("... n~, n?, n? -> ... n, ..., ...")
 
     def result_type(self, x: TensorType, *rest: Arg) -> NodeType:
@@ -84,6 +85,7 @@ class NormBackward(Composite):
     `bias_dtype` is None where there is no bias."""
 
     op = MeshOp("norm_backward")
+    fuses = True
     rule = Row("... n~, ... n, ...?, ..., n? -> ... n, n, n", linear=((0,),))
 
     def result_type(self, grad: TensorType, x: TensorType, *rest: Arg) -> NodeType:

@@ -97,3 +97,36 @@ def _in_blocks(
         block = slice(start, start + step)
         put(out[block], linear(a[block], b.t()))
     return out
+
+
+def _linear_shape(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _bmm_shape(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((*a.shape[:2], b.shape[2]))
+
+
+def _as_operator(
+    function: Callable[..., Tensor], signature: str, shape: Callable[..., Tensor]
+) -> torch._ops.OpOverload:
+    """A product as an operator of torch, whose result `shape` makes without data."""
+    name = f"large_{function.__name__}"
+    _LIBRARY.define(f"{name}{signature} -> Tensor")  # type: ignore[no-untyped-call]
+    _LIBRARY.impl(name, function, "CPU")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"meshwright::{name}", shape, lib=_LIBRARY)
+    found: torch._ops.OpOverload = getattr(torch.ops.meshwright, name).default
+    return found
+
+
+_LIBRARY = torch.library.Library("meshwright", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LINEAR = _as_operator(linear, "(Tensor x, Tensor weight, Tensor? bias=None)", _linear_shape)
+_BMM = _as_operator(bmm, "(Tensor a, Tensor b)", _bmm_shape)
+OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    linear: _LINEAR,
+    matmul: lambda x, b: _LINEAR(x, b.t()),
+    addmm: lambda bias, a, b: _LINEAR(a, b.t(), bias),
+    mm: lambda a, b: _LINEAR(a, b.t()),
+    bmm: _BMM,
+}
+"""The products for a compiler of kernels, to which each is one call that it leaves as it is."""

@@ -169,6 +169,10 @@ class Composite:
     node has the keyword `overwrite`."""
     adds: ClassVar[bool] = False
     """Whether it can add its result to a tensor that is there, by `bind_adding`."""
+    fuses: ClassVar[bool] = False
+    """Whether its kernel is operators of torch that depend on its operands and its other arguments
+    alone, and not on the rank, on random numbers or on blocks of rows: a compiler of kernels can
+    fuse it with others."""
     rule: Callable[[Call], Spec | Iterable[Placement]]
     """Which splits its operands and results may have; a `Row` of the notation, or a method."""
 

@@ -30,9 +30,9 @@ def check_seed(seed: object) -> None:
         raise RunError(f"`seed` is {seed}", help="pass a whole number below 2**63")
 
 
-def executable_digest(program: Program) -> str:
+def executable_digest(program: Program, backend: str) -> str:
     """A hash of all that ranks must have in common: the program, and what runs it."""
-    parts = (program.digest, program.mode, torch.__version__)
+    parts = (program.digest, program.mode, torch.__version__, backend)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

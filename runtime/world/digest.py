@@ -33,6 +33,6 @@ def check_digests(digests: Sequence[str], rank: int) -> None:
         rank=rank,
         peers=tuple(different),
         where=[f"{spell_ranks(own)}: digest {digests[own[0]][:12]}" for own in (usual, *others)],
-        help="give every rank the same model, plan, example and versions, and the same seeds where "
-        "the model draws numbers in Python",
+        help="give every rank the same model, plan, example, backend and versions, and the same "
+        "seeds where the model draws numbers in Python",
     )

@@ -12,8 +12,8 @@ EXPECTED = """\
 the mesh `tp=8` has 8 ranks, but {n} processes run
   help: start 8 processes (`torchrun --nproc-per-node 8`), or change the mesh
 rank 1 compiled a different program than rank{others}
-  help: give every rank the same model, plan, example and versions, and the same seeds where the \
-model draws numbers in Python
+  help: give every rank the same model, plan, example, backend and versions, and the same \
+seeds where the model draws numbers in Python
 done
 """
 

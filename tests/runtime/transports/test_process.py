@@ -55,7 +55,7 @@ def test_different_programs_are_an_error_that_names_the_ranks_that_differ() -> N
         "  ranks 0 and 2: digest aaaaaaaaaaaa\n"
         "  rank 1: digest bbbbbbbbbbbb\n"
         "  rank 3: digest cccccccccccc\n"
-        "  help: give every rank the same model, plan, example and versions, and the same seeds "
-        "where the model draws numbers in Python"
+        "  help: give every rank the same model, plan, example, backend and versions, and the same "
+        "seeds where the model draws numbers in Python"
     )
     check_digests(["a" * 64] * 4, 0)
