@@ -55,7 +55,7 @@ def test_what_inductor_cannot_compile_is_named_and_the_run_is_as_it_was(
     run = compiled(TENSOR).launch(backend="inductor")
     with pytest.raises(mw.RunError) as error:
         run.step(X)
-    message, *_, help, _ = text_of(error).splitlines()
+    message, *_, help = text_of(error).splitlines()
     assert message.startswith("Inductor cannot compile what begins with `")
     assert message.endswith("in `layers.0.norm`: no such lowering")
     assert help == '  help: launch with `backend="eager"`'
