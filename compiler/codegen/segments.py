@@ -7,8 +7,9 @@
 
 A segment is a run of instructions that make new values of others, and of nothing else. It ends
 where something is sent or awaited, and at every call that is better left alone; `fuses` decides
-that by what a node is. What is written into buckets or added to totals comes right after it. Freed
-values are freed inside. A run with less than two operators that compute anything stays as it is:
+that by what a node is. Gradients of biases and the like, which are written into buckets or added
+to totals, come right after it. Those of matrices end it, as what they take or make would be held
+to its end: a model without collectives would hold all of them. Freed values are freed inside. A run with less than two operators that compute anything stays as it is:
 nothing is there to fuse.
 """
 
@@ -49,8 +50,7 @@ from meshwright.compiler.placing.composite import composite_of
 aten = torch.ops.aten
 
 PLAIN: set[Op] = {aten.sum.dim_IntList, aten.add.Tensor}
-"""Operators whose result is computed inside where it goes to a bucket, and then copied there; of
-others that would take longer."""
+"""Operators whose vectors are computed inside where they go to a bucket, and then copied there."""
 Member: TypeAlias = "Call | Item | Rearrange | Free"
 Linked: TypeAlias = Callable[[Segment, RankContext], Callable[[list[Any]], Sequence[Any]]]
 """What a segment calls on one rank."""
@@ -102,8 +102,8 @@ class _Segments:
                 value = Variable(f"{node.name}_value")
                 self._add(replace(each, target=value, out=None))
                 return self._put_after(Copy(value, out, node)) and self._free((value,))
-            case Copy() | Call(target=None):
-                return bool(self.members) and self._put_after(each)
+            case Copy(node=node) | Call(target=None, out=None, node=node):
+                return bool(self.members) and _is_vector(node) and self._put_after(each)
             case _:
                 return False
 
@@ -113,7 +113,8 @@ class _Segments:
     def _writes_plainly(self, call: Call) -> bool:
         """Whether a call that writes into a bucket may as well be copied there."""
         computing = any(map(_computes, self.members))
-        return computing and call.node.op in PLAIN and self._fuses(call) and not _reads_bucket(call)
+        plain = call.node.op in PLAIN and _is_vector(call.node)
+        return computing and plain and self._fuses(call) and not _reads_bucket(call)
 
     def _add(self, each: Call | Item | Rearrange) -> bool:
         if _reads_bucket(each):
@@ -161,6 +162,11 @@ class _Segments:
         gone = tuple(v for v in freed if v not in made)
         found = Segment(name, members, inputs, results, gone, lambda _: None)
         return replace(found, recipe=lambda context: self.linked(found, context))
+
+
+def _is_vector(node: Node) -> bool:
+    """Whether a node is a gradient of little memory, which may wait for the end of a segment."""
+    return all(type is None or len(type.shape) < 2 for type, _ in node.results)
 
 
 def _is_whole(members: Sequence[Member]) -> bool:

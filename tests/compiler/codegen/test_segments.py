@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import meshwright as mw
-from meshwright.compiler.codegen.instructions import Instructions, Segment, Variable
+from meshwright.compiler.codegen.instructions import Copy, Instructions, Segment, Variable
 from meshwright.compiler.codegen.linking import RandomState, RankContext
 from meshwright.compiler.codegen.printing import printed
 from meshwright.compiler.codegen.segments import segment_key, segmented
@@ -151,3 +151,13 @@ def test_a_segment_lets_go_of_what_the_calls_let_go_of() -> None:
                 assert freed.isdisjoint(each.inputs)
                 freed.update(each.freed)
                 assert freed.isdisjoint(each.results)
+
+
+def test_a_segment_ends_where_it_would_hold_the_gradients_of_multiple_matrices() -> None:
+    held: list[int] = []
+    for instructions in in_segments(compiled("mesh dp=2\ndata x over dp\nprecision bf16\n")):
+        copied = [each for each in instructions.body if isinstance(each, Copy)]
+        matrices = {each.source for each in copied if len(each.node.type.shape) > 1}
+        found = [each for each in instructions.body if isinstance(each, Segment)]
+        held += [len(matrices.intersection(each.results)) for each in found]
+    assert max(held) == 1
