@@ -7,10 +7,10 @@
 
 A segment is a run of instructions that make new values of others, and of nothing else. It ends
 where something is sent or awaited, and at every call that is better left alone; `fuses` decides
-that by what a node is. Gradients of biases and the like, which are written into buckets or added
-to totals, come right after it. Those of matrices end it, as what they take or make would be held
-to its end: a model without collectives would hold all of them. Freed values are freed inside. A run with less than two operators that compute anything stays as it is:
-nothing is there to fuse.
+that by what a node is. Gradients of biases and the like, which are written into buckets or added to
+totals, come right after it. Those of matrices end it, as what they take or make would be held to
+its end: a model without collectives would hold all of them. Freed values are freed inside. A run
+with less than two operators that compute anything stays as it is: nothing is there to fuse.
 """
 
 from __future__ import annotations
