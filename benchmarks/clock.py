@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,22 +22,24 @@ def wait(device: str) -> None:
 
 def interleaved(
     steps: Mapping[str, Step], device: str, rounds: int, each: int
-) -> dict[str, list[float]]:
-    """Milliseconds per step of each peer in each round, of `each` steps, in an order that rotates
-    by one per round."""
+) -> Iterator[dict[str, list[float]]]:
+    """Milliseconds per step of each peer in each round so far, of `each` steps, in an order that
+    rotates by one per round. On a CPU, those of this process on all its cores: other processes
+    take none of them."""
+    now = time.perf_counter if device == "cuda" else time.process_time
     found: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for number in range(rounds):
-        start = number % len(names)
+        start = number % max(len(names), 1)
         for name in (*names[start:], *names[:start]):
             steps[name]()  # its memory and caches are cold after the others' turns
             wait(device)
-            begin = time.perf_counter()
+            begin = now()
             for _ in range(each):
                 steps[name]()
             wait(device)
-            found[name].append((time.perf_counter() - begin) * 1e3 / each)
-    return found
+            found[name].append((now() - begin) * 1e3 / each)
+        yield found
 
 
 def times(found: Mapping[str, list[float]]) -> dict[str, Any]:

@@ -21,25 +21,26 @@ import argparse
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import meshwright as mw
 from benchmarks import clock, llama, report
-from benchmarks.gpt import GPT, SIZES, Size
-from benchmarks.llama import Llama
+from benchmarks.gpt import SIZES, Size
+from benchmarks.steps import DATA, ONE, Batch, Eager, Ours, batch, gpt, on_one_rank
 
-Batch = tuple[Tensor, Tensor]
+Result: TypeAlias = dict[str, Any]
+Found: TypeAlias = Iterator[tuple[str, Result]]
+"""What a part finds: more and more about each of what it measures, by name."""
 GPT2 = Size("gpt2", vocab=50304, d=768, heads=12, layers=12, length=1024, batch=8)
 TENSOR = """
 columns blocks.*.qkv over tp as (heads 3 hd)
@@ -47,7 +48,6 @@ rows blocks.*.proj over tp
 columns blocks.*.up over tp
 rows blocks.*.down over tp
 """
-DATA = "data tokens, targets over dp\n"
 PLANS = {
     "data": "mesh dp=4\n" + DATA,
     "tensor, vocab, sequence": "mesh dp=2, tp=2\n" + DATA + "let heads = 4\n" + TENSOR
@@ -60,70 +60,16 @@ PLANS = {
     "checkpoint": "mesh dp=2\n" + DATA + "checkpoint blocks.*\n",
     "offload": "mesh dp=2\n" + DATA + "offload activations blocks.*\noffload optimizer\n",
 }  # fmt: skip
-ONE = "mesh dp=1\n" + DATA
 CLOSE = 1e-10
 """The relative difference from eager in float64."""
-
-
-def gpt(size: Size, device: str, dtype: torch.dtype = torch.float32) -> GPT:
-    """A GPT with a tied head, the same for every peer."""
-    torch.manual_seed(0)
-    model = GPT(size)
-    nn.init.normal_(model.wte.weight, std=0.02)
-    model.head.weight = model.wte.weight
-    return model.to(device, dtype)
-
-
-def batch(vocab: int, shape: tuple[int, int], device: str, seed: int = 0) -> Batch:
-    """Tokens and targets."""
-    drawn = torch.Generator().manual_seed(seed)
-    tokens, targets = (torch.randint(0, vocab, shape, generator=drawn) for _ in range(2))
-    return tokens.to(device), targets.to(device)
-
-
-def launched(model: nn.Module, plan: str, example: Batch, device: str, **options: Any) -> mw.Run:
-    """A run of the model, which is let go of."""
-    program = mw.compile(model, mw.Plan.parse(plan), example, device=device)
-    return program.launch(**options)
-
-
-class Eager:
-    """Torch's own steps: forward, backward and update, under autocast if the type is half."""
-
-    def __init__(self, model: nn.Module, device: str, half: bool, *, compiled: bool = False):
-        self.model, self.autocast = model, nullcontext
-        if half:
-            self.autocast = partial(torch.autocast, device, dtype=torch.bfloat16)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        self.call = torch.compile(model) if compiled else model
-
-    def __call__(self, given: Batch) -> Tensor:
-        with self.autocast():
-            loss = self.call(*given)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
-
-
-class Ours:
-    """The same steps of a compiled program."""
-
-    def __init__(self, model: nn.Module, plan: str, given: Batch, device: str, **options: Any):
-        self.run = launched(model, plan, given, device, check_finite=False, **options)
-        self.optimizer = self.run.optimizer(torch.optim.AdamW, lr=1e-4)
-
-    def __call__(self, given: Batch) -> Tensor:
-        loss = self.run.step(*given)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss
+SECONDS = 460
+"""For all parts together on a GPU, so that eight minutes are enough."""
 
 
 # -- the parts ------------------------------------------------------------------------------------
 
 
-def equal(device: str) -> dict[str, Any]:
+def equal(device: str) -> Found:
     """The largest relative difference from eager's losses and parameters after three steps in
     float64, and in bfloat16 that of losses from float64, beside eager's own."""
     size = SIZES["tiny"]
@@ -131,22 +77,32 @@ def equal(device: str) -> dict[str, Any]:
     exact = Eager(gpt(size, device, torch.float64), device, False)
     wanted = [exact(each).item() for each in batches]
     narrow = Eager(gpt(size, device), device, True)
-    rough = {"bf16 eager": _off([narrow(each).item() for each in batches], wanted)}
-    return {
-        name: _attempt(partial(_beside, plan, size, device, batches, exact, wanted)) | rough
-        for name, plan in PLANS.items()
-    }
+    yield "eager", {"bf16": _off([narrow(each).item() for each in batches], wanted)}
+    beside = partial(_beside, size=size, device=device, given=batches, exact=exact, wanted=wanted)
+    for name, plan in PLANS.items():
+        yield name, _attempt(partial(beside, plan))
+    compiled = "zero 3, microbatches"
+    yield f"{compiled}, inductor", _attempt(partial(beside, PLANS[compiled], backend="inductor"))
 
 
 def _beside(
-    plan: str, size: Size, device: str, batches: list[Batch], exact: Eager, wanted: list[float]
-) -> dict[str, Any]:
-    ours = Ours(gpt(size, device, torch.float64), plan, batches[0], device)
-    losses = _off([ours(each).item() for each in batches], wanted)
+    plan: str,
+    *,
+    size: Size,
+    device: str,
+    given: list[Batch],
+    exact: Eager,
+    wanted: list[float],
+    backend: str = "eager",
+) -> Result:
+    model = gpt(size, device, torch.float64)
+    ours = Ours(model, plan, given[0], device, backend=backend)
+    losses = _off([ours(each).item() for each in given], wanted)
     state, held = ours.run.state_dict(), exact.model.state_dict()
     values = max(((held[name] - state[name].to(device)).abs().max().item()) for name in held)
-    half = Ours(gpt(size, device), plan + "precision bf16\n", batches[0], device)
-    rough = _off([half(each).item() for each in batches], wanted)
+    narrow = plan + "precision bf16\n"
+    half = Ours(gpt(size, device), narrow, given[0], device, backend=backend)
+    rough = _off([half(each).item() for each in given], wanted)
     good = "yes" if max(losses, values) < CLOSE else "NO"
     return {"equal": good, "losses": losses, "parameters": values, "bf16": rough}
 
@@ -155,98 +111,78 @@ def _off(found: list[float], wanted: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
 
 
-def one(device: str) -> dict[str, Any]:
+def one(device: str) -> Found:
     """Step time, memory and waits of one rank in bfloat16, beside eager and compiled eager."""
-    small = device == "cpu"
-    size, sizes = (SIZES["tiny"], llama.SMALL) if small else (GPT2, llama.BILLION)
+    size, shape = _gpt2(device)
+    sizes = llama.SMALL if device == "cpu" else llama.BILLION
     models: dict[str, tuple[Callable[[], nn.Module], Batch]] = {
-        "gpt2": (
-            lambda: gpt(size, device),
-            batch(size.vocab, (size.batch, size.length), device),
-        ),
+        "gpt2": (lambda: gpt(size, device), batch(size.vocab, shape, device)),
         "llama": (
-            lambda: Llama(sizes).to(device),
+            lambda: llama.on_device(sizes, device),
             batch(sizes.vocab, (sizes.batch, sizes.length), device),
         ),
     }
-    found = {}
     for name, (make, given) in models.items():
-        rounds, each = (1, 1) if small else (5, 5)
-        taken = _compared(_peers(make, given, device), given, device, rounds, each)
-        found |= {f"{name} {peer}": result for peer, result in taken.items()}
-    return found
+        peers = on_one_rank(make, given, device, half=True)
+        for peer, result in _compared(peers, given, device, 5):
+            yield f"{name} {peer}", result
 
 
-def _peers(
-    make: Callable[[], nn.Module], given: Batch, device: str
-) -> dict[str, Callable[[], Any]]:
-    """The ways to train a model on one rank; what others are compared with comes first."""
-    return {
-        "compiled eager": lambda: Eager(make(), device, True, compiled=True),
-        "eager": lambda: Eager(make(), device, True),
-        "meshwright": lambda: Ours(make(), ONE + "precision bf16\n", given, device),
-    }
-
-
-def virtual(device: str) -> dict[str, Any]:
+def virtual(device: str) -> Found:
     """Step time of the virtual mesh with more and more ranks on one device."""
-    size = SIZES["tiny"] if device == "cpu" else GPT2
-    given = batch(size.vocab, (size.batch, size.length), device)
-    peers = {
-        f"{n} ranks": partial(
-            lambda n: Ours(
-                gpt(size, device), f"mesh dp={n}\n{DATA}precision bf16\n", given, device
-            ),
-            n,
-        )
-        for n in (1, 2, 4, 8)
-    }
-    return _compared(peers, given, device, 1 if device == "cpu" else 5, 2)
+    plans = {f"{n} ranks": f"mesh dp={n}\n{DATA}" for n in (1, 2, 4, 8)}
+    yield from _plans(plans, device)
 
 
-def offload(device: str) -> dict[str, Any]:
+def offload(device: str) -> Found:
     """What activations in host memory cost, and the share of copies that computing hides."""
-    size = SIZES["tiny"] if device == "cpu" else GPT2
-    given = batch(size.vocab, (size.batch, size.length), device)
     plans = {
         "saved": "",
         "checkpoint": "checkpoint blocks.*\n",
         "offload": "offload activations blocks.*\n",
         "half offload": "offload activations blocks.* fraction=0.5\n",
     }
-    peers = {
-        name: partial(
-            lambda more: Ours(gpt(size, device), ONE + "precision bf16\n" + more, given, device),
-            more,
-        )
-        for name, more in plans.items()
-    }
-    return _compared(peers, given, device, 1 if device == "cpu" else 5, 2)
+    yield from _plans({name: ONE + more for name, more in plans.items()}, device)
+
+
+def _plans(plans: Mapping[str, str], device: str) -> Found:
+    """GPT-2 in bfloat16 under each of multiple plans."""
+    size, shape = _gpt2(device)
+    given = batch(size.vocab, shape, device)
+
+    def peer(plan: str) -> Ours:
+        return Ours(gpt(size, device), plan + "precision bf16\n", given, device)
+
+    peers = {name: partial(peer, plan) for name, plan in plans.items()}
+    yield from _compared(peers, given, device, 2)
+
+
+def _gpt2(device: str) -> tuple[Size, tuple[int, int]]:
+    """A model, and the shape of a batch."""
+    size = SIZES["tiny"] if device == "cpu" else GPT2
+    return size, (size.batch, size.length)
 
 
 def _compared(
-    peers: Mapping[str, Callable[[], Any]], given: Batch, device: str, rounds: int, each: int
-) -> dict[str, Any]:
+    peers: Mapping[str, Callable[[], Eager | Ours]], given: Batch, device: str, each: int
+) -> Found:
     """Look at a step of each peer by itself, then time all that could be built, beside the first
     of them."""
     steps: dict[str, clock.Step] = {}
-    found = {
-        name: _attempt(partial(_alone, name, build, given, device, steps))
-        for name, build in peers.items()
-    }
-    taken = clock.interleaved(steps, device, rounds, each)
-    for name, result in clock.times(taken).items():
-        found[name] |= result
-    return found
+    for name, build in peers.items():
+        yield name, _attempt(partial(_alone, name, build, given, device, steps))
+    rounds, each = (1, 1) if device == "cpu" else (5, each)
+    for taken in clock.interleaved(steps, device, rounds, each):
+        yield from clock.times(taken).items()
 
 
 def _alone(
     name: str,
-    build: Callable[[], Any],
+    build: Callable[[], Eager | Ours],
     given: Batch,
     device: str,
     steps: dict[str, clock.Step],
-) -> dict[str, Any]:
+) -> Result:
     """The first loss of a peer, the seconds until it is warm, and its memory; adds its step."""
     gc.collect()
     held, begin = clock.Held(device), time.perf_counter()
@@ -259,36 +195,35 @@ def _alone(
     return found
 
 
-def processes(device: str) -> dict[str, Any]:
+def processes(device: str) -> Found:
     """Losses and step times of two and four processes that share the device, beside one process."""
     size = SIZES["tiny"]
     given = [batch(size.vocab, (size.batch, size.length), device, seed) for seed in range(3)]
-    found = {}
-    for name, plan in {
-        "dp=2": "mesh dp=2\n" + DATA,
-        "dp=2, tp=2": PLANS["tensor, vocab, sequence"],
-        "pipeline": PLANS["pipeline"],
-    }.items():
-        eager = Eager(gpt(size, device, torch.float64), device, False)
-        wanted = [eager(each).item() for each in given]
-        ranks = 4 if "tp" in name else 2
-        result = _attempt(partial(_ranks, plan, ranks, device))
+    eager = Eager(gpt(size, device, torch.float64), device, False)
+    wanted = [eager(each).item() for each in given]
+    plans = {
+        "dp=2": (2, "mesh dp=2\n" + DATA),
+        "dp=2, tp=2": (4, PLANS["tensor, vocab, sequence"]),
+        "pipeline": (2, PLANS["pipeline"]),
+    }
+    for name, (count, plan) in plans.items():
+        result = _attempt(partial(_ranks, plan, count, device))
         if "losses" in result:
             off = _off(result.pop("losses"), wanted)
             result |= {"equal": "yes" if off < CLOSE else "NO", "losses": off}
-        found[name] = result
-    return found
+        yield name, result
 
 
-def _ranks(plan: str, count: int, device: str) -> dict[str, Any]:
+def _ranks(plan: str, count: int, device: str) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rank.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={count}", "-m", "benchmarks.gpu"]
         command += ["--device", device, "--rank", plan, str(out)]
         environment = {**os.environ, "MESHWRIGHT_THROUGH_HOST": "1", "OMP_NUM_THREADS": "1"}
-        _run(command, environment, 150)
-        found: dict[str, Any] = json.loads(out.read_text())
+        if failed := _run(command, environment, 40 if device == "cuda" else 240):
+            raise RuntimeError(failed)
+        found: Result = json.loads(out.read_text())
         return found
 
 
@@ -308,7 +243,7 @@ def rank(plan: str, out: str, device: str) -> None:
     ours.run.close()
 
 
-def nccl(device: str) -> dict[str, Any]:
+def nccl(device: str) -> Found:
     """Each collective in a group of one process, by NCCL (on a CPU, by Gloo)."""
     from torch._C._distributed_c10d import HashStore
 
@@ -318,7 +253,7 @@ def nccl(device: str) -> dict[str, Any]:
 
     group = (NcclGroup if device == "cuda" else GlooGroup)(HashStore(), (0,), 0, 60.0)
 
-    def tried(kind: str, dtype: torch.dtype) -> dict[str, Any]:
+    def tried(kind: str, dtype: torch.dtype) -> Result:
         wire, given = Wire(kind, ("dp",)), torch.arange(12, device=device).to(dtype).view(1, 3, 4)
         works, finish = group.begin(wire, given.clone(), True, False)
         for work in works:
@@ -327,26 +262,24 @@ def nccl(device: str) -> dict[str, Any]:
         return {"equal": "yes" if good else "NO"}
 
     kinds = [kind for kind, row in WIRES.items() if not row.counted and kind != "transfer"]
-    found = {
-        f"{kind} {str(dtype).removeprefix('torch.')}": _attempt(partial(tried, kind, dtype))
-        for kind in kinds
-        for dtype in (torch.float32, torch.bfloat16, torch.int64)
-    }
+    for kind in kinds:
+        for dtype in (torch.float32, torch.bfloat16, torch.int64):
+            name = str(dtype).removeprefix("torch.")
+            yield f"{kind} {name}", _attempt(partial(tried, kind, dtype))
     group.close()
-    return found
 
 
-PARTS: dict[str, tuple[Callable[[str], dict[str, Any]], float]] = {
-    "equal": (equal, 90), "one": (one, 210), "virtual": (virtual, 60),
-    "processes": (processes, 150), "nccl": (nccl, 30), "offload": (offload, 60),
+PARTS: dict[str, tuple[Callable[[str], Found], float]] = {
+    "equal": (equal, 85), "one": (one, 185), "virtual": (virtual, 50),
+    "processes": (processes, 75), "nccl": (nccl, 20), "offload": (offload, 45),
 }  # fmt: skip
-"""What each part measures, and the most seconds that it may take."""
+"""What each part measures, and the most seconds that it may take on a GPU."""
 
 
 # -- running them ---------------------------------------------------------------------------------
 
 
-def _attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _attempt(measure: Callable[[], Result]) -> Result:
     """What is measured, or the error: the others are measured all the same."""
     try:
         return measure()
@@ -354,28 +287,66 @@ def _attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[-600:]}
 
 
-def _run(command: list[str], environment: dict[str, str], seconds: float) -> None:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {(done.stdout + done.stderr)[-500:]}")
+def _run(
+    command: list[str], environment: Mapping[str, str], seconds: float, *, apart: bool = False
+) -> str:
+    """Run a command for at most so many seconds, and say how it failed; "" if it did not.
+
+    `apart` gives it a process group of its own, which ends as a whole."""
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(
+            command, env=environment, stdout=said, stderr=said, start_new_session=apart
+        ) as started,
+    ):
+        try:
+            code = started.wait(seconds)
+        except subprocess.TimeoutExpired:
+            _end(started, apart)
+            return f"stopped after {seconds:.0f} s"
+        said.seek(0)
+        return f"exit code {code}: {said.read()[-500:]}" if code else ""
 
 
-def in_process(part: str, device: str) -> dict[str, Any]:
-    """The results of a part, from a process of its own."""
+def _end(started: subprocess.Popen[bytes], apart: bool) -> None:
+    """Ask a process to end what it has started and itself, and soon see to it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if apart:
+            os.killpg(started.pid, number)
+        else:
+            started.send_signal(number)
+        try:
+            started.wait(5)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def part(name: str, out: Path, device: str) -> None:
+    """Write what a part finds, as soon as it does: it may be stopped."""
+    found: dict[str, Result] = {}
+    for key, result in PARTS[name][0](device):
+        found.setdefault(key, {}).update(result)
+        new = out.with_suffix(".new")
+        new.write_text(json.dumps(found))
+        new.replace(out)
+
+
+def in_process(name: str, device: str, seconds: float) -> dict[str, Result]:
+    """The results of a part, from a process of its own, and how it failed if it did."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "part.json"
         command = [sys.executable, "-m", "benchmarks.gpu", "--device", device]
-        _run([*command, "--part", part, str(out)], dict(os.environ), PARTS[part][1])
-        found: dict[str, Any] = json.loads(out.read_text())
-        return found
+        failed = _run([*command, "--part", name, str(out)], os.environ, seconds, apart=True)
+        found: dict[str, Result] = json.loads(out.read_text()) if out.exists() else {}
+        return found | ({"all else": {"error": failed}} if failed else {})
 
 
-def table(part: str, found: Mapping[str, Any], seconds: float) -> str:
-    """The results of a part as text: a line each."""
-    lines = [f"\n{part} ({seconds:.0f} s)"]
-    for name, result in found.items():
-        shown = result if isinstance(result, dict) else {"error": result}
-        lines.append(f"  {name:<28}" + "  ".join(f"{k} {_spelled(v)}" for k, v in shown.items()))
+def table(title: str, found: Mapping[str, Result]) -> str:
+    """Results as text: a line each."""
+    lines = [f"\n{title}"]
+    for key, result in found.items():
+        lines.append(f"  {key:<34}" + "  ".join(f"{k} {_spelled(v)}" for k, v in result.items()))
     return "\n".join(lines)
 
 
@@ -402,7 +373,7 @@ def main(argv: list[str]) -> int:
         rank(*args.rank, args.device)
     elif args.part:
         name, out = args.part
-        Path(out).write_text(json.dumps(PARTS[name][0](args.device)))
+        part(name, Path(out), args.device)
     else:
         return sweep(args)
     return 0
@@ -410,13 +381,17 @@ def main(argv: list[str]) -> int:
 
 def sweep(args: argparse.Namespace) -> int:
     """Run each part, print and write what it finds; 1 if anything failed or differs."""
-    results: dict[str, Any] = {}
+    results: dict[str, dict[str, Any]] = {}
     if args.device == "cuda":
         results["device"] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    for part in args.parts.split(","):
+    start = time.perf_counter()
+    for name in args.parts.split(","):
         begin = time.perf_counter()
-        results[part] = _attempt(partial(in_process, part, args.device))
-        print(table(part, results[part], time.perf_counter() - begin), flush=True)
+        seconds = min(PARTS[name][1], max(SECONDS - (begin - start), 1))
+        seconds = seconds if args.device == "cuda" else 1800
+        results[name] = in_process(name, args.device, seconds)
+        title = f"{name} ({time.perf_counter() - begin:.0f} s)"
+        print(table(title, results[name]), flush=True)
         report.write(args.json, results)
     return int(any(word in json.dumps(results) for word in ('"error"', '"NO"')))
 

@@ -72,6 +72,13 @@ class Llama(nn.Module):
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
 
 
+def on_device(sizes: Sizes, device: str) -> Llama:
+    """The same model for every peer, made where it is to be."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return Llama(sizes)
+
+
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x[b, h, s, d]`, turned by the angles `[s, d/2]` of its positions."""
     a, b = x.chunk(2, dim=-1)
