@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu [--device cpu] [--parts equal,one] [--json FILE]
 
-Needs torch 2.11 or later, one GPU, and lark and rich. For a machine without an index, carry them:
+Needs torch 2.11 or later, numpy, lark, rich and a GPU. Where nothing can be installed, carry them:
 
     pip install --target build/carried --no-deps lark rich markdown-it-py mdurl pygments
     PYTHONPATH=src:build/carried python -m benchmarks.gpu

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import gpu
 from benchmarks.gpt import SIZES
 from benchmarks.interleave import Round, counted, cpu_ratio, ratio
 from benchmarks.stages import VIRTUAL, balanced
@@ -18,10 +20,10 @@ from benchmarks.stages import VIRTUAL, balanced
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(module: str, folder: Path, *options: str) -> dict[str, Any]:
+def run(module: str, folder: Path, *options: str, quick: bool = True) -> dict[str, Any]:
     out = folder / "out.json"
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", module, "--quick", "--json", str(out), *options]
+    command = [sys.executable, "-m", module, *["--quick"] * quick, "--json", str(out), *options]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
@@ -138,3 +140,39 @@ def test_mixtral_computes_the_losses_of_its_own_module(tmp_path: Path) -> None:
     assert 0 < found["loss_difference"]["meshwright mixtral"] < 1e-5
     assert 0 < found["moving"]["meshwright topk"]["median"] < 1
     assert found["peaks"]["topk"] > found["peaks"]["dense"] > 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_what_a_gpu_is_to_show_runs_on_a_cpu(part: str, tmp_path: Path) -> None:
+    options = ("--device", "cpu", "--parts", part)
+    found = run("benchmarks.gpu", tmp_path, *options, quick=False)[part]
+    assert len(found) > 2
+    for name, result in found.items():
+        assert "error" not in result, name
+        assert result.get("equal", "yes") == "yes", name
+
+
+def test_a_part_that_fails_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(device: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield "step", {"loss": 2.0}
+        yield "step", {"ms": 1.0}
+        raise RuntimeError(device)
+
+    monkeypatch.setitem(gpu.PARTS, "one", (failing, 1))
+    out = tmp_path / "found.json"
+    with pytest.raises(RuntimeError):
+        gpu.part("one", out, "cpu")
+    assert json.loads(out.read_text()) == {"step": {"loss": 2.0, "ms": 1.0}}
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_what_takes_too_long_is_stopped_and_what_fails_says_so(apart: bool) -> None:
+    def ended(script: str) -> str:
+        return gpu._run([sys.executable, "-c", script], os.environ, 1, apart=apart)
+
+    assert ended("import time; time.sleep(600)") == "stopped after 1 s"
+    assert ended("raise SystemExit('no GPU')") == "exit code 1: no GPU\n"
+    assert ended("") == ""
