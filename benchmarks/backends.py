@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     found = {name: {"loss": loss} for name, loss in losses.items()}
     assert all(abs(loss - first) < CLOSE * first for loss in losses.values()), losses
     for taken in clock.interleaved(steps, device, args.rounds, args.each):
-        for name, result in clock.times(taken).items():
+        for name, result in clock.times(taken, "meshwright").items():
             found[name] |= result
     print(table(size.name, found))
     report.write(args.json, {size.name: found})

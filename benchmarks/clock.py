@@ -42,10 +42,11 @@ def interleaved(
         yield found
 
 
-def times(found: Mapping[str, list[float]]) -> dict[str, Any]:
-    """Medians, and the ratio to the first peer round by round with its least and most."""
+def times(found: Mapping[str, list[float]], reference: str = "") -> dict[str, Any]:
+    """Medians, and the ratio to a peer (the first if it is not said) round by round, with its
+    least and most."""
     shown: dict[str, Any] = {}
-    reference = next(iter(found), "")
+    reference = reference or next(iter(found), "")
     for name, taken in found.items():
         ratios = [a / b for a, b in zip(taken, found[reference], strict=True)]
         spread = [statistics.median(ratios), min(ratios), max(ratios)]

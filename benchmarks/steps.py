@@ -60,7 +60,7 @@ class Ours:
     def __init__(self, model: nn.Module, plan: str, given: Batch, device: str, **options: Any):
         program = mw.compile(model, mw.Plan.parse(plan), given, device=device)
         self.run = program.launch(check_finite=False, **options)
-        self.optimizer = self.run.optimizer(torch.optim.AdamW, lr=1e-4)
+        self.optimizer = self.run.optimizer(torch.optim.AdamW, lr=1e-4, fused=True)
 
     def __call__(self, given: Batch) -> Tensor:
         loss = self.run.step(*given)

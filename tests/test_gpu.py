@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 import meshwright
 from meshwright.compiler.public import Program
+from meshwright.runtime import inductor
+from tests.compiler.codegen.test_segments import emptied
 from tests.fake_cuda import fake_cuda
 from tests.models import GPT_DATA, GPT_TENSOR, Gpt, tokens
 
@@ -110,3 +112,18 @@ def test_the_check_of_an_update_reads_a_value(monkeypatch: pytest.MonkeyPatch) -
         run.step(*tokens())
         with pytest.raises(DataDependentOutputException):
             optimizer.step()
+
+
+def test_segments_on_a_gpu_wait_for_nothing_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is run call by call: Inductor has nothing to compile for here."""
+    monkeypatch.setattr(inductor, "_fused", emptied)
+    monkeypatch.setattr(inductor, "_compiled", {})
+    monkeypatch.setattr(inductor, "check_compiler", lambda device: None)
+    program = compiled(Gpt(p=0.1), tokens(), PLANS["offloading"], "cuda")
+    with fake_cuda(monkeypatch) as machine:
+        run = program.launch(check_finite=False, backend="inductor")
+        run.step(*tokens())
+        before = machine.waits
+        assert run.step(*tokens()).is_cuda
+        assert machine.waits == before
+    assert inductor._compiled
