@@ -28,6 +28,7 @@ from meshwright.compiler.codegen.printing import Code, printed
 from meshwright.compiler.codegen.segments import function_of, segment_key, segmented
 from meshwright.compiler.graph.ir import MeshOp, Node
 from meshwright.compiler.graph.text import op_text
+from meshwright.compiler.kernels.blocks import in_one_block
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import one_line, spelled
@@ -159,7 +160,7 @@ def _fused(function: Callable[..., list[Any]], given: Sequence[Tensor]) -> Compi
 
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(tensor, static_shapes=True) for tensor in given]
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), in_one_block():
         plain = make_fx(function)(*fakes)
         module = make_fx(functionalize(plain), decomposition_table=select_decomp_table())(*fakes)
         expected = plain(*fakes)

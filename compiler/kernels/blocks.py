@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import islice
 from typing import TypeVar
 
@@ -46,9 +48,26 @@ def block_elements(device: torch.device) -> int:
     return CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK
 
 
+_traced: ContextVar[bool] = ContextVar("whether kernels are traced to be compiled", default=False)
+
+
+@contextmanager
+def in_one_block() -> Iterator[None]:
+    """While this is open, `row_blocks` gives all rows at once: kernels are traced without data, and
+    what compiles them cuts blocks of its own."""
+    before = _traced.set(True)
+    try:
+        yield
+    finally:
+        _traced.reset(before)
+
+
 def row_blocks(table: Tensor) -> Iterator[slice]:
     """Slices that cover the rows of `table[rows, width]`, a block each."""
     rows, width = table.shape
+    if _traced.get():
+        yield slice(0, rows)
+        return
     step = max(1, block_elements(table.device) // max(1, width))
     for start in enough(range(0, rows, step), table):
         yield slice(start, min(start + step, rows))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._inductor import compile_fx, cpp_builder
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.nn import functional as F
 
 import meshwright as mw
+from meshwright.compiler.kernels import blocks
 from meshwright.runtime import inductor
 from meshwright.runtime.state.start import executable_digest
 from tests.compiler.codegen.test_segments import PLANS, TENSOR, X, batch, compiled, difference
@@ -99,6 +103,44 @@ def test_operators_that_draw_look_or_write_are_left_alone(
     op: torch._ops.OpOverload, taken: bool
 ) -> None:
     assert inductor.is_lowered(op) is taken
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.norm(2 * x)).sin().square().mean()
+
+
+def interpreted(module: torch.fx.GraphModule, fakes: Sequence[Tensor]) -> inductor.Compiled:
+    """Stands for Inductor: runs what was traced node by node."""
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        given = list(inputs)
+        inputs.clear()
+        return list(torch.fx.Interpreter(module).run(*given))
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_kernel_that_runs_in_blocks_is_compiled_for_all_of_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without data a kernel runs on its first two blocks alone, and a trace has no data."""
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 16)
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", interpreted)
+    monkeypatch.setattr(inductor, "_compiled", {})
+    x = torch.randn(4, 32, 8, dtype=dtype)
+    program = mw.compile(Scaled().to(dtype), mw.Plan.parse("mesh dp=2\ndata x over dp\n"), (x,))
+    found = []
+    for backend in ("eager", "inductor"):
+        with program.launch(backend=backend) as run:
+            found.append({"loss": run.step(x), **run.gradients()})
+    assert inductor._compiled
+    assert difference(found[0], found[1]) < (1e-10 if dtype == torch.float64 else 1e-6)
 
 
 @pytest.mark.slow
