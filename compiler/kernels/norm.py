@@ -47,6 +47,9 @@ def layer_norm_backward(
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """`(y, rstd)` where n is whole, as `F.rms_norm` with this `eps`."""
+    if _has_kernel(x, weight):
+        y, rstd = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight, eps)
+        return y, rstd.squeeze(-1)
     rstd = rms_combine(rms_stats(x).unsqueeze(0), x.shape[-1], eps)
     return norm_apply(x, None, rstd, weight, None), rstd
 
@@ -55,6 +58,12 @@ def rms_norm_backward(
     grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`(dx, dweight)` where n is whole."""
+    if _has_kernel(x, weight):
+        mask = [True, weight is not None]
+        dx, dweight = torch.ops.aten._fused_rms_norm_backward(
+            grad, x, x.shape[-1:], rstd.unsqueeze(-1), weight, mask
+        )
+        return dx, dweight if mask[1] else None
     if x.dtype in (torch.float32, torch.float64):
         return _rms_by_layer_norm(grad, x, rstd, weight)
     sums = norm_backward_sums(grad, x, None, rstd, weight)
@@ -62,6 +71,11 @@ def rms_norm_backward(
         sums, grad, x, None, rstd, weight, n=x.shape[-1], bias_dtype=None
     )
     return dx, dweight
+
+
+def _has_kernel(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether torch has a kernel for RMS norm: on GPUs, where all is of one type."""
+    return x.is_cuda and (weight is None or weight.dtype == x.dtype)
 
 
 def _rms_by_layer_norm(

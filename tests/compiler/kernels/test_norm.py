@@ -6,7 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import decomposition_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from meshwright.compiler.kernels import norm
 from meshwright.compiler.kernels.norm import (
     layer_norm,
     layer_norm_backward,
@@ -134,3 +137,33 @@ def test_the_gradient_of_a_bias_has_its_own_type() -> None:
     )
     assert dweight is None
     torch.testing.assert_close(dbias, grad.sum((0, 1), dtype=torch.float32))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_kernels_of_a_gpu_are_given_what_they_take(
+    affine: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch has them as separate operators for a CPU: one in itself, one in its tables."""
+    aten = torch.ops.aten
+    backward = decomposition_table[aten._fused_rms_norm_backward.default]
+    x, weight, _, grad = _example(dtype)
+    given = weight if affine else None
+    wanted = rms_norm(x, given, EPS)
+    grads = rms_norm_backward(grad, x, wanted[1], given)
+    monkeypatch.setattr(norm, "_has_kernel", lambda x, weight: True)
+    monkeypatch.setattr(aten, "_fused_rms_norm_backward", backward)
+    found = rms_norm(x, given, EPS)
+    torch.testing.assert_close(found, wanted)
+    for ours, theirs in zip(rms_norm_backward(grad, x, found[1], given), grads, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_the_kernels_of_a_gpu_are_for_operands_of_one_type() -> None:
+    with FakeTensorMode():
+        x, weight = torch.empty(4, 8, device="cuda"), torch.empty(8, device="cuda")
+        assert norm._has_kernel(x, weight) and norm._has_kernel(x, None)
+        assert not norm._has_kernel(x.bfloat16(), weight)
+        assert not norm._has_kernel(torch.empty(4, 8), None)
