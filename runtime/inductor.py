@@ -90,18 +90,12 @@ def is_fused(node: Node) -> bool:
     values, draws no random numbers, and depends on nothing but the operands."""
     if isinstance(node.op, MeshOp):
         known = composite_of(node.op)
-        return known is not None and known.fuses and _is_of_one_type(node)
+        return known is not None and known.fuses(node)
     if node.op in CONTIGUOUS or not is_lowered(node.op):
         return False
     types = [type for type, _ in node.results if type is not None]
     types += [operand.tensor for operand in node.operands()]
     return not any(type.dtype.is_complex for type in types)
-
-
-def _is_of_one_type(node: Node) -> bool:
-    """Whether all operands of a node are of one type, in which it also computes."""
-    types = {operand.tensor.dtype for operand in node.operands()}
-    return len(types) == 1 and types <= {torch.float32, torch.float64}
 
 
 @cache

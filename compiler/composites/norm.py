@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from meshwright.compiler.composites.statistics import gathered, per_rank
@@ -38,12 +39,18 @@ def _statistic(x: TensorType) -> TensorType:
     return TensorType(x.shape[:-1], accumulation_dtype(x.dtype))
 
 
+def _fuses(node: Node, kind: Arg) -> bool:
+    """Whether what torch takes a norm apart into has results of the types that its kernel has; of a
+    layer norm, where all is of one type in which it also computes."""
+    types = {operand.tensor.dtype for operand in node.operands()}
+    return kind == "rms" or types in ({torch.float32}, {torch.float64})
+
+
 @composite
 class Norm(Composite):
     """`norm(x, weight, bias, eps, kind) -> (y, mean, rstd)`; "rms" has no bias and no mean."""
 
     op = MeshOp("norm")
-    fuses = True
     rule = Row("... n~, n?, n? -> ... n, ..., ...")
 
     def result_type(self, x: TensorType, *rest: Arg) -> NodeType:
@@ -67,6 +74,9 @@ class Norm(Composite):
         stats = gathered(context, axes, NormStats.op, x, kind)
         return context.call(NormFinish.op, x, stats, weight, bias, eps, kind)
 
+    def fuses(self, node: Node) -> bool:
+        return _fuses(node, node.args[4])
+
     def bind(self, binding: BindingContext) -> Kernel:
         eps, kind = binding.node.args[3:]
         if kind == "layer":
@@ -85,7 +95,6 @@ class NormBackward(Composite):
     `bias_dtype` is None where there is no bias."""
 
     op = MeshOp("norm_backward")
-    fuses = True
     rule = Row("... n~, ... n, ...?, ..., n? -> ... n, n, n", linear=((0,),))
 
     def result_type(self, grad: TensorType, x: TensorType, *rest: Arg) -> NodeType:
@@ -99,6 +108,9 @@ class NormBackward(Composite):
         sums = context.call(NormBackwardSums.op, *context.args[:-1])
         total = context.reshard(sums, sums.placed.drop_partial(axes))
         return context.call(NormBackwardApply.op, total, *context.args)
+
+    def fuses(self, node: Node) -> bool:
+        return _fuses(node, node.args[5])
 
     def bind(self, binding: BindingContext) -> Kernel:
         *_, kind, bias_dtype = binding.node.args

@@ -169,10 +169,6 @@ class Composite:
     node has the keyword `overwrite`."""
     adds: ClassVar[bool] = False
     """Whether it can add its result to a tensor that is there, by `bind_adding`."""
-    fuses: ClassVar[bool] = False
-    """Whether its kernel is operators of torch that depend on its operands and its other arguments
-    alone, and not on the rank, on random numbers or on blocks of rows: a compiler of kernels can
-    fuse it with others."""
     rule: Callable[[Call], Spec | Iterable[Placement]]
     """Which splits its operands and results may have; a `Row` of the notation, or a method."""
 
@@ -205,6 +201,12 @@ class Composite:
         """Its kernel on one rank: a function of the arguments up to the first that is neither a
         tensor nor None."""
         raise PassError(f"`{self.op}` has no kernel", help="give its class a `bind`")
+
+    def fuses(self, node: Node) -> bool:
+        """Whether a compiler of kernels can fuse the kernel of a node with others: it is operators
+        of torch that depend on its operands and its other arguments alone, and not on the rank or
+        on random numbers."""
+        return False
 
     def bind_adding(self, binding: BindingContext) -> Kernel:
         """Its kernel on one rank where its result is added to others: a function of their total and

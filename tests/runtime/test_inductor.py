@@ -125,22 +125,32 @@ def interpreted(module: torch.fx.GraphModule, fakes: Sequence[Tensor]) -> induct
     return run
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "tolerance"),
+    [
+        (torch.float64, "", 1e-10),
+        (torch.float32, "", 1e-6),
+        (torch.float32, "precision bf16\n", 1e-2),
+        (torch.bfloat16, "", 1e-2),
+    ],
+)
 def test_a_kernel_that_runs_in_blocks_is_compiled_for_all_of_them(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without data a kernel runs on its first two blocks alone, and a trace has no data."""
     monkeypatch.setattr(blocks, "CPU_BLOCK", 16)
     monkeypatch.setattr(compile_fx, "compile_fx_inner", interpreted)
     monkeypatch.setattr(inductor, "_compiled", {})
     x = torch.randn(4, 32, 8, dtype=dtype)
-    program = mw.compile(Scaled().to(dtype), mw.Plan.parse("mesh dp=2\ndata x over dp\n"), (x,))
+    plan = mw.Plan.parse(f"mesh dp=2\ndata x over dp\n{precision}")
+    program = mw.compile(Scaled().to(dtype), plan, (x,))
+    assert "= _norm" not in "".join(code.source for code in inductor.fused_codes(program))
     found = []
     for backend in ("eager", "inductor"):
         with program.launch(backend=backend) as run:
             found.append({"loss": run.step(x), **run.gradients()})
     assert inductor._compiled
-    assert difference(found[0], found[1]) < (1e-10 if dtype == torch.float64 else 1e-6)
+    assert difference(found[0], found[1]) < tolerance
 
 
 @pytest.mark.slow
