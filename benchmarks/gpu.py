@@ -124,7 +124,7 @@ def one(device: str) -> Found:
     }
     for name, (make, given) in models.items():
         peers = on_one_rank(make, given, device, half=True)
-        for peer, result in _compared(peers, given, device, 5):
+        for peer, result in _compared(peers, given, device, 3):
             yield f"{name} {peer}", result
 
 
@@ -183,14 +183,16 @@ def _alone(
     device: str,
     steps: dict[str, clock.Step],
 ) -> Result:
-    """The first loss of a peer, the seconds until it is warm, and its memory; adds its step."""
+    """The first loss of a peer, the seconds until it is warm, its memory, and its time before any
+    other is there, in case that there is none to compare it; adds its step."""
     gc.collect()
     held, begin = clock.Held(device), time.perf_counter()
     step = partial(build(), given)
     first, *_ = [step().item() for _ in range(3)]
     ready = time.perf_counter() - begin
     found = {"loss": first, "ready s": ready, "peak MB": held.peak(step) / 2**20}
-    found |= clock.profiled(step, device)
+    (taken,) = clock.interleaved({name: step}, device, rounds=1, each=3)
+    found |= {"alone ms": taken[name][0]} | clock.profiled(step, device)
     steps[name] = step
     return found
 
@@ -270,8 +272,8 @@ def nccl(device: str) -> Found:
 
 
 PARTS: dict[str, tuple[Callable[[str], Found], float]] = {
-    "equal": (equal, 85), "one": (one, 185), "virtual": (virtual, 50),
-    "processes": (processes, 75), "nccl": (nccl, 20), "offload": (offload, 45),
+    "equal": (equal, 75), "one": (one, 220), "virtual": (virtual, 40),
+    "processes": (processes, 65), "nccl": (nccl, 20), "offload": (offload, 40),
 }  # fmt: skip
 """What each part measures, and the most seconds that it may take on a GPU."""
 
@@ -374,6 +376,8 @@ def main(argv: list[str]) -> int:
     elif args.part:
         name, out = args.part
         part(name, Path(out), args.device)
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; `--device cpu` runs the same code on small models")
     else:
         return sweep(args)
     return 0
