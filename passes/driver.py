@@ -291,12 +291,13 @@ def compile_captured(
 
 
 def _passed(draft: Draft) -> Draft:
-    """The draft after every pass; its graphs are checked after each."""
+    """The draft after every pass; its graphs are checked after each that changes them."""
     checked: set[Node] = set()
     with ALONE, uncollected():
         for each in PASSES:
-            draft = each(draft)
-            check_all(draft.graphs, each.__name__, checked)
+            before, draft = draft.graphs, each(draft)
+            if [*map(id, before)] != [*map(id, draft.graphs)]:
+                check_all(draft.graphs, each.__name__, checked)
     return draft
 
 

@@ -52,7 +52,7 @@ def _sent_varied(graph: Graph) -> Graph:
     varied: dict[Node, Node] = {}
 
     def moved(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
-        source = next(node.operands(), None)
+        source = next(iter(node.operands()), None)
         if node in earlier and source in earlier:
             layout = node.placed.add_varying(earlier[node])
             varied[node] = builder.copy(node, varied, layout=layout)
@@ -235,7 +235,7 @@ def _joined(graph: Graph, prices: Pricing) -> Graph:
     varied: dict[Node, Node] = {}
 
     def joined(builder: Builder, node: Node, mapping: Mapping[Node, Node]) -> Node | None:
-        source = next(node.operands()) if node.op == VARY or node in found.axes else None
+        source = node.operands()[0] if node.op == VARY or node in found.axes else None
         if source in varied and node.op == VARY:
             return varied[source]
         if source in varied:
@@ -286,7 +286,7 @@ class _Views:
         axes = self.axes.get(user)
         if axes is None or isinstance(user.op, MeshOp) or not is_view(user.op):
             return None
-        alone = len(list(user.operands())) == 1
+        alone = len(user.operands()) == 1
         return axes if alone and keeps_pending(user, axes, self.graph.mesh) else None
 
 

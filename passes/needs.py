@@ -178,7 +178,7 @@ def _common(first: Around, second: Around) -> Around:
 
 def _is_view(user: Node, node: Node) -> bool:
     """Whether a node is a view of the value that it takes: to save either is to save the other."""
-    return has_no_memory(user.op) and next(user.operands()) is node
+    return has_no_memory(user.op) and user.operands()[0] is node
 
 
 def _is_mostly_saved(results: list[Node], levels: Mapping[Node, Around], graph: Graph) -> bool:

@@ -52,7 +52,7 @@ class VjpContext:
     ) -> None:
         self.emitter, self.node, self.origin = emitter, node, origin
         self.results, self.grads = results, grads
-        self.operands = tuple(node.operands())
+        self.operands = node.operands()
         self.calls: list[Node] = []
         """The calls of its backward, which are placed when all are there."""
         self._items: dict[tuple[Node, int], Node] = {}

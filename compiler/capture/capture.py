@@ -31,6 +31,7 @@ from meshwright.compiler.capture.tracing.functions import check_backwards
 from meshwright.compiler.capture.tracing.generators import refuse_generators
 from meshwright.compiler.capture.tracing.modes import translated_modes
 from meshwright.compiler.capture.tracing.patches import ALONE
+from meshwright.compiler.capture.tracing.shortcuts import without_texts
 from meshwright.compiler.capture.tracing.values import OnlyOnce, values_in_python
 from meshwright.compiler.capture.tracing.watch import watching
 from meshwright.compiler.garbage import uncollected
@@ -164,6 +165,7 @@ def traced(
         stack.enter_context(capturing())
         stack.enter_context(quiet())
         stack.enter_context(sources_forgotten())
+        stack.enter_context(without_texts())
         program = copy_context().run(torch.export.export, wrapper, tensors, strict=False)
     # Torch keeps the nodes of the last export, and so all of its graph, to warn of leaks in it.
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()

@@ -51,7 +51,7 @@ def memory_of(node: Node) -> Node:
     """The node whose memory a value is in: of multiple results that have memory, each has its
     own, where `storage` has one for all of them."""
     while is_part(node):
-        node = next(node.operands())
+        node = node.operands()[0]
     return node
 
 
@@ -87,5 +87,5 @@ def storage(node: Node) -> Node:
     """The node whose memory a view shares; itself for any other. All results of an operator are in
     that of the operator."""
     while node.op == GETITEM or has_no_memory(node.op):
-        node = next(node.operands())
+        node = node.operands()[0]
     return node

@@ -200,6 +200,7 @@ class Node:
     requires_grad: Final[bool] = False
     """Whether a parameter that wants a gradient feeds it through differentiable operators."""
     phase: Final[Phase] = Phase.FORWARD
+    _operands: tuple[Node, ...] | None = field(default=None, init=False, repr=False)
 
     @property
     def stage(self) -> int:
@@ -241,11 +242,11 @@ class Node:
         layouts = self.layout if isinstance(self.layout, tuple) else (self.layout,)
         return zip(types, layouts, strict=True)
 
-    def operands(self) -> Iterator[Node]:
+    def operands(self) -> tuple[Node, ...]:
         """Every node among the arguments, in order, repeats included."""
-        yield from nodes_in(self.args)
-        if self.kwargs:
-            yield from nodes_in(tuple(self.kwargs.values()))
+        if self._operands is None:  # passes ask dozens of times
+            self._operands = tuple(nodes_in((*self.args, *self.kwargs.values())))
+        return self._operands
 
     def __repr__(self) -> str:
         return f"%{self.name}"

@@ -93,7 +93,7 @@ class BatchedCall:
     def _traced(self) -> tuple[Node, ...]:
         """The operators that `torch.vmap` makes of the node's."""
         node = self.node
-        operands = tuple(node.operands())
+        operands = node.operands()
         args, kwargs = slotted(node.args, node.kwargs)
         in_dims = tuple(0 if each in self.batched else None for each in operands)
 

@@ -215,14 +215,14 @@ def lookup_parts(node: Node) -> tuple[Node, Node | None]:
 def viewed(node: Node) -> Node:
     """The value that a node is a view of."""
     while node.op in RESHAPES:
-        node = next(node.operands())
+        node = node.operands()[0]
     return node
 
 
 def _numbers(group: Node) -> Node:
     """The numbers that a node is a view of, whatever their type."""
     while (source := viewed(group)).op == aten._to_copy.default:
-        group = next(source.operands())
+        group = source.operands()[0]
     return source
 
 

@@ -41,7 +41,7 @@ def carried(node: Node, dims: Mapping[int, int], mesh: Mesh) -> tuple[int | None
     is not known to treat each element of those dims by itself.
     """
     if node.op in _RESHAPES:
-        place = _reshaped(next(node.operands()).tensor.shape, dims[0], node.tensor.shape)
+        place = _reshaped(node.operands()[0].tensor.shape, dims[0], node.tensor.shape)
         return None if place is None else (place,)
     found = spec_of(node, mesh)
     letter = _letter(found[1], dims) if found else None

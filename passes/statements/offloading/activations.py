@@ -195,7 +195,7 @@ class _Offloader:
             if not isinstance(moved.type, TensorType) or makes_zeros(base.op, base.args):
                 continue
             views = (node for output in outputs for node in _views(moved, output.node))
-            alone = all(len(list(node.operands())) == 1 for node in views)
+            alone = all(len(node.operands()) == 1 for node in views)
             if alone and node_bytes(moved, self.forward) >= amount.SMALL_BYTES:
                 yield _Value(moved, tuple(outputs), statement, layer)
 
@@ -355,5 +355,5 @@ def _views(base: Node, node: Node) -> list[Node]:
     found: list[Node] = []
     while node is not base:
         found.append(node)
-        node = next(node.operands())
+        node = node.operands()[0]
     return found[::-1]

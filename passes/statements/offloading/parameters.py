@@ -239,8 +239,8 @@ class _Mover:
             if node.op == INPUT and node.args[0] == InputKind.PARAMETER:
                 if kept.get(node.args[1], Kept()).value.away:
                     self.of[node] = node
-            elif is_part(node) and next(node.operands()) in self.of:
-                self.of[node] = self.of[next(node.operands())]
+            elif is_part(node) and node.operands()[0] in self.of:
+                self.of[node] = self.of[node.operands()[0]]
         self.visits = {
             source: tuple(self._visits(source, readers))
             for source, readers in self._readers().items()

@@ -250,7 +250,7 @@ class Padder:
         """A view, whose padding is in the dim that holds the padded entries then."""
         found: dict[int, Extent] = {}
         for dim, extent in self.of(new).items():
-            target = moved(extent, dim, next(node.operands()).tensor.shape, node.tensor.shape)
+            target = moved(extent, dim, node.operands()[0].tensor.shape, node.tensor.shape)
             if target is None or target[0] in found:
                 new = self.narrowed(new, dim)
             else:
