@@ -19,6 +19,7 @@ from torch.fx.experimental import proxy_tensor
 
 from meshwright.compiler.capture.aliases import NamedTensors, named_tensors
 from meshwright.compiler.capture.convert import Converter
+from meshwright.compiler.capture.exported.exact import mark_exact
 from meshwright.compiler.capture.exported.mutation import detach_out_of_place, functionalised
 from meshwright.compiler.capture.exported.regions import inline_regions
 from meshwright.compiler.capture.exported.stops import stop_gradients
@@ -171,7 +172,9 @@ def traced(
     getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
     refuse_generators(program)
     stopped = inline_regions(program.graph_module)
+    mark_exact(program.graph)
     detach_out_of_place(program.graph)
     if torch.is_grad_enabled():
         stop_gradients(program.graph, stopped)
-    return functionalised(program)
+    with without_texts():
+        return functionalised(program)

@@ -17,14 +17,13 @@ from torch.export.graph_signature import InputKind
 from torch.export.graph_signature import OutputKind as ExportedKind
 
 from meshwright.compiler.capture.aliases import NamedTensors
+from meshwright.compiler.capture.exported.exact import is_exact
 from meshwright.compiler.capture.inputs import InputSpec
 from meshwright.compiler.capture.origin import origin_of
 from meshwright.compiler.capture.outputs import Mode, OutputKey
-from meshwright.compiler.capture.simplify import CAST, names_dtype, simplify
-from meshwright.compiler.capture.tracing.modes import is_off
+from meshwright.compiler.capture.simplify import CAST, simplify
 from meshwright.compiler.capture.tracing.values import picked_by_a_mask
 from meshwright.compiler.errors import CaptureError
-from meshwright.compiler.graph.aliasing import is_view
 from meshwright.compiler.graph.ir import (
     GETITEM,
     INPUT,
@@ -39,7 +38,6 @@ from meshwright.compiler.graph.ir import (
 from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.emit import FIRST_ONLY
-from meshwright.compiler.placing.rules.pointwise import is_pointwise
 
 _aten = torch.ops.aten
 
@@ -77,8 +75,6 @@ class Converter:
         self.env: dict[fx.Node, Node] = {}
         self.by_target: dict[tuple[str, str], Node] = {}
         self.constants: dict[str, Tensor] = {}
-        self.chosen: set[fx.Node] = set()
-        """What the model has cast to a type that it names, and views of that."""
 
     def convert(self, returned: Sequence[OutputKey]) -> Graph:
         """The graph, whose outputs are `returned`."""
@@ -141,7 +137,7 @@ class Converter:
         type = _type(node)
         args = self._arguments(node.args)
         kwargs = {key: self._arguments(value) for key, value in node.kwargs.items()}
-        origin = replace(origin_of(node), exact=self._is_exact(node))
+        origin = replace(origin_of(node), exact=is_exact(node))
         if node.target in _STRIDED:
             _check_strided(node)
         if node.target is operator.getitem:
@@ -164,20 +160,6 @@ class Converter:
         return self.builder.emit(
             op, args, kwargs, type=type, origin=origin, requires_grad=grad, name=_stem(node, op)
         )
-
-    def _is_exact(self, node: fx.Node) -> bool:
-        """Whether the model says in which type this computes; notes what it casts itself."""
-        op: Any = node.target
-        operands = [n for n in node.all_input_nodes if _is_floating(n)]
-        chosen = [n in self.chosen for n in operands]
-        named = names_dtype(op, node.args, node.kwargs) and _is_floating(node)
-        ours = isinstance(op, torch._ops.OpOverload)
-        seen = op is operator.getitem or (ours and is_view(op))
-        if operands and (named or (all(chosen) and seen)):
-            self.chosen.add(node)
-        if not ours or node in self.chosen:
-            return False
-        return (any if is_pointwise(op) else all)(chosen or [False]) or is_off(node)
 
     def _arguments(self, value: Any) -> Any:
         """Arguments with our nodes, plain containers and the device that is compiled for."""
@@ -336,13 +318,6 @@ def _is_differentiable(op: Any, args: tuple[Any, ...], type: NodeType) -> bool:
         return False
     types = type if isinstance(type, tuple) else (type,)
     return any(t and t.differentiable for t in types)
-
-
-def _is_floating(node: fx.Node) -> bool:
-    """Whether a node gives a tensor of floating-point numbers, or multiple."""
-    value = node.meta.get("val")
-    (first, *_) = value if isinstance(value, (tuple, list)) and value else (value,)
-    return isinstance(first, Tensor) and first.is_floating_point()
 
 
 def _identifier(name: str) -> str:

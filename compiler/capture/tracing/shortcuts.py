@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from torch.fx import GraphModule
+from torch.fx.graph import _PyTreeCodeGen
 from torch.utils._traceback import CapturedTraceback
 
 from meshwright.compiler.capture.origin import is_user
@@ -40,6 +41,12 @@ def _compiled_when_called(module: GraphModule) -> None:
         _compile(called)
         return type(called).forward(called, *args, **kwargs)
 
+    codegen = module.graph._codegen
+    if isinstance(codegen, _PyTreeCodeGen):  # what compiling sets besides the code
+        module._in_spec, module._out_spec = (
+            codegen.pytree_info.in_spec,
+            codegen.pytree_info.out_spec,
+        )
     module.__dict__.setdefault("_code", "")  # what `str` shows, until there is any
     type(module).forward = forward  # each graph module has a class of its own
 
