@@ -11,7 +11,7 @@ from meshwright.compiler.errors import LayoutError
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
 from meshwright.compiler.placing.rules.lookup import rule_for
-from meshwright.compiler.placing.rules.notation import Call, Placement, Spec
+from meshwright.compiler.placing.rules.notation import Call, Placed, Placement, Spec
 from meshwright.compiler.placing.rules.placements import spec_placements
 
 
@@ -23,14 +23,28 @@ def allowed(call: Call) -> tuple[Placement, ...]:
     return tuple(dict.fromkeys(each for each in found if each is not None))
 
 
+@lru_cache(maxsize=65536)
+def ignored(call: Call) -> frozenset[int]:
+    """The operands, by place, whose values the rule does not look at: they are taken in whatever
+    layout they have. `allowed` has each in its first alone."""
+    found = rule_for(call.op)(call)
+    return found.ignored if isinstance(found, Spec | Placed) else frozenset()
+
+
 def _placements(call: Call) -> Iterable[Placement]:
     found = rule_for(call.op)(call)
     if isinstance(found, Spec):
         return spec_placements(found, call)
-    if not any(operand.others for operand in call.operands):
+    free: frozenset[int] = frozenset()
+    if isinstance(found, Placed):
+        free, found = found.ignored, found.placements
+    own = [
+        operand.layouts[:1] if i in free else operand.layouts
+        for i, operand in enumerate(call.operands)
+    ]
+    if all(len(each) == 1 for each in own):
         return found
-    own = itertools.product(*(operand.layouts for operand in call.operands))
-    return itertools.chain.from_iterable(_on(call, layouts) for layouts in own)
+    return itertools.chain.from_iterable(_on(call, each) for each in itertools.product(*own))
 
 
 def _on(call: Call, layouts: Iterable[Layout]) -> Iterable[Placement]:

@@ -17,7 +17,7 @@ from meshwright.compiler.graph.ir import GETITEM, INPUT, Graph, Node
 from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.mesh import Mesh
-from meshwright.compiler.placing.allowed import allowed
+from meshwright.compiler.placing.allowed import allowed, ignored
 from meshwright.compiler.placing.calls import make_call
 from meshwright.compiler.placing.rules.factories import makes_zeros
 from meshwright.compiler.placing.rules.notation import Call, Operand, Placement
@@ -56,6 +56,8 @@ class Candidates:
     elsewhere: Mapping[Node, frozenset[Layout]] = field(default_factory=dict)
     """Layouts that inputs are there in besides."""
     of: dict[Node, Options] = field(default_factory=dict, init=False)
+    ignored: dict[Node, frozenset[int]] = field(default_factory=dict, init=False)
+    """The operands that a call takes in whatever layout they have, by place."""
     kinds: dict[Node, int] = field(default_factory=dict, init=False)
     """A number for each call: calls of one number are alike, placements included."""
     layouts: dict[Node, tuple[Layout, ...]] = field(default_factory=dict, init=False)
@@ -108,7 +110,7 @@ class Candidates:
             lambda each: _operand(each, self._given(each, node)),
             tuple(self.wanted.get(node, ())),
         )
-        self._calls[node] = call
+        self._calls[node], self.ignored[node] = call, ignored(call)
         found = allowed(call)
         if not found:
             raise Unplaceable(node, tuple(each.layout for each in call.operands))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -72,21 +72,19 @@ class Choice:
     placements: Mapping[Node, Placement]
     solution: Solution
     others: Callable[[Node], Sequence[tuple[Placement, Cost]]] = field(repr=False)
-    """The placements that a call may have, and what each would cost more."""
+    """The other placements that a call may have, and what each would cost more."""
 
     def next_best(self, node: Node) -> tuple[Placement, complex] | None:
         """The cheapest other placement of a call, all others being as they are, and what it would
         cost more; None where there is none."""
         found = [
-            (placement, complex(cost))
-            for placement, cost in self.others(node)
-            if placement != self.placements[node] and np.isfinite(cost)
+            (placement, complex(cost)) for placement, cost in self.others(node) if np.isfinite(cost)
         ]
         return min(found, key=lambda each: (each[1].real, each[1].imag), default=None)
 
     def given(self, value: Node) -> Layout:
         """The layout that a value has."""
-        source, index = (value.args[0], value.args[1]) if value.op == GETITEM else (value, 0)
+        source, index = _source(value)
         found = self.placements[source].results[index]
         assert found is not None
         return found
@@ -153,8 +151,10 @@ class _Problem:
                 self.tables.append(Table((self.variable[node],), works[kind]))
         for node in self.graph.nodes:
             if node.op not in (INPUT, GETITEM):
+                free = candidates.ignored.get(node, ())
                 for place, value in enumerate(call_operands(node.args, node.kwargs)):
-                    self.uses.setdefault(value, []).append(Use(node, place, stage=node.stage))
+                    if place not in free:
+                        self.uses.setdefault(value, []).append(Use(node, place, stage=node.stage))
         for value, layouts in ends.items():
             for layout in layouts:
                 self.uses.setdefault(value, []).append(
@@ -171,17 +171,29 @@ class _Problem:
             raise Contradiction(
                 node for node, own in self.variable.items() if own in error.variables
             ) from None
-        placements = {
-            node: options[found.choices[self.variable[node]]]
-            for node, options in self.candidates.of.items()
-        }
+        chosen = {node: found.choices[own] for node, own in self.variable.items()}
         margins = Margins(self.tables, found.choices, self.made)
 
         def others(node: Node) -> Sequence[tuple[Placement, Cost]]:
             options = self.candidates.of[node]
-            return list(zip(options, margins.of(self.variable[node], len(options)), strict=True))
+            costs = margins.of(self.variable[node], len(options))
+            pairs = enumerate(zip(options, costs, strict=True))
+            return [pair for i, pair in pairs if i != chosen[node]]
 
-        return Choice(placements, found, others)
+        return Choice(self._placements(chosen), found, others)
+
+    def _placements(self, chosen: Mapping[Node, int]) -> dict[Node, Placement]:
+        """The placements of these numbers, with operands that a call ignores as they are."""
+        found = {node: options[chosen[node]] for node, options in self.candidates.of.items()}
+        for node, places in self.candidates.ignored.items():
+            if places:
+                operands = list(found[node].operands)
+                values = tuple(call_operands(node.args, node.kwargs))
+                for place in places:
+                    source, index = _source(values[place])
+                    operands[place] = found[source].results[index] or operands[place]
+                found[node] = replace(found[node], operands=tuple(operands))
+        return found
 
     def _variable(self, size: int) -> int:
         self.sizes.append(size)
@@ -193,7 +205,7 @@ class _Problem:
         if key not in self._known:
             self._known[key] = self._moves(value, uses)
         made, tables = self._known[key]
-        source = value.args[0] if value.op == GETITEM else value
+        source, _ = _source(value)
         numbers = [self.variable[source]]
         numbers += [self.variable[use.user] if use.user else self.only for use in uses]
         for _ in range(made):
@@ -203,7 +215,7 @@ class _Problem:
 
     def _key(self, value: Node, uses: Sequence[Use]) -> Hashable:
         """What the cost of moving a value depends on."""
-        source, index = (value.args[0], value.args[1]) if value.op == GETITEM else (value, 0)
+        source, index = _source(value)
         kinds = self.candidates.kinds
         return (
             kinds[source],
@@ -252,7 +264,7 @@ class _Problem:
 
     def _given(self, value: Node) -> list[Layout]:
         """The layout of a value by each placement of what gives it."""
-        source, index = (value.args[0], value.args[1]) if value.op == GETITEM else (value, 0)
+        source, index = _source(value)
         found = [each.results[index] for each in self.candidates.of[source]]
         return [each for each in found if each is not None]
 
@@ -311,6 +323,11 @@ class _Problem:
                 value.of_model if value.op == INPUT else all(map(self._is_rooted, value.operands()))
             )
         return self._rooted[value]
+
+
+def _source(value: Node) -> tuple[Node, int]:
+    """The call that gives a value, and which of its results it is."""
+    return (value.args[0], value.args[1]) if value.op == GETITEM else (value, 0)
 
 
 def _as_moved(value: Node, given: Layout, wanted: Layout) -> Layout:

@@ -19,7 +19,7 @@ from meshwright.compiler.placing.rules import (  # noqa: F401  # for the functio
     slices,
     views,
 )
-from meshwright.compiler.placing.rules.notation import Call, Placement, Row, Rule, replicate
+from meshwright.compiler.placing.rules.notation import Call, Placed, Placement, Row, Rule, replicate
 from meshwright.compiler.placing.rules.pointwise import POINTWISE, is_pointwise, pointwise
 from meshwright.compiler.placing.rules.registry import FUNCTIONS
 from meshwright.compiler.placing.rules.table import TABLE
@@ -54,7 +54,8 @@ def _registered(op: Op) -> Rule | None:
     return _as_they_are if known.num_returned else Row(known.rule)
 
 
-def _as_they_are(call: Call) -> tuple[Placement]:
+def _as_they_are(call: Call) -> Placed:
     """The first operands are the results; the others are there for the backward alone."""
     operands = tuple(operand.layout for operand in call.operands)
-    return (Placement(operands, operands[: len(call.results)]),)
+    backward = frozenset(range(len(call.results), len(operands)))
+    return Placed((Placement(operands, operands[: len(call.results)]),), backward)

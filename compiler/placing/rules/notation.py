@@ -132,7 +132,15 @@ class Spec:
     """Letters that are split only so that each rank holds consecutive entries."""
 
 
-Rule: TypeAlias = Callable[[Call], "Spec | Iterable[Placement]"]
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Placements on the layouts that a rule is given, and the operands that it does not look at."""
+
+    placements: tuple[Placement, ...]
+    ignored: Group
+
+
+Rule: TypeAlias = Callable[[Call], "Spec | Placed | Iterable[Placement]"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,16 +38,19 @@ def spec_placements(spec: Spec, call: Call) -> Iterator[Placement]:
     """The placements of a rule given as letters, where each operand can be had in any of its
     layouts."""
     options, states = _all_options(spec, call), tuple(_states(spec, call))
-    calls = tuple(_ignoring(spec, replace(call, operands=tuple(map(_merged, call.operands)))))
+    merged = (
+        operand if i in spec.ignored else _merged(operand)
+        for i, operand in enumerate(call.operands)
+    )
+    call = replace(call, operands=tuple(merged))
     for dims in _splits(spec, call, options):
         used = {axis for letter in options for axis in dim_axes(dims[letter])}
         for kept, free in states:
             if any(axis in used for _, axis in kept):
                 continue
             axes = free.union(used)
-            for each in calls:
-                with suppress(LayoutError):  # of operands that are had together by no way
-                    yield _placement(spec, each, dims, axes, kept, free)
+            with suppress(LayoutError):  # of operands that are had together by no way
+                yield _placement(spec, call, dims, axes, kept, free)
 
 
 def _splits(spec: Spec, call: Call, options: Mapping[str, Sequence[Dim]]) -> Iterator[Dims]:
@@ -103,17 +106,6 @@ def _choices(
         axes = dim_axes(dim)
         if used.isdisjoint(axes):
             yield from ((dim, *rest) for rest in _choices(options[1:], used.union(axes)))
-
-
-def _ignoring(spec: Spec, call: Call) -> Iterator[Call]:
-    """The call with each operand that its rule ignores in every layout that it can be had in."""
-    own = (
-        operand.others if i in spec.ignored else (operand.layout,)
-        for i, operand in enumerate(call.operands)
-    )
-    for layouts in itertools.product(*own):
-        pairs = zip(call.operands, layouts, strict=True)
-        yield replace(call, operands=tuple(replace(each, layout=own) for each, own in pairs))
 
 
 def _merged(operand: Operand) -> Operand:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 from meshwright.compiler.errors import LayoutError
@@ -11,6 +11,7 @@ from meshwright.compiler.graph.ir import GETITEM, INPUT, Node
 from meshwright.compiler.graph.slots import call_operands
 from meshwright.compiler.layout.layout import Layout
 from meshwright.compiler.layout.reshard import collectives, cost
+from meshwright.compiler.placing.candidates import Candidates
 from meshwright.compiler.placing.pricing import pricing
 from meshwright.compiler.placing.rules.factories import is_filled
 from meshwright.compiler.placing.rules.notation import Placement
@@ -31,10 +32,11 @@ class TooMany(Exception):
 
 
 class Exhaustive:
-    """All combinations of the placements `of` the calls of a graph."""
+    """All combinations of the placements of the calls of a graph."""
 
-    def __init__(self, problem: Problem, of: Mapping[Node, Sequence[Placement]]) -> None:
-        self.problem, self.of, self.nodes = problem, of, list(of)
+    def __init__(self, problem: Problem, candidates: Candidates) -> None:
+        of = candidates.of
+        self.problem, self.of, self.nodes, self.ignored = problem, of, list(of), candidates.ignored
         self.mesh = problem.graph.mesh
         self.ends: dict[Node, list[tuple[Node, Layout]]] = {}
         for value, layouts in problem.ends.items():
@@ -95,15 +97,27 @@ class Exhaustive:
     ) -> tuple[Price, frozenset[Made]]:
         """What a call adds to what those before it cost, and what is made after it."""
         placement, unasked = chosen[node], 0.0
-        work = self.work[node][self.of[node].index(placement)]
+        work = self.work[node][self._index(node, placement)]
         operands = call_operands(node.args, node.kwargs) if node.op != INPUT else []
         makes = [(value, self.last, layout) for value, layout in self._ended(node)]
+        free = self.ignored.get(node, ())
         for place, (value, layout) in enumerate(zip(operands, placement.operands, strict=True)):
+            if place in free:
+                continue
             makes.append((value, node.stage, layout))
             unasked += self._unasked(node, place, placement, value, _given(value, chosen))
         new = frozenset(makes) - made
         moved = sum(self._sent(value, _given(value, chosen), layout) for value, _, layout in new)
         return (unasked, moved + work), made | new
+
+    def _index(self, node: Node, placement: Placement) -> int:
+        """The number of a placement among those of a call, whatever it ignores."""
+        free = self.ignored.get(node, ())
+
+        def read(each: Placement) -> tuple[object, ...]:
+            return (*(o for i, o in enumerate(each.operands) if i not in free), *each.results)
+
+        return [read(each) for each in self.of[node]].index(read(placement))
 
     def _ended(self, node: Node) -> Iterator[tuple[Node, Layout]]:
         """The values that a call gives and that are wanted at the end, and in which layout."""

@@ -21,7 +21,7 @@ from tests.compiler.placing.random_graphs import Drawer, Problem, drawn
 def check_least(problem: Problem) -> None:
     """Assert that what is chosen costs what it says, and that no combination costs less."""
     candidates = problem.candidates()
-    every = Exhaustive(problem, candidates.of)
+    every = Exhaustive(problem, candidates)
     nothing = math.inf, math.inf
     try:
         choice = choose(candidates, problem.ends, problem.is_unasked)
@@ -70,7 +70,7 @@ def test_values_that_are_used_in_other_stages_are_not_alike() -> None:
     _, _, *first, _, third, fourth = draw.values
     problem.ends = {first[0]: [rows], third: [rows], fourth: [columns]}
     choice = choose(problem.candidates(), problem.ends, alike=lambda user: None)
-    every = Exhaustive(problem, problem.candidates().of)
+    every = Exhaustive(problem, problem.candidates())
     assert every.total(choice.placements) == (choice.solution.cost.real, choice.solution.cost.imag)
 
 

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+import meshwright as mw
 from meshwright.compiler.capture.capture import capture
 from meshwright.compiler.errors import CaptureError
 from meshwright.compiler.graph.custom import REGISTRY
+from meshwright.compiler.placing.candidates import Candidates
+from meshwright.compiler.placing.choose import Choice, choose
+from meshwright.passes.placing import layouts
 from tests.compiler.interpreter import check_equal_to_eager
 from tests.equivalence import check_equal
 
@@ -107,6 +111,21 @@ def test_the_traced_backward_is_the_functions_own_under_every_plan(plan: str) ->
     assert not any(
         node.op in REGISTRY for graph in program.graphs().values() for node in graph.nodes
     )
+
+
+def test_what_a_function_keeps_for_its_backward_adds_no_placements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    most = []
+
+    def counted(candidates: Candidates, *args: Any, **kwargs: Any) -> Choice:
+        most.append(max(map(len, candidates.of.values())))
+        return choose(candidates, *args, **kwargs)
+
+    monkeypatch.setattr(layouts, "choose", counted)
+    plan = "mesh dp=2, tp=2\ndata x over dp\nshard weight [8@tp, 8]\n"
+    mw.compile(Layered(), mw.Plan.parse(plan), example=rows())
+    assert max(most) <= 16
 
 
 def test_equal_calls_share_one_operator() -> None:
