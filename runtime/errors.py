@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Hashable, Iterable, Sequence
 
 from meshwright.compiler.codegen.printing import Code
+from meshwright.compiler.graph.ir import Node
 from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.layout.wires import WIRES, Wire
 from meshwright.dsl.errors import MeshwrightError, one_line
@@ -85,15 +86,19 @@ class OverfullError(RunError):
 
 def operator_error(error: Exception, code: Code) -> OperatorError:
     """The error to raise for one that an operator raised while generated `code` ran."""
-    problem = one_line(str(error).partition("\n")[0]) or type(error).__name__
     lines = [
         frame.lineno
         for frame in traceback.extract_tb(error.__traceback__)
         if frame.filename == f"<meshwright {code.name}>" and frame.lineno
     ]
     node = code.nodes[lines[-1] - 1] if lines else None
+    return failed("an operator" if node is None else f"`{op_text(node.op)}`", node, error)
+
+
+def failed(what: str, node: Node | None, error: BaseException) -> OperatorError:
+    """The error to raise where `what`, an operator or more, raised one at the place of a node."""
+    problem = one_line(str(error).partition("\n")[0]) or type(error).__name__
     module = f"`{node.origin.module}`" if node is not None and node.origin.module else "the model"
-    what = "an operator" if node is None else f"`{op_text(node.op)}`"
     return OperatorError(
         f"{what} in {module} failed: {problem}",
         where=() if node is None else filter(None, (node.origin.source,)),

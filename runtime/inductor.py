@@ -22,17 +22,22 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from meshwright.compiler.codegen.functions import CONTIGUOUS
-from meshwright.compiler.codegen.instructions import Segment
+from meshwright.compiler.codegen.instructions import Call, Segment
 from meshwright.compiler.codegen.linking import RankContext
 from meshwright.compiler.codegen.printing import Code, printed
-from meshwright.compiler.codegen.segments import function_of, segment_key, segmented
+from meshwright.compiler.codegen.segments import (
+    CallError,
+    function_of,
+    segment_key,
+    segmented,
+)
 from meshwright.compiler.graph.ir import MeshOp, Node
 from meshwright.compiler.graph.text import op_text
 from meshwright.compiler.kernels.blocks import in_one_block
 from meshwright.compiler.placing.composite import composite_of
 from meshwright.compiler.public import Program
 from meshwright.dsl.errors import one_line, spelled
-from meshwright.runtime.errors import RunError
+from meshwright.runtime.errors import RunError, failed
 
 BACKENDS = ("eager", "inductor")
 Compiled: TypeAlias = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -132,9 +137,20 @@ def linked(segment: Segment, context: RankContext) -> Compiled:
         form = tuple([tensor.stride() for tensor in given])
         if form not in found:
             found[form] = _shared(segment, context, key, given)
-        return found[form](given)
+        try:
+            return found[form](given)
+        except Exception as error:
+            raise failed(_spelled(segment), segment.node, error) from error
 
     return run
+
+
+def _spelled(segment: Segment) -> str:
+    """The operators of a segment, of which one failed."""
+    nodes = [each.node for each in segment.body if isinstance(each, Call)]
+    return (
+        f"one of {len(nodes)} operators from `{op_text(nodes[0].op)}` to `{op_text(nodes[-1].op)}`"
+    )
 
 
 def _shared(segment: Segment, context: RankContext, key: Any, given: list[Tensor]) -> Compiled:
@@ -144,8 +160,19 @@ def _shared(segment: Segment, context: RankContext, key: Any, given: list[Tensor
         try:
             _compiled[key, forms] = _fused(function_of(segment, context), given)
         except Exception as error:
+            _check_calls(segment, context, given)
             raise _compile_error(segment, error) from error
     return _compiled[key, forms]
+
+
+def _check_calls(segment: Segment, context: RankContext, given: list[Tensor]) -> None:
+    """Raise `OperatorError` if the calls fail as well: then Inductor is not what is wrong."""
+    try:
+        with torch.no_grad():
+            function_of(segment, context)(*given)
+    except CallError as error:
+        cause = error.__cause__ or error
+        raise failed(f"`{op_text(error.node.op)}`", error.node, cause) from cause
 
 
 def _fused(function: Callable[..., list[Any]], given: Sequence[Tensor]) -> Compiled:
@@ -196,8 +223,9 @@ def _first_in_memory(tensors: Sequence[Tensor]) -> list[int]:
     ]
 
 
-def _compile_error(segment: Segment, error: Exception) -> RunError:
+def _compile_error(segment: Segment, error: BaseException) -> RunError:
     node = segment.node
+    error = error.__cause__ if isinstance(error, CallError) and error.__cause__ else error
     problem = one_line(str(error).strip().partition("\n")[0]) or type(error).__name__
     module = f"`{node.origin.module}`" if node.origin.module else "the model"
     return RunError(

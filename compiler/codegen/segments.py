@@ -239,8 +239,19 @@ def _traceable(function: Callable[..., Any]) -> Callable[..., Any]:
     return products.OPERATORS.get(function, function)
 
 
+class CallError(Exception):
+    """A call of a segment failed, that of `node`; what it raised is the cause."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.name)
+        self.node = node
+
+
 def function_of(segment: Segment, context: RankContext) -> Callable[..., list[Any]]:
-    """A segment as a function of its inputs, which runs one call after another."""
+    """A segment as a function of its inputs, which runs one call after another.
+
+    Raises `CallError` where one of them fails.
+    """
     functions = {
         i: _traceable(each.function.recipe(context))
         for i, each in enumerate(segment.body)
@@ -257,7 +268,7 @@ def function_of(segment: Segment, context: RankContext) -> Callable[..., list[An
                 return operand.recipe(context)
             return values.get(operand, operand)
 
-        for i, each in enumerate(segment.body):
+        def add(i: int, each: Member) -> None:
             match each:
                 case Call(args=args, kwargs=kwargs):
                     named = {key: given(value) for key, value in kwargs.items()}
@@ -267,6 +278,13 @@ def function_of(segment: Segment, context: RankContext) -> Callable[..., list[An
                 case Rearrange(source=source, steps=steps):
                     mesh = context.mesh
                     values[each.target] = apply_all(steps, values[source], context.coords, mesh)
+
+        for i, each in enumerate(segment.body):
+            try:
+                add(i, each)
+            except Exception as error:
+                assert not isinstance(each, Free)
+                raise CallError(each.node) from error
         return [values[variable] for variable in segment.results]
 
     return run

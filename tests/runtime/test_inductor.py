@@ -66,6 +66,33 @@ def test_what_inductor_cannot_compile_is_named_and_the_run_is_as_it_was(
     assert run.states[0].random.step == 0
 
 
+def test_what_the_model_itself_fails_on_is_said_to_fail_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inductor, "_compiled", {})
+    x = torch.randn(4, 6, dtype=torch.float64)
+    plan = mw.Plan.parse("mesh dp=2\ndata input over dp")
+    run = mw.compile(nn.Linear(6, 3), plan, (x,), loss=torch.sum).launch(backend="inductor")
+    with pytest.raises(mw.RunError, match="`linear` in the model failed: mat1 and mat2 must have"):
+        run.step(x)
+
+
+def test_a_kernel_that_fails_as_it_runs_names_the_operators_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def failing(inputs: list[Tensor]) -> list[Tensor]:
+        raise RuntimeError("ZeroDivisionError\nand more")
+
+    monkeypatch.setattr(inductor, "_fused", lambda function, given: failing)
+    monkeypatch.setattr(inductor, "_compiled", {})
+    with pytest.raises(mw.RunError) as error:
+        compiled(TENSOR).launch(backend="inductor").step(X)
+    assert text_of(error).splitlines()[0] == (
+        "one of 6 operators from `mesh::norm` to `linear` in `layers.0.norm` failed: "
+        "ZeroDivisionError"
+    )
+
+
 def test_results_share_memory_only_where_those_of_the_calls_do() -> None:
     x = torch.ones(3)
 
