@@ -295,10 +295,19 @@ def _passed(draft: Draft) -> Draft:
     checked: set[Node] = set()
     with ALONE, uncollected():
         for each in PASSES:
-            before, draft = draft.graphs, each(draft)
-            if [*map(id, before)] != [*map(id, draft.graphs)]:
+            before = [(graph, graph.nodes) for graph in draft.graphs]
+            draft = each(draft)
+            if not _are_still(draft.graphs, before):
                 check_all(draft.graphs, each.__name__, checked)
     return draft
+
+
+def _are_still(graphs: Sequence[Graph], before: Sequence[tuple[Graph, tuple[Node, ...]]]) -> bool:
+    """Whether graphs are those from before, with the nodes that these had."""
+    return len(graphs) == len(before) and all(
+        graph is own and graph.nodes is nodes
+        for graph, (own, nodes) in zip(graphs, before, strict=True)
+    )
 
 
 def _delinked(
