@@ -1,7 +1,8 @@
-"""Golden texts, in files beside the tests, and the signals of processes that tests start."""
+"""Golden texts, in files beside the tests, signals of processes that tests start, and garbage."""
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 
@@ -21,6 +22,14 @@ def pytest_configure() -> None:
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What is there before the tests of a file, modules and what is cached, stays: collecting
+    garbage, which many tests do, need not visit it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
